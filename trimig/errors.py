@@ -1,0 +1,163 @@
+"""Every error trimig raises, and who owns the guest when it does.
+
+One root, :class:`MigrationError`; the leaves are named by whose fault it was, so that a caller can decide without
+reading text: the caller's own (:class:`ConfigError`, :class:`StateError`), the peer's bytes
+(:class:`RemoteProtocolError`), the peer's decision (:class:`PeerFailed`), the link (:class:`TransportFailed`), the
+guest (:class:`GuestFailed`), or nobody's (:class:`MigrationCancelled`, :class:`NotConverging`).
+
+``owner`` is never derived from the class of the error: the engine sets it from the status of the migration. The one
+error that says "unknown" is :class:`HandoverUncertain`.
+
+This module imports nothing of trimig.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Awaitable, Callable, Sequence
+
+
+class Ownership(enum.Enum):
+    """Which side may run the guest."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+    #: The decision was sent and its answer is missing: neither side may be started on a guess.
+    UNKNOWN = "unknown"
+
+
+class MigrationError(Exception):
+    """Root of all errors of this package.
+
+    Attributes:
+        owner: which side may run the guest now.
+        others: further errors of the same attempt, which this one outranked (for logs; never needed to decide).
+    """
+
+    def __init__(self, message: str, *, owner: Ownership = Ownership.SOURCE) -> None:
+        super().__init__(message)
+        self.owner = owner
+        self.others: Sequence[BaseException] = ()
+
+
+class ConfigError(MigrationError, ValueError):
+    """A capability, parameter or option that is unknown, out of range, contradictory or not built yet.
+
+    Attributes:
+        name: the option, in QMP spelling (``downtime-limit``), or None where several are concerned.
+    """
+
+    def __init__(self, message: str, *, name: str | None = None) -> None:
+        super().__init__(message)
+        self.name = name
+
+
+class StateError(MigrationError):
+    """The call is not possible in the present status; nothing was changed.
+
+    Attributes:
+        status: the status (QEMU's spelling) that forbids it, or None where the guest itself is busy.
+    """
+
+    def __init__(self, message: str, *, status: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class LocalProtocolError(MigrationError):
+    """This side was about to break the protocol: the guest or the caller handed over something unsendable."""
+
+
+class RemoteProtocolError(MigrationError):
+    """The peer sent bytes that are not a migration stream, or not one for this guest.
+
+    Attributes:
+        offset: position of the offending element in that direction of the stream, in bytes from its start; None
+            where the whole stream is meant (something is missing from it).
+        section: what was being read (``"ram"``, ``"0000:00:01.3/piix4_pm"``, ``"configuration"``), or None.
+        reason: the sentence without position.
+    """
+
+    def __init__(self, reason: str, *, offset: int | None = None, section: str | None = None) -> None:
+        where = "" if offset is None else f"at byte {offset} (0x{offset:x})"
+        if section is not None:
+            where += f"{', ' if where else ''}in section {section!r}"
+        super().__init__(f"{reason} [{where}]" if where else reason)
+        self.reason = reason
+        self.offset = offset
+        self.section = section
+
+
+class TransportFailed(MigrationError):
+    """The connection could not be made, broke, or ended too early; or the peer was silent for too long."""
+
+
+class PeerFailed(MigrationError):
+    """The peer refused: it reported an error of its own over the return path.
+
+    Attributes:
+        code: the value of the SHUT message (QEMU and trimig send 1).
+    """
+
+    def __init__(self, message: str, *, code: int, owner: Ownership = Ownership.SOURCE) -> None:
+        super().__init__(message, owner=owner)
+        self.code = code
+
+
+class GuestFailed(MigrationError):
+    """A call into the guest failed (pause, resume, a device, its storage); the message names which."""
+
+
+class NotConverging(MigrationError):
+    """The bound on iterations or time was reached while the guest dirtied memory faster than it could be sent."""
+
+
+class MigrationCancelled(MigrationError):
+    """:meth:`trimig.Monitor.cancel` was called; the guest is as it was before.
+
+    Attributes:
+        reason: what the canceller gave.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the migration was cancelled: {reason}")
+        self.reason = reason
+
+
+class HandoverUncertain(MigrationError):
+    """The decision to hand over was sent, and the answer never came: the destination may be running the guest.
+
+    The guest stays paused here on purpose. Find out the truth (ask the destination, or fence it), then say it with
+    :meth:`settle`.
+
+    Attributes:
+        settled: None until :meth:`settle` has succeeded, then the owner that was given.
+    """
+
+    def __init__(self, message: str, *, resume: Callable[[], Awaitable[None]] | None = None) -> None:
+        super().__init__(message, owner=Ownership.UNKNOWN)
+        self._resume = resume
+        self.settled: Ownership | None = None
+
+    async def settle(self, owner: Ownership) -> None:
+        """State who owns the guest: SOURCE resumes it here (if it ran before), DESTINATION gives it up.
+
+        Raises:
+            ValueError: *owner* is UNKNOWN.
+            StateError: it was settled already.
+            GuestFailed: the guest could not be resumed; it may be tried again.
+
+        **Cancellation:** a cancelled call has not settled anything, but the guest may have been resumed.
+        """
+        if owner is Ownership.UNKNOWN:
+            raise ValueError("settle needs a definite owner: Ownership.SOURCE or Ownership.DESTINATION")
+        if self.settled is not None:
+            raise StateError(f"already settled: the owner is the {self.settled.value}")
+        if owner is Ownership.SOURCE and self._resume is not None:
+            await self._resume()
+        self.settled = owner
+        self.owner = owner
+
+
+class InternalError(MigrationError):
+    """A fault of trimig itself. Please report it, with the traceback of ``__cause__``."""

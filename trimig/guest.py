@@ -1,0 +1,189 @@
+"""The interfaces a guest implements. No code.
+
+A *guest* is RAM blocks, devices and a run state. The engine never looks behind these protocols; what comes out of
+the box is in :mod:`trimig.guests`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Bytes of a target page on the wire, on x86 and on every guest trimig brings itself.
+PAGE_SIZE = 4096
+
+PageBitmap = NDArray[np.bool_]
+Pages = NDArray[np.uint8]
+
+
+@runtime_checkable
+class RamBlock(Protocol):
+    """One contiguous piece of guest memory, mapped into this process."""
+
+    @property
+    def name(self) -> str:
+        """The id on the wire, 1 to 255 bytes of UTF-8."""
+
+    @property
+    def length(self) -> int:
+        """Used length in bytes, a multiple of PAGE_SIZE."""
+
+    @property
+    def pages(self) -> Pages:
+        """The memory itself, shape ``(length // PAGE_SIZE, PAGE_SIZE)``, writable and C-contiguous.
+
+        The engine takes the address of it and lets the kernel read and write there, so it must stay mapped for as
+        long as a migration runs.
+        """
+
+    def absent(self) -> PageBitmap | None:
+        """Pages that have no memory behind them yet, and so read as zero; None if that cannot be told cheaply."""
+
+
+class DirtyTracker(Protocol):
+    """Tells which pages the guest has written. One attempt of a migration uses one tracker."""
+
+    @property
+    def method(self) -> str:
+        """How it knows: ``"userfaultfd-wp"``, ``"compare"``, ``"marks"`` or ``"none"`` (a guest that never runs)."""
+
+    async def start(self) -> None:
+        """From the return on, every write is noticed. Raises GuestFailed; tracking is then off.
+
+        **Cancellation:** tracking may be on; call :meth:`stop`.
+        """
+
+    async def sync(self) -> Mapping[str, PageBitmap]:
+        """Get and clear: for each RAM block by name, the pages written since the last call (or the start).
+
+        The arrays are the caller's to keep. A page that is written while the call runs is in this result or in the
+        next one.
+
+        **Cancellation:** pages written since the last call may be lost; only :meth:`stop` is useful after it.
+        """
+
+    def stop(self) -> None:
+        """Tracking off, everything given back. Idempotent; never blocks."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSection:
+    """The state of one device as it stands in a FULL section."""
+
+    #: Device id string, 1 to 255 bytes of UTF-8.
+    idstr: str
+    instance_id: int = 0
+    version_id: int
+    payload: bytes
+    #: The number it had on the wire it came from; None lets the sender choose.
+    section_id: int | None = None
+    #: Its object in the JSON description (vmstate.md part 6); None if there was none.
+    description: Mapping[str, Any] | None = None
+
+
+class Device(Protocol):
+    """A small piece of state beside the RAM. :class:`trimig.guests.Device` implements it from a declaration."""
+
+    @property
+    def idstr(self) -> str:
+        """Device id string, 1 to 255 bytes of UTF-8."""
+
+    @property
+    def instance_id(self) -> int:
+        """Tells devices of the same idstr apart."""
+
+    @property
+    def version_id(self) -> int:
+        """The version that :meth:`save` writes; :meth:`load` refuses newer ones."""
+
+    def save(self) -> bytes:
+        """The payload. The guest is paused."""
+
+    def measure(self, data: memoryview, version_id: int) -> int | None:
+        """How many bytes of *data* are one whole payload; None if it goes on behind them.
+
+        Raises:
+            RemoteProtocolError: *data* cannot be the start of a payload of this version.
+        """
+
+    def load(self, payload: bytes, version_id: int) -> None:
+        """Take over the state.
+
+        Raises:
+            RemoteProtocolError: a value is out of its range; the device is unchanged.
+        """
+
+    def describe(self) -> Mapping[str, Any]:
+        """The device's object for the JSON description, for a payload saved now."""
+
+
+@runtime_checkable
+class Guest(Protocol):
+    """What :func:`trimig.migrate` moves away and :func:`trimig.receive` fills."""
+
+    @property
+    def name(self) -> str:
+        """The machine name in the configuration section; both ends must agree on it."""
+
+    @property
+    def ram(self) -> Sequence[RamBlock]:
+        """The RAM blocks, constant while a migration runs."""
+
+    @property
+    def devices(self) -> Mapping[tuple[str, int], Device] | None:
+        """Devices by (idstr, instance id); None for a guest that takes every section as bytes (a parked one)."""
+
+    @property
+    def run_state(self) -> str:
+        """QEMU's run state name: ``"running"``, ``"paused"``, ``"prelaunch"``, …"""
+
+    def claim(self, purpose: str) -> None:
+        """Reserve the guest for one migration; StateError (naming the present purpose) if it has one."""
+
+    def release(self) -> None:
+        """The end of what :meth:`claim` began."""
+
+    async def pause(self) -> None:
+        """Stop executing; when it returns nothing writes guest memory. Raises GuestFailed; it then still runs.
+
+        **Cancellation:** the guest may or may not be paused; the engine resumes it.
+        """
+
+    async def resume(self) -> None:
+        """Execute again after :meth:`pause`. Raises GuestFailed; it then does not run, and may be resumed later.
+
+        Must be harmless on a guest that runs already.
+
+        **Cancellation:** as for an error; the engine calls it in a bounded shield only.
+        """
+
+    def dirty_tracker(self) -> DirtyTracker:
+        """A new tracker over all of :attr:`ram`."""
+
+    async def throttle(self, percent: int) -> None:
+        """Take *percent* (0 to 99) of its running time from the guest; 0 ends it."""
+
+    async def save_devices(self) -> Sequence[DeviceSection]:
+        """The state of every device, in the order in which it must be loaded. The guest is paused.
+
+        **Cancellation:** has no effect on the guest.
+        """
+
+    async def load_devices(self, sections: Sequence[DeviceSection]) -> None:
+        """Take over device state on the destination; raises RemoteProtocolError or GuestFailed.
+
+        **Cancellation:** devices are undefined until the next whole load; the guest must not be run.
+        """
+
+    async def activate(self, run_state: str) -> None:
+        """The guest is complete and this side's: bring it into *run_state*, and return when it really is there.
+
+        A guest with a place to keep itself does so before it returns: the source forgets the guest on the strength
+        of this call. If it raises, the guest is not running here.
+
+        **Cancellation:** as for an error; the engine calls it in a bounded shield only.
+        """

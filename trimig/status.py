@@ -1,0 +1,129 @@
+"""The statuses of a migration, which may follow which, and who owns the guest in each.
+
+The names are QEMU's (states.md part 1), plus two of our own for what QEMU has no word for:
+
+* ``handover``: the decision has been handed to the transport and is not answered yet. QEMU calls this ``active`` or
+  ``device`` and resumes the guest if the connection breaks there, which is how two guests come to run (states.md
+  part 14, G1 and G2).
+* ``uncertain``: that answer never came. The guest stays paused until somebody settles who owns it.
+
+Both roles live in this one file, so that what one side may do and what the other side may conclude from it are read
+together. The table is the truth; the engine moves through it with :func:`check`, and nothing else changes a status.
+
+Source::
+
+    none -> setup -> active -> device -> handover -> completed
+              |        |  \\-> pre-switchover -/  |  \\-> uncertain -> completed | failed
+              |        |             |           |  \\-> failed (the destination refused)
+              +--------+-------------+-----------+--> cancelling -> cancelled
+              +--------+-------------+-----------+--> failed
+
+Destination::
+
+    none -> setup -> active -> handover -> completed
+              |        |          \\-> failed (it could not be activated; SHUT 1)
+              +--------+--> failed | cancelling -> cancelled
+"""
+
+from __future__ import annotations
+
+import enum
+from types import MappingProxyType
+from typing import Final
+
+from .errors import Ownership, StateError
+
+
+class Role(enum.Enum):
+    """The side of a migration."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+class Status(enum.Enum):
+    """Where a migration is. The value is the spelling used in messages and in ``info()``."""
+
+    NONE = "none"
+    SETUP = "setup"
+    ACTIVE = "active"
+    PRE_SWITCHOVER = "pre-switchover"
+    DEVICE = "device"
+    #: The decision is on its way and unanswered (source); the stream is complete and is being activated (destination).
+    HANDOVER = "handover"
+    #: The answer never came; a person or a program must settle who owns the guest.
+    UNCERTAIN = "uncertain"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+
+    @property
+    def qmp(self) -> str:
+        """The nearest of QEMU's own statuses, for clients that know no others."""
+        return {Status.HANDOVER: "device", Status.UNCERTAIN: "failed"}.get(self, self.value)
+
+
+_S = Status
+_SRC, _DST, _UNK = Ownership.SOURCE, Ownership.DESTINATION, Ownership.UNKNOWN
+
+TRANSITIONS: Final = MappingProxyType(
+    {
+        Role.SOURCE: MappingProxyType(
+            {
+                _S.NONE: frozenset({_S.SETUP}),
+                _S.SETUP: frozenset({_S.ACTIVE, _S.FAILED, _S.CANCELLING}),
+                _S.ACTIVE: frozenset({_S.PRE_SWITCHOVER, _S.DEVICE, _S.FAILED, _S.CANCELLING}),
+                _S.PRE_SWITCHOVER: frozenset({_S.DEVICE, _S.FAILED, _S.CANCELLING}),
+                _S.DEVICE: frozenset({_S.HANDOVER, _S.FAILED, _S.CANCELLING}),
+                # No cancelling from here on: what is on its way cannot be taken back (G2).
+                # To failed only by the destination's own word, or where it is certain that nothing was sent.
+                _S.HANDOVER: frozenset({_S.COMPLETED, _S.FAILED, _S.UNCERTAIN}),
+                _S.UNCERTAIN: frozenset({_S.COMPLETED, _S.FAILED}),
+                _S.CANCELLING: frozenset({_S.CANCELLED, _S.FAILED}),
+                _S.COMPLETED: frozenset({_S.SETUP}),
+                _S.FAILED: frozenset({_S.SETUP}),
+                _S.CANCELLED: frozenset({_S.SETUP}),
+            }
+        ),
+        Role.DESTINATION: MappingProxyType(
+            {
+                _S.NONE: frozenset({_S.SETUP}),
+                _S.SETUP: frozenset({_S.ACTIVE, _S.FAILED, _S.CANCELLING}),
+                _S.ACTIVE: frozenset({_S.HANDOVER, _S.FAILED, _S.CANCELLING}),
+                _S.HANDOVER: frozenset({_S.COMPLETED, _S.FAILED}),
+                _S.CANCELLING: frozenset({_S.CANCELLED, _S.FAILED}),
+                _S.COMPLETED: frozenset({_S.SETUP}),
+                _S.FAILED: frozenset({_S.SETUP}),
+                _S.CANCELLED: frozenset({_S.SETUP}),
+            }
+        ),
+    }
+)
+
+_OWNERS: Final = MappingProxyType(
+    {
+        Role.SOURCE: MappingProxyType({_S.HANDOVER: _UNK, _S.UNCERTAIN: _UNK, _S.COMPLETED: _DST}),
+        # On the destination `handover` begins when the source's decision has been read: nobody else may run the guest
+        # from then on, unless this side gives it back with SHUT 1.
+        Role.DESTINATION: MappingProxyType({_S.HANDOVER: _DST, _S.COMPLETED: _DST}),
+    }
+)
+
+#: Nothing is under way.
+IDLE: Final = frozenset({_S.NONE, _S.COMPLETED, _S.FAILED, _S.CANCELLED})
+#: The end of an attempt; UNCERTAIN ends the attempt but not the question.
+TERMINAL: Final = frozenset({_S.COMPLETED, _S.FAILED, _S.CANCELLED, _S.UNCERTAIN})
+#: A cancel is accepted here.
+CANCELLABLE: Final = frozenset({_S.SETUP, _S.ACTIVE, _S.PRE_SWITCHOVER, _S.DEVICE})
+
+
+def owner(role: Role, status: Status) -> Ownership:
+    """Who may run the guest, as far as the side in *role* can tell."""
+    return _OWNERS[role].get(status, _SRC)
+
+
+def check(role: Role, old: Status, new: Status) -> None:
+    """Raise StateError unless *new* may follow *old*."""
+    if new not in TRANSITIONS[role].get(old, frozenset()):
+        raise StateError(f"a {role.value} cannot go from {old.value} to {new.value}", status=old.value)
