@@ -1,0 +1,520 @@
+"""Bytes of the main stream -> events, in batches, from a buffer that somebody else fills.
+
+Use::
+
+    decoder = Decoder(measure=...)
+    n = read_into(decoder.writable())
+    decoder.received(n)                      # or decoder.receive_eof()
+    while (event := decoder.next_event()) is not None:
+        ...                                  # page runs are views into the buffer: use them before writable()
+
+The invariant, which is fuzzed: any bytes give events or one :class:`RemoteProtocolError` with the offset of the
+element it is about, whatever the pieces they come in; nothing is allocated for a length before the length was
+checked. After an error the decoder is dead: every further call raises the same error again.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from typing import Final, Protocol
+
+import numpy as np
+
+from ..errors import RemoteProtocolError, TransportFailed
+from ..guest import PAGE_SIZE
+from .constants import MAGIC, VERSION, Command, Section
+from .events import (
+    CommandElement,
+    ConfigSubsection,
+    Configuration,
+    Description,
+    DevicePayload,
+    EndOfStream,
+    Event,
+    FileHeader,
+    RamEnd,
+    SectionFooter,
+    SectionHeader,
+    TailBytes,
+)
+from .ram import RecordReader
+
+_BE32 = struct.Struct(">I")
+
+#: Command payloads of one possible length (commands.md part 2).
+_COMMAND_LENGTH: Final = {
+    Command.OPEN_RETURN_PATH: 0,
+    Command.PING: 4,
+    Command.POSTCOPY_LISTEN: 0,
+    Command.POSTCOPY_RUN: 0,
+    Command.PACKAGED: 4,
+    Command.ENABLE_COLO: 0,
+    Command.POSTCOPY_RESUME: 0,
+}
+
+#: A machine type name is an identifier of a few dozen characters; the wire would allow 4 GiB.
+MAX_MACHINE_NAME: Final = 255
+#: QEMU 7.2 knows 21 capabilities.
+MAX_CAPABILITIES: Final = 256
+MAX_RAM_BLOCKS: Final = 4096
+
+
+class Measure(Protocol):
+    """Finds the length of a device's payload."""
+
+    def __call__(self, idstr: str, instance_id: int, version_id: int, data: memoryview, /) -> int | None:
+        """Bytes of the payload at the start of *data*; None if it is not complete yet.
+
+        Raises RemoteProtocolError for an unknown device, a version that is too new, or impossible data.
+        """
+
+
+class Decoder:
+    """Reads one main stream.
+
+    Args:
+        measure: delimits device payloads. None: from the first FULL section on everything is handed out undivided as
+            :class:`TailBytes`, since nothing on the wire tells where an unknown device ends.
+        configuration: the stream has a configuration section (the peer's ``send-configuration``).
+        footers: sections end with a footer (the peer's ``send-section-footer``).
+        description: a JSON description may follow the end of file.
+        max_device_bytes: longest accepted payload of one device.
+        max_description_bytes: longest accepted description.
+        max_ram_bytes: largest accepted sum of the RAM blocks.
+        buffer_bytes: size of the buffer; it grows only for a device payload that does not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        measure: Measure | None,
+        configuration: bool = True,
+        footers: bool = True,
+        description: bool = True,
+        max_device_bytes: int = 256 << 20,
+        max_description_bytes: int = 64 << 20,
+        max_ram_bytes: int = 1 << 48,
+        buffer_bytes: int = 2 << 20,
+    ) -> None:
+        self._measure = measure
+        self._expect_configuration = configuration
+        self._footers = footers
+        self._expect_description = description
+        self._max_device_bytes = max_device_bytes
+        self._max_description_bytes = max_description_bytes
+        self._max_ram_bytes = max_ram_bytes
+        self._array = np.empty(max(buffer_bytes, 2 * PAGE_SIZE), np.uint8)
+        self._mem = self._array.data
+        self._pos = 0  # first byte that is not consumed
+        self._end = 0  # first byte that is not filled
+        self._base = 0  # stream offset of buffer[0]
+        self._eof = False
+        self._failure: Exception | None = None
+        self._state: Callable[[], Event | None] = self._read_file_header
+        self._started: dict[int, SectionHeader] = {}
+        self._section: SectionHeader | None = None
+        self._records = RecordReader()
+        self._text: bytearray | None = None
+        self._text_length = 0
+        self._text_at = 0
+
+    # -- the buffer ------------------------------------------------------------------------------------------------
+
+    @property
+    def offset(self) -> int:
+        """Stream offset of the first byte that no event has consumed."""
+        return self._base + self._pos
+
+    @property
+    def section(self) -> str | None:
+        """The section being read, for messages."""
+        return self._section.idstr if self._section is not None else None
+
+    @property
+    def blocks(self) -> Mapping[str, int]:
+        """Used lengths of the announced RAM blocks, by name."""
+        return self._records.blocks
+
+    def writable(self) -> memoryview:
+        """Room for more bytes, at least one; invalidates the arrays of events handed out before."""
+        if self._pos == self._end:
+            self._base += self._pos
+            self._pos = self._end = 0
+        elif len(self._mem) - self._end < len(self._mem) // 4:
+            rest = self._end - self._pos
+            self._array[:rest] = self._array[self._pos : self._end].copy()
+            self._base += self._pos
+            self._pos, self._end = 0, rest
+        return self._mem[self._end :]
+
+    def received(self, count: int) -> None:
+        """*count* bytes were put at the start of what :meth:`writable` returned."""
+        self._end += count
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """Copy *data* in; for callers with bytes at hand. Takes at most what fits: see :meth:`room`."""
+        view = self.writable()
+        if len(data) > len(view):
+            raise ValueError(f"{len(data)} bytes do not fit into the {len(view)} that are free")
+        view[: len(data)] = data
+        self.received(len(data))
+
+    def receive_eof(self) -> None:
+        """The connection has ended behind the bytes given so far."""
+        self._eof = True
+
+    # -- placing pages without the buffer (see trimig.engine.ram_in) ---------------------------------------------------
+
+    @property
+    def open_run(self) -> tuple[str, int, int] | None:
+        """``(block, next offset, length of the run so far)`` while consecutive pages of one block come in, else None.
+
+        Only while the buffer holds less than one record: the next bytes to come belong to that record.
+        """
+        if self._state != self._read_records or self._end - self._pos >= 8 + PAGE_SIZE:
+            return None
+        return self._records.open_run
+
+    def take_rest(self) -> bytes:
+        """Remove and return the bytes of the incomplete record in the buffer; :attr:`offset` stays at its start."""
+        rest = bytes(self._mem[self._pos : self._end])
+        self._base += self._pos
+        self._pos = self._end = 0
+        return rest
+
+    def placed(self, pages: int) -> None:
+        """*pages* whole PAGE records that continue the open run were consumed elsewhere."""
+        self._base += pages * (8 + PAGE_SIZE)
+        self._records.extend_run(pages)
+
+    def give_back(self, data: bytes) -> None:
+        """*data* stands at :attr:`offset` after all. The buffer must be empty (see :meth:`take_rest`)."""
+        if self._pos != self._end:
+            raise ValueError("bytes can be given back to an empty buffer only")
+        self._base += self._pos
+        self._pos = self._end = 0
+        if len(data) > len(self._mem) // 2:
+            self._grow(2 * len(data))
+        self._mem[: len(data)] = data
+        self._end = len(data)
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def next_event(self) -> Event | None:
+        """The next element, or None: more bytes are needed (or, after the end, none are).
+
+        Raises:
+            RemoteProtocolError: the bytes are not a stream for this guest.
+            TransportFailed: the connection ended in the middle.
+        """
+        if self._failure is not None:
+            raise self._failure
+        try:
+            event = self._state()
+        except RemoteProtocolError as error:
+            if error.offset is None:
+                error = RemoteProtocolError(error.reason, offset=self.offset, section=error.section or self.section)
+            self._failure = error
+            raise error from None
+        if event is None and self._eof and self._state not in (self._read_nothing, self._read_tail):
+            if self._state == self._read_description:
+                return self._cut_description()
+            where = f" in section {self.section!r}" if self.section else ""
+            if self._state == self._read_file_header and self._end == self._pos == self._base == 0:
+                self._failure = TransportFailed("the peer closed the connection without sending anything")
+            else:
+                have = self._end - self._pos
+                self._failure = TransportFailed(
+                    f"the stream ends{where} at byte {self.offset + have} (0x{self.offset + have:x}), "
+                    f"before the guest was complete"
+                )
+            raise self._failure
+        return event
+
+    def _error(self, text: str) -> RemoteProtocolError:
+        return RemoteProtocolError(text, offset=self.offset, section=self.section)
+
+    def _have(self, count: int) -> bool:
+        return self._end - self._pos >= count
+
+    def _be32(self, at: int) -> int:
+        return int(_BE32.unpack_from(self._mem, self._pos + at)[0])
+
+    def _consume(self, count: int) -> int:
+        """Step over *count* bytes; returns the stream offset where they began."""
+        at = self.offset
+        self._pos += count
+        return at
+
+    def _cstr(self, at: int) -> str | None:
+        """The counted string *at* bytes ahead; None if it is not all there."""
+        if not self._have(at + 1):
+            return None
+        length = self._mem[self._pos + at]
+        if not self._have(at + 1 + length):
+            return None
+        start = self._pos + at + 1
+        return bytes(self._mem[start : start + length]).decode("utf-8", "surrogateescape")
+
+    def _grow(self, size: int) -> None:
+        array = np.empty(size, np.uint8)
+        rest = self._end - self._pos
+        array[:rest] = self._array[self._pos : self._end]
+        self._base += self._pos
+        self._array, self._mem = array, array.data
+        self._pos, self._end = 0, rest
+
+    def _read_file_header(self) -> Event | None:
+        have = min(self._end - self._pos, 4)
+        if bytes(self._mem[self._pos : self._pos + have]) != MAGIC[:have]:
+            got = bytes(self._mem[self._pos : self._pos + have])
+            raise self._error(f"not a migration stream: it starts with {got!r} instead of {MAGIC!r}")
+        if not self._have(8):
+            return None
+        version = self._be32(4)
+        if version == 2:
+            raise self._error("stream version 2 is obsolete and cannot be read; version 3 is needed")
+        if version != VERSION:
+            raise self._error(f"stream version {version} is not supported; version {VERSION} is needed")
+        self._state = self._read_configuration if self._expect_configuration else self._read_section
+        return FileHeader(version=version, at=self._consume(8))
+
+    def _read_configuration(self) -> Event | None:
+        if not self._have(1):
+            return None
+        kind = self._mem[self._pos]
+        if kind != Section.CONFIGURATION:
+            raise self._error(f"the configuration section is missing: found type {kind:#04x} instead of 0x07")
+        if not self._have(5):
+            return None
+        length = self._be32(1)
+        if length > MAX_MACHINE_NAME:
+            raise self._error(f"machine name of {length} bytes, at most {MAX_MACHINE_NAME} are accepted")
+        if not self._have(5 + length):
+            return None
+        machine = bytes(self._mem[self._pos + 5 : self._pos + 5 + length]).decode("utf-8", "surrogateescape")
+        subsections = []
+        ahead = 5 + length
+        while True:
+            # One byte of the next element decides whether the configuration goes on.
+            if not self._have(ahead + 1):
+                return None
+            if self._mem[self._pos + ahead] != Section.SUBSECTION:
+                break
+            name = self._cstr(ahead + 1)
+            if name is None:
+                return None
+            if not name.startswith("configuration"):
+                break
+            found = self._config_subsection(name, ahead + 2 + len(name))
+            if found is None:
+                return None
+            subsection, ahead = found
+            subsections.append(subsection)
+        self._state = self._read_section
+        return Configuration(machine=machine, subsections=tuple(subsections), at=self._consume(ahead))
+
+    def _config_subsection(self, name: str, ahead: int) -> tuple[ConfigSubsection, int] | None:
+        if not self._have(ahead + 4):
+            return None
+        version = self._be32(ahead)
+        if version > 1:
+            raise self._error(f"subsection {name!r} has version {version}, 1 is the newest known")
+        ahead += 4
+        start = ahead
+        match name:
+            case "configuration/target-page-bits":
+                ahead += 4
+            case "configuration/uuid":
+                ahead += 16
+            case "configuration/capabilities":
+                if not self._have(ahead + 4):
+                    return None
+                count = self._be32(ahead)
+                if count > MAX_CAPABILITIES:
+                    raise self._error(f"{count} capabilities announced, at most {MAX_CAPABILITIES} are accepted")
+                ahead += 4
+                for _ in range(count):
+                    capability = self._cstr(ahead)
+                    if capability is None:
+                        return None
+                    ahead += 1 + self._mem[self._pos + ahead]
+            case _:
+                raise self._error(f"unknown configuration subsection {name!r}")
+        if not self._have(ahead):
+            return None
+        payload = bytes(self._mem[self._pos + start : self._pos + ahead])
+        return ConfigSubsection(name=name, version=version, payload=payload), ahead
+
+    def _read_section(self) -> Event | None:
+        if not self._have(1):
+            return None
+        kind = self._mem[self._pos]
+        match kind:
+            case Section.START:
+                return self._read_section_start(Section.START)
+            case Section.FULL:
+                if self._measure is None:
+                    self._state = self._read_tail
+                    return self._read_tail()
+                return self._read_section_start(Section.FULL)
+            case Section.PART | Section.END:
+                return self._read_section_continue(Section(kind))
+            case Section.COMMAND:
+                return self._read_command()
+            case Section.EOF:
+                self._state = self._read_description if self._expect_description else self._read_nothing
+                return EndOfStream(at=self._consume(1))
+        raise self._error(f"unknown section type {kind} (0x{kind:02x})")
+
+    def _read_section_start(self, kind: Section) -> Event | None:
+        idstr = self._cstr(5)
+        if idstr is None:
+            return None
+        head = 6 + self._mem[self._pos + 5]
+        if not self._have(head + 8):
+            return None
+        if not idstr:
+            raise self._error("section with an empty device id string")
+        instance_id, version_id = self._be32(head), self._be32(head + 4)
+        section_id = self._be32(1)
+        if kind is Section.START:
+            if idstr != "ram" or instance_id != 0:
+                raise self._error(f"the iterative section {idstr!r} (instance {instance_id}) is not supported")
+            if version_id != 4:
+                raise self._error(f"section 'ram' has version {version_id}, 4 is needed")
+            self._state = self._read_records
+        else:
+            self._state = self._read_device
+        header = SectionHeader(
+            kind=kind,
+            section_id=section_id,
+            idstr=idstr,
+            instance_id=instance_id,
+            version_id=version_id,
+            at=self._consume(head + 8),
+        )
+        if kind is Section.START:
+            self._started[section_id] = header
+            self._records.expect_list = True
+        self._section = header
+        return header
+
+    def _read_section_continue(self, kind: Section) -> Event | None:
+        if not self._have(5):
+            return None
+        section_id = self._be32(1)
+        started = self._started.get(section_id)
+        if started is None:
+            raise self._error(f"section {kind.name} with the id {section_id}, which no START has announced")
+        self._section = started
+        self._state = self._read_records
+        return SectionHeader(
+            kind=kind,
+            section_id=section_id,
+            idstr=started.idstr,
+            instance_id=started.instance_id,
+            version_id=started.version_id,
+            at=self._consume(5),
+        )
+
+    def _read_command(self) -> Event | None:
+        if not self._have(5):
+            return None
+        number, length = struct.unpack_from(">HH", self._mem, self._pos + 1)
+        try:
+            command = Command(number)
+        except ValueError:
+            raise self._error(f"unknown command {number:#06x} with {length} bytes of payload") from None
+        expected = _COMMAND_LENGTH.get(command)
+        if expected is not None and length != expected:
+            raise self._error(f"command {command.name} with {length} bytes of payload, expected {expected}")
+        if not self._have(5 + length):
+            return None
+        payload = bytes(self._mem[self._pos + 5 : self._pos + 5 + length])
+        return CommandElement(number=number, payload=payload, at=self._consume(5 + length))
+
+    def _read_records(self) -> Event | None:
+        event, used = self._records.read(self._array, self._pos, self._end, self.offset, self._max_ram_bytes)
+        if event is not None:
+            self._pos += used
+            if isinstance(event, RamEnd):
+                self._end_section()
+        return event
+
+    def _read_device(self) -> Event | None:
+        assert self._measure is not None
+        assert self._section is not None
+        section = self._section
+        with self._mem[self._pos : self._end] as data:
+            length = self._measure(section.idstr, section.instance_id, section.version_id, data)
+        if length is not None and self._have(length):
+            payload = bytes(self._mem[self._pos : self._pos + length])
+            self._end_section()
+            return DevicePayload(payload=payload, at=self._consume(length))
+        have = self._end - self._pos
+        if have >= self._max_device_bytes:
+            raise self._error(f"device state of more than {self._max_device_bytes} bytes")
+        if have > len(self._mem) // 2:
+            self._grow(min(2 * len(self._mem), 2 * self._max_device_bytes))
+        return None
+
+    def _end_section(self) -> None:
+        self._state = self._read_footer if self._footers else self._read_section
+        if not self._footers:
+            self._section = None
+
+    def _read_footer(self) -> Event | None:
+        assert self._section is not None
+        if not self._have(1):
+            return None
+        kind = self._mem[self._pos]
+        if kind != Section.FOOTER:
+            raise self._error(f"missing section footer: found {kind:#04x} instead of 0x7e")
+        if not self._have(5):
+            return None
+        section_id = self._be32(1)
+        if section_id != self._section.section_id:
+            raise self._error(f"section footer with the id {section_id}, expected {self._section.section_id}")
+        self._section = None
+        self._state = self._read_section
+        return SectionFooter(section_id=section_id, at=self._consume(5))
+
+    def _read_tail(self) -> Event | None:
+        data = bytes(self._mem[self._pos : self._end])
+        if not data:
+            return None
+        return TailBytes(data=data, at=self._consume(len(data)))
+
+    def _read_description(self) -> Event | None:
+        if self._text is None:
+            if not self._have(1):
+                return None
+            kind = self._mem[self._pos]
+            if kind != Section.VMDESCRIPTION:
+                raise self._error(f"expected the description behind the end of file, found type {kind:#04x}")
+            if not self._have(5):
+                return None
+            length = self._be32(1)
+            if length > self._max_description_bytes:
+                raise self._error(f"description of {length} bytes, at most {self._max_description_bytes} are accepted")
+            self._text_length = length
+            self._text_at = self._consume(5)
+            self._text = bytearray()
+        take = min(self._text_length - len(self._text), self._end - self._pos)
+        self._text += self._mem[self._pos : self._pos + take]
+        self._consume(take)
+        if len(self._text) < self._text_length:
+            return None
+        self._state = self._read_nothing
+        return Description(text=bytes(self._text), at=self._text_at)
+
+    def _cut_description(self) -> Event | None:
+        self._state = self._read_nothing
+        self._pos = self._end
+        return Description(text=bytes(self._text or b""), complete=False, at=self.offset)
+
+    def _read_nothing(self) -> Event | None:
+        self._pos = self._end  # bytes behind the description are ignored (stream.md part 7)
+        return None

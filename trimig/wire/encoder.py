@@ -1,0 +1,228 @@
+"""Events -> bytes of the main stream.
+
+RAM is the exception: for pages only the *headers* are made here (an array of words), because the page data goes from
+guest memory to the transport without passing through Python (see :mod:`trimig.engine.ram_out`).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import LocalProtocolError
+from ..guest import DeviceSection
+from .constants import MAGIC, RAM_VERSION, VERSION, RamFlag, Section
+from .events import (
+    CommandElement,
+    ConfigSubsection,
+    Configuration,
+    Description,
+    DevicePayload,
+    EndOfStream,
+    Event,
+    FileHeader,
+    PageRun,
+    RamEnd,
+    RamList,
+    SectionFooter,
+    SectionHeader,
+    TailBytes,
+    ZeroRun,
+)
+
+_BE16X2 = struct.Struct(">BHH")
+_BE32 = struct.Struct(">I")
+_BE64 = struct.Struct(">Q")
+_TAG32 = struct.Struct(">BI")
+
+#: The word that ends the records of a RAM section.
+END_WORD = _BE64.pack(RamFlag.EOS)
+
+Words = NDArray[np.uint64]
+
+
+def cstr(text: str) -> bytes:
+    """A counted string; LocalProtocolError if it does not fit one byte of length."""
+    data = text.encode()
+    if len(data) > 255:
+        raise LocalProtocolError(f"{text[:40]!r}… has {len(data)} bytes, the wire allows 255 in a name")
+    return bytes([len(data)]) + data
+
+
+def file_header() -> bytes:
+    """Magic and version."""
+    return MAGIC + _BE32.pack(VERSION)
+
+
+def configuration(machine: str, subsections: Iterable[ConfigSubsection] = ()) -> bytes:
+    """The configuration section (stream.md part 4)."""
+    name = machine.encode()
+    parts = [_TAG32.pack(Section.CONFIGURATION, len(name)), name]
+    for sub in subsections:
+        parts += [bytes([Section.SUBSECTION]), cstr(sub.name), _BE32.pack(sub.version), sub.payload]
+    return b"".join(parts)
+
+
+def section_start(kind: Section, section_id: int, idstr: str, instance_id: int, version_id: int) -> bytes:
+    """Header of a START or FULL section."""
+    return _TAG32.pack(kind, section_id) + cstr(idstr) + struct.pack(">II", instance_id, version_id)
+
+
+def section_continue(kind: Section, section_id: int) -> bytes:
+    """Header of a PART or END section."""
+    return _TAG32.pack(kind, section_id)
+
+
+def section_footer(section_id: int) -> bytes:
+    """End mark of a section."""
+    return _TAG32.pack(Section.FOOTER, section_id)
+
+
+def command(number: int, payload: bytes = b"") -> bytes:
+    """A COMMAND element (commands.md part 1)."""
+    return _BE16X2.pack(Section.COMMAND, number, len(payload)) + payload
+
+
+def ping(value: int) -> bytes:
+    """PING: the destination answers with PONG once everything before it is loaded."""
+    return command(2, _BE32.pack(value))
+
+
+def ram_list(blocks: Iterable[tuple[str, int]]) -> bytes:
+    """The size list of RAM START, without the end word."""
+    entries = [(cstr(name), length) for name, length in blocks]
+    total = sum(length for _, length in entries)
+    return _BE64.pack(total | RamFlag.MEM_SIZE) + b"".join(name + _BE64.pack(length) for name, length in entries)
+
+
+def end_of_stream() -> bytes:
+    """The end-of-file byte."""
+    return bytes([Section.EOF])
+
+
+def description(text: bytes) -> bytes:
+    """The JSON description, sent behind the end of file."""
+    return _TAG32.pack(Section.VMDESCRIPTION, len(text)) + text
+
+
+def device_section(section: DeviceSection, section_id: int, *, footer: bool = True) -> bytes:
+    """One whole FULL section."""
+    head = section_start(Section.FULL, section_id, section.idstr, section.instance_id, section.version_id)
+    return head + section.payload + (section_footer(section_id) if footer else b"")
+
+
+class RecordWriter:
+    """Headers of page records: knows which block the last record named, so that the next may say "the same".
+
+    That memory survives section borders (ram.md part 4), so one writer serves a whole stream.
+    """
+
+    def __init__(self) -> None:
+        self._block: str | None = None
+
+    def words(self, block: str, offsets: NDArray[np.int64], flag: RamFlag) -> tuple[bytes, Words]:
+        """Headers for one record per offset.
+
+        Returns:
+            ``(name, words)``: the first word of each record, big-endian as on the wire, and the counted block name
+            that belongs directly behind the *first* word; empty where that record continues the block before.
+        """
+        words = offsets.astype(np.uint64) | np.uint64(flag | RamFlag.CONTINUE)
+        name = b""
+        if block != self._block and len(words):
+            name = cstr(block)
+            words[0] ^= np.uint64(RamFlag.CONTINUE)
+            self._block = block
+        return name, words.astype(">u8")
+
+    def zero_records(self, block: str, offsets: NDArray[np.int64], fills: NDArray[np.uint8] | None = None) -> bytes:
+        """Complete ZERO records, one per offset."""
+        name, words = self.words(block, offsets, RamFlag.ZERO)
+        records = np.zeros((len(words), 9), np.uint8)
+        records[:, :8] = words.view(np.uint8).reshape(-1, 8)
+        if fills is not None:
+            records[:, 8] = fills
+        data = records.tobytes()
+        return data[:8] + name + data[8:] if name else data
+
+    def page_records(self, block: str, offsets: NDArray[np.int64], data: NDArray[np.uint8]) -> bytes:
+        """Complete PAGE records, one per offset; *data* has shape (n, page size)."""
+        name, words = self.words(block, offsets, RamFlag.PAGE)
+        records = np.empty((len(words), 8 + data.shape[1]), np.uint8)
+        records[:, :8] = words.view(np.uint8).reshape(-1, 8)
+        records[:, 8:] = data
+        out = records.tobytes()
+        return out[:8] + name + out[8:] if name else out
+
+    def forget(self) -> None:
+        """The next record names its block again."""
+        self._block = None
+
+
+class Encoder:
+    """Writes events as the decoder reads them: decoding a stream and encoding its events gives the same bytes."""
+
+    def __init__(self) -> None:
+        self._records = RecordWriter()
+
+    def encode(self, event: Event) -> bytes:
+        """The bytes of one event."""
+        match event:
+            case FileHeader(version=version):
+                return MAGIC + _BE32.pack(version)
+            case Configuration():
+                return configuration(event.machine, event.subsections)
+            case SectionHeader(kind=Section.START | Section.FULL):
+                return section_start(event.kind, event.section_id, event.idstr, event.instance_id, event.version_id)
+            case SectionHeader():
+                return section_continue(event.kind, event.section_id)
+            case SectionFooter():
+                return section_footer(event.section_id)
+            case CommandElement():
+                return command(event.number, event.payload)
+            case RamList():
+                return ram_list(event.blocks)
+            case PageRun():
+                self._name_again(named=event.named)
+                return self._records.page_records(event.block, event.offsets, event.data)
+            case ZeroRun():
+                self._name_again(named=event.named)
+                return self._records.zero_records(event.block, event.offsets, event.fills)
+            case RamEnd():
+                return END_WORD
+            case DevicePayload(payload=payload):
+                return payload
+            case TailBytes(data=data):
+                return data
+            case EndOfStream():
+                return end_of_stream()
+            case Description(text=text):
+                return description(text)
+        raise LocalProtocolError(f"{type(event).__name__} is not an element of the main stream")
+
+    def _name_again(self, *, named: bool) -> None:
+        if named:
+            self._records.forget()
+
+
+__all__ = [
+    "END_WORD",
+    "RAM_VERSION",
+    "Encoder",
+    "RecordWriter",
+    "command",
+    "configuration",
+    "cstr",
+    "description",
+    "device_section",
+    "end_of_stream",
+    "file_header",
+    "ping",
+    "ram_list",
+    "section_continue",
+    "section_footer",
+    "section_start",
+]

@@ -1,0 +1,151 @@
+"""What a stream consists of, one frozen record per element.
+
+The same records come out of :class:`trimig.wire.Decoder` and go into :class:`trimig.wire.Encoder`, so that a stream
+that was read can be written again byte for byte. Every event carries ``at``: the offset of its first byte in the
+stream (-1 for an event that was not read from one).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .constants import Section
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Base of all elements of the main stream."""
+
+    at: int = -1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FileHeader(Event):
+    """Magic and version."""
+
+    version: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigSubsection:
+    """One optional part of the configuration section, its payload uninterpreted."""
+
+    name: str
+    version: int
+    payload: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration(Event):
+    """The configuration section: which machine this stream is of."""
+
+    machine: str
+    subsections: tuple[ConfigSubsection, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SectionHeader(Event):
+    """Header of a START, PART, END or FULL section.
+
+    For PART and END, ``idstr``, ``instance_id`` and ``version_id`` are those of the START with the same id.
+    """
+
+    kind: Section
+    section_id: int
+    idstr: str
+    instance_id: int
+    version_id: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SectionFooter(Event):
+    """The end mark of a section."""
+
+    section_id: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CommandElement(Event):
+    """A COMMAND with its payload."""
+
+    number: int
+    payload: bytes = b""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RamList(Event):
+    """The size list of RAM START: names and used lengths in bytes, in the sender's order."""
+
+    blocks: tuple[tuple[str, int], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PageRun(Event):
+    """Raw pages of one block.
+
+    Attributes:
+        named: the first record carried the block's name (no CONTINUE); all others continue.
+        offsets: int64, shape (n,): byte offsets inside the block, multiples of the page size, checked to be inside it.
+        data: uint8, shape (n, page size). A decoder's runs are views into its buffer: use them before the next call
+            that gives it bytes.
+    """
+
+    block: str
+    named: bool
+    offsets: NDArray[np.int64]
+    data: NDArray[np.uint8]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ZeroRun(Event):
+    """Pages of one block that hold one byte value throughout.
+
+    Attributes:
+        named: as for :class:`PageRun`.
+        offsets: int64, shape (n,).
+        fills: uint8, shape (n,): the value; every known sender uses 0.
+    """
+
+    block: str
+    named: bool
+    offsets: NDArray[np.int64]
+    fills: NDArray[np.uint8]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RamEnd(Event):
+    """The word that ends the records of one RAM section."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DevicePayload(Event):
+    """The whole payload of a FULL section whose device could be measured."""
+
+    payload: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TailBytes(Event):
+    """Bytes from the first FULL section on, where devices are not known; undivided."""
+
+    data: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EndOfStream(Event):
+    """The end-of-file byte: all of the guest has been sent, and the source has decided to hand it over."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Description(Event):
+    """The JSON text behind the end of file.
+
+    Attributes:
+        complete: False where the connection ended inside the text, which is harmless: the guest was complete before.
+    """
+
+    text: bytes
+    complete: bool = True

@@ -1,0 +1,232 @@
+"""Page records inside the section ``ram`` (ram.md), read in runs.
+
+A record is a be64 word (offset | flags), the block's name unless CONTINUE is set, and the content. Page by page would
+cost a Python call for every 4 KiB, so runs of equal-shaped records are found with NumPy: the buffer is seen as an
+array of records, all their words are checked at once, and the pages stay where they are as a view.
+"""
+
+from __future__ import annotations
+
+import struct
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from ..errors import RemoteProtocolError
+from ..guest import PAGE_SIZE
+from .constants import RamFlag
+from .events import Event, PageRun, RamEnd, RamList, ZeroRun
+
+_BE64 = struct.Struct(">Q")
+_FLAGS: Final = PAGE_SIZE - 1
+_PAGE_AGAIN: Final = RamFlag.PAGE | RamFlag.CONTINUE
+_ZERO_AGAIN: Final = RamFlag.ZERO | RamFlag.CONTINUE
+_RECORD: Final = 8 + PAGE_SIZE
+_ZERO_RECORD: Final = 9
+#: Names and lengths of one RAM START; a QEMU machine has a handful.
+MAX_BLOCKS: Final = 4096
+
+#: Records that exist, and which capability makes a sender use them.
+_NOT_BUILT: Final = MappingProxyType(
+    {
+        RamFlag.XBZRLE: "a delta-encoded page (capability xbzrle)",
+        RamFlag.COMPRESS_PAGE: "a compressed page (capability compress)",
+        RamFlag.HOOK: "a record private to the RDMA transport",
+        RamFlag.MULTIFD_FLUSH: "a synchronisation mark of multifd channels (capability multifd)",
+        RamFlag.FULL: "an obsolete FULL record",
+    }
+)
+
+
+class RecordReader:
+    """Reads the records of one stream's RAM sections; remembers the last block across sections, as the wire does."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[str, int] = {}
+        self._block: str | None = None
+        self._run_next = 0
+        self._run_length = 0
+        #: The next record must be the size list of a START section.
+        self.expect_list = False
+
+    @property
+    def blocks(self) -> MappingProxyType[str, int]:
+        """Used length by block name, from the size list."""
+        return MappingProxyType(self._blocks)
+
+    @property
+    def open_run(self) -> tuple[str, int, int] | None:
+        """``(block, next offset, pages so far)`` of the run of consecutive pages that was read last, if there is one."""
+        if self._block is None or not self._run_length:
+            return None
+        return self._block, self._run_next, self._run_length
+
+    def extend_run(self, pages: int) -> None:
+        """*pages* more pages of the open run were read by other means."""
+        self._run_next += pages * PAGE_SIZE
+        self._run_length += pages
+
+    def read(
+        self, array: NDArray[np.uint8], pos: int, end: int, offset: int, max_ram_bytes: int
+    ) -> tuple[Event | None, int]:
+        """The next event from ``array[pos:end]``, which stands at stream *offset*, and how many bytes it used.
+
+        ``(None, 0)``: not enough bytes.
+        """
+        have = end - pos
+        if have < 8:
+            return None, 0
+        word = int(_BE64.unpack_from(array.data, pos)[0])
+        flags = word & _FLAGS
+        if flags in (_PAGE_AGAIN, _ZERO_AGAIN):
+            if self._block is None:
+                raise RemoteProtocolError(
+                    "page record without a block: it continues a block that was never named",
+                    offset=offset,
+                    section="ram",
+                )
+            if flags == _PAGE_AGAIN:
+                return self._page_run(array, pos, have, offset)
+            return self._zero_run(array, pos, have, offset)
+        kind = RamFlag(flags & ~RamFlag.CONTINUE)
+        if kind in (RamFlag.PAGE, RamFlag.ZERO):
+            return self._named(array, pos, have, offset, word, kind)
+        if flags == RamFlag.EOS:
+            self._run_length = 0
+            if self.expect_list:
+                raise RemoteProtocolError("RAM START without a size list", offset=offset, section="ram")
+            return RamEnd(at=offset), 8
+        if flags == RamFlag.MEM_SIZE and self.expect_list:
+            return self._size_list(array, pos, have, offset, word & ~_FLAGS, max_ram_bytes)
+        raise self._refuse(flags, offset)
+
+    def _refuse(self, flags: int, offset: int) -> RemoteProtocolError:
+        known = _NOT_BUILT.get(RamFlag(flags & ~RamFlag.CONTINUE))
+        if known is not None:
+            text = f"{known}, which is not supported yet (flags {flags:#x})"
+        elif flags == RamFlag.MEM_SIZE:
+            text = "a size list outside of RAM START"
+        else:
+            text = f"unknown combination of RAM flags {flags:#x}"
+        return RemoteProtocolError(text, offset=offset, section="ram")
+
+    def _check(self, offsets: NDArray[np.int64], record: int, offset: int) -> None:
+        assert self._block is not None
+        length = self._blocks[self._block]
+        if int(offsets.max()) >= length or int(offsets.min()) < 0:
+            bad = int(np.argmax((offsets >= length) | (offsets < 0)))
+            raise RemoteProtocolError(
+                f"page at {int(offsets[bad]) & (2**64 - 1):#x} is outside of RAM block {self._block!r}, "
+                f"which has {length:#x} bytes",
+                offset=offset + bad * record,
+                section="ram",
+            )
+
+    def _words(self, array: NDArray[np.uint8], pos: int, count: int, record: int, flags: int) -> NDArray[np.int64]:
+        """Offsets of the longest run of records with exactly *flags* at *pos*; at least one, at most *count*."""
+        if count > 1 and array[pos + record + 7] != (flags & 0xFF):
+            count = 1  # the common case of mixed records: do not look at garbage behind it
+        view = as_strided(array[pos:], shape=(count, 8), strides=(record, 1))
+        words = np.ascontiguousarray(view).view(">u8").reshape(-1).astype(np.uint64)
+        same = (words & np.uint64(_FLAGS)) == np.uint64(flags)
+        if not same.all():
+            words = words[: int(np.argmin(same))]
+        return (words & ~np.uint64(_FLAGS)).astype(np.int64)
+
+    def _page_run(self, array: NDArray[np.uint8], pos: int, have: int, offset: int) -> tuple[Event | None, int]:
+        count = have // _RECORD
+        if count == 0:
+            return None, 0
+        offsets = self._words(array, pos, count, _RECORD, _PAGE_AGAIN)
+        self._check(offsets, _RECORD, offset)
+        assert self._block is not None
+        count = len(offsets)
+        data = as_strided(array[pos + 8 :], shape=(count, PAGE_SIZE), strides=(_RECORD, 1))
+        first, last = int(offsets[0]), int(offsets[-1])
+        if last - first == (count - 1) * PAGE_SIZE and (count == 1 or bool((np.diff(offsets) == PAGE_SIZE).all())):
+            self._run_length = self._run_length + count if first == self._run_next else count
+        else:
+            self._run_length = 0
+        self._run_next = last + PAGE_SIZE
+        return PageRun(block=self._block, named=False, offsets=offsets, data=data, at=offset), count * _RECORD
+
+    def _zero_run(self, array: NDArray[np.uint8], pos: int, have: int, offset: int) -> tuple[Event | None, int]:
+        count = have // _ZERO_RECORD
+        if count == 0:
+            return None, 0
+        offsets = self._words(array, pos, count, _ZERO_RECORD, _ZERO_AGAIN)
+        self._check(offsets, _ZERO_RECORD, offset)
+        assert self._block is not None
+        count = len(offsets)
+        self._run_length = 0
+        fills = array[pos + 8 : pos + count * _ZERO_RECORD : _ZERO_RECORD].copy()
+        event = ZeroRun(block=self._block, named=False, offsets=offsets, fills=fills, at=offset)
+        return event, count * _ZERO_RECORD
+
+    def _named(
+        self, array: NDArray[np.uint8], pos: int, have: int, offset: int, word: int, kind: RamFlag
+    ) -> tuple[Event | None, int]:
+        if have < 9 or have < 9 + array[pos + 8]:
+            return None, 0
+        head = 9 + int(array[pos + 8])
+        size = head + (PAGE_SIZE if kind is RamFlag.PAGE else 1)
+        name = array[pos + 9 : pos + head].tobytes().decode("utf-8", "surrogateescape")
+        if name not in self._blocks:
+            raise RemoteProtocolError(f"page of the unknown RAM block {name!r}", offset=offset, section="ram")
+        if have < size:
+            return None, 0
+        self._block = name
+        at = word & ~_FLAGS
+        if at >= self._blocks[name]:
+            raise RemoteProtocolError(
+                f"page at {at:#x} is outside of RAM block {name!r}, which has {self._blocks[name]:#x} bytes",
+                offset=offset,
+                section="ram",
+            )
+        offsets = np.array([at], np.int64)
+        self._run_next, self._run_length = at + PAGE_SIZE, 1 if kind is RamFlag.PAGE else 0
+        content = array[pos + head : pos + size]
+        if kind is RamFlag.PAGE:
+            return PageRun(block=name, named=True, offsets=offsets, data=content.reshape(1, -1), at=offset), size
+        return ZeroRun(block=name, named=True, offsets=offsets, fills=content.copy(), at=offset), size
+
+    def _size_list(
+        self, array: NDArray[np.uint8], pos: int, have: int, offset: int, total: int, max_ram_bytes: int
+    ) -> tuple[Event | None, int]:
+        if total > max_ram_bytes:
+            raise RemoteProtocolError(
+                f"{total} bytes of RAM announced, at most {max_ram_bytes} are accepted", offset=offset, section="ram"
+            )
+        blocks: dict[str, int] = {}
+        used = 8
+        left = total
+        while left:
+            if have < used + 1:
+                return None, 0
+            size = int(array[pos + used])
+            if have < used + 1 + size + 8:
+                return None, 0
+            name = array[pos + used + 1 : pos + used + 1 + size].tobytes().decode("utf-8", "surrogateescape")
+            length = int(_BE64.unpack_from(array.data, pos + used + 1 + size)[0])
+            problem = None
+            if name in blocks:
+                problem = f"RAM block {name!r} is announced twice"
+            elif not name:
+                problem = "RAM block without a name"
+            elif length % PAGE_SIZE or not 0 < length <= left:
+                problem = f"RAM block {name!r} of {length} bytes does not fit the announced total of {total}"
+            elif len(blocks) >= MAX_BLOCKS:
+                problem = f"more than {MAX_BLOCKS} RAM blocks"
+            if problem is not None:
+                raise RemoteProtocolError(problem, offset=offset + used, section="ram")
+            blocks[name] = length
+            used += 1 + size + 8
+            left -= length
+        self._blocks = blocks
+        self._block = None
+        self._run_length = 0
+        self.expect_list = False
+        return RamList(blocks=tuple(blocks.items()), at=offset), used

@@ -1,0 +1,181 @@
+"""Return-path messages: what the destination tells the source (return_path.md).
+
+Each message is be16 type, be16 length, payload. One table drives both directions, so they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from ..errors import RemoteProtocolError
+from ..guest import PAGE_SIZE
+from .constants import ReturnPath
+
+#: No message of any version is longer than this; QEMU's own reader has the same bound (return_path.md part 5).
+MAX_PAYLOAD: Final = 512
+
+_HEADER = struct.Struct(">HH")
+_BE32 = struct.Struct(">I")
+_REQUEST = struct.Struct(">QI")
+
+_FIXED_LENGTH: Final = MappingProxyType(
+    {
+        ReturnPath.SHUT: 4,
+        ReturnPath.PONG: 4,
+        ReturnPath.REQ_PAGES: 12,
+        ReturnPath.RESUME_ACK: 4,
+        ReturnPath.SWITCHOVER_ACK: 0,
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Shut:
+    """The last message: 0, the guest is the destination's; anything else, the destination refused."""
+
+    status: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Pong:
+    """The answer to a PING: everything before it has been loaded."""
+
+    value: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PageRequest:
+    """The destination's guest waits for these bytes (postcopy).
+
+    ``block`` is what the message named; None means "the block of the request before" on the wire. A decoder fills in
+    the block it stands for and sets ``named`` accordingly.
+    """
+
+    block: str
+    start: int
+    length: int
+    named: bool = True
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ResumeAck:
+    """The destination takes up a paused postcopy migration; always 1."""
+
+    value: int = 1
+
+
+Message = Shut | Pong | PageRequest | ResumeAck
+
+
+def encode(message: Message) -> bytes:
+    """The bytes of one message, to be sent as a unit."""
+    match message:
+        case Shut(status=value):
+            return _HEADER.pack(ReturnPath.SHUT, 4) + _BE32.pack(value)
+        case Pong(value=value):
+            return _HEADER.pack(ReturnPath.PONG, 4) + _BE32.pack(value)
+        case ResumeAck(value=value):
+            return _HEADER.pack(ReturnPath.RESUME_ACK, 4) + _BE32.pack(value)
+        case PageRequest(block=block, start=start, length=length, named=True):
+            name = block.encode()
+            body = _REQUEST.pack(start, length) + bytes([len(name)]) + name
+            return _HEADER.pack(ReturnPath.REQ_PAGES_ID, len(body)) + body
+        case PageRequest(start=start, length=length):
+            return _HEADER.pack(ReturnPath.REQ_PAGES, 12) + _REQUEST.pack(start, length)
+
+
+class ReturnPathDecoder:
+    """Turns the bytes of the return path into messages.
+
+    Args:
+        blocks: used length in bytes of every RAM block by name, to judge page requests by.
+    """
+
+    def __init__(self, blocks: Mapping[str, int]) -> None:
+        self._blocks = dict(blocks)
+        self._buffer = bytearray()
+        self._offset = 0
+        self._block: str | None = None
+        self._shut = False
+
+    @property
+    def pending(self) -> int:
+        """Bytes of a message that has begun and is not complete."""
+        return len(self._buffer)
+
+    def feed(self, data: bytes | bytearray | memoryview) -> list[Message]:
+        """All messages that *data* completes. Bytes behind SHUT are ignored (return_path.md part 4.1).
+
+        Raises:
+            RemoteProtocolError: unknown type, wrong length, or a request for memory that does not exist.
+        """
+        self._buffer += data
+        messages: list[Message] = []
+        while not self._shut and len(self._buffer) >= 4:
+            number, length = _HEADER.unpack_from(self._buffer)
+            kind = self._check_header(number, length)
+            if len(self._buffer) < 4 + length:
+                break
+            payload = bytes(self._buffer[4 : 4 + length])
+            messages.append(self._decode(kind, payload))
+            del self._buffer[: 4 + length]
+            self._offset += 4 + length
+        if self._shut:
+            self._buffer.clear()
+        return messages
+
+    def _error(self, text: str) -> RemoteProtocolError:
+        return RemoteProtocolError(text, offset=self._offset, section="return path")
+
+    def _check_header(self, number: int, length: int) -> ReturnPath:
+        try:
+            kind = ReturnPath(number)
+        except ValueError:
+            raise self._error(f"invalid return-path message type {number:#06x} (length {length})") from None
+        expected = _FIXED_LENGTH.get(kind)
+        if expected is not None and length != expected:
+            raise self._error(f"{kind.name} with {length} bytes of payload, expected {expected}")
+        if length > MAX_PAYLOAD:
+            raise self._error(f"{kind.name} with {length} bytes of payload, at most {MAX_PAYLOAD} are possible")
+        return kind
+
+    def _decode(self, kind: ReturnPath, payload: bytes) -> Message:
+        match kind:
+            case ReturnPath.SHUT:
+                self._shut = True
+                return Shut(status=_BE32.unpack(payload)[0])
+            case ReturnPath.PONG:
+                return Pong(value=_BE32.unpack(payload)[0])
+            case ReturnPath.RESUME_ACK:
+                value = _BE32.unpack(payload)[0]
+                if value != 1:
+                    raise self._error(f"RESUME_ACK with the value {value}, only 1 is defined")
+                return ResumeAck(value=value)
+            case ReturnPath.REQ_PAGES_ID:
+                if len(payload) < 13 or len(payload) != 13 + payload[12]:
+                    raise self._error(f"REQ_PAGES_ID of {len(payload)} bytes does not fit the name inside it")
+                name = payload[13:].decode("utf-8", "backslashreplace")
+                return self._request(name, payload, named=True)
+            case ReturnPath.REQ_PAGES:
+                if self._block is None:
+                    raise self._error("REQ_PAGES before any REQ_PAGES_ID: there is no previous block")
+                return self._request(self._block, payload, named=False)
+            case ReturnPath.RECV_BITMAP | ReturnPath.SWITCHOVER_ACK:
+                raise self._error(f"{kind.name} was not asked for: this migration does not use it")
+
+    def _request(self, block: str, payload: bytes, *, named: bool) -> PageRequest:
+        start, length = _REQUEST.unpack_from(payload)
+        if block not in self._blocks:
+            raise self._error(f"page request for the unknown RAM block {block!r}")
+        if start % PAGE_SIZE or length % PAGE_SIZE:
+            raise self._error(f"misaligned page request: start {start:#x}, length {length:#x} in {block!r}")
+        if length == 0 or start + length > self._blocks[block]:
+            raise self._error(
+                f"page request {start:#x}+{length:#x} overruns {block!r} of {self._blocks[block]:#x} bytes"
+            )
+        self._block = block
+        return PageRequest(block=block, start=start, length=length, named=named)
