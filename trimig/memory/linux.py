@@ -1,0 +1,295 @@
+"""The Linux calls for guest memory that Python does not offer: userfaultfd, PAGEMAP_SCAN, a walk over the holes of a file.
+
+Only what dirty tracking needs. Everything is a plain function over descriptors and addresses, so that it works on the
+memory of another process as well: a userfaultfd acts on the address space of the process that made it, whoever holds
+the descriptor.
+
+The calls go through ctypes and not through :mod:`fcntl`: newer Pythons repeat an interrupted ``fcntl.ioctl`` by
+themselves and drop what the kernel wrote back when a call fails. ctypes releases the GIL around each call.
+
+Numbers and layouts are kernel ABI (``linux/userfaultfd.h``, ``linux/fs.h``); all members are 64 bit wide, which is why
+an array of ``uint64`` serves for every structure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..guest import PAGE_SIZE, PageBitmap
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_ioctl: Final = _libc.ioctl
+_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+_ioctl.restype = ctypes.c_int
+_syscall: Final = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+_SYS_USERFAULTFD: Final = {"x86_64": 323, "aarch64": 282}
+_DEVICE: Final = "/dev/userfaultfd"
+_SYSCTL: Final = "vm.unprivileged_userfaultfd"
+
+_USERFAULTFD_IOC_NEW: Final = 0x0000AA00
+_UFFDIO_API: Final = 0xC018AA3F
+_UFFDIO_REGISTER: Final = 0xC020AA00
+_UFFDIO_UNREGISTER: Final = 0x8010AA01
+_UFFDIO_WRITEPROTECT: Final = 0xC018AA06
+_PAGEMAP_SCAN: Final = 0xC0606610
+
+_UFFD_API: Final = 0xAA
+_UFFD_USER_MODE_ONLY: Final = 1
+_REGISTER_WP: Final = 2
+_WRITEPROTECT_WP: Final = 1
+
+FEATURE_PAGEFAULT_FLAG_WP: Final = 1 << 0
+FEATURE_WP_HUGETLBFS_SHMEM: Final = 1 << 12
+FEATURE_WP_UNPOPULATED: Final = 1 << 13
+FEATURE_WP_ASYNC: Final = 1 << 15
+#: What dirty tracking asks of a userfaultfd: the kernel lifts the protection by itself and remembers that it did.
+TRACKING_FEATURES: Final = (
+    FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC
+)
+
+_PM_SCAN_WP_MATCHING: Final = 1
+_PM_SCAN_CHECK_WPASYNC: Final = 2
+_PAGE_IS_WRITTEN: Final = 1 << 1
+_SCAN_ARG_SIZE: Final = 96
+_WALK_END: Final = 4
+
+#: Python has no name for it (Linux 5.14).
+MADV_POPULATE_WRITE: Final = 23
+
+
+class MemoryUnavailable(OSError):
+    """The kernel does not offer, or does not allow, a memory facility; the message says which switch to look at."""
+
+
+def _struct(*values: int) -> ctypes.Array[ctypes.c_uint64]:
+    return (ctypes.c_uint64 * len(values))(*values)
+
+
+def _control(fd: int, request: int, arg: ctypes.Array[ctypes.c_uint64]) -> int:
+    """One ioctl, never repeated. OSError."""
+    result: int = _ioctl(fd, request, ctypes.addressof(arg))
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+# --- userfaultfd --------------------------------------------------------------------------------------------------
+
+
+def _by_syscall(flags: int) -> int:
+    number = _SYS_USERFAULTFD.get(os.uname().machine)
+    if number is None:
+        raise OSError(errno.ENOSYS, f"the number of the userfaultfd call on {os.uname().machine} is not known")
+    fd: int = _syscall(ctypes.c_long(number), ctypes.c_long(flags))
+    if fd < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return fd
+
+
+def _by_device(flags: int) -> int:
+    device = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        # The argument is the flag word itself, not the address of one.
+        fd: int = _ioctl(device, _USERFAULTFD_IOC_NEW, flags)
+        if fd < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        return fd
+    finally:
+        os.close(device)
+
+
+def _new_descriptor(user_mode_only: bool) -> int:
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        return _by_syscall(flags)
+    except OSError as exc:
+        if exc.errno == errno.ENOSYS:
+            raise MemoryUnavailable(exc.errno, f"this kernel has no userfaultfd ({exc.strerror})") from exc
+        refusal = exc
+    if user_mode_only:
+        with contextlib.suppress(OSError):
+            return _by_syscall(flags | _UFFD_USER_MODE_ONLY)
+    try:
+        return _by_device(flags)
+    except OSError as exc:
+        raise MemoryUnavailable(
+            refusal.errno,
+            f"userfaultfd is not allowed here ({refusal.strerror}; {_DEVICE}: {exc.strerror}): set the sysctl "
+            f"{_SYSCTL} to 1, or give this user access to {_DEVICE}",
+        ) from exc
+
+
+def open_userfaultfd(features: int = TRACKING_FEATURES, *, user_mode_only: bool = True) -> int:
+    """A userfaultfd of this process, its handshake done; the descriptor is the caller's to close.
+
+    Args:
+        features: bits that must be there.
+        user_mode_only: where a full one is not permitted, one that does not report faults taken inside the kernel
+            will do. That is enough for asynchronous write protection, which reports no faults at all.
+
+    Raises:
+        MemoryUnavailable: with the sysctl, the device or the kernel version to look at.
+    """
+    fd = _new_descriptor(user_mode_only)
+    try:
+        _control(fd, _UFFDIO_API, _struct(_UFFD_API, features, 0))
+    except OSError as exc:
+        os.close(fd)
+        raise MemoryUnavailable(
+            exc.errno,
+            f"the userfaultfd of this kernel ({os.uname().release}) lacks a feature (asked for 0x{features:x}); "
+            "asynchronous write protection needs Linux 6.7",
+        ) from exc
+    return fd
+
+
+def register_write_protect(fd: int, start: int, length: int) -> None:
+    """Put the range under *fd*, for write protection only. Addresses of the process that made *fd*; OSError."""
+    _control(fd, _UFFDIO_REGISTER, _struct(start, length, _REGISTER_WP, 0))
+
+
+def unregister(fd: int, start: int, length: int) -> None:
+    """Take the range out again; its protection is lifted. OSError."""
+    _control(fd, _UFFDIO_UNREGISTER, _struct(start, length))
+
+
+def write_protect(fd: int, start: int, length: int) -> None:
+    """Protect every page of a registered range, those without memory as well. OSError."""
+    _control(fd, _UFFDIO_WRITEPROTECT, _struct(start, length, _WRITEPROTECT_WP))
+
+
+# --- PAGEMAP_SCAN -------------------------------------------------------------------------------------------------
+
+
+class WrittenScanner:
+    """Gets and clears the written pages of a range of one process, given its pagemap.
+
+    Get and clear are one step for the kernel (under the page table lock), so no write falls between.
+    """
+
+    def __init__(self, pid: int | None = None, *, max_regions: int = 1 << 14) -> None:
+        """Open the pagemap of *pid*, or of this process. OSError."""
+        self._fd = os.open(f"/proc/{'self' if pid is None else pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        # start address, end address, categories
+        self._regions = np.zeros((max_regions, 3), dtype=np.uint64)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def probe(self) -> None:
+        """Raise MemoryUnavailable if this kernel cannot scan."""
+        arg = _struct(_SCAN_ARG_SIZE, 0, 0, 0, 0, 0, 0, 0, 0, _PAGE_IS_WRITTEN, 0, _PAGE_IS_WRITTEN)
+        try:
+            _control(self._fd, _PAGEMAP_SCAN, arg)
+        except OSError as exc:
+            raise MemoryUnavailable(
+                exc.errno, f"this kernel ({os.uname().release}) has no PAGEMAP_SCAN; it came with Linux 6.7"
+            ) from exc
+
+    def get_and_clear(self, start: int, pages: int) -> PageBitmap:
+        """Which of *pages* pages from address *start* on have been written since they were protected last.
+
+        They are protected again on the way. OSError; EPERM if part of the range is not under asynchronous write
+        protection any more.
+        """
+        # Asking for exactly "written", and returning exactly that, matters: in this form the kernel counts a page
+        # whose page table entry is gone (written, then reclaimed) as written. With any other category in the masks
+        # such a write would be lost.
+        end = start + pages * PAGE_SIZE
+        edges = np.zeros(pages + 1, dtype=np.int8)
+        arg = _struct(
+            _SCAN_ARG_SIZE,
+            _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC,
+            start,
+            end,
+            0,
+            self._regions.ctypes.data,
+            len(self._regions),
+            0,
+            0,
+            _PAGE_IS_WRITTEN,
+            0,
+            _PAGE_IS_WRITTEN,
+        )
+        base = np.uint64(start)
+        while arg[2] < end:
+            found = _control(self._fd, _PAGEMAP_SCAN, arg)
+            if found:
+                bounds = ((self._regions[:found, :2] - base) // np.uint64(PAGE_SIZE)).astype(np.intp)
+                # Plain indexed addition is enough: within one answer no two regions begin, or end, at the same page.
+                edges[bounds[:, 0]] += 1
+                edges[bounds[:, 1]] -= 1
+            arg[2] = arg[_WALK_END]
+        return np.cumsum(edges[:-1], dtype=np.int8).view(np.bool_)
+
+
+def probe_tracking(pid: int | None = None) -> None:
+    """Raise MemoryUnavailable unless written pages of *pid* (None: this process) can be scanned exactly.
+
+    Whether the process in question can make a userfaultfd is tried only for this one.
+    """
+    if mmap.PAGESIZE != PAGE_SIZE:
+        raise MemoryUnavailable(errno.ENOTSUP, f"this kernel's pages have {mmap.PAGESIZE} bytes, not {PAGE_SIZE}")
+    if pid is None:
+        os.close(open_userfaultfd())
+    try:
+        scanner = WrittenScanner(pid)
+    except OSError as exc:
+        raise MemoryUnavailable(exc.errno, f"cannot open {exc.filename}: {exc.strerror}") from exc
+    with contextlib.closing(scanner):
+        scanner.probe()
+
+
+# --- holes --------------------------------------------------------------------------------------------------------
+
+
+def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The parts of ``[start, end)`` of a file that have memory behind them, as byte ranges in rising order.
+
+    Moves the file offset of *fd*, which nothing else should depend on. OSError.
+    """
+    position = start
+    while position < end:
+        try:
+            first = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:  # nothing but a hole up to the end of the file
+                return
+            raise
+        if first >= end:
+            return
+        position = os.lseek(fd, first, os.SEEK_HOLE)
+        yield first, min(position, end)
+
+
+def absent_pages(fd: int, first: int, count: int, *, max_extents: int) -> NDArray[np.bool_]:
+    """True for each of *count* pages from page *first* on that is a hole of the file.
+
+    The walk takes about two microseconds for each extent. After *max_extents* of them it stops, and the pages that it
+    has not reached are reported as present, which is always safe to say.
+    """
+    absent = np.ones(count, dtype=np.bool_)
+    origin = first * PAGE_SIZE
+    for number, (begin, stop) in enumerate(data_extents(fd, origin, origin + count * PAGE_SIZE), 1):
+        absent[(begin - origin) // PAGE_SIZE : -((origin - stop) // PAGE_SIZE)] = False
+        if number == max_extents:
+            absent[(stop - origin) // PAGE_SIZE :] = False
+            break
+    return absent

@@ -1,0 +1,332 @@
+"""Which pages has the guest written? Four trackers, and the choice between them.
+
+========================  ==============================================  =========================================
+tracker                   how it knows                                    price
+========================  ==============================================  =========================================
+:class:`UffdTracker`      the kernel write-protects the pages, lifts the  1 us for the first write to a page after
+                          protection at a write and remembers it          each sync; 0.3 to 4 ms for each 256 MiB
+:class:`CompareTracker`   a second copy of the memory                     twice the memory; 50 ms for each 256 MiB
+:class:`MarkTracker`      the application says so                         the application must not forget
+:class:`NullTracker`      nothing writes                                  none
+========================  ==============================================  =========================================
+
+All are exact: no write is lost. With :class:`CompareTracker` that holds only for a sender that takes its pages from
+:meth:`CompareTracker.snapshot`; see there.
+
+A migration asks :func:`snapshot_of` where to read a block's pages from, whatever the tracker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import numpy as np
+import trio
+
+from ..errors import ConfigError, GuestFailed, StateError
+from ..guest import PAGE_SIZE, DirtyTracker, PageBitmap, Pages, RamBlock
+from .linux import (
+    MemoryUnavailable,
+    WrittenScanner,
+    open_userfaultfd,
+    probe_tracking,
+    register_write_protect,
+    unregister,
+    write_protect,
+)
+
+_log: Final = logging.getLogger("trimig.memory")
+
+#: Pages that the kernel is asked about, or protects, in one go: 64 MiB, at worst about a millisecond.
+_SCAN_SLICE: Final = (64 << 20) // PAGE_SIZE
+#: Pages that are compared or copied in one go: 2 MiB, below a millisecond.
+_COMPARE_SLICE: Final = (2 << 20) // PAGE_SIZE
+
+#: Values of ``prefer`` and of a guest's ``dirty_tracking``.
+METHODS: Final = ("auto", "userfaultfd", "compare", "marks")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TrackedRange:
+    """A RAM block as the process that writes it sees it."""
+
+    name: str
+    #: Where it is mapped in that process.
+    address: int
+    pages: int
+
+
+def tracked_ranges(blocks: Sequence[RamBlock]) -> Sequence[TrackedRange]:
+    """*blocks* where this process has them."""
+    return [
+        TrackedRange(name=block.name, address=int(block.pages.ctypes.data), pages=len(block.pages)) for block in blocks
+    ]
+
+
+class UffdTracker:
+    """Dirty tracking by the kernel: userfaultfd asynchronous write protection, read with PAGEMAP_SCAN.
+
+    It sees every write of *one* address space, whatever makes it: Python, C code, a system call that reads into the
+    memory. Writes that another process makes through its own mapping of the same memfd are not seen.
+
+    Args:
+        ranges: the blocks, at their addresses in the process that writes them.
+        pid: that process; None for this one.
+        uffd: a userfaultfd that *pid* made (:func:`trimig.memory.linux.open_userfaultfd`); the tracker owns it from
+            here on. Needed with *pid*; without, :meth:`start` makes one.
+    """
+
+    method: Final = "userfaultfd-wp"
+
+    def __init__(self, ranges: Sequence[TrackedRange], *, pid: int | None = None, uffd: int | None = None) -> None:
+        if (pid is None) != (uffd is None):
+            raise ValueError("pid and uffd go together: only the process itself can make its userfaultfd")
+        self._ranges = tuple(ranges)
+        self._pid = pid
+        self._uffd = -1 if uffd is None else uffd
+        self._registered: list[TrackedRange] = []
+        self._scanner: WrittenScanner | None = None
+        self._on = False
+        self._stopped = False
+
+    async def start(self) -> None:
+        """Protect every page; what was written before does not count. Once only, see :class:`DirtyTracker`.
+
+        **Cancellation:** tracking may be on in part; call :meth:`stop`.
+        """
+        if self._stopped or self._scanner is not None:
+            raise StateError("dirty tracking was started already; take a new tracker for a new attempt")
+        try:
+            if self._pid is None:
+                self._uffd = open_userfaultfd()
+            self._scanner = WrittenScanner(self._pid)
+            for area in self._ranges:
+                register_write_protect(self._uffd, area.address, area.pages * PAGE_SIZE)
+                self._registered.append(area)
+                for first in range(0, area.pages, _SCAN_SLICE):
+                    count = min(_SCAN_SLICE, area.pages - first)
+                    write_protect(self._uffd, area.address + first * PAGE_SIZE, count * PAGE_SIZE)
+                    await trio.lowlevel.checkpoint()
+        except OSError as exc:
+            self.stop()
+            raise GuestFailed(f"dirty tracking by userfaultfd could not be started: {exc.strerror}") from exc
+        self._on = True
+        await trio.lowlevel.checkpoint()
+
+    async def sync(self) -> Mapping[str, PageBitmap]:
+        """See :class:`DirtyTracker`. GuestFailed if the kernel refuses (the memory was unmapped, say)."""
+        if not self._on or self._scanner is None:
+            raise StateError("dirty tracking is not on")
+        result: dict[str, PageBitmap] = {}
+        for area in self._ranges:
+            dirty = np.empty(area.pages, dtype=np.bool_)
+            for first in range(0, area.pages, _SCAN_SLICE):
+                count = min(_SCAN_SLICE, area.pages - first)
+                try:
+                    dirty[first : first + count] = self._scanner.get_and_clear(area.address + first * PAGE_SIZE, count)
+                except OSError as exc:
+                    raise GuestFailed(f"the written pages of {area.name!r} cannot be read: {exc.strerror}") from exc
+                await trio.lowlevel.checkpoint()
+                if self._scanner is None:
+                    raise StateError("dirty tracking was stopped meanwhile")
+            result[area.name] = dirty
+        return result
+
+    def stop(self) -> None:
+        """Lift the protection and close the descriptors."""
+        self._stopped = True
+        self._on = False
+        if self._uffd >= 0:
+            for area in self._registered:
+                # The process may be gone, or have unmapped it: then there is nothing left to lift.
+                with contextlib.suppress(OSError):
+                    unregister(self._uffd, area.address, area.pages * PAGE_SIZE)
+            os.close(self._uffd)
+            self._uffd = -1
+        self._registered.clear()
+        if self._scanner is not None:
+            self._scanner.close()
+            self._scanner = None
+
+
+class CompareTracker:
+    """Dirty tracking by comparing with a copy of the memory. Needs nothing of the kernel.
+
+    Comparing alone cannot see a page that changed and changed back between two syncs. Whoever sent the page from the
+    guest's memory in between has sent something that the guest has no longer, and will not be told. So **pages must
+    be sent from** :meth:`snapshot`, which holds what they are compared with; then what the destination has is always
+    a state that the next comparison starts from.
+    """
+
+    method: Final = "compare"
+
+    def __init__(self, blocks: Sequence[RamBlock]) -> None:
+        self._blocks = {block.name: block for block in blocks}
+        self._shadows: dict[str, Pages] = {}
+        self._on = False
+
+    def snapshot(self, name: str) -> Pages:
+        """The memory of a block as of the last sync, shape as ``RamBlock.pages``. Do not write. StateError if off."""
+        if not self._on:
+            raise StateError("dirty tracking is not on")
+        return self._shadows[name]
+
+    async def start(self) -> None:
+        """Copy all memory. See :class:`DirtyTracker`."""
+        self._on = False
+        for name, block in self._blocks.items():
+            shadow = np.empty_like(block.pages)
+            for first in range(0, len(shadow), _COMPARE_SLICE):
+                part = slice(first, first + _COMPARE_SLICE)
+                shadow[part] = block.pages[part]
+                await trio.lowlevel.checkpoint()
+            self._shadows[name] = shadow
+        self._on = True
+        await trio.lowlevel.checkpoint()
+
+    async def sync(self) -> Mapping[str, PageBitmap]:
+        """See :class:`DirtyTracker`."""
+        if not self._on:
+            raise StateError("dirty tracking is not on")
+        result: dict[str, PageBitmap] = {}
+        for name, block in self._blocks.items():
+            # A second slice of memory, because another process may write while we compare: what is compared and what
+            # is kept must be the same bytes.
+            taken = np.empty((min(_COMPARE_SLICE, len(block.pages)), PAGE_SIZE), dtype=np.uint8)
+            dirty = np.empty(len(block.pages), dtype=np.bool_)
+            for first in range(0, len(dirty), _COMPARE_SLICE):
+                shadow = self._shadows[name][first : first + _COMPARE_SLICE]
+                now = taken[: len(shadow)]
+                now[:] = block.pages[first : first + _COMPARE_SLICE]
+                changed = (now.view(np.uint64) != shadow.view(np.uint64)).any(axis=1)
+                shadow[changed] = now[changed]
+                dirty[first : first + _COMPARE_SLICE] = changed
+                await trio.lowlevel.checkpoint()
+                if not self._on:
+                    raise StateError("dirty tracking was stopped meanwhile")
+            result[name] = dirty
+        return result
+
+    def stop(self) -> None:
+        """Drop the copy."""
+        self._on = False
+        self._shadows.clear()
+
+
+class MarkTracker:
+    """Dirty tracking by what the application tells with :meth:`mark`."""
+
+    method: Final = "marks"
+
+    def __init__(self, blocks: Sequence[RamBlock]) -> None:
+        self._lengths = {block.name: block.length for block in blocks}
+        self._dirty: dict[str, PageBitmap] | None = None
+
+    async def start(self) -> None:
+        """Forget all marks. See :class:`DirtyTracker`."""
+        self._dirty = self._clean()
+        await trio.lowlevel.checkpoint()
+
+    def mark(self, name: str, start: int, length: int) -> None:
+        """Bytes ``[start, start + length)`` of block *name* have been written. Ignored while tracking is off.
+
+        Call it after the write, with no checkpoint between the two (or within the same hold on the guest's gate).
+
+        Raises:
+            ValueError: there is no such block, or the range is not inside it.
+        """
+        if not 0 <= start <= start + length <= self._lengths.get(name, -1):
+            raise ValueError(f"bytes {start}..{start + length} are not in a RAM block {name!r}")
+        if self._dirty is not None and length:
+            self._dirty[name][start // PAGE_SIZE : -(-(start + length) // PAGE_SIZE)] = True
+
+    async def sync(self) -> Mapping[str, PageBitmap]:
+        """See :class:`DirtyTracker`."""
+        await trio.lowlevel.checkpoint()
+        if self._dirty is None:
+            raise StateError("dirty tracking is not on")
+        result, self._dirty = self._dirty, self._clean()
+        return result
+
+    def stop(self) -> None:
+        """Forget all marks."""
+        self._dirty = None
+
+    def _clean(self) -> dict[str, PageBitmap]:
+        return {name: np.zeros(length // PAGE_SIZE, dtype=np.bool_) for name, length in self._lengths.items()}
+
+
+class NullTracker:
+    """For a guest that never runs here: nothing is ever dirty."""
+
+    method: Final = "none"
+
+    def __init__(self, blocks: Sequence[RamBlock]) -> None:
+        self._pages = {block.name: block.length // PAGE_SIZE for block in blocks}
+
+    async def start(self) -> None:
+        """See :class:`DirtyTracker`."""
+        await trio.lowlevel.checkpoint()
+
+    async def sync(self) -> Mapping[str, PageBitmap]:
+        """See :class:`DirtyTracker`."""
+        await trio.lowlevel.checkpoint()
+        return {name: np.zeros(pages, dtype=np.bool_) for name, pages in self._pages.items()}
+
+    def stop(self) -> None:
+        """Nothing to do."""
+
+
+def snapshot_of(tracker: DirtyTracker, block: RamBlock) -> Pages:
+    """Where a sender must read the pages of *block* from: its memory, or the tracker's snapshot where it keeps one."""
+    snapshot: Callable[[str], Pages] | None = getattr(tracker, "snapshot", None)
+    return block.pages if snapshot is None else snapshot(block.name)
+
+
+def check_method(method: str) -> None:
+    """Raise ConfigError unless *method* is one of :data:`METHODS`."""
+    if method not in METHODS:
+        raise ConfigError(f"dirty tracking {method!r} is not one of {', '.join(METHODS)}", name="dirty-tracking")
+
+
+def choose_tracker(blocks: Sequence[RamBlock], *, prefer: str | None = None) -> DirtyTracker:
+    """The best tracker for memory that this process writes; logged on ``trimig.memory``, with the reason.
+
+    Args:
+        prefer: one of :data:`METHODS`; ``"auto"`` or None takes userfaultfd, or else compares.
+
+    Raises:
+        ConfigError: *prefer* is not known.
+        GuestFailed: userfaultfd was asked for by name and is not to be had; the message says what to change.
+    """
+    prefer = prefer or "auto"
+    check_method(prefer)
+    tracker: DirtyTracker
+    if prefer == "marks":
+        tracker = MarkTracker(blocks)
+    elif prefer == "compare":
+        tracker = CompareTracker(blocks)
+    else:
+        ranges = tracked_ranges(blocks)
+        try:
+            if any(area.address % PAGE_SIZE for area in ranges):
+                raise MemoryUnavailable(0, "a RAM block does not begin at a page border")
+            probe_tracking()
+        except MemoryUnavailable as exc:
+            if prefer == "userfaultfd":
+                raise GuestFailed(f"no dirty tracking by userfaultfd: {exc.strerror}") from exc
+            log_fallback(exc)
+            return CompareTracker(blocks)
+        tracker = UffdTracker(ranges)
+    _log.info("dirty tracking by %s", tracker.method)
+    return tracker
+
+
+def log_fallback(reason: MemoryUnavailable) -> None:
+    """Say on ``trimig.memory`` that memory is compared, and why."""
+    _log.warning("dirty tracking by comparing with a copy, which is slow and doubles the memory: %s", reason.strerror)
