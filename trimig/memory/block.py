@@ -122,8 +122,9 @@ class MemfdBlock:
     def populate_slice(self, first_page: int, count: int) -> bool:
         """Give memory to *count* pages from *first_page* on, and map them; their content stays.
 
-        Synchronous, about 0.3 ms per MiB of new memory: call it in slices of a few hundred pages with a checkpoint
-        between. An optimisation only: False if the kernel cannot do it (before Linux 5.14). To dirty tracking the
+        Synchronous, and it costs what first touching costs: about a millisecond per MiB, several on a virtual machine
+        whose own memory is still cold. Call it in slices of a hundred or two pages with a checkpoint between. An
+        optimisation only: False if the kernel cannot do it (before Linux 5.14). To dirty tracking the
         pages may look written. OSError if memory runs out.
         """
         self._check_open()

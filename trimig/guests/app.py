@@ -1,0 +1,300 @@
+"""A trio application as guest: its own memory and devices, in this process.
+
+What the engine needs of an application is that it can be stopped: when :meth:`AppGuest.pause` returns, nothing may
+write the memory or a device any more. The application gets that by changing them only inside the gate::
+
+    guest = AppGuest("sessions")
+    table = guest.add_ram("table", 64 * MiB)
+
+    async def worker():
+        while True:
+            request = await next_request()
+            async with guest.running():          # waits here while the guest is paused
+                apply(request, table.view)       # hold it briefly: pause() waits for the end of this block
+
+Any number of tasks may be inside at once. A pause closes the gate to newcomers, waits until those inside have left,
+and then calls :meth:`AppGuest.on_pause`. After a migration away the gate simply stays closed: this copy of the guest
+must never change again, and its tasks are cancelled by the application.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Self
+
+import trio
+
+from ..errors import ConfigError, GuestFailed
+from ..guest import DirtyTracker
+from ..memory.block import MemfdBlock
+from ..memory.tracking import MarkTracker, check_method, choose_tracker
+from .base import GuestBase
+
+Hook = Callable[[], Awaitable[None]]
+
+
+class AppGuest(GuestBase):
+    """State of this application that can be moved, or that waits to be received.
+
+    Use it as a context manager, or call :meth:`close`, to give the memory back.
+
+    Args:
+        name: the machine name; both ends must agree on it.
+        running: False on the receiving side: the gate is closed (run state ``"inmigrate"``) until the guest arrives.
+        dirty_tracking: ``"auto"`` (the kernel's, else comparing), ``"userfaultfd"``, ``"compare"``, or ``"marks"``
+            where the application calls :meth:`mark_dirty` after each write.
+        on_pause: awaited by every pause, after the last task has left the gate. It may still change the state.
+        on_resume: awaited by every resume, before the gate opens. It may change the state already.
+
+    Raises:
+        ConfigError: a bad name or method.
+    """
+
+    def __init__(
+        self,
+        name: str = "app",
+        *,
+        running: bool = True,
+        dirty_tracking: str = "auto",
+        on_pause: Hook | None = None,
+        on_resume: Hook | None = None,
+    ) -> None:
+        super().__init__(name, run_state="running" if running else "inmigrate")
+        check_method(dirty_tracking)
+        self._method = dirty_tracking
+        self._pause_hook = on_pause
+        self._resume_hook = on_resume
+        self._blocks: list[MemfdBlock] = []
+        self._marks: MarkTracker | None = None
+        self._gate = Gate(is_open=running)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give all RAM blocks back. Arrays that were made from them keep theirs alive. Idempotent; never fails.
+
+        Not while a migration runs: cancel it and wait for its end before.
+        """
+        for block in self._blocks:
+            block.close()
+        self._blocks.clear()
+        self._ram.clear()
+
+    def add_ram(self, name: str, length: int) -> MemfdBlock:
+        """A new RAM block of *length* bytes, all zero. Both ends must add the same names and lengths.
+
+        Raises:
+            ConfigError: the name is taken or does not fit the wire; the length is not a multiple of 4096.
+            StateError: a migration is under way.
+        """
+        self._check_unclaimed("RAM cannot be added")
+        if any(block.name == name for block in self._blocks):
+            raise ConfigError(f"guest {self._name!r} has a RAM block {name!r} already")
+        block = MemfdBlock(name, length)
+        self._blocks.append(block)
+        self._ram.append(block)
+        return block
+
+    def running(self) -> Hold:
+        """``async with guest.running():`` holds off a pause; entering it waits while the guest does not run.
+
+        May be nested within one task. A throttled guest is slowed down here: entering waits, in proportion to the
+        time that was spent inside before.
+
+        **Cancellation:** a cancelled entry has not entered. Inside, the block is the caller's.
+        """
+        return Hold(self._gate)
+
+    async def wait_running(self) -> None:
+        """Return when the guest runs. It may be paused again at the caller's next checkpoint.
+
+        **Cancellation:** no effect.
+        """
+        await self._gate.wait_open()
+
+    def mark_dirty(self, block: str, start: int, length: int) -> None:
+        """Say that bytes ``[start, start + length)`` of *block* were written; for ``dirty_tracking="marks"``.
+
+        Call it after the write and within the same ``running()`` block. Cheap, and harmless with other methods or
+        while no migration runs.
+
+        Raises:
+            ValueError: the range is not in such a block.
+        """
+        size = next((ram.length for ram in self._blocks if ram.name == block), -1)
+        if not 0 <= start <= start + length <= size:
+            raise ValueError(f"bytes {start}..{start + length} are not in a RAM block {block!r}")
+        if self._marks is not None:
+            self._marks.mark(block, start, length)
+
+    def dirty_tracker(self) -> DirtyTracker:
+        """A tracker over all blocks. GuestFailed if userfaultfd was demanded and is not to be had."""
+        tracker = choose_tracker(self._ram, prefer=self._method)
+        if isinstance(tracker, MarkTracker):
+            self._marks = tracker
+        return tracker
+
+    async def on_pause(self) -> None:
+        """Called by :meth:`pause` when no task is inside; override it or pass ``on_pause=``."""
+        if self._pause_hook is not None:
+            await self._pause_hook()
+
+    async def on_resume(self) -> None:
+        """Called by :meth:`resume` before any task is let in; override it or pass ``on_resume=``."""
+        if self._resume_hook is not None:
+            await self._resume_hook()
+
+    async def pause(self) -> None:
+        """Close the gate, wait until every task has left it, call :meth:`on_pause`. Nothing to do if it does not run.
+
+        Raises:
+            GuestFailed: ``on_pause`` failed, or the caller itself is inside the gate. The guest runs on.
+
+        **Cancellation:** the guest runs on.
+        """
+        if self._run_state != "running":
+            await trio.lowlevel.checkpoint()
+            return
+        if self._gate.held_by_caller():
+            raise GuestFailed("a task cannot pause the guest while it is inside guest.running()")
+        self._gate.close()
+        try:
+            await self._gate.wait_empty()
+            await self.on_pause()
+        except Exception as exc:  # the application's own code: whatever it raises, the guest was not paused
+            self._gate.open()
+            raise GuestFailed(f"the application refused to pause: {exc!r}") from exc
+        except BaseException:
+            self._gate.open()
+            raise
+        self._run_state = "paused"
+
+    async def resume(self) -> None:
+        """Call :meth:`on_resume` and open the gate. Nothing to do if the guest runs.
+
+        Raises:
+            GuestFailed: ``on_resume`` failed. The guest does not run.
+
+        **Cancellation:** the guest does not run.
+        """
+        if self._run_state == "running":
+            await trio.lowlevel.checkpoint()
+            return
+        try:
+            await self.on_resume()
+        except Exception as exc:  # the application's own code
+            raise GuestFailed(f"the application refused to resume: {exc!r}") from exc
+        self._run_state = "running"
+        self._gate.open()
+
+    async def throttle(self, percent: int) -> None:
+        """Make ``running()`` wait so that tasks are inside for at most 100 - *percent* of the time.
+
+        Raises:
+            ValueError: not within 0 to 99.
+        """
+        await super().throttle(percent)
+        self._gate.throttle(percent)
+
+
+class Gate:
+    """Lets tasks in while it is open; can be closed, and waited upon to be empty. All changes are synchronous."""
+
+    def __init__(self, *, is_open: bool) -> None:
+        self._holders: dict[trio.lowlevel.Task, int] = {}
+        self._opened: trio.Event | None = None if is_open else trio.Event()
+        self._emptied = trio.Event()
+        self._percent = 0
+        self._changed = trio.Event()
+        #: Nobody is let in before this time, to make up for what was spent inside.
+        self._not_before = -math.inf
+
+    def open(self) -> None:
+        """Let the waiting in. Idempotent."""
+        if self._opened is not None:
+            self._opened.set()
+            self._opened = None
+
+    def close(self) -> None:
+        """Let nobody in any more. Idempotent."""
+        if self._opened is None:
+            self._opened = trio.Event()
+
+    def throttle(self, percent: int) -> None:
+        """From now on; 0 lets those in at once who wait because of it."""
+        self._percent = percent
+        self._not_before = -math.inf
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def held_by_caller(self) -> bool:
+        """Whether the task that calls is inside."""
+        return trio.lowlevel.current_task() in self._holders
+
+    async def wait_open(self) -> None:
+        """Return while it is open."""
+        await trio.lowlevel.checkpoint()
+        while self._opened is not None:
+            await self._opened.wait()
+
+    async def wait_empty(self) -> None:
+        """Return when nobody is inside."""
+        await trio.lowlevel.checkpoint()
+        while self._holders:
+            if self._emptied.is_set():
+                self._emptied = trio.Event()
+            await self._emptied.wait()
+
+    async def enter(self) -> None:
+        """Wait and go in. No checkpoint follows the going in, so that Cancelled always means outside."""
+        task = trio.lowlevel.current_task()
+        await trio.lowlevel.checkpoint()
+        # Who is inside already gets in again even if the gate has closed: the pause waits for this task anyway.
+        while task not in self._holders:
+            if trio.current_time() < self._not_before:
+                with trio.move_on_at(self._not_before):
+                    await self._changed.wait()
+            elif self._opened is not None:
+                await self._opened.wait()
+            else:
+                break
+        self._holders[task] = self._holders.get(task, 0) + 1
+
+    def leave(self, held: float) -> None:
+        """Go out after *held* seconds inside."""
+        task = trio.lowlevel.current_task()
+        self._holders[task] -= 1
+        if not self._holders[task]:
+            del self._holders[task]
+            if self._percent:
+                now = trio.current_time()
+                self._not_before = max(now, self._not_before) + held * self._percent / (100 - self._percent)
+        if not self._holders:
+            self._emptied.set()
+
+
+class Hold:
+    """One stay inside the gate; what :meth:`AppGuest.running` returns. For one task, once at a time."""
+
+    __slots__ = ("_gate", "_since")
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._since = math.nan
+
+    async def __aenter__(self) -> None:
+        await self._gate.enter()
+        self._since = trio.current_time()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._gate.leave(trio.current_time() - self._since)

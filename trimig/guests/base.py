@@ -1,0 +1,184 @@
+"""What all guests that come with trimig have in common: the claim, the run state, the register of devices."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import trio
+
+from ..errors import ConfigError, GuestFailed, RemoteProtocolError, StateError
+from ..guest import Device, DeviceSection, DirtyTracker, RamBlock
+
+
+class GuestBase(abc.ABC):
+    """A guest with declared devices; :class:`trimig.guest.Guest` says what each method owes its caller.
+
+    A subclass appends its blocks to ``_ram``, keeps ``_run_state``, and implements :meth:`pause`, :meth:`resume` and
+    :meth:`dirty_tracker`.
+
+    Args:
+        name: the machine name in the stream; both ends must agree on it.
+        run_state: ``"running"``, or ``"inmigrate"`` for one that waits to be filled.
+
+    Raises:
+        ConfigError: the name is empty or longer than 255 bytes.
+    """
+
+    def __init__(self, name: str, *, run_state: str) -> None:
+        if not 1 <= len(name.encode()) <= 255:
+            raise ConfigError(f"a guest's name has 1 to 255 bytes, {name!r} has {len(name.encode())}")
+        self._name = name
+        self._run_state = run_state
+        self._ram: list[RamBlock] = []
+        self._devices: dict[tuple[str, int], Device] = {}
+        self._purpose: str | None = None
+        self._throttle = 0
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._name!r} {self._run_state}>"
+
+    @property
+    def name(self) -> str:
+        """The machine name in the configuration section."""
+        return self._name
+
+    @property
+    def ram(self) -> Sequence[RamBlock]:
+        """The RAM blocks."""
+        return tuple(self._ram)
+
+    @property
+    def devices(self) -> Mapping[tuple[str, int], Device] | None:
+        """Devices by (idstr, instance id)."""
+        return MappingProxyType(self._devices)
+
+    @property
+    def run_state(self) -> str:
+        """QEMU's name of the run state."""
+        return self._run_state
+
+    @property
+    def throttle_percent(self) -> int:
+        """What :meth:`throttle` was last set to."""
+        return self._throttle
+
+    def claim(self, purpose: str) -> None:
+        """Reserve the guest for one migration. StateError if it is reserved."""
+        if self._purpose is not None:
+            raise StateError(f"guest {self._name!r} is busy: {self._purpose}")
+        self._purpose = purpose
+
+    def release(self) -> None:
+        """The end of :meth:`claim`. Idempotent."""
+        self._purpose = None
+
+    def add_device(self, device: Device) -> None:
+        """Register *device*; its state moves with the guest, in the order in which devices were added.
+
+        Raises:
+            ConfigError: its (idstr, instance id) is taken, or the idstr does not fit the wire.
+            StateError: a migration is under way.
+        """
+        self._check_unclaimed("a device cannot be added")
+        if not 1 <= len(device.idstr.encode()) <= 255:
+            raise ConfigError(f"a device id has 1 to 255 bytes, {device.idstr!r} has {len(device.idstr.encode())}")
+        key = (device.idstr, device.instance_id)
+        if key in self._devices:
+            raise ConfigError(f"guest {self._name!r} has a device {device.idstr!r} {device.instance_id} already")
+        self._devices[key] = device
+
+    async def save_devices(self) -> Sequence[DeviceSection]:
+        """The state of every device, in the order of registration.
+
+        Raises:
+            LocalProtocolError: a device holds a value that its declaration cannot express.
+
+        **Cancellation:** has no effect on the guest.
+        """
+        await trio.lowlevel.checkpoint()
+        return [
+            DeviceSection(
+                idstr=device.idstr,
+                instance_id=device.instance_id,
+                version_id=device.version_id,
+                payload=device.save(),
+                description=device.describe(),
+            )
+            for device in self._devices.values()
+        ]
+
+    async def load_devices(self, sections: Sequence[DeviceSection]) -> None:
+        """Take over device state. Every device must be given, once; that is checked before the first is loaded.
+
+        Raises:
+            RemoteProtocolError: a device is unknown, missing, given twice, or refuses its payload. The one that
+                refuses is unchanged; those before it are loaded.
+
+        **Cancellation:** cancelled before the first device is loaded, or not at all.
+        """
+        await trio.lowlevel.checkpoint()
+        given: set[tuple[str, int]] = set()
+        for section in sections:
+            key = (section.idstr, section.instance_id)
+            if key not in self._devices:
+                raise RemoteProtocolError(
+                    f"guest {self._name!r} has no device {section.idstr!r} {section.instance_id}", section=section.idstr
+                )
+            if key in given:
+                raise RemoteProtocolError(
+                    f"device {section.idstr!r} {section.instance_id} is given twice", section=section.idstr
+                )
+            given.add(key)
+        for idstr, instance_id in self._devices:
+            if (idstr, instance_id) not in given:
+                raise RemoteProtocolError(f"the state of device {idstr!r} {instance_id} is missing in the stream")
+        for section in sections:
+            self._devices[section.idstr, section.instance_id].load(section.payload, section.version_id)
+
+    async def throttle(self, percent: int) -> None:
+        """Remember *percent*; a subclass whose guest can be slowed down does so.
+
+        Raises:
+            ValueError: not within 0 to 99.
+        """
+        self._check_percent(percent)
+        await trio.lowlevel.checkpoint()
+        self._throttle = percent
+
+    async def activate(self, run_state: str) -> None:
+        """Resume for ``"running"``; otherwise only take the run state over.
+
+        Raises:
+            GuestFailed: it could not be resumed, or it runs although it should not.
+
+        **Cancellation:** as for :meth:`resume`.
+        """
+        if run_state == "running":
+            await self.resume()
+            return
+        await trio.lowlevel.checkpoint()
+        if self._run_state == "running":
+            raise GuestFailed(f"guest {self._name!r} runs and cannot be put into run state {run_state!r}")
+        self._run_state = run_state
+
+    @abc.abstractmethod
+    async def pause(self) -> None:
+        """See :class:`trimig.guest.Guest`."""
+
+    @abc.abstractmethod
+    async def resume(self) -> None:
+        """See :class:`trimig.guest.Guest`."""
+
+    @abc.abstractmethod
+    def dirty_tracker(self) -> DirtyTracker:
+        """See :class:`trimig.guest.Guest`."""
+
+    def _check_percent(self, percent: int) -> None:
+        if not 0 <= percent <= 99:
+            raise ValueError(f"a throttle of {percent} % is not within 0 to 99")
+
+    def _check_unclaimed(self, what: str) -> None:
+        if self._purpose is not None:
+            raise StateError(f"{what} while guest {self._name!r} is busy: {self._purpose}")
