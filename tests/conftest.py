@@ -1,0 +1,123 @@
+"""What every test gets: nothing may be left open behind it, and a missing QEMU is said.
+
+* A test that leaves a descriptor or a child process behind fails at its teardown, with what was left.
+* Tests marked ``qemu`` are skipped without QEMU, but fail where ``CI`` is set, so that they cannot silently stop running.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from tests.qemu.harness import qemu_binary
+
+# The machines that run this are shared and slow now and then: a slow example is no failure. CI draws the same examples
+# each time; elsewhere new ones are welcome.
+hypothesis.settings.register_profile("trimig", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+hypothesis.settings.load_profile("trimig")
+
+_failed = pytest.StashKey[bool]()
+
+
+def missing_qemu(binary: str | None, environ: Mapping[str, str]) -> None:
+    """Skip, or fail in CI, if there is no *binary*."""
+    if binary is not None:
+        return
+    reason = "no qemu-system-x86_64 (Debian: apt-get install qemu-system-x86; or set TRIMIG_TEST_QEMU)"
+    if environ.get("CI"):
+        pytest.fail(f"CI must test against a real QEMU: {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before the fixtures, which may need QEMU themselves."""
+    if item.get_closest_marker("qemu") is not None:
+        missing_qemu(qemu_binary(), os.environ)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Remember failures: the traceback of a failed test keeps its objects alive, so leaks say nothing there."""
+    report = yield
+    if report.failed:
+        item.stash[_failed] = True
+    return report
+
+
+def open_descriptors() -> dict[int, str]:
+    """What each open descriptor of this process is: ``"socket:[4711]"``, ``"/dev/null"``, …"""
+    found: dict[int, str] = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            continue  # the descriptor of the listing itself
+    return found
+
+
+def children() -> set[int]:
+    """Ids of the child processes of all threads, zombies included."""
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            found |= {int(pid) for pid in (task / "children").read_text().split()}
+        except FileNotFoundError:
+            continue  # the thread has just ended
+    return found
+
+
+class LeakCheck:
+    """Compares the process now with what it was when this was made."""
+
+    def __init__(self) -> None:
+        self._descriptors = open_descriptors()
+        self._children = children()
+        self._modules = len(sys.modules)
+
+    def leaks(self) -> list[str]:
+        """One line for each descriptor and child too many."""
+        if found := self._look():
+            # What only waits in a reference cycle is not leaked; collecting each time would cost too much.
+            gc.collect()
+            found = self._look()
+        return found
+
+    def _look(self) -> list[str]:
+        # An import may open a file once and keep it (a random device, a data file): let it, if something was imported.
+        imported = len(sys.modules) > self._modules
+        left = [
+            f"descriptor {fd}: {target}"
+            for fd, target in open_descriptors().items()
+            if self._descriptors.get(fd) != target and not (imported and _opened_by_import(target))
+        ]
+        return left + [f"child process {pid}: {_command(pid)}" for pid in children() - self._children]
+
+
+def _opened_by_import(target: str) -> bool:
+    return target in ("/dev/null", "/dev/urandom", "/dev/random") or target.startswith((sys.prefix, sys.base_prefix))
+
+
+def _command(pid: int) -> str:
+    try:
+        line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except FileNotFoundError:
+        return "just ended, not reaped"
+    return line or "a zombie"
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a passed test that leaves descriptors or child processes behind."""
+    check = LeakCheck()
+    yield
+    if request.node.stash.get(_failed, False):
+        return
+    if leaks := check.leaks():
+        pytest.fail("left behind:\n  " + "\n  ".join(leaks), pytrace=False)

@@ -1,0 +1,70 @@
+"""The guards in conftest.py are themselves able to fail."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import LeakCheck, missing_qemu
+
+
+def test_open_file_socket_and_memfd_are_leaks() -> None:
+    check = LeakCheck()
+    assert check.leaks() == []
+    fd = os.memfd_create("leak")
+    with socket.socket():
+        found = check.leaks()
+        assert len(found) == 2
+        assert any("memfd:leak" in line for line in found)
+        assert any("socket:" in line for line in found)
+    os.close(fd)
+    assert check.leaks() == []
+
+
+def test_descriptor_exchanged_for_another_one_is_a_leak() -> None:
+    first = os.memfd_create("first")
+    check = LeakCheck()
+    second = os.memfd_create("second")
+    os.dup2(second, first)
+    os.close(second)
+    assert [line for line in check.leaks() if "memfd:second" in line]
+    os.close(first)
+
+
+def test_running_child_and_zombie_are_leaks() -> None:
+    check = LeakCheck()
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert [line for line in check.leaks() if f"child process {child.pid}" in line]
+    child.communicate(b"\n")
+    assert check.leaks() == []
+
+
+class _Owner:
+    """Holds a descriptor, and itself, so that only the garbage collector ends it."""
+
+    def __init__(self) -> None:
+        self.myself = self
+        self.fd = os.memfd_create("cycle")
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+def test_garbage_in_a_cycle_is_no_leak() -> None:
+    check = LeakCheck()
+    owner = _Owner()
+    assert check.leaks()
+    del owner
+    assert check.leaks() == []
+
+
+def test_missing_qemu_skips_on_a_desk_and_fails_in_ci() -> None:
+    missing_qemu("/usr/bin/qemu-system-x86_64", {"CI": "true"})
+    with pytest.raises(pytest.skip.Exception, match="qemu-system-x86"):
+        missing_qemu(None, {})
+    with pytest.raises(pytest.fail.Exception, match="must test against a real QEMU"):
+        missing_qemu(None, {"CI": "true"})
