@@ -407,8 +407,12 @@ class VMState:
         length = cursor.peek(1, 1)
         if length is None or length[0] < len(own) + 1:
             return None
+        # Decide on as little as possible: the sender may be waiting for an answer behind the next few bytes.
+        start = cursor.position + 2
+        if not own.startswith(bytes(cursor.data[start : start + len(own)])):
+            return None
         name = cursor.peek(2, length[0])
-        if name is None or bytes(name[: len(own)]) != own:
+        if name is None:
             return None
         text = bytes(name).decode(errors="replace")
         for subsection in self.subsections:
