@@ -1,0 +1,191 @@
+"""What the guest's memory is, and what is in it.
+
+The *kind* (``memfd-cold``, ``anon``, …) is the destination's memory: first-touch page faults there are the largest single
+cost of a migration, so every row names it. The source's memory is always a shared memfd, mapped and touched, as it is
+for a guest that has written its memory; otherwise a cold source would be measured along with it.
+
+The *pages* are what the source has in it:
+
+- ``random``: every page random, and different from every other;
+- ``zero``: 15 of 16 pages were written with zeros, 1 of 16 is random, scattered singly over the whole memory;
+- ``absent``: the same, but the zero pages were never touched (a guest that has just booted).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import mmap
+import os
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.errors import BenchError
+
+PAGE_SIZE = 4096
+#: Random bytes are made once for this many pages and reused with a different first word, or making them would take
+#: longer than moving them. No side compresses or compares pages, so nobody profits from it.
+TEMPLATE_PAGES = 4096
+
+#: ``MADV_POPULATE_WRITE`` (Linux 5.14), which Python's mmap module has no name for.
+MADV_POPULATE_WRITE = 23
+
+Pages = NDArray[np.uint8]
+
+PAGE_PATTERNS = ("random", "zero", "absent")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryKind:
+    """One kind of destination memory."""
+
+    name: str
+    #: memfd, mapped shared (QEMU: memory-backend-memfd); else private and anonymous (memory-backend-ram).
+    shared: bool
+    #: Every page has memory and a page table entry before the migration starts (QEMU: prealloc=on).
+    populated: bool
+
+
+MEMORY_KINDS = {
+    kind.name: kind
+    for kind in (
+        MemoryKind(name="memfd-cold", shared=True, populated=False),
+        MemoryKind(name="memfd-populated", shared=True, populated=True),
+        MemoryKind(name="anon", shared=False, populated=False),
+        MemoryKind(name="anon-populated", shared=False, populated=True),
+    )
+}
+
+#: The source's, in every row.
+SOURCE_KIND = MEMORY_KINDS["memfd-populated"]
+
+
+def allocate(size: int, kind: MemoryKind) -> Pages:
+    """Map *size* bytes of that kind, shape ``(size // 4096, 4096)``, with QEMU's advice about huge pages.
+
+    The mapping lives as long as the array.
+    """
+    if kind.shared:
+        descriptor = os.memfd_create("bench", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(descriptor, size)
+            area = mmap.mmap(descriptor, size)
+        finally:
+            os.close(descriptor)
+    else:
+        area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    area.madvise(mmap.MADV_HUGEPAGE)
+    if kind.populated:
+        area.madvise(MADV_POPULATE_WRITE)
+    return as_pages(area)
+
+
+def as_pages(area: mmap.mmap) -> Pages:
+    """The mapping as an array of pages."""
+    return np.frombuffer(area, dtype=np.uint8).reshape(-1, PAGE_SIZE)
+
+
+def populate(pages: Pages) -> None:
+    """Touch every page for writing, leaving what is in it."""
+    pages[:, 0] |= 0
+
+
+def fill(pages: Pages, pattern: str) -> None:
+    """Write the contents of *pattern* into memory that is zero so far."""
+    if pattern == "random":
+        for first in range(0, len(pages), TEMPLATE_PAGES):
+            part = pages[first : first + TEMPLATE_PAGES]
+            part[:] = _random_pages(np.arange(first, first + len(part), dtype=np.uint64))
+        return
+    if pattern == "zero":
+        pages[:] = 0
+    chosen = _chosen(len(pages), pattern)
+    for at in range(0, len(chosen), TEMPLATE_PAGES):
+        numbers = chosen[at : at + TEMPLATE_PAGES]
+        pages[numbers.astype(np.intp)] = _random_pages(numbers)
+
+
+def fill_in_fork(pages: Pages, pattern: str) -> None:
+    """:func:`fill` shared memory from a forked child, then touch it here.
+
+    Making the contents leaves megabytes behind in the allocator, and changes its later behaviour; neither belongs into
+    the figures of the process that is measured. Call it before any event loop or thread is started.
+    """
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            fill(pages, pattern)
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    if status:
+        raise BenchError("the guest's memory could not be filled")
+    if pattern != "absent":
+        populate(pages)
+
+
+def expected(first: int, count: int, total: int, pattern: str) -> Pages:
+    """What :func:`fill` left in pages *first* … *first* + *count* of a memory of *total* pages."""
+    numbers = np.arange(first, first + count, dtype=np.uint64)
+    if pattern == "random":
+        return _random_pages(numbers)
+    result = np.zeros((count, PAGE_SIZE), dtype=np.uint8)
+    chosen = _chosen(total, pattern)
+    chosen = chosen[np.searchsorted(chosen, first) : np.searchsorted(chosen, first + count)]
+    result[(chosen - np.uint64(first)).astype(np.intp)] = _random_pages(chosen)
+    return result
+
+
+def mismatches(pages: Pages, pattern: str) -> int:
+    """How many pages differ from what :func:`fill` wrote."""
+    wrong = 0
+    for first in range(0, len(pages), TEMPLATE_PAGES):
+        part = pages[first : first + TEMPLATE_PAGES]
+        wrong += differing(part, expected(first, len(part), len(pages), pattern))
+    return wrong
+
+
+def differing(left: Pages, right: Pages) -> int:
+    """How many pages of two arrays of the same shape differ."""
+    return int((left.view(np.uint64) != right.view(np.uint64)).any(axis=1).sum())
+
+
+def parse_size(text: str) -> int:
+    """``"256M"``, ``"1G"`` or plain bytes, as bytes: a positive multiple of 1 MiB.
+
+    Raises:
+        BenchError: it is not one.
+    """
+    factors = {"M": 1 << 20, "G": 1 << 30}
+    body, factor = (text[:-1], factors[text[-1].upper()]) if text[-1:].upper() in factors else (text, 1)
+    if not body.isascii() or not body.isdigit():
+        raise BenchError(f"{text!r} is not a size: write 256M, 1G or a number of bytes")
+    size = int(body) * factor
+    if size == 0 or size % (1 << 20):
+        raise BenchError(f"the size {text!r} is not a positive multiple of 1 MiB")
+    return size
+
+
+@functools.cache
+def _template() -> Pages:
+    generator = np.random.default_rng(1)
+    return np.frombuffer(generator.bytes(TEMPLATE_PAGES * PAGE_SIZE), dtype=np.uint8).reshape(-1, PAGE_SIZE)
+
+
+@functools.lru_cache(maxsize=4)
+def _chosen(total: int, pattern: str) -> NDArray[np.uint64]:
+    """The numbers of the pages that are not zero, ascending."""
+    if pattern not in PAGE_PATTERNS:
+        raise BenchError(f"unknown contents {pattern!r}: one of {', '.join(PAGE_PATTERNS)}")
+    generator = np.random.default_rng(2)
+    return np.sort(generator.choice(total, size=total // 16, replace=False)).astype(np.uint64)
+
+
+def _random_pages(numbers: NDArray[np.uint64]) -> Pages:
+    """The random contents of the pages of these numbers, each different."""
+    result = _template()[(numbers % np.uint64(TEMPLATE_PAGES)).astype(np.intp)]
+    result.view(np.uint64)[:, 0] ^= numbers
+    return result

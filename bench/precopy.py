@@ -1,0 +1,184 @@
+"""``python -m bench precopy``: the same RAM moved by every pair in turn, round by round.
+
+**The interval**, the same for every pair: both processes are up, their memory is allocated (and the source's filled), the
+destination listens. The coordinator reads ``CLOCK_MONOTONIC``, writes the start command to the source (QMP ``migrate``, or
+a line to the Python side), and reads the clock again when *both* sides have said that they are complete (QMP event
+``MIGRATION``/``completed``, or a line). Connecting is inside, starting processes is not. CPU time is read from the kernel
+at the same two moments.
+
+**Order**: each round measures every combination once, and each round starts with another pair, so that slow drifts of the
+machine and the place in the order fall on all alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import trio
+
+from bench.errors import BenchError
+from bench.figures import Measurement, engines
+from bench.measure import Meter, sample_forever
+from bench.memory import MEMORY_KINDS
+from bench.qemu import open_qemu_side
+from bench.sides import Setup, Side, open_python_side
+
+#: Why a combination of an engine and a kind of destination memory cannot be measured; "" if it can.
+TRIMIG_NEEDS_MEMFD = "AppGuest's memory is a memfd, so trimig is not measured as the destination into anonymous memory"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to run."""
+
+    size: int
+    repeat: int
+    memories: Sequence[str]
+    pages: Sequence[str]
+    pairs: Sequence[str]
+    qemu: str | None
+    verify: bool = True
+    #: Seconds after which one run is given up.
+    timeout: float = 300.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """A combination that has no figure, or one run of it, and why."""
+
+    pair: str
+    memory: str
+    pages: str
+    reason: str
+    #: From 1; None: it was not tried at all.
+    round: int | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class Outcome:
+    """What a plan gave."""
+
+    measurements: list[Measurement] = dataclasses.field(default_factory=list)
+    skipped: list[Left] = dataclasses.field(default_factory=list)
+    failed: list[Left] = dataclasses.field(default_factory=list)
+
+
+def reason_to_skip(pair: str, memory: str, qemu: str | None) -> str:
+    """Why this pair cannot be measured into this memory; empty if it can."""
+    source, destination = engines(pair)
+    if "qemu" in (source, destination) and qemu is None:
+        return "there is no QEMU on this machine (Debian: qemu-system-x86; or give --qemu PATH)"
+    if destination == "trimig" and not MEMORY_KINDS[memory].shared:
+        return TRIMIG_NEEDS_MEMFD
+    return ""
+
+
+def round_order(pairs: Sequence[str], number: int) -> list[str]:
+    """The pairs, starting with another one in each round."""
+    at = number % len(pairs)
+    return [*pairs[at:], *pairs[:at]]
+
+
+async def run_plan(plan: Plan, progress: Callable[[str], None]) -> Outcome:
+    """Measure everything; a run that fails is listed and does not stop the others."""
+    outcome = Outcome()
+    cells = [(memory, pages) for memory in plan.memories for pages in plan.pages]
+    todo: dict[tuple[str, str], list[str]] = {}
+    for memory, pages in cells:
+        for pair in plan.pairs:
+            if reason := reason_to_skip(pair, memory, plan.qemu):
+                outcome.skipped.append(Left(pair=pair, memory=memory, pages=pages, reason=reason))
+            else:
+                todo.setdefault((memory, pages), []).append(pair)
+    for number in range(plan.repeat):
+        for (memory, pages), pairs in todo.items():
+            setup = Setup(size=plan.size, memory=MEMORY_KINDS[memory], pages=pages, qemu=plan.qemu)
+            for pair in round_order(pairs, number):
+                label = f"round {number + 1}/{plan.repeat} {pair} {memory} {pages}"
+                try:
+                    with trio.fail_after(plan.timeout):
+                        one = await measure(pair, setup, verify=plan.verify)
+                except (BenchError, trio.TooSlowError) as exc:
+                    reason = str(exc) or f"not done after {plan.timeout:g} s"
+                    outcome.failed.append(Left(pair=pair, memory=memory, pages=pages, reason=reason, round=number + 1))
+                    progress(f"{label}: FAILED: {reason}")
+                else:
+                    outcome.measurements.append(one)
+                    progress(f"{label}: {plan.size / one.seconds / 1e9:.2f} GB/s")
+    return outcome
+
+
+async def measure(pair: str, setup: Setup, *, verify: bool) -> Measurement:
+    """One run of one pair, in two new processes.
+
+    Raises:
+        BenchError: a side did not start or failed, or the destination's memory is not the source's.
+
+    **Cancellation:** both processes are killed.
+    """
+    result: list[Measurement] = []
+    try:
+        async with trio.open_nursery() as nursery:
+            result.append(await _measure(nursery, pair, setup, verify=verify))
+            nursery.cancel_scope.cancel()
+    except* BenchError as group:
+        raise _first(group) from None
+    return result[0]
+
+
+async def _measure(nursery: trio.Nursery, pair: str, setup: Setup, *, verify: bool) -> Measurement:
+    source_engine, destination_engine = engines(pair)
+    source = await _open(nursery, source_engine, "source", setup)
+    destination = await _open(nursery, destination_engine, "destination", setup)
+    uri = await destination.listen()
+    meters = [
+        Meter(side.pid, setup.size, shared=setup.kind(role).shared)
+        for role, side in (("source", source), ("destination", destination))
+    ]
+    for meter in meters:
+        meter.prepare()
+    async with trio.open_nursery() as sampling:
+        sampling.start_soon(sample_forever, meters)
+        for meter in meters:
+            meter.start()
+        began = time.monotonic()
+        await source.begin(uri)
+        async with trio.open_nursery() as waiting:
+            waiting.start_soon(source.finished)
+            waiting.start_soon(destination.finished)
+        seconds = time.monotonic() - began
+        for meter in meters:
+            meter.stop()
+        sampling.cancel_scope.cancel()
+    usages = [meter.finish() for meter in meters]
+    reports = [await side.report() for side in (source, destination)]
+    if verify and (wrong := await destination.mismatches()):
+        raise BenchError(f"{wrong} pages of the destination are not what the source had")
+    return Measurement(
+        pair=pair,
+        memory=setup.memory.name,
+        pages=setup.pages,
+        size=setup.size,
+        seconds=seconds,
+        source=usages[0],
+        destination=usages[1],
+        downtime_ms=reports[0].downtime_ms,
+        slices=tuple(report.slices for report in reports if report.slices is not None),
+    )
+
+
+async def _open(nursery: trio.Nursery, engine: str, role: str, setup: Setup) -> Side:
+    if engine == "qemu":
+        return await open_qemu_side(nursery, role, setup)
+    return await open_python_side(nursery, engine, role, setup)
+
+
+def _first(group: BaseExceptionGroup[BenchError]) -> BenchError:
+    """One of the errors of both sides; the first, which the other is mostly a consequence of."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, BenchError)
+    return error

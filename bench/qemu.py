@@ -1,0 +1,147 @@
+"""A QEMU as one side: ``-M none`` with nothing but RAM, driven by QMP over its standard input and output.
+
+Such a QEMU has no vCPU, needs no KVM and starts in 50 ms. What the coordinator writes into its memory through the memfd
+before the migration starts is sent, since all pages are dirty at first.
+"""
+
+from __future__ import annotations
+
+import collections
+import mmap
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import trio
+
+from bench.child import JsonChild, JsonObject, start_child
+from bench.errors import BenchError
+from bench.measure import guest_mapping
+from bench.memory import PAGE_SIZE, TEMPLATE_PAGES, MemoryKind, as_pages, differing, expected, fill, mismatches
+from bench.sides import Report, Setup, Side
+
+#: The RAM block's name on the wire, and the machine's. The trimig sides use the same.
+RAM_BLOCK = "m0"
+MACHINE = "none"
+
+
+def find_qemu(wanted: str | None) -> str | None:
+    """The path of a QEMU to use: *wanted*, or the one of this machine; None if there is none."""
+    return shutil.which(wanted or "qemu-system-x86_64")
+
+
+def qemu_command(qemu: str, size: int, kind: MemoryKind, *, incoming: bool, prealloc: bool) -> list[str]:
+    """The command line of one side."""
+    backend = "memory-backend-memfd,share=on" if kind.shared else "memory-backend-ram"
+    memory = f"{backend},id={RAM_BLOCK},size={size},prealloc={'on' if prealloc else 'off'}"
+    command = [qemu, "-M", f"{MACHINE},memory-backend={RAM_BLOCK}", "-m", f"size={size}b", "-object", memory]
+    command += ["-nodefaults", "-display", "none", "-qmp", "stdio"]
+    return [*command, "-incoming", "defer"] if incoming else command
+
+
+class QemuSide(Side):
+    """One QEMU process."""
+
+    def __init__(self, child: JsonChild, role: str, setup: Setup) -> None:
+        self._child = child
+        self._role = role
+        self._setup = setup
+        self._events: collections.deque[JsonObject] = collections.deque()
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    async def prepare(self) -> None:
+        """Negotiate, set the parameters, fill the source's memory."""
+        await self._child.receive()  # the greeting
+        await self._command("qmp_capabilities")
+        capabilities = [{"capability": name, "state": True} for name in ("events", "return-path")]
+        await self._command("migrate-set-capabilities", {"capabilities": capabilities})
+        await self._command("migrate-set-parameters", {"max-bandwidth": 0})
+        if self._role == "source":
+            fill(as_pages(self._map_ram()), self._setup.pages)
+
+    async def listen(self) -> str:
+        await self._command("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+        answer = await self._command("query-migrate")
+        return f"tcp:127.0.0.1:{answer['socket-address'][0]['port']}"
+
+    async def begin(self, uri: str) -> None:
+        await self._child.send({"execute": "migrate", "arguments": {"uri": uri}})
+
+    async def finished(self) -> None:
+        while True:
+            message = self._events.popleft() if self._events else await self._child.receive()
+            if "error" in message:
+                raise BenchError(f"{self._child.name}: {message['error']['desc']}")
+            status = message.get("data", {}).get("status") if message.get("event") == "MIGRATION" else None
+            if status == "completed":
+                return
+            if status in ("failed", "cancelled"):
+                answer = await self._command("query-migrate")
+                raise BenchError(f"{self._child.name}: {answer.get('error-desc', status)}")
+
+    async def report(self) -> Report:
+        if self._role != "source":
+            return Report()
+        answer = await self._command("query-migrate")
+        return Report(downtime_ms=answer["downtime"], total_ms=answer["total-time"])
+
+    async def mismatches(self) -> int:
+        if self._setup.kind(self._role).shared:
+            return mismatches(as_pages(self._map_ram()), self._setup.pages)
+        return self._mismatches_anonymous()
+
+    def _map_ram(self) -> mmap.mmap:
+        """The memfd behind the guest's RAM, mapped here."""
+        folder = Path(f"/proc/{self.pid}/fd")
+        for entry in folder.iterdir():
+            if os.readlink(entry).startswith("/memfd:memory-backend-memfd"):
+                descriptor = os.open(entry, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    return mmap.mmap(descriptor, self._setup.size)
+                finally:
+                    os.close(descriptor)
+        raise BenchError(f"{self._child.name} has no memfd")
+
+    def _mismatches_anonymous(self) -> int:
+        size, pattern = self._setup.size, self._setup.pages
+        total = size // PAGE_SIZE
+        start = guest_mapping(self.pid, size, shared=False).start
+        wrong = 0
+        with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as memory:
+            memory.seek(start)
+            for first in range(0, total, TEMPLATE_PAGES):
+                wanted = expected(first, min(TEMPLATE_PAGES, total - first), total, pattern)
+                got = np.frombuffer(memory.read(wanted.nbytes), dtype=np.uint8).reshape(-1, PAGE_SIZE)
+                wrong += differing(got, wanted) if got.shape == wanted.shape else len(wanted)
+        return wrong
+
+    async def _command(self, name: str, arguments: JsonObject | None = None) -> Any:
+        await self._child.send({"execute": name, "arguments": arguments or {}})
+        while True:
+            message = await self._child.receive()
+            if "event" in message:
+                self._events.append(message)
+            elif "error" in message:
+                raise BenchError(f"{self._child.name}: {name}: {message['error']['desc']}")
+            else:
+                return message["return"]
+
+
+async def open_qemu_side(nursery: trio.Nursery, role: str, setup: Setup) -> QemuSide:
+    """Start a QEMU and make it ready.
+
+    Raises:
+        BenchError: it did not start, or refused a setting.
+    """
+    assert setup.qemu is not None, "the caller leaves out the pairs with QEMU when there is none"
+    kind = setup.kind(role)
+    prealloc = kind.populated and not (role == "source" and setup.pages == "absent")
+    command = qemu_command(setup.qemu, setup.size, kind, incoming=role == "destination", prealloc=prealloc)
+    side = QemuSide(await start_child(nursery, f"QEMU {role}", command), role, setup)
+    await side.prepare()
+    return side

@@ -1,0 +1,69 @@
+"""One side of the raw socket copy: what the sockets and the memory allow, with nothing on top.
+
+Blocking sockets, ``sendall`` straight from the source's memory, ``recv_into`` straight into the destination's, no
+headers, one byte back at the end. Run by :mod:`bench.sides`.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+
+from bench.memory import MEMORY_KINDS, Pages, allocate, fill_in_fork, mismatches
+
+#: How much is asked for at once; more does not help, less costs calls.
+CHUNK = 1 << 20
+
+
+def send_memory(pages: Pages, host: str, port: int) -> None:
+    """Connect, send all of *pages*, and wait for the other end to have it."""
+    with socket.create_connection((host, port)) as connection:
+        connection.sendall(pages.data.cast("B"))
+        if connection.recv(1) != b"k":
+            raise ConnectionError("the destination closed before it had everything")
+
+
+def receive_memory(pages: Pages, listener: socket.socket) -> None:
+    """Accept one connection, receive into all of *pages*, and say so."""
+    connection, _ = listener.accept()
+    with connection, pages.data.cast("B") as view:
+        have = 0
+        while have < len(view):
+            count = connection.recv_into(view[have : have + CHUNK])
+            if count == 0:
+                raise ConnectionError(f"the source closed after {have} of {len(view)} bytes")
+            have += count
+        connection.sendall(b"k")
+
+
+def main() -> None:
+    role, size, kind, pattern = sys.argv[1:]
+    pages = allocate(int(size), MEMORY_KINDS[kind])
+    if role == "source":
+        fill_in_fork(pages, pattern)
+    _say(ready=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        match command["do"]:
+            case "listen":
+                with socket.create_server(("127.0.0.1", 0)) as listener:
+                    _say(listening=f"tcp:127.0.0.1:{listener.getsockname()[1]}")
+                    receive_memory(pages, listener)
+                _say(finished=True)
+            case "migrate":
+                _, host, port = command["uri"].split(":")
+                send_memory(pages, host, int(port))
+                _say(finished=True)
+            case "report":
+                _say(report={})
+            case "verify":
+                _say(mismatches=mismatches(pages, pattern))
+
+
+def _say(**message: object) -> None:
+    print(json.dumps(message), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The two ends of a measured migration, as the coordinator sees them.
+
+A side is a process of its own. It is made ready first (guest memory allocated, the source's filled); only then does
+the interval begin, with :meth:`Side.begin` on the source.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any
+
+import trio
+
+from bench.child import JsonChild, start_python_child
+from bench.errors import BenchError
+from bench.measure import Slices
+from bench.memory import SOURCE_KIND, MemoryKind
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What both sides of one measurement are told."""
+
+    size: int
+    memory: MemoryKind
+    pages: str
+    qemu: str | None = None
+
+    def kind(self, role: str) -> MemoryKind:
+        """What the RAM of that role is: see :mod:`bench.memory` for why the source's is always the same."""
+        return SOURCE_KIND if role == "source" else self.memory
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a side can say about a migration that is over; None for what it cannot."""
+
+    downtime_ms: float | None = None
+    total_ms: float | None = None
+    slices: Slices | None = None
+
+
+class Side(abc.ABC):
+    """One end. All methods are called once, in the order in which they stand here."""
+
+    @property
+    @abc.abstractmethod
+    def pid(self) -> int:
+        """The process that is measured."""
+
+    @abc.abstractmethod
+    async def listen(self) -> str:
+        """Destination: wait for a migration on a free port of 127.0.0.1, and return its ``tcp:`` URI."""
+
+    @abc.abstractmethod
+    async def begin(self, uri: str) -> None:
+        """Source: begin. Returns when the command is written, not when the migration is done."""
+
+    @abc.abstractmethod
+    async def finished(self) -> None:
+        """Wait until this side says that the migration is complete.
+
+        Raises:
+            BenchError: it failed, and why.
+        """
+
+    @abc.abstractmethod
+    async def report(self) -> Report:
+        """The side's own figures."""
+
+    @abc.abstractmethod
+    async def mismatches(self) -> int:
+        """Destination: how many pages are not what the source had."""
+
+
+class PythonSide(Side):
+    """A child that runs :mod:`bench.raw_side` or :mod:`bench.trimig_side`."""
+
+    def __init__(self, child: JsonChild) -> None:
+        self._child = child
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    async def listen(self) -> str:
+        return str(await self._ask("listening", do="listen"))
+
+    async def begin(self, uri: str) -> None:
+        await self._child.send({"do": "migrate", "uri": uri})
+
+    async def finished(self) -> None:
+        await self._answer("finished")
+
+    async def report(self) -> Report:
+        values = await self._ask("report", do="report")
+        slices = values.get("slices")
+        return Report(
+            downtime_ms=values.get("downtime_ms"),
+            total_ms=values.get("total_ms"),
+            slices=None if slices is None else Slices(**slices),
+        )
+
+    async def mismatches(self) -> int:
+        return int(await self._ask("mismatches", do="verify"))
+
+    async def _ask(self, wanted: str, **message: Any) -> Any:
+        await self._child.send(message)
+        return await self._answer(wanted)
+
+    async def _answer(self, wanted: str) -> Any:
+        message = await self._child.receive()
+        if "failed" in message:
+            raise BenchError(f"{self._child.name}: {message['failed']}")
+        if wanted not in message:
+            raise BenchError(f"{self._child.name} answered {message!r} where {wanted!r} was due")
+        return message[wanted]
+
+
+async def open_python_side(nursery: trio.Nursery, engine: str, role: str, setup: Setup) -> PythonSide:
+    """Start a ``raw`` or ``trimig`` side and wait until its memory is there (and filled, at the source).
+
+    Raises:
+        BenchError: it did not start.
+    """
+    arguments = [role, str(setup.size), setup.kind(role).name, setup.pages]
+    child = await start_python_child(nursery, f"{engine} {role}", f"bench.{engine}_side", arguments)
+    side = PythonSide(child)
+    await side._answer("ready")
+    return side

@@ -1,0 +1,130 @@
+"""One side of a migration by trimig, with its run loop under the stopwatch. Run by :mod:`bench.sides`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any
+
+import trio
+
+import trimig
+import trimig.guests
+from bench.measure import SliceInstrument
+from bench.memory import MEMORY_KINDS, Pages, fill_in_fork, mismatches, populate
+from bench.qemu import MACHINE, RAM_BLOCK
+
+
+def add_machine(guest: trimig.AppGuest, size: int) -> Pages:
+    """Give *guest* what a ``-M none`` QEMU has, so that each takes the other for its own; returns its memory."""
+    block = guest.add_ram(RAM_BLOCK, size)
+    guest.add_device(trimig.guests.TimerState())
+    return block.pages
+
+
+def make_config() -> trimig.Config:
+    """No rate limit, everything else as it comes."""
+    return trimig.Config(parameters=trimig.Parameters(max_bandwidth=0))
+
+
+async def wait_address(monitor: trimig.Monitor) -> str:
+    """The URI under which a destination that was just started can be reached."""
+    while not monitor.addresses:
+        await monitor.wait_changed()
+    return monitor.addresses[0]
+
+
+class TrimigSide:
+    """Answers the coordinator's commands. Made before the event loop starts, since it may fork."""
+
+    def __init__(self, role: str, size: int, kind: str, pattern: str) -> None:
+        self._role = role
+        self._size = size
+        self._populated = MEMORY_KINDS[kind].populated
+        self._pattern = pattern
+        self._summary: trimig.Summary | None = None
+        self._make_guest()
+        if role == "source":
+            fill_in_fork(self._pages, pattern)
+        self._instrument = SliceInstrument()
+
+    async def serve(self) -> None:
+        """Until the coordinator is gone."""
+        async for command in commands():
+            match command["do"]:
+                case "listen":
+                    if self._summary is not None:
+                        self._make_guest()  # the last one was handed over and runs
+                    monitor = trimig.Monitor()
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(_announce, monitor)
+                        incoming = trimig.receive(self._guest, "tcp:127.0.0.1:0", make_config(), monitor=monitor)
+                        await self._watch(incoming)
+                        nursery.cancel_scope.cancel()
+                case "migrate":
+                    await self._watch(trimig.migrate(self._guest, command["uri"], make_config()))
+                case "report":
+                    say(report=self._report())
+                case "verify":
+                    say(mismatches=mismatches(self._pages, self._pattern))
+
+    def _make_guest(self) -> None:
+        self._guest = trimig.AppGuest(MACHINE, running=self._role == "source")
+        self._pages = add_machine(self._guest, self._size)
+        self._summary = None
+        if self._role == "destination" and self._populated:
+            populate(self._pages)
+
+    async def _watch(self, migration: Awaitable[trimig.Summary]) -> None:
+        """Run it with the instrument on, and say how it ended; the figures are computed when they are asked for."""
+        trio.lowlevel.add_instrument(self._instrument)
+        try:
+            self._summary = await migration
+        except trimig.MigrationError as exc:
+            say(failed=f"{type(exc).__name__}: {exc}")
+        else:
+            say(finished=True)
+        finally:
+            trio.lowlevel.remove_instrument(self._instrument)
+
+    def _report(self) -> dict[str, Any]:
+        slices = self._instrument.slices()
+        report: dict[str, Any] = {"slices": None if slices is None else dataclasses.asdict(slices)}
+        if self._summary is not None:
+            downtime = self._summary.downtime
+            report["downtime_ms"] = None if downtime is None else downtime * 1000
+            report["total_ms"] = self._summary.total_time * 1000
+        return report
+
+
+async def commands() -> AsyncIterator[dict[str, Any]]:
+    """The coordinator's commands, one JSON object a line."""
+    buffer = b""
+    async with trio.lowlevel.FdStream(os.dup(sys.stdin.fileno())) as stream:
+        while data := await stream.receive_some():
+            *lines, buffer = (buffer + data).split(b"\n")
+            for line in lines:
+                yield json.loads(line)
+
+
+async def _announce(monitor: trimig.Monitor) -> None:
+    say(listening=await wait_address(monitor))
+
+
+def say(**message: object) -> None:
+    """Answer the coordinator. A short line into a pipe that it reads: this does not block."""
+    print(json.dumps(message), flush=True)
+
+
+def main() -> None:
+    role, size, kind, pattern = sys.argv[1:]
+    side = TrimigSide(role, int(size), kind, pattern)
+    say(ready=True)
+    trio.run(side.serve)
+
+
+if __name__ == "__main__":
+    main()
