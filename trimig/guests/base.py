@@ -10,6 +10,7 @@ import trio
 
 from ..errors import ConfigError, GuestFailed, RemoteProtocolError, StateError
 from ..guest import Device, DeviceSection, DirtyTracker, RamBlock
+from .device import device_section
 
 
 class GuestBase(abc.ABC):
@@ -98,16 +99,7 @@ class GuestBase(abc.ABC):
         **Cancellation:** has no effect on the guest.
         """
         await trio.lowlevel.checkpoint()
-        return [
-            DeviceSection(
-                idstr=device.idstr,
-                instance_id=device.instance_id,
-                version_id=device.version_id,
-                payload=device.save(),
-                description=device.describe(),
-            )
-            for device in self._devices.values()
-        ]
+        return [device_section(device) for device in self._devices.values()]
 
     async def load_devices(self, sections: Sequence[DeviceSection]) -> None:
         """Take over device state. Every device must be given, once; that is checked before the first is loaded.

@@ -323,8 +323,13 @@ def choose_tracker(blocks: Sequence[RamBlock], *, prefer: str | None = None) -> 
             log_fallback(exc)
             return CompareTracker(blocks)
         tracker = UffdTracker(ranges)
-    _log.info("dirty tracking by %s", tracker.method)
+    log_choice(tracker.method)
     return tracker
+
+
+def log_choice(method: str) -> None:
+    """Say on ``trimig.memory`` how dirty pages are told."""
+    _log.info("dirty tracking by %s", method)
 
 
 def log_fallback(reason: MemoryUnavailable) -> None:
