@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -234,7 +233,7 @@ def test_faults_and_links_refuse_nonsense() -> None:
 
 
 async def test_a_fault_for_a_byte_that_has_passed_is_refused() -> None:
-    link = VirtualLink(rate=math.inf)
+    link = VirtualLink()
     await link.a.send_all(b"abc")
     with pytest.raises(ValueError, match="passed"):
         link.add_fault(Fault(direction="a->b", after=2, kind="eof"))

@@ -348,8 +348,12 @@ class VirtualStream(trio.abc.HalfCloseableStream):
                 data = self._in.take(limit)
                 if data is not None:
                     return data
-                with trio.move_on_at(self._in.next_change()):
+                arrival = self._in.next_change()
+                if arrival == math.inf:  # the usual case; a scope for nothing would cost as much as the rest
                     await self._in.receivers.park()
+                else:
+                    with trio.move_on_at(arrival):
+                        await self._in.receivers.park()
 
     def _check_open(self) -> None:
         if self._closed:

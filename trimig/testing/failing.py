@@ -1,0 +1,221 @@
+"""Calls that fail, or never return, at a number of one's choice.
+
+An instrument can cancel a task but cannot raise into one. So the things that an engine calls are wrapped: all wrappers
+that share one :class:`Calls` count together, in the order in which the calls are made, and call number *n* fails. A
+sweep over n then fails every call once, without knowing their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Literal, TypeVar, final
+
+import trio
+
+from ..guest import Device, DeviceSection, DirtyTracker, Guest, PageBitmap, RamBlock
+
+T = TypeVar("T")
+
+
+class Calls:
+    """Counts calls and makes one of them fail.
+
+    Args:
+        fail_at: the number of the call to fail, from 1; None for none.
+        error: makes the exception from a text; any exception class with one argument will do.
+        hang: never return instead (until cancelled).
+        when: ``"before"`` the call has any effect, or ``"after"`` it has had all of it (streams only: the contract of
+            a guest's calls says that a call which raises had no effect).
+        only: names of the calls that count (``"source.pause"``, ``"a.send_all"``); None for all.
+    """
+
+    def __init__(
+        self,
+        *,
+        fail_at: int | None = None,
+        error: Callable[[str], Exception] = OSError,
+        hang: bool = False,
+        when: Literal["before", "after"] = "before",
+        only: Callable[[str], bool] | None = None,
+    ) -> None:
+        self.fail_at = fail_at
+        self.error = error
+        self.hang = hang
+        self.when = when
+        self.only = only
+        #: Calls are counted; a sweep turns it on for the part under test only.
+        self.armed = True
+        #: The names of all calls counted, in order.
+        self.names: list[str] = []
+        #: The failure has been delivered.
+        self.fired = False
+
+    async def through(self, name: str, call: Callable[[], Awaitable[T]], *, late: bool | None = None) -> T:
+        """Make *call*, or fail in its place (or, with *late*, behind it; None follows :attr:`when`).
+
+        **Cancellation:** as for *call*; a hanging call is cancellable.
+        """
+        strike = self._count(name)
+        if late is None:
+            late = self.when == "after"
+        if strike and not late:
+            await self._strike(name)
+        result = await call()
+        if strike:
+            await self._strike(name)
+        return result
+
+    async def close(self, name: str, call: Callable[[], Awaitable[None]]) -> None:
+        """Make *call*, which closes something, and fail behind it even if it was cancelled: a forced close is.
+
+        **Cancellation:** *call* has been made.
+        """
+        strike = self._count(name)
+        try:
+            await call()
+        finally:
+            if strike:
+                await self._strike(name)
+
+    def _count(self, name: str) -> bool:
+        """Whether this is the call to fail."""
+        if not self.armed or (self.only is not None and not self.only(name)):
+            return False
+        self.names.append(name)
+        return len(self.names) == self.fail_at
+
+    async def _strike(self, name: str) -> None:
+        self.fired = True
+        if self.hang:
+            await trio.sleep_forever()
+        raise self.error(f"injected into call {self.fail_at}, {name}")
+
+
+@final
+class FailingStream(trio.abc.HalfCloseableStream):
+    """Passes everything on to *stream*, and counts it as ``<label>.send_all``, ``<label>.receive_some``, ….
+
+    A failing ``aclose`` has closed the stream behind, as the contract of :class:`trio.abc.AsyncResource` demands.
+    """
+
+    def __init__(self, stream: trio.abc.HalfCloseableStream, calls: Calls, *, label: str = "stream") -> None:
+        self._stream = stream
+        self._calls = calls
+        self._label = label
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """As the stream behind. **Cancellation:** any part may have been sent."""
+        await self._calls.through(f"{self._label}.send_all", lambda: self._stream.send_all(data))
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """As the stream behind. **Cancellation:** has no effect."""
+        await self._calls.through(f"{self._label}.wait_send", self._stream.wait_send_all_might_not_block)
+
+    async def send_eof(self) -> None:
+        """As the stream behind, the **Cancellation** too."""
+        await self._calls.through(f"{self._label}.send_eof", self._stream.send_eof)
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        """As the stream behind. **Cancellation:** with ``when="after"``, bytes may be lost."""
+        return await self._calls.through(f"{self._label}.receive_some", lambda: self._stream.receive_some(max_bytes))
+
+    async def aclose(self) -> None:
+        """Close the stream behind. **Cancellation:** it is closed nevertheless."""
+        await self._calls.close(f"{self._label}.aclose", self._stream.aclose)
+
+
+@final
+class FailingTracker:
+    """A dirty tracker whose ``start`` and ``sync`` are counted as ``<label>.track`` and ``<label>.sync``."""
+
+    def __init__(self, tracker: DirtyTracker, calls: Calls, *, label: str) -> None:
+        self._tracker = tracker
+        self._calls = calls
+        self._label = label
+
+    @property
+    def method(self) -> str:
+        """As the tracker behind."""
+        return self._tracker.method
+
+    async def start(self) -> None:
+        """As the tracker behind. **Cancellation:** tracking may be on."""
+        await self._calls.through(f"{self._label}.track", self._tracker.start, late=False)
+
+    async def sync(self) -> Mapping[str, PageBitmap]:
+        """As the tracker behind. **Cancellation:** marks may be lost."""
+        return await self._calls.through(f"{self._label}.sync", self._tracker.sync, late=False)
+
+    def stop(self) -> None:
+        """As the tracker behind; never fails."""
+        self._tracker.stop()
+
+
+@final
+class FailingGuest:
+    """Passes everything on to *guest*, and counts its coroutines as ``<label>.pause``, ``<label>.save_devices``, …."""
+
+    def __init__(self, guest: Guest, calls: Calls, *, label: str = "guest") -> None:
+        #: The guest behind.
+        self.guest = guest
+        self._calls = calls
+        self._label = label
+
+    @property
+    def name(self) -> str:
+        """As the guest behind."""
+        return self.guest.name
+
+    @property
+    def ram(self) -> Sequence[RamBlock]:
+        """As the guest behind."""
+        return self.guest.ram
+
+    @property
+    def devices(self) -> Mapping[tuple[str, int], Device] | None:
+        """As the guest behind."""
+        return self.guest.devices
+
+    @property
+    def run_state(self) -> str:
+        """As the guest behind."""
+        return self.guest.run_state
+
+    def claim(self, purpose: str) -> None:
+        """As the guest behind."""
+        self.guest.claim(purpose)
+
+    def release(self) -> None:
+        """As the guest behind."""
+        self.guest.release()
+
+    def dirty_tracker(self) -> FailingTracker:
+        """A counted tracker around one of the guest behind."""
+        return FailingTracker(self.guest.dirty_tracker(), self._calls, label=self._label)
+
+    async def pause(self) -> None:
+        """As the guest behind, the **Cancellation** too."""
+        await self._through("pause", self.guest.pause)
+
+    async def resume(self) -> None:
+        """As the guest behind, the **Cancellation** too."""
+        await self._through("resume", self.guest.resume)
+
+    async def throttle(self, percent: int) -> None:
+        """As the guest behind, the **Cancellation** too."""
+        await self._through("throttle", lambda: self.guest.throttle(percent))
+
+    async def save_devices(self) -> Sequence[DeviceSection]:
+        """As the guest behind, the **Cancellation** too."""
+        return await self._through("save_devices", self.guest.save_devices)
+
+    async def load_devices(self, sections: Sequence[DeviceSection]) -> None:
+        """As the guest behind, the **Cancellation** too."""
+        await self._through("load_devices", lambda: self.guest.load_devices(sections))
+
+    async def activate(self, run_state: str) -> None:
+        """As the guest behind, the **Cancellation** too."""
+        await self._through("activate", lambda: self.guest.activate(run_state))
+
+    async def _through(self, name: str, call: Callable[[], Awaitable[T]]) -> T:
+        return await self._calls.through(f"{self._label}.{name}", call, late=False)

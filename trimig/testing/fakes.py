@@ -1,0 +1,495 @@
+"""A guest without a machine: memory in NumPy arrays, a script instead of a processor, and a journal of what was done.
+
+:class:`ScriptedGuest` has no task and no thread. What it writes follows from how long it has been running on trio's
+clock, and is worked out when somebody looks (a dirty-tracking sync, a pause, a digest). So a guest costs nothing
+between two looks, and a run under :func:`~trimig.testing.deterministic_schedule` repeats to the byte.
+
+:class:`~trimig.testing.OwnerReferee` watches several of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+import trio
+
+from ..errors import RemoteProtocolError, StateError
+from ..guest import PAGE_SIZE, Device, DeviceSection, PageBitmap, Pages
+
+Content = Literal["random", "zero", "mixed"]
+
+#: After a leap in time only so many writes are carried out; the stamps go on as if all had been.
+_MOST_WRITES_AT_ONCE: Final = 4096
+
+
+class Write(NamedTuple):
+    """One scripted write: *page* of *block* is filled with the byte *value* once the guest has run for *at* seconds."""
+
+    at: float
+    block: str
+    page: int
+    value: int
+
+
+class JournalEntry(NamedTuple):
+    """Something that took effect on a guest.
+
+    ``event`` is one of ``pause``, ``resume``, ``activate``, ``throttle``, ``save``, ``load``, ``claim``, ``release``,
+    ``track``, ``sync``, ``untrack``; ``time`` is virtual, and 0 outside a run.
+    """
+
+    time: float
+    event: str
+    detail: str = ""
+
+
+class FakeBlock:
+    """A RAM block in ordinary memory."""
+
+    def __init__(self, name: str, pages: Pages, look: Callable[[], None]) -> None:
+        self._name = name
+        self._pages = pages
+        self._look = look
+
+    @property
+    def name(self) -> str:
+        """The id on the wire."""
+        return self._name
+
+    @property
+    def length(self) -> int:
+        """Bytes."""
+        return self._pages.nbytes
+
+    @property
+    def pages(self) -> Pages:
+        """The memory, shape ``(pages, PAGE_SIZE)``, with all writes that the guest has made until now."""
+        self._look()
+        return self._pages
+
+    def absent(self) -> PageBitmap | None:
+        """Cannot be told."""
+        return None
+
+
+class FakeDevice:
+    """A device of *size* opaque bytes. The first eight count the writes of the guest it belongs to.
+
+    Args:
+        idstr: device id string.
+        instance_id: tells devices of the same idstr apart.
+        size: bytes of state, at least 8.
+        seed: for the bytes it starts with.
+        load_error: raised by :meth:`load`, to play a destination that refuses.
+    """
+
+    version_id: int = 1
+
+    def __init__(
+        self,
+        idstr: str = "fake",
+        *,
+        instance_id: int = 0,
+        size: int = 16,
+        seed: int = 0,
+        load_error: Exception | None = None,
+    ) -> None:
+        if size < 8:
+            raise ValueError("a fake device has at least 8 bytes")
+        self.idstr = idstr
+        self.instance_id = instance_id
+        self.data = bytearray(random.Random(f"{seed} {idstr} {instance_id}").randbytes(size))
+        self.load_error = load_error
+
+    def tick(self, writes: int) -> None:
+        """The guest has made so many writes."""
+        self.data[:8] = writes.to_bytes(8, "big")
+
+    def save(self) -> bytes:
+        """All bytes."""
+        return bytes(self.data)
+
+    def measure(self, data: memoryview, version_id: int) -> int | None:
+        """The fixed size, or None if *data* is shorter; RemoteProtocolError for a newer version."""
+        self._check(version_id)
+        return len(self.data) if len(data) >= len(self.data) else None
+
+    def load(self, payload: bytes, version_id: int) -> None:
+        """Take over the bytes; RemoteProtocolError for another size or a newer version."""
+        self._check(version_id)
+        if len(payload) != len(self.data):
+            raise RemoteProtocolError(f"{len(payload)} bytes for a device of {len(self.data)}", section=self.idstr)
+        if self.load_error is not None:
+            raise self.load_error
+        self.data[:] = payload
+
+    def describe(self) -> Mapping[str, Any]:
+        """One buffer field."""
+        size = len(self.data)
+        return {
+            "name": self.idstr,
+            "instance_id": self.instance_id,
+            "vmsd_name": self.idstr,
+            "version": self.version_id,
+            "fields": [{"name": "data", "type": "buffer", "size": size}],
+        }
+
+    def _check(self, version_id: int) -> None:
+        if version_id > self.version_id:
+            raise RemoteProtocolError(f"version {version_id} is newer than {self.version_id}", section=self.idstr)
+
+
+class MarksTracker:
+    """Dirty tracking by the guest's own marks: exact, because nothing else writes its memory."""
+
+    method = "marks"
+
+    def __init__(self, guest: ScriptedGuest) -> None:
+        self._guest = guest
+        self._dirty: dict[str, PageBitmap] = {}
+
+    async def start(self) -> None:
+        """Tracking on. **Cancellation:** it may be on."""
+        await trio.lowlevel.checkpoint()
+        self._guest.look()
+        self._clear()
+        self._guest.attach(self)
+        await trio.lowlevel.checkpoint()
+
+    async def sync(self) -> Mapping[str, PageBitmap]:
+        """Get and clear. **Cancellation:** nothing was cleared."""
+        await trio.lowlevel.checkpoint()
+        self._guest.sync_point()
+        result = self._dirty
+        self._clear()
+        return result
+
+    def stop(self) -> None:
+        """Tracking off. Idempotent."""
+        self._guest.detach(self)
+
+    def mark(self, block: str, page: int) -> None:
+        """The guest has written a page."""
+        self._dirty[block][page] = True
+
+    def _clear(self) -> None:
+        self._dirty = {block.name: np.zeros(block.length // PAGE_SIZE, bool) for block in self._guest.ram}
+
+
+class ScriptedGuest:
+    """Implements :class:`trimig.guest.Guest` in this process, for tests.
+
+    Time is *guest time*: seconds that the guest has been running, by trio's clock, less what a throttle takes. Every
+    coroutine has a checkpoint before its effect and one behind it, so that a cancel can come on either side.
+
+    Args:
+        name: machine name.
+        blocks: pages of each RAM block, in order.
+        content: what memory starts with; ``"mixed"`` leaves every third page zero.
+        seed: for content, and for the pages that *rate* and *dirty_per_sync* hit.
+        devices: their state; None for a guest that takes and gives sections as bytes (:attr:`sections`).
+        run_state: QEMU's name; it runs if this is ``"running"``.
+        script: writes at given guest times, in any order.
+        rate: random pages written per second of guest time. Each write stamps the running number of the write.
+        dirty_per_sync: random pages written at each sync and at each pause while running: a busy guest even where
+            virtual time stands still, as it does on a link without latency.
+        working_set: the pages that random writes hit are the first so many (over all blocks in order); None for all.
+        delays: virtual seconds that a call takes, by name (``{"pause": 0.01, "activate": 2}``), between its two
+            checkpoints and before its effect.
+    """
+
+    def __init__(
+        self,
+        name: str = "scripted",
+        blocks: Mapping[str, int] | None = None,
+        *,
+        content: Content = "random",
+        seed: int = 0,
+        devices: Sequence[Device] | None = (),
+        run_state: str = "running",
+        script: Sequence[Write] = (),
+        rate: float = 0.0,
+        dirty_per_sync: int = 0,
+        working_set: int | None = None,
+        delays: Mapping[str, float] | None = None,
+    ) -> None:
+        self._name = name
+        self._random = random.Random(f"{seed} writes")
+        self._memory: dict[str, Pages] = {}
+        content_of = np.random.default_rng(seed)
+        for block, count in ({"ram": 8} if blocks is None else blocks).items():
+            pages = np.zeros((count, PAGE_SIZE), np.uint8)
+            if content != "zero":
+                pages[:] = content_of.integers(0, 256, pages.shape, np.uint8)
+            if content == "mixed":
+                pages[::3] = 0
+            self._memory[block] = pages
+        self._ram = tuple(FakeBlock(block, pages, self.look) for block, pages in self._memory.items())
+        places = [(block, page) for block, pages in self._memory.items() for page in range(len(pages))]
+        self._places = places if working_set is None else places[:working_set]
+        self._devices = None if devices is None else {(d.idstr, d.instance_id): d for d in devices}
+        self._run_state = run_state
+        self._script = sorted(script)
+        self._rate = rate
+        self._dirty_per_sync = dirty_per_sync
+        self._delays = dict(delays or {})
+        self._stolen = 0.0  # share of running time that the throttle takes
+        self._looked_at: float | None = None
+        self._rate_writes = 0
+        self._trackers: list[MarksTracker] = []
+        self._watchers: list[Callable[[str], None]] = []
+        #: Why the guest is claimed, or None.
+        self.claimed: str | None = None
+        #: Sections as bytes, of a guest without devices of its own.
+        self.sections: tuple[DeviceSection, ...] = ()
+        #: What took effect, in order.
+        self.journal: list[JournalEntry] = []
+        #: Calls that no correct engine makes (device state of a running guest), in words.
+        self.misuse: list[str] = []
+        #: The guest was started by a call (resume, activate), not only made running.
+        self.executed = False
+        #: Seconds it has been running.
+        self.guest_time = 0.0
+        #: Writes made so far.
+        self.writes = 0
+
+    def __repr__(self) -> str:
+        return f"<ScriptedGuest {self._name} {self._run_state}>"
+
+    # What a test looks at
+
+    @property
+    def running(self) -> bool:
+        """It is executing now."""
+        return self._run_state == "running"
+
+    @property
+    def tracking(self) -> int:
+        """Dirty trackers that are on; 0 when no migration is under way."""
+        return len(self._trackers)
+
+    def events(self) -> list[str]:
+        """The events of the journal without times and details."""
+        return [entry.event for entry in self.journal]
+
+    def digest(self) -> str:
+        """Of all RAM and device state, brought up to date."""
+        self.look()
+        digest = hashlib.blake2b(digest_size=16)
+        for block, pages in self._memory.items():
+            digest.update(f"{block} {len(pages)} ".encode())
+            digest.update(pages.data)
+        for section in self._sections():
+            digest.update(f"{section.idstr} {section.instance_id} {section.version_id} ".encode())
+            digest.update(section.payload)
+        return digest.hexdigest()
+
+    def on_event(self, watcher: Callable[[str], None]) -> None:
+        """Call *watcher* with ``"start"``, ``"stop"`` or ``"load"`` at the very moment; it must not fail."""
+        self._watchers.append(watcher)
+
+    def write(self, block: str, page: int, value: int) -> None:
+        """Fill a page, as the guest itself would: trackers notice it."""
+        self._memory[block][page] = value
+        self._mark(block, page)
+
+    # Guest
+
+    @property
+    def name(self) -> str:
+        """Machine name."""
+        return self._name
+
+    @property
+    def ram(self) -> Sequence[FakeBlock]:
+        """The RAM blocks."""
+        return self._ram
+
+    @property
+    def devices(self) -> Mapping[tuple[str, int], Device] | None:
+        """Devices by (idstr, instance id), or None."""
+        return self._devices
+
+    @property
+    def run_state(self) -> str:
+        """QEMU's run state name."""
+        return self._run_state
+
+    def claim(self, purpose: str) -> None:
+        """Reserve it; StateError if it is reserved."""
+        if self.claimed is not None:
+            raise StateError(f"the guest is busy: {self.claimed}")
+        self.claimed = purpose
+        self._note("claim", purpose)
+
+    def release(self) -> None:
+        """End of the reservation."""
+        self.claimed = None
+        self._note("release")
+
+    async def pause(self) -> None:
+        """Stop. **Cancellation:** it may or may not be paused."""
+        await self._enter("pause")
+        if self.running:
+            self.sync_point(note=False)
+            self._set_run_state("paused")
+        self._note("pause")
+        await trio.lowlevel.checkpoint()
+
+    async def resume(self) -> None:
+        """Go on. **Cancellation:** it may or may not run."""
+        await self._enter("resume")
+        self._note("resume")
+        self._set_run_state("running")
+        await trio.lowlevel.checkpoint()
+
+    async def activate(self, run_state: str) -> None:
+        """Be brought into *run_state*. **Cancellation:** it may or may not be there."""
+        await self._enter("activate")
+        self._note("activate", run_state)
+        self._set_run_state(run_state)
+        await trio.lowlevel.checkpoint()
+
+    def dirty_tracker(self) -> MarksTracker:
+        """A new tracker."""
+        return MarksTracker(self)
+
+    async def throttle(self, percent: int) -> None:
+        """Take running time away. **Cancellation:** may or may not have happened."""
+        await self._enter("throttle")
+        self.look()
+        self._stolen = percent / 100
+        self._note("throttle", str(percent))
+        await trio.lowlevel.checkpoint()
+
+    async def save_devices(self) -> Sequence[DeviceSection]:
+        """One section for each device. **Cancellation:** has no effect."""
+        await self._enter("save")
+        if self.running:
+            self.misuse.append("save_devices of a running guest")
+        self._note("save")
+        sections = self._sections()
+        await trio.lowlevel.checkpoint()
+        return sections
+
+    async def load_devices(self, sections: Sequence[DeviceSection]) -> None:
+        """Take over; RemoteProtocolError for an unknown device. **Cancellation:** devices may be half loaded."""
+        await self._enter("load")
+        if self.running:
+            self.misuse.append("load_devices into a running guest")
+        self._note("load", str(len(sections)))
+        self._tell("load")
+        if self._devices is None:
+            self.sections = tuple(sections)
+        else:
+            for section in sections:
+                device = self._devices.get((section.idstr, section.instance_id))
+                if device is None:
+                    raise RemoteProtocolError("no such device", section=section.idstr)
+                device.load(section.payload, section.version_id)
+        await trio.lowlevel.checkpoint()
+
+    # Time, and what the guest does in it
+
+    def look(self) -> None:
+        """Bring memory up to date with the clock. Does nothing outside a run, or while the guest is stopped."""
+        if not self.running or not trio.lowlevel.in_trio_run():
+            return
+        now = trio.current_time()
+        if self._looked_at is not None and now > self._looked_at:
+            self.guest_time += (now - self._looked_at) * (1 - self._stolen)
+        self._looked_at = now
+        while self._script and self._script[0].at <= self.guest_time:
+            _, block, page, value = self._script.pop(0)
+            self.write(block, page, value)
+        due = int(self.guest_time * self._rate) - self._rate_writes
+        if due > 0:
+            self._rate_writes += due
+            self._write_random(due)
+
+    def sync_point(self, *, note: bool = True) -> None:
+        """A look at which a busy guest is caught writing (``dirty_per_sync``)."""
+        self.look()
+        if self.running:
+            self._write_random(self._dirty_per_sync)
+        if note:
+            self._note("sync")
+
+    def attach(self, tracker: MarksTracker) -> None:
+        """Tell *tracker* of every write from now on."""
+        if tracker not in self._trackers:
+            self._trackers.append(tracker)
+            self._note("track")
+
+    def detach(self, tracker: MarksTracker) -> None:
+        """Tell it no more. Idempotent."""
+        if tracker in self._trackers:
+            self.look()
+            self._trackers.remove(tracker)
+            self._note("untrack")
+
+    def _write_random(self, count: int) -> None:
+        if not self._places:
+            return
+        skipped = max(0, count - _MOST_WRITES_AT_ONCE)
+        self.writes += skipped
+        for _ in range(count - skipped):
+            block, page = self._random.choice(self._places)
+            self._memory[block][page, :8] = np.frombuffer((self.writes + 1).to_bytes(8, "big"), np.uint8)
+            self._mark(block, page)
+
+    def _mark(self, block: str, page: int) -> None:
+        self.writes += 1
+        for tracker in self._trackers:
+            tracker.mark(block, page)
+        for device in (self._devices or {}).values():
+            if isinstance(device, FakeDevice):
+                device.tick(self.writes)
+
+    async def _enter(self, call: str) -> None:
+        await trio.lowlevel.checkpoint()
+        delay = self._delays.get(call, 0.0)
+        if delay:
+            await trio.sleep(delay)
+
+    def _set_run_state(self, run_state: str) -> None:
+        was = self.running
+        if was and run_state != "running":
+            self.look()
+        self._run_state = run_state
+        if self.running and not was:
+            self.executed = True
+            self._looked_at = None
+            self.look()
+            self._tell("start")
+        elif was and not self.running:
+            self._tell("stop")
+
+    def _sections(self) -> tuple[DeviceSection, ...]:
+        if self._devices is None:
+            return self.sections
+        return tuple(
+            DeviceSection(
+                idstr=device.idstr,
+                instance_id=device.instance_id,
+                version_id=device.version_id,
+                payload=device.save(),
+                description=device.describe(),
+            )
+            for device in self._devices.values()
+        )
+
+    def _note(self, event: str, detail: str = "") -> None:
+        self.journal.append(JournalEntry(_now(), event, detail))
+
+    def _tell(self, event: str) -> None:
+        for watcher in self._watchers:
+            watcher(event)
+
+
+def _now() -> float:
+    return trio.current_time() if trio.lowlevel.in_trio_run() else 0.0

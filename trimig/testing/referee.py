@@ -1,0 +1,78 @@
+"""Judges who ran when: the promise "exactly one owner", checked at the very moment and not afterwards.
+
+The referee hangs on the guests themselves and is deliberately ignorant of the engine and of its statuses.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal, NamedTuple
+
+import trio
+
+from .fakes import ScriptedGuest
+
+
+class Violation(NamedTuple):
+    """What :class:`OwnerReferee` found. ``kind`` is ``"both-run"`` or ``"outrun"``."""
+
+    time: float
+    kind: Literal["both-run", "outrun"]
+    labels: tuple[str, ...]
+
+
+class OwnerReferee:
+    """Watches guests that are the same machine on several hosts, and notes each breach of "exactly one owner".
+
+    * ``both-run``: two of them run at the same instant, for however short a time.
+    * ``outrun``: a guest goes on from an old state although another one has been started since and this one was not
+      loaded afresh. Nothing runs twice at any instant then, but what the other did is lost.
+
+    Args:
+        guests: by the label that reports use, such as ``source=…, destination=…``.
+    """
+
+    def __init__(self, **guests: ScriptedGuest) -> None:
+        self.violations: list[Violation] = []
+        #: Every start, stop and load: (time, label, event).
+        self.history: list[tuple[float, str, str]] = []
+        self._guests = guests
+        self._started: dict[str, int] = {}
+        self._fresh: dict[str, int] = {}
+        for label, guest in guests.items():
+            if guest.running:
+                self._started[label] = self._fresh[label] = 0
+            guest.on_event(functools.partial(self._see, label))
+        self._check_both()
+
+    def running(self) -> tuple[str, ...]:
+        """The labels of the guests that run now."""
+        return tuple(label for label, guest in self._guests.items() if guest.running)
+
+    def check(self) -> None:
+        """Raise AssertionError, with the history, if there was any violation or misuse of a guest."""
+        misuse = [f"{label}: {text}" for label, guest in self._guests.items() for text in guest.misuse]
+        if self.violations or misuse:
+            raise AssertionError(f"{self.violations} {misuse}; history: {self.history}")
+
+    def _see(self, label: str, event: str) -> None:
+        self.history.append((_now(), label, event))
+        order = len(self.history)
+        if event == "load":
+            self._fresh[label] = order
+        elif event == "start":
+            self._check_both()
+            last = self._fresh.get(label, -1)
+            newer = tuple(other for other, at in self._started.items() if other != label and at > last >= 0)
+            if newer:
+                self.violations.append(Violation(_now(), "outrun", (label, *newer)))
+            self._started[label] = self._fresh[label] = order
+
+    def _check_both(self) -> None:
+        running = self.running()
+        if len(running) > 1:
+            self.violations.append(Violation(_now(), "both-run", running))
+
+
+def _now() -> float:
+    return trio.current_time() if trio.lowlevel.in_trio_run() else 0.0

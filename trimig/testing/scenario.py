@@ -1,0 +1,384 @@
+"""One scenario, run once: two sides over a virtual link, with something injected at one point.
+
+A :class:`Scenario` says how to run and what must hold; a :class:`Point` says what happens at which instant of which
+schedule. :func:`replay` puts the two together, in one ``trio.run`` on a virtual clock and a fixed schedule, and either
+returns a :class:`Run` or raises :class:`SweepFailure`, which names the point. The sweeps in
+:mod:`trimig.testing.sweep` are loops around it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar
+
+import trio
+from trio.testing import MockClock
+
+from ..errors import MigrationError
+from .determinism import deterministic_schedule
+from .edges import EdgeInstrument, EdgeKind, InstrumentErrors, StuckInstrument
+from .failing import Calls
+from .link import DIRECTIONS, Direction, Fault, VirtualLink
+
+T = TypeVar("T")
+
+Side = Callable[[], Awaitable[object]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CancelAt:
+    """Cancel the scopes of *victims* at edge *n*, counted over the tasks of all sides."""
+
+    kind: EdgeKind
+    n: int
+    victims: tuple[str, ...] = ("source",)
+    #: The task whose edge it is; for reports only.
+    task: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LeapAt:
+    """Let *seconds* pass at once at edge *n*, as after a host was suspended: every timer expires together."""
+
+    kind: EdgeKind
+    n: int
+    seconds: float = 3600.0
+    #: The task whose edge it is; for reports only.
+    task: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ExpireAt:
+    """Give the scopes of *victims* this deadline (virtual time; a run starts at 0)."""
+
+    time: float
+    victims: tuple[str, ...] = ("source",)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FailCall:
+    """Let counted call *n* raise *error*; None lets it hang."""
+
+    n: int
+    error: type[Exception] | None = OSError
+    when: Literal["before", "after"] = "before"
+    #: What the call is; for reports only.
+    name: str = ""
+
+
+Injection = CancelAt | LeapAt | ExpireAt | FailCall | Fault
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """All that is needed to repeat one run: the seed of the schedule and what is injected (several if you like)."""
+
+    seed: int
+    inject: tuple[Injection, ...] = ()
+
+
+class SweepFailure(AssertionError):
+    """A run broke a rule. The message gives the point, ``__cause__`` the reason.
+
+    Attributes:
+        point: for :func:`replay`.
+    """
+
+    def __init__(self, point: Point, reason: str) -> None:
+        super().__init__(f"{reason}\nto repeat: replay(scenario, {point!r})")
+        self.point = point
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """How one side ended."""
+
+    kind: Literal["returned", "raised", "cancelled"]
+    value: Any = None
+    error: Exception | None = None
+    #: Virtual time.
+    at: float = 0.0
+
+    def __str__(self) -> str:
+        """``returned``, ``cancelled`` or the name of the error's class."""
+        return self.kind if self.error is None else type(self.error).__name__
+
+
+class LinkMaker(Protocol):
+    """:class:`VirtualLink`, or a :func:`functools.partial` of it."""
+
+    def __call__(self, *, seed: int) -> VirtualLink:
+        """A new link."""
+
+
+class SweepContext:
+    """What a scenario gets for one run.
+
+    Attributes:
+        seed: of the schedule, the link, and whatever the scenario wants to vary.
+        link: the link under test; the point's faults are on it.
+        calls: give it to :class:`~trimig.testing.FailingGuest` and :class:`~trimig.testing.FailingStream`.
+        clock: virtual time; starts at 0.
+    """
+
+    def __init__(
+        self,
+        point: Point,
+        *,
+        make_link: LinkMaker,
+        expected: tuple[type[Exception], ...],
+    ) -> None:
+        self.seed = point.seed
+        self.clock = MockClock(autojump_threshold=0)
+        self.link = make_link(seed=point.seed)
+        self.calls = Calls()
+        self.calls.armed = False
+        self._make_link = make_link
+        self._expected = expected
+        self._scopes: dict[str, trio.CancelScope] = {}
+        self._expiries: list[ExpireAt] = []
+        actions: dict[tuple[EdgeKind, int], Callable[[], None]] = {}
+        for injection in point.inject:
+            match injection:
+                case Fault():
+                    self.link.add_fault(injection)
+                case FailCall():
+                    self.calls.fail_at = injection.n
+                    self.calls.when = injection.when
+                    self.calls.hang = injection.error is None
+                    self.calls.error = injection.error or OSError
+                case ExpireAt():
+                    self._expiries.append(injection)
+                case CancelAt():
+                    actions[injection.kind, injection.n] = functools.partial(self._cancel, injection)
+                case LeapAt():
+                    actions[injection.kind, injection.n] = functools.partial(self.clock.jump, injection.seconds)
+        self.edges = EdgeInstrument(actions)
+        #: How each side ended, as far as it has.
+        self.ends: dict[str, End] = {}
+        #: How many edges there had been when each side ended.
+        self.exits: dict[str, dict[EdgeKind, int]] = {}
+        self.expired = 0
+
+    def new_link(self) -> VirtualLink:
+        """A sound link like :attr:`link`, for a second attempt."""
+        return self._make_link(seed=self.seed)
+
+    async def run(self, **sides: Side) -> dict[str, End]:
+        """Run the sides at once, each under a scope of its own, until all have ended. Once in a scenario.
+
+        This is the part under test: its edges count, its calls count, its scopes are the victims. Errors of the
+        expected classes become part of the result; all others propagate, and fail the run.
+
+        **Cancellation:** cancels all sides.
+        """
+        if self._scopes:
+            raise RuntimeError("only one part of a scenario is under test; use calm() for the others")
+        self._scopes = {name: trio.CancelScope() for name in sides}
+        for expiry in self._expiries:
+            for scope in self._victims(expiry.victims):
+                scope.deadline = expiry.time
+        try:
+            async with trio.open_nursery() as nursery:
+                self.edges.open(nursery)
+                self.calls.armed = True
+                for name, side in sides.items():
+                    nursery.start_soon(self._watched, name, side, name=name)
+        finally:
+            self.edges.close()
+            self.calls.armed = False
+        self.expired = sum(scope.cancel_called for scope in self._scopes.values()) if self._expiries else 0
+        return {name: self.ends[name] for name in sides}
+
+    async def calm(self, **sides: Side) -> dict[str, End]:
+        """The same without any injection, for what comes before or after the part under test.
+
+        **Cancellation:** cancels all sides.
+        """
+        ends: dict[str, End] = {}
+
+        async def one(name: str, side: Side) -> None:
+            ends[name] = await self._end_of(side, trio.CancelScope())
+
+        async with trio.open_nursery() as nursery:
+            for name, side in sides.items():
+                nursery.start_soon(one, name, side, name=name)
+        return {name: ends[name] for name in sides}
+
+    async def _watched(self, name: str, side: Side) -> None:
+        self.ends[name] = await self._end_of(side, self._scopes[name])
+        self.exits[name] = self.edges.position()
+
+    async def _end_of(self, side: Side, scope: trio.CancelScope) -> End:
+        value: object = None
+        error: Exception | None = None
+        with scope:
+            try:
+                value = await side()
+            except self._expected as exc:
+                error = exc
+        now = trio.current_time()
+        if error is not None:
+            return End(kind="raised", error=error, at=now)
+        if scope.cancelled_caught:
+            return End(kind="cancelled", at=now)
+        return End(kind="returned", value=value, at=now)
+
+    def _cancel(self, at: CancelAt) -> None:
+        for scope in self._victims(at.victims):
+            scope.cancel(f"sweep: {at.kind} edge {at.n}")
+
+    def _victims(self, names: tuple[str, ...]) -> list[trio.CancelScope]:
+        missing = set(names) - set(self._scopes)
+        if missing:
+            raise ValueError(f"no such side: {sorted(missing)}; there are {sorted(self._scopes)}")
+        return [self._scopes[name] for name in names]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario(Generic[T]):
+    """How to run something once, and what must hold afterwards, whatever was injected."""
+
+    #: The coroutine function; makes its guests, calls :meth:`SweepContext.run` once, returns the outcome.
+    body: Callable[[SweepContext], Awaitable[T]]
+    #: Judges each outcome, the baseline's too: raises, or returns False, if a rule is broken.
+    check: Callable[[T], object] | None = None
+    #: Makes links; called with ``seed=``.
+    link: LinkMaker = VirtualLink
+    #: Errors that a side may end with. Anything else fails the run.
+    expected: tuple[type[Exception], ...] = (MigrationError,)
+    #: Virtual seconds that a whole run may take (not counting a leap).
+    limit: float = 86400.0
+    #: Virtual seconds from a cancel or an expired deadline until its victims have ended.
+    exit_within: float = math.inf
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Run(Generic[T]):
+    """What was observed in one run."""
+
+    point: Point
+    outcome: T
+    ends: Mapping[str, End]
+    #: All that was to be injected was.
+    fired: bool
+    #: Names of the tasks at each edge of each kind.
+    traces: Mapping[EdgeKind, tuple[str, ...]]
+    #: Edges of each kind until each side ended.
+    exits: Mapping[str, Mapping[EdgeKind, int]]
+    #: Instants of virtual time at which there was an edge.
+    times: tuple[float, ...]
+    #: Bytes sent over the link under test.
+    sent: Mapping[Direction, int]
+    #: Names of the calls counted.
+    calls: tuple[str, ...]
+    #: Virtual seconds.
+    elapsed: float
+    link: VirtualLink
+
+
+_NOTHING: Final = object()
+
+
+def replay(scenario: Scenario[T], point: Point, *, check: bool = True) -> Run[T]:
+    """Run *scenario* once with what *point* says.
+
+    Args:
+        scenario: what to run.
+        point: from :attr:`SweepFailure.point`, from :attr:`SweepReport.samples`, or written by hand.
+        check: False leaves out the scenario's own check, to look at a bad outcome.
+
+    Raises:
+        SweepFailure: the scenario raised, hung or took longer than its limit, left a task, broke its bound on the exit
+            or its check; or an instrument failed.
+    """
+    try:
+        run = _execute(scenario, point)
+        if check and scenario.check is not None and scenario.check(run.outcome) is False:
+            raise AssertionError(f"the check refused the outcome {run.outcome!r}")
+    except Exception as exc:
+        raise SweepFailure(point, _reason(exc)) from exc
+    return run
+
+
+def _reason(exc: BaseException) -> str:
+    """One line; of a group, its leaves."""
+    if isinstance(exc, BaseExceptionGroup):
+        return f"{type(exc).__name__} of " + "; ".join(_reason(leaf) for leaf in exc.exceptions)
+    return f"{type(exc).__name__}: {exc}"
+
+
+def _execute(scenario: Scenario[T], point: Point) -> Run[T]:
+    context = SweepContext(point, make_link=scenario.link, expected=scenario.expected)
+    limit = scenario.limit + sum(i.seconds for i in point.inject if isinstance(i, LeapAt))
+
+    watchdog = StuckInstrument()
+
+    async def main() -> tuple[T | object, float]:
+        watchdog.main = trio.lowlevel.current_task()
+        living = trio.lowlevel.current_statistics().tasks_living
+        outcome: T | object = _NOTHING
+        with trio.move_on_after(limit):
+            outcome = await scenario.body(context)
+        left = trio.lowlevel.current_statistics().tasks_living - living
+        if left:
+            raise AssertionError(f"{left} tasks were left behind")
+        return outcome, trio.current_time()
+
+    with InstrumentErrors() as log, deterministic_schedule(point.seed):
+        outcome, elapsed = trio.run(
+            main, clock=context.clock, instruments=[context.edges, watchdog], strict_exception_groups=True
+        )
+    if log.errors:
+        raise AssertionError(f"an instrument failed: {log.errors}")
+    if outcome is _NOTHING:
+        ended = {name: str(end) for name, end in context.ends.items()}
+        raise AssertionError(f"not over after {limit} virtual seconds; ended were {ended}")
+    _check_exits(context, point, scenario.exit_within)
+    return Run(
+        point=point,
+        outcome=outcome,  # type: ignore[arg-type]  # not the sentinel here
+        ends=dict(context.ends),
+        fired=_fired(context, point),
+        traces={kind: tuple(trace) for kind, trace in context.edges.traces.items()},
+        exits=dict(context.exits),
+        times=tuple(context.edges.times),
+        sent={direction: context.link.sent(direction) for direction in DIRECTIONS},
+        calls=tuple(context.calls.names),
+        elapsed=elapsed,
+        link=context.link,
+    )
+
+
+def _fired(context: SweepContext, point: Point) -> bool:
+    """Whether everything was injected: each kind of injection leaves its own trace."""
+    edges = sum(isinstance(i, CancelAt | LeapAt) for i in point.inject)
+    faults = {i for i in point.inject if isinstance(i, Fault)}
+    expected = sum(len(i.victims) for i in point.inject if isinstance(i, ExpireAt))
+    calls = any(isinstance(i, FailCall) for i in point.inject)
+    return (
+        len(context.edges.fired) == edges
+        and faults <= set(context.link.struck)
+        and context.expired == expected
+        and context.calls.fired == calls
+    )
+
+
+def _check_exits(context: SweepContext, point: Point, bound: float) -> None:
+    if bound == math.inf or any(isinstance(i, LeapAt) for i in point.inject):
+        return
+    for injection in point.inject:
+        match injection:
+            case CancelAt() if context.edges.fired:
+                start = context.edges.fired[0]
+            case ExpireAt():
+                start = max(0.0, injection.time)
+            case _:
+                continue
+        for victim in injection.victims:
+            took = context.ends[victim].at - start
+            if took > bound:
+                raise AssertionError(f"{victim} ended {took} virtual seconds after its cancel; the bound is {bound}")
