@@ -320,32 +320,37 @@ async def test_the_worker_ends_by_itself_when_its_line_is_cut() -> None:
 
 
 HOST = """
-import sys, trio
+import subprocess, sys, trio
 from trimig.guests.process import ProcessGuest
 async def main():
     async with ProcessGuest.open(size=1 << 20, hot=1 << 18) as guest:
-        print(guest.pid, flush=True)
+        other = 0
+        if sys.argv[1] == "kept":  # somebody else has our end of the line too, so it has no end of file
+            fd = guest._worker._socket.fileno()
+            other = subprocess.Popen(["sleep", "60"], pass_fds=[fd], stdout=subprocess.DEVNULL).pid
+        print(guest.pid, other, flush=True)
         await trio.sleep_forever()
 trio.run(main)
 """
 
 
-@pytest.mark.parametrize("stopped", [False, True])
-async def test_the_worker_dies_with_its_host_even_if_it_cannot_notice(stopped: bool) -> None:
-    """A stopped process reads no end of file; only the parent-death signal reaches it."""
+@pytest.mark.parametrize("line", ["cut", "kept"])
+async def test_the_worker_dies_with_its_host_even_if_its_line_stays_open(line: str) -> None:
     host = subprocess.Popen(  # noqa: ASYNC220 - from this thread on purpose: it is to be killed, not awaited
-        [sys.executable, "-c", HOST],
+        [sys.executable, "-c", HOST, line],
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert host.stdout is not None
     with host.stdout:
-        pid = int(host.stdout.readline())
-    if stopped:
-        os.kill(pid, signal.SIGSTOP)
+        worker, other = map(int, host.stdout.readline().split())
     host.kill()
     host.wait()
-    await gone(pid)
+    try:
+        await gone(worker)
+    finally:
+        if other:
+            os.kill(other, signal.SIGKILL)
 
 
 async def test_ctrl_c_in_the_terminal_is_not_for_the_worker() -> None:

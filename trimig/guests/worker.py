@@ -82,17 +82,16 @@ class Worker:
         self._throttle = 0
         self._pacer = Pacer()
 
-    @property
-    def active(self) -> bool:
-        """Whether there is ever anything to write."""
-        return self._running and self._state is not None and self._state.dirty_rate > 0
-
-    def tick(self) -> None:
-        """Write what is due, one batch at most."""
-        if self._state is not None and self._running:
-            before = self._state.writes
-            self._state = write(self._state, self._words, min(self._pacer.due(time.monotonic()), BATCH))
-            self._pacer.made(self._state.writes - before)
+    def tick(self) -> int | None:
+        """Write what is due, one batch at most; returns for how many milliseconds there is nothing to do (None: ever)."""
+        if self._state is None or not self._running or not self._state.dirty_rate:
+            return None
+        due = self._pacer.due(time.monotonic())
+        before = self._state.writes
+        self._state = write(self._state, self._words, min(due, BATCH))
+        made = self._state.writes - before
+        self._pacer.made(made)
+        return _TICK if made == due else 0
 
     def handle(self, request: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """The reply to *request* and the descriptors to send with it (which are then closed here)."""
@@ -189,8 +188,9 @@ def serve(control: socket.socket) -> None:
     worker = Worker()
     poll = select.poll()
     poll.register(control, select.POLLIN)
+    rest = None
     while True:
-        if poll.poll(_TICK if worker.active else None):
+        if poll.poll(rest):
             data, fds, _, _ = socket.recv_fds(control, MAX_PACKET, 1)
             if not data:
                 return
@@ -198,7 +198,7 @@ def serve(control: socket.socket) -> None:
             socket.send_fds(control, [json.dumps(reply).encode()], out)
             for fd in out:
                 os.close(fd)
-        worker.tick()
+        rest = worker.tick()
 
 
 def main() -> None:
