@@ -57,6 +57,28 @@ async def test_boot_sector_counts_on_after_a_migration(machine: Machine) -> None
 
 
 @pytest.mark.qemu
+async def test_guest_notices_a_wrong_page() -> None:
+    with trio.fail_after(LIMIT):
+        async with Qemu.start("pc", "16M", boot=boot_sector()) as vm:
+            await vm.wait_serial(lambda text: text.count("\n") >= 2)
+            vm.ram[0x42000] ^= 0xFF
+            text = await vm.wait_serial(lambda text: "!\n" in text)
+            with pytest.raises(ValueError, match="a page that is not what it had written"):
+                parse_counts(text)
+
+
+def test_counts_with_gap_repeat_or_garbage_are_refused() -> None:
+    assert parse_counts("00000001\n0000") == [1]
+    assert_no_gap([1, 2, 3])
+    for counts in ([], [2, 3], [1, 3], [1, 2, 2], [1, 2, 1]):
+        with pytest.raises(AssertionError):
+            assert_no_gap(counts)
+    for text in ("0000000g\n", "000000001\n", "\n"):
+        with pytest.raises(ValueError, match="not a count"):
+            parse_counts(text)
+
+
+@pytest.mark.qemu
 async def test_captures_are_whole_streams_that_qemu_loads(captures: dict[str, Path]) -> None:
     assert sorted(captures) == ["microvm", "none", "pc", "q35"]
     for path in captures.values():

@@ -1,0 +1,248 @@
+"""Reads every file of the package and fails on what the design forbids.
+
+* Imports point one way (``MAY_IMPORT``); nothing imports ``testing``; the command line uses public names only.
+* Three dangerous things have one address each (``ADDRESSES``): threads, shields, trio's scheduler seed.
+* ``wire`` and ``policy`` import neither trio nor a clock.
+* No broad ``except`` that does not raise again.
+
+``violations`` is a plain function of a path and a text, so that each rule is also shown to fail on a bad file.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+FILES: Final = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "trimig").rglob("*.py"))
+
+_BASE: Final = frozenset({"errors", "status", "config", "guest", "monitor"})
+_ENGINE: Final = _BASE | {"wire", "policy", "memory", "engine"}
+_TOOLS: Final = _ENGINE | {"transport", "guests"}
+_API: Final = _TOOLS | {"trimig", "api"}
+
+#: What each unit (a subpackage or a module of the top level; ``trimig`` is its ``__init__``) may import, itself aside.
+MAY_IMPORT: Final = {
+    "errors": frozenset[str](),
+    "status": frozenset({"errors"}),
+    "config": frozenset({"errors"}),
+    "guest": frozenset({"errors"}),
+    "monitor": _BASE,
+    "wire": _BASE,
+    "policy": _BASE,
+    "memory": _BASE,
+    "engine": _ENGINE,
+    "transport": _ENGINE,
+    "guests": _ENGINE,
+    "api": _TOOLS,
+    "trimig": _API,
+    "portal": _API,
+    "stream": _API,
+    "qmp": _API,
+    "testing": _API | {"portal", "stream", "qmp"},
+    "cli": _BASE | {"trimig", "portal", "wire", "transport", "guests", "stream", "qmp"},
+}
+
+#: Dangerous name -> where it may stand.
+ADDRESSES: Final = {
+    **dict.fromkeys(
+        ("threading", "_thread", "concurrent", "to_thread", "from_thread", "start_thread_soon"),
+        frozenset({"trimig/engine/offload.py", "trimig/portal.py"}),
+    ),
+    "shield": frozenset({"trimig/engine/teardown.py", "trimig/engine/handover.py"}),
+    "_ALLOW_DETERMINISTIC_SCHEDULING": frozenset({"trimig/testing/determinism.py"}),
+}
+
+#: What the units without I/O and clock may not import.
+NOT_SANS_IO: Final = frozenset({"trio", "anyio", "asyncio", "socket", "select", "selectors", "time", "datetime"})
+SANS_IO: Final = frozenset({"wire", "policy"})
+
+
+def unit_of(parts: tuple[str, ...]) -> str:
+    """The unit a dotted path below trimig belongs to: ``("trimig", "wire", "decoder")`` is in ``wire``."""
+    return parts[1] if len(parts) > 1 else "trimig"
+
+
+def imported_modules(tree: ast.AST, path: PurePosixPath) -> Iterator[tuple[int, tuple[str, ...], tuple[str, ...]]]:
+    """Each import as (line, absolute module path, names taken from it); everywhere in the file, also in functions."""
+    package = path.parent.parts
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, tuple(alias.name.split(".")), ()
+        elif isinstance(node, ast.ImportFrom):
+            module = tuple(node.module.split(".")) if node.module else ()
+            if node.level:
+                module = package[: len(package) - node.level + 1] + module
+            yield node.lineno, module, tuple(alias.name for alias in node.names)
+
+
+def arrows(tree: ast.AST, path: PurePosixPath) -> Iterator[tuple[int, str, tuple[str, ...]]]:
+    """Imports of trimig as (line, unit, dotted path)."""
+    for line, module, names in imported_modules(tree, path):
+        if module[:1] != ("trimig",):
+            continue
+        if len(module) == 1 and names:
+            # "from trimig import errors" takes the unit, "from trimig import migrate" the top level's name.
+            for name in names:
+                target = (*module, name) if name in MAY_IMPORT else module
+                yield line, unit_of(target), target
+        else:
+            yield line, unit_of(module), module
+
+
+def _check_imports(tree: ast.AST, path: PurePosixPath) -> Iterator[str]:
+    module = path.with_suffix("").parts
+    me = unit_of(module[:-1] if module[-1] == "__init__" else module)
+    if me not in MAY_IMPORT:
+        yield f"1: {me} is not in the table of units"
+        return
+    for line, unit, target in arrows(tree, path):
+        dotted = ".".join(target)
+        if unit != me and unit not in MAY_IMPORT[me]:
+            yield f"{line}: {me} imports {dotted}"
+        elif me == "cli" and unit != me and len(target) > 2:
+            yield f"{line}: cli imports from the inside of a package: {dotted}"
+    if me == "cli":
+        for line, taken, names in imported_modules(tree, path):
+            if taken[:1] == ("trimig",) and taken[:2] != ("trimig", "cli"):
+                yield from (f"{line}: cli imports the private name {name}" for name in names if name.startswith("_"))
+    if me in SANS_IO:
+        for line, taken, _names in imported_modules(tree, path):
+            if taken and taken[0] in NOT_SANS_IO:
+                yield f"{line}: {me} imports {taken[0]}"
+
+
+def _names(node: ast.AST) -> Iterator[str]:
+    """The dangerous names that *node* itself could bring, and a string that is just one (as for setattr)."""
+    match node:
+        case ast.Attribute(attr="shield", ctx=ast.Load()) | ast.Name(id="shield"):
+            return  # a shield is made by setting it; the handover's function of that name may be called
+        case ast.Name(id=name) | ast.Attribute(attr=name) | ast.keyword(arg=str(name)) | ast.Constant(value=str(name)):
+            yield name
+        case ast.Import(names=aliases):
+            yield from (part for alias in aliases for part in alias.name.split("."))
+        case ast.ImportFrom(names=aliases, module=module):
+            yield from (alias.name for alias in aliases if alias.name != "shield")
+            yield from (module or "").split(".")
+
+
+def _check_addresses(tree: ast.AST, path: PurePosixPath) -> Iterator[str]:
+    for node in ast.walk(tree):
+        for name in _names(node):
+            allowed = ADDRESSES.get(name)
+            if allowed is not None and path.as_posix() not in allowed:
+                yield f"{getattr(node, 'lineno', 1)}: {name} belongs into {' or '.join(sorted(allowed))} only"
+
+
+def _broad(node: ast.expr | None) -> str | None:
+    """The broad class among those an ``except`` or ``suppress`` names, if any."""
+    if node is None:
+        return "BaseException"
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name) and part.id in ("Exception", "BaseException"):
+            return part.id
+    return None
+
+
+def _check_excepts(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler) and (broad := _broad(node.type)) is not None:
+            last = node.body[-1]
+            again = isinstance(last, ast.Raise) and last.exc is None
+            # A foreign error may be turned into one of ours; a cancellation (BaseException) never.
+            turned = isinstance(last, ast.Raise) and last.cause is not None and broad == "Exception"
+            if not again and not turned:
+                yield f"{node.lineno}: broad except that does not end in raise"
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("suppress") and any(map(_broad, node.args)):
+            yield f"{node.lineno}: suppress of everything"
+
+
+def violations(path: str, source: str) -> list[str]:
+    """What is wrong with a file of the package, one line each; *path* begins with ``trimig/``."""
+    tree = ast.parse(source)
+    where = PurePosixPath(path)
+    found = [*_check_imports(tree, where), *_check_addresses(tree, where), *_check_excepts(tree)]
+    return [f"{path}:{line}" for line in sorted(set(found))]
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_file_keeps_the_rules(path: str) -> None:
+    assert violations(path, (ROOT / path).read_text(encoding="utf-8")) == []
+
+
+def test_table_of_units_has_no_cycle() -> None:
+    """Whatever may import another unit is not importable from there."""
+    reach = {unit: set(direct) for unit, direct in MAY_IMPORT.items()}
+    for unit, direct in MAY_IMPORT.items():
+        assert {other for other in direct if other != unit and unit in reach[other]} == set(), unit
+        assert "testing" not in direct
+        assert "cli" not in direct
+
+
+BAD: Final = [
+    ("trimig/wire/x.py", "from ..engine import source", "wire imports trimig.engine"),
+    ("trimig/wire/x.py", "def f():\n    import trimig.memory.block", "2: wire imports trimig.memory.block"),
+    ("trimig/wire/__init__.py", "from ..policy import rate", "wire imports trimig.policy"),
+    ("trimig/errors.py", "from .status import Status", "errors imports trimig.status"),
+    ("trimig/errors.py", "from . import status", "errors imports trimig.status"),
+    ("trimig/engine/x.py", "from ..transport import tcp", "engine imports trimig.transport"),
+    ("trimig/engine/x.py", "import trimig", "engine imports trimig"),
+    ("trimig/engine/x.py", "from trimig import migrate", "engine imports trimig"),
+    ("trimig/guests/x.py", "from ..testing.link import VirtualLink", "guests imports trimig.testing"),
+    ("trimig/__init__.py", "from .testing import sweep", "trimig imports trimig.testing"),
+    ("trimig/api.py", "from .cli import main", "api imports trimig.cli"),
+    ("trimig/cli/x.py", "from ..engine import source", "cli imports trimig.engine"),
+    ("trimig/cli/x.py", "from ..guests.app import AppGuest", "inside of a package: trimig.guests.app"),
+    ("trimig/cli/x.py", "from ..guests import _x", "the private name _x"),
+    ("trimig/new/x.py", "", "new is not in the table"),
+    ("trimig/wire/x.py", "import trio", "wire imports trio"),
+    ("trimig/policy/x.py", "from time import monotonic", "policy imports time"),
+    ("trimig/engine/x.py", "import threading", "threading belongs into"),
+    ("trimig/engine/x.py", "from concurrent.futures import ThreadPoolExecutor", "concurrent belongs into"),
+    ("trimig/memory/x.py", "import trio\ntrio.to_thread.run_sync(f)", "2: to_thread belongs into"),
+    ("trimig/memory/x.py", "from trio import from_thread", "from_thread belongs into"),
+    ("trimig/engine/x.py", "trio.CancelScope(shield=True)", "shield belongs into"),
+    ("trimig/engine/x.py", "scope.shield = True", "shield belongs into"),
+    ("trimig/engine/x.py", "trio.CancelScope(**{'shield': True})", "shield belongs into"),
+    ("trimig/guests/x.py", "setattr(scope, 'shield', True)", "shield belongs into"),
+    ("trimig/testing/x.py", "core._ALLOW_DETERMINISTIC_SCHEDULING = True", "_ALLOW_DETERMINISTIC_SCHEDULING belongs"),
+    ("trimig/testing/x.py", "f('_ALLOW_DETERMINISTIC_SCHEDULING')", "_ALLOW_DETERMINISTIC_SCHEDULING belongs"),
+    ("trimig/engine/x.py", "try: pass\nexcept: pass", "broad except"),
+    ("trimig/engine/x.py", "try: pass\nexcept Exception: pass", "broad except"),
+    ("trimig/engine/x.py", "try: pass\nexcept (OSError, BaseException): log()", "broad except"),
+    ("trimig/engine/x.py", "try: pass\nexcept BaseException as e: raise X from e", "broad except"),
+    ("trimig/engine/x.py", "try: pass\nexcept* Exception: pass", "broad except"),
+    ("trimig/engine/x.py", "with contextlib.suppress(Exception): pass", "suppress of everything"),
+]
+
+
+@pytest.mark.parametrize(("path", "source", "message"), BAD)
+def test_guard_catches_a_bad_file(path: str, source: str, message: str) -> None:
+    found = violations(path, source)
+    assert len(found) == 1
+    assert message in found[0]
+
+
+GOOD: Final = [
+    ("trimig/engine/x.py", "from ..wire import Decoder\nfrom . import channel\nfrom trimig import errors"),
+    ("trimig/__init__.py", "from .api import migrate as migrate\nfrom .guests import AppGuest as AppGuest"),
+    ("trimig/cli/x.py", "import trimig\nfrom trimig.guests import ParkedGuest\nfrom ._show import _table"),
+    ("trimig/engine/offload.py", "import trio\ntrio.to_thread.run_sync(f)"),
+    ("trimig/engine/teardown.py", "trio.move_on_after(1, shield=True)"),
+    ("trimig/engine/source.py", "from . import handover\nhandover.shield(nursery, 5)"),
+    ("trimig/engine/source.py", "from .handover import shield\nshield(nursery, 5)\nassert scope.shield"),
+    ("trimig/testing/determinism.py", "core._ALLOW_DETERMINISTIC_SCHEDULING = True"),
+    ("trimig/engine/x.py", "try: pass\nexcept BaseException:\n    undo()\n    raise"),
+    ("trimig/engine/x.py", "try: pass\nexcept Exception as exc: raise GuestFailed() from exc"),
+    ("trimig/wire/x.py", '"""About time, trio and every shield."""\nimport struct'),
+]
+
+
+@pytest.mark.parametrize(("path", "source"), GOOD)
+def test_guard_lets_a_good_file_pass(path: str, source: str) -> None:
+    assert violations(path, source) == []
