@@ -166,7 +166,7 @@ def _parse(text: bytes, limits: Limits) -> JsonObject:
     if len(text) > limits.max_bytes:
         raise _bad(f"it has {len(text)} bytes, more than {limits.max_bytes}")
     marks = _STRING.sub(b"", text).translate(None, _NO_MARKS)
-    if len(marks) > limits.max_items:
+    if len(marks) - marks.count(b"]") - marks.count(b"}") > limits.max_items:
         raise _bad(f"it has more than {limits.max_items} items")
     depth = 0
     for mark in marks:
