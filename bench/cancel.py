@@ -85,8 +85,10 @@ class WatchedGuest(trimig.AppGuest):
         await super().pause()
 
     async def resume(self) -> None:
+        stopped = self.run_state != "running"
         await super().resume()
-        self.resumed_at = time.perf_counter()
+        if stopped:
+            self.resumed_at = time.perf_counter()
 
 
 def summarise(points: Sequence[Point]) -> list[Line]:

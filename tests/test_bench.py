@@ -383,7 +383,7 @@ def test_cancel_figures_tell_points_while_paused_from_the_others() -> None:
     everything, paused, returned = lines
     assert (everything.count, everything.median_ms, everything.p99_ms, everything.max_ms) == (100, 0.0, 0.0, 400.0)
     assert (paused.count, paused.median_ms) == (1, 400.0)
-    assert (returned.median_ms, returned.p99_ms, returned.max_ms) == pytest.approx((50.0, 99.0, 500.0))
+    assert (returned.median_ms, returned.p99_ms, returned.max_ms) == pytest.approx((50.5, 99.0, 500.0))
     assert len(cancel_table(lines).splitlines()) == 4
 
 
