@@ -30,6 +30,8 @@ _COMMAND: Final = struct.Struct(">BHH")
 _FOOTER_SIZE: Final = 5
 #: EOF, type and length in front of the text of a description.
 _BEFORE_TEXT: Final = 6
+_COMMANDS: Final = frozenset(int(command) for command in Command)
+_AFTER_FOOTER: Final = frozenset({Section.FULL, Section.COMMAND, Section.EOF})
 _PING: Final = bytes((Section.COMMAND, 0, Command.PING, 0, 4))
 
 
@@ -190,7 +192,7 @@ class _Splitter:
         while True:
             if len(sections) + len(commands) > MAX_ELEMENTS:
                 raise RemoteProtocolError(f"more than {MAX_ELEMENTS} device sections", offset=self.offset + position)
-            kind = self.tail[position] if position < len(self.tail) else None
+            kind = self._type_at(position)
             if kind == Section.FULL:
                 section, position = self._section(position)
                 sections.append(section)
@@ -288,6 +290,8 @@ class _Splitter:
             return end, ""
         if self.tail[end : end + _FOOTER_SIZE] != _footer(header.section_id):
             return None, f"by its description it has {end - header.end} bytes, but no footer stands there"
+        if self._type_at(end + _FOOTER_SIZE) not in _AFTER_FOOTER:
+            return None, f"by its description it has {end - header.end} bytes, but nothing legal follows its footer"
         return end, ""
 
     def _scanned_end(self, header: _Header, position: int, why: str) -> int:
@@ -311,19 +315,19 @@ class _Splitter:
 
     def _can_follow(self, position: int) -> bool:
         """Whether something that can stand behind a footer stands at *position*."""
-        kind = self.tail[position] if position < len(self.tail) else None
+        kind = self._type_at(position)
         if kind == Section.FULL:
             header = self._header(position)
             return header is not None and (not self.known or (header.idstr, header.instance_id) in self.known)
         if kind == Section.COMMAND and position + _COMMAND.size <= len(self.tail):
             _, number, size = _COMMAND.unpack_from(self.tail, position)
             end = position + _COMMAND.size + size
-            return number in Command and end < len(self.tail) and self._can_follow_command(end)
+            # One level only: a chain of made-up commands must not cost more than its length.
+            return number in _COMMANDS and self._type_at(end) in _AFTER_FOOTER
         return kind == Section.EOF and self._is_end(position)
 
-    def _can_follow_command(self, position: int) -> bool:
-        # One level only: a chain of made-up commands must not cost more than its length.
-        return self.tail[position] in (Section.FULL, Section.COMMAND, Section.EOF)
+    def _type_at(self, position: int) -> int | None:
+        return self.tail[position] if position < len(self.tail) else None
 
 
 def _footer(section_id: int) -> bytes:
