@@ -229,6 +229,10 @@ def test_array_with_unequal_elements_is_pointed_out() -> None:
         decode_payload(described, bytes(12 + 4 + 2 + 1))
 
 
+def test_type_that_is_no_text_is_pointed_out_as_well() -> None:
+    assert uncertain_fields(device({"name": "a", "array_len": 1, "type": {}})) == ("a",)
+
+
 def test_instance_is_in_the_name_unless_it_is_the_first() -> None:
     assert [section_name({"name": "dma", "instance_id": k}) for k in (0, 1)] == ["dma", "dma (1)"]
 

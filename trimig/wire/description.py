@@ -269,7 +269,7 @@ def uncertain_fields(device: Mapping[str, Any]) -> tuple[str, ...]:
                 continue
             name = f"{path}{field.get('name')}"
             # A scalar has one size, so only compound and opaque elements are in doubt.
-            if "array_len" in field and field.get("type") not in SCALARS:
+            if "array_len" in field and str(field.get("type")) not in SCALARS:
                 found.append(name)
             look(field.get("struct"), name + ".")
             look(field, name + ".")
