@@ -187,3 +187,38 @@ class Guest(Protocol):
 
         **Cancellation:** as for an error; the engine calls it in a bounded shield only.
         """
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigSubsection:
+    """One optional part of a stream's configuration section, its payload uninterpreted."""
+
+    name: str
+    version: int
+    payload: bytes
+
+
+@runtime_checkable
+class OpaqueGuest(Guest, Protocol):
+    """A guest whose machine trimig knows nothing of: everything but its RAM is kept, and sent again, as it came."""
+
+    @property
+    def subsections(self) -> Sequence[ConfigSubsection]:
+        """Of the configuration section."""
+
+    @property
+    def description(self) -> bytes | None:
+        """The JSON text that follows the end of the stream; None if it had none."""
+
+    def adopt(self, machine: str, subsections: Sequence[ConfigSubsection], blocks: Sequence[tuple[str, int]]) -> None:
+        """Become the guest that is coming: make the RAM blocks (name, bytes) that its source announces.
+
+        Raises:
+            GuestFailed: there is no memory for it.
+        """
+
+    async def load_opaque(self, sections: Sequence[DeviceSection], description: bytes | None) -> None:
+        """Keep the device sections, in order.
+
+        **Cancellation:** as for :meth:`load_devices`.
+        """

@@ -22,11 +22,10 @@ from typing import Final, Protocol
 import numpy as np
 
 from ..errors import RemoteProtocolError, TransportFailed
-from ..guest import PAGE_SIZE
+from ..guest import PAGE_SIZE, ConfigSubsection
 from .constants import MAGIC, VERSION, Command, Section
 from .events import (
     CommandElement,
-    ConfigSubsection,
     Configuration,
     Description,
     DevicePayload,
@@ -187,6 +186,10 @@ class Decoder:
         """*pages* whole PAGE records that continue the open run were consumed elsewhere."""
         self._base += pages * (8 + PAGE_SIZE)
         self._records.extend_run(pages)
+
+    def end_run(self) -> None:
+        """The open run does not go on as predicted."""
+        self._records.end_run()
 
     def give_back(self, data: bytes) -> None:
         """*data* stands at :attr:`offset` after all. The buffer must be empty (see :meth:`take_rest`)."""

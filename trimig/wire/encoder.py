@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import LocalProtocolError
-from ..guest import DeviceSection
+from ..guest import ConfigSubsection, DeviceSection
 from .constants import MAGIC, RAM_VERSION, VERSION, RamFlag, Section
 from .events import (
     CommandElement,
-    ConfigSubsection,
     Configuration,
     Description,
     DevicePayload,

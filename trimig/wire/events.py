@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
+from ..guest import ConfigSubsection
 from .constants import Section
 
 
@@ -27,15 +28,6 @@ class FileHeader(Event):
     """Magic and version."""
 
     version: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ConfigSubsection:
-    """One optional part of the configuration section, its payload uninterpreted."""
-
-    name: str
-    version: int
-    payload: bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

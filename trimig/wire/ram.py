@@ -69,6 +69,10 @@ class RecordReader:
         self._run_next += pages * PAGE_SIZE
         self._run_length += pages
 
+    def end_run(self) -> None:
+        """Forget the open run: its continuation was seen not to be what was predicted."""
+        self._run_length = 0
+
     def read(
         self, array: NDArray[np.uint8], pos: int, end: int, offset: int, max_ram_bytes: int
     ) -> tuple[Event | None, int]:

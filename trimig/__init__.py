@@ -1,0 +1,59 @@
+"""Live migration of running machines, on QEMU's wire format, with exactly one owner of the guest at all times.
+
+The layers, from the top; imports point downwards only:
+
+* ``trimig.cli``: the command; uses what stands here and nothing below.
+* ``trimig.api``: the two calls, :func:`migrate` and :func:`receive`.
+* ``trimig.guests``, ``trimig.transport``, ``trimig.stream``: what can be migrated, ways there, tools on streams.
+* ``trimig.engine``: the trio tasks. One nursery per attempt.
+* ``trimig.memory``, ``trimig.policy``, ``trimig.wire``: Linux memory; decisions; bytes. The last two know no clock.
+* ``trimig.guest``, ``trimig.monitor``, ``trimig.status``, ``trimig.config``, ``trimig.errors``: what all agree on.
+
+``trimig.testing`` stands beside them: virtual links, fault injection and sweeps, for your tests as for ours.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .api import migrate as migrate
+from .api import receive as receive
+from .config import Capabilities as Capabilities
+from .config import Config as Config
+from .config import GiB as GiB
+from .config import KiB as KiB
+from .config import MiB as MiB
+from .config import Parameters as Parameters
+from .config import PeerProfile as PeerProfile
+from .config import parse_size as parse_size
+from .errors import ConfigError as ConfigError
+from .errors import GuestFailed as GuestFailed
+from .errors import HandoverUncertain as HandoverUncertain
+from .errors import InternalError as InternalError
+from .errors import LocalProtocolError as LocalProtocolError
+from .errors import MigrationCancelled as MigrationCancelled
+from .errors import MigrationError as MigrationError
+from .errors import NotConverging as NotConverging
+from .errors import Ownership as Ownership
+from .errors import PeerFailed as PeerFailed
+from .errors import RemoteProtocolError as RemoteProtocolError
+from .errors import StateError as StateError
+from .errors import TransportFailed as TransportFailed
+from .guest import Guest as Guest
+from .guest import RamBlock as RamBlock
+from .guests import AppGuest as AppGuest
+from .guests import Device as Device
+from .guests import ProcessGuest as ProcessGuest
+from .monitor import Downtime as Downtime
+from .monitor import Event as Event
+from .monitor import Monitor as Monitor
+from .monitor import Statistics as Statistics
+from .monitor import Summary as Summary
+from .status import Role as Role
+from .status import Status as Status
+from .wire.vmstate import Field as Field
+from .wire.vmstate import Subsection as Subsection
+from .wire.vmstate import VMState as VMState
+
+try:
+    __version__ = version("trimig")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"

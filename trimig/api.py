@@ -1,0 +1,112 @@
+"""The two calls: :func:`migrate` and :func:`receive`."""
+
+from __future__ import annotations
+
+import functools
+
+import trio
+
+from . import transport
+from .config import Config
+from .engine import teardown
+from .engine.destination import receive_stream
+from .engine.source import CommitHook, FenceHook, OpenStream, migrate_stream
+from .guest import Guest
+from .monitor import Monitor, Summary
+
+
+async def migrate(
+    guest: Guest,
+    to: str | trio.abc.Stream,
+    config: Config | None = None,
+    *,
+    monitor: Monitor | None = None,
+    commit: CommitHook | None = None,
+    fence: FenceHook | None = None,
+) -> Summary:
+    """Move a running guest to another process or host.
+
+    Args:
+        guest: what to move. It keeps running until the switchover.
+        to: a URI (``tcp:HOST:PORT``, ``unix:PATH``) or a connected stream, which is owned and closed on every path.
+        config: capabilities, parameters and options; the defaults if None.
+        monitor: watches and steers; may be shared with other tasks.
+        commit: called when the destination has proved that it has everything, and before the decision is sent: the
+            place to record the decision durably. If it fails, everything is taken back.
+        fence: called when the answer to the decision is missing, before HandoverUncertain: returns the owner once that
+            is certain (because the destination was asked, or has been fenced off), UNKNOWN otherwise.
+
+    Returns:
+        What it took. The destination owns the guest; it is paused here, for good.
+
+    Raises:
+        HandoverUncertain: the decision was sent and no answer came. The guest stays paused here, on purpose.
+        GuestFailed: also if the guest could not be resumed; its owner is then the source, and it can be tried again.
+        MigrationError: anything else; ``owner`` is SOURCE and the guest is in the run state that it had.
+        StateError: the guest or the monitor is busy; nothing was done, but a stream given as *to* is closed.
+
+    **Cancellation:** up to the decision the migration never happened: the guest is in the run state it had, and a new
+    attempt may be made at once. From the decision to its answer a cancellation is held off, for at most
+    ``handover_timeout`` seconds.
+    """
+    try:
+        opener = _connector(to)
+        return await migrate_stream(guest, opener, config or Config(), monitor or Monitor(), commit=commit, fence=fence)
+    finally:
+        await _dispose(to)
+
+
+async def receive(
+    guest: Guest, at: str | trio.abc.Stream, config: Config | None = None, *, monitor: Monitor | None = None
+) -> Summary:
+    """Be the destination of one migration.
+
+    Args:
+        guest: what to fill; it must not be running.
+        at: a URI to listen on (for one connection; the address with its real port is in ``monitor.addresses``), or a
+            connected stream, which is owned and closed on every path.
+        config: capabilities, parameters and options; the defaults if None.
+        monitor: watches and steers.
+
+    Returns:
+        What it took. The guest is this side's, and in the run state that it had at the source.
+
+    Raises:
+        MigrationError: the guest is not here: its memory and devices are undefined until the next whole migration. The
+            source has been told, where there is a return path.
+
+    **Cancellation:** up to the decision of the source as for an error. If the decision has been read, the guest is
+    brought to life and the call returns, or fails, within ``handover_timeout`` seconds.
+    """
+    monitor = monitor or Monitor()
+    try:
+        opener = _stream(at) if isinstance(at, trio.abc.Stream) else functools.partial(_accept, at, monitor)
+        return await receive_stream(guest, opener, config or Config(), monitor)
+    finally:
+        await _dispose(at)
+
+
+def _connector(to: str | trio.abc.Stream) -> OpenStream:
+    if isinstance(to, trio.abc.Stream):
+        return _stream(to)
+    transport.check(to)
+    return functools.partial(transport.connect, to)
+
+
+def _stream(stream: trio.abc.Stream) -> OpenStream:
+    async def given() -> trio.abc.Stream:
+        await trio.lowlevel.checkpoint()
+        return stream
+
+    return given
+
+
+async def _accept(uri: str, monitor: Monitor) -> trio.abc.Stream:
+    async with transport.listening(uri, monitor.listening) as listener:
+        return await listener.accept()
+
+
+async def _dispose(stream: str | trio.abc.Stream) -> None:
+    """Close a stream that the engine never got hold of; closing twice is harmless."""
+    if isinstance(stream, trio.abc.Stream):
+        await teardown.close(stream)

@@ -1,0 +1,201 @@
+"""One stream between the two sides, and the rule that a failed write is the last one.
+
+``send_all`` of any trio stream leaves unknown how much was sent when it is cancelled or fails. So a channel that this
+happened to is *poisoned*: nothing more is ever written to it, the farewell included. One task writes a channel.
+
+Kernel sockets get special treatment: there bytes are handed over by system calls that say how many were taken, so it
+is known *exactly* whether anything of a write has left, and pages go straight from guest memory into the socket.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from ..errors import LocalProtocolError, TransportFailed
+from ..guest import PAGE_SIZE
+from . import vectored
+
+#: Pages of one gathering write: 2 * 512 elements is what the kernel takes at once.
+BATCH_PAGES = vectored.MAX_ELEMENTS // 2
+
+
+class Channel:
+    """A stream with a byte count and a poison mark.
+
+    Args:
+        stream: any bidirectional trio stream. The channel owns it.
+        stall_timeout: seconds without progress in a blocked call after which it fails; ``math.inf`` for never.
+    """
+
+    def __init__(self, stream: trio.abc.Stream, *, stall_timeout: float = math.inf) -> None:
+        self.stream = stream
+        self.stall_timeout = stall_timeout
+        #: Bytes taken by the transport (for streams other than sockets: handed to it completely).
+        self.sent = 0
+        self.received = 0
+        self.poisoned = False
+        #: Something may have left although :attr:`sent` does not show it (a write of a stream that is not a socket
+        #: ended in an error).
+        self.unsure = False
+        self._socket = stream.socket if isinstance(stream, trio.SocketStream) else None
+        self._staging: NDArray[np.uint8] | None = None
+
+    @property
+    def socket_fd(self) -> int | None:
+        """The descriptor for vectored calls, or None if the stream is not a kernel socket."""
+        return self._socket.fileno() if self._socket is not None else None
+
+    def _check(self) -> None:
+        if self.poisoned:
+            raise LocalProtocolError("write to a channel after a write that failed half way")
+
+    def _stalled(self, what: str) -> TransportFailed:
+        return TransportFailed(f"the peer {what} for {self.stall_timeout:g} s")
+
+    async def send(self, data: bytes | memoryview) -> None:
+        """Send all of *data*.
+
+        Raises:
+            TransportFailed: the connection broke, or took nothing for ``stall_timeout``.
+
+        **Cancellation:** the channel is poisoned; on sockets :attr:`sent` tells how much has left.
+        """
+        self._check()
+        ok = False
+        try:
+            if self._socket is not None:
+                view = memoryview(data)
+                while len(view):
+                    with trio.move_on_after(self.stall_timeout) as limit:
+                        taken = await self._socket.send(view)
+                    if limit.cancelled_caught:
+                        raise self._stalled("took no data")
+                    self.sent += taken
+                    view = view[taken:]
+            else:
+                with trio.move_on_after(self.stall_timeout) as limit:
+                    await self.stream.send_all(data)
+                if limit.cancelled_caught:
+                    raise self._stalled("took no data")
+                self.sent += len(data)
+            ok = True
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise TransportFailed(f"the connection broke while sending: {_cause(error)}") from error
+        finally:
+            if not ok:
+                self.poisoned = True
+                self.unsure = self._socket is None
+
+    async def send_pages(
+        self, lead: bytes, words: NDArray[np.uint64], pages: NDArray[np.uint8], indices: NDArray[np.int64]
+    ) -> None:
+        """Send PAGE records whose content is read from guest memory by the kernel (or copied once, off sockets).
+
+        Args:
+            lead: the first record's word and block name if it is a named one, else empty.
+            words: the word of every record, big-endian; the first is replaced by *lead* if that is not empty.
+            pages: the block's memory, shape (n, page size).
+            indices: which of its pages, same length as *words*, at most BATCH_PAGES.
+
+        **Cancellation:** as for :meth:`send`.
+        """
+        if self._socket is None:
+            await self.send(self._stage(lead, words, pages, indices))
+            return
+        self._check()
+        addresses = pages.ctypes.data + indices.astype(np.uint64) * np.uint64(PAGE_SIZE)
+        vector = vectored.interleave(words.ctypes.data, 8, addresses, PAGE_SIZE)
+        keep = np.frombuffer(lead, np.uint8)
+        if lead:
+            vector[0] = keep.ctypes.data, len(lead)
+        await self._write(vector, int(vector[:, 1].sum()))
+
+    async def _write(self, vector: vectored.Vector, left: int) -> None:
+        assert self._socket is not None
+        ok = False
+        try:
+            await trio.lowlevel.checkpoint()
+            while left:
+                taken = vectored.writev(self._socket.fileno(), vector)
+                if taken is None:
+                    with trio.move_on_after(self.stall_timeout) as limit:
+                        await trio.lowlevel.wait_writable(self._socket)
+                    if limit.cancelled_caught:
+                        raise self._stalled("took no data")
+                    continue
+                self.sent += taken
+                left -= taken
+                if left:
+                    vector = vectored.advance(vector, taken)
+            ok = True
+        except (OSError, trio.ClosedResourceError) as error:
+            raise TransportFailed(f"the connection broke while sending: {_cause(error)}") from error
+        finally:
+            if not ok:
+                self.poisoned = True
+
+    def _stage(
+        self, lead: bytes, words: NDArray[np.uint64], pages: NDArray[np.uint8], indices: NDArray[np.int64]
+    ) -> memoryview:
+        """The records copied together, for streams that take nothing but bytes."""
+        count = len(words)
+        extra = max(0, len(lead) - 8)
+        if self._staging is None:
+            self._staging = np.empty(BATCH_PAGES * (8 + PAGE_SIZE) + 256, np.uint8)
+        buffer = self._staging[: extra + count * (8 + PAGE_SIZE)]
+        records = buffer[extra:].reshape(count, 8 + PAGE_SIZE)
+        records[:, :8] = words.view(np.uint8).reshape(count, 8)
+        records[:, 8:] = pages[indices]
+        if lead:
+            buffer[: len(lead)] = np.frombuffer(lead, np.uint8)
+        return buffer.data
+
+    async def receive_into(self, view: memoryview) -> int:
+        """Read at least one byte into *view*; 0 at the end of the stream.
+
+        Raises:
+            TransportFailed: the connection broke, or nothing came for ``stall_timeout``.
+
+        **Cancellation:** nothing was read.
+        """
+        try:
+            with trio.move_on_after(self.stall_timeout) as limit:
+                if self._socket is not None:
+                    count = await self._socket.recv_into(view)
+                else:
+                    data = await self.stream.receive_some(len(view))
+                    count = len(data)
+                    view[:count] = data
+            if limit.cancelled_caught:
+                raise self._stalled("sent nothing")
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise TransportFailed(f"the connection broke while receiving: {_cause(error)}") from error
+        self.received += count
+        return count
+
+    async def read_vector(self, vector: vectored.Vector) -> int:
+        """Let the kernel place what comes next; sockets only. 0 at the end of the stream.
+
+        **Cancellation:** nothing was read.
+        """
+        assert self._socket is not None
+        try:
+            while (count := vectored.readv(self._socket.fileno(), vector)) is None:
+                with trio.move_on_after(self.stall_timeout) as limit:
+                    await trio.lowlevel.wait_readable(self._socket)
+                if limit.cancelled_caught:
+                    raise self._stalled("sent nothing")
+        except (OSError, trio.ClosedResourceError) as error:
+            raise TransportFailed(f"the connection broke while receiving: {_cause(error)}") from error
+        self.received += count
+        return count
+
+
+def _cause(error: BaseException) -> str:
+    """The most telling text of a transport error: trio wraps the system's own."""
+    inner = error.__cause__ if isinstance(error, trio.BrokenResourceError) and error.__cause__ else error
+    return str(inner) or type(inner).__name__

@@ -1,0 +1,90 @@
+"""The task that enforces the bandwidth limit and measures what the transport really takes.
+
+The sender spends from a budget; when that is used up it waits for this task to open the next window. Once per window
+the task also updates bandwidth, dirty rate and the expected downtime, whether there is a limit or not.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from ..guest import PAGE_SIZE
+from ..monitor import Counters
+from ..policy.rate import WINDOW, Budget
+from .channel import BATCH_PAGES, Channel
+
+_RECORD = 8 + PAGE_SIZE
+
+
+class Limiter:
+    """Bandwidth limit of one attempt.
+
+    Args:
+        channel: whose byte count is measured.
+        rate: bytes per second; 0 for no limit.
+        counters: receives the measurements.
+    """
+
+    def __init__(self, channel: Channel, rate: int, counters: Counters) -> None:
+        self._channel = channel
+        self._counters = counters
+        self._budget = Budget(rate, trio.current_time())
+        self._opened = trio.Event()
+        self._lifted = False
+
+    def set_rate(self, rate: int) -> None:
+        """A new limit, at once."""
+        self._budget.set_rate(rate, trio.current_time())
+        self._wake()
+
+    def lift(self) -> None:
+        """No limit any more: the guest stands still."""
+        self._lifted = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._opened.set()
+        self._opened = trio.Event()
+
+    async def pages(self, wanted: int) -> int:
+        """How many PAGE records may be sent now, 1 to *wanted*; waits while the answer would be none.
+
+        **Cancellation:** nothing was spent.
+        """
+        while True:
+            available = float("inf") if self._lifted else self._budget.available(trio.current_time())
+            if available > 0:
+                count = int(min(wanted, BATCH_PAGES, max(1.0, available // _RECORD)))
+                self._budget.spend(count * _RECORD)
+                return count
+            await self._opened.wait()
+
+    async def bytes(self, count: int) -> None:
+        """Wait until *count* bytes (small against a window) may be sent, and spend them.
+
+        **Cancellation:** nothing was spent.
+        """
+        while not self._lifted and self._budget.available(trio.current_time()) <= 0:
+            await self._opened.wait()
+        self._budget.spend(count)
+
+    async def run(self) -> None:
+        """Open a window every 100 ms, until cancelled.
+
+        **Cancellation:** the sender gets no further budget.
+        """
+        c = self._counters
+        then, sent, pages = trio.current_time(), self._channel.sent, c.normal + c.duplicate
+        while True:
+            await trio.sleep(min(max(self._budget.window_end - trio.current_time(), 0.001), WINDOW))
+            self._wake()
+            now = trio.current_time()
+            if (passed := now - then) < WINDOW:
+                continue
+            handled = c.normal + c.duplicate
+            c.pages_per_second = (handled - pages) / passed
+            # A window in which little was sent tells the guest's appetite, not the transport's (states.md part 13).
+            if self._channel.sent - sent > 10_000:
+                c.bandwidth = (self._channel.sent - sent) / passed
+            c.transferred = self._channel.sent
+            then, sent, pages = now, self._channel.sent, handled

@@ -1,0 +1,153 @@
+"""Guest memory -> page records on a channel, in batches.
+
+Per batch: find the zero pages by one vectorised look, send those as one block of 9-byte records, and the others by
+one gathering write whose headers come from an array and whose pages come straight from guest memory. The guest may
+write meanwhile; what it changes is dirty again and will be sent again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from ..guest import PAGE_SIZE, PageBitmap, Pages, RamBlock
+from ..monitor import Counters
+from ..wire import RamFlag, RecordWriter, Section
+from ..wire import encoder as wire
+from .channel import Channel
+from .limiter import Limiter
+
+#: The section id of RAM in every QEMU (stream.md part 5.4), and ours.
+RAM_SECTION = 2
+#: A PART section is closed after this many bytes, so that what is not RAM never waits long for its turn.
+PART_BYTES = 32 << 20
+#: ZERO records of one write: 9 bytes each.
+_ZERO_BATCH = 8192
+
+
+def zero_pages(pages: Pages, indices: NDArray[np.int64]) -> PageBitmap:
+    """Which of the pages *indices* hold nothing but zeros.
+
+    Three words of each page settle nearly every page that holds data; only the others are read whole.
+    """
+    words = pages.view(np.uint64)
+    first, count = int(indices[0]), len(indices)
+    if int(indices[-1]) - first == count - 1:
+        span = words[first : first + count]
+        zero: PageBitmap = (span[:, 0] | span[:, 256] | span[:, 511]) == 0
+        if zero.all():
+            every: PageBitmap = np.bitwise_or.reduce(span, axis=1) == 0
+            return every
+    else:
+        zero = (words[indices, 0] | words[indices, 256] | words[indices, 511]) == 0
+    maybe = np.flatnonzero(zero)
+    if len(maybe):
+        zero[maybe] = ~words[indices[maybe]].any(axis=1)
+    return zero
+
+
+class RamSender:
+    """Sends pages of RAM blocks as sections of the stream.
+
+    Args:
+        section_id: of the section ``ram``.
+        footers: close sections with a footer.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        limiter: Limiter,
+        counters: Counters,
+        *,
+        section_id: int = RAM_SECTION,
+        footers: bool = True,
+    ) -> None:
+        self._channel = channel
+        self._limiter = limiter
+        self._counters = counters
+        self._id = section_id
+        self._close = wire.END_WORD + (wire.section_footer(section_id) if footers else b"")
+        self._records = RecordWriter()
+        self._open_since: int | None = None
+
+    async def start(self, blocks: Sequence[RamBlock]) -> None:
+        """The START section with the size list."""
+        head = wire.section_start(Section.START, self._id, "ram", 0, wire.RAM_VERSION)
+        await self._channel.send(head + wire.ram_list((b.name, b.length) for b in blocks) + self._close)
+
+    async def send_pass(self, block: RamBlock, pages: Pages, todo: PageBitmap, absent: PageBitmap | None) -> None:
+        """Send the pages of *block* that are set in *todo*, in PART sections.
+
+        Args:
+            pages: where to read the content: the block's memory, or the dirty tracker's snapshot of it.
+            absent: pages known to be zero without a look (they have no memory, and looking would give them some).
+
+        **Cancellation:** some pages have been sent; the channel is poisoned if one was cut.
+        """
+        if absent is not None:
+            await self._send_zeros(block.name, np.flatnonzero(todo & absent))
+            todo = todo & ~absent
+        await self._send_pages(block.name, pages, np.flatnonzero(todo))
+        await self._part_end()
+
+    async def end(self, rest: Sequence[tuple[RamBlock, Pages, PageBitmap]]) -> None:
+        """The END section, with the last pages in it: of each block, where to read them and which."""
+        await self._part_end()
+        await self._channel.send(wire.section_continue(Section.END, self._id))
+        self._open_since = None
+        for block, pages, todo in rest:
+            await self._send_pages(block.name, pages, np.flatnonzero(todo), part=False)
+        await self._channel.send(self._close)
+
+    async def _part_begin(self) -> None:
+        if self._open_since is not None and self._channel.sent - self._open_since > PART_BYTES:
+            await self._part_end()
+        if self._open_since is None:
+            await self._channel.send(wire.section_continue(Section.PART, self._id))
+            self._open_since = self._channel.sent
+
+    async def _part_end(self) -> None:
+        if self._open_since is not None:
+            self._open_since = None
+            await self._channel.send(self._close)
+
+    async def _send_zeros(self, name: str, indices: NDArray[np.int64], *, part: bool = True) -> None:
+        for start in range(0, len(indices), _ZERO_BATCH):
+            batch = indices[start : start + _ZERO_BATCH]
+            if part:
+                await self._part_begin()
+            data = self._records.zero_records(name, batch * PAGE_SIZE)
+            await self._limiter.bytes(len(data))
+            await self._channel.send(data)
+            self._count(zero=len(batch))
+
+    async def _send_pages(self, block: str, pages: Pages, indices: NDArray[np.int64], *, part: bool = True) -> None:
+        position = 0
+        while position < len(indices):
+            count = await self._limiter.pages(len(indices) - position)
+            batch = indices[position : position + count]
+            position += count
+            if part:
+                await self._part_begin()
+            zero = zero_pages(pages, batch)
+            if zero.any():
+                await self._send_zeros(block, batch[zero], part=False)
+                batch = batch[~zero]
+                if not len(batch):
+                    await trio.lowlevel.checkpoint()
+                    continue
+            name, words = self._records.words(block, batch * PAGE_SIZE, RamFlag.PAGE)
+            lead = words[:1].tobytes() + name if name else b""
+            await self._channel.send_pages(lead, words, pages, batch)
+            self._count(normal=len(batch))
+
+    def _count(self, *, normal: int = 0, zero: int = 0) -> None:
+        c = self._counters
+        c.normal += normal
+        c.duplicate += zero
+        c.remaining = max(0, c.remaining - (normal + zero) * PAGE_SIZE)
+        c.transferred = self._channel.sent

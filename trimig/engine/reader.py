@@ -1,0 +1,110 @@
+"""The task on the source that reads the return path, and what the migration task learns from it.
+
+A refusal of the destination, an invalid message or the end of the connection ends the attempt at once, wherever the
+migration task is (QEMU looks only at the very end: return_path.md part 5). Only after the decision has been sent does
+an ended connection not raise: then it is an answer that is missing, and the migration task must judge it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import trio
+
+from ..errors import PeerFailed, RemoteProtocolError, TransportFailed
+from ..wire.return_path import Pong, ReturnPathDecoder, Shut
+from .channel import Channel
+
+
+class ReturnPathReader:
+    """Reads the return path of one attempt.
+
+    Args:
+        blocks: used length of the RAM blocks by name.
+    """
+
+    def __init__(self, channel: Channel, blocks: Mapping[str, int]) -> None:
+        self._channel = channel
+        self._decoder = ReturnPathDecoder(blocks)
+        self._pongs: set[int] = set()
+        self._news = trio.Event()
+        #: The status of SHUT once it has come.
+        self.shut: int | None = None
+        #: Why nothing will come any more; set only while :attr:`decided`.
+        self.lost: TransportFailed | RemoteProtocolError | None = None
+        #: The decision has been handed to the transport: an ended connection is not an error of its own any more.
+        self.decided = False
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
+
+    async def wait_pong(self, value: int) -> None:
+        """Wait for the answer to PING(*value*).
+
+        **Cancellation:** no effect.
+        """
+        while value not in self._pongs:
+            await self._news.wait()
+
+    async def wait_answer(self) -> None:
+        """Wait until :attr:`shut` or :attr:`lost` is set.
+
+        **Cancellation:** no effect.
+        """
+        while self.shut is None and self.lost is None:
+            await self._news.wait()
+
+    async def run(self) -> None:
+        """Read until SHUT or the end of the connection.
+
+        Raises:
+            PeerFailed: the destination refused.
+            RemoteProtocolError: an invalid message.
+            TransportFailed: the connection ended before the decision was sent.
+
+        **Cancellation:** stops reading.
+        """
+        buffer = memoryview(bytearray(4096))
+        try:
+            while self.shut is None:
+                count = await self._channel.receive_into(buffer)
+                if not count:
+                    raise TransportFailed(self._ended())
+                for message in self._decoder.feed(buffer[:count]):
+                    self._take(message)
+                self._tell()
+        except (TransportFailed, RemoteProtocolError) as error:
+            if not self.decided:
+                raise
+            self.lost = error
+            self._tell()
+
+    def _ended(self) -> str:
+        inside = f" in the middle of a message ({self._decoder.pending} bytes of it)" if self._decoder.pending else ""
+        return f"the destination closed the connection{inside} without an answer"
+
+    def _take(self, message: object) -> None:
+        match message:
+            case Pong(value=value):
+                self._pongs.add(value)
+                if len(self._pongs) > 1024:
+                    raise RemoteProtocolError("more than 1024 different PONG values", section="return path")
+            case Shut(status=0) if not self.decided:
+                raise RemoteProtocolError(
+                    "the destination claims to have the whole guest before it was sent", section="return path"
+                )
+            case Shut(status=status):
+                if status:
+                    self.shut = status
+                    if not self.decided:
+                        raise PeerFailed(
+                            f"the destination refused the migration (it sent SHUT {status}); its own log says why",
+                            code=status,
+                        )
+                self.shut = status
+            case _:
+                raise RemoteProtocolError(
+                    f"{type(message).__name__} belongs to postcopy, which this migration does not use",
+                    section="return path",
+                )

@@ -1,0 +1,71 @@
+"""What a source sends around the RAM: the opening, the device sections, the ending.
+
+A parked guest brings its own: the configuration and the description it was received with are sent again as they are,
+because they describe a machine that trimig knows nothing of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..config import PeerProfile
+from ..guest import PAGE_SIZE, DeviceSection, Guest, OpaqueGuest
+from ..wire import description, globalstate
+from ..wire import encoder as wire
+
+#: Section ids of devices that have none from a wire before: behind QEMU's timer, block, ram and dirty-bitmap.
+FIRST_DEVICE_ID = 4
+
+
+def opening(guest: Guest, peer: PeerProfile) -> bytes:
+    """File header and configuration section."""
+    if not peer.send_configuration:
+        return wire.file_header()
+    subsections = guest.subsections if isinstance(guest, OpaqueGuest) else ()
+    return wire.file_header() + wire.configuration(guest.name, subsections)
+
+
+class DeviceSender:
+    """The FULL sections of one attempt, and what follows them.
+
+    Args:
+        run_state: the run state before the guest was stopped; the destination brings the guest into it.
+    """
+
+    def __init__(self, guest: Guest, run_state: str, peer: PeerProfile) -> None:
+        self._guest = guest
+        self._run_state = run_state
+        self._peer = peer
+        self._described: list[Mapping[str, Any]] = []
+
+    def sections(self, saved: object) -> bytes:
+        """The FULL sections of the guest's saved devices, with the run state last."""
+        assert isinstance(saved, Sequence)
+        sections: list[DeviceSection] = list(saved)
+        if not isinstance(self._guest, OpaqueGuest) and self._peer.store_global_state:
+            sections.append(globalstate.section(self._run_state))
+        out: list[bytes] = []
+        taken = {s.section_id for s in sections}
+        number = FIRST_DEVICE_ID
+        for section in sections:
+            section_id = section.section_id
+            if section_id is None:
+                while number in taken:
+                    number += 1
+                section_id = number
+                taken.add(number)
+            out.append(wire.device_section(section, section_id, footer=self._peer.send_section_footer))
+            if section.description is not None:
+                self._described.append(section.description)
+        return b"".join(out)
+
+    def ending(self) -> bytes:
+        """The end-of-file byte, which is the decision, and the description behind it."""
+        if isinstance(self._guest, OpaqueGuest):
+            text = self._guest.description
+        elif self._peer.suppress_vmdesc:
+            text = None
+        else:
+            text = description.build(PAGE_SIZE, self._described)
+        return wire.end_of_stream() + (wire.description(text) if text is not None else b"")

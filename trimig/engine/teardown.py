@@ -1,0 +1,87 @@
+"""What must happen on every way out of an attempt, in bounded time whatever the peer does.
+
+The order is fixed (rule C4): first the guest, then a word to the peer, then the connection. Every await is inside a
+shield, because the attempt may be ending by cancellation, and every shield has an end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from ..errors import GuestFailed, MigrationError
+from .channel import Channel
+
+T = TypeVar("T")
+
+#: How long a destination that has refused keeps reading, so that the peer gets the refusal and not a reset.
+DRAIN_SECONDS = 0.5
+
+
+async def guest_call(what: str, call: Callable[[], Awaitable[None]], grace: float) -> GuestFailed | None:
+    """Make *call*, which brings the guest back, within *grace* seconds; returns the failure instead of raising it.
+
+    **Cancellation:** held off; the call is made in any case.
+    """
+    try:
+        with trio.move_on_after(grace, shield=True) as scope:
+            await call()
+    except MigrationError as error:
+        return _failed(what, error)
+    except (OSError, RuntimeError, ValueError, MemoryError, trio.BrokenResourceError) as error:
+        return _failed(what, error)
+    if scope.cancelled_caught:
+        return GuestFailed(f"the guest could not be {what} within {grace:g} s; it may be tried again")
+    return None
+
+
+def _failed(what: str, error: Exception) -> GuestFailed:
+    failure = GuestFailed(f"the guest could not be {what}: {error}; it may be tried again")
+    failure.__cause__ = error
+    return failure
+
+
+async def farewell(channel: Channel, message: bytes, grace: float) -> bool:
+    """Send the last message if the channel can still take it, and let the peer read it; False if it cannot be said.
+
+    **Cancellation:** held off, for at most *grace* seconds.
+    """
+    if channel.poisoned:
+        return False
+    said = False
+    with trio.move_on_after(grace, shield=True):
+        try:
+            await channel.send(message)
+            said = True
+            # Closing with unread input makes TCP send a reset, which can overtake the message just sent. So the
+            # sending side is closed first, and what still comes in is read for a moment.
+            if isinstance(channel.stream, trio.abc.HalfCloseableStream):
+                await channel.stream.send_eof()
+            sink = memoryview(bytearray(1 << 16))
+            with trio.move_on_after(min(DRAIN_SECONDS, grace)):
+                while await channel.receive_into(sink):
+                    pass
+        except (MigrationError, OSError, trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
+            pass  # the peer is gone: that is its way of knowing
+    return said
+
+
+async def close(resource: trio.abc.AsyncResource) -> None:
+    """Close at once. Unbounded in form, but the inner call does not wait: its own scope is cancelled from the start.
+
+    **Cancellation:** held off.
+    """
+    with trio.CancelScope(shield=True):
+        await trio.aclose_forcefully(resource)
+
+
+async def bounded(call: Callable[[], Awaitable[T]], seconds: float, otherwise: T) -> T:
+    """The result of *call*, or *otherwise* if it takes longer than *seconds*.
+
+    **Cancellation:** held off, for at most *seconds*.
+    """
+    with trio.move_on_after(seconds, shield=True):
+        return await call()
+    return otherwise

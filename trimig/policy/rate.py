@@ -1,0 +1,60 @@
+"""How much may be sent now, under a limit in bytes per second.
+
+The limit is enforced in windows of 100 ms, as QEMU does (states.md part 13: XFER_LIMIT_RATIO), but what a window
+exceeded its share by is taken off the next one, so that the mean is exact although pages are not divisible.
+"""
+
+from __future__ import annotations
+
+#: Length of one window in seconds; QEMU's BUFFER_DELAY.
+WINDOW = 0.1
+
+
+class Budget:
+    """The bytes that the present window may still send.
+
+    Args:
+        rate: bytes per second; 0 means no limit.
+        now: the present time in seconds, of any monotonic clock.
+    """
+
+    def __init__(self, rate: int, now: float) -> None:
+        self._rate = rate
+        self._start = now
+        self._used = 0.0
+
+    @property
+    def rate(self) -> int:
+        """The limit in bytes per second; 0 means none."""
+        return self._rate
+
+    @property
+    def window_end(self) -> float:
+        """When the next window begins."""
+        return self._start + WINDOW
+
+    def set_rate(self, rate: int, now: float) -> None:
+        """Change the limit; it applies to the present window at once, and debts of an old limit are forgiven."""
+        self.roll(now)
+        self._rate = rate
+        self._start = now
+        self._used = 0.0
+
+    def roll(self, now: float) -> None:
+        """Begin a new window if the present one is over. Unused share is lost, so that an idle time gives no burst."""
+        passed = int((now - self._start) / WINDOW)
+        if passed > 0:
+            self._start += passed * WINDOW
+            self._used = max(0.0, self._used - passed * self._rate * WINDOW)
+
+    def available(self, now: float) -> float:
+        """Bytes that may be sent now; not positive where the caller must wait for :attr:`window_end`."""
+        if not self._rate:
+            return float("inf")
+        self.roll(now)
+        return self._rate * WINDOW - self._used
+
+    def spend(self, count: int) -> None:
+        """*count* bytes are being sent; may exceed what is available by the indivisible rest."""
+        if self._rate:
+            self._used += count

@@ -1,0 +1,112 @@
+"""``unix:PATH``: a socket in the file system, readable and writable by its owner only."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+
+import trio
+
+from ..errors import ConfigError, TransportFailed
+
+#: sizeof(sockaddr_un.sun_path) on Linux, the terminator included.
+_MAX_PATH = 108
+
+
+def _check(path: str) -> str:
+    if not path:
+        raise ConfigError("unix: needs a path", name="uri")
+    if len(os.fsencode(path)) >= _MAX_PATH:
+        raise ConfigError(f"unix:{path} is too long for a socket: at most {_MAX_PATH - 1} bytes", name="uri")
+    return path
+
+
+async def connect(rest: str) -> trio.SocketStream:
+    """Connect.
+
+    Raises:
+        ConfigError: bad path.
+        TransportFailed: nobody listens there.
+
+    **Cancellation:** no connection is left.
+    """
+    path = _check(rest)
+    try:
+        return await trio.open_unix_socket(path)
+    except OSError as error:
+        raise TransportFailed(f"cannot connect to unix:{path}: {error.strerror or error}") from error
+
+
+class UnixListener:
+    """A listening socket, and the file it is found by."""
+
+    def __init__(self, path: str, sock: trio.socket.SocketType) -> None:
+        self._path = path
+        self._socket = sock
+        self._inode = os.stat(path).st_ino
+
+    @property
+    def uri(self) -> str:
+        """Where to connect to."""
+        return f"unix:{self._path}"
+
+    async def accept(self) -> trio.abc.Stream:
+        """The next connection.
+
+        **Cancellation:** nothing was accepted.
+        """
+        sock, _ = await self._socket.accept()
+        return trio.SocketStream(sock)
+
+    def close(self) -> None:
+        """Stop listening and remove the file, unless another one stands in its place by now."""
+        if self._socket.fileno() == -1:
+            return
+        self._socket.close()
+        try:
+            if os.stat(self._path).st_ino == self._inode:
+                os.unlink(self._path)
+        except FileNotFoundError:
+            pass
+
+
+async def listen(rest: str) -> UnixListener:
+    """Listen; a socket that nobody listens on any more is replaced, a live one never.
+
+    Raises:
+        ConfigError: bad path.
+        TransportFailed: the path is in use, or cannot be created.
+
+    **Cancellation:** nothing is left behind.
+    """
+    path = _check(rest)
+    await trio.lowlevel.checkpoint()
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_stale(path)
+        # The permissions of the file are those of the socket at the moment of bind.
+        os.fchmod(sock.fileno(), 0o600)
+        sock.bind(path)
+        sock.listen(1)
+        return UnixListener(path, trio.socket.from_stdlib_socket(sock))
+    except OSError as error:
+        sock.close()
+        raise TransportFailed(f"cannot listen on unix:{path}: {error.strerror or error}") from error
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket that refuses connections; leave everything else, so that bind says what is wrong."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except OSError as error:
+            if error.errno == errno.ECONNREFUSED:
+                os.unlink(path)
