@@ -57,6 +57,27 @@ async def test_boot_sector_counts_on_after_a_migration(machine: Machine) -> None
 
 
 @pytest.mark.qemu
+async def test_relay_between_qemus_decides_when_the_guest_runs_there() -> None:
+    """Without a return path the source is done as soon as the socket took its bytes; the last one starts the guest."""
+    boot = boot_sector()
+    with trio.fail_after(LIMIT):
+        async with (
+            Qemu.start("pc", "16M", boot=boot) as source,
+            Qemu.start("pc", "16M", boot=boot, incoming="tcp:127.0.0.1:0") as destination,
+            Relay(await destination.incoming_uri("unknown")) as relay,
+        ):
+            relay.forward.hold_last = 1
+            await source.wait_serial(lambda text: text.count("\n") >= 3)
+            await source.migrate(relay.uri)
+            await relay.forward.wait_until(lambda d: d.ended and d.held == 1)
+            assert await destination.query_status() == "inmigrate"
+            relay.forward.release()
+            await destination.wait_status("running")
+            await destination.wait_serial(lambda text: text.count("\n") >= 3)
+            assert_no_gap(parse_counts(source.serial_text() + destination.serial_text()))
+
+
+@pytest.mark.qemu
 async def test_guest_notices_a_wrong_page() -> None:
     with trio.fail_after(LIMIT):
         async with Qemu.start("pc", "16M", boot=boot_sector()) as vm:
