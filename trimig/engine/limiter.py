@@ -54,7 +54,7 @@ class Limiter:
         while True:
             available = float("inf") if self._lifted else self._budget.available(trio.current_time())
             if available > 0:
-                count = int(min(wanted, BATCH_PAGES, max(1.0, available // _RECORD)))
+                count = int(min(wanted, BATCH_PAGES, max(1.0, available / _RECORD)))
                 self._budget.spend(count * _RECORD)
                 return count
             await self._opened.wait()
