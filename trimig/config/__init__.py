@@ -1,0 +1,34 @@
+"""Settings: capabilities, parameters, the peer's profile and the engine's options; frozen, and valid once they exist.
+
+Names, ranges, defaults and rules are those of QEMU 7.2 (config.md), in Python spelling: ``downtime-limit`` is
+``Parameters.downtime_limit``. The single difference is ``return-path``, which is on by default. What reads QMP, TOML or
+a command line returns a new object or raises :class:`~trimig.errors.ConfigError`; nothing is ever changed half.
+
+``kinds`` knows what values an option can take, ``capabilities``, ``parameters``, ``peer`` and ``options`` are one class
+each, ``built`` lists what has its feature already.
+"""
+
+from __future__ import annotations
+
+from .bitmaps import BitmapAlias as BitmapAlias
+from .bitmaps import NodeAlias as NodeAlias
+from .built import BUILT as BUILT
+from .capabilities import CAPABILITY_NAMES as CAPABILITY_NAMES
+from .capabilities import RULES as RULES
+from .capabilities import Capabilities as Capabilities
+from .capabilities import Proposal as Proposal
+from .capabilities import check_idle as check_idle
+from .capabilities import check_proposal as check_proposal
+from .kinds import GiB as GiB
+from .kinds import KiB as KiB
+from .kinds import MiB as MiB
+from .kinds import parse_size as parse_size
+from .options import ENGINE_OPTIONS as ENGINE_OPTIONS
+from .options import Config as Config
+from .parameters import PARAMETER_NAMES as PARAMETER_NAMES
+from .parameters import Parameters as Parameters
+from .peer import LEGACY_2_2 as LEGACY_2_2
+from .peer import LEGACY_2_3 as LEGACY_2_3
+from .peer import PEERS as PEERS
+from .peer import QEMU_7_2 as QEMU_7_2
+from .peer import PeerProfile as PeerProfile

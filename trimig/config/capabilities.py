@@ -1,0 +1,316 @@
+"""Capabilities: the switches of a migration, and the rules on which go together (config.md part 1).
+
+The rules are plain functions over a :class:`Proposal`, one per row of config.md 1.1, each returning the error or None.
+They know all of QEMU 7.2's capabilities; whether a capability is *built* is asked last, so that a contradiction is
+reported as such whatever has been built so far, and so that each rule can be tested before its feature exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from typing import Annotated, Any, Final, final
+
+from ..errors import ConfigError, StateError
+from .built import BUILT
+from .kinds import Flag, Form, check_fields, check_value, dashed, kinds_of, shown, unknown
+
+_Switch = Annotated[bool, Flag()]
+
+#: Spellings of older versions, accepted wherever a name is read.
+CAPABILITY_ALIASES: Final[Mapping[str, str]] = {"x-multifd": "multifd"}
+
+#: Statuses in which capabilities may be changed. Everything else counts as "in progress", colo and an unsettled
+#: handover too (QEMU forgets colo: states.md G20).
+_IDLE: Final = frozenset({"none", "completed", "failed", "cancelled"})
+
+_SNAPSHOT_CONFLICTS: Final = (
+    "postcopy-ram",
+    "dirty-bitmaps",
+    "postcopy-blocktime",
+    "late-block-activate",
+    "return-path",
+    "multifd",
+    "pause-before-switchover",
+    "auto-converge",
+    "release-ram",
+    "rdma-pin-all",
+    "compress",
+    "xbzrle",
+    "x-colo",
+    "validate-uuid",
+    "zero-copy-send",
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """A complete set of capabilities that somebody wants, and what the rules need to know to judge it."""
+
+    #: What would be on, in QMP spelling.
+    enabled: frozenset[str]
+    #: What is on now.
+    before: frozenset[str] = frozenset()
+    #: This side waits for, or is, an incoming migration.
+    inmigrate: bool = False
+    #: The incoming address can give more than one channel.
+    several_channels: bool = True
+    #: Why this host cannot do postcopy, or None if it can.
+    postcopy_obstacle: str | None = None
+    #: Why this host or this guest's memory cannot be snapshotted by write protection, or None.
+    snapshot_obstacle: str | None = None
+    #: The parameter ``multifd-compression``.
+    multifd_compression: str = "none"
+    #: The parameter ``tls-creds`` is not empty.
+    tls: bool = False
+
+
+Rule = Callable[[Proposal], ConfigError | None]
+
+
+def _refused(name: str, why: str) -> ConfigError:
+    return ConfigError(f"capability '{name}' {why}", name=name)
+
+
+def rule_postcopy_host(proposal: Proposal) -> ConfigError | None:
+    """Newly asked for on an incoming side, ``postcopy-ram`` needs the host's support."""
+    if "postcopy-ram" in proposal.enabled - proposal.before and proposal.inmigrate and proposal.postcopy_obstacle:
+        return _refused("postcopy-ram", f"is not supported by this host: {proposal.postcopy_obstacle}")
+    return None
+
+
+def rule_postcopy_shared(proposal: Proposal) -> ConfigError | None:
+    """``postcopy-ram`` cannot leave shared RAM out."""
+    if {"postcopy-ram", "x-ignore-shared"} <= proposal.enabled:
+        return _refused("postcopy-ram", "is not compatible with x-ignore-shared")
+    return None
+
+
+def rule_snapshot(proposal: Proposal) -> ConfigError | None:
+    """``background-snapshot`` needs the kernel and the memory for it, and almost nothing else may be on."""
+    if "background-snapshot" not in proposal.enabled:
+        return None
+    if proposal.snapshot_obstacle:
+        return _refused("background-snapshot", f"is not supported here: {proposal.snapshot_obstacle}")
+    for other in _SNAPSHOT_CONFLICTS:
+        if other in proposal.enabled:
+            return _refused("background-snapshot", f"is not compatible with {other}")
+    return None
+
+
+def rule_zero_copy(proposal: Proposal) -> ConfigError | None:
+    """``zero-copy-send`` is for plain multifd only: what is compressed or encrypted is copied anyway."""
+    if "zero-copy-send" not in proposal.enabled:
+        return None
+    if "multifd" not in proposal.enabled:
+        return _refused("zero-copy-send", "needs multifd")
+    for other in ("compress", "xbzrle"):
+        if other in proposal.enabled:
+            return _refused("zero-copy-send", f"is not compatible with {other}")
+    if proposal.multifd_compression != "none":
+        return _refused("zero-copy-send", f"is not compatible with multifd-compression {proposal.multifd_compression}")
+    if proposal.tls:
+        return _refused("zero-copy-send", "is not compatible with TLS (tls-creds)")
+    return None
+
+
+def rule_incoming_channels(proposal: Proposal) -> ConfigError | None:
+    """An incoming side can only do ``multifd`` on an address that accepts several connections."""
+    if "multifd" in proposal.enabled and proposal.inmigrate and not proposal.several_channels:
+        return _refused("multifd", "needs several channels, and the incoming address can give only one")
+    return None
+
+
+def rule_preempt_postcopy(proposal: Proposal) -> ConfigError | None:
+    """``postcopy-preempt`` is a way of doing postcopy."""
+    if "postcopy-preempt" in proposal.enabled and "postcopy-ram" not in proposal.enabled:
+        return _refused("postcopy-preempt", "needs postcopy-ram")
+    return None
+
+
+def rule_preempt_compress(proposal: Proposal) -> ConfigError | None:
+    """``postcopy-preempt`` cannot take a page away from a compression thread."""
+    if {"postcopy-preempt", "compress"} <= proposal.enabled:
+        return _refused("postcopy-preempt", "is not compatible with compress")
+    return None
+
+
+def rule_multifd_compress(proposal: Proposal) -> ConfigError | None:
+    """``multifd`` has compression of its own."""
+    if {"multifd", "compress"} <= proposal.enabled:
+        return _refused("multifd", "is not compatible with compress")
+    return None
+
+
+#: In the order in which they are asked; the first refusal is the one that is reported.
+RULES: Final[tuple[Rule, ...]] = (
+    rule_postcopy_host,
+    rule_postcopy_shared,
+    rule_snapshot,
+    rule_zero_copy,
+    rule_incoming_channels,
+    rule_preempt_postcopy,
+    rule_preempt_compress,
+    rule_multifd_compress,
+)
+
+
+def check_proposal(proposal: Proposal, *, built: AbstractSet[str] = BUILT) -> None:
+    """Raise ConfigError for the first rule that *proposal* breaks, then for the first capability not in *built*."""
+    for rule in RULES:
+        error = rule(proposal)
+        if error is not None:
+            raise error
+    for name in CAPABILITY_NAMES:
+        if name in proposal.enabled and name not in built:
+            hint = "; mirror the disks over NBD instead" if name == "block" else ""
+            raise _refused(name, f"is not built into trimig yet{hint}")
+
+
+def check_idle(status: str) -> None:
+    """Raise StateError unless capabilities may be changed in *status* (a value of :class:`trimig.status.Status`)."""
+    if status not in _IDLE:
+        raise StateError(f"capabilities cannot change while a migration is in progress ({status})", status=status)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """The switches, all off but ``return_path``, in the order in which QMP lists them.
+
+    QEMU has ``return-path`` off as well. Here it is on, because without it the destination cannot say that it has
+    loaded everything, nor that it has taken over (DESIGN.md part 5).
+
+    Raises:
+        ConfigError: on construction, if a rule of config.md 1.1 is broken or a capability is not built yet.
+    """
+
+    #: Send changed pages as differences after the first iteration.
+    xbzrle: _Switch = False
+    #: Pin all memory for ``rdma:``.
+    rdma_pin_all: _Switch = False
+    #: Slow the guest down until it converges.
+    auto_converge: _Switch = False
+    #: Block migration sends zero chunks without data.
+    zero_blocks: _Switch = False
+    #: Compress pages in threads.
+    compress: _Switch = False
+    #: Report status and iterations as events.
+    events: _Switch = False
+    #: Allow the switch to postcopy.
+    postcopy_ram: _Switch = False
+    #: Keep a second running copy.
+    x_colo: _Switch = False
+    #: Give sent pages back to the host in postcopy.
+    release_ram: _Switch = False
+    #: Migrate disks in the stream.
+    block: _Switch = False
+    #: Open the return path in precopy too.
+    return_path: _Switch = True
+    #: Wait for permission before the switchover.
+    pause_before_switchover: _Switch = False
+    #: Pages over several channels.
+    multifd: _Switch = False
+    #: Migrate the dirty bitmaps of disks.
+    dirty_bitmaps: _Switch = False
+    #: Measure how long vCPUs wait in postcopy.
+    postcopy_blocktime: _Switch = False
+    #: Activate disks only when the guest starts.
+    late_block_activate: _Switch = False
+    #: Do not send RAM that both sides share.
+    x_ignore_shared: _Switch = False
+    #: Compare the UUID of the machines.
+    validate_uuid: _Switch = False
+    #: Save a running guest by write protection.
+    background_snapshot: _Switch = False
+    #: Let the kernel send from guest memory without a copy (multifd).
+    zero_copy_send: _Switch = False
+    #: A channel of its own for pages asked for in postcopy.
+    postcopy_preempt: _Switch = False
+
+    def __post_init__(self) -> None:
+        check_fields("capability", self, _KINDS)
+        self.check()
+
+    @property
+    def enabled(self) -> frozenset[str]:
+        """What is on, in QMP spelling."""
+        return frozenset(dashed(name) for name in _KINDS if getattr(self, name))
+
+    def check(
+        self,
+        *,
+        built: AbstractSet[str] = BUILT,
+        before: Capabilities | None = None,
+        inmigrate: bool = False,
+        several_channels: bool = True,
+        postcopy_obstacle: str | None = None,
+        snapshot_obstacle: str | None = None,
+        multifd_compression: str = "none",
+        tls: bool = False,
+    ) -> None:
+        """Judge the set once more, now in a situation: the arguments are those of :class:`Proposal`.
+
+        Raises:
+            ConfigError: a rule is broken.
+        """
+        proposal = Proposal(
+            enabled=self.enabled,
+            before=frozenset() if before is None else before.enabled,
+            inmigrate=inmigrate,
+            several_channels=several_channels,
+            postcopy_obstacle=postcopy_obstacle,
+            snapshot_obstacle=snapshot_obstacle,
+            multifd_compression=multifd_compression,
+            tls=tls,
+        )
+        check_proposal(proposal, built=built)
+
+    @classmethod
+    def from_qmp(cls, capabilities: object, base: Capabilities | None = None) -> Capabilities:
+        """*base* (or the defaults) changed by the list that ``migrate-set-capabilities`` takes; all of it or nothing.
+
+        Raises:
+            ConfigError: not a list of ``{"capability": name, "state": bool}``, an unknown name, or a broken rule.
+        """
+        if not isinstance(capabilities, (list, tuple)):
+            raise ConfigError(f"'capabilities' expects a list, not {shown(capabilities)}")
+        changes = []
+        for item in capabilities:
+            if not isinstance(item, Mapping) or item.keys() != {"capability", "state"}:
+                raise ConfigError(f"'capabilities' expects objects of 'capability' and 'state', not {shown(item)}")
+            changes.append((item["capability"], item["state"]))
+        return read_capabilities(cls() if base is None else base, changes, Form.QMP)
+
+    def to_qmp(self) -> list[dict[str, object]]:
+        """The answer to ``query-migrate-capabilities``; like QEMU without ``block`` unless that is built."""
+        return [
+            {"capability": dashed(name), "state": getattr(self, name)}
+            for name in _KINDS
+            if name != "block" or name in BUILT
+        ]
+
+
+_KINDS: Final = kinds_of(Capabilities)
+
+#: All names, in QMP spelling and in the order of the list.
+CAPABILITY_NAMES: Final[tuple[str, ...]] = tuple(dashed(name) for name in _KINDS)
+
+
+def read_capabilities(base: Capabilities, changes: Iterable[tuple[object, object]], form: Form) -> Capabilities:
+    """*base* with *changes*, pairs of QMP name and state, applied one after the other and judged once, as a whole.
+
+    Raises:
+        ConfigError: an unknown name, a state that is none, or a broken rule.
+    """
+    states: dict[str, Any] = {}
+    for given, state in changes:
+        name = CAPABILITY_ALIASES.get(given, given) if isinstance(given, str) else given
+        if not isinstance(name, str) or name not in CAPABILITY_NAMES:
+            raise unknown("capability", given, CAPABILITY_NAMES)
+        field = name.replace("-", "_")
+        kind = _KINDS[field]
+        states[field] = kind.read(state, form)
+        check_value("capability", field, kind, states[field])
+    return dataclasses.replace(base, **states)

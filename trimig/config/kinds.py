@@ -1,0 +1,277 @@
+"""The kinds of value an option can have: what is legal, how it is written, and how a refusal says it.
+
+Each option of :class:`~trimig.config.Parameters` and :class:`~trimig.config.Config` carries one of these in its
+annotation (``Annotated[int, Whole(0, 9)]``), so that the range stands beside the default and one piece of code checks
+them all. A kind reads three written forms: QMP (JSON), TOML, and the text of a command line. Reading never fails by
+itself: what cannot be read is handed on as it is and then found illegal, so that every refusal has the same sentence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import math
+import re
+import reprlib
+import typing
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from typing import Final
+
+from ..errors import ConfigError
+
+KiB: Final = 1024
+MiB: Final = 1024 * KiB
+GiB: Final = 1024 * MiB
+
+#: The largest value of QEMU's type "size".
+SIZE_MAX: Final = 2**64 - 1
+
+_INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
+_SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE)
+_UNITS: Final = {"": 1, "k": KiB, "m": MiB, "g": GiB, "t": 1024 * GiB}
+
+
+class Form(enum.Enum):
+    """How a value is written down."""
+
+    #: A JSON value of a QMP command.
+    QMP = "QMP"
+    #: A TOML value; sizes may be strings.
+    TOML = "TOML"
+    #: The text behind ``NAME=`` on a command line.
+    TEXT = "text"
+
+
+def parse_size(text: str) -> int:
+    """Bytes from a size as people write it: ``"4096"``, ``"32M"``, ``"1.5GiB"``, ``"200 kB"``.
+
+    The suffixes K, M, G and T are powers of 1024, in either case, and may be followed by ``B`` or ``iB``. A fraction needs
+    a suffix, and what it leaves below one byte is dropped.
+
+    Raises:
+        ConfigError: not a size; negative; or less than one byte without being zero (which would mean something else).
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is not None:
+        number = Fraction(match[1])
+        suffix = (match[2] or "").lower()
+        size = math.floor(number * _UNITS[suffix])
+        if (suffix or "." not in match[1]) and (size > 0 or number == 0):
+            return size
+    raise ConfigError(f"a size is a number of bytes, or one with K, M, G or T such as 32M or 1.5G, not {shown(text)}")
+
+
+def shown(value: object) -> str:
+    """*value* for a message: never longer than a line, whatever a peer or a file put there."""
+    return reprlib.repr(value)
+
+
+def dashed(name: str) -> str:
+    """A Python name in QMP spelling."""
+    return name.replace("_", "-")
+
+
+def unknown(what: str, given: object, names: Iterable[str]) -> ConfigError:
+    """The refusal of a name that does not exist, with the nearest ones that do."""
+    names = list(names)
+    near = difflib.get_close_matches(str(given), names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}"
+    return ConfigError(f"there is no {what} {shown(given)}; {hint}", name=given if isinstance(given, str) else None)
+
+
+class Kind:
+    """Base of all kinds."""
+
+    @property
+    def expects(self) -> str:
+        """What is legal, as the end of the sentence "... expects"."""
+        raise NotImplementedError
+
+    def legal(self, value: object) -> bool:
+        """Whether *value* may be stored as it is."""
+        raise NotImplementedError
+
+    def read(self, value: object, form: Form) -> object:
+        """*value*, given in *form*, as it would be stored; itself if it cannot be read."""
+        return value
+
+    def write(self, value: object) -> object:
+        """A stored value for QMP."""
+        return value
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Flag(Kind):
+    """True or false. Neither 1 nor "yes": QMP takes them for what they are."""
+
+    @property
+    def expects(self) -> str:
+        return "true or false"
+
+    def legal(self, value: object) -> bool:
+        return isinstance(value, bool)
+
+    def read(self, value: object, form: Form) -> object:
+        if form is Form.TEXT and isinstance(value, str):
+            return {"on": True, "true": True, "off": False, "false": False}.get(value.strip().lower(), value)
+        return value
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Whole(Kind):
+    """An integer from *low* to *high*, both included; *high* None for no upper limit."""
+
+    low: int
+    high: int | None
+    unit: str = ""
+
+    @property
+    def expects(self) -> str:
+        limits = f"of at least {self.low}" if self.high is None else f"from {self.low} to {self.high}"
+        return f"an integer {limits}{f' ({self.unit})' if self.unit else ''}"
+
+    def legal(self, value: object) -> bool:
+        # bool is an int in Python but not in JSON.
+        if not isinstance(value, int) or isinstance(value, bool):
+            return False
+        return value >= self.low and (self.high is None or value <= self.high)
+
+    def read(self, value: object, form: Form) -> object:
+        if form is Form.TEXT and isinstance(value, str) and _INTEGER.fullmatch(value.strip()):
+            return int(value)
+        return value
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Size(Kind):
+    """A number of bytes. Read as QMP does, -1 is the largest one, 2^64-1."""
+
+    low: int = 0
+    high: int = SIZE_MAX
+    power_of_two: bool = False
+    unit: str = "bytes"
+
+    @property
+    def expects(self) -> str:
+        number = "a power of two" if self.power_of_two else "a size"
+        high = "2^64-1" if self.high == SIZE_MAX else str(self.high)
+        return f"{number} from {self.low} to {high} ({self.unit})"
+
+    def legal(self, value: object) -> bool:
+        if not isinstance(value, int) or isinstance(value, bool) or not self.low <= value <= self.high:
+            return False
+        return not self.power_of_two or value.bit_count() == 1
+
+    def read(self, value: object, form: Form) -> object:
+        if isinstance(value, str) and form is not Form.QMP:
+            if value.strip() == "-1":
+                value = -1
+            else:
+                try:
+                    return parse_size(value)
+                except ConfigError:
+                    return value
+        if isinstance(value, int) and value == -1 and self.high == SIZE_MAX:
+            return SIZE_MAX
+        return value
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Text(Kind):
+    """A string; QMP's null is the empty one."""
+
+    @property
+    def expects(self) -> str:
+        return "a string"
+
+    def legal(self, value: object) -> bool:
+        return isinstance(value, str)
+
+    def read(self, value: object, form: Form) -> object:
+        return "" if value is None and form is Form.QMP else value
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Choice(Kind):
+    """One of a few words."""
+
+    words: tuple[str, ...]
+
+    @property
+    def expects(self) -> str:
+        return f"one of {', '.join(self.words)}"
+
+    def legal(self, value: object) -> bool:
+        return isinstance(value, str) and value in self.words
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Seconds(Kind):
+    """A duration above zero; at most a billion seconds, or ``math.inf`` where *endless* allows it."""
+
+    endless: bool = False
+
+    @property
+    def expects(self) -> str:
+        return f"a number of seconds above 0, at most 1e9{', or inf for no limit' if self.endless else ''}"
+
+    def legal(self, value: object) -> bool:
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return False
+        return 0 < value <= 1e9 or (self.endless and value == math.inf)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OrNone(Kind):
+    """What *kind* allows, or None for "not set"."""
+
+    kind: Kind
+
+    @property
+    def expects(self) -> str:
+        return f"{self.kind.expects}, or None"
+
+    def legal(self, value: object) -> bool:
+        return value is None or self.kind.legal(value)
+
+    def read(self, value: object, form: Form) -> object:
+        return self.kind.read(value, form)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Instance(Kind):
+    """An object of the class *of*."""
+
+    of: type
+
+    @property
+    def expects(self) -> str:
+        return f"an object of class {self.of.__name__}"
+
+    def legal(self, value: object) -> bool:
+        return isinstance(value, self.of)
+
+
+def kinds_of(cls: type) -> Mapping[str, Kind]:
+    """The kinds in the annotations of *cls*, by Python name, in the order of the fields."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    found = {}
+    for name, hint in hints.items():
+        for extra in getattr(hint, "__metadata__", ()):
+            if isinstance(extra, Kind):
+                found[name] = extra
+    return found
+
+
+def check_value(what: str, name: str, kind: Kind, value: object) -> None:
+    """Raise ConfigError unless *value* is legal; *what* says what kind of option *name* (Python spelling) is."""
+    if not kind.legal(value):
+        raise ConfigError(f"{what} '{name}' expects {kind.expects}, not {shown(value)}", name=dashed(name))
+
+
+def check_fields(what: str, options: object, kinds: Mapping[str, Kind]) -> None:
+    """Raise ConfigError for the first attribute of *options* that is not legal."""
+    for name, kind in kinds.items():
+        check_value(what, name, kind, getattr(options, name))

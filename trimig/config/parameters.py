@@ -1,0 +1,186 @@
+"""Parameters: the numbers of a migration, with QEMU 7.2's names, ranges and defaults (config.md part 2).
+
+All of them may be set, whether or not the feature that reads them is built: a parameter does nothing by itself, and
+existing scripts set many. The two that would turn a feature on, TLS and compressed multifd, are refused until it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Final, final
+
+from ..errors import ConfigError
+from .bitmaps import Mappings, NodeAlias
+from .built import BUILT_COMPRESSIONS, TLS_BUILT
+from .kinds import (
+    Choice,
+    Flag,
+    Form,
+    MiB,
+    OrNone,
+    Size,
+    Text,
+    Whole,
+    check_fields,
+    check_value,
+    dashed,
+    kinds_of,
+    shown,
+    unknown,
+)
+
+#: Bytes of a target page (:data:`trimig.guest.PAGE_SIZE`, which this layer does not import).
+_TARGET_PAGE: Final = 4096
+
+#: Spellings of older versions, accepted wherever a name is read.
+PARAMETER_ALIASES: Final[Mapping[str, str]] = {"x-multifd-channels": "multifd-channels"}
+
+#: Older parameters that 7.2 has no place for: their range is checked and their value dropped. A multifd packet of 7.2
+#: always has room for 512 KiB of pages.
+_GONE: Final = {"x-multifd-page-count": Whole(1, 10000)}
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """A complete set of parameters.
+
+    Raises:
+        ConfigError: on construction, for a value out of its range, or one that needs what is not built yet.
+    """
+
+    #: zlib level of the capability ``compress``; 0 stores.
+    compress_level: Annotated[int, Whole(0, 9)] = 1
+    compress_threads: Annotated[int, Whole(1, 255)] = 8
+    #: Wait for a free compression thread instead of sending the page as it is.
+    compress_wait_thread: Annotated[bool, Flag()] = True
+    decompress_threads: Annotated[int, Whole(1, 255)] = 2
+    #: Share of the bytes sent in an iteration that may be dirtied again before throttling starts.
+    throttle_trigger_threshold: Annotated[int, Whole(1, 100, "percent")] = 50
+    cpu_throttle_initial: Annotated[int, Whole(1, 99, "percent")] = 20
+    cpu_throttle_increment: Annotated[int, Whole(1, 99, "percent")] = 10
+    #: Raise the throttling in smaller steps towards the end.
+    cpu_throttle_tailslow: Annotated[bool, Flag()] = False
+    #: At least ``cpu_throttle_initial``.
+    max_cpu_throttle: Annotated[int, Whole(1, 99, "percent")] = 99
+    #: Id of the TLS credentials; empty for no TLS.
+    tls_creds: Annotated[str, Text()] = ""
+    #: The name that the peer's certificate must have; empty for the one in the address.
+    tls_hostname: Annotated[str, Text()] = ""
+    #: Id of the access control list of a TLS server.
+    tls_authz: Annotated[str, Text()] = ""
+    #: Bytes per second; 0 for no limit.
+    max_bandwidth: Annotated[int, Size(unit="bytes per second, 0 for no limit")] = 128 * MiB
+    #: The switchover begins when it is expected to take no longer than this, in milliseconds.
+    downtime_limit: Annotated[int, Whole(0, 2_000_000, "milliseconds")] = 300
+    #: Period of COLO checkpoints in milliseconds.
+    x_checkpoint_delay: Annotated[int, Whole(0, 2**32 - 1, "milliseconds")] = 20_000
+    #: Block migration sends the top image only.
+    block_incremental: Annotated[bool, Flag()] = False
+    multifd_channels: Annotated[int, Whole(1, 255)] = 2
+    multifd_compression: Annotated[str, Choice(("none", "zlib", "zstd"))] = "none"
+    #: QEMU 7.2 takes this and the next one from a command without looking at them; here they are set, and checked.
+    multifd_zlib_level: Annotated[int, Whole(0, 9)] = 1
+    multifd_zstd_level: Annotated[int, Whole(0, 20)] = 1
+    #: Bytes; a power of two of at least one target page.
+    xbzrle_cache_size: Annotated[int, Size(_TARGET_PAGE, power_of_two=True)] = 64 * MiB
+    #: Bytes per second for pages that nobody has asked for yet, in postcopy; 0 for no limit.
+    max_postcopy_bandwidth: Annotated[int, Size(unit="bytes per second, 0 for no limit")] = 0
+    #: Self-announcement of network cards after the switchover: first pause, longest pause, count, growth.
+    announce_initial: Annotated[int, Whole(0, 100_000, "milliseconds")] = 50
+    announce_max: Annotated[int, Whole(0, 100_000, "milliseconds")] = 550
+    announce_rounds: Annotated[int, Whole(0, 1000)] = 5
+    announce_step: Annotated[int, Whole(1, 10_000, "milliseconds")] = 100
+    #: Aliases of disks and bitmaps; None for each under its own name.
+    block_bitmap_mapping: Annotated[tuple[NodeAlias, ...] | None, OrNone(Mappings())] = None
+
+    def __post_init__(self) -> None:
+        check_fields("parameter", self, _KINDS)
+        if self.max_cpu_throttle < self.cpu_throttle_initial:
+            raise ConfigError(
+                f"parameter 'max_cpu_throttle' expects an integer from cpu_throttle_initial "
+                f"({self.cpu_throttle_initial}) to 99, not {self.max_cpu_throttle}",
+                name="max-cpu-throttle",
+            )
+        if self.multifd_compression not in BUILT_COMPRESSIONS:
+            raise ConfigError(
+                f"parameter 'multifd_compression' cannot be {self.multifd_compression}: "
+                "compression of multifd is not built into trimig yet",
+                name="multifd-compression",
+            )
+        if self.tls_creds and not TLS_BUILT:
+            raise ConfigError(
+                f"parameter 'tls_creds' cannot be {shown(self.tls_creds)}: TLS is not built into trimig yet",
+                name="tls-creds",
+            )
+
+    def replace(self, **changes: Any) -> Parameters:
+        """This set with *changes*, in Python spelling.
+
+        Raises:
+            ConfigError: an unknown name, or a value out of its range; this set is unchanged in any case.
+        """
+        for name in changes:
+            if name not in _KINDS:
+                raise unknown("parameter", name, _KINDS)
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_qmp(cls, arguments: object, base: Parameters | None = None) -> Parameters:
+        """*base* (or the defaults) changed by the arguments of ``migrate-set-parameters``; all of them or nothing.
+
+        Types are QMP's: a bool is no integer, null is the empty string for ``tls-*``, a size of -1 is 2^64-1.
+
+        Raises:
+            ConfigError: not an object, an unknown name, a wrong type or a value out of its range.
+        """
+        if not isinstance(arguments, Mapping):
+            raise ConfigError(f"parameters are given as an object, not {shown(arguments)}")
+        return read_parameters(cls() if base is None else base, arguments.items(), Form.QMP)
+
+    def to_qmp(self) -> dict[str, object]:
+        """The answer to ``query-migrate-parameters``: everything, but ``block-bitmap-mapping`` only if it is set."""
+        return {
+            dashed(name): kind.kind.write(value) if isinstance(kind, OrNone) else kind.write(value)
+            for name, kind in _KINDS.items()
+            if (value := getattr(self, name)) is not None
+        }
+
+
+_KINDS: Final = kinds_of(Parameters)
+
+#: All names, in QMP spelling and in the order of config.md part 2.
+PARAMETER_NAMES: Final[tuple[str, ...]] = tuple(dashed(name) for name in _KINDS)
+
+
+def read_parameters(
+    base: Parameters, changes: Iterable[tuple[object, object]], form: Form, *, repeats: bool = False
+) -> Parameters:
+    """*base* with *changes*, pairs of QMP name and value, judged together.
+
+    With *repeats* the last value of a name counts, as on a command line. Without it a name may come once, in one
+    spelling.
+
+    Raises:
+        ConfigError: an unknown or repeated name, a wrong type or a value out of its range.
+    """
+    values: dict[str, Any] = {}
+    for given, value in changes:
+        name = PARAMETER_ALIASES.get(given, given) if isinstance(given, str) else given
+        if isinstance(name, str) and name in _GONE:
+            kind = _GONE[name]
+            check_value("parameter", name.replace("-", "_"), kind, kind.read(value, form))
+            continue
+        if not isinstance(name, str) or name not in PARAMETER_NAMES:
+            raise unknown("parameter", given, PARAMETER_NAMES)
+        field = name.replace("-", "_")
+        if field in values and not repeats:
+            raise ConfigError(f"parameter '{field}' is given twice, as {name} and under its older name", name=name)
+        stored = _KINDS[field].read(value, form)
+        if stored is None:
+            # None means "not set" in Python only; in a QMP command null is a value of the wrong type.
+            raise ConfigError(f"parameter '{field}' cannot be null", name=name)
+        check_value("parameter", field, _KINDS[field], stored)
+        values[field] = stored
+    return dataclasses.replace(base, **values)
