@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import trio
 
@@ -34,6 +35,26 @@ _RANK: tuple[type[MigrationError], ...] = (
     TransportFailed,
     InternalError,
 )
+
+
+class Outcome:
+    """How a block ended: the exception that left it, held until the unwinding has been done.
+
+    The nursery of an attempt runs inside :meth:`watch`. What it raises is neither handled nor lost there: the caller
+    unwinds in shields, and then raises it, or the one domain error that stands for it. That is what ``try``/``finally``
+    would do, except that the error is raised outside of the handler, so that it does not stand inside its own context.
+    """
+
+    def __init__(self) -> None:
+        self.failure: BaseException | None = None
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Keep the exception that leaves the block."""
+        try:
+            yield
+        except BaseException as error:  # noqa: BLE001 - raised by the caller, after the unwinding
+            self.failure = error
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:

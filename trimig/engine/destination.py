@@ -24,7 +24,7 @@ from ..wire import events as ev
 from ..wire.devices import TailBuffer, Undelimited, split_tail
 from ..wire.return_path import Pong, Shut, encode
 from . import teardown
-from .boundary import domain_error
+from .boundary import Outcome, domain_error
 from .channel import Channel
 from .ram_in import RamReceiver
 from .source import OpenStream
@@ -75,19 +75,14 @@ class _Arrival:
 
     async def run(self, open_stream: OpenStream) -> Summary:
         """The whole attempt, and the one place where its outcome is decided."""
-        failure: BaseException | None = None
-        try:
+        outcome = Outcome()
+        with outcome.watch():
             async with trio.open_nursery(strict_exception_groups=True) as nursery:
                 self.monitor.control(functools.partial(_cancel, nursery), None)
                 await self._read(open_stream)
-        except BaseException as error:  # sorted out below, and always raised again or replaced
-            failure = error
-            if not isinstance(error, Exception | BaseExceptionGroup | trio.Cancelled):
-                raise
-        finally:
-            self.monitor.control(None, None)
-            await self._unwind(failure)
-        self._conclude(failure)
+        self.monitor.control(None, None)
+        await self._unwind(outcome.failure)
+        self._conclude(outcome.failure)
         return self._summary()
 
     async def _unwind(self, failure: BaseException | None) -> None:

@@ -33,7 +33,7 @@ from ..policy import convergence
 from ..status import Role, Status
 from ..wire import encoder as wire
 from . import teardown
-from .boundary import domain_error
+from .boundary import Outcome, domain_error
 from .channel import Channel
 from .handover import shield
 from .limiter import Limiter
@@ -104,20 +104,15 @@ class _Attempt:
 
     async def run(self, open_stream: OpenStream) -> Summary:
         """The whole attempt, and the one place where its outcome is decided."""
-        failure: BaseException | None = None
-        try:
+        outcome = Outcome()
+        with outcome.watch():
             async with trio.open_nursery(strict_exception_groups=True) as nursery:
                 self.monitor.control(functools.partial(_cancel, nursery), self._retuned)
                 await self._phases(open_stream, nursery)
                 nursery.cancel_scope.cancel("the migration is over")
-        except BaseException as error:  # sorted out below, and always raised again or replaced
-            failure = error
-            if not isinstance(error, Exception | BaseExceptionGroup | trio.Cancelled):
-                raise
-        finally:
-            self.monitor.control(None, None)
-            guest_failure = await self._unwind(failure)
-        await self._conclude(failure, guest_failure)
+        self.monitor.control(None, None)
+        guest_failure = await self._unwind(outcome.failure)
+        await self._conclude(outcome.failure, guest_failure)
         return self._summary()
 
     def _retuned(self) -> None:

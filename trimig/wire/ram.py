@@ -26,6 +26,9 @@ _PAGE_AGAIN: Final = RamFlag.PAGE | RamFlag.CONTINUE
 _ZERO_AGAIN: Final = RamFlag.ZERO | RamFlag.CONTINUE
 _RECORD: Final = 8 + PAGE_SIZE
 _ZERO_RECORD: Final = 9
+#: Records looked at before it is known that a run is long: in mixed memory the next border is near, and what lies
+#: behind it is not records of this size.
+_FIRST_LOOK: Final = 16
 #: Names and lengths of one RAM START; a QEMU machine has a handful.
 MAX_BLOCKS: Final = 4096
 
@@ -131,13 +134,17 @@ class RecordReader:
 
     def _words(self, array: NDArray[np.uint8], pos: int, count: int, record: int, flags: int) -> NDArray[np.int64]:
         """Offsets of the longest run of records with exactly *flags* at *pos*; at least one, at most *count*."""
-        if count > 1 and array[pos + record + 7] != (flags & 0xFF):
-            count = 1  # the common case of mixed records: do not look at garbage behind it
-        view = as_strided(array[pos:], shape=(count, 8), strides=(record, 1))
-        words = np.ascontiguousarray(view).view(">u8").reshape(-1).astype(np.uint64)
-        same = (words & np.uint64(_FLAGS)) == np.uint64(flags)
-        if not same.all():
-            words = words[: int(np.argmin(same))]
+        look = min(count, _FIRST_LOOK)
+        while True:
+            view = as_strided(array[pos:], shape=(look, 8), strides=(record, 1))
+            words = np.ascontiguousarray(view).view(">u8").reshape(-1).astype(np.uint64)
+            same = (words & np.uint64(_FLAGS)) == np.uint64(flags)
+            if not same.all():
+                words = words[: int(np.argmin(same))]
+                break
+            if look == count:
+                break
+            look = min(count, look * 8)
         return (words & ~np.uint64(_FLAGS)).astype(np.int64)
 
     def _page_run(self, array: NDArray[np.uint8], pos: int, have: int, offset: int) -> tuple[Event | None, int]:
