@@ -108,34 +108,29 @@ class Channel:
             return
         self._check()
         addresses = pages.ctypes.data + indices.astype(np.uint64) * np.uint64(PAGE_SIZE)
-        vector = vectored.interleave(words.ctypes.data, 8, addresses, PAGE_SIZE)
         keep = np.frombuffer(lead, np.uint8)
-        if lead:
-            vector[0] = keep.ctypes.data, len(lead)
-        await self._write(vector, int(vector[:, 1].sum()))
+        first = (keep.ctypes.data, len(lead)) if lead else None
+        await self._write(vectored.Records(words.ctypes.data, 8, addresses, PAGE_SIZE, first))
 
-    async def _write(self, vector: vectored.Vector, left: int) -> None:
+    async def _write(self, records: vectored.Records) -> None:
         assert self._socket is not None
-        ok = False
+        fd = self._socket.fileno()
         try:
             await trio.lowlevel.checkpoint()
-            while left:
-                taken = vectored.writev(self._socket.fileno(), vector)
+            while records.left:
+                taken = vectored.writev(fd, records.rest)
                 if taken is None:
                     with trio.move_on_after(self.stall_timeout) as limit:
-                        await trio.lowlevel.wait_writable(self._socket)
+                        await trio.lowlevel.wait_writable(fd)
                     if limit.cancelled_caught:
                         raise self._stalled("took no data")
                     continue
                 self.sent += taken
-                left -= taken
-                if left:
-                    vector = vectored.advance(vector, taken)
-            ok = True
+                records.advance(taken)
         except (OSError, trio.ClosedResourceError) as error:
             raise TransportFailed(f"the connection broke while sending: {_cause(error)}") from error
         finally:
-            if not ok:
+            if records.left:
                 self.poisoned = True
 
     def _stage(
@@ -177,14 +172,14 @@ class Channel:
         self.received += count
         return count
 
-    async def read_vector(self, vector: vectored.Vector) -> int:
-        """Let the kernel place what comes next; sockets only. 0 at the end of the stream.
+    async def read_records(self, records: vectored.Records) -> int:
+        """Let the kernel place what comes next, and step over it; sockets only. 0 at the end of the stream.
 
         **Cancellation:** nothing was read.
         """
         assert self._socket is not None
         try:
-            while (count := vectored.readv(self._socket.fileno(), vector)) is None:
+            while (count := vectored.readv(self._socket.fileno(), records.rest)) is None:
                 with trio.move_on_after(self.stall_timeout) as limit:
                     await trio.lowlevel.wait_readable(self._socket)
                 if limit.cancelled_caught:
@@ -192,6 +187,7 @@ class Channel:
         except (OSError, trio.ClosedResourceError) as error:
             raise TransportFailed(f"the connection broke while receiving: {_cause(error)}") from error
         self.received += count
+        records.advance(count)
         return count
 
 

@@ -27,6 +27,8 @@ from . import vectored
 from .channel import BATCH_PAGES, Channel
 
 _RECORD = 8 + PAGE_SIZE
+#: Pages predicted at once. Placing them is one slice of the run loop, so it is kept to about a millisecond.
+PLACE_PAGES = 256
 #: A run this long makes the next records predictable.
 _ENOUGH = 32
 
@@ -144,44 +146,40 @@ class RamReceiver:
         return True
 
     def _predictable(self, target: _Target, first: int) -> int:
-        ahead = target.received[first : first + BATCH_PAGES]
+        ahead = target.received[first : first + PLACE_PAGES]
         return int(np.argmax(ahead)) if ahead.any() else len(ahead)
 
     async def _place(
         self, channel: Channel, decoder: Decoder, target: _Target, first: int, count: int, rest: bytes
     ) -> None:
         indices = np.arange(first, first + count, dtype=np.uint64)
-        expected = ((indices * np.uint64(PAGE_SIZE)) | np.uint64(RamFlag.PAGE | RamFlag.CONTINUE)).astype(">u8")
+        expected = (
+            ((indices * np.uint64(PAGE_SIZE)) | np.uint64(RamFlag.PAGE | RamFlag.CONTINUE))
+            .astype(">u8")
+            .view(np.uint64)
+        )
         words = self._words[:count]
         words[:] = 0
-        vector = vectored.interleave(words.ctypes.data, 8, target.base + indices * np.uint64(PAGE_SIZE), PAGE_SIZE)
+        records = vectored.Records(words.ctypes.data, 8, target.base + indices * np.uint64(PAGE_SIZE), PAGE_SIZE)
         # The part of the first record that has come already stands in front.
         head = np.frombuffer(rest, np.uint8)
         words.view(np.uint8)[: min(8, len(rest))] = head[:8]
-        if len(rest) >= 8 and int(words[0]) != int(expected.view(np.uint64)[0]):
+        if len(rest) >= 8 and words[0] != expected[0]:
             decoder.give_back(rest)
             decoder.end_run()
             return
         target.pages[first, : max(0, len(rest) - 8)] = head[8:]
-        done = len(rest)
-        vector = vectored.advance(vector, done)
+        records.advance(len(rest))
         ok = False
         try:
-            while len(vector):
-                got = await channel.read_vector(vector)
-                done += got
-                whole = done // _RECORD
-                begun = min(count, (done + _RECORD - 8) // _RECORD)  # records whose word is complete
-                wrong = words[:begun] != expected.view(np.uint64)[:begun]
-                if not got or wrong.any():
+            await trio.lowlevel.checkpoint()
+            while records.left > _RECORD and await channel.read_records(records):
+                begun = (records.done + PAGE_SIZE) // _RECORD  # records whose word is complete
+                if (words[:begun] != expected[:begun]).any() or 2 * records.done > records.size:
                     break
-                if len(vector) <= 2 or whole >= count // 2:
-                    break
-                vector = vectored.advance(vector, got)
             ok = True
         finally:
-            self._settle(decoder, target, first, done, words, expected.view(np.uint64), ok=ok)
-        await trio.lowlevel.checkpoint_if_cancelled()
+            self._settle(decoder, target, first, records.done, words, expected, ok=ok)
 
     def _settle(
         self,

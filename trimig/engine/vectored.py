@@ -20,6 +20,8 @@ Vector = NDArray[np.uint64]
 #: The kernel's UIO_MAXIOV.
 MAX_ELEMENTS: Final = 1024
 
+_COUNT = np.arange(MAX_ELEMENTS, dtype=np.uint64)
+
 _libc = ctypes.CDLL(None, use_errno=True)
 for _name in ("writev", "readv"):
     _function = getattr(_libc, _name)
@@ -27,35 +29,76 @@ for _name in ("writev", "readv"):
     _function.restype = ctypes.c_ssize_t
 
 
-def interleave(headers: int, header_size: int, bodies: NDArray[np.uint64], body_size: int) -> Vector:
-    """The vector header, body, header, body, …
+class Records:
+    """A vector of header, body, header, body, … and how much of it is done.
+
+    All bodies have one size and all headers another, except the first header, which may be longer. So the place of any
+    byte is found by a division, and stepping over what a call has done costs the same however long the vector is.
 
     Args:
         headers: address of the first header; they stand back to back.
-        bodies: address of each body.
+        header_size: bytes of each.
+        bodies: address of each body, at most MAX_ELEMENTS // 2.
+        body_size: bytes of each.
+        lead: address and size of what replaces the first header, if anything does.
     """
-    vector = np.empty((len(bodies), 4), np.uint64)
-    vector[:, 0] = headers + np.arange(len(bodies), dtype=np.uint64) * np.uint64(header_size)
-    vector[:, 1] = header_size
-    vector[:, 2] = bodies
-    vector[:, 3] = body_size
-    return vector.reshape(-1, 2)
 
+    __slots__ = ("_cut", "_element", "_extra", "_header", "_record", "_vector", "done", "size")
 
-def advance(vector: Vector, done: int) -> Vector:
-    """What is left of *vector* after its first *done* bytes; the original is not changed."""
-    if not done:
-        return vector
-    ends = np.cumsum(vector[:, 1])
-    first = int(np.searchsorted(ends, done, "right"))
-    rest = vector[first:]
-    if len(rest):
-        cut = np.uint64(done - (int(ends[first - 1]) if first else 0))
-        if cut:
-            rest = rest.copy()
-            rest[0, 0] += cut
-            rest[0, 1] -= cut
-    return rest
+    def __init__(
+        self,
+        headers: int,
+        header_size: int,
+        bodies: NDArray[np.uint64],
+        body_size: int,
+        lead: tuple[int, int] | None = None,
+    ) -> None:
+        count = len(bodies)
+        vector = np.empty((count, 4), np.uint64)
+        vector[:, 0] = headers + _COUNT[:count] * np.uint64(header_size)
+        vector[:, 1] = header_size
+        vector[:, 2] = bodies
+        vector[:, 3] = body_size
+        self._vector: Vector = vector.reshape(-1, 2)
+        self._header = header_size
+        self._record = header_size + body_size
+        self._extra = 0
+        if lead is not None:
+            self._vector[0] = lead
+            self._extra = lead[1] - header_size
+        self._element = 0
+        self._cut = 0
+        #: Bytes of the whole vector.
+        self.size = count * self._record + self._extra
+        #: Bytes that are done.
+        self.done = 0
+
+    @property
+    def left(self) -> int:
+        """Bytes that are not done."""
+        return self.size - self.done
+
+    @property
+    def rest(self) -> Vector:
+        """What is not done."""
+        return self._vector[self._element :]
+
+    def advance(self, count: int) -> None:
+        """*count* more bytes are done."""
+        self.done += count
+        place = self.done - self._extra  # as if the first header had the size of all others
+        if place < self._header:
+            element, inside = 0, self.done
+        else:
+            record, inside = divmod(place, self._record)
+            element = 2 * record
+            if inside >= self._header:
+                element, inside = element + 1, inside - self._header
+        more = inside - (self._cut if element == self._element else 0)
+        if more:
+            self._vector[element, 0] += np.uint64(more)
+            self._vector[element, 1] -= np.uint64(more)
+        self._element, self._cut = element, inside
 
 
 def _call(function: str, fd: int, vector: Vector) -> int | None:
