@@ -64,6 +64,8 @@ SANS_IO: Final = frozenset({"wire", "policy"})
 
 def unit_of(parts: tuple[str, ...]) -> str:
     """The unit a dotted path below trimig belongs to: ``("trimig", "wire", "decoder")`` is in ``wire``."""
+    if parts[1:2] == ("__main__",):
+        return "cli"  # python -m trimig
     return parts[1] if len(parts) > 1 else "trimig"
 
 

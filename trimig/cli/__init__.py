@@ -1,1 +1,101 @@
-"""."""
+"""The command ``trimig``.
+
+This file is the frame: the list of commands, and the one place where errors become a sentence and an exit code. The
+commands are imported when they are asked for; what they share is in :mod:`trimig.cli.common`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, Final
+
+import click
+
+import trimig
+
+from .common import CANCELLED, FAILED, debug_option, report_error
+
+#: Command -> the module that has it, under its own name, in the order of the help.
+COMMANDS: Final = {
+    "demo": "demo",
+    "receive": "parked",
+    "send": "parked",
+    "settle": "parked",
+    "inspect": "inspect",
+    "export": "inspect",
+}
+
+
+class Frame(click.Group):
+    """Imports commands on demand, and ends the process with the exit codes of the help text."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name, module in COMMANDS.items() if importlib.util.find_spec(f"{__name__}.{module}")]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        found = getattr(importlib.import_module(f"{__name__}.{COMMANDS[cmd_name]}"), cmd_name)
+        assert isinstance(found, click.Command)
+        return found
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """As click's own, except for what happens to errors. A command returns its exit code, or None for 0."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        words = sys.argv[1:] if args is None else list(args)
+        # Read from the words, because an error may be raised before the options have been understood.
+        options = words[: words.index("--")] if "--" in words else words
+        try:
+            code = self._run(words, prog_name or "trimig", complete_var, **extra)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever read our output has seen enough. What is still buffered would fail again at exit.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = FAILED
+        except (click.ClickException, trimig.MigrationError, OSError) as error:
+            code = report_error(error, as_json="--json" in options, debug="--debug" in options)
+        except (click.Abort, KeyboardInterrupt):
+            # Before a command had begun to watch for signals: nothing has happened yet.
+            code = CANCELLED
+        sys.exit(code)
+
+    def _run(self, words: list[str], prog_name: str, complete_var: str | None, **extra: Any) -> int:
+        try:
+            code = super().main(words, prog_name, complete_var, standalone_mode=False, **extra)
+        except (click.ClickException, click.Abort, trimig.MigrationError, OSError):
+            raise
+        except Exception as error:
+            raise trimig.InternalError(
+                f"{type(error).__name__}: {error} (a fault of trimig: please report it with what --debug prints)"
+            ) from error
+        return code if isinstance(code, int) else 0
+
+
+@click.group(
+    cls=Frame,
+    name="trimig",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done; 1 failed, and the guest is still at the source; 2 wrong usage; 3 it is not certain "
+    "which side owns the guest; 130 cancelled by a signal.",
+)
+@click.version_option(trimig.__version__, "-V", "--version", prog_name="trimig")
+@debug_option
+def main() -> None:
+    """Move running guests between processes and hosts, over QEMU's migration stream.
+
+    Addresses are written as for QEMU's -incoming: tcp:HOST:PORT or unix:PATH. The other end may be trimig or a QEMU.
+    """

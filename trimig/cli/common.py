@@ -1,0 +1,339 @@
+"""What the commands share: options, one way to run, one way to fail.
+
+A command that moves something looks like this::
+
+    @click.command()
+    @click.argument("uri")
+    @migration_options
+    def send(uri: str, config: trimig.Config, as_json: bool) -> int:
+        async def job() -> int:
+            ...
+            return 0
+
+        return run(job, as_json=as_json)
+
+It raises :class:`trimig.MigrationError`, OSError or click's errors, and the frame makes sentences and exit codes of
+them. What it returns is its exit code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import signal
+import sys
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+import trio
+
+import trimig
+
+DONE: Final = 0
+#: It failed; the guest is still at the source.
+FAILED: Final = 1
+USAGE: Final = 2
+#: Nobody can tell which side owns the guest.
+UNCERTAIN: Final = 3
+#: Cancelled by a signal.
+CANCELLED: Final = 130
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+if TYPE_CHECKING:
+    _SizeBase = click.ParamType[int]
+else:
+    _SizeBase = click.ParamType  # takes no parameter in older versions of click
+
+
+class SizeType(_SizeBase):
+    """A number of bytes: ``4096``, ``256M``, ``1.5G``."""
+
+    name = "size"
+
+    def __init__(self, *, low: int = 0, pages: bool = False) -> None:
+        """At least *low* bytes; with *pages*, a multiple of 4096."""
+        self._low = low
+        self._pages = pages
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            size = trimig.parse_size(value)
+        except trimig.ConfigError as error:
+            self.fail(str(error), param, ctx)
+        if size < self._low:
+            self.fail(f"{value} is too small; at least {show_size(self._low)}", param, ctx)
+        if self._pages and size % 4096:
+            self.fail(f"{value} is not a multiple of the page size, 4096 bytes", param, ctx)
+        return size
+
+
+#: A size in bytes, 0 included.
+SIZE: Final = SizeType()
+#: The size of guest memory: whole pages, at least one.
+RAM_SIZE: Final = SizeType(low=4096, pages=True)
+
+
+json_option: Final = click.option(
+    "--json", "as_json", is_flag=True, help="For machines: the result as one JSON object on stdout."
+)
+#: ``--debug`` is looked for by the frame, before anything else is understood; here it is only let through.
+debug_option: Final = click.option(
+    "--debug", is_flag=True, expose_value=False, help="Print the traceback of an error as well."
+)
+
+
+def migration_options(command: F) -> F:
+    """Options of every command that moves something. The command gets ``config: trimig.Config`` and ``as_json: bool``.
+
+    The file of ``--config`` comes first, ``-c`` and ``-p`` over it.
+    """
+    return config_options()(json_option(debug_option(command)))
+
+
+def config_options(base: trimig.Config | None = None) -> Callable[[F], F]:
+    """``-c``, ``-p`` and ``--config`` alone, for a command that takes ``config``.
+
+    Args:
+        base: used where no ``--config`` is given; None for trimig's defaults.
+    """
+
+    def decorate(command: F) -> F:
+        @click.option(
+            "--config",
+            "config_file",
+            metavar="FILE.toml",
+            type=click.Path(dir_okay=False, path_type=Path),
+            help="Read capabilities, parameters and the rest from this file.",
+        )
+        @click.option(
+            "-p",
+            "--parameter",
+            "parameters",
+            metavar="NAME=VALUE",
+            multiple=True,
+            help="Set a migration parameter, by its QMP name; for example -p max-bandwidth=1G.",
+        )
+        @click.option(
+            "-c",
+            "--capability",
+            "capabilities",
+            metavar="NAME[=off]",
+            multiple=True,
+            help="Turn a migration capability on, or off, by its QMP name; for example -c return-path=off.",
+        )
+        @functools.wraps(command)
+        def with_config(
+            *args: Any,
+            capabilities: tuple[str, ...],
+            parameters: tuple[str, ...],
+            config_file: Path | None,
+            **kwargs: Any,
+        ) -> Any:
+            config = trimig.Config.from_toml(config_file) if config_file else base or trimig.Config()
+            return command(*args, config=config.with_options(capabilities, parameters), **kwargs)
+
+        return with_config  # type: ignore[return-value]  # the same callable with other keywords: not expressible
+
+    return decorate
+
+
+# -- running -----------------------------------------------------------------------------------------------------------
+
+
+def run(job: Callable[[], Awaitable[int | None]], *, as_json: bool = False) -> int:
+    """Run *job* in trio and return the exit code: the one it returns, or 130 if a signal cancelled it.
+
+    SIGINT and SIGTERM cancel it, through a cancel scope, so that the guest is put back first. Further signals change
+    nothing: what is still going on by then is bounded in time and must not be cut short. A job that finishes in spite
+    of the signal, because the guest had been handed over already, counts as finished. Errors pass through.
+    """
+    return trio.run(functools.partial(_run, job, as_json=as_json), strict_exception_groups=True)
+
+
+async def _run(job: Callable[[], Awaitable[int | None]], *, as_json: bool) -> int:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        scope = trio.CancelScope()
+
+        async def cancellable() -> int | None:
+            with scope:
+                return await job()
+            return None
+
+        code = await alongside(cancellable, functools.partial(_cancel_on_signal, signals, scope))
+    if not scope.cancelled_caught:
+        return code or DONE
+    if as_json:
+        write_json({"error": "cancelled by a signal", "exit_code": CANCELLED})
+    say("cancelled")
+    return CANCELLED
+
+
+async def _cancel_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async for number in signals:
+        name = signal.Signals(number).name
+        if not scope.cancel_called:
+            say(f"{name}: cancelling; the guest is put back first")
+            scope.cancel(name)
+        else:
+            say(f"{name}: being cancelled already; this cannot be hurried without endangering the guest")
+
+
+async def alongside(call: Callable[[], Awaitable[T]], other: Callable[[], Awaitable[None]]) -> T:
+    """The result of *call*, with *other* running meanwhile; *other* is cancelled when *call* is done.
+
+    An error of either leaves as itself, not in a group.
+
+    **Cancellation:** as for *call*.
+    """
+    results: list[T] = []
+    failure: BaseException | None = None
+    try:
+        async with trio.open_nursery(strict_exception_groups=True) as nursery:
+            nursery.start_soon(other)
+            results.append(await call())
+            nursery.cancel_scope.cancel("done")
+    except BaseExceptionGroup as group:
+        failure = _only_one(group)
+    # Raised out here, so that the error does not get the group as its context.
+    if failure is not None:
+        raise failure
+    return results[0]
+
+
+def _only_one(error: BaseException) -> BaseException:
+    """The exception in a group of one real one; Cancelled beside it says nothing. Otherwise the group."""
+    while isinstance(error, BaseExceptionGroup):
+        _, real = error.split(trio.Cancelled)
+        inner = (real or error).exceptions
+        if len(inner) != 1:
+            return error
+        error = inner[0]
+    return error
+
+
+# -- telling -----------------------------------------------------------------------------------------------------------
+
+
+def report_error(error: Exception, *, as_json: bool, debug: bool) -> int:
+    """Say what went wrong, on stderr and with *as_json* on stdout as well; returns the exit code."""
+    code, record = error_record(error)
+    if debug:
+        _write(sys.stderr, "".join(traceback.format_exception(error)))
+    if as_json:
+        write_json(record)
+    usage = ""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        _write(sys.stderr, f"{error.format_message()}\n")
+        return code
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        usage = f" (see '{error.ctx.command_path} --help')"
+    say(f"{record['error'].rstrip('.')}{usage}")
+    return code
+
+
+def error_record(error: Exception) -> tuple[int, dict[str, Any]]:
+    """The exit code for *error*, and what ``--json`` prints: ``error``, ``kind``, ``exit_code``, and, where they apply,
+    ``owner`` (source, destination or unknown), ``offset``, ``section``, ``name``, ``code``."""
+    code = FAILED
+    text = str(error)
+    record: dict[str, Any] = {"error": "", "kind": type(error).__name__, "exit_code": FAILED}
+    if isinstance(error, click.ClickException):
+        code, text = error.exit_code, error.format_message()
+    elif isinstance(error, trimig.ConfigError):
+        code = USAGE
+        record["name"] = error.name
+    elif isinstance(error, trimig.MigrationError):
+        code = UNCERTAIN if error.owner is trimig.Ownership.UNKNOWN else FAILED
+        record["owner"] = error.owner.value
+        for name in ("offset", "section", "code"):
+            if (value := getattr(error, name, None)) is not None:
+                record[name] = value
+    elif isinstance(error, OSError):
+        text = error.strerror or str(error)
+        if error.filename is not None:
+            text = f"{error.filename}: {text}"
+    record["error"] = " ".join(text.split()) or type(error).__name__
+    record["exit_code"] = code
+    return code, record
+
+
+def say(text: str) -> None:
+    """One line for people, on stderr: ``trimig: ...``. A stderr that is gone is no reason to fail."""
+    _write(sys.stderr, f"trimig: {text.strip().rstrip('.')}\n")
+
+
+def write_json(record: Mapping[str, Any], *, err: bool = False) -> None:
+    """One object on one line, on stdout (or stderr), flushed."""
+    _write(sys.stderr if err else sys.stdout, json.dumps(record) + "\n")
+
+
+def _write(stream: Any, text: str) -> None:
+    try:
+        stream.write(text)
+        stream.flush()
+    except (OSError, ValueError):
+        if stream is sys.stdout:
+            raise
+
+
+def show_size(count: float) -> str:
+    """Bytes for people: ``512 B``, ``1.5 KiB``, ``256 MiB``, ``1.02 GiB``."""
+    if abs(count) < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        count /= 1024
+        if abs(count) < 1023.5 or unit == "TiB":
+            break
+    text = f"{count:.1f}" if abs(count) < 100 else f"{count:.0f}"
+    return f"{text.removesuffix('.0')} {unit}"
+
+
+def show_time(seconds: float) -> str:
+    """A duration for people: ``0.4 ms``, ``312 ms``, ``4.2 s``, ``3 min 5 s``."""
+    if seconds < 0.01:
+        return f"{seconds * 1000:.1f} ms"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def summary_record(summary: trimig.Summary) -> dict[str, Any]:
+    """A summary as JSON: times in ms, sizes in bytes, the downtime in its parts."""
+    return {
+        "role": summary.role.value,
+        "confirmed": summary.confirmed,
+        "prepared": summary.prepared,
+        "total_ms": ms(summary.total_time),
+        "setup_ms": ms(summary.setup_time),
+        "downtime_ms": ms(summary.downtime),
+        "downtime": {part.name: ms(getattr(summary.downtime_parts, part.name)) for part in _PARTS},
+        "throughput_bytes_per_s": round(summary.throughput),
+        "iterations": summary.iterations,
+        "dirty_tracking": summary.dirty_tracking,
+        "ram_bytes": summary.ram_bytes,
+        "transferred_bytes": summary.bytes_transferred,
+        "normal_bytes": summary.normal_pages * 4096,
+        "zero_bytes": summary.zero_pages * 4096,
+        "warnings": list(summary.warnings),
+    }
+
+
+_PARTS: Final = dataclasses.fields(trimig.Downtime)
+
+
+def ms(seconds: float) -> float:
+    """Milliseconds with three digits behind the point."""
+    return round(seconds * 1000, 3)
