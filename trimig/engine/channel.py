@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ..errors import LocalProtocolError, TransportFailed
 from ..guest import PAGE_SIZE
 from . import vectored
+from .buffers import enlarge
 
 #: Pages of one gathering write: 2 * 512 elements is what the kernel takes at once.
 BATCH_PAGES = vectored.MAX_ELEMENTS // 2
@@ -42,6 +43,8 @@ class Channel:
         #: ended in an error).
         self.unsure = False
         self._socket = stream.socket if isinstance(stream, trio.SocketStream) else None
+        if self._socket is not None:
+            enlarge(self._socket)
         self._staging: NDArray[np.uint8] | None = None
 
     @property
