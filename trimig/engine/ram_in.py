@@ -170,16 +170,21 @@ class RamReceiver:
             return
         target.pages[first, : max(0, len(rest) - 8)] = head[8:]
         records.advance(len(rest))
-        ok = False
+        ok = ended = False
         try:
             await trio.lowlevel.checkpoint()
-            while records.left > _RECORD and await channel.read_records(records):
+            while records.left > _RECORD:
+                if not await channel.read_records(records):
+                    ended = True
+                    break
                 begun = (records.done + PAGE_SIZE) // _RECORD  # records whose word is complete
                 if (words[:begun] != expected[:begun]).any() or 2 * records.done > records.size:
                     break
             ok = True
         finally:
             self._settle(decoder, target, first, records.done, words, expected, ok=ok)
+        if ended:
+            decoder.end_run()  # so that nothing is predicted any more, and the ordinary read finds the end too
 
     def _settle(
         self,
