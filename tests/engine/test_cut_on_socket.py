@@ -27,7 +27,7 @@ async def test_a_connection_that_ends_within_consecutive_pages_is_one_typed_erro
         outgoing = await trio.testing.open_stream_to_socket_listener(listeners[0])
 
         async def relay() -> None:
-            """Pass *cut* bytes on to the destination, then end."""
+            """Pass *cut* bytes on to the destination, then end properly: a reset would be an error of the socket."""
             incoming = await listeners[0].accept()
             left = cut
             async with incoming, outgoing:
@@ -35,6 +35,9 @@ async def test_a_connection_that_ends_within_consecutive_pages_is_one_typed_erro
                     data = await incoming.receive_some(left)
                     await outgoing.send_all(data)
                     left -= len(data)
+                await outgoing.send_eof()
+                async for _ in outgoing:
+                    pass
 
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
