@@ -138,7 +138,7 @@ def cancel(points: int, size: int, seed: int, timeout: float) -> None:
     )
     if result.points:
         print(cancel_table(summarise(result.points)))
-    print(f"too late, the decision to hand over had been sent: {result.too_late} of {points}")
+    print(f"too late, the decision to hand over had been sent: {result.too_late} more")
 
 
 def as_json(plan: Plan, outcome: Outcome) -> dict[str, Any]:
