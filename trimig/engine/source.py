@@ -123,8 +123,9 @@ class _Attempt:
         """Guest first, then the connection. Decides by the status who owns the guest, and settles the final status."""
         monitor = self.monitor
         if monitor.status is Status.HANDOVER and not self.answered:
-            monitor.advance(Status.UNCERTAIN)
-        if failure is not None and monitor.status not in (Status.UNCERTAIN, Status.CANCELLING, Status.COMPLETED):
+            assert self.channel is not None
+            monitor.advance(Status.FAILED if self._nothing_left(self.channel) else Status.UNCERTAIN)
+        if failure is not None and monitor.status not in _DECIDED:
             cancelled = domain_error(failure, monitor.owner) is None
             monitor.advance(Status.CANCELLING if cancelled and monitor.status is not Status.HANDOVER else Status.FAILED)
         guest_failure: GuestFailed | None = None
@@ -164,6 +165,10 @@ class _Attempt:
                 assert failure is not None
                 raise failure
             raise error
+        if error is None and failure is None and monitor.status is Status.FAILED:
+            error = TransportFailed(
+                f"the transport took nothing of the decision within {self.config.handover_timeout:g} s"
+            )
         if error is not None:
             self.counters.error = str(error)
             raise error
@@ -345,16 +350,11 @@ class _Attempt:
         reader = self.reader
         if reader is not None:
             reader.decided = True
-        before = channel.sent
+        self._undecided = channel.sent
         try:
             await channel.send(ending)
         except MigrationError:
-            if channel.sent == before and not channel.unsure:
-                # The kernel took not one byte of the decision: nobody can have it.
-                self.answered = True
-                self.monitor.advance(Status.FAILED)
-                raise
-            if reader is None:
+            if reader is None or self._nothing_left(channel):
                 raise
             # Something may have left. Only the destination's word counts now, if it is still to be had.
         if reader is None:
@@ -373,6 +373,11 @@ class _Attempt:
             )
         self.monitor.advance(Status.COMPLETED)
 
+    def _nothing_left(self, channel: Channel) -> bool:
+        """Not one byte of the decision was taken by the transport, so nobody can have it."""
+        return channel.sent == self._undecided and not channel.unsure
+
+    _undecided = -1
     _limiter: Limiter | None = None
     _todo: Sequence[PageBitmap] = ()
 
@@ -397,6 +402,10 @@ class _Attempt:
             dirty_tracking=c.dirty_tracking,
             warnings=tuple(c.warnings),
         )
+
+
+#: Statuses that say how the attempt ends, whatever exception ends it.
+_DECIDED = (Status.UNCERTAIN, Status.CANCELLING, Status.COMPLETED, Status.FAILED)
 
 
 def _cancel(nursery: trio.Nursery, reason: str) -> None:
