@@ -31,7 +31,6 @@ from bench.measure import percentile
 from bench.memory import fill_in_fork
 from bench.trimig_side import add_machine, make_config
 
-
 #: So many migrations for one timed point, at most: a very short switchover leaves little room for a cancel.
 MAX_ATTEMPTS = 4
 

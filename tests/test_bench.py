@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import trio
 from click.testing import CliRunner
 
 from bench.__main__ import as_json, main
@@ -254,8 +255,6 @@ def test_only_readable_and_writable_mappings_of_a_smaps_file() -> None:
 
 
 async def test_the_instrument_counts_task_steps() -> None:
-    import trio
-
     instrument = SliceInstrument()
     assert instrument.slices() is None
     trio.lowlevel.add_instrument(instrument)
