@@ -34,15 +34,19 @@ class Budget:
         return self._start + WINDOW
 
     def set_rate(self, rate: int, now: float) -> None:
-        """Change the limit; it applies to the present window at once, and debts of an old limit are forgiven."""
+        """Change the limit, at once.
+
+        What was sent in the present window still counts (else a limit that is set again and again would be none), but
+        a debt of an old, higher limit is forgiven with the end of the window.
+        """
         self.roll(now)
         self._rate = rate
-        self._start = now
-        self._used = 0.0
+        self._used = min(self._used, rate * WINDOW)
 
     def roll(self, now: float) -> None:
         """Begin a new window if the present one is over. Unused share is lost, so that an idle time gives no burst."""
-        passed = int((now - self._start) / WINDOW)
+        # The margin is for rounding: at `window_end` the window is over.
+        passed = int((now - self._start) / WINDOW + 1e-6)
         if passed > 0:
             self._start += passed * WINDOW
             self._used = max(0.0, self._used - passed * self._rate * WINDOW)

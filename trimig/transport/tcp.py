@@ -26,6 +26,10 @@ def parse(rest: str) -> tuple[str, int]:
         raise ConfigError(f"an IPv6 address stands in brackets: tcp:[{host}]:{port}", name="uri")
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"tcp:{rest} needs HOST:PORT with a port from 0 to 65535", name="uri")
+    try:
+        host.encode("idna")  # what the resolver will do with it
+    except UnicodeError as error:
+        raise ConfigError(f"{host[:80]!r} cannot be the name of a host: {error}", name="uri") from None
     return host, int(port)
 
 

@@ -18,6 +18,8 @@ _MAX_PATH = 108
 def _check(path: str) -> str:
     if not path:
         raise ConfigError("unix: needs a path", name="uri")
+    if "\0" in path:
+        raise ConfigError(f"a path cannot contain a NUL byte: {path!r}", name="uri")
     if len(os.fsencode(path)) >= _MAX_PATH:
         raise ConfigError(f"unix:{path} is too long for a socket: at most {_MAX_PATH - 1} bytes", name="uri")
     return path
@@ -97,13 +99,17 @@ async def listen(rest: str) -> UnixListener:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove a socket that refuses connections; leave everything else, so that bind says what is wrong."""
+    """Remove a socket that nobody has open; leave everything else, so that bind says what is wrong.
+
+    The probe is of another type than the socket, so that it cannot be taken for a peer: a live one answers EPROTOTYPE
+    and notices nothing, an orphan ECONNREFUSED.
+    """
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             return
     except FileNotFoundError:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         probe.setblocking(False)
         try:
             probe.connect(path)

@@ -56,7 +56,6 @@ _COMMAND_LENGTH: Final = {
 MAX_MACHINE_NAME: Final = 255
 #: QEMU 7.2 knows 21 capabilities.
 MAX_CAPABILITIES: Final = 256
-MAX_RAM_BLOCKS: Final = 4096
 
 
 class Measure(Protocol):
@@ -81,7 +80,7 @@ class Decoder:
         max_device_bytes: longest accepted payload of one device.
         max_description_bytes: longest accepted description.
         max_ram_bytes: largest accepted sum of the RAM blocks.
-        buffer_bytes: size of the buffer; it grows only for a device payload that does not fit.
+        buffer_bytes: size of the buffer; it grows only for an element that does not fit, and all of those are bounded.
     """
 
     def __init__(
@@ -145,6 +144,8 @@ class Decoder:
             self._array[:rest] = self._array[self._pos : self._end].copy()
             self._base += self._pos
             self._pos, self._end = 0, rest
+            if rest == len(self._mem):
+                self._grow(2 * rest)
         return self._mem[self._end :]
 
     def received(self, count: int) -> None:
@@ -297,7 +298,7 @@ class Decoder:
         if not self._have(5 + length):
             return None
         machine = bytes(self._mem[self._pos + 5 : self._pos + 5 + length]).decode("utf-8", "surrogateescape")
-        subsections = []
+        subsections: list[ConfigSubsection] = []
         ahead = 5 + length
         while True:
             # One byte of the next element decides whether the configuration goes on.
@@ -310,7 +311,10 @@ class Decoder:
                 return None
             if not name.startswith("configuration"):
                 break
-            found = self._config_subsection(name, ahead + 2 + len(name))
+            if any(name == other.name for other in subsections):
+                # Twice means nothing, and without end would be read into memory without end.
+                raise self._error(f"the configuration subsection {name!r} comes twice")
+            found = self._config_subsection(name, ahead + 2 + self._mem[self._pos + ahead + 1])
             if found is None:
                 return None
             subsection, ahead = found
@@ -399,7 +403,8 @@ class Decoder:
             at=self._consume(head + 8),
         )
         if kind is Section.START:
-            self._started[section_id] = header
+            # A START announced again replaces the one before, as in QEMU; so the table cannot grow either.
+            self._started = {section_id: header}
             self._records.expect_list = True
         self._section = header
         return header
@@ -515,8 +520,9 @@ class Decoder:
 
     def _cut_description(self) -> Event | None:
         self._state = self._read_nothing
+        at = self.offset if self._text is None else self._text_at
         self._pos = self._end
-        return Description(text=bytes(self._text or b""), complete=False, at=self.offset)
+        return Description(text=bytes(self._text or b""), complete=False, at=at)
 
     def _read_nothing(self) -> Event | None:
         self._pos = self._end  # bytes behind the description are ignored (stream.md part 7)

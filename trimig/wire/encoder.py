@@ -43,9 +43,17 @@ END_WORD = _BE64.pack(RamFlag.EOS)
 Words = NDArray[np.uint64]
 
 
+def name_bytes(text: str) -> bytes:
+    """A name as it stands on the wire. One that was read there and is no UTF-8 comes out as it was."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise LocalProtocolError(f"the name {text[:40]!r} has no form in bytes") from None
+
+
 def cstr(text: str) -> bytes:
     """A counted string; LocalProtocolError if it does not fit one byte of length."""
-    data = text.encode()
+    data = name_bytes(text)
     if len(data) > 255:
         raise LocalProtocolError(f"{text[:40]!r}… has {len(data)} bytes, the wire allows 255 in a name")
     return bytes([len(data)]) + data
@@ -58,7 +66,7 @@ def file_header() -> bytes:
 
 def configuration(machine: str, subsections: Iterable[ConfigSubsection] = ()) -> bytes:
     """The configuration section (stream.md part 4)."""
-    name = machine.encode()
+    name = name_bytes(machine)
     parts = [_TAG32.pack(Section.CONFIGURATION, len(name)), name]
     for sub in subsections:
         parts += [bytes([Section.SUBSECTION]), cstr(sub.name), _BE32.pack(sub.version), sub.payload]
@@ -81,7 +89,9 @@ def section_footer(section_id: int) -> bytes:
 
 
 def command(number: int, payload: bytes = b"") -> bytes:
-    """A COMMAND element (commands.md part 1)."""
+    """A COMMAND element (commands.md part 1); LocalProtocolError if the payload does not fit 16 bits of length."""
+    if len(payload) > 0xFFFF:
+        raise LocalProtocolError(f"a payload of {len(payload)} bytes, the wire allows 65535 in a command")
     return _BE16X2.pack(Section.COMMAND, number, len(payload)) + payload
 
 
@@ -162,7 +172,11 @@ class RecordWriter:
 
 
 class Encoder:
-    """Writes events as the decoder reads them: decoding a stream and encoding its events gives the same bytes."""
+    """Writes events as the decoder reads them: decoding a stream and encoding its events gives the same bytes.
+
+    Three things that no sender writes are not kept: an offset in the end word of a RAM section, bytes behind the
+    description, and the announced length of a description that was cut short.
+    """
 
     def __init__(self) -> None:
         self._records = RecordWriter()
@@ -219,6 +233,7 @@ __all__ = [
     "device_section",
     "end_of_stream",
     "file_header",
+    "name_bytes",
     "ping",
     "ram_list",
     "section_continue",

@@ -14,6 +14,7 @@ from typing import Final
 from ..errors import RemoteProtocolError
 from ..guest import PAGE_SIZE
 from .constants import ReturnPath
+from .encoder import cstr
 
 #: No message of any version is longer than this; QEMU's own reader has the same bound (return_path.md part 5).
 MAX_PAYLOAD: Final = 512
@@ -72,7 +73,11 @@ Message = Shut | Pong | PageRequest | ResumeAck
 
 
 def encode(message: Message) -> bytes:
-    """The bytes of one message, to be sent as a unit."""
+    """The bytes of one message, to be sent as a unit.
+
+    Raises:
+        LocalProtocolError: a block's name of more than 255 bytes.
+    """
     match message:
         case Shut(status=value):
             return _HEADER.pack(ReturnPath.SHUT, 4) + _BE32.pack(value)
@@ -81,8 +86,7 @@ def encode(message: Message) -> bytes:
         case ResumeAck(value=value):
             return _HEADER.pack(ReturnPath.RESUME_ACK, 4) + _BE32.pack(value)
         case PageRequest(block=block, start=start, length=length, named=True):
-            name = block.encode()
-            body = _REQUEST.pack(start, length) + bytes([len(name)]) + name
+            body = _REQUEST.pack(start, length) + cstr(block)
             return _HEADER.pack(ReturnPath.REQ_PAGES_ID, len(body)) + body
         case PageRequest(start=start, length=length):
             return _HEADER.pack(ReturnPath.REQ_PAGES, 12) + _REQUEST.pack(start, length)
@@ -158,7 +162,7 @@ class ReturnPathDecoder:
             case ReturnPath.REQ_PAGES_ID:
                 if len(payload) < 13 or len(payload) != 13 + payload[12]:
                     raise self._error(f"REQ_PAGES_ID of {len(payload)} bytes does not fit the name inside it")
-                name = payload[13:].decode("utf-8", "backslashreplace")
+                name = payload[13:].decode("utf-8", "surrogateescape")
                 return self._request(name, payload, named=True)
             case ReturnPath.REQ_PAGES:
                 if self._block is None:
