@@ -9,7 +9,10 @@ is known *exactly* whether anything of a write has left, and pages go straight f
 
 from __future__ import annotations
 
+import fcntl
 import math
+import sys
+import termios
 
 import numpy as np
 import trio
@@ -51,6 +54,15 @@ class Channel:
     def socket_fd(self) -> int | None:
         """The descriptor for vectored calls, or None if the stream is not a kernel socket."""
         return self._socket.fileno() if self._socket is not None else None
+
+    def backlog(self) -> int:
+        """Bytes that the kernel has taken and the peer's kernel has not acknowledged; 0 where that cannot be told."""
+        if self._socket is None:
+            return 0
+        try:
+            return int.from_bytes(fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        except OSError:
+            return 0
 
     def _check(self) -> None:
         if self.poisoned:

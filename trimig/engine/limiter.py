@@ -74,7 +74,7 @@ class Limiter:
         **Cancellation:** the sender gets no further budget.
         """
         c = self._counters
-        then, sent, pages = trio.current_time(), self._channel.sent, c.normal + c.duplicate
+        then, sent, pages = trio.current_time(), 0, c.normal + c.duplicate
         while True:
             await trio.sleep(min(max(self._budget.window_end - trio.current_time(), 0.001), WINDOW))
             self._wake()
@@ -84,7 +84,9 @@ class Limiter:
             handled = c.normal + c.duplicate
             c.pages_per_second = (handled - pages) / passed
             # A window in which little was sent tells the guest's appetite, not the transport's (states.md part 13).
-            if self._channel.sent - sent > 10_000:
-                c.bandwidth = (self._channel.sent - sent) / passed
+            # What merely fills the kernel's buffers has not been transported.
+            delivered = self._channel.sent - self._channel.backlog()
+            if delivered - sent > 10_000:
+                c.bandwidth = (delivered - sent) / passed
             c.transferred = self._channel.sent
-            then, sent, pages = now, self._channel.sent, handled
+            then, sent, pages = now, delivered, handled

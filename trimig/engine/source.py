@@ -249,7 +249,7 @@ class _Attempt:
         assert self.tracker is not None
         while True:
             c.iteration += 1
-            began, sent = trio.current_time(), c.transferred
+            began, sent = trio.current_time(), self._delivered()
             for block, bitmap in zip(blocks, todo, strict=True):
                 pages = snapshot_of(self.tracker, block)
                 await sender.send_pass(block, pages, bitmap, block.absent() if first else None)
@@ -262,10 +262,14 @@ class _Attempt:
             c.dirty_rate = c.remaining / passed
             if not c.bandwidth or passed < 0.1 or c.iteration == 1:
                 # Before the first whole window the pass itself is the best measurement there is.
-                c.bandwidth = max(c.bandwidth, (c.transferred - sent) / passed)
+                c.bandwidth = max(c.bandwidth, (self._delivered() - sent) / passed)
             self._todo = todo
             if self._decide(now) is convergence.Decision.SWITCH_OVER:
                 return
+
+    def _delivered(self) -> int:
+        assert self.channel is not None
+        return self.channel.sent - self.channel.backlog()
 
     def _ordered(self, written: object) -> list[PageBitmap]:
         assert isinstance(written, dict)
@@ -279,6 +283,7 @@ class _Attempt:
             iteration=c.iteration,
             elapsed=now - c.started,
             dirty_rate=c.dirty_rate,
+            queued=self.channel.backlog() if self.channel is not None else 0,
         )
         bounds = convergence.Bounds(
             downtime_limit=config.parameters.downtime_limit / 1000,

@@ -45,6 +45,7 @@ class Progress:
         iteration: passes made.
         elapsed: seconds since the start.
         dirty_rate: bytes of guest memory dirtied per second during the last pass.
+        queued: bytes that the transport has taken and not delivered: they go first.
     """
 
     remaining: int
@@ -52,13 +53,15 @@ class Progress:
     iteration: int
     elapsed: float
     dirty_rate: float = 0.0
+    queued: int = 0
 
 
 def expected_downtime(progress: Progress) -> float:
     """Seconds to send the rest with the guest stopped; infinite where the bandwidth is not known."""
-    if not progress.remaining:
+    ahead = progress.remaining + progress.queued
+    if not ahead:
         return 0.0
-    return progress.remaining / progress.bandwidth if progress.bandwidth > 0 else float("inf")
+    return ahead / progress.bandwidth if progress.bandwidth > 0 else float("inf")
 
 
 def decide(progress: Progress, bounds: Bounds) -> Decision:
