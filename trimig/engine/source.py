@@ -30,6 +30,7 @@ from ..guest import PAGE_SIZE, DirtyTracker, Guest, PageBitmap
 from ..memory import snapshot_of
 from ..monitor import Downtime, Monitor, Summary
 from ..policy import convergence
+from ..policy.rate import WINDOW
 from ..status import Role, Status
 from ..wire import encoder as wire
 from . import teardown
@@ -266,6 +267,14 @@ class _Attempt:
             self._todo = todo
             if self._decide(now) is convergence.Decision.SWITCH_OVER:
                 return
+            await self._drain()
+
+    async def _drain(self) -> None:
+        """Before another pass: what fills the transport must go first, and a pass now would find nothing to do."""
+        assert self.channel is not None
+        seconds = self.channel.backlog() / self.counters.bandwidth if self.counters.bandwidth else 0.0
+        if seconds > self.monitor.config.parameters.downtime_limit / 1000:
+            await trio.sleep(min(seconds, WINDOW))
 
     def _delivered(self) -> int:
         assert self.channel is not None
