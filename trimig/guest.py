@@ -217,6 +217,18 @@ class OpaqueGuest(Guest, Protocol):
             GuestFailed: there is no memory for it.
         """
 
+    async def ram_received(self) -> None:
+        """All RAM is there; devices and the decision are still to come.
+
+        A guest that keeps itself on disk writes its RAM out here, where the source may still take everything back:
+        the proof of the prepare step is sent afterwards, and what is left for :meth:`activate` is small.
+
+        Raises:
+            GuestFailed: there is no room for it.
+
+        **Cancellation:** nothing is left of what was written once :meth:`release` has been called.
+        """
+
     async def load_opaque(self, sections: Sequence[DeviceSection], description: bytes | None) -> None:
         """Keep the device sections, in order.
 

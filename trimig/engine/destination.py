@@ -21,7 +21,7 @@ from ..status import Role, Status
 from ..wire import Command, Decoder, Section, globalstate
 from ..wire import description as json_text
 from ..wire import events as ev
-from ..wire.devices import TailBuffer, Undelimited, split_tail
+from ..wire.devices import TailBuffer, Undelimited, find_description, split_tail
 from ..wire.return_path import Pong, Shut, encode
 from . import teardown
 from .boundary import Outcome, domain_error
@@ -70,6 +70,7 @@ class _Arrival:
         self.run_state = "running"
         self.resume_seconds = 0.0
         self.configuration: ev.Configuration | None = None
+        self.adopted = False
 
     # -- the frame -------------------------------------------------------------------------------------------------
 
@@ -151,6 +152,7 @@ class _Arrival:
                     if tail is None:
                         tail = TailBuffer(footers=config.peer.send_section_footer, max_bytes=config.max_device_bytes)
                         tail_at = event.at
+                        await self._ram_received()
                     await self._tail_bytes(tail, event)
                     if tail.complete:
                         await self._take_tail(tail, tail_at, ended=False)
@@ -218,7 +220,8 @@ class _Arrival:
             )
 
     def _announced(self, event: ev.RamList) -> None:
-        if isinstance(self.guest, OpaqueGuest):
+        if isinstance(self.guest, OpaqueGuest) and not self.adopted:
+            self.adopted = True  # a second START repeats the list
             name = self.configuration.machine if self.configuration is not None else ""
             subsections = self.configuration.subsections if self.configuration is not None else ()
             self.guest.adopt(name, subsections, event.blocks)
@@ -333,17 +336,22 @@ class _Arrival:
             monitor.advance(Status.FAILED)
             raise failure
         self.resume_seconds = trio.current_time() - began
-        if state == "running":
-            monitor.emit("RESUME")
+        if state == "running" and not isinstance(self.guest, OpaqueGuest):
+            monitor.emit("RESUME")  # an opaque guest is kept, it does not run here
         monitor.advance(Status.COMPLETED)
 
     async def _tail_bytes(self, tail: TailBuffer, event: ev.TailBytes) -> None:
         """Devices of an unknown machine: they can be told apart only by the description at the very end."""
         tail.feed(event.data)
         if self.return_path and (value := tail.prepare_ping()) is not None:
-            self._problems([f"{n} pages of RAM block {b!r} were never received" for b, n in self.ram.missing().items()])
             assert self.channel is not None
             await self.channel.send(encode(Pong(value=value)))
+
+    async def _ram_received(self) -> None:
+        """The first device section: RAM is complete, and a guest that lives on disk can be written out already."""
+        assert isinstance(self.guest, OpaqueGuest)
+        self._problems([f"{n} pages of RAM block {b!r} were never received" for b, n in self.ram.missing().items()])
+        await self.guest.ram_received()
 
     async def _take_tail(self, tail: TailBuffer, at: int, *, ended: bool) -> None:
         assert isinstance(self.guest, OpaqueGuest)
@@ -351,18 +359,22 @@ class _Arrival:
         try:
             split = split_tail(data, footers=self.config.peer.send_section_footer, offset=at)
         except Undelimited as error:
+            if ended and find_description(data) is None:
+                raise TransportFailed(
+                    f"the stream ends at byte {at + len(data)}, before the guest was complete ({error.reason})"
+                ) from error
             raise RemoteProtocolError(
                 f"the devices cannot be told apart: {error.reason}", offset=error.offset, section=error.section
             ) from error
-        if ended and split.eof_offset is None:
-            raise TransportFailed(f"the stream ends at byte {at + len(data)}, before the guest was complete")
+        for number, _, where in split.commands:
+            if number not in (Command.OPEN_RETURN_PATH, Command.PING):
+                raise RemoteProtocolError(f"command {number} between the devices is not supported", offset=where)
         for problem in split.problems:
             self.monitor.warn(problem)
-        self._problems([f"{n} pages of RAM block {b!r} were never received" for b, n in self.ram.missing().items()])
-        await self.guest.load_opaque(split.sections, split.description_text)
         for section in split.sections:
             if section.idstr == globalstate.IDSTR:
                 self.run_state = globalstate.decode(section.payload, section.version_id)
+        await self.guest.load_opaque(split.sections, split.description_text)
         await self._activate()
 
     def _summary(self) -> Summary:

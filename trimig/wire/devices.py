@@ -60,12 +60,16 @@ class SplitTail:
     sections: tuple[DeviceSection, ...]
     #: Commands between them: number, payload, offset in the stream.
     commands: tuple[tuple[int, bytes, int], ...]
-    #: The end-of-file byte, in bytes from the start of the tail.
+    #: Where each section begins in the stream.
+    offsets: tuple[int, ...]
+    #: The end-of-file byte, in bytes from the start of the tail; with :attr:`error`, where it goes wrong.
     eof_offset: int
     #: The whole text of the description; None if there is none, or only a part of it.
     description_text: bytes | None
     #: What was not as it should be, in sentences.
     problems: tuple[str, ...]
+    #: Why there is nothing more, if a damaged tail was asked for as far as it goes.
+    error: RemoteProtocolError | None = None
 
 
 def find_description(tail: bytes | bytearray) -> Location | None:
@@ -99,7 +103,12 @@ def _announced_length(tail: bytes | bytearray, start: int) -> int | None:
 
 
 def split_tail(
-    tail: bytes | bytearray | memoryview, *, footers: bool = True, offset: int = 0, limits: Limits | None = None
+    tail: bytes | bytearray | memoryview,
+    *,
+    footers: bool = True,
+    offset: int = 0,
+    limits: Limits | None = None,
+    damaged: bool = False,
 ) -> SplitTail:
     """Cut a tail into device sections and commands.
 
@@ -108,12 +117,17 @@ def split_tail(
         footers: whether sections have footers (``send-section-footer``).
         offset: where the tail begins in the stream, for messages and commands.
         limits: what the description may be.
+        damaged: give what could be read of a damaged tail instead of raising, with the error in it.
 
     Raises:
         Undelimited: the end of a section could not be found.
         RemoteProtocolError: the tail is damaged.
     """
-    return _Splitter(bytes(tail), footers, offset, limits).run()
+    splitter = _Splitter(bytes(tail), footers, offset, limits)
+    error = splitter.run()
+    if error is not None and not damaged:
+        raise error
+    return splitter.result(error)
 
 
 def join_sections(sections: Iterable[DeviceSection], *, footers: bool = True) -> bytes:
@@ -157,6 +171,10 @@ class _Splitter:
         self.footers = footers
         self.offset = offset
         self.problems: list[str] = []
+        self.sections: list[DeviceSection] = []
+        self.offsets: list[int] = []
+        self.commands: list[tuple[int, bytes, int]] = []
+        self.position = 0
         self.location = find_description(tail)
         self.text: bytes | None = None
         #: Objects of the description by name and instance; several only if the stream repeats a section.
@@ -184,41 +202,53 @@ class _Splitter:
             self.problems.append(error.reason)
             return None
 
-    def run(self) -> SplitTail:
-        sections: list[DeviceSection] = []
-        commands: list[tuple[int, bytes, int]] = []
-        position = 0
-        previous = None
-        while True:
-            if len(sections) + len(commands) > MAX_ELEMENTS:
-                raise RemoteProtocolError(f"more than {MAX_ELEMENTS} device sections", offset=self.offset + position)
-            kind = self._type_at(position)
-            if kind == Section.FULL:
-                section, position = self._section(position)
-                sections.append(section)
-                previous = section.idstr
-            elif kind == Section.COMMAND:
-                number, payload, end = self._command(position)
-                commands.append((number, payload, self.offset + position))
-                position = end
-            elif kind == Section.EOF and self._is_end(position):
-                break
-            else:
-                what = "the stream ends" if kind is None else f"type byte 0x{kind:02x} stands"
-                raise Undelimited(
-                    f"{what} where a section, a command or the end should be",
-                    offset=self.offset + position,
-                    section=previous,
-                )
+    def run(self) -> RemoteProtocolError | None:
+        """Go through the tail, up to its end or to what is wrong with it, which is returned."""
+        try:
+            while self._element():
+                pass
+        except RemoteProtocolError as error:
+            return error
         for name, left in self.devices.items():
             if left:
                 self.problems.append(f"section {name[0]!r} ({name[1]}) is described, but not in the stream")
+        return None
+
+    def _element(self) -> bool:
+        """Take the next section or command; False at the end-of-file byte."""
+        position = self.position
+        if len(self.sections) + len(self.commands) > MAX_ELEMENTS:
+            raise RemoteProtocolError(f"more than {MAX_ELEMENTS} device sections", offset=self.offset + position)
+        kind = self._type_at(position)
+        if kind == Section.FULL:
+            section, end = self._section(position)
+            self.sections.append(section)
+            self.offsets.append(self.offset + position)
+        elif kind == Section.COMMAND:
+            number, payload, end = self._command(position)
+            self.commands.append((number, payload, self.offset + position))
+        elif kind == Section.EOF and self._is_end(position):
+            return False
+        else:
+            what = "the stream ends" if kind is None else f"type byte 0x{kind:02x} stands"
+            raise Undelimited(
+                f"{what} where a section, a command or the end should be",
+                offset=self.offset + position,
+                section=self.sections[-1].idstr if self.sections else None,
+            )
+        self.position = end
+        return True
+
+    def result(self, error: RemoteProtocolError | None) -> SplitTail:
+        """What was found."""
         return SplitTail(
-            sections=tuple(sections),
-            commands=tuple(commands),
-            eof_offset=position,
+            sections=tuple(self.sections),
+            commands=tuple(self.commands),
+            offsets=tuple(self.offsets),
+            eof_offset=self.position,
             description_text=self.text,
             problems=tuple(self.problems),
+            error=error,
         )
 
     def _is_end(self, position: int) -> bool:
