@@ -41,6 +41,7 @@ from .guest import Guest as Guest
 from .guest import RamBlock as RamBlock
 from .guests import AppGuest as AppGuest
 from .guests import Device as Device
+from .guests import ParkedGuest as ParkedGuest
 from .guests import ProcessGuest as ProcessGuest
 from .monitor import Downtime as Downtime
 from .monitor import Event as Event

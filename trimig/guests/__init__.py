@@ -8,5 +8,6 @@ from .app import AppGuest as AppGuest
 from .base import GuestBase as GuestBase
 from .device import Device as Device
 from .device import device_section as device_section
+from .parked import ParkedGuest as ParkedGuest
 from .process import ProcessGuest as ProcessGuest
 from .standard import TimerState as TimerState

@@ -1,0 +1,330 @@
+"""A guest that is kept and never run here: what was received from a QEMU, to be given to another one.
+
+trimig knows nothing of the machine. RAM lies in memfd blocks; device sections, the configuration and the description
+are kept as the bytes they came in, named through the description, and are sent again exactly as they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self, final
+
+import trio
+
+from ..config import PeerProfile
+from ..errors import GuestFailed, RemoteProtocolError, StateError
+from ..guest import ConfigSubsection, Device, DeviceSection, DirtyTracker, RamBlock
+from ..memory import MemfdBlock, NullTracker
+from ..wire import globalstate
+from . import savefile
+
+_ORDINARY: Final = PeerProfile()
+
+
+@final
+class ParkedGuest:
+    """Implements :class:`trimig.guest.OpaqueGuest`. Use it as a context, or :meth:`close` it: it holds the RAM.
+
+    Filled by :func:`trimig.receive` or :meth:`load`; after that it can be sent by :func:`trimig.migrate`, as often as
+    one likes: a parked guest may serve as a template, and whoever sends it twice has two guests.
+
+    Args:
+        save_to: keep it in this file too. A receiving side then counts as the owner only when the file is on the disk;
+            until then nothing has this name. RAM is written out before the source is told that everything arrived.
+        replace: *save_to* may replace an existing file.
+        peer: how the saved file is written; the profile that the migration itself uses.
+        max_ram: the most bytes of RAM that are accepted; None for as much as the machine has.
+    """
+
+    def __init__(
+        self,
+        save_to: str | os.PathLike[str] | None = None,
+        *,
+        replace: bool = False,
+        peer: PeerProfile = _ORDINARY,
+        max_ram: int | None = None,
+    ) -> None:
+        self._save_to = None if save_to is None else Path(save_to)
+        self._replace = replace
+        self._peer = peer
+        self._max_ram = max_ram
+        self._name = ""
+        self._ram: list[MemfdBlock] = []
+        self._subsections: tuple[ConfigSubsection, ...] = ()
+        self._sections: tuple[DeviceSection, ...] | None = None
+        self._description: bytes | None = None
+        self._run_state = "inmigrate"
+        self._purpose: str | None = None
+        self._file: savefile.SaveFile | None = None
+        self._warnings: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<ParkedGuest {self._name!r} {self._run_state}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory back, and remove a file that is not finished. Idempotent."""
+        self._discard_file()
+        for block in self._ram:
+            block.close()
+        self._ram = []
+        self._sections = None
+        self._run_state = "inmigrate"
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    async def load(
+        cls, path: str | os.PathLike[str], *, partial: bool = False, max_ram: int | None = None
+    ) -> ParkedGuest:
+        """The guest in a file: one that was saved, or any precopy stream (``migrate "exec:cat > FILE"`` of a QEMU).
+
+        Args:
+            partial: accept a stream without some of the RAM, which is then zero; see :attr:`warnings`.
+            max_ram: the most bytes of RAM that are accepted.
+
+        Raises:
+            OSError: the file cannot be read.
+            RemoteProtocolError: it is damaged, or no such stream.
+            TransportFailed: it ends too early.
+            GuestFailed: there is no memory for it.
+
+        **Cancellation:** nothing is left.
+        """
+        guest = cls(max_ram=max_ram)
+        ok = False
+        try:
+            guest._peer, problems = await savefile.read_stream(Path(path), guest, partial=partial)
+            guest._warnings = tuple(problems)
+            guest._run_state = "paused"
+            ok = True
+        finally:
+            if not ok:
+                guest.close()
+        return guest
+
+    async def save(self, path: str | os.PathLike[str], *, replace: bool = False) -> None:
+        """Write it to a file, which is on the disk when this returns.
+
+        Raises:
+            StateError: there is nothing in it yet.
+            GuestFailed: the file cannot be written, or exists; nothing is left of it.
+
+        **Cancellation:** there is no file, or the whole of it.
+        """
+        sections = await self.save_devices()
+        target = Path(path)
+        file = None
+        try:
+            file = savefile.SaveFile(target, replace=replace, peer=self._peer)
+            await file.write_ram(self)
+            await file.finish(self, sections)
+        except OSError as error:
+            raise savefile.failed("the guest cannot be saved to", target, error) from error
+        finally:
+            if file is not None:
+                file.discard()
+
+    @property
+    def saved_to(self) -> Path | None:
+        """Where a receiving side keeps it."""
+        return self._save_to
+
+    @property
+    def peer(self) -> PeerProfile:
+        """How its stream is written."""
+        return self._peer
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What was not as it should be in the file it was loaded from."""
+        return self._warnings
+
+    # -- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The machine name, ``pc-i440fx-7.2``; empty until it is known."""
+        return self._name
+
+    @property
+    def ram(self) -> Sequence[RamBlock]:
+        """The RAM blocks, in the order in which they were announced."""
+        return tuple(self._ram)
+
+    @property
+    def devices(self) -> Mapping[tuple[str, int], Device] | None:
+        """None: sections are taken as they are."""
+        return None
+
+    @property
+    def sections(self) -> Sequence[DeviceSection]:
+        """The device sections, with their objects of the description; empty until it is filled."""
+        return self._sections or ()
+
+    @property
+    def subsections(self) -> Sequence[ConfigSubsection]:
+        """Of the configuration section."""
+        return self._subsections
+
+    @property
+    def description(self) -> bytes | None:
+        """The JSON text that followed its stream."""
+        return self._description
+
+    @property
+    def run_state(self) -> str:
+        """``inmigrate`` until it is filled, then ``paused``: it never runs here."""
+        return self._run_state
+
+    @property
+    def guest_run_state(self) -> str:
+        """The run state that it is in wherever it is sent, from its section ``globalstate``; ``running`` without one."""
+        for section in self.sections:
+            if section.idstr == globalstate.IDSTR:
+                return globalstate.decode(section.payload, section.version_id)
+        return "running"
+
+    # -- Guest -----------------------------------------------------------------------------------------------------
+
+    def claim(self, purpose: str) -> None:
+        """Reserve it. StateError if it is reserved."""
+        if self._purpose is not None:
+            raise StateError(f"the parked guest is busy: {self._purpose}")
+        self._purpose = purpose
+
+    def release(self) -> None:
+        """The end of :meth:`claim`; a file that was not finished is removed. Idempotent."""
+        self._discard_file()
+        self._purpose = None
+
+    async def pause(self) -> None:
+        """It never runs. **Cancellation:** no effect."""
+        await trio.lowlevel.checkpoint()
+
+    async def resume(self) -> None:
+        """It stays parked. **Cancellation:** no effect."""
+        await trio.lowlevel.checkpoint()
+
+    def dirty_tracker(self) -> DirtyTracker:
+        """Nothing is ever dirty."""
+        return NullTracker(self._ram)
+
+    async def throttle(self, percent: int) -> None:
+        """It never runs. **Cancellation:** no effect."""
+        await trio.lowlevel.checkpoint()
+
+    async def save_devices(self) -> Sequence[DeviceSection]:
+        """The sections as they came.
+
+        Raises:
+            StateError: there is nothing in it yet.
+
+        **Cancellation:** no effect.
+        """
+        await trio.lowlevel.checkpoint()
+        if self._sections is None or self._run_state == "inmigrate":
+            raise StateError("nothing is parked here: receive or load a guest first")
+        return self._sections
+
+    async def load_devices(self, sections: Sequence[DeviceSection]) -> None:
+        """A stream that ends without any device section. **Cancellation:** nothing was taken."""
+        await self.load_opaque(sections, None)
+
+    async def activate(self, run_state: str) -> None:
+        """Safely kept: in memory, or with ``save_to`` on the disk, under its name.
+
+        Raises:
+            GuestFailed: the file cannot be written. There is none then.
+
+        **Cancellation:** as for an error, unless the file has its name already; then it returns.
+        """
+        if self._save_to is None:
+            await trio.lowlevel.checkpoint()
+        else:
+            try:
+                if self._file is None:
+                    await self.ram_received()
+                assert self._file is not None
+                await self._file.finish(self, self.sections)
+            except OSError as error:
+                raise savefile.failed("the guest cannot be saved to", self._save_to, error) from error
+            finally:
+                self._discard_file()
+        self._run_state = "paused"
+
+    # -- OpaqueGuest -----------------------------------------------------------------------------------------------
+
+    def adopt(self, machine: str, subsections: Sequence[ConfigSubsection], blocks: Sequence[tuple[str, int]]) -> None:
+        """Become the guest that is coming, and forget the one that was here.
+
+        Raises:
+            RemoteProtocolError: a name is no text.
+            GuestFailed: there is no memory for it, or its file cannot be made.
+        """
+        self.close()
+        self._description = None
+        self._warnings = ()
+        for name in (machine, *(name for name, _ in blocks)):
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise RemoteProtocolError(f"the name {name!r} is not UTF-8") from None
+        total = sum(length for _, length in blocks)
+        limit = self._max_ram if self._max_ram is not None else _physical_memory()
+        if total > limit:
+            raise GuestFailed(f"the guest has {total} bytes of RAM, and there is room for {limit} here")
+        try:
+            for name, length in blocks:
+                self._ram.append(MemfdBlock(name, length))
+            if self._save_to is not None:
+                self._file = savefile.SaveFile(self._save_to, replace=self._replace, peer=self._peer)
+        except OSError as error:
+            what = "there is no memory for the guest" if error.filename is None else "the guest cannot be saved to"
+            raise savefile.failed(what, self._save_to if error.filename is not None else None, error) from error
+        self._name = machine
+        self._subsections = tuple(subsections)
+
+    async def ram_received(self) -> None:
+        """Write RAM to ``save_to``, if there is one.
+
+        Raises:
+            GuestFailed: the file cannot be written.
+
+        **Cancellation:** :meth:`release` removes what was written.
+        """
+        await trio.lowlevel.checkpoint()
+        if self._save_to is None:
+            return
+        try:
+            if self._file is None:
+                self._file = savefile.SaveFile(self._save_to, replace=self._replace, peer=self._peer)
+            await self._file.write_ram(self)
+        except OSError as error:
+            self._discard_file()
+            raise savefile.failed("the guest cannot be saved to", self._save_to, error) from error
+
+    async def load_opaque(self, sections: Sequence[DeviceSection], description: bytes | None) -> None:
+        """Keep them. **Cancellation:** nothing was taken."""
+        await trio.lowlevel.checkpoint()
+        self._sections = tuple(sections)
+        self._description = description
+
+    def _discard_file(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.discard()
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
