@@ -44,6 +44,15 @@ class RamBlock(Protocol):
         """Pages that have no memory behind them yet, and so read as zero; None if that cannot be told cheaply."""
 
 
+@runtime_checkable
+class FileBackedBlock(RamBlock, Protocol):
+    """A block whose memory is a file, shared between everybody who maps it."""
+
+    @property
+    def fd(self) -> int:
+        """The file; byte n of it is byte n of the block. Writing to it is seen in :attr:`pages` at once."""
+
+
 class DirtyTracker(Protocol):
     """Tells which pages the guest has written. One attempt of a migration uses one tracker."""
 
