@@ -21,6 +21,7 @@ from ..wire import Decoder
 from ..wire.events import PageRun, RamList, ZeroRun
 from .channel import Channel
 from .placement import Placer, Target
+from .zeros import zero_pages
 
 #: Pages read at once to see whether they are zero already.
 _LOOK_PAGES = 256
@@ -95,7 +96,7 @@ class RamReceiver:
         look = indices[~target.untouched[indices]]
         for start in range(0, len(look), _LOOK_PAGES):
             part = look[start : start + _LOOK_PAGES]
-            dirty = part[target.words[part].any(axis=1)]
+            dirty = part[~zero_pages(target.pages, part)]
             if len(dirty):
                 target.pages[dirty] = 0
 

@@ -19,6 +19,7 @@ from ..wire import RamFlag, RecordWriter, Section
 from ..wire import encoder as wire
 from .channel import Channel
 from .limiter import Limiter
+from .zeros import zero_pages
 
 #: The section id of RAM in every QEMU (stream.md part 5.4), and ours.
 RAM_SECTION = 2
@@ -26,31 +27,6 @@ RAM_SECTION = 2
 PART_BYTES = 32 << 20
 #: ZERO records of one write: 9 bytes each.
 _ZERO_BATCH = 8192
-
-
-def zero_pages(pages: Pages, indices: NDArray[np.int64]) -> PageBitmap:
-    """Which of the pages *indices* hold nothing but zeros.
-
-    The first word of each page settles nearly every page that holds data; only the others are read further.
-    """
-    words = pages.view(np.uint64)
-    first, count = int(indices[0]), len(indices)
-    if int(indices[-1]) - first == count - 1:
-        span = words[first : first + count]
-        zero: PageBitmap = span[:, 0] == 0
-        if zero.all():
-            every: PageBitmap = np.bitwise_or.reduce(span, axis=1) == 0
-            return every
-    else:
-        zero = words[indices, 0] == 0
-    maybe = np.flatnonzero(zero)
-    if len(maybe):
-        maybe = indices[maybe]
-        few = words[maybe, 256] | words[maybe, 511]
-        found = np.flatnonzero(few == 0)
-        zero[zero] = few == 0
-        zero[zero] = ~words[maybe[found]].any(axis=1)
-    return zero
 
 
 class RamSender:

@@ -1,0 +1,36 @@
+"""Which pages hold nothing but zeros: one vectorised look for both sides."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..guest import PageBitmap, Pages
+
+
+def zero_pages(pages: Pages, indices: NDArray[np.int64]) -> PageBitmap:
+    """Which of the pages *indices* (at least one, in any order) are all zero.
+
+    The first word settles nearly every page that holds data, so only pages that begin with zeros are read whole. If
+    those are many, reading the span as it lies (17-29 GB/s) beats picking them out of it, which copies them.
+
+    Args:
+        pages: the block's memory, shape (n, page size).
+    """
+    words = pages.view(np.uint64)
+    first, last, count = int(indices[0]), int(indices[-1]), len(indices)
+    consecutive = last - first == count - 1 and bool((np.diff(indices) == 1).all())
+    if not consecutive:
+        first, last = int(indices.min()), int(indices.max())
+    dense = last - first < 2 * count
+    begins = (words[first : last + 1, 0] if consecutive else words[indices, 0]) == 0
+    zero: PageBitmap = begins
+    maybe = int(np.count_nonzero(begins))
+    if not maybe:
+        return zero
+    if dense and 4 * maybe > count:
+        every = np.bitwise_or.reduce(words[first : last + 1], axis=1) == 0
+        zero = every if consecutive else every[indices - first]
+        return zero
+    zero[begins] = np.bitwise_or.reduce(words[indices[begins]], axis=1) == 0
+    return zero
