@@ -34,6 +34,9 @@ log = logging.getLogger("trimig.destination")
 #: How long the description may follow the decision before it is given up: it is only text about what has come.
 DESCRIPTION_SECONDS = 2.0
 
+#: Events handled before other tasks get a turn; one takes up to some tens of microseconds.
+_SLICE_EVENTS = 32
+
 
 async def receive_stream(guest: Guest, open_stream: OpenStream, config: Config, monitor: Monitor) -> Summary:
     """Fill *guest* from the stream that *open_stream* makes, and take it over.
@@ -146,8 +149,11 @@ class _Arrival:
         tail: TailBuffer | None = None
         tail_at = 0
         while True:
-            # Draining the decoder is what happens between two reads, so no slice is longer than one buffer.
+            handled = 0
             while (event := decoder.next_event()) is not None:
+                handled += 1
+                if handled % _SLICE_EVENTS == 0:
+                    await trio.lowlevel.checkpoint()
                 if isinstance(event, ev.TailBytes):
                     if tail is None:
                         tail = TailBuffer(footers=config.peer.send_section_footer, max_bytes=config.max_device_bytes)
