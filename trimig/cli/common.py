@@ -151,17 +151,23 @@ def config_options(base: trimig.Config | None = None) -> Callable[[F], F]:
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
-def run(job: Callable[[], Awaitable[int | None]], *, as_json: bool = False) -> int:
+def run(
+    job: Callable[[], Awaitable[int | None]], *, as_json: bool = False, interrupt: Callable[[str], None] | None = None
+) -> int:
     """Run *job* in trio and return the exit code: the one it returns, or 130 if a signal cancelled it.
 
     SIGINT and SIGTERM cancel it, through a cancel scope, so that the guest is put back first. Further signals change
     nothing: what is still going on by then is bounded in time and must not be cut short. A job that finishes in spite
     of the signal, because the guest had been handed over already, counts as finished. Errors pass through.
+
+    Args:
+        interrupt: called with the name of the first signal instead, for a job that has to ask others to stop; the
+            exit code is then what the job returns.
     """
-    return trio.run(functools.partial(_run, job, as_json=as_json), strict_exception_groups=True)
+    return trio.run(functools.partial(_run, job, as_json, interrupt), strict_exception_groups=True)
 
 
-async def _run(job: Callable[[], Awaitable[int | None]], *, as_json: bool) -> int:
+async def _run(job: Callable[[], Awaitable[int | None]], as_json: bool, interrupt: Callable[[str], None] | None) -> int:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         scope = trio.CancelScope()
 
@@ -170,21 +176,26 @@ async def _run(job: Callable[[], Awaitable[int | None]], *, as_json: bool) -> in
                 return await job()
             return None
 
-        code = await alongside(cancellable, functools.partial(_cancel_on_signal, signals, scope))
+        async def watch() -> None:
+            await _first_signal(signals, interrupt or scope.cancel)
+
+        code = await alongside(cancellable, watch)
     if not scope.cancelled_caught:
         return code or DONE
     if as_json:
-        write_json({"error": "cancelled by a signal", "exit_code": CANCELLED})
+        write_json({"error": "cancelled by a signal", "kind": "Cancelled", "exit_code": CANCELLED})
     say("cancelled")
     return CANCELLED
 
 
-async def _cancel_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+async def _first_signal(signals: AsyncIterator[int], cancel: Callable[[str], None]) -> None:
+    asked = False
     async for number in signals:
         name = signal.Signals(number).name
-        if not scope.cancel_called:
+        if not asked:
+            asked = True
             say(f"{name}: cancelling; the guest is put back first")
-            scope.cancel(name)
+            cancel(name)
         else:
             say(f"{name}: being cancelled already; this cannot be hurried without endangering the guest")
 
@@ -194,7 +205,8 @@ async def alongside(call: Callable[[], Awaitable[T]], other: Callable[[], Awaita
 
     An error of either leaves as itself, not in a group.
 
-    **Cancellation:** as for *call*.
+    **Cancellation:** as for *call*. If *call* has returned, its result is returned: it says what has happened, and a
+    cancellation that came too late for it must not hide that.
     """
     results: list[T] = []
     failure: BaseException | None = None
@@ -205,10 +217,20 @@ async def alongside(call: Callable[[], Awaitable[T]], other: Callable[[], Awaita
             nursery.cancel_scope.cancel("done")
     except BaseExceptionGroup as group:
         failure = _only_one(group)
+    except trio.Cancelled:
+        if not results:
+            raise
     # Raised out here, so that the error does not get the group as its context.
-    if failure is not None:
+    if failure is not None and not (results and _is_cancelled(failure)):
         raise failure
     return results[0]
+
+
+def _is_cancelled(error: BaseException) -> bool:
+    """Nothing but cancellation."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(trio.Cancelled)[1] is None
+    return isinstance(error, trio.Cancelled)
 
 
 def _only_one(error: BaseException) -> BaseException:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 import trio
 
 import trimig
+from trimig.status import TERMINAL
 
 from .common import alongside, say, show_size, show_time, write_json
 
@@ -67,7 +68,7 @@ class Picture:
         if self.status == "active":
             if self.role == "destination":
                 return "receiving"
-            return "first copy" if self.iteration <= 1 else "chase"
+            return "first copy" if self.iteration <= 1 and not self.passed else "chase"
         if self.status in ("pre-switchover", "device", "handover"):
             return "switchover"
         return self.status
@@ -126,30 +127,42 @@ async def follow(monitor: trimig.Monitor, tell: Callable[[Picture], Awaitable[No
     **Cancellation:** ends it.
     """
 
+    told = 0  # the last pass whose end has been told
+
     async def passes() -> None:
+        nonlocal told
         async for event in monitor.events():
             if event.name == "PASS":
-                data = event.data
-                now = picture(monitor)
-                await tell(
-                    dataclasses.replace(
-                        now,
-                        status="active",
-                        passed=True,
-                        iteration=data["iteration"],
-                        copied=now.total,
-                        sent=data["sent"],
-                        remaining=data["remaining"],
-                        dirty_rate=data["dirty_rate"],
-                        bandwidth=data["bandwidth"],
-                        expected_downtime=_finite(data["expected_downtime"]),
-                    )
-                )
+                told = event.data["iteration"]
+                await tell(_passed(picture(monitor), event))
 
+    last: Picture | None = None
     async with trio.open_nursery(strict_exception_groups=True) as nursery:
         nursery.start_soon(passes)
         async for _ in monitor.watch(every=EVERY):
-            await tell(picture(monitor))
+            last = picture(monitor)
+            # Not before the end of the pass before it: what is shown never steps back.
+            if last.iteration <= told + 1 and monitor.status not in TERMINAL:
+                await tell(last)
+    if last is not None:
+        await tell(last)
+
+
+def _passed(now: Picture, event: trimig.Event) -> Picture:
+    """The outcome of a pass; at *now* the next one may have begun."""
+    data = event.data
+    return dataclasses.replace(
+        now,
+        status="active",
+        passed=True,
+        iteration=data["iteration"],
+        copied=now.total,
+        sent=data["sent"],
+        remaining=data["remaining"],
+        dirty_rate=data["dirty_rate"],
+        bandwidth=data["bandwidth"],
+        expected_downtime=_finite(data["expected_downtime"]),
+    )
 
 
 async def watched(call: Callable[[], Awaitable[T]], monitor: trimig.Monitor, view: View) -> T:
@@ -173,8 +186,11 @@ async def watched(call: Callable[[], Awaitable[T]], monitor: trimig.Monitor, vie
 class View(Protocol):
     """Where progress is shown. No method fails or waits."""
 
+    def note(self, text: str, **data: Any) -> None:
+        """One line that stays; *data* is for machines."""
+
     def begin(self, title: str, **data: Any) -> None:
-        """A migration begins; *data* is for machines."""
+        """A migration begins."""
 
     def show(self, now: Picture) -> None:
         """How it stands."""
@@ -199,7 +215,10 @@ def open_view(*, as_json: bool) -> Iterator[View]:
 
 
 class JsonView:
-    """One JSON object on each line of stderr; ``event`` is ``begin``, ``progress`` or ``end``."""
+    """One JSON object on each line of stderr; ``event`` is ``note``, ``begin``, ``progress`` or ``end``."""
+
+    def note(self, text: str, **data: Any) -> None:
+        write_json({"event": "note", "text": text, **data}, err=True)
 
     def begin(self, title: str, **data: Any) -> None:
         write_json({"event": "begin", "text": title, **data}, err=True)
@@ -216,6 +235,9 @@ class LineView:
 
     def __init__(self) -> None:
         self._next = 0.0
+
+    def note(self, text: str, **data: Any) -> None:
+        say(text)
 
     def begin(self, title: str, **data: Any) -> None:
         say(title)
@@ -257,10 +279,13 @@ class LiveView:
         with self._guarded():
             self._live.update(self._draw(now), refresh=True)
 
-    def end(self, text: str, **data: Any) -> None:
-        self.close()
+    def note(self, text: str, **data: Any) -> None:
         with self._guarded():
             self._console.print(text, markup=False, soft_wrap=True)
+
+    def end(self, text: str, **data: Any) -> None:
+        self.close()
+        self.note(text)
 
     def close(self) -> None:
         """Give the terminal back."""

@@ -1,0 +1,530 @@
+"""``trimig demo``: a busy guest moves between two processes, and proves that it lost nothing.
+
+This process is only the stage manager. The guest lives in one of two host processes (:mod:`trimig.cli.demo_host`); per
+hop the other one receives it. Whatever dies, here is found out and said who owns the guest then: from what the hosts
+that still live report, never from a guess.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final, Self
+
+import click
+import trio
+
+import trimig
+
+from . import demo_figures, display
+from .common import (
+    CANCELLED,
+    DONE,
+    FAILED,
+    RAM_SIZE,
+    SIZE,
+    UNCERTAIN,
+    config_options,
+    debug_option,
+    json_option,
+    run,
+    say,
+    show_size,
+    write_json,
+)
+from .demo_host import MAX_PACKET, pack_config
+
+#: Seconds beyond the limits of the migration itself that a host may take to report after something went wrong.
+_PATIENCE: Final = 10.0
+#: Seconds that a host may take to end when it is asked to, and a killed process to be gone.
+_ENDING: Final = 3.0
+
+Message = dict[str, Any]
+
+
+class HostProcess:
+    """One host process, and the line to it."""
+
+    def __init__(self) -> None:
+        """Start it. OSError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        root = str(Path(trimig.__file__).resolve().parents[1])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        try:
+            with theirs:
+                # From the main thread: the signal that ends the host with us is tied to the thread that starts it.
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "trimig.cli.demo_host", str(theirs.fileno()), str(os.getpid())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    process_group=0,  # Ctrl-C in the terminal is for us to deal with
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"},
+                )
+        except BaseException:
+            ours.close()
+            raise
+        self._socket = ours  # closed through this one, because trio's refuses to be closed outside of trio
+        self._control = trio.socket.from_stdlib_socket(ours)
+        self._gone = trio.Event()
+        self.pid = self._process.pid
+        #: How it ended, once it has.
+        self.ended: str | None = None
+        self.worker_died = False
+        #: The last answer to a request.
+        self.report: Message | None = None
+        self._workers: list[int] = []
+
+    def forget(self) -> None:
+        """The last answer is about something else."""
+        self.report = None
+
+    async def ask(self, op: str, **arguments: Any) -> None:
+        """Send a request. That the host is gone is noticed where its reports are read."""
+        if op not in ("cancel", "peer-ended", "quit"):
+            self.report = None
+        with contextlib.suppress(OSError):
+            await self._control.send(json.dumps({"op": op, **arguments}).encode())
+
+    async def read(self, inbox: trio.MemorySendChannel[tuple[HostProcess, Message]]) -> None:
+        """Pass everything that it reports on to *inbox*; at the end ``{"event": "gone"}``."""
+        with contextlib.suppress(OSError):
+            while packet := await self._control.recv(MAX_PACKET):
+                message = json.loads(packet)
+                if message["event"] == "worker":
+                    with contextlib.suppress(ProcessLookupError):
+                        self._workers.append(os.pidfd_open(message["pid"]))
+                await inbox.send((self, message))
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            with trio.move_on_after(_ENDING):
+                await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
+        self._gone.set()
+        await inbox.send((self, {"event": "gone"}))
+
+    def bury(self) -> str:
+        """Kill it if it is still there, reap it, and tell how it ended."""
+        if self.ended is None:
+            self._process.kill()
+            status = self._process.wait()
+            if status < 0:
+                self.ended = f"was killed by signal {-status} ({signal.Signals(-status).name})"
+            else:
+                self.ended = f"ended with exit status {status}"
+        return self.ended
+
+    async def quit(self) -> None:
+        """Ask it to end, and wait for that."""
+        if self.ended is None:
+            await self.ask("quit")
+            with trio.move_on_after(_ENDING):
+                await self._gone.wait()
+
+    def close(self) -> None:
+        """Leave nothing behind: neither the process, nor a worker of it, nor the socket."""
+        self.bury()
+        self._socket.close()
+        poll = select.poll()
+        for pidfd in self._workers:
+            poll.register(pidfd, select.POLLIN)
+        waiting = len(self._workers)
+        # They die with their host; that takes the kernel a moment.
+        while waiting and (ready := poll.poll(_ENDING * 1000)):
+            for pidfd, _ in ready:
+                poll.unregister(pidfd)
+                waiting -= 1
+        for pidfd in self._workers:
+            os.close(pidfd)
+
+
+class Interrupted(Exception):
+    """A signal asked for the end."""
+
+
+class Broken(Exception):
+    """The demonstration cannot go on; the reports and the state of the hosts say how it stands."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What is to be shown."""
+
+    size: int
+    hot: int
+    dirty_rate: int
+    hops: int
+    config: trimig.Config
+
+
+class Demo:
+    """The run of one demonstration. Use it as ``async with Demo(...) as demo``."""
+
+    def __init__(self, options: Options, view: display.View) -> None:
+        self._options = options
+        self._view = view
+        self._hosts: tuple[HostProcess, ...] = ()
+        self._send, self._inbox = trio.open_memory_channel[tuple[HostProcess, Message]](1000)
+        self._pending: set[HostProcess] = set()
+        self._interrupted = False
+        self._started = False
+        self._migrating = False
+        self._deaths: list[str] = []
+        self.hops: list[demo_figures.Hop] = []
+        self.notes: list[str] = []
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            for _ in range(2):
+                host = HostProcess()
+                stack.callback(host.close)
+                self._hosts = (*self._hosts, host)
+            self._stack = stack.pop_all()
+        self.source, self.destination = self._hosts
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stack.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the hosts."""
+        return [host.pid for host in self._hosts]
+
+    def interrupt(self, _signal: str) -> None:
+        """Ask for a clean end: what can be taken back is taken back."""
+        self._interrupted = True
+        with contextlib.suppress(trio.WouldBlock):  # a full inbox is being read, and the flag is seen anyway
+            self._send.send_nowait((self.source, {"event": "interrupt"}))
+
+    async def run(self) -> tuple[int, Message]:
+        """The whole demonstration; returns the exit code and what ``--json`` prints."""
+        async with trio.open_nursery(strict_exception_groups=True) as nursery:
+            for host in self._hosts:
+                nursery.start_soon(host.read, self._send.clone())
+            code, result = await self._outcome()
+            for host in self._hosts:
+                await host.quit()
+            nursery.cancel_scope.cancel("the demonstration is over")
+        return code, result
+
+    async def _outcome(self) -> tuple[int, Message]:
+        try:
+            proof = await self._play()
+        except Interrupted:
+            return CANCELLED, await self._after("cancelled by a signal", CANCELLED)
+        except Broken as error:
+            return await self._failed(str(error))
+        code = DONE if proof["ok"] else FAILED
+        result = {
+            "verified": proof["ok"],
+            "proof": proof["text"],
+            **demo_figures.overall(self.hops),
+            "size": self._options.size,
+            "hot": self._options.hot,
+            "dirty_rate": self._options.dirty_rate,
+            "hosts": self.pids,
+            "owner": "destination",
+            "exit_code": code,
+            "notes": self.notes,
+            "hops": [hop.record for hop in self.hops],
+        }
+        if not proof["ok"]:
+            result["error"] = f"the guest is not as its journal says: {proof['text']}"
+        return code, result
+
+    # -- the play ----------------------------------------------------------------------------------------------------
+
+    async def _play(self) -> Message:
+        options = self._options
+        self._view.note(
+            f"hosts {self.pids[0]} and {self.pids[1]}; a guest of {show_size(options.size)} writes "
+            f"{show_size(options.dirty_rate)}/s in {show_size(options.hot)}",
+            hosts=self.pids,
+        )
+        await self.source.ask("open", size=options.size, hot=options.hot, dirty_rate=options.dirty_rate)
+        await self._reports(self.source)
+        self._started = True
+        for number in range(1, options.hops + 1):
+            if number > 1:
+                self.source, self.destination = self.destination, self.source
+            await self._hop(number)
+        await self.destination.ask("verify")
+        await self._reports(self.destination)
+        proof = self.destination.report
+        assert proof is not None
+        return proof
+
+    async def _hop(self, number: int) -> None:
+        title = f"hop {number}/{self._options.hops}: {self.source.pid} -> {self.destination.pid}"
+        self._view.begin(title, hop=number, source=self.source.pid, destination=self.destination.pid, hosts=self.pids)
+        self.source.forget()
+        self._migrating = True
+        await self.destination.ask("receive", size=self._options.size, config=pack_config(self._options.config))
+        await self._reports(self.destination)
+        assert self.source.report is not None
+        assert self.destination.report is not None
+        self._migrating = False
+        hop = demo_figures.Hop.of(
+            number,
+            (self.source.pid, self.destination.pid),
+            self.source.report["summary"],
+            self.destination.report["summary"],
+        )
+        self.hops.append(hop)
+        self._view.end(f"{title}: {hop.sentence}", **hop.record)
+
+    async def _reports(self, *hosts: HostProcess) -> None:
+        """Wait until *hosts*, and those that join them meanwhile, have reported.
+
+        Raises:
+            Broken: one of them failed or died.
+            Interrupted: a signal came, and all that could be taken back is.
+        """
+        self._pending = {host for host in hosts if host.ended is None}
+        trouble: str | None = None
+        config = self._options.config
+        patience = config.handover_timeout + config.teardown_grace + _PATIENCE
+        with trio.CancelScope() as scope:
+            while self._pending:
+                host, message = await self._inbox.receive()
+                trouble = await self._take(host, message) or trouble
+                if (trouble or self._deaths or self._interrupted) and scope.deadline == math.inf:
+                    scope.deadline = trio.current_time() + patience
+        for host in self._pending:
+            self._deaths.append(f"host {host.pid} did not answer for {patience:g} s and was killed")
+            host.bury()
+        if self._interrupted:
+            raise Interrupted
+        if self._deaths or trouble:
+            # Who died is the cause; what the others say about it is the consequence.
+            raise Broken(self._deaths[0] if self._deaths else trouble)
+
+    async def _take(self, host: HostProcess, message: Message) -> str | None:
+        """Deal with one message; returns the sentence of a host that failed."""
+        other = next(each for each in self._hosts if each is not host)
+        for note in message.get("notes", ()):
+            if note not in self.notes:
+                self.notes.append(note)
+        match message["event"]:
+            case "listening" if not self._interrupted and self.source.ended is None:
+                self._pending.add(self.source)
+                await self.source.ask("migrate", uri=message["uri"], config=pack_config(self._options.config))
+            case "listening":
+                await host.ask("cancel")
+            case "progress":
+                self._view.show(display.Picture(**message["picture"]))
+            case "interrupt":
+                # The source knows whether it can still be taken back; a destination without it waits for nobody.
+                await (self.source if self.source in self._pending else self.destination).ask("cancel")
+                if not self._migrating:
+                    self._pending.clear()
+            case "worker-died":
+                host.worker_died = True
+                role = self._role(host)
+                self._deaths.append(f"the worker process {message['pid']} of host {host.pid} ({role}) has died")
+            case "done":
+                host.report = message
+                self._pending.discard(host)
+            case "failed":
+                host.report = message
+                self._pending.discard(host)
+                await other.ask("peer-ended")
+                return f"host {host.pid}: {message['error']}"
+            case "gone":
+                self._deaths.append(f"host {host.pid} ({self._role(host)}) {host.bury()}")
+                self._pending.discard(host)
+                await other.ask("peer-ended")
+        return None
+
+    def _role(self, host: HostProcess) -> str:
+        return "source" if host is self.source else "destination"
+
+    # -- when it goes wrong ------------------------------------------------------------------------------------------
+
+    def _owner(self) -> trimig.Ownership | None:
+        """Who owns the guest, by what the hosts say; None if none is left that could."""
+        source, destination = self.source.report, self.destination.report
+        if not self._migrating:
+            return trimig.Ownership.DESTINATION if self.hops else trimig.Ownership.SOURCE
+        if destination is not None and destination["event"] == "done" and destination["op"] == "receive":
+            return trimig.Ownership.DESTINATION
+        if source is not None and source["op"] == "migrate":
+            if source["event"] == "done":
+                return trimig.Ownership.DESTINATION
+            told = trimig.Ownership(source.get("owner", "source"))
+            # A destination that lives and says that it has not taken the guest settles what the source cannot know.
+            if told is trimig.Ownership.UNKNOWN and destination is not None and destination["event"] == "failed":
+                return trimig.Ownership.SOURCE
+            return told
+        if self.source.ended is None:
+            return trimig.Ownership.SOURCE  # it had not been asked to send anything yet
+        if destination is not None:
+            return trimig.Ownership(destination.get("owner", "source"))
+        return None
+
+    async def _failed(self, cause: str) -> tuple[int, Message]:
+        owner = self._owner()
+        code = UNCERTAIN if owner is trimig.Ownership.UNKNOWN else FAILED
+        return code, await self._after(cause, code)
+
+    async def _after(self, cause: str, code: int) -> Message:
+        """The report of a demonstration that did not come to its end: who owns the guest, and how is it?"""
+        owner = self._owner()
+        keeper = {trimig.Ownership.SOURCE: self.source, trimig.Ownership.DESTINATION: self.destination}.get(
+            owner or trimig.Ownership.UNKNOWN
+        )
+        report: Message = {
+            "verified": False,
+            "error": cause,
+            "owner": None if owner is None else owner.value,
+            "survivor": self._survivor(),
+            "guest": "lost",
+            "hosts": self.pids,
+            "exit_code": code,
+            "hop": len(self.hops) + (1 if self._migrating or not self.hops else 0),
+            "notes": self.notes,
+            "hops": [hop.record for hop in self.hops],
+        }
+        if owner is trimig.Ownership.UNKNOWN:
+            report["guest"] = "paused"
+            report["fate"] = (
+                f"it is uncertain who owns the guest: it stays paused in host {self.source.pid}, because host "
+                f"{self.destination.pid} may have been running it"
+            )
+        elif owner is None:
+            report["fate"] = "both hosts have ended, and the guest with them"
+        else:
+            assert keeper is not None
+            report["fate"] = await self._fate(keeper, owner, report)
+        return report
+
+    def _survivor(self) -> str | None:
+        """The role of the side that is left, where just one is."""
+        left = [host for host in self._hosts if host.ended is None and not host.worker_died]
+        return self._role(left[0]) if len(left) == 1 else None
+
+    async def _fate(self, keeper: HostProcess, owner: trimig.Ownership, report: Message) -> str:
+        """Ask the owner's worker itself, and let it prove its memory."""
+        where = f"the {owner.value}, host {keeper.pid},"
+        if not self._started:
+            report["guest"] = "none"
+            return "the guest had not been started yet"
+        if keeper.ended is None and not keeper.worker_died:
+            if (keeper.report or {}).get("owner") == "unknown":
+                await self._ask_once(keeper, "settle", owner=owner.value)
+            status = await self._ask_once(keeper, "status")
+            if status is not None:
+                report["guest"] = status["state"]
+                if self._interrupted:
+                    return f"{where} owns the guest, which is {status['state']} there"
+                proof = await self._ask_once(keeper, "verify")
+                if proof is not None:
+                    report["guest_verified"] = proof["ok"]
+                    return f"{where} owns the guest, which is {status['state']} there ({proof['text']})"
+        lost = f"{where} owned the guest, which died with it"
+        if owner is trimig.Ownership.SOURCE and self.destination.ended is None:
+            lost += f"; it never ran in the destination, host {self.destination.pid}"
+        return lost
+
+    async def _ask_once(self, host: HostProcess, op: str, **arguments: Any) -> Message | None:
+        """The answer to a request, None if it fails or the host dies."""
+        await host.ask(op, **arguments)
+        with trio.move_on_after(_PATIENCE + self._options.size / (20 << 20)):
+            while host.ended is None and host.report is None:
+                await self._take(*await self._inbox.receive())
+        return host.report if host.report is not None and host.report["event"] == "done" else None
+
+
+@click.command(short_help="Move a busy guest between two processes, and prove that it lost nothing.")
+@click.option("--size", type=RAM_SIZE, default="256M", show_default=True, metavar="SIZE", help="Memory of the guest.")
+@click.option(
+    "--dirty-rate", type=SIZE, default="50M", show_default=True, metavar="SIZE", help="Bytes it writes each second."
+)
+@click.option(
+    "--hot",
+    type=SIZE,
+    metavar="SIZE",
+    help="How much of its memory it writes again and again.  [default: 32M, or an eighth of a smaller guest]",
+)
+@click.option("--bandwidth", type=SIZE, metavar="SIZE", help="Bytes sent per second, 0 for no limit.  [default: 0]")
+@click.option(
+    "--downtime-limit",
+    type=click.IntRange(0, 2_000_000),
+    metavar="MS",
+    help="Stop the guest when the rest can be sent in this time.  [default: 300]",
+)
+@click.option(
+    "--hops",
+    type=click.IntRange(1, 10_000),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Migrate N times, back and forth.",
+)
+@config_options(trimig.Config(parameters=trimig.Parameters(max_bandwidth=0)))
+@json_option
+@debug_option
+def demo(
+    size: int,
+    dirty_rate: int,
+    hot: int | None,
+    bandwidth: int | None,
+    downtime_limit: int | None,
+    hops: int,
+    config: trimig.Config,
+    as_json: bool,
+) -> int:
+    """Move a busy guest between two processes of this machine, and prove that it lost nothing.
+
+    Starts two hosts, and in one of them a guest that keeps writing its memory. The guest is migrated to the other host
+    while it runs. At the end every word of its memory is compared with what its journal of writes says. Needs neither
+    root nor QEMU.
+
+    The figures go to stdout, progress to stderr. With --json there is one object on stdout, and progress is one object
+    on each line of stderr.
+    """
+    if hot is None:
+        hot = min(32 << 20, size // 8)
+    if hot > size:
+        raise click.UsageError(f"--hot {show_size(hot)} does not fit into --size {show_size(size)}")
+    if dirty_rate and hot < 4096:
+        raise click.UsageError("--dirty-rate needs at least one page of 4096 bytes in --hot to write to")
+    changes = {"max_bandwidth": bandwidth, "downtime_limit": downtime_limit}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    config = dataclasses.replace(config, parameters=config.parameters.replace(**changes))
+    options = Options(size=size, hot=hot, dirty_rate=dirty_rate, hops=hops, config=config)
+    with display.open_view(as_json=as_json) as view, Demo(options, view) as stage:
+        results: list[Message] = []
+
+        async def job() -> int:
+            code, result = await stage.run()
+            results.append(result)
+            return code
+
+        code = run(job, as_json=as_json, interrupt=stage.interrupt)
+    return _tell(code, results[0], as_json=as_json)
+
+
+def _tell(code: int, result: Message, *, as_json: bool) -> int:
+    if as_json:
+        write_json(result)
+    for note in result["notes"]:
+        say(f"note: {note}")
+    if "fate" in result:
+        say(f"{result['error']}; {result['fate']}")
+    elif not as_json:
+        click.echo(demo_figures.text(result))
+    if code == FAILED and "fate" not in result:
+        say(result["error"])
+    return code
