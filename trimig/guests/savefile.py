@@ -20,9 +20,10 @@ import trio
 from ..config import PeerProfile
 from ..engine.offload import offload
 from ..engine.ram_in import RamReceiver
-from ..engine.ram_out import RAM_SECTION, zero_pages
+from ..engine.ram_out import RAM_SECTION
 from ..engine.stream_out import DeviceSender, opening
 from ..engine.vectored import MAX_ELEMENTS, Records, writev
+from ..engine.zeros import zero_pages
 from ..errors import GuestFailed, RemoteProtocolError, TransportFailed
 from ..guest import PAGE_SIZE, ConfigSubsection, DeviceSection, OpaqueGuest, RamBlock
 from ..monitor import Counters

@@ -1,1 +1,16 @@
-"""."""
+"""Tools on streams that lie in files or pass by: inspect, export, and the record of who owns a saved guest."""
+
+from .export import FORMATS as FORMATS
+from .export import export_raw as export_raw
+from .inspect import BlockInfo as BlockInfo
+from .inspect import CommandInfo as CommandInfo
+from .inspect import DeviceInfo as DeviceInfo
+from .inspect import SectionInfo as SectionInfo
+from .inspect import StreamReport as StreamReport
+from .inspect import inspect_stream as inspect_stream
+from .owner import OwnerRecord as OwnerRecord
+from .owner import locked as locked
+from .owner import read_record as read_record
+from .owner import record_decision as record_decision
+from .owner import record_path as record_path
+from .owner import write_record as write_record

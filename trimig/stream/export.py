@@ -1,0 +1,167 @@
+"""The RAM of a saved guest as a file of its own, for other tools."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from ..engine.offload import offload
+from ..errors import ConfigError, RemoteProtocolError
+from ..guest import PAGE_SIZE
+from ..guests.savefile import peer_of
+from ..wire import Decoder
+from ..wire import events as ev
+from .files import reading
+
+#: What can be written now.
+FORMATS: Final = ("raw",)
+_PREFIX: Final = 1 << 20
+
+
+async def export_raw(
+    source: str | os.PathLike[str], block: str, out: str | os.PathLike[str], *, replace: bool = False
+) -> int:
+    """Write RAM block *block* of a stream, byte for byte; returns its length.
+
+    Args:
+        source: a path, or ``-`` for standard input.
+        block: the name of the block.
+        out: a path, or ``-`` for standard output. Pages that are zero become holes of the file.
+        replace: *out* may exist.
+
+    Raises:
+        ConfigError: the stream has no such block; the message names those it has.
+        OSError: a file cannot be read or written, or *out* exists.
+        MigrationError: the stream is damaged before the end of its RAM, or lacks some of it.
+
+    **Cancellation:** there is no file of that name, or the whole of it.
+    """
+    if out == "-":
+        with tempfile.TemporaryFile(prefix="trimig-export-") as scratch:
+            length = await _copy_block(source, block, scratch.fileno())
+            await _to_stdout(scratch.fileno(), length)
+        return length
+    path = Path(out)
+    fd, temporary = _begin(path, replace)
+    try:
+        length = await _copy_block(source, block, fd)
+        await offload(_publish, fd, temporary, path)
+        return length
+    finally:
+        os.close(fd)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _begin(path: Path, replace: bool) -> tuple[int, str]:
+    if not replace and path.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    return tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
+
+
+def _publish(fd: int, temporary: str, path: Path) -> None:
+    os.fsync(fd)
+    os.rename(temporary, path)
+
+
+async def _copy_block(source: str | os.PathLike[str], block: str, fd: int) -> int:
+    async with reading(source) as read_into:
+        prefix = bytearray(_PREFIX)
+        have = 0
+        while have < _PREFIX and (count := await read_into(memoryview(prefix)[have:])):
+            have += count
+        del prefix[have:]
+        peer = peer_of(bytes(prefix))
+        decoder = Decoder(
+            measure=None,
+            configuration=peer.send_configuration,
+            footers=peer.send_section_footer,
+            buffer_bytes=2 * _PREFIX,
+        )
+        decoder.feed(prefix)
+        copy = _BlockCopy(block, fd)
+        while True:
+            while (event := decoder.next_event()) is not None:
+                if isinstance(event, ev.TailBytes | ev.EndOfStream):
+                    # No RAM follows a device section; what does is not ours to judge.
+                    return copy.finish()
+                copy.take(event)
+            count = await read_into(decoder.writable())
+            decoder.received(count)
+            if not count:
+                decoder.receive_eof()
+            await trio.lowlevel.checkpoint()
+
+
+class _BlockCopy:
+    def __init__(self, name: str, fd: int) -> None:
+        self.name = name
+        self.fd = fd
+        self.length = -1
+        self.received = np.zeros(0, np.bool_)
+        self.written = np.zeros(0, np.bool_)
+
+    def take(self, event: ev.Event) -> None:
+        """Write what belongs to the block."""
+        match event:
+            case ev.RamList() if self.length < 0:
+                lengths = dict(event.blocks)
+                if self.name not in lengths:
+                    known = ", ".join(repr(name) for name in lengths)
+                    raise ConfigError(
+                        f"there is no RAM block {self.name!r} in the stream; it has {known}", name="block"
+                    )
+                self.length = lengths[self.name]
+                os.ftruncate(self.fd, self.length)
+                self.received = np.zeros(self.length // PAGE_SIZE, np.bool_)
+                self.written = self.received.copy()
+            case ev.PageRun(block=self.name):
+                self._write(event.offsets, event.data)
+            case ev.ZeroRun(block=self.name):
+                index = event.offsets // PAGE_SIZE
+                self.received[index] = True
+                # A page that is a hole still is zero already.
+                do = self.written[index] | (event.fills != 0)
+                if do.any():
+                    self._write(event.offsets[do], np.repeat(event.fills[do, None], PAGE_SIZE, axis=1))
+
+    def _write(self, offsets: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
+        self.received[offsets // PAGE_SIZE] = True
+        self.written[offsets // PAGE_SIZE] = True
+        borders = np.flatnonzero(np.diff(offsets) != PAGE_SIZE) + 1
+        for run, pages in zip(np.split(offsets, borders), np.split(data, borders), strict=True):
+            view = np.ascontiguousarray(pages).data.cast("B")
+            at = int(run[0])
+            while len(view):
+                done = os.pwrite(self.fd, view, at)
+                view, at = view[done:], at + done
+
+    def finish(self) -> int:
+        """The length; RemoteProtocolError if it is not whole."""
+        if self.length < 0:
+            raise RemoteProtocolError("the stream has no RAM")
+        if missing := len(self.received) - int(np.count_nonzero(self.received)):
+            raise RemoteProtocolError(f"{missing} pages of RAM block {self.name!r} are not in the stream")
+        return self.length
+
+
+async def _to_stdout(fd: int, length: int) -> None:
+    at = 0
+    while at < length:
+        at += await offload(_copy_piece, fd, at)
+
+
+def _copy_piece(fd: int, at: int) -> int:
+    view = memoryview(os.pread(fd, 1 << 20, at))
+    size = len(view)
+    while len(view):
+        view = view[os.write(1, view) :]
+    return size

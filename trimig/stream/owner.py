@@ -1,0 +1,129 @@
+"""Who owns a saved guest: a small record beside its file, on the disk before a decision is sent.
+
+Without it, a crash or a lost answer during ``trimig send`` would leave a file that looks as if it had never been sent,
+and the next attempt could run the guest a second time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from ..engine.offload import offload
+from ..errors import Ownership, StateError
+
+_SUFFIX: Final = ".owner"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OwnerRecord:
+    """What is known of a saved guest that was sent."""
+
+    owner: Ownership
+    #: Where it was sent to, and from.
+    destination: str
+    host: str
+    #: ISO 8601, with time zone.
+    time: str
+
+    @staticmethod
+    def now(owner: Ownership, destination: str) -> OwnerRecord:
+        """A record of this moment and host."""
+        time = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        return OwnerRecord(owner=owner, destination=destination, host=socket.gethostname(), time=time)
+
+
+def record_path(file: Path) -> Path:
+    """Where the record of *file* stands."""
+    return file.with_name(file.name + _SUFFIX)
+
+
+def read_record(file: Path) -> OwnerRecord | None:
+    """The record of *file*; None if there is none: it was never sent, or came back.
+
+    Raises:
+        StateError: it cannot be understood, so nobody can tell.
+        OSError: it cannot be read.
+    """
+    path = record_path(file)
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        found: dict[str, Any] = json.loads(text)
+        return OwnerRecord(
+            owner=Ownership(found["owner"]),
+            destination=str(found["destination"]),
+            host=str(found["host"]),
+            time=str(found["time"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        unknown = StateError(f"{path} is damaged, so it cannot be told who owns the guest in {file}")
+        unknown.owner = Ownership.UNKNOWN
+        raise unknown from error
+
+
+def write_record(file: Path, record: OwnerRecord | None) -> None:
+    """Make *record* the one of *file*, or remove it; on the disk when this returns.
+
+    Raises:
+        OSError: it cannot be written; the one before is still in force.
+    """
+    path = record_path(file)
+    if record is None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    else:
+        text = json.dumps(dataclasses.asdict(record) | {"owner": record.owner.value, "file": file.name}) + "\n"
+        fd, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
+        try:
+            with os.fdopen(fd, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.rename(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+async def record_decision(file: Path, destination: str) -> None:
+    """The decision is about to be sent: from here on nobody knows, until the answer comes.
+
+    **Cancellation:** written, or not; :func:`write_record` sets it right.
+    """
+    await offload(write_record, file, OwnerRecord.now(Ownership.UNKNOWN, destination))
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """No other process sends or settles *file* meanwhile.
+
+    Raises:
+        StateError: one does.
+        OSError: there is no such file.
+    """
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateError(f"{file} is being sent or settled by another process") from None
+        yield
+    finally:
+        os.close(fd)
