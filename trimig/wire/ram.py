@@ -120,17 +120,24 @@ class RecordReader:
             text = f"unknown combination of RAM flags {flags:#x}"
         return RemoteProtocolError(text, offset=offset, section="ram")
 
-    def _check(self, offsets: NDArray[np.int64], record: int, offset: int) -> None:
+    def _inside(self, offsets: NDArray[np.int64], offset: int) -> NDArray[np.int64]:
+        """The offsets up to the first that is outside of the block; an error if that is the first of all.
+
+        So the events before an error are the same whatever the pieces in which the bytes came.
+        """
         assert self._block is not None
         length = self._blocks[self._block]
-        if int(offsets.max()) >= length or int(offsets.min()) < 0:
-            bad = int(np.argmax((offsets >= length) | (offsets < 0)))
-            raise RemoteProtocolError(
-                f"page at {int(offsets[bad]) & (2**64 - 1):#x} is outside of RAM block {self._block!r}, "
-                f"which has {length:#x} bytes",
-                offset=offset + bad * record,
-                section="ram",
-            )
+        if int(offsets.max()) < length and int(offsets.min()) >= 0:
+            return offsets
+        good = int(np.argmax((offsets >= length) | (offsets < 0)))
+        if good:
+            return offsets[:good]
+        raise RemoteProtocolError(
+            f"page at {int(offsets[0]) & (2**64 - 1):#x} is outside of RAM block {self._block!r}, "
+            f"which has {length:#x} bytes",
+            offset=offset,
+            section="ram",
+        )
 
     def _words(self, array: NDArray[np.uint8], pos: int, count: int, record: int, flags: int) -> NDArray[np.int64]:
         """Offsets of the longest run of records with exactly *flags* at *pos*; at least one, at most *count*."""
@@ -151,8 +158,7 @@ class RecordReader:
         count = have // _RECORD
         if count == 0:
             return None, 0
-        offsets = self._words(array, pos, count, _RECORD, _PAGE_AGAIN)
-        self._check(offsets, _RECORD, offset)
+        offsets = self._inside(self._words(array, pos, count, _RECORD, _PAGE_AGAIN), offset)
         assert self._block is not None
         count = len(offsets)
         data = as_strided(array[pos + 8 :], shape=(count, PAGE_SIZE), strides=(_RECORD, 1))
@@ -168,8 +174,7 @@ class RecordReader:
         count = have // _ZERO_RECORD
         if count == 0:
             return None, 0
-        offsets = self._words(array, pos, count, _ZERO_RECORD, _ZERO_AGAIN)
-        self._check(offsets, _ZERO_RECORD, offset)
+        offsets = self._inside(self._words(array, pos, count, _ZERO_RECORD, _ZERO_AGAIN), offset)
         assert self._block is not None
         count = len(offsets)
         self._run_length = 0
