@@ -16,7 +16,7 @@ from ..guests.savefile import peer_of
 from ..wire import Command, Decoder, Section, globalstate
 from ..wire import description as json_text
 from ..wire import events as ev
-from ..wire.devices import split_tail
+from ..wire.devices import find_description, split_tail
 from .files import reading
 
 #: Sections and commands that are listed; what comes behind them is only counted.
@@ -364,6 +364,12 @@ class _Inspector:
             report.description = split.description_text
             report.good += 1 + (0 if split.description_text is None else 5 + len(split.description_text))
             report.trailing = report.size - report.good
+            where = find_description(self.tail)
+            if (where is None and report.trailing) or (where is not None and not where.complete):
+                report.trailing = 0
+                report.error = TransportFailed(
+                    f"the stream ends at byte {report.size} (0x{report.size:x}), inside the description of the devices"
+                )
         elif report.error is None:
             end = at + len(self.tail)
             # Inside the last section: its end could not be found because it is not there.

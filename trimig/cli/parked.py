@@ -1,0 +1,264 @@
+"""``trimig receive``, ``send`` and ``settle``: a guest kept in a file, and given away again.
+
+Before the decision is sent a record beside the file says that the owner is unknown; the answer sets it right. So
+neither a lost answer nor a crash lets the same guest be started twice by accident.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+import trimig
+from trimig import stream, transport
+from trimig.errors import Ownership
+
+from . import display
+from .common import (
+    DONE,
+    alongside,
+    debug_option,
+    json_option,
+    migration_options,
+    run,
+    say,
+    show_size,
+    show_time,
+    summary_record,
+    write_json,
+)
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.argument("uri")
+@click.option("--save", "file", metavar="FILE", required=True, type=_FILE, help="Keep the guest in this file.")
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@migration_options
+def receive(uri: str, file: Path, force: bool, config: trimig.Config, as_json: bool) -> int:
+    """Be the destination of a QEMU or trimig that migrates to URI, and keep its guest in FILE.
+
+    FILE appears when the guest is complete and on the disk; only then the source is told so. It is a plain stream: a
+    QEMU of the same machine type loads it with -incoming "exec:cat FILE".
+    """
+    transport.check(uri)
+    _check_target(file, force=force)
+    return run(functools.partial(_receive, uri, file, force, config, as_json), as_json=as_json)
+
+
+def _check_target(file: Path, *, force: bool) -> None:
+    """Find out before anybody connects."""
+    if not file.parent.is_dir():
+        raise click.BadParameter(f"there is no directory {file.parent}", param_hint="--save")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise click.BadParameter(f"the directory {file.parent} cannot be written to", param_hint="--save")
+    if file.exists() and not force:
+        raise click.BadParameter(f"{file} exists; --force replaces it", param_hint="--save")
+    record = stream.read_record(file)
+    if record is not None and record.owner is Ownership.UNKNOWN:
+        raise _unsettled(file, record)
+
+
+async def _receive(uri: str, file: Path, force: bool, config: trimig.Config, as_json: bool) -> int:
+    monitor = trimig.Monitor()
+    with (
+        trimig.ParkedGuest(file, replace=force, peer=config.peer) as guest,
+        display.open_view(as_json=as_json) as view,
+    ):
+        begun = functools.partial(_announce, monitor, view, as_json)
+        call = functools.partial(trimig.receive, guest, uri, config, monitor=monitor)
+        summary = await display.watched(functools.partial(alongside, call, begun), monitor, view)
+        if force:
+            stream.write_record(file, None)  # of the guest that was in the file before
+        text = (
+            f"received {guest.name or 'a guest'} with {show_size(summary.ram_bytes)} of RAM and {len(guest.sections)} "
+            f"devices in {show_time(summary.total_time)}; it is in {file} ({guest.guest_run_state} when it is resumed)"
+        )
+        if as_json:
+            view.end(text)
+            write_json(_received(guest, file, summary))
+            return DONE
+        view.end(text)
+        print(f"received {guest.name or 'a guest'} into {file}", flush=True)
+        print(f"  RAM: {', '.join(f'{block.name} {show_size(block.length)}' for block in guest.ram)}")
+        print(f"  devices: {', '.join(_device_name(s) for s in guest.sections)}")
+        for warning in summary.warnings:
+            print(f"  warning: {warning}")
+    return DONE
+
+
+def _device_name(section: Any) -> str:
+    return f"{section.idstr}/{section.instance_id}" if section.instance_id else str(section.idstr)
+
+
+def _received(guest: trimig.ParkedGuest, file: Path, summary: trimig.Summary) -> dict[str, Any]:
+    return {
+        "file": str(file),
+        "file_bytes": file.stat().st_size,
+        "machine": guest.name,
+        "run_state": guest.guest_run_state,
+        "blocks": [{"name": block.name, "length": block.length} for block in guest.ram],
+        "devices": [
+            {
+                "idstr": s.idstr,
+                "instance_id": s.instance_id,
+                "section_id": s.section_id,
+                "version_id": s.version_id,
+                "size": len(s.payload),
+            }
+            for s in guest.sections
+        ],
+        **summary_record(summary),
+    }
+
+
+async def _announce(monitor: trimig.Monitor, view: display.View, as_json: bool) -> None:
+    async for event in monitor.events():
+        if event.name == "LISTENING":
+            for address in event.data["addresses"]:
+                view.note(f"listening on {address}", address=address)
+                if not as_json:
+                    print(f"listening on {address}", flush=True)
+
+
+@click.command()
+@click.argument("file", type=_FILE)
+@click.argument("uri")
+@migration_options
+def send(file: Path, uri: str, config: trimig.Config, as_json: bool) -> int:
+    """Give the guest in FILE to the QEMU or trimig that waits at URI.
+
+    FILE may be one that trimig receive has saved, or any stream that a QEMU has written to a file. It is not changed.
+    What became of it is kept in FILE.owner; if it cannot be known, trimig settle says it.
+    """
+    transport.check(uri)
+    with stream.locked(file):
+        record = stream.read_record(file)
+        if record is not None and record.owner is Ownership.UNKNOWN:
+            raise _unsettled(file, record)
+        if record is not None and record.owner is Ownership.DESTINATION:
+            say(
+                f"warning: {file} was handed over to {record.destination} from {record.host} at {record.time}; it is "
+                "sent again, so there may be two of this guest"
+            )
+        return run(functools.partial(_send, file, uri, record, config, as_json), as_json=as_json)
+
+
+def _unsettled(file: Path, record: stream.OwnerRecord) -> trimig.HandoverUncertain:
+    return trimig.HandoverUncertain(
+        f"{file} was sent to {record.destination} at {record.time} and no answer came, so the guest may be running "
+        f"there. {_how_to_settle(file, record.destination)}"
+    )
+
+
+def _how_to_settle(file: Path, destination: str) -> str:
+    return (
+        f"Look whether it runs at {destination} (for a QEMU: query-status, or whether the process lives), then run: "
+        f"trimig settle {file} --owner source|destination"
+    )
+
+
+async def _send(file: Path, uri: str, before: stream.OwnerRecord | None, config: trimig.Config, as_json: bool) -> int:
+    monitor = trimig.Monitor()
+    uncertain: trimig.HandoverUncertain | None = None
+    sent = False
+    commit = functools.partial(stream.record_decision, file, uri)
+    with display.open_view(as_json=as_json) as view, await trimig.ParkedGuest.load(file) as guest:
+        for warning in guest.warnings:
+            view.note(f"warning: {warning}")
+        profile = guest.peer
+        call = functools.partial(
+            trimig.migrate, guest, uri, _as_the_file(config, profile), monitor=monitor, commit=commit
+        )
+        try:
+            summary = await display.watched(call, monitor, view)
+            sent = True
+        except trimig.HandoverUncertain as error:
+            uncertain = error
+        finally:
+            # Synchronous, because this may be the way out of a cancellation.
+            if sent or monitor.owner is Ownership.DESTINATION:
+                _record_handed_over(file, uri)
+            elif monitor.owner is Ownership.SOURCE:
+                stream.write_record(file, before)
+        if uncertain is not None:
+            raise trimig.HandoverUncertain(f"{uncertain}. {_how_to_settle(file, uri)}") from uncertain
+        text = f"sent {guest.name or 'the guest'} to {uri} in {show_time(summary.total_time)}"
+        if not summary.confirmed:
+            text += "; nobody has confirmed that it arrived, because there was no return path"
+        view.end(text)
+    if as_json:
+        write_json({"file": str(file), "destination": uri, "machine": guest.name, **summary_record(summary)})
+        return DONE
+    print(f"{text}: {show_size(summary.bytes_transferred)} at {show_size(summary.throughput)}/s", flush=True)
+    for warning in summary.warnings:
+        print(f"  warning: {warning}")
+    return DONE
+
+
+def _as_the_file(config: trimig.Config, profile: trimig.PeerProfile) -> trimig.Config:
+    """The guest's own stream tells whether its machine type has a configuration section and footers."""
+    peer = dataclasses.replace(
+        config.peer,
+        send_configuration=config.peer.send_configuration and profile.send_configuration,
+        send_section_footer=config.peer.send_section_footer and profile.send_section_footer,
+    )
+    return config if peer == config.peer else dataclasses.replace(config, peer=peer)
+
+
+def _record_handed_over(file: Path, uri: str) -> None:
+    try:
+        stream.write_record(file, stream.OwnerRecord.now(Ownership.DESTINATION, uri))
+    except OSError as error:
+        say(
+            f"warning: the guest was handed over, but {stream.record_path(file)} could not be written "
+            f"({error.strerror}) and still says that the owner is unknown; run: trimig settle {file} --owner destination"
+        )
+
+
+@click.command()
+@click.argument("file", type=_FILE)
+@click.option(
+    "--owner",
+    required=True,
+    type=click.Choice(["source", "destination"]),
+    help="Who has the guest: source, then FILE may be sent again; destination, then it is handed over.",
+)
+@json_option
+@debug_option
+def settle(file: Path, owner: str, as_json: bool) -> int:
+    """Say who owns the guest in FILE, after a send whose answer was lost.
+
+    Find out first: a guest that is started on a wrong word runs twice.
+    """
+    with stream.locked(file):
+        try:
+            record = stream.read_record(file)
+        except trimig.StateError as error:
+            say(str(error))  # the caller knows better
+            record = stream.OwnerRecord.now(Ownership.UNKNOWN, "an unknown place")
+        if record is None:
+            raise trimig.StateError(f"there is nothing to settle: {file} is with its source")
+        if record.owner is Ownership.DESTINATION:
+            failure = trimig.StateError(
+                f"there is nothing to settle: {file} was handed over to {record.destination} at {record.time}"
+            )
+            failure.owner = Ownership.DESTINATION
+            raise failure
+        if owner == "source":
+            stream.write_record(file, None)
+            text = f"settled: the guest in {file} is here, and can be sent"
+        else:
+            stream.write_record(file, stream.OwnerRecord.now(Ownership.DESTINATION, record.destination))
+            text = f"settled: the guest in {file} is at {record.destination}"
+    if as_json:
+        write_json({"file": str(file), "owner": owner, "destination": record.destination})
+    else:
+        print(text, flush=True)
+    return DONE
