@@ -7,6 +7,7 @@ code under test. A case stands behind a prefix that brings the decoder to where 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
@@ -110,7 +111,7 @@ def read(data: bytes, *, pieces: Sequence[int] = (), step: int | None = None, eo
             found.append(copied(event))
 
     try:
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in itertools.pairwise(cuts):
             piece = memoryview(data)[start:end]
             while piece:
                 room = decoder.writable()
@@ -139,7 +140,7 @@ class Case:
     """Events, their bytes, and what comes before them."""
 
     name: str
-    events: tuple[events.Event, ...]
+    found: tuple[events.Event, ...]
     data: bytes
     before: bytes = b""
     before_events: tuple[events.Event, ...] = ()

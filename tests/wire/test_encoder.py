@@ -16,7 +16,7 @@ from trimig.wire import Encoder, RamFlag, RecordWriter, Section, encoder, events
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_events_of_a_case_give_its_bytes(case: Case) -> None:
-    assert encode([*case.before_events, *case.events]) == case.before + case.data
+    assert encode([*case.before_events, *case.found]) == case.before + case.data
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 
 
 class Decision(enum.Enum):
@@ -84,9 +85,14 @@ def reached(progress: Progress, bounds: Bounds) -> str | None:
 
 def explain(progress: Progress, bounds: Bounds) -> str:
     """One sentence on why it does not converge, with the figures that decide it."""
+    floor = expected_downtime(progress)
+    if math.isinf(floor):
+        return (
+            f"{progress.remaining / 1e6:.1f} MB are left, and nothing has been sent that a bandwidth could be told from; "
+            f"give it more time, or raise max-bandwidth"
+        )
     sent = f"{progress.bandwidth / 1e6:.1f} MB/s can be sent"
     dirtied = f"{progress.dirty_rate / 1e6:.1f} MB/s are dirtied"
-    floor = expected_downtime(progress)
     advice = (
         "raise max-bandwidth or slow the guest down"
         if progress.dirty_rate >= progress.bandwidth
