@@ -23,8 +23,13 @@ from ..guest import PAGE_SIZE
 from . import vectored
 from .buffers import enlarge
 
-#: Pages of one gathering write: 2 * 512 elements is what the kernel takes at once.
-BATCH_PAGES = vectored.MAX_ELEMENTS // 2
+#: Pages that are prepared for sending at once. One system call takes MAX_ELEMENTS // 2 of them; preparing many more
+#: spreads the cost of the arrays.
+BATCH_PAGES = 4096
+#: Pages copied together for streams that take nothing but bytes.
+_STAGED_PAGES = 512
+#: Other tasks get a turn after this many bytes at the latest; that takes about a millisecond.
+_SLICE_BYTES = 1 << 20
 
 
 class Channel:
@@ -119,7 +124,9 @@ class Channel:
         **Cancellation:** as for :meth:`send`.
         """
         if self._socket is None:
-            await self.send(self._stage(lead, words, pages, indices))
+            for start in range(0, len(words), _STAGED_PAGES):
+                part = slice(start, start + _STAGED_PAGES)
+                await self.send(self._stage(b"" if start else lead, words[part], pages, indices[part]))
             return
         self._check()
         addresses = pages.ctypes.data + indices.astype(np.uint64) * np.uint64(PAGE_SIZE)
@@ -132,6 +139,7 @@ class Channel:
         fd = self._socket.fileno()
         try:
             await trio.lowlevel.checkpoint()
+            turn = self.sent
             while records.left:
                 taken = vectored.writev(fd, records.rest)
                 if taken is None:
@@ -139,9 +147,13 @@ class Channel:
                         await trio.lowlevel.wait_writable(fd)
                     if limit.cancelled_caught:
                         raise self._stalled("took no data")
+                    turn = self.sent
                     continue
                 self.sent += taken
                 records.advance(taken)
+                if self.sent - turn >= _SLICE_BYTES and records.left:
+                    await trio.lowlevel.checkpoint()
+                    turn = self.sent
         except (OSError, trio.ClosedResourceError) as error:
             raise TransportFailed(f"the connection broke while sending: {_cause(error)}") from error
         finally:
@@ -155,7 +167,7 @@ class Channel:
         count = len(words)
         extra = max(0, len(lead) - 8)
         if self._staging is None:
-            self._staging = np.empty(BATCH_PAGES * (8 + PAGE_SIZE) + 256, np.uint8)
+            self._staging = np.empty(_STAGED_PAGES * (8 + PAGE_SIZE) + 256, np.uint8)
         buffer = self._staging[: extra + count * (8 + PAGE_SIZE)]
         records = buffer[extra:].reshape(count, 8 + PAGE_SIZE)
         records[:, :8] = words.view(np.uint8).reshape(count, 8)

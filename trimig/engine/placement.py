@@ -25,9 +25,13 @@ from . import vectored
 from .channel import Channel
 
 _RECORD = 8 + PAGE_SIZE
-#: Pages predicted at once. Placing them is one slice of the run loop, so it is kept to about a millisecond; and the
-#: buffer for pages that go to a file stays in the processor's cache.
-PLACE_PAGES = 256
+#: Pages predicted at once. Only a few of them are read by one system call; predicting many more spreads the cost of the
+#: arrays. What one call may have put into the wrong place is bounded by the call.
+PLACE_PAGES = 8192
+#: The same where pages go to a file through a buffer, which should stay in the processor's cache.
+STAGED_PAGES = 256
+#: Other tasks get a turn after this many bytes at the latest.
+_SLICE_BYTES = 1 << 20
 #: A run this long makes the next records predictable.
 ENOUGH = 32
 
@@ -78,7 +82,7 @@ class Placer:
 
     def __init__(self) -> None:
         self._words = np.empty(PLACE_PAGES, np.uint64)
-        self._staging = np.empty((PLACE_PAGES, PAGE_SIZE), np.uint8)
+        self._staging = np.empty((STAGED_PAGES, PAGE_SIZE), np.uint8)
 
     async def place(
         self, channel: Channel, decoder: Decoder, target: Target, first: int, run_length: int
@@ -89,7 +93,8 @@ class Placer:
         """
         if run_length < ENOUGH:
             return None
-        ahead = target.received[first : first + PLACE_PAGES]
+        fresh = target.fresh(first, STAGED_PAGES)
+        ahead = target.received[first : first + (STAGED_PAGES if fresh else PLACE_PAGES)]
         count = int(np.argmax(ahead)) if ahead.any() else len(ahead)
         if count < ENOUGH:
             return None
@@ -101,7 +106,8 @@ class Placer:
             decoder.give_back(rest)
             decoder.end_run()
             return 0
-        attempt = _Attempt(target, first, self._words[:count], self._staging[:count], expected)
+        staging = self._staging[:count] if fresh else None
+        attempt = _Attempt(target, first, self._words[:count], staging, expected)
         attempt.begin(rest)
         try:
             ended = await attempt.read(channel)
@@ -118,13 +124,13 @@ class _Attempt:
     """One prediction: the records of pages *first* and following, with these words."""
 
     def __init__(
-        self, target: Target, first: int, words: NDArray[np.uint64], staging: Pages, expected: NDArray[np.uint64]
+        self, target: Target, first: int, words: NDArray[np.uint64], staging: Pages | None, expected: NDArray[np.uint64]
     ) -> None:
         count = len(words)
         self._target = target
         self._first = first
-        self._fresh = target.fresh(first, count)
-        self._bodies = staging if self._fresh else target.pages[first : first + count]
+        self._fresh = staging is not None
+        self._bodies = target.pages[first : first + count] if staging is None else staging
         self._words = words
         self._expected = expected
         addresses = self._bodies.ctypes.data + np.arange(count, dtype=np.uint64) * np.uint64(PAGE_SIZE)
@@ -138,18 +144,26 @@ class _Attempt:
         self._records.advance(len(rest))
 
     async def read(self, channel: Channel) -> bool:
-        """Read until half of the records are there, or one is not as predicted; True at the end of the stream.
+        """Read until most records are there, or one is not as predicted; True at the end of the stream.
 
         **Cancellation:** nothing is read by the call that is cancelled.
         """
         records = self._records
         await trio.lowlevel.checkpoint()
+        turn = records.done
+        checked = 0
         while records.left > _RECORD:
             if not await channel.read_records(records):
                 return True
             begun = (records.done + PAGE_SIZE) // _RECORD  # records whose word is complete
-            if (self._words[:begun] != self._expected[:begun]).any() or 2 * records.done > records.size:
+            if (self._words[checked:begun] != self._expected[checked:begun]).any():
                 break
+            checked = begun
+            if 8 * records.left < records.size:
+                break  # the next prediction reads more with one call than the rest of this one
+            if records.done - turn >= _SLICE_BYTES:
+                await trio.lowlevel.checkpoint()
+                turn = records.done
         return False
 
     def settle(self) -> tuple[int, bytes, bool]:

@@ -20,8 +20,6 @@ Vector = NDArray[np.uint64]
 #: The kernel's UIO_MAXIOV.
 MAX_ELEMENTS: Final = 1024
 
-_COUNT = np.arange(MAX_ELEMENTS, dtype=np.uint64)
-
 _libc = ctypes.CDLL(None, use_errno=True)
 for _name in ("writev", "readv"):
     _function = getattr(_libc, _name)
@@ -38,7 +36,7 @@ class Records:
     Args:
         headers: address of the first header; they stand back to back.
         header_size: bytes of each.
-        bodies: address of each body, at most MAX_ELEMENTS // 2.
+        bodies: address of each body.
         body_size: bytes of each.
         lead: address and size of what replaces the first header, if anything does.
     """
@@ -55,7 +53,7 @@ class Records:
     ) -> None:
         count = len(bodies)
         vector = np.empty((count, 4), np.uint64)
-        vector[:, 0] = headers + _COUNT[:count] * np.uint64(header_size)
+        vector[:, 0] = headers + np.arange(count, dtype=np.uint64) * np.uint64(header_size)
         vector[:, 1] = header_size
         vector[:, 2] = bodies
         vector[:, 3] = body_size
