@@ -339,7 +339,6 @@ class _Arrival:
         began = trio.current_time()
         failure = await teardown.guest_call("brought to life", functools.partial(self.guest.activate, state), grace)
         if failure is not None:
-            monitor.advance(Status.FAILED)
             raise failure
         self.resume_seconds = trio.current_time() - began
         if state == "running" and not isinstance(self.guest, OpaqueGuest):
