@@ -407,6 +407,8 @@ class Demo:
         else:
             assert keeper is not None
             report["fate"] = await self._fate(keeper, owner, report)
+            if report["guest"] in ("running", "paused"):
+                report["survivor"] = owner.value
         return report
 
     def _survivor(self) -> str | None:

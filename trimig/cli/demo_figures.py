@@ -64,7 +64,7 @@ def overall(hops: Sequence[Hop]) -> dict[str, Any]:
 def text(result: dict[str, Any]) -> str:
     """The proof and the figures for people; *result* is what ``--json`` prints."""
     if result["verified"]:
-        lines = [f"Verified: {result['proof']}; not one write was lost or replayed.", ""]
+        lines = [f"Verified: {result['proof']}.", "Not one write was lost or replayed.", ""]
     else:
         lines = [f"NOT VERIFIED: {result['proof']}.", ""]
     hops = result["hops"]
@@ -77,8 +77,8 @@ def text(result: dict[str, Any]) -> str:
     rows = [
         ("total time", f"{show_time(result['total_ms'] / 1000)}, {result['iterations']} iterations"),
         ("downtime", downtime),
-        ("", f"{split} ms"),
-        ("", f"(of the commit, {_ms(result['downtime']['resume'])} ms were resuming the guest over there)"),
+        ("  its parts, ms", split),
+        ("", f"(within the commit, the destination took {_ms(result['downtime']['resume'])} to resume the guest)"),
         ("throughput", f"{show_size(result['throughput_bytes_per_s'])}/s of guest memory"),
         ("memory moved", f"{show_size(result['normal_bytes'])} in normal pages, {show_size(result['zero_bytes'])} in zero pages"),
         ("bytes sent", show_size(result["transferred_bytes"])),
@@ -89,13 +89,18 @@ def text(result: dict[str, Any]) -> str:
 
 
 def _table(hops: Sequence[dict[str, Any]]) -> list[str]:
-    lines = ["  hop   time      passes  sent       throughput   downtime ms = pause +  RAM + dev + prep + commit"]
+    lines = [
+        "                                           downtime, ms, and its parts",
+        " hop     time passes     sent        rate   total pause   RAM  dev. prep. commit",
+    ]
     for r in hops:
-        parts = "".join(f"{_ms(r['downtime'][part]):>6}" for part in PARTS)
+        rate = f"{show_size(r['throughput_bytes_per_s'])}/s"
+        parts = "".join(
+            f"{_ms(r['downtime'][part]):>{width}}" for part, width in zip(PARTS, (6, 6, 6, 6, 7), strict=True)
+        )
         lines.append(
-            f"  {r['hop']:<5} {show_time(r['total_ms'] / 1000):<9} {r['iterations']:<7} "
-            f"{show_size(r['transferred_bytes']):<10} {show_size(r['throughput_bytes_per_s']) + '/s':<12} "
-            f"{_ms(r['downtime_ms']):<8}{parts}"
+            f"{r['hop']:>4}{show_time(r['total_ms'] / 1000):>9}{r['iterations']:>7}"
+            f"{show_size(r['transferred_bytes']):>9}{rate:>12}{_ms(r['downtime_ms']):>8}{parts}"
         )
     return [*lines, ""]
 

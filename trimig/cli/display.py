@@ -271,6 +271,7 @@ class LiveView:
         self._title = title
         with self._guarded():
             self._live.start()
+            self._live.update(title, refresh=True)
 
     def show(self, now: Picture) -> None:
         known = self._rows.get(now.iteration)

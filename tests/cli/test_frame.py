@@ -1,0 +1,244 @@
+"""The frame of the command line: options, one way to run, errors as a sentence and an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import trio
+from click.testing import CliRunner, Result
+
+import trimig
+from trimig.cli import Frame, common, main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+@pytest.fixture
+def probe(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[trimig.Config]]:
+    """A command ``demo`` that only notes the configuration that it gets, and fails as ``--fail`` says."""
+    seen: list[trimig.Config] = []
+
+    @click.command()
+    @click.option("--size", type=common.RAM_SIZE, default="4K")
+    @click.option("--fail", type=click.Choice(sorted(FAILURES)))
+    @common.migration_options
+    def demo(size: int, fail: str | None, config: trimig.Config, as_json: bool) -> int:
+        seen.append(config)
+
+        async def job() -> int:
+            await trio.lowlevel.checkpoint()
+            if fail is not None:
+                raise FAILURES[fail]
+            return 0
+
+        return common.run(job, as_json=as_json)
+
+    monkeypatch.setattr(Frame, "get_command", lambda self, ctx, name: demo if name == "demo" else None)
+    yield seen
+
+
+FAILURES: dict[str, Exception] = {
+    "transport": trimig.TransportFailed("cannot connect to tcp:h:1: connection refused"),
+    "bytes": trimig.RemoteProtocolError("bad magic", offset=4, section="ram"),
+    "uncertain": trimig.HandoverUncertain("nobody knows"),
+    "option": trimig.ConfigError("unknown protocol", name="uri"),
+    "file": FileNotFoundError(2, "No such file or directory", "/no/file"),
+    "bug": KeyError("x"),
+}
+
+
+def test_version_and_help() -> None:
+    assert invoke("--version").output == f"trimig, version {trimig.__version__}\n"
+    text = invoke("--help")
+    assert text.exit_code == 0
+    assert "demo" in text.output
+    assert "130 cancelled by a signal" in " ".join(text.output.split())
+
+
+def test_without_a_command_the_help_goes_to_stderr() -> None:
+    result = invoke()
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("Usage: trimig")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nonsense"], "No such command"),
+        (["demo", "--nonsense"], "No such option"),
+        (["demo", "--size", "much"], "a size is a number of bytes"),
+        (["demo", "--size", "4097"], "multiple of the page size"),
+        (["demo", "--size", "0"], "too small"),
+        (["demo", "-c", "nonsense"], "nonsense"),
+        (["demo", "-c", "xbzrle"], "not built"),
+        (["demo", "-p", "downtime-limit"], "NAME=VALUE"),
+        (["demo", "-p", "downtime-limit=soon"], "downtime_limit"),
+        (["demo", "--config", "/no/such.toml"], "/no/such.toml"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_code_2(arguments: list[str], words: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("trimig: ")
+    assert result.stderr.count("\n") == 1
+    assert words in result.stderr
+    assert result.stdout == ""
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_wrong_usage_with_json_is_an_object_on_stdout_too() -> None:
+    result = invoke("demo", "--json", "--size", "much")
+    record = json.loads(result.stdout)
+    assert record["exit_code"] == result.exit_code == 2
+    assert "much" in record["error"]
+    assert "much" in result.stderr
+
+
+def test_options_build_a_config(probe: list[trimig.Config], tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("[parameters]\ndowntime-limit = 50\nmax-bandwidth = '1G'\n[engine]\nautostart = false\n")
+    result = invoke(
+        "demo", "--config", str(file), "-c", "return-path=off", "-p", "downtime-limit=70", "--parameter", "max_bandwidth=2M"
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (config,) = probe
+    assert not config.capabilities.return_path
+    assert config.parameters.downtime_limit == 70
+    assert config.parameters.max_bandwidth == 2 * trimig.MiB
+    assert not config.autostart
+
+
+@pytest.mark.parametrize(
+    ("fail", "code", "more"),
+    [
+        ("transport", 1, {"owner": "source", "kind": "TransportFailed"}),
+        ("bytes", 1, {"offset": 4, "section": "ram"}),
+        ("uncertain", 3, {"owner": "unknown"}),
+        ("option", 2, {"name": "uri"}),
+        ("file", 1, {"error": "/no/file: No such file or directory"}),
+        ("bug", 1, {"kind": "InternalError"}),
+    ],
+)
+def test_each_error_has_its_code_and_record(
+    probe: list[trimig.Config], fail: str, code: int, more: dict[str, object]
+) -> None:
+    result = invoke("demo", "--json", "--fail", fail)
+    assert result.exit_code == code
+    record = json.loads(result.stdout)
+    assert record["exit_code"] == code
+    assert {key: record[key] for key in more} == more
+    assert result.stderr == f"trimig: {record['error']}\n"
+    assert "Traceback" not in result.stderr
+
+
+def test_debug_prints_the_traceback(probe: list[trimig.Config]) -> None:
+    for arguments in (["--debug", "demo"], ["demo", "--debug"]):
+        result = invoke(*arguments, "--fail", "bug")
+        assert "Traceback" in result.stderr
+        assert "KeyError" in result.stderr
+        assert result.exit_code == 1
+
+
+def test_a_signal_cancels_cleanly_and_a_second_one_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    steps: list[str] = []
+
+    async def job() -> int:
+        signal.raise_signal(signal.SIGINT)
+        try:
+            await trio.sleep_forever()
+        finally:
+            steps.append("unwound")
+        return 0
+
+    assert common.run(job) == 130
+    assert steps == ["unwound"]
+    assert "SIGINT: cancelling" in capsys.readouterr().err
+
+
+def test_a_job_that_finishes_in_spite_of_the_signal_counts_as_finished() -> None:
+    async def job() -> int:
+        signal.raise_signal(signal.SIGTERM)
+        for _ in range(5):
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        return 0
+
+    assert common.run(job) == 0
+
+
+async def test_alongside_returns_the_result_that_a_late_cancel_finds() -> None:
+    async def call() -> str:
+        scope.cancel()
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        return "handed over"
+
+    result = ""
+    with trio.CancelScope() as scope:
+        result = await common.alongside(call, trio.sleep_forever)
+    assert result == "handed over"
+
+
+async def test_alongside_raises_the_error_itself() -> None:
+    error = trimig.TransportFailed("gone")
+
+    async def call() -> None:
+        await trio.lowlevel.checkpoint()
+        raise error
+
+    with pytest.raises(trimig.TransportFailed) as caught:
+        await common.alongside(call, trio.sleep_forever)
+    assert caught.value is error
+    assert not isinstance(error.__context__, BaseExceptionGroup)
+
+
+def test_sizes_and_times_for_people() -> None:
+    assert [common.show_size(n) for n in (0, 1023, 1536, 256 << 20, 1023.9 * (1 << 20))] == [
+        "0 B", "1023 B", "1.5 KiB", "256 MiB", "1 GiB"
+    ]  # fmt: skip
+    assert [common.show_time(t) for t in (0.0004, 0.3, 4.25, 185)] == ["0.4 ms", "300 ms", "4.2 s", "3 min 5 s"]
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "trimig", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_the_module_is_the_command() -> None:
+    done = run_python("demo", "--size", "x")
+    assert done.returncode == 2
+    assert done.stderr.startswith("trimig: ")
+
+
+def test_a_reader_that_has_seen_enough_is_no_traceback() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "trimig", "--help"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
