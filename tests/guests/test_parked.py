@@ -1,0 +1,364 @@
+"""Parked guests: loaded and saved, received and sent on, and nothing left behind where that fails."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+
+import trimig
+from trimig.engine.offload import limiter
+from trimig.guest import ConfigSubsection, DeviceSection, OpaqueGuest
+from trimig.guests import savefile
+from trimig.stream import inspect_stream
+from trimig.testing import VirtualLink
+from trimig.wire import RamFlag, RecordWriter, Section, description, globalstate
+from trimig.wire import encoder as wire
+
+PAGES = 5
+UUID = ConfigSubsection(name="configuration/uuid", version=1, payload=bytes(range(16)))
+
+
+def devices() -> list[DeviceSection]:
+    """Two devices and the run state, with numbers as a QEMU gives them."""
+    made = []
+    for number, (name, instance, size) in enumerate([("timer", 0, 24), ("i8259", 1, 7)]):
+        fields = [{"name": "data", "type": "buffer", "size": size}]
+        made.append(
+            DeviceSection(
+                idstr=name,
+                instance_id=instance,
+                version_id=2,
+                payload=bytes([0x40 + number]) * size,
+                section_id=7 * number,
+                description={"name": name, "instance_id": instance, "version": 2, "fields": fields},
+            )
+        )
+    state = globalstate.section("paused")
+    return [
+        *made,
+        DeviceSection(
+            idstr=state.idstr,
+            version_id=1,
+            payload=state.payload,
+            section_id=41,
+            description=dict(state.description or {}),
+        ),
+    ]
+
+
+def content() -> np.ndarray[Any, np.dtype[np.uint8]]:
+    pages = np.random.default_rng(1).integers(1, 256, (PAGES, 4096), np.uint8)
+    pages[3] = 0
+    return pages
+
+
+def stream(*, restart: bool = False, described: bool = True) -> bytes:
+    """A small precopy stream as a QEMU could send it: commands, a page sent twice, two blocks."""
+    records = RecordWriter()
+    pages = content()
+    close = wire.END_WORD + wire.section_footer(2)
+    start = wire.section_start(Section.START, 2, "ram", 0, 4) + wire.ram_list([("ram", PAGES * 4096), ("rom", 4096)])
+    offsets = np.arange(PAGES, dtype=np.int64) * 4096
+    out = wire.file_header() + wire.configuration("toy-1.0", [UUID])
+    out += wire.command(1) + wire.ping(1) + start + close
+    out += wire.section_continue(Section.PART, 2)
+    out += records.page_records("ram", offsets[:1], pages[1:2])
+    out += records.page_records("ram", offsets[:3], pages[:3])
+    out += close
+    if restart:
+        out += start + close
+        records.forget()
+    out += wire.section_continue(Section.END, 2)
+    out += records.zero_records("ram", offsets[3:4])
+    out += records.page_records("ram", offsets[4:], pages[4:])
+    out += records.zero_records("rom", offsets[:1], np.array([0xFF], np.uint8))
+    out += close
+    sections = devices()
+    out += b"".join(wire.device_section(s, s.section_id or 0) for s in sections) + wire.end_of_stream()
+    return out + (
+        wire.description(description.build(4096, [s.description or {} for s in sections])) if described else b""
+    )
+
+
+def check(guest: trimig.ParkedGuest) -> None:
+    """It is the guest of :func:`stream`."""
+    assert guest.name == "toy-1.0"
+    assert list(guest.subsections) == [UUID]
+    assert [(b.name, b.length) for b in guest.ram] == [("ram", PAGES * 4096), ("rom", 4096)]
+    assert np.array_equal(guest.ram[0].pages, content())
+    assert (guest.ram[1].pages == 0xFF).all()
+    assert [(s.idstr, s.instance_id, s.version_id, s.section_id, s.payload) for s in guest.sections] == [
+        (s.idstr, s.instance_id, s.version_id, s.section_id, s.payload) for s in devices()
+    ]
+    assert guest.guest_run_state == "paused"
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+async def test_a_stream_is_loaded_and_saved_with_each_page_once(tmp_path: Path) -> None:
+    """Q1, Q3: ids, names, subsections, description and the order of blocks survive; the second save is identical."""
+    original = stream()
+    with await trimig.ParkedGuest.load(write(tmp_path / "in", original)) as guest:
+        assert isinstance(guest, OpaqueGuest)
+        check(guest)
+        await guest.save(tmp_path / "out")
+    saved = (tmp_path / "out").read_bytes()
+    tail = original[original.index(b"\x04\x00\x00\x00\x00\x05timer") :]
+    assert saved.endswith(tail)
+    assert saved.startswith(original[: original.index(b"\x08")])
+    report = await inspect_stream(tmp_path / "out")
+    assert [(b.name, b.pages, b.zero_pages) for b in report.blocks] == [("ram", 4, 1), ("rom", 1, 0)]
+    assert report.commands == []
+    with await trimig.ParkedGuest.load(tmp_path / "out") as again:
+        check(again)
+        await again.save(tmp_path / "twice")
+    assert (tmp_path / "twice").read_bytes() == saved
+    assert limiter().borrowed_tokens == 0
+
+
+async def test_pages_before_a_repeated_start_are_kept(tmp_path: Path) -> None:
+    with await trimig.ParkedGuest.load(write(tmp_path / "in", stream(restart=True))) as guest:
+        check(guest)
+    link = VirtualLink(seed=1)
+    with trimig.ParkedGuest() as received:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(functools.partial(trimig.receive, received, link.b))
+            await link.a.send_all(stream(restart=True))
+        check(received)
+
+
+async def test_a_stream_without_description_keeps_its_devices(tmp_path: Path) -> None:
+    with await trimig.ParkedGuest.load(write(tmp_path / "in", stream(described=False))) as guest:
+        check(guest)
+        assert guest.description is None
+        assert any("no description" in warning for warning in guest.warnings)
+        await guest.save(tmp_path / "out")
+    assert (tmp_path / "out").read_bytes().endswith(globalstate.section("paused").payload + b"\x7e\0\0\0\x29\0")
+
+
+async def test_a_stream_of_an_old_machine_type_is_written_as_it_came(tmp_path: Path) -> None:
+    """Without configuration section and footers; both are found out from the file."""
+    close = wire.END_WORD
+    data = (
+        wire.file_header() + wire.section_start(Section.START, 2, "ram", 0, 4) + wire.ram_list([("ram", 4096)]) + close
+    )
+    data += wire.section_continue(Section.PART, 2)
+    data += RecordWriter().zero_records("ram", np.zeros(1, np.int64)) + close
+    data += wire.section_continue(Section.END, 2) + close
+    sections = devices()
+    data += b"".join(wire.device_section(s, s.section_id or 0, footer=False) for s in sections) + wire.end_of_stream()
+    data += wire.description(description.build(4096, [s.description or {} for s in sections]))
+    with await trimig.ParkedGuest.load(write(tmp_path / "in", data)) as guest:
+        assert (guest.peer.send_configuration, guest.peer.send_section_footer) == (False, False)
+        await guest.save(tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == data
+
+
+async def test_a_file_cut_at_any_place_gives_a_typed_error_or_the_guest(tmp_path: Path) -> None:
+    """T4: cut before the end-of-file byte it is refused, behind it only the description is missing."""
+    data = stream()
+    text = data.index(description.OPENING)
+    eof = text - 6
+    cuts = [*range(120), *range(120, len(data), 997), *range(eof - 150, text + 3)]
+    for cut in cuts:
+        path = write(tmp_path / "cut", data[:cut])
+        if cut > eof:
+            with await trimig.ParkedGuest.load(path) as guest:
+                check(guest)
+            continue
+        with pytest.raises((trimig.TransportFailed, trimig.RemoteProtocolError)):
+            await trimig.ParkedGuest.load(path)
+
+
+async def transfer(source: Any, target: Any) -> tuple[trimig.Summary, trimig.Summary]:
+    link = VirtualLink(seed=2)
+    results: dict[str, trimig.Summary] = {}
+
+    async def send() -> None:
+        results["source"] = await trimig.migrate(source, link.a)
+
+    async def receive() -> None:
+        results["target"] = await trimig.receive(target, link.b)
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            nursery.start_soon(receive)
+    return results["source"], results["target"]
+
+
+async def test_sent_on_as_it_came_and_the_file_is_there_before_the_answer(tmp_path: Path) -> None:
+    """The source has prepared: its PING at the end of unknown devices is answered when RAM is on the disk."""
+    path = write(tmp_path / "in", stream())
+    with await trimig.ParkedGuest.load(path) as source, trimig.ParkedGuest(tmp_path / "out") as target:
+        sent, got = await transfer(source, target)
+        assert (sent.confirmed, sent.prepared, got.confirmed) == (True, True, True)
+        check(target)
+        assert target.description == source.description
+        assert (target.run_state, source.run_state) == ("paused", "paused")
+    with await trimig.ParkedGuest.load(tmp_path / "out") as loaded:
+        check(loaded)
+    assert sorted(await trio.to_thread.run_sync(os.listdir, tmp_path)) == ["in", "out"]
+
+
+async def test_an_application_is_parked_and_comes_back() -> None:
+    class Counter(trimig.Device):
+        vmstate = trimig.VMState("counter", fields=(trimig.Field("value", "uint32"),))
+        value = 0
+
+    def app(*, running: bool) -> tuple[trimig.AppGuest, Counter]:
+        guest = trimig.AppGuest("app", running=running)
+        guest.add_ram("table", 1 << 20)
+        device = Counter()
+        guest.add_device(device)
+        return guest, device
+
+    first, counter = app(running=True)
+    second, other = app(running=False)
+    with trimig.ParkedGuest() as parked:
+        first.ram[0].pages[7] = 9
+        counter.value = 77
+        await transfer(first, parked)
+        assert [s.idstr for s in parked.sections] == ["counter", "globalstate"]
+        assert parked.guest_run_state == "running"
+        await transfer(parked, second)
+    assert other.value == 77
+    assert (second.ram[0].pages == first.ram[0].pages).all()
+    assert second.run_state == "running"
+    for guest in (first, second):
+        guest.close()
+
+
+@pytest.mark.parametrize("cut", [40, 300, 9000, -700, -500])
+async def test_a_stream_that_breaks_leaves_no_file(tmp_path: Path, cut: int) -> None:
+    link = VirtualLink(seed=1)
+    with trimig.ParkedGuest(tmp_path / "out") as guest:
+        async with trio.open_nursery() as nursery:
+
+            async def receive() -> None:
+                with pytest.raises(trimig.MigrationError):
+                    await trimig.receive(guest, link.b)
+
+            nursery.start_soon(receive)
+            await link.a.send_all(stream(described=False)[:cut])
+            await link.a.aclose()
+        with pytest.raises(trimig.StateError):
+            await guest.save_devices()
+    assert await trio.to_thread.run_sync(os.listdir, tmp_path) == []
+
+
+@pytest.mark.parametrize("cut", [300, 9000, -100])
+async def test_a_cancelled_arrival_leaves_no_file(tmp_path: Path, cut: int) -> None:
+    link = VirtualLink(seed=1)
+    with trimig.ParkedGuest(tmp_path / "out") as guest:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(functools.partial(trimig.receive, guest, link.b))
+            await link.a.send_all(stream()[:cut])
+            while not guest.ram:
+                await trio.lowlevel.checkpoint()
+            assert len(await trio.to_thread.run_sync(os.listdir, tmp_path)) == 1
+            nursery.cancel_scope.cancel()
+    assert await trio.to_thread.run_sync(os.listdir, tmp_path) == []
+
+
+@pytest.mark.parametrize("call", ["fsync", "fdatasync", "link", "write"])
+async def test_a_disk_that_fails_leaves_the_guest_at_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    path = write(tmp_path / "in", stream())
+
+    def broken(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with await trimig.ParkedGuest.load(path) as source, trimig.ParkedGuest(tmp_path / "out") as target:
+        monkeypatch.setattr(os, call, broken)
+        if call == "link":  # then it is tried without links
+            monkeypatch.setattr(os, "rename", broken)
+        link = VirtualLink(seed=1)
+        failures: list[trimig.MigrationError] = []
+
+        async def fails(call: Any) -> None:
+            with pytest.raises(trimig.MigrationError) as caught:
+                await call()
+            failures.append(caught.value)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fails, functools.partial(trimig.migrate, source, link.a))
+            nursery.start_soon(fails, functools.partial(trimig.receive, target, link.b))
+        monkeypatch.undo()
+        kinds = {type(failure) for failure in failures}
+        assert kinds == {trimig.GuestFailed, trimig.PeerFailed}
+        assert all("No space left" in str(f) for f in failures if isinstance(f, trimig.GuestFailed))
+        assert next(f for f in failures if isinstance(f, trimig.PeerFailed)).owner is trimig.Ownership.SOURCE
+    assert await trio.to_thread.run_sync(os.listdir, tmp_path) == ["in"]
+
+
+async def test_an_existing_file_is_never_touched_without_replace(tmp_path: Path) -> None:
+    path = write(tmp_path / "in", stream())
+    old = write(tmp_path / "out", b"precious")
+    with await trimig.ParkedGuest.load(path) as guest:
+        with pytest.raises(trimig.GuestFailed, match="File exists"):
+            await guest.save(old)
+        assert old.read_bytes() == b"precious"
+        await guest.save(old, replace=True)
+    with await trimig.ParkedGuest.load(old) as loaded:
+        check(loaded)
+    assert sorted(await trio.to_thread.run_sync(os.listdir, tmp_path)) == ["in", "out"]
+
+
+async def test_a_file_that_comes_up_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    guest = await trimig.ParkedGuest.load(write(tmp_path / "in", stream()))
+    with guest:
+        file = savefile.SaveFile(tmp_path / "out", replace=False, peer=guest.peer)
+        await file.write_ram(guest)
+        write(tmp_path / "out", b"precious")
+        with pytest.raises(FileExistsError):
+            await file.finish(guest, guest.sections)
+        file.discard()
+    assert (tmp_path / "out").read_bytes() == b"precious"
+    assert sorted(await trio.to_thread.run_sync(os.listdir, tmp_path)) == ["in", "out"]
+
+
+async def test_more_ram_than_the_machine_has_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    data = wire.file_header() + wire.configuration("toy") + wire.section_start(Section.START, 2, "ram", 0, 4)
+    data += struct.pack(">Q", (1 << 47) | RamFlag.MEM_SIZE) + b"\x03ram" + struct.pack(">Q", 1 << 47)
+    with pytest.raises(trimig.GuestFailed, match="there is room for"):
+        await trimig.ParkedGuest.load(write(tmp_path / "in", data))
+
+
+async def test_an_empty_or_busy_guest_cannot_be_sent(tmp_path: Path) -> None:
+    link = VirtualLink(seed=1)
+    with trimig.ParkedGuest() as guest:
+        with pytest.raises(trimig.StateError, match="nothing is parked"):
+            await guest.save(tmp_path / "out")
+        guest.claim("a test")
+        with pytest.raises(trimig.StateError, match="busy: a test"):
+            await trimig.migrate(guest, link.a)
+        guest.release()
+    with pytest.raises(FileNotFoundError):
+        await trimig.ParkedGuest.load(tmp_path / "none")
+    assert await trio.to_thread.run_sync(os.listdir, tmp_path) == []
+
+
+async def test_ram_that_is_not_in_the_file_is_an_error_unless_allowed(tmp_path: Path) -> None:
+    """Q9."""
+    data = stream()
+    at = data.index(b"\x03rom\xff")
+    data = data[: at - 8] + data[at + 5 :]  # without the only record of that block
+    path = write(tmp_path / "in", data)
+    with pytest.raises(trimig.RemoteProtocolError, match="1 pages of RAM block 'rom' are not in the stream"):
+        await trimig.ParkedGuest.load(path)
+    with await trimig.ParkedGuest.load(path, partial=True) as guest:
+        assert not guest.ram[1].pages.any()
+        assert "1 pages of RAM block 'rom' are not in the stream" in guest.warnings
