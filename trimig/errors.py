@@ -137,6 +137,7 @@ class HandoverUncertain(MigrationError):
     def __init__(self, message: str, *, resume: Callable[[], Awaitable[None]] | None = None) -> None:
         super().__init__(message, owner=Ownership.UNKNOWN)
         self._resume = resume
+        self._settling = False
         self.settled: Ownership | None = None
 
     async def settle(self, owner: Ownership) -> None:
@@ -144,7 +145,7 @@ class HandoverUncertain(MigrationError):
 
         Raises:
             ValueError: *owner* is UNKNOWN.
-            StateError: it was settled already.
+            StateError: it was settled already, or is being settled by somebody else right now.
             GuestFailed: the guest could not be resumed; it may be tried again.
 
         **Cancellation:** a cancelled call has not settled anything, but the guest may have been resumed.
@@ -153,10 +154,16 @@ class HandoverUncertain(MigrationError):
             raise ValueError("settle needs a definite owner: Ownership.SOURCE or Ownership.DESTINATION")
         if self.settled is not None:
             raise StateError(f"already settled: the owner is the {self.settled.value}")
-        if owner is Ownership.SOURCE and self._resume is not None:
-            await self._resume()
-        self.settled = owner
-        self.owner = owner
+        if self._settling:
+            raise StateError("somebody else is settling it right now")
+        self._settling = True
+        try:
+            if owner is Ownership.SOURCE and self._resume is not None:
+                await self._resume()
+            self.settled = owner
+            self.owner = owner
+        finally:
+            self._settling = False
 
 
 class InternalError(MigrationError):

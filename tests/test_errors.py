@@ -1,0 +1,145 @@
+"""The errors: one root, who owns the guest, and what the messages say."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+
+import pytest
+import trio
+
+import trimig
+from trimig import errors
+from trimig.errors import HandoverUncertain, Ownership, RemoteProtocolError, StateError
+
+ALL = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, Exception)]
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_every_error_has_the_root_and_is_public(cls: type[Exception]) -> None:
+    assert issubclass(cls, errors.MigrationError)
+    assert getattr(trimig, cls.__name__) is cls
+
+
+def test_owner_is_the_source_unless_said() -> None:
+    assert errors.MigrationError("x").owner is Ownership.SOURCE
+    assert errors.TransportFailed("x", owner=Ownership.DESTINATION).owner is Ownership.DESTINATION
+    assert HandoverUncertain("x").owner is Ownership.UNKNOWN
+    assert [cls for cls in ALL if "UNKNOWN" in inspect.getsource(cls.__init__)] == [HandoverUncertain]
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RemoteProtocolError("bad"), "bad"),
+        (RemoteProtocolError("bad", offset=0), "bad [at byte 0 (0x0)]"),
+        (RemoteProtocolError("bad", offset=4096, section="ram"), "bad [at byte 4096 (0x1000), in section 'ram']"),
+        (RemoteProtocolError("bad", section="timer"), "bad [in section 'timer']"),
+    ],
+)
+def test_place_in_the_stream_is_in_the_text(error: RemoteProtocolError, text: str) -> None:
+    assert str(error) == text
+    assert error.reason == "bad"
+
+
+def test_attributes() -> None:
+    assert errors.ConfigError("x", name="downtime-limit").name == "downtime-limit"
+    assert isinstance(errors.ConfigError("x"), ValueError)
+    assert StateError("x", status="active").status == "active"
+    assert errors.PeerFailed("x", code=1).code == 1
+    cancelled = errors.MigrationCancelled("maintenance is over")
+    assert cancelled.reason == "maintenance is over"
+    assert str(cancelled) == "the migration was cancelled: maintenance is over"
+    assert errors.MigrationError("x").others == ()
+
+
+def test_errors_without_needed_arguments_can_be_pickled() -> None:
+    """They cross process borders in test runners and workers."""
+    for error in (errors.TransportFailed("x"), errors.GuestFailed("y"), StateError("z", status="active")):
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
+
+
+# -- settle --------------------------------------------------------------------------------------------------------
+
+
+class Guest:
+    """Counts resumes, and fails at some."""
+
+    def __init__(self, *failures: Exception) -> None:
+        self.failures = list(failures)
+        self.resumed = 0
+
+    async def resume(self) -> None:
+        if self.failures:
+            raise self.failures.pop(0)
+        self.resumed += 1
+
+
+async def test_settled_for_the_source_resumes_the_guest() -> None:
+    guest = Guest()
+    error = HandoverUncertain("no answer", resume=guest.resume)
+    await error.settle(Ownership.SOURCE)
+    assert (guest.resumed, error.settled, error.owner) == (1, Ownership.SOURCE, Ownership.SOURCE)
+
+
+async def test_settled_for_the_destination_leaves_the_guest_paused() -> None:
+    guest = Guest()
+    error = HandoverUncertain("no answer", resume=guest.resume)
+    await error.settle(Ownership.DESTINATION)
+    assert (guest.resumed, error.settled, error.owner) == (0, Ownership.DESTINATION, Ownership.DESTINATION)
+
+
+async def test_settling_needs_a_definite_owner() -> None:
+    error = HandoverUncertain("no answer")
+    with pytest.raises(ValueError, match="definite owner"):
+        await error.settle(Ownership.UNKNOWN)
+    assert (error.settled, error.owner) == (None, Ownership.UNKNOWN)
+
+
+@pytest.mark.parametrize("again", [Ownership.SOURCE, Ownership.DESTINATION])
+async def test_settled_is_settled(again: Ownership) -> None:
+    guest = Guest()
+    error = HandoverUncertain("no answer", resume=guest.resume)
+    await error.settle(Ownership.DESTINATION)
+    with pytest.raises(StateError, match="already settled: the owner is the destination"):
+        await error.settle(again)
+    assert guest.resumed == 0
+
+
+async def test_guest_that_could_not_be_resumed_may_be_tried_again() -> None:
+    guest = Guest(errors.GuestFailed("it does not answer"))
+    error = HandoverUncertain("no answer", resume=guest.resume)
+    with pytest.raises(errors.GuestFailed):
+        await error.settle(Ownership.SOURCE)
+    assert (error.settled, error.owner) == (None, Ownership.UNKNOWN)
+    await error.settle(Ownership.SOURCE)
+    assert (guest.resumed, error.settled) == (1, Ownership.SOURCE)
+
+
+async def test_two_cannot_settle_differently_at_once() -> None:
+    """Else the guest would be resumed here and given up to the destination."""
+    resuming, go_on = trio.Event(), trio.Event()
+
+    async def resume() -> None:
+        resuming.set()
+        await go_on.wait()
+
+    error = HandoverUncertain("no answer", resume=resume)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(error.settle, Ownership.SOURCE)
+        await resuming.wait()
+        with pytest.raises(StateError, match="somebody else is settling it"):
+            await error.settle(Ownership.DESTINATION)
+        go_on.set()
+    assert error.settled is Ownership.SOURCE
+
+
+async def test_cancelled_settling_has_not_settled_anything() -> None:
+    error = HandoverUncertain("no answer", resume=trio.sleep_forever)
+    with trio.CancelScope() as scope:
+        scope.cancel(reason="the operator thinks again")
+        await error.settle(Ownership.SOURCE)
+    assert (error.settled, error.owner) == (None, Ownership.UNKNOWN)
+    await error.settle(Ownership.DESTINATION)
+    assert error.owner is Ownership.DESTINATION

@@ -1,0 +1,151 @@
+"""The table of statuses: its laws, the owner in each, and the predicates over it."""
+
+from __future__ import annotations
+
+import pytest
+
+from trimig.errors import Ownership, StateError
+from trimig.status import CANCELLABLE, IDLE, TERMINAL, TRANSITIONS, Role, Status, check, owner
+
+S = Status
+BOTH = [Role.SOURCE, Role.DESTINATION]
+#: What a destination has no use for: it is told, it does not decide.
+SOURCE_ONLY = {S.PRE_SWITCHOVER, S.DEVICE, S.UNCERTAIN}
+
+
+def reachable(role: Role, start: Status) -> set[Status]:
+    """Every status that can follow *start*, near or far."""
+    seen: set[Status] = set()
+    todo = [start]
+    while todo:
+        for new in TRANSITIONS[role].get(todo.pop(), ()):
+            if new not in seen:
+                seen.add(new)
+                todo.append(new)
+    return seen
+
+
+@pytest.mark.parametrize("role", BOTH)
+def test_every_status_of_the_table_can_be_reached(role: Role) -> None:
+    assert reachable(role, S.NONE) == set(TRANSITIONS[role]) - {S.NONE}
+
+
+def test_roles_have_the_statuses_they_need() -> None:
+    assert set(TRANSITIONS[Role.SOURCE]) == set(Status)
+    assert set(TRANSITIONS[Role.DESTINATION]) == set(Status) - SOURCE_ONLY
+
+
+@pytest.mark.parametrize("role", BOTH)
+def test_every_status_leads_to_an_end(role: Role) -> None:
+    for status in TRANSITIONS[role]:
+        assert status in TERMINAL or reachable(role, status) & TERMINAL, status
+
+
+@pytest.mark.parametrize("role", BOTH)
+def test_end_of_an_attempt_leads_to_a_new_one_only(role: Role) -> None:
+    """T7: `migrate` can be repeated without manual steps; G19."""
+    for status in (TERMINAL & IDLE) | {S.NONE}:
+        assert TRANSITIONS[role][status] == {S.SETUP}, status
+
+
+def test_uncertain_is_left_by_an_answer_only() -> None:
+    """G1: never back to running by itself, and no new attempt before it is settled."""
+    assert TRANSITIONS[Role.SOURCE][S.UNCERTAIN] == {S.COMPLETED, S.FAILED}
+    assert S.UNCERTAIN not in IDLE
+
+
+def test_decision_cannot_be_cancelled() -> None:
+    """G2: there is no way from handover to cancelling, not even over another status."""
+    for role in BOTH:
+        after = {S.HANDOVER} | TRANSITIONS[role][S.HANDOVER]
+        assert not after & {S.CANCELLING, S.CANCELLED}
+        assert not after & CANCELLABLE
+
+
+@pytest.mark.parametrize("role", BOTH)
+def test_cancellable_is_what_may_become_cancelling(role: Role) -> None:
+    """F10."""
+    table = TRANSITIONS[role]
+    assert {status for status in table if S.CANCELLING in table[status]} == CANCELLABLE & set(table)
+
+
+@pytest.mark.parametrize("role", BOTH)
+def test_transitions_of_the_table_are_allowed_and_all_others_refused(role: Role) -> None:
+    """H3: an illegal change raises, naming the side and both statuses, instead of being lost in silence (G11)."""
+    for old in Status:
+        for new in Status:
+            if new in TRANSITIONS[role].get(old, ()):
+                check(role, old, new)
+                continue
+            with pytest.raises(StateError) as caught:
+                check(role, old, new)
+            assert str(caught.value) == f"a {role.value} cannot go from {old.value} to {new.value}"
+            assert caught.value.status == old.value
+
+
+def test_table_cannot_be_changed() -> None:
+    with pytest.raises(TypeError):
+        TRANSITIONS[Role.SOURCE][S.NONE] = frozenset()  # type: ignore[index] # that it cannot is the point
+
+
+SRC, DST, UNKNOWN = Ownership.SOURCE, Ownership.DESTINATION, Ownership.UNKNOWN
+
+#: status: (owner on the source, owner on the destination)
+OWNERS = {
+    S.NONE: (SRC, SRC),
+    S.SETUP: (SRC, SRC),
+    S.ACTIVE: (SRC, SRC),
+    S.PRE_SWITCHOVER: (SRC, SRC),
+    S.DEVICE: (SRC, SRC),
+    S.HANDOVER: (UNKNOWN, DST),
+    S.UNCERTAIN: (UNKNOWN, SRC),
+    S.COMPLETED: (DST, DST),
+    S.FAILED: (SRC, SRC),
+    S.CANCELLING: (SRC, SRC),
+    S.CANCELLED: (SRC, SRC),
+}
+
+
+@pytest.mark.parametrize("status", list(Status))
+def test_owner(status: Status) -> None:
+    assert (owner(Role.SOURCE, status), owner(Role.DESTINATION, status)) == OWNERS[status]
+
+
+def test_guest_changes_hands_at_the_handover_only() -> None:
+    """No other transition of the source changes who may run the guest, new attempts aside."""
+    table = TRANSITIONS[Role.SOURCE]
+    changes = {
+        (old, new)
+        for old in table
+        for new in table[old]
+        if new is not S.SETUP and owner(Role.SOURCE, old) is not owner(Role.SOURCE, new)
+    }
+    assert changes == {
+        (S.DEVICE, S.HANDOVER),
+        (S.HANDOVER, S.COMPLETED),
+        (S.HANDOVER, S.FAILED),
+        (S.UNCERTAIN, S.COMPLETED),
+        (S.UNCERTAIN, S.FAILED),
+    }
+
+
+#: status: idle, terminal, cancellable, QEMU's word for it
+PREDICATES = {
+    S.NONE: (True, False, False, "none"),
+    S.SETUP: (False, False, True, "setup"),
+    S.ACTIVE: (False, False, True, "active"),
+    S.PRE_SWITCHOVER: (False, False, True, "pre-switchover"),
+    S.DEVICE: (False, False, True, "device"),
+    S.HANDOVER: (False, False, False, "device"),
+    S.UNCERTAIN: (False, True, False, "failed"),
+    S.COMPLETED: (True, True, False, "completed"),
+    S.FAILED: (True, True, False, "failed"),
+    S.CANCELLING: (False, False, False, "cancelling"),
+    S.CANCELLED: (True, True, False, "cancelled"),
+}
+
+
+@pytest.mark.parametrize("status", list(Status))
+def test_predicates(status: Status) -> None:
+    """H6: the truth table over all statuses."""
+    assert (status in IDLE, status in TERMINAL, status in CANCELLABLE, status.qmp) == PREDICATES[status]
