@@ -143,6 +143,7 @@ class _Arrival:
             description=not config.peer.suppress_vmdesc,
             max_device_bytes=config.max_device_bytes,
             max_description_bytes=config.max_description_bytes,
+            reorder=True,
         )
         self.counters.setup_done = trio.current_time()
         self.monitor.advance(Status.ACTIVE)

@@ -80,6 +80,8 @@ class Decoder:
         max_device_bytes: longest accepted payload of one device.
         max_description_bytes: longest accepted description.
         max_ram_bytes: largest accepted sum of the RAM blocks.
+        reorder: records of pages and of zero pages that alternate may be handed out as one event of each kind. Faster,
+            and the same memory; not the same bytes if the events are written again.
         buffer_bytes: size of the buffer; it grows only for an element that does not fit, and all of those are bounded.
     """
 
@@ -93,6 +95,7 @@ class Decoder:
         max_device_bytes: int = 256 << 20,
         max_description_bytes: int = 64 << 20,
         max_ram_bytes: int = 1 << 48,
+        reorder: bool = False,
         buffer_bytes: int = 2 << 20,
     ) -> None:
         self._measure = measure
@@ -112,7 +115,7 @@ class Decoder:
         self._state: Callable[[], Event | None] = self._read_file_header
         self._started: dict[int, SectionHeader] = {}
         self._section: SectionHeader | None = None
-        self._records = RecordReader()
+        self._records = RecordReader(reorder=reorder)
         self._text: bytearray | None = None
         self._text_length = 0
         self._text_at = 0

@@ -19,6 +19,7 @@ from ..errors import RemoteProtocolError
 from ..guest import PAGE_SIZE
 from .constants import RamFlag
 from .events import Event, PageRun, RamEnd, RamList, ZeroRun
+from .mixed import read_mixed
 
 _BE64 = struct.Struct(">Q")
 _FLAGS: Final = PAGE_SIZE - 1
@@ -29,6 +30,8 @@ _ZERO_RECORD: Final = 9
 #: Records looked at before it is known that a run is long: in mixed memory the next border is near, and what lies
 #: behind it is not records of this size.
 _FIRST_LOOK: Final = 16
+#: Bytes that must be there to find out whether records alternate.
+_MIXED_LOOK: Final = 2 * _RECORD
 #: Names and lengths of one RAM START; a QEMU machine has a handful.
 MAX_BLOCKS: Final = 4096
 
@@ -47,7 +50,9 @@ _NOT_BUILT: Final = MappingProxyType(
 class RecordReader:
     """Reads the records of one stream's RAM sections; remembers the last block across sections, as the wire does."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, reorder: bool = False) -> None:
+        self._reorder = reorder
+        self._queued: Event | None = None
         self._blocks: dict[str, int] = {}
         self._block: str | None = None
         self._run_next = 0
@@ -83,6 +88,9 @@ class RecordReader:
 
         ``(None, 0)``: not enough bytes.
         """
+        if self._queued is not None:
+            event, self._queued = self._queued, None
+            return event, 0
         have = end - pos
         if have < 8:
             return None, 0
@@ -95,6 +103,8 @@ class RecordReader:
                     offset=offset,
                     section="ram",
                 )
+            if self._reorder and have > _MIXED_LOOK and (mixed := self._alternating(array, pos, end, offset)):
+                return mixed
             if flags == _PAGE_AGAIN:
                 return self._page_run(array, pos, have, offset)
             return self._zero_run(array, pos, have, offset)
@@ -109,6 +119,22 @@ class RecordReader:
         if flags == RamFlag.MEM_SIZE and self.expect_list:
             return self._size_list(array, pos, have, offset, word & ~_FLAGS, max_ram_bytes)
         raise self._refuse(flags, offset)
+
+    def _alternating(self, array: NDArray[np.uint8], pos: int, end: int, offset: int) -> tuple[Event, int] | None:
+        """The records ahead, if they change their kind often; None if a run is ahead, or might be."""
+        # A few words tell: a long run has the same flags one record on, and again a few records on.
+        size = _RECORD if array[pos + 7] == _PAGE_AGAIN else _ZERO_RECORD
+        near, far = pos + size + 7, pos + _FIRST_LOOK * size + 7
+        if far >= end or (array[near] == array[pos + 7] and array[far] == array[pos + 7]):
+            return None
+        assert self._block is not None
+        found = read_mixed(array, pos, end, self._block, self._blocks[self._block], offset)
+        if found is None:
+            return None
+        zeros, pages, used = found
+        self._run_length = 0
+        self._queued = pages
+        return zeros, used
 
     def _refuse(self, flags: int, offset: int) -> RemoteProtocolError:
         known = _NOT_BUILT.get(RamFlag(flags & ~RamFlag.CONTINUE))
