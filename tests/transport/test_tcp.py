@@ -1,0 +1,241 @@
+"""``tcp:`` on real sockets of the loopback device."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import trio
+import trio.testing
+
+from trimig.errors import ConfigError, TransportFailed
+from trimig.transport import tcp
+
+
+def has_ipv6() -> bool:
+    """Whether this machine can listen on ::1; containers without IPv6 are common."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on the loopback device")
+
+
+@pytest.mark.parametrize(
+    ("rest", "expected"),
+    [
+        ("host:4444", ("host", 4444)),
+        ("127.0.0.1:0", ("127.0.0.1", 0)),
+        ("[::1]:65535", ("::1", 65535)),
+        ("[fe80::1%eth0]:1", ("fe80::1%eth0", 1)),
+        (":4444", ("", 4444)),
+        ("münchen.example:1", ("münchen.example", 1)),
+    ],
+)
+def test_address_is_understood(rest: str, expected: tuple[str, int]) -> None:
+    assert tcp.parse(rest) == expected
+
+
+@pytest.mark.parametrize(
+    ("rest", "words"),
+    [
+        ("", "needs HOST:PORT"),
+        ("host", "needs HOST:PORT"),
+        ("host:", "needs HOST:PORT"),
+        ("host:http", "needs HOST:PORT"),
+        ("host:-1", "needs HOST:PORT"),
+        ("host:+1", "needs HOST:PORT"),
+        ("host: 1", "needs HOST:PORT"),
+        ("host:65536", "from 0 to 65535"),
+        ("host:٤٤٤٤", "needs HOST:PORT"),
+        ("::1:4444", r"in brackets: tcp:\[::1\]:4444"),
+        ("[::1]", "in brackets|needs HOST:PORT"),
+        ("host:1,to=5", "option 'to=5' behind tcp:host:1 is not supported"),
+        ("a..b:1", "cannot be the name of a host"),
+        ("x" * 64 + ":1", "cannot be the name of a host"),
+        ("\udcff:1", "cannot be the name of a host"),
+    ],
+)
+async def test_bad_address_is_refused(rest: str, words: str) -> None:
+    for call in (tcp.connect, tcp.listen):
+        with pytest.raises(ConfigError, match=words) as caught:
+            await call(rest)
+        assert caught.value.name == "uri"
+
+
+async def talk(listener: tcp.TcpListener, to: str) -> None:
+    """Connect to *to*, say something both ways, and close."""
+    async with trio.open_nursery() as nursery:
+        accepted: list[trio.abc.Stream] = []
+
+        async def accept() -> None:
+            accepted.append(await listener.accept())
+
+        nursery.start_soon(accept)
+        near = await tcp.connect(to)
+    far = accepted[0]
+    async with near, far:
+        await near.send_all(b"there")
+        assert await far.receive_some(5) == b"there"
+        await far.send_all(b"back")
+        assert await near.receive_some(4) == b"back"
+
+
+async def test_ipv4_with_a_free_port() -> None:
+    """B1, B7."""
+    listener = await tcp.listen("127.0.0.1:0")
+    try:
+        assert listener.uri.startswith("tcp:127.0.0.1:")
+        assert int(listener.uri.rpartition(":")[2]) > 0
+        await talk(listener, listener.uri.removeprefix("tcp:"))
+    finally:
+        listener.close()
+
+
+@needs_ipv6
+async def test_ipv6_stands_in_brackets() -> None:
+    listener = await tcp.listen("[::1]:0")
+    try:
+        assert listener.uri.startswith("tcp:[::1]:")
+        await talk(listener, listener.uri.removeprefix("tcp:"))
+    finally:
+        listener.close()
+
+
+async def test_name_is_resolved() -> None:
+    listener = await tcp.listen("localhost:0")
+    try:
+        await talk(listener, listener.uri.removeprefix("tcp:"))
+        port = listener.uri.rpartition(":")[2]
+        await talk(listener, f"localhost:{port}")
+    finally:
+        listener.close()
+
+
+async def test_empty_host_is_every_address() -> None:
+    listener = await tcp.listen(":0")
+    try:
+        port = listener.uri.rpartition(":")[2]
+        host = "[::1]" if "[" in listener.uri else "127.0.0.1"
+        await talk(listener, f"{host}:{port}")
+    finally:
+        listener.close()
+
+
+@needs_ipv6
+async def test_connection_on_any_of_several_addresses_is_taken() -> None:
+    """One of two listeners gets it, the other waits no longer; and the next one may come on the other."""
+    listeners = [*await trio.open_tcp_listeners(0, host="127.0.0.1"), *await trio.open_tcp_listeners(0, host="::1")]
+    both = tcp.TcpListener(listeners)
+    try:
+        for listener in [*listeners, *reversed(listeners)]:
+            host, port = listener.socket.getsockname()[:2]
+            await talk(both, f"[{host}]:{port}")
+    finally:
+        both.close()
+
+
+@needs_ipv6
+async def test_of_two_connections_at_once_one_is_kept_and_none_is_leaked() -> None:
+    listeners = [*await trio.open_tcp_listeners(0, host="127.0.0.1"), *await trio.open_tcp_listeners(0, host="::1")]
+    both = tcp.TcpListener(listeners)
+    peers = []
+    for listener in listeners:
+        host, port = listener.socket.getsockname()[:2]
+        peers.append(await tcp.connect(f"[{host}]:{port}"))
+    try:
+        async with await both.accept() as taken:
+            await taken.send_all(b"x")
+            got = []
+            for peer in peers:
+                with trio.move_on_after(0.2):
+                    got.append(await peer.receive_some(1))
+            assert b"x" in got
+    finally:
+        for peer in peers:
+            await peer.aclose()
+        both.close()
+
+
+async def test_port_in_use_is_called_that() -> None:
+    listener = await tcp.listen("127.0.0.1:0")
+    try:
+        with pytest.raises(TransportFailed, match=rf"cannot listen on {listener.uri}: the port is in use"):
+            await tcp.listen(listener.uri.removeprefix("tcp:"))
+    finally:
+        listener.close()
+
+
+async def test_refused_connection_is_called_that() -> None:
+    """B16."""
+    listener = await tcp.listen("127.0.0.1:0")
+    address = listener.uri
+    listener.close()
+    with pytest.raises(TransportFailed, match=rf"cannot connect to {address}: connection refused"):
+        await tcp.connect(address.removeprefix("tcp:"))
+
+
+async def test_address_of_another_machine_cannot_be_listened_on() -> None:
+    with pytest.raises(TransportFailed, match=r"cannot listen on tcp:192\.0\.2\.1:0: "):
+        await tcp.listen("192.0.2.1:0")
+
+
+async def test_closing_twice_is_harmless() -> None:
+    listener = await tcp.listen("127.0.0.1:0")
+    listener.close()
+    listener.close()
+
+
+async def test_connecting_can_be_cancelled() -> None:
+    """G12: a QEMU waits until the attempt ends by itself. Nothing is left (see the check for descriptors)."""
+    listener = await tcp.listen("127.0.0.1:0")
+    try:
+        with trio.CancelScope() as scope:
+            scope.cancel(reason="the test")
+            await tcp.connect(listener.uri.removeprefix("tcp:"))
+        assert scope.cancelled_caught
+    finally:
+        listener.close()
+
+
+class Unreachable(trio.abc.SocketFactory):
+    """Sockets whose connect never ends, as to a host that drops everything."""
+
+    def __init__(self) -> None:
+        self.closed = 0
+
+    def socket(self, family: int = 0, type: int = 0, proto: int = 0) -> trio.socket.SocketType:
+        return NeverConnects(self)
+
+
+class NeverConnects(trio.socket.SocketType):
+    """One such socket."""
+
+    def __init__(self, factory: Unreachable) -> None:
+        self._factory = factory
+
+    def setsockopt(self, *args: object) -> None:
+        """Nothing to set."""
+
+    async def connect(self, address: object) -> None:
+        await trio.sleep_forever()
+
+    def close(self) -> None:
+        self._factory.closed += 1
+
+
+async def test_connecting_to_a_silent_host_can_be_cancelled(autojump_clock: trio.testing.MockClock) -> None:
+    """G12, F10."""
+    factory = Unreachable()
+    previous = trio.socket.set_custom_socket_factory(factory)
+    try:
+        with trio.move_on_after(5) as scope:
+            await tcp.connect("192.0.2.1:4444")
+        assert scope.cancelled_caught
+        assert factory.closed == 1
+    finally:
+        trio.socket.set_custom_socket_factory(previous)
