@@ -123,7 +123,7 @@ def split_tail(
         Undelimited: the end of a section could not be found.
         RemoteProtocolError: the tail is damaged.
     """
-    splitter = _Splitter(bytes(tail), footers, offset, limits)
+    splitter = _Splitter(bytes(tail), footers, offset, limits, damaged=damaged)
     error = splitter.run()
     if error is not None and not damaged:
         raise error
@@ -165,11 +165,12 @@ class _Header:
 
 
 class _Splitter:
-    def __init__(self, tail: bytes, footers: bool, offset: int, limits: Limits | None) -> None:
+    def __init__(self, tail: bytes, footers: bool, offset: int, limits: Limits | None, *, damaged: bool) -> None:
         self.tail = tail
         self.view = memoryview(tail)
         self.footers = footers
         self.offset = offset
+        self.damaged = damaged
         self.problems: list[str] = []
         self.sections: list[DeviceSection] = []
         self.offsets: list[int] = []
@@ -354,6 +355,8 @@ class _Splitter:
             end = position + _COMMAND.size + size
             # One level only: a chain of made-up commands must not cost more than its length.
             return number in _COMMANDS and self._type_at(end) in _AFTER_FOOTER
+        if kind is None:
+            return self.damaged  # cut exactly here
         return kind == Section.EOF and self._is_end(position)
 
     def _type_at(self, position: int) -> int | None:
