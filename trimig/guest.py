@@ -174,7 +174,10 @@ class Guest(Protocol):
         """A new tracker over all of :attr:`ram`."""
 
     async def throttle(self, percent: int) -> None:
-        """Take *percent* (0 to 99) of its running time from the guest; 0 ends it."""
+        """Take *percent* (0 to 99) of its running time from the guest; 0 ends it.
+
+        **Cancellation:** the old or the new value is in force.
+        """
 
     async def save_devices(self) -> Sequence[DeviceSection]:
         """The state of every device, in the order in which it must be loaded. The guest is paused.

@@ -143,12 +143,18 @@ class AppGuest(GuestBase):
         return tracker
 
     async def on_pause(self) -> None:
-        """Called by :meth:`pause` when no task is inside; override it or pass ``on_pause=``."""
+        """Called by :meth:`pause` when no task is inside; override it or pass ``on_pause=``.
+
+        **Cancellation:** the guest runs on without a call of :meth:`on_resume`, so leave nothing half paused.
+        """
         if self._pause_hook is not None:
             await self._pause_hook()
 
     async def on_resume(self) -> None:
-        """Called by :meth:`resume` before any task is let in; override it or pass ``on_resume=``."""
+        """Called by :meth:`resume` before any task is let in; override it or pass ``on_resume=``.
+
+        **Cancellation:** as an error: nobody is let in, and :meth:`resume` may be called again.
+        """
         if self._resume_hook is not None:
             await self._resume_hook()
 

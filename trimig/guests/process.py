@@ -402,7 +402,10 @@ class ProcessGuest(GuestBase):
         return Verification(**{key: value for key, value in reply.items() if key != "id"})
 
     async def stats(self) -> WorkerStats:
-        """What the worker does at present. GuestFailed."""
+        """What the worker does at present. GuestFailed.
+
+        **Cancellation:** has no effect on the worker.
+        """
         reply = await self._worker.call("stats")
         return WorkerStats(writes=reply["writes"], running=reply["running"], throttle=reply["throttle"])
 

@@ -80,6 +80,8 @@ async def listening(uri: str, told: Callable[[str], None]) -> AsyncIterator[List
     Raises:
         ConfigError: the URI cannot be understood.
         TransportFailed: the address cannot be listened on.
+
+    **Cancellation:** nothing is left listening.
     """
     scheme, rest = check(uri)
     listener = await _LISTEN[scheme](rest)
