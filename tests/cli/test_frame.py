@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -26,7 +26,7 @@ def invoke(*arguments: str) -> Result:
 
 
 @pytest.fixture
-def probe(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[trimig.Config]]:
+def probe(monkeypatch: pytest.MonkeyPatch) -> list[trimig.Config]:
     """A command ``demo`` that only notes the configuration that it gets, and fails as ``--fail`` says."""
     seen: list[trimig.Config] = []
 
@@ -46,7 +46,7 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[trimig.Config]]:
         return common.run(job, as_json=as_json)
 
     monkeypatch.setattr(Frame, "get_command", lambda self, ctx, name: demo if name == "demo" else None)
-    yield seen
+    return seen
 
 
 FAILURES: dict[str, Exception] = {
@@ -157,7 +157,7 @@ def test_a_signal_cancels_cleanly_and_a_second_one_changes_nothing(capsys: pytes
     async def job() -> int:
         signal.raise_signal(signal.SIGINT)
         try:
-            await trio.sleep_forever()
+            await trio.sleep(math.inf)
         finally:
             steps.append("unwound")
         return 0

@@ -8,15 +8,16 @@ that still live report, never from a guess.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import math
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -47,6 +48,7 @@ from .demo_host import MAX_PACKET, pack_config
 _PATIENCE: Final = 10.0
 #: Seconds that a host may take to end when it is asked to, and a killed process to be gone.
 _ENDING: Final = 3.0
+_PR_SET_CHILD_SUBREAPER: Final = 36
 
 Message = dict[str, Any]
 
@@ -82,7 +84,6 @@ class HostProcess:
         self.worker_died = False
         #: The last answer to a request.
         self.report: Message | None = None
-        self._workers: list[int] = []
 
     def forget(self) -> None:
         """The last answer is about something else."""
@@ -100,9 +101,6 @@ class HostProcess:
         with contextlib.suppress(OSError):
             while packet := await self._control.recv(MAX_PACKET):
                 message = json.loads(packet)
-                if message["event"] == "worker":
-                    with contextlib.suppress(ProcessLookupError):
-                        self._workers.append(os.pidfd_open(message["pid"]))
                 await inbox.send((self, message))
         pidfd = os.pidfd_open(self.pid)
         try:
@@ -132,20 +130,36 @@ class HostProcess:
                 await self._gone.wait()
 
     def close(self) -> None:
-        """Leave nothing behind: neither the process, nor a worker of it, nor the socket."""
+        """Leave nothing behind of it; what its own children were is dealt with by :func:`adopting`."""
         self.bury()
         self._socket.close()
-        poll = select.poll()
-        for pidfd in self._workers:
-            poll.register(pidfd, select.POLLIN)
-        waiting = len(self._workers)
-        # They die with their host; that takes the kernel a moment.
-        while waiting and (ready := poll.poll(_ENDING * 1000)):
-            for pidfd, _ in ready:
-                poll.unregister(pidfd)
-                waiting -= 1
-        for pidfd in self._workers:
-            os.close(pidfd)
+
+
+@contextlib.contextmanager
+def adopting() -> Iterator[None]:
+    """Whatever the processes leave behind that are started within becomes a child of this one, and is ended here.
+
+    A worker dies with its host; but one that has just been started takes a moment until it has found out.
+    """
+    prctl = ctypes.CDLL(None).prctl
+    before = _children()
+    prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        for pid in _children() - before:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+def _children() -> set[int]:
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            found |= {int(pid) for pid in (task / "children").read_text().split()}
+    return found
 
 
 class Interrupted(Exception):
@@ -185,6 +199,7 @@ class Demo:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(adopting())
             for _ in range(2):
                 host = HostProcess()
                 stack.callback(host.close)

@@ -70,15 +70,16 @@ def text(result: dict[str, Any]) -> str:
     hops = result["hops"]
     if len(hops) > 1:
         lines += _table(hops)
-    split = ", ".join(f"{name} {_ms(result['downtime'][part])}" for part, name in PARTS.items())
+    parts = {key: f"{name} {_ms(result['downtime'][key])}" for key, name in PARTS.items()}
+    resume = _ms(result["downtime"]["resume"])
     downtime = show_time(result["downtime_ms"] / 1000)
     if len(hops) > 1:
         downtime = f"at most {downtime} (hop {_worst(hops)}), {show_time(result['downtime_sum_ms'] / 1000)} in all"
     rows = [
         ("total time", f"{show_time(result['total_ms'] / 1000)}, {result['iterations']} iterations"),
         ("downtime", downtime),
-        ("  its parts, ms", split),
-        ("", f"(within the commit, the destination took {_ms(result['downtime']['resume'])} to resume the guest)"),
+        ("  parts, in ms", f"{parts['pause']}, {parts['ram']}, {parts['devices']},"),
+        ("", f"{parts['prepare']}, {parts['commit']} (of it resume at the destination {resume})"),
         ("throughput", f"{show_size(result['throughput_bytes_per_s'])}/s of guest memory"),
         ("memory moved", f"{show_size(result['normal_bytes'])} in normal pages, {show_size(result['zero_bytes'])} in zero pages"),
         ("bytes sent", show_size(result["transferred_bytes"])),

@@ -121,7 +121,6 @@ class Host:
         guest = await self._guests.enter_async_context(trimig.ProcessGuest.open(**options))
         self._guest, self._alive = guest, True
         self._nursery.start_soon(self._watch_worker, guest, os.pidfd_open(guest.pid))
-        await self._tell(event="worker", op="open", pid=guest.pid)
         return {"worker": guest.pid}
 
     async def do_receive(self, size: int, config: str) -> dict[str, Any]:

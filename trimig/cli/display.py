@@ -141,8 +141,9 @@ async def follow(monitor: trimig.Monitor, tell: Callable[[Picture], Awaitable[No
         nursery.start_soon(passes)
         async for _ in monitor.watch(every=EVERY):
             last = picture(monitor)
-            # Not before the end of the pass before it: what is shown never steps back.
-            if last.iteration <= told + 1 and monitor.status not in TERMINAL:
+            # Not before the end of the pass before it has been told: what is shown never steps back.
+            due = last.iteration - 1 if monitor.status is trimig.Status.ACTIVE else last.iteration
+            if told >= due and monitor.status not in TERMINAL:
                 await tell(last)
     if last is not None:
         await tell(last)
