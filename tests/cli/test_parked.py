@@ -1,0 +1,225 @@
+"""``trimig receive``, ``send`` and ``settle`` as processes: exit codes, the record of the owner, nothing left behind."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+import trimig
+from tests.guests.test_parked import check, stream
+from tests.qemu.relay import Relay
+from trimig.errors import Ownership
+from trimig.stream import read_record, record_path
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 60
+LISTEN = "tcp:127.0.0.1:0"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "guest"
+    path.write_bytes(stream())
+    return path
+
+
+@asynccontextmanager
+async def started(*arguments: object) -> AsyncIterator[trio.Process]:
+    """A running ``trimig``, with stdout and stderr as pipes; gone when the block is left."""
+    process = await trio.lowlevel.open_process(
+        [sys.executable, "-m", "trimig", *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    async with process.stdout, process.stderr:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+            with trio.CancelScope(shield=True):
+                await process.wait()
+
+
+async def text_of(pipe: trio.abc.ReceiveStream) -> str:
+    return b"".join([bytes(part) async for part in pipe]).decode()
+
+
+async def trimig_command(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command."""
+    out: dict[str, str] = {}
+
+    async def read(name: str, pipe: trio.abc.ReceiveStream) -> None:
+        out[name] = await text_of(pipe)
+
+    with trio.fail_after(LIMIT):
+        async with started(*arguments) as process, trio.open_nursery() as nursery:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            nursery.start_soon(read, "out", process.stdout)
+            nursery.start_soon(read, "err", process.stderr)
+            code = await process.wait()
+    assert "Traceback" not in out["err"]
+    return code, out["out"], out["err"]
+
+
+async def first_line(pipe: trio.abc.ReceiveStream) -> str:
+    data = b""
+    while not data.endswith(b"\n"):
+        part = await pipe.receive_some(1)
+        assert part, data
+        data += part
+    return data.decode().strip()
+
+
+async def test_a_guest_goes_from_file_to_file(saved: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with trio.fail_after(LIMIT):
+        async with started("receive", LISTEN, "--save", target) as receiver:
+            assert receiver.stdout is not None
+            line = await first_line(receiver.stdout)
+            assert line.startswith("listening on tcp:127.0.0.1:")
+            code, out, err = await trimig_command("send", saved, line.removeprefix("listening on "), "--json")
+            assert (code, [w for w in err.splitlines() if "warning" in w]) == (0, [])
+            report = json.loads(out)
+            assert (report["machine"], report["confirmed"], report["prepared"]) == ("toy-1.0", True, True)
+            said = await text_of(receiver.stdout)
+            assert await receiver.wait() == 0
+    assert "timer, i8259/1, globalstate" in said
+    with await trimig.ParkedGuest.load(target) as guest:
+        check(guest)
+    record = read_record(saved)
+    assert record is not None
+    assert record.owner is Ownership.DESTINATION
+    assert sorted(await trio.to_thread.run_sync(os.listdir, tmp_path)) == ["guest", "guest.owner", "target"]
+    # It may serve as a template, but not silently; and where nobody listens nothing changes.
+    code, _, err = await trimig_command("send", saved, "tcp:127.0.0.1:1")
+    assert code == 1
+    assert f"was handed over to {record.destination}" in err
+    assert "connection refused" in err
+    assert read_record(saved) == record
+    assert (await trimig_command("settle", saved, "--owner", "source"))[0] == 1
+
+
+async def test_receive_in_json(saved: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with trio.fail_after(LIMIT):
+        async with started("receive", LISTEN, "--save", target, "--json") as receiver:
+            assert receiver.stdout is not None
+            assert receiver.stderr is not None
+            note: dict[str, Any] = {}
+            while "address" not in note:
+                note = json.loads(await first_line(receiver.stderr))
+            with await trimig.ParkedGuest.load(saved) as guest:
+                await trimig.migrate(guest, note["address"])
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(text_of, receiver.stderr)
+                report = json.loads(await text_of(receiver.stdout))
+            assert await receiver.wait() == 0
+    assert report["file"] == str(target)
+    assert report["file_bytes"] == target.stat().st_size
+    assert [d["idstr"] for d in report["devices"]] == ["timer", "i8259", "globalstate"]
+
+
+async def test_a_lost_answer_is_remembered_until_it_is_settled(saved: Path, tmp_path: Path) -> None:
+    """T2: exit code 3, and no second attempt before somebody has looked."""
+    config = tmp_path / "config.toml"
+    config.write_text("handover-timeout = 2\n")
+    monitor = trimig.Monitor()
+    with trimig.ParkedGuest() as target, trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(functools.partial(trimig.receive, target, LISTEN, monitor=monitor))
+            while not monitor.addresses:
+                await monitor.wait_changed()
+            async with Relay(monitor.addresses[0]) as relay:
+                relay.back.drop_from = 16  # two PONGs pass, the answer does not
+                code, _, err = await trimig_command("send", saved, relay.uri, "--config", config)
+                uri = relay.uri
+        assert target.run_state == "paused"  # it did arrive
+    assert code == 3
+    assert f"trimig settle {saved} --owner source|destination" in err
+    record = read_record(saved)
+    assert record is not None
+    assert (record.owner, record.destination) == (Ownership.UNKNOWN, uri)
+
+    code, out, _ = await trimig_command("send", saved, uri, "--json")
+    assert (code, json.loads(out)["owner"]) == (3, "unknown")
+    assert read_record(saved) == record
+    assert (await trimig_command("receive", LISTEN, "--save", saved, "--force"))[0] == 3
+
+    assert (await trimig_command("settle", saved, "--owner", "destination"))[0] == 0
+    assert json.loads(record_path(saved).read_text())["owner"] == "destination"
+
+
+async def test_settled_as_source_it_can_be_sent(saved: Path) -> None:
+    code, _, err = await trimig_command("settle", saved, "--owner", "source")
+    assert (code, "nothing to settle" in err) == (1, True)
+    record_path(saved).write_text("damaged")
+    code, _, err = await trimig_command("send", saved, "tcp:127.0.0.1:1")
+    assert (code, "is damaged" in err) == (3, True)
+    assert (await trimig_command("settle", saved, "--owner", "source"))[0] == 0
+    code, _, err = await trimig_command("send", saved, "tcp:127.0.0.1:1")
+    assert (code, "connection refused" in err) == (1, True)
+    assert not record_path(saved).exists()
+
+
+async def test_a_signal_before_the_decision_leaves_the_guest_here(saved: Path) -> None:
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    with trio.fail_after(LIMIT):
+        address = f"tcp:127.0.0.1:{listener.socket.getsockname()[1]}"
+        async with listener, started("send", saved, address) as sender, await listener.accept() as peer:
+            # All of it is there but the decision; no PONG ever comes.
+            received = b""
+            while not received.endswith(b"\x08\x00\x02\x00\x04trig"):
+                received += await peer.receive_some()
+            sender.send_signal(signal.SIGINT)
+            assert await sender.wait() == 130
+    assert not record_path(saved).exists()
+
+
+async def test_a_signal_while_waiting_leaves_no_file(tmp_path: Path) -> None:
+    with trio.fail_after(LIMIT):
+        async with started("receive", LISTEN, "--save", tmp_path / "target") as receiver:
+            assert receiver.stdout is not None
+            await first_line(receiver.stdout)
+            receiver.send_signal(signal.SIGTERM)
+            assert await receiver.wait() == 130
+    assert await trio.to_thread.run_sync(os.listdir, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("receive", LISTEN, "--save", "guest"), 2, "guest exists; --force replaces it"),
+        (("receive", LISTEN, "--save", "no/where"), 2, "there is no directory no"),
+        (("receive", "carrier:pigeon", "--save", "x"), 2, "unknown protocol"),
+        (("receive", LISTEN, "--save", "x", "-c", "no-such"), 2, "no-such"),
+        (("send", "missing", "tcp:127.0.0.1:1"), 1, "No such file"),
+        (("send", "junk", "tcp:127.0.0.1:1"), 1, "not a migration stream"),
+    ],
+)
+async def test_wrong_use_is_one_sentence(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    monkeypatch.chdir(saved.parent)
+    (saved.parent / "junk").write_bytes(b"GIF89a")
+    got, out, err = await trimig_command(*arguments)
+    assert (got, out) == (code, "")
+    assert words in err
+    assert len(err.splitlines()) == 1
+    assert sorted(await trio.to_thread.run_sync(os.listdir, saved.parent)) == ["guest", "junk"]
