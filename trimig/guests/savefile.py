@@ -38,6 +38,8 @@ _SLICE: Final = 4096
 _SYNC_EVERY: Final = 128 << 20
 #: Pages of one gathering write.
 _GATHER: Final = MAX_ELEMENTS // 2
+#: Bytes read at once: copying them into memory that is still cold takes about a millisecond.
+_READ: Final = 512 << 10
 #: Enough of a stream to see its opening and the end of its first section.
 _SNIFF: Final = 1 << 20
 
@@ -247,7 +249,7 @@ async def _read(fd: int, guest: OpaqueGuest, *, partial: bool) -> tuple[PeerProf
                     tail.feed(event.data)
         if ended or tail.complete:
             break
-        count = await offload(os.readv, fd, [decoder.writable()])
+        count = await offload(os.readv, fd, [decoder.writable()[:_READ]])
         decoder.received(count)
         if not count:
             decoder.receive_eof()
