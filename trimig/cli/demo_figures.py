@@ -79,7 +79,7 @@ def text(result: dict[str, Any]) -> str:
         ("total time", f"{show_time(result['total_ms'] / 1000)}, {result['iterations']} iterations"),
         ("downtime", downtime),
         ("  parts, in ms", f"{parts['pause']}, {parts['ram']}, {parts['devices']},"),
-        ("", f"{parts['prepare']}, {parts['commit']} (of it resume at the destination {resume})"),
+        ("", f"{parts['prepare']}, {parts['commit']} ({resume} of it to resume there)"),
         ("throughput", f"{show_size(result['throughput_bytes_per_s'])}/s of guest memory"),
         ("memory moved", f"{show_size(result['normal_bytes'])} in normal pages, {show_size(result['zero_bytes'])} in zero pages"),
         ("bytes sent", show_size(result["transferred_bytes"])),
