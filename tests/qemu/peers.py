@@ -1,0 +1,195 @@
+"""Guests of ours that a ``-M none`` QEMU takes for its own, and ways to run the engine against that QEMU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Final
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+import trimig
+import trimig.guests
+from tests.qemu.harness import RAM_BLOCK, Qemu, random_ram
+from tests.qemu.relay import Relay
+
+#: Seconds for a whole test; it takes far less, and nothing is asserted about it.
+LIMIT: Final = 60
+LISTEN: Final = "tcp:127.0.0.1:0"
+#: Of the guests for tests where the amount of memory does not matter.
+SMALL: Final = 1 << 20
+PAGE: Final = 4096
+
+
+def machine(
+    size: int = SMALL,
+    *,
+    running: bool,
+    name: str = "none",
+    block: str = RAM_BLOCK,
+    timer: bool = True,
+    on_pause: Callable[[], Awaitable[None]] | None = None,
+) -> trimig.AppGuest:
+    """A guest with the RAM and the one device of ``-M none``; the arguments make it differ."""
+    guest = trimig.AppGuest(name, running=running, on_pause=on_pause)
+    guest.add_ram(block, size)
+    if timer:
+        guest.add_device(trimig.guests.TimerState())
+    return guest
+
+
+def memory(guest: trimig.AppGuest) -> NDArray[np.uint8]:
+    """All of its RAM, flat and writable."""
+    return guest.ram[0].pages.reshape(-1)
+
+
+def mix(ram: NDArray[np.uint8], *, seed: int) -> None:
+    """Random pages, pages of one repeated byte, zero pages, and pages that are zero but for their last byte."""
+    ram[:] = random_ram(len(ram), seed=seed)
+    pages = ram.reshape(-1, PAGE)
+    pages[1::8] = 0
+    pages[2::8] = 0x5A
+    pages[3::8] = 0
+    pages[3::8, -1] = 1
+    pages[len(pages) // 2 :][: len(pages) // 4] = 0  # long runs too
+
+
+def source(size: int = SMALL, *, seed: int = 1, **options: object) -> trimig.AppGuest:
+    """A running guest with mixed memory; the options are those of :func:`machine`."""
+    guest = machine(size, running=True, **options)  # type: ignore[arg-type]  # handed on as they are
+    mix(memory(guest), seed=seed)
+    return guest
+
+
+def settings(
+    *, return_path: bool = True, bandwidth: int = 0, downtime_limit: int = 300, **options: object
+) -> trimig.Config:
+    """A configuration; bytes per second, and milliseconds."""
+    return trimig.Config(
+        capabilities=trimig.Capabilities(return_path=return_path),
+        parameters=trimig.Parameters(max_bandwidth=bandwidth, downtime_limit=downtime_limit),
+        **options,  # type: ignore[arg-type]  # handed on as they are
+    )
+
+
+@asynccontextmanager
+async def target(size: int = SMALL, *, uri: str = LISTEN) -> AsyncIterator[tuple[Qemu, str]]:
+    """A QEMU that waits for a migration, and where."""
+    with trio.fail_after(LIMIT):
+        async with Qemu.start("none", f"{size >> 20}M", incoming="defer") as vm:
+            yield vm, await vm.incoming(uri)
+
+
+@asynccontextmanager
+async def relayed(size: int = SMALL) -> AsyncIterator[tuple[Qemu, Relay]]:
+    """A QEMU that waits for a migration behind a relay."""
+    async with target(size) as (vm, uri), Relay(uri) as relay:
+        yield vm, relay
+
+
+async def accepted(guest: trimig.AppGuest) -> None:
+    """Another QEMU takes *guest*, whole: nothing of what was tried before is in the way."""
+    async with target(guest.ram[0].length) as (vm, uri):
+        await trimig.migrate(guest, uri, settings())
+        await vm.wait_status("running")
+        assert np.array_equal(vm.ram, memory(guest))
+
+
+@dataclasses.dataclass(slots=True)
+class Arrival:
+    """What :func:`trimig.receive` does in the background of :func:`arriving`."""
+
+    uri: str
+    monitor: trimig.Monitor
+    #: To cancel the receiver from outside.
+    scope: trio.CancelScope
+    outcome: trimig.Summary | trimig.MigrationError | None = None
+    done: trio.Event = dataclasses.field(default_factory=trio.Event)
+
+    async def summary(self) -> trimig.Summary:
+        """Of the receiver, which must succeed."""
+        await self.done.wait()
+        if isinstance(self.outcome, trimig.MigrationError):
+            raise self.outcome
+        assert self.outcome is not None
+        return self.outcome
+
+    async def error(self) -> trimig.MigrationError:
+        """Of the receiver, which must fail."""
+        await self.done.wait()
+        assert isinstance(self.outcome, trimig.MigrationError), self.outcome
+        return self.outcome
+
+
+@asynccontextmanager
+async def arriving(
+    guest: trimig.Guest, config: trimig.Config | None = None, *, uri: str = LISTEN
+) -> AsyncIterator[Arrival]:
+    """Receive into *guest* while the block runs; it ends when the receiver has."""
+    monitor = trimig.Monitor()
+    arrival = Arrival("", monitor, trio.CancelScope())
+
+    async def receive() -> None:
+        try:
+            with arrival.scope:
+                arrival.outcome = await trimig.receive(guest, uri, config or settings(), monitor=monitor)
+        except trimig.MigrationError as error:
+            arrival.outcome = error
+        arrival.done.set()
+
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            while not monitor.addresses:
+                await monitor.wait_changed()
+            arrival.uri = monitor.addresses[0]
+            yield arrival
+
+
+async def on_status(events: AsyncIterator[trimig.Event], status: str, act: Callable[[], object]) -> None:
+    """Call *act* when *events* (of the attempt that is about to begin) say that it has reached *status*."""
+    async for event in events:
+        if event.name == "MIGRATION" and event.data["status"] == status:
+            act()
+
+
+async def while_migrating(
+    guest: trimig.AppGuest,
+    uri: str,
+    config: trimig.Config,
+    monitor: trimig.Monitor,
+    beside: Callable[[], Awaitable[object]],
+    **hooks: Callable[[], Awaitable[None]],
+) -> trimig.Summary:
+    """Migrate, with *beside* as a task next to it that ends by itself; an error of either is raised bare."""
+    failure: trimig.MigrationError | None = None
+    summary: trimig.Summary | None = None
+    async with trio.open_nursery() as nursery:
+
+        async def task() -> None:
+            await beside()
+
+        nursery.start_soon(task)
+        try:
+            summary = await trimig.migrate(guest, uri, config, monitor=monitor, **hooks)  # type: ignore[arg-type]  # commit
+        except trimig.MigrationError as error:
+            failure = error
+    if failure is not None:
+        raise failure
+    assert summary is not None
+    return summary
+
+
+def statuses(monitor_events: list[trimig.Event]) -> list[str]:
+    """The statuses in *monitor_events*, in order."""
+    return [str(event.data["status"]) for event in monitor_events if event.name == "MIGRATION"]
+
+
+def members(info: Mapping[str, object]) -> set[str]:
+    """The names in a ``query-migrate``, those of ``ram`` as ``ram.total``; without the two that are trimig's own."""
+    names = set(info) - {"owner", "dirty-tracking"}
+    ram = info.get("ram")
+    return names | ({f"ram.{name}" for name in ram} if isinstance(ram, Mapping) else set())
