@@ -53,13 +53,13 @@ def test_cut_at_every_byte(seed: int) -> None:
 def test_silence_at_every_byte() -> None:
     """F11, T3, G12 of states.md: a black hole, a half close or a silent direction ends in bounded time."""
     sweep = FaultSweep(kinds=("blackhole", "half-close", "silence"))
-    run_sweep(scenario(pages=2, dirty=0), sweep, seeds=(0,), every=2).show()
+    run_sweep(scenario(pages=2, dirty=0), sweep, seeds=(0,), every=5).show()
 
 
 @pytest.mark.timeout(900)
 def test_faults_while_pages_move() -> None:
     """L9: the same with data pages and a guest that writes; sampled, since most bytes are inside a page."""
-    run_sweep(scenario(pages=3, content="random", dirty=1), FaultSweep(), seeds=SEEDS, every=97).show()
+    run_sweep(scenario(pages=3, content="random", dirty=1), FaultSweep(), seeds=SEEDS, every=397).show()
 
 
 @pytest.mark.timeout(600)
@@ -70,7 +70,10 @@ def test_faults_while_pages_move() -> None:
 )
 def test_every_call_of_guest_and_transport_fails(error: type[Exception] | None) -> None:
     """M10, P4, T5: each call of the guest and of the stream, on both sides, fails or hangs once."""
-    run_sweep(scenario(pages=2), CallSweep(errors=(error,)), seeds=(0, 1)).show()
+    calls_of_guests = (
+        None if error is not trimig.GuestFailed else lambda name: name.startswith(("source", "destination"))
+    )
+    run_sweep(scenario(pages=2), CallSweep(errors=(error,), only=calls_of_guests), seeds=(0, 1)).show()
 
 
 @pytest.mark.timeout(600)

@@ -103,7 +103,7 @@ class Channel:
                     raise self._stalled("took no data")
                 self.sent += len(data)
             ok = True
-        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+        except (OSError, MemoryError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise TransportFailed(f"the connection broke while sending: {_cause(error)}") from error
         finally:
             if not ok:
@@ -194,7 +194,7 @@ class Channel:
                     view[:count] = data
             if limit.cancelled_caught:
                 raise self._stalled("sent nothing")
-        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+        except (OSError, MemoryError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise TransportFailed(f"the connection broke while receiving: {_cause(error)}") from error
         self.received += count
         return count

@@ -23,7 +23,7 @@ from ..wire import description as json_text
 from ..wire import events as ev
 from ..wire.devices import TailBuffer, Undelimited, find_description, split_tail
 from ..wire.return_path import Pong, Shut, encode
-from . import teardown
+from . import guest_calls, teardown
 from .boundary import Outcome, domain_error
 from .channel import Channel
 from .ram_in import RamReceiver
@@ -277,7 +277,8 @@ class _Arrival:
         await self.channel.send(encode(Pong(value=value)))
 
     async def _load(self) -> None:
-        await self.guest.load_devices(self.sections)
+        loading = self.guest.load_devices(self.sections)
+        await guest_calls.call("loading the devices", loading, self.config.handover_timeout)
         self.loaded = True
 
     def _complete(self) -> None:
@@ -340,7 +341,10 @@ class _Arrival:
         began = trio.current_time()
         failure = await teardown.guest_call("brought to life", functools.partial(self.guest.activate, state), grace)
         if failure is not None:
-            raise failure
+            if not (state == "running" == self.guest.run_state):
+                raise failure
+            # Whatever the call said: a guest that runs must not be given back, or it would run twice.
+            monitor.warn(f"{failure}; but it runs")
         self.resume_seconds = trio.current_time() - began
         if state == "running" and not isinstance(self.guest, OpaqueGuest):
             monitor.emit("RESUME")  # an opaque guest is kept, it does not run here
@@ -380,7 +384,8 @@ class _Arrival:
         for section in split.sections:
             if section.idstr == globalstate.IDSTR:
                 self.run_state = globalstate.decode(section.payload, section.version_id)
-        await self.guest.load_opaque(split.sections, split.description_text)
+        keeping = self.guest.load_opaque(split.sections, split.description_text)
+        await guest_calls.call("keeping the devices", keeping, self.config.handover_timeout)
         await self._activate()
 
     def _summary(self) -> Summary:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import trio
@@ -33,7 +34,7 @@ from ..policy import convergence
 from ..policy.rate import WINDOW
 from ..status import Role, Status
 from ..wire import encoder as wire
-from . import teardown
+from . import guest_calls, teardown
 from .boundary import Outcome, domain_error
 from .channel import Channel
 from .handover import shield
@@ -43,6 +44,8 @@ from .reader import ReturnPathReader
 from .stream_out import DeviceSender, opening
 
 log = logging.getLogger("trimig.source")
+
+T = TypeVar("T")
 
 OpenStream = Callable[[], Awaitable[trio.abc.Stream]]
 #: Records the decision somewhere durable; a failure rolls back.
@@ -135,6 +138,8 @@ class _Attempt:
                 self.tracker.stop()
             if self.touched and monitor.owner is Ownership.SOURCE:
                 guest_failure = await teardown.guest_call("resumed", self.guest.resume, self.config.teardown_grace)
+                if guest_failure is not None and self.guest.run_state == "running":
+                    guest_failure = None
                 if guest_failure is None:
                     monitor.emit("RESUME")
         finally:
@@ -230,13 +235,16 @@ class _Attempt:
         sender = RamSender(channel, limiter, self.counters, footers=config.peer.send_section_footer)
         await sender.start(blocks)
         tracker = self.tracker = self.guest.dirty_tracker()
-        await _guest(tracker.start())
+        await self._call("starting dirty tracking", tracker.start())
         self.counters.dirty_tracking = tracker.method
         self._synced()
         self.counters.setup_done = trio.current_time()
         monitor.advance(Status.ACTIVE)
         await self._iterate(sender)
         await self._switch_over(nursery, sender)
+
+    async def _call(self, what: str, awaitable: Awaitable[T]) -> T:
+        return await guest_calls.call(what, awaitable, self.config.handover_timeout)
 
     def _synced(self) -> None:
         self.counters.dirty_sync_count += 1
@@ -255,7 +263,7 @@ class _Attempt:
                 pages = snapshot_of(self.tracker, block)
                 await sender.send_pass(block, pages, bitmap, block.absent() if first else None)
             first = False
-            todo = self._ordered(await _guest(self.tracker.sync()))
+            todo = self._ordered(await self._call("finding dirty pages", self.tracker.sync()))
             self._synced()
             now = trio.current_time()
             c.remaining = sum(int(np.count_nonzero(bitmap)) for bitmap in todo) * PAGE_SIZE
@@ -280,8 +288,7 @@ class _Attempt:
         assert self.channel is not None
         return self.channel.sent - self.channel.backlog()
 
-    def _ordered(self, written: object) -> list[PageBitmap]:
-        assert isinstance(written, dict)
+    def _ordered(self, written: Mapping[str, PageBitmap]) -> list[PageBitmap]:
         return [written[b.name] for b in self.guest.ram]
 
     def _decide(self, now: float) -> convergence.Decision:
@@ -323,24 +330,24 @@ class _Attempt:
         monitor.advance(Status.DEVICE)
         if self.ran_before:
             self.touched = True
-            await _guest(self.guest.pause())
+            await self._call("pausing the guest", self.guest.pause())
             monitor.emit("STOP")
         self.parts["pause"] = watch.lap()
         c.transferred_at_pause = channel.sent
         self._limiter.lift()
-        last = self._ordered(await _guest(self.tracker.sync()))
+        last = self._ordered(await self._call("finding dirty pages", self.tracker.sync()))
         self._synced()
         last = [a | b for a, b in zip(last, self._todo, strict=True)]
         c.remaining = sum(int(np.count_nonzero(bitmap)) for bitmap in last) * PAGE_SIZE
         await sender.end([(b, snapshot_of(self.tracker, b), d) for b, d in zip(self.guest.ram, last, strict=True)])
         self.parts["ram"] = watch.lap()
-        await channel.send(devices.sections(await _guest(self.guest.save_devices())))
+        await channel.send(devices.sections(await self._call("saving the devices", self.guest.save_devices())))
         self.parts["devices"] = watch.lap()
         if self.reader is not None:
             await self._prepare(channel, self.reader)
         self.parts["prepare"] = watch.lap()
         if self.commit_hook is not None:
-            await _guest(self.commit_hook(), "the commit hook")
+            await self._call("the commit hook", self.commit_hook())
         await trio.lowlevel.checkpoint_if_cancelled()
         # No checkpoint between the test above and the status below: from here on a cancel is refused.
         shield(nursery, config.handover_timeout)
@@ -424,16 +431,6 @@ _DECIDED = (Status.UNCERTAIN, Status.CANCELLING, Status.COMPLETED, Status.FAILED
 
 def _cancel(nursery: trio.Nursery, reason: str) -> None:
     nursery.cancel_scope.cancel(reason)
-
-
-async def _guest(call: Awaitable[object], what: str = "the guest") -> object:
-    """Await a call into the guest; what is not ours to know about becomes GuestFailed."""
-    try:
-        return await call
-    except (OSError, RuntimeError, ValueError, MemoryError) as error:
-        if isinstance(error, MigrationError | trio.RunFinishedError):
-            raise
-        raise GuestFailed(f"{what} failed: {type(error).__name__}: {error}") from error
 
 
 class _Stopwatch:

@@ -39,9 +39,8 @@ class DeviceSender:
         self._peer = peer
         self._described: list[Mapping[str, Any]] = []
 
-    def sections(self, saved: object) -> bytes:
+    def sections(self, saved: Sequence[DeviceSection]) -> bytes:
         """The FULL sections of the guest's saved devices, with the run state last."""
-        assert isinstance(saved, Sequence)
         sections: list[DeviceSection] = list(saved)
         if not isinstance(self._guest, OpaqueGuest) and self._peer.store_global_state:
             sections.append(globalstate.section(self._run_state))

@@ -6,6 +6,7 @@ shield, because the attempt may be ending by cancellation, and every shield has 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -13,6 +14,8 @@ import trio
 
 from ..errors import GuestFailed, MigrationError
 from .channel import Channel
+
+log = logging.getLogger("trimig.teardown")
 
 T = TypeVar("T")
 
@@ -63,18 +66,30 @@ async def farewell(channel: Channel, message: bytes, grace: float) -> bool:
             with trio.move_on_after(min(DRAIN_SECONDS, grace)):
                 while await channel.receive_into(sink):
                     pass
-        except (MigrationError, OSError, trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
+        except (
+            MigrationError,
+            OSError,
+            MemoryError,
+            trio.BrokenResourceError,
+            trio.ClosedResourceError,
+            trio.BusyResourceError,
+        ):
             pass  # the peer is gone: that is its way of knowing
     return said
 
 
 async def close(resource: trio.abc.AsyncResource) -> None:
-    """Close at once. Unbounded in form, but the inner call does not wait: its own scope is cancelled from the start.
+    """Close at once; that it fails is logged and no more, since what counted has been decided before.
+
+    The shield is unbounded in form, but the inner call does not wait: its own scope is cancelled from the start.
 
     **Cancellation:** held off.
     """
     with trio.CancelScope(shield=True):
-        await trio.aclose_forcefully(resource)
+        try:
+            await trio.aclose_forcefully(resource)
+        except (OSError, MemoryError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            log.warning("the connection could not be closed in order: %s", error)
 
 
 async def bounded(call: Callable[[], Awaitable[T]], seconds: float, otherwise: T) -> T:
