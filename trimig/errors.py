@@ -134,9 +134,16 @@ class HandoverUncertain(MigrationError):
         settled: None until :meth:`settle` has succeeded, then the owner that was given.
     """
 
-    def __init__(self, message: str, *, resume: Callable[[], Awaitable[None]] | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        resume: Callable[[], Awaitable[None]] | None = None,
+        give_up: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__(message, owner=Ownership.UNKNOWN)
         self._resume = resume
+        self._give_up = give_up
         self._settling = False
         self.settled: Ownership | None = None
 
@@ -160,6 +167,8 @@ class HandoverUncertain(MigrationError):
         try:
             if owner is Ownership.SOURCE and self._resume is not None:
                 await self._resume()
+            if owner is Ownership.DESTINATION and self._give_up is not None:
+                self._give_up()
             self.settled = owner
             self.owner = owner
         finally:

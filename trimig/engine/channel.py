@@ -176,8 +176,11 @@ class Channel:
             buffer[: len(lead)] = np.frombuffer(lead, np.uint8)
         return buffer.data
 
-    async def receive_into(self, view: memoryview) -> int:
+    async def receive_into(self, view: memoryview, *, stall_timeout: float | None = None) -> int:
         """Read at least one byte into *view*; 0 at the end of the stream.
+
+        Args:
+            stall_timeout: for this call, instead of the channel's own.
 
         Raises:
             TransportFailed: the connection broke, or nothing came for ``stall_timeout``.
@@ -185,7 +188,7 @@ class Channel:
         **Cancellation:** nothing was read.
         """
         try:
-            with trio.move_on_after(self.stall_timeout) as limit:
+            with trio.move_on_after(self.stall_timeout if stall_timeout is None else stall_timeout) as limit:
                 if self._socket is not None:
                     count = await self._socket.recv_into(view)
                 else:

@@ -7,6 +7,7 @@ an ended connection not raise: then it is an answer that is missing, and the mig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import trio
@@ -68,7 +69,9 @@ class ReturnPathReader:
         buffer = memoryview(bytearray(4096))
         try:
             while self.shut is None:
-                count = await self._channel.receive_into(buffer)
+                # However long it is silent: while memory is sent, a destination has nothing to say. Where an answer is
+                # due, the migration task waits for it no longer than it should.
+                count = await self._channel.receive_into(buffer, stall_timeout=math.inf)
                 if not count:
                     raise TransportFailed(self._ended())
                 for message in self._decoder.feed(buffer[:count]):

@@ -94,8 +94,6 @@ class _Attempt:
         self.counters = monitor.counters
         self.commit_hook = commit
         self.fence_hook = fence
-        self.ran_before = guest.run_state == "running"
-        self.run_state = guest.run_state
         self.touched = False  # the guest was asked to pause: it must be resumed on the way out
         self.prepared = False
         self.answered = False
@@ -136,12 +134,8 @@ class _Attempt:
         try:
             if self.tracker is not None:
                 self.tracker.stop()
-            if self.touched and monitor.owner is Ownership.SOURCE:
-                guest_failure = await teardown.guest_call("resumed", self.guest.resume, self.config.teardown_grace)
-                if guest_failure is not None and self.guest.run_state == "running":
-                    guest_failure = None
-                if guest_failure is None:
-                    monitor.emit("RESUME")
+            if monitor.owner is Ownership.SOURCE:
+                guest_failure = await self._resume_here()
         finally:
             if self.channel is not None:
                 self.counters.transferred = self.channel.sent
@@ -186,33 +180,61 @@ class _Attempt:
         monitor = self.monitor
         why = str(error or (self.reader.lost if self.reader is not None else None) or self._no_answer())
         settled = Ownership.UNKNOWN
+        others: list[BaseException] = [error] if error is not None else []
         if self.fence_hook is not None:
-            settled = await teardown.bounded(self.fence_hook, self.config.handover_timeout, Ownership.UNKNOWN)
+            try:
+                settled = await teardown.bounded(self._fence, self.config.handover_timeout, Ownership.UNKNOWN)
+            except MigrationError as failed:
+                why = f"{why}; {failed}"
+                others.append(failed)
         if settled is Ownership.DESTINATION:
             monitor.advance(Status.COMPLETED)
             monitor.warn(f"the answer was lost ({why}); the fence found the guest at the destination")
             return
+        if settled is Ownership.SOURCE:
+            raise await self._given_back(why, others)
         uncertain = HandoverUncertain(
             f"the guest was handed over, but the answer is missing ({why}): the destination may be running it, so it "
             "stays paused here. Look at the destination, then settle who owns the guest",
             resume=self._settle_here,
+            give_up=functools.partial(monitor.advance, Status.COMPLETED),
         )
-        uncertain.others = (error,) if error is not None else ()
-        if settled is Ownership.SOURCE:
-            await uncertain.settle(Ownership.SOURCE)
-            raise TransportFailed(f"the answer was lost ({why}); the fence gave the guest back, and it runs here again")
+        uncertain.others = tuple(others)
         self.counters.error = str(uncertain)
         raise uncertain
+
+    async def _fence(self) -> Ownership:
+        assert self.fence_hook is not None
+        return await self._call("the fence hook", self.fence_hook())
+
+    async def _given_back(self, why: str, others: Sequence[BaseException]) -> MigrationError:
+        """The fence says that the destination does not have the guest: resume it here. Returns what is to be raised."""
+        self.monitor.advance(Status.FAILED)  # the owner is certain now, also if the guest cannot be resumed
+        failure: MigrationError | None = await self._resume_here()
+        if failure is None:
+            how = "it runs here again" if self.touched else "it is as it was"
+            failure = TransportFailed(f"the answer was lost ({why}); the fence gave the guest back, and {how}")
+        failure.others = tuple(others)
+        self.counters.error = str(failure)
+        return failure
 
     def _no_answer(self) -> str:
         return f"nothing came for {self.config.handover_timeout:g} s"
 
     async def _settle_here(self) -> None:
-        if self.touched:
-            failure = await teardown.guest_call("resumed", self.guest.resume, self.config.teardown_grace)
-            if failure is not None:
-                raise failure
+        if (failure := await self._resume_here()) is not None:
+            raise failure
         self.monitor.advance(Status.FAILED)
+
+    async def _resume_here(self) -> GuestFailed | None:
+        """Let the guest run again if it was paused for this attempt; returns why it does not."""
+        if not self.touched:
+            return None
+        failure = await teardown.guest_call("resumed", self.guest.resume, self.config.teardown_grace)
+        if failure is not None and self.guest.run_state != "running":
+            return failure
+        self.monitor.emit("RESUME")
+        return None
 
     # -- the phases ------------------------------------------------------------------------------------------------
 
@@ -239,9 +261,14 @@ class _Attempt:
         self.counters.dirty_tracking = tracker.method
         self._synced()
         self.counters.setup_done = trio.current_time()
-        monitor.advance(Status.ACTIVE)
+        await self._advance(Status.ACTIVE)
         await self._iterate(sender)
         await self._switch_over(nursery, sender)
+
+    async def _advance(self, status: Status) -> None:
+        """The next status, unless a cancel has come since the last checkpoint: the monitor is in `cancelling` then."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self.monitor.advance(status)
 
     async def _call(self, what: str, awaitable: Awaitable[T]) -> T:
         return await guest_calls.call(what, awaitable, self.config.handover_timeout)
@@ -324,11 +351,13 @@ class _Attempt:
         assert channel is not None
         assert self.tracker is not None
         assert self._limiter is not None
-        devices = DeviceSender(self.guest, self.run_state, config.peer)
         watch = _Stopwatch()
         c.paused_at = trio.current_time()
-        monitor.advance(Status.DEVICE)
-        if self.ran_before:
+        await self._advance(Status.DEVICE)
+        # Only now: its user may have paused or resumed it while the memory was sent.
+        run_state = self.guest.run_state
+        devices = DeviceSender(self.guest, run_state, config.peer)
+        if run_state == "running":
             self.touched = True
             await self._call("pausing the guest", self.guest.pause())
             monitor.emit("STOP")
@@ -348,10 +377,9 @@ class _Attempt:
         self.parts["prepare"] = watch.lap()
         if self.commit_hook is not None:
             await self._call("the commit hook", self.commit_hook())
-        await trio.lowlevel.checkpoint_if_cancelled()
-        # No checkpoint between the test above and the status below: from here on a cancel is refused.
+        await self._advance(Status.HANDOVER)
+        # No checkpoint since the look for a cancel: from here on it is refused.
         shield(nursery, config.handover_timeout)
-        monitor.advance(Status.HANDOVER)
         await self._hand_over(channel, devices.ending())
         self.parts["commit"] = watch.lap()
         c.downtime = trio.current_time() - c.paused_at
