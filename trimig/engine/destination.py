@@ -65,6 +65,7 @@ class _Arrival:
         self.channel: Channel | None = None
         self.return_path = False
         self.confirmed = False
+        self.prepared = False  # the source has asked for the proof that everything is loaded, and got it
         self.ram = RamReceiver(self.counters)
         self.sections: list[DeviceSection] = []
         self.header: ev.SectionHeader | None = None
@@ -275,6 +276,7 @@ class _Arrival:
             await self._load()
         assert self.channel is not None
         await self.channel.send(encode(Pong(value=value)))
+        self.prepared = self.ram_ended
 
     async def _load(self) -> None:
         loading = self.guest.load_devices(self.sections)
@@ -356,6 +358,7 @@ class _Arrival:
         if self.return_path and (value := tail.prepare_ping()) is not None:
             assert self.channel is not None
             await self.channel.send(encode(Pong(value=value)))
+            self.prepared = True
 
     async def _ram_received(self) -> None:
         """The first device section: RAM is complete, and a guest that lives on disk can be written out already."""
@@ -397,7 +400,7 @@ class _Arrival:
         return Summary(
             role=Role.DESTINATION,
             confirmed=self.confirmed,
-            prepared=self.return_path,
+            prepared=self.prepared,
             total_time=c.finished - c.started,
             setup_time=(c.setup_done or c.started) - c.started,
             downtime=parts.total,
