@@ -109,6 +109,12 @@ class Arrival:
     outcome: trimig.Summary | trimig.MigrationError | None = None
     done: trio.Event = dataclasses.field(default_factory=trio.Event)
 
+    async def wait_pages(self, count: int) -> None:
+        """Wait until that many pages have come, zero ones not counted."""
+        async for picture in self.monitor.watch(0.01):
+            if picture.normal_pages >= count:
+                break
+
     async def summary(self) -> trimig.Summary:
         """Of the receiver, which must succeed."""
         await self.done.wait()
