@@ -7,15 +7,11 @@ import pytest
 from trimig import guest as interfaces
 from trimig.errors import LocalProtocolError, RemoteProtocolError
 from trimig.guests.device import Device, device_section
-from trimig.guests.standard import (
-    ILLEGAL_RUN_STATES,
-    RUN_STATES,
-    GlobalState,
-    TimerState,
-    decode_global_state,
-    encode_global_state,
-)
+from trimig.guests.standard import GlobalState, TimerState
 from trimig.wire.description import build
+from trimig.wire.globalstate import ILLEGAL_RUN_STATES, RUN_STATES
+from trimig.wire.globalstate import decode as decode_global_state
+from trimig.wire.globalstate import section as global_state_section
 from trimig.wire.vmstate import Field, VMState
 
 # stream.md part 12: the whole description of a machine without devices.
@@ -176,7 +172,7 @@ def test_refused_timer_keeps_what_it_had() -> None:
 def test_run_state_goes_both_ways(name: str) -> None:
     """Q3: every run state a guest can arrive in."""
     payload = len(name + "0").to_bytes(4, "big") + name.encode().ljust(100, b"\0")
-    assert encode_global_state(name) == payload
+    assert global_state_section(name).payload == payload
     assert decode_global_state(payload) == name
 
 
@@ -193,7 +189,7 @@ def test_run_state_nobody_can_arrive_in_is_refused_both_ways(name: str) -> None:
     with pytest.raises(RemoteProtocolError, match=repr(name)):
         decode_global_state(payload)
     with pytest.raises(LocalProtocolError, match=repr(name)):
-        encode_global_state(name)
+        global_state_section(name)
 
 
 @pytest.mark.parametrize("text", [b"r" * 100, b"\xff\x00".ljust(100, b"\0")])
