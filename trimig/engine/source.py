@@ -188,7 +188,7 @@ class _Attempt:
                 why = f"{why}; {failed}"
                 others.append(failed)
         if settled is Ownership.DESTINATION:
-            monitor.advance(Status.COMPLETED)
+            self._complete()
             monitor.warn(f"the answer was lost ({why}); the fence found the guest at the destination")
             return
         if settled is Ownership.SOURCE:
@@ -382,7 +382,6 @@ class _Attempt:
         shield(nursery, config.handover_timeout)
         await self._hand_over(channel, devices.ending())
         self.parts["commit"] = watch.lap()
-        c.downtime = trio.current_time() - c.paused_at
 
     async def _prepare(self, channel: Channel, reader: ReturnPathReader) -> None:
         await channel.send(wire.ping(PING_PREPARE))
@@ -408,7 +407,7 @@ class _Attempt:
             # Something may have left. Only the destination's word counts now, if it is still to be had.
         if reader is None:
             self.answered = True
-            self.monitor.advance(Status.COMPLETED)
+            self._complete()
             return
         await reader.wait_answer()
         if reader.shut is None:
@@ -420,6 +419,15 @@ class _Attempt:
                 f"the destination could not take the guest over (it sent SHUT {reader.shut}); its own log says why",
                 code=reader.shut,
             )
+        self._complete()
+
+    def _complete(self) -> None:
+        """The guest is the destination's. The figures stand before anybody is told."""
+        c = self.counters
+        assert c.paused_at is not None
+        assert self.channel is not None
+        c.downtime = trio.current_time() - c.paused_at
+        c.transferred = self.channel.sent
         self.monitor.advance(Status.COMPLETED)
 
     def _nothing_left(self, channel: Channel) -> bool:
