@@ -14,6 +14,7 @@ import trimig.guests
 from tests.qemu import peers
 from tests.qemu.harness import Qemu
 from tests.qemu.peers import LISTEN, PAGE, SMALL
+from tests.qemu.relay import Relay
 from trimig import MiB
 
 pytestmark = pytest.mark.qemu
@@ -127,9 +128,12 @@ async def test_refused_guest_stays_with_qemu(options: dict[str, Any], words: str
         if was == "paused":
             await vm.qmp.execute("stop")
         with peers.machine(running=False, **options) as guest:
-            async with peers.arriving(guest) as arrival:
-                await vm.migrate(arrival.uri, capabilities=RETURN_PATH, wait=False)
+            async with peers.arriving(guest) as arrival, Relay(arrival.uri) as relay:
+                await vm.migrate(relay.uri, capabilities=RETURN_PATH, wait=False)
                 error = await arrival.error()
+                await vm.wait_migration_status("failed")
+                # PONG 1 and SHUT 1; but the machine name comes before there is a return path.
+                assert relay.back.delivered == (0 if section == "configuration" else 16)
             assert isinstance(error, trimig.RemoteProtocolError)
             assert words in str(error)
             assert error.section == section
@@ -137,7 +141,6 @@ async def test_refused_guest_stays_with_qemu(options: dict[str, Any], words: str
             assert error.owner is trimig.Ownership.SOURCE
             assert arrival.monitor.info()["error-desc"] == str(error)
             assert guest.run_state == "inmigrate"
-        await vm.wait_migration_status("failed")
         if was == "paused":
             assert await vm.wait_status("postmigrate", "paused", "running") != "running"
             await vm.qmp.execute("cont")
