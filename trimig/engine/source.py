@@ -113,6 +113,10 @@ class _Attempt:
                 await self._phases(open_stream, nursery)
                 nursery.cancel_scope.cancel("the migration is over")
         self.monitor.control(None, None)
+        # The answer may have come in the same moment as the end of the time for it: it is an answer.
+        refusal = self._take_answer()
+        if outcome.failure is None:
+            outcome.failure = refusal
         guest_failure = await self._unwind(outcome.failure)
         await self._conclude(outcome.failure, guest_failure)
         return self._summary()
@@ -381,7 +385,6 @@ class _Attempt:
         # No checkpoint since the look for a cancel: from here on it is refused.
         shield(nursery, config.handover_timeout)
         await self._hand_over(channel, devices.ending())
-        self.parts["commit"] = watch.lap()
 
     async def _prepare(self, channel: Channel, reader: ReturnPathReader) -> None:
         await channel.send(wire.ping(PING_PREPARE))
@@ -410,16 +413,22 @@ class _Attempt:
             self._complete()
             return
         await reader.wait_answer()
-        if reader.shut is None:
-            return  # lost: the frame makes this an uncertain outcome
+        if (refusal := self._take_answer()) is not None:
+            raise refusal
+
+    def _take_answer(self) -> PeerFailed | None:
+        """Act on the answer to the decision, if it has come; without one, the frame finds the outcome uncertain."""
+        code = self.reader.shut if self.reader is not None else None
+        if code is None or self.answered or self.monitor.status is not Status.HANDOVER:
+            return None
         self.answered = True
-        if reader.shut:
-            self.monitor.advance(Status.FAILED)
-            raise PeerFailed(
-                f"the destination could not take the guest over (it sent SHUT {reader.shut}); its own log says why",
-                code=reader.shut,
-            )
-        self._complete()
+        if not code:
+            self._complete()
+            return None
+        self.monitor.advance(Status.FAILED)
+        return PeerFailed(
+            f"the destination could not take the guest over (it sent SHUT {code}); its own log says why", code=code
+        )
 
     def _complete(self) -> None:
         """The guest is the destination's. The figures stand before anybody is told."""
@@ -427,6 +436,7 @@ class _Attempt:
         assert c.paused_at is not None
         assert self.channel is not None
         c.downtime = trio.current_time() - c.paused_at
+        self.parts["commit"] = c.downtime - sum(self.parts.values())
         c.transferred = self.channel.sent
         self.monitor.advance(Status.COMPLETED)
 
