@@ -1,0 +1,63 @@
+"""Two things at once: a link that breaks, and a cancel at every edge before and after that.
+
+:func:`trimig.testing.run_sweep` compares each run with the undisturbed one, which a fault before the edge makes
+impossible; here the run with the fault alone is what the others are compared with.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from trimig.testing import CancelAt, Fault, FaultKind, Point, Run, Scenario, SweepFailure, replay
+
+
+def around_the_decision(baseline: Run[Any], kinds: Sequence[FaultKind]) -> Iterator[Fault]:
+    """Faults in the middle of memory, before and behind the decision (the last byte), and around the answer."""
+    last, answer = baseline.sent["a->b"], baseline.sent["b->a"]
+    for kind in kinds:
+        for after in (last // 2, last - 1, last):
+            yield Fault(direction="a->b", after=after, kind=kind)
+        for after in (answer - 16, answer - 8, answer - 1):
+            yield Fault(direction="b->a", after=after, kind=kind)
+
+
+def sweep_cancels_and_faults(
+    scenario: Scenario[Any],
+    faults: Callable[[Run[Any]], Iterator[Fault]],
+    *,
+    victims: tuple[str, ...],
+    seeds: Sequence[int],
+    every: int,
+) -> int:
+    """Cancel *victims* at each so-manyth edge of each run with a fault. Prints and returns the number of runs.
+
+    Raises:
+        SweepFailure: a rule was broken, or the schedule was not repeated up to the edge.
+    """
+    outcomes: collections.Counter[Any] = collections.Counter()
+    for seed in seeds:
+        for fault in faults(replay(scenario, Point(seed=seed))):
+            broken = replay(scenario, Point(seed=seed, inject=(fault,)))
+            outcomes[broken.outcome] += 1
+            for cancel in itertools.islice(_edges(broken, victims), seed % every, None, every):
+                point = Point(seed=seed, inject=(fault, cancel))
+                run = replay(scenario, point)
+                outcomes[run.outcome] += 1
+                if run.traces[cancel.kind][: cancel.n] != broken.traces[cancel.kind][: cancel.n]:
+                    raise SweepFailure(point, "the schedule is not repeatable up to the edge")
+    runs = sum(outcomes.values())
+    lines = [f"cancel of {'+'.join(victims)} and fault: {runs} runs, {len(seeds)} seeds"]
+    lines += [f"  {count:6} x {outcome}" for outcome, count in outcomes.most_common()]
+    sys.stdout.write("\n".join(lines) + "\n")
+    return runs
+
+
+def _edges(run: Run[Any], victims: tuple[str, ...]) -> Iterator[CancelAt]:
+    for kind, trace in run.traces.items():
+        last = max(run.exits[victim][kind] for victim in victims)
+        for n, task in enumerate(trace[:last], 1):
+            yield CancelAt(kind=kind, n=n, victims=victims, task=task)
