@@ -28,6 +28,8 @@ from .buffers import enlarge
 BATCH_PAGES = 4096
 #: Pages copied together for streams that take nothing but bytes.
 _STAGED_PAGES = 512
+#: What streams other than sockets get at once: it must be through within the stall timeout.
+_PIECE_BYTES = 1 << 16
 #: Other tasks get a turn after this many bytes at the latest; that takes about a millisecond.
 _SLICE_BYTES = 1 << 20
 
@@ -50,6 +52,8 @@ class Channel:
         #: Something may have left although :attr:`sent` does not show it (a write of a stream that is not a socket
         #: ended in an error).
         self.unsure = False
+        #: A stream that is not a socket is in the middle of a write, which :attr:`sent` will show when it is done.
+        self.writing = False
         self._socket = stream.socket if isinstance(stream, trio.SocketStream) else None
         if self._socket is not None:
             enlarge(self._socket)
@@ -97,11 +101,7 @@ class Channel:
                     self.sent += taken
                     view = view[taken:]
             else:
-                with trio.move_on_after(self.stall_timeout) as limit:
-                    await self.stream.send_all(data)
-                if limit.cancelled_caught:
-                    raise self._stalled("took no data")
-                self.sent += len(data)
+                await self._send_pieces(memoryview(data))
             ok = True
         except (OSError, MemoryError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise TransportFailed(f"the connection broke while sending: {_cause(error)}") from error
@@ -109,6 +109,20 @@ class Channel:
             if not ok:
                 self.poisoned = True
                 self.unsure = self._socket is None
+
+    async def _send_pieces(self, data: memoryview) -> None:
+        """Hand *data* over in pieces, because within one nobody can see whether it advances."""
+        self.writing = True
+        try:
+            for start in range(0, len(data), _PIECE_BYTES):
+                piece = data[start : start + _PIECE_BYTES]
+                with trio.move_on_after(self.stall_timeout) as limit:
+                    await self.stream.send_all(piece)
+                if limit.cancelled_caught:
+                    raise self._stalled("took no data")
+                self.sent += len(piece)
+        finally:
+            self.writing = False
 
     async def send_pages(
         self, lead: bytes, words: NDArray[np.uint64], pages: NDArray[np.uint8], indices: NDArray[np.int64]

@@ -82,6 +82,8 @@ class Limiter:
             now = trio.current_time()
             if (passed := now - then) < WINDOW:
                 continue
+            if self._channel.writing and self._channel.sent == sent:
+                continue  # one slow write of a stream that is not a socket: it counts when it is done, over its whole time
             handled = c.normal + c.duplicate
             c.pages_per_second = (handled - pages) / passed
             # A window in which little was sent tells the guest's appetite, not the transport's (states.md part 13).
