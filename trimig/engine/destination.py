@@ -14,7 +14,7 @@ import logging
 import trio
 
 from ..config import Config
-from ..errors import MigrationCancelled, RemoteProtocolError, TransportFailed
+from ..errors import MigrationCancelled, RemoteProtocolError, StateError, TransportFailed
 from ..guest import DeviceSection, Guest, OpaqueGuest
 from ..monitor import Downtime, Monitor, Summary
 from ..status import Role, Status
@@ -48,6 +48,8 @@ async def receive_stream(guest: Guest, open_stream: OpenStream, config: Config, 
     """
     guest.claim("an incoming migration")
     try:
+        if guest.run_state == "running" and not isinstance(guest, OpaqueGuest):
+            raise StateError(f"guest {guest.name!r} runs here: it cannot be filled with another one")
         monitor.begin(Role.DESTINATION, config)
         return await _Arrival(guest, config, monitor).run(open_stream)
     finally:
@@ -147,6 +149,7 @@ class _Arrival:
             reorder=True,
         )
         self.counters.setup_done = trio.current_time()
+        await trio.lowlevel.checkpoint_if_cancelled()  # a cancel may have come since the last checkpoint
         self.monitor.advance(Status.ACTIVE)
         tail: TailBuffer | None = None
         tail_at = 0
