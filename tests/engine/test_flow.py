@@ -58,7 +58,7 @@ async def test_events_of_both_sides_in_order(autojump_clock: trio.testing.MockCl
 async def test_guest_that_runs_arrives_running_with_its_last_state(autojump_clock: trio.testing.MockClock) -> None:
     """M3, K5, T1: what was written until the stop is there, and the destination runs on."""
     pair = Pair(
-        running(pages=16, rate=500, script=[Write(0.1, "ram", 0, 7)]), link=VirtualLink(rate=100_000, window=8192)
+        running(pages=16, rate=10, script=[Write(0.1, "ram", 0, 7)]), link=VirtualLink(rate=100_000, window=8192)
     )
     await pair.both()
     assert pair.source.writes > 0
