@@ -323,7 +323,15 @@ class Demo:
             raise Interrupted
         if self._deaths or trouble:
             # Who died is the cause; what the others say about it is the consequence.
-            raise Broken(self._deaths[0] if self._deaths else trouble)
+            raise Broken(self._deaths[0] if self._deaths else self._cause() or trouble)
+
+    def _cause(self) -> str | None:
+        """The failure of a host that did not only see the other one go; of the source rather than of the destination."""
+        for host in (self.source, self.destination):
+            report = host.report or {}
+            if report.get("event") == "failed" and report.get("kind") not in ("TransportFailed", "PeerFailed"):
+                return f"host {host.pid}: {report['error']}"
+        return None
 
     async def _take(self, host: HostProcess, message: Message) -> str | None:
         """Deal with one message; returns the sentence of a host that failed."""
