@@ -9,15 +9,16 @@ import trio
 from . import transport
 from .config import Config
 from .engine import teardown
+from .engine.channel import AnyStream, OpenStream
 from .engine.destination import receive_stream
-from .engine.source import CommitHook, FenceHook, OpenStream, migrate_stream
+from .engine.source import CommitHook, FenceHook, migrate_stream
 from .guest import Guest
 from .monitor import Monitor, Summary
 
 
 async def migrate(
     guest: Guest,
-    to: str | trio.abc.Stream,
+    to: str | trio.abc.SendStream,
     config: Config | None = None,
     *,
     monitor: Monitor | None = None,
@@ -28,7 +29,8 @@ async def migrate(
 
     Args:
         guest: what to move. It keeps running until the switchover.
-        to: a URI (``tcp:HOST:PORT``, ``unix:PATH``) or a connected stream, which is owned and closed on every path.
+        to: a URI (``tcp:HOST:PORT``, ``unix:PATH``, …) or a connected stream, which is owned and closed on every path.
+            One that can only send has no return path.
         config: capabilities, parameters and options; the defaults if None.
         monitor: watches and steers; may be shared with other tasks.
         commit: called when the destination has proved that it has everything, and before the decision is sent: the
@@ -49,15 +51,16 @@ async def migrate(
     attempt may be made at once. From the decision to its answer a cancellation is held off, for at most
     ``handover_timeout`` seconds.
     """
+    config = config or Config()
     try:
-        opener = _connector(to)
-        return await migrate_stream(guest, opener, config or Config(), monitor or Monitor(), commit=commit, fence=fence)
+        opener = _connector(to, config)
+        return await migrate_stream(guest, opener, config, monitor or Monitor(), commit=commit, fence=fence)
     finally:
         await _dispose(to)
 
 
 async def receive(
-    guest: Guest, at: str | trio.abc.Stream, config: Config | None = None, *, monitor: Monitor | None = None
+    guest: Guest, at: str | trio.abc.ReceiveStream, config: Config | None = None, *, monitor: Monitor | None = None
 ) -> Summary:
     """Be the destination of one migration.
 
@@ -78,35 +81,35 @@ async def receive(
     **Cancellation:** up to the decision of the source as for an error. If the decision has been read, the guest is
     brought to life and the call returns, or fails, within ``handover_timeout`` seconds.
     """
-    monitor = monitor or Monitor()
+    monitor, config = monitor or Monitor(), config or Config()
     try:
-        opener = _stream(at) if isinstance(at, trio.abc.Stream) else functools.partial(_accept, at, monitor)
-        return await receive_stream(guest, opener, config or Config(), monitor)
+        opener = functools.partial(_accept, at, config, monitor) if isinstance(at, str) else _stream(at)
+        return await receive_stream(guest, opener, config, monitor)
     finally:
         await _dispose(at)
 
 
-def _connector(to: str | trio.abc.Stream) -> OpenStream:
-    if isinstance(to, trio.abc.Stream):
+def _connector(to: str | trio.abc.SendStream, config: Config) -> OpenStream:
+    if not isinstance(to, str):
         return _stream(to)
     transport.check(to)
-    return functools.partial(transport.connect, to)
+    return functools.partial(transport.connect, to, config)
 
 
-def _stream(stream: trio.abc.Stream) -> OpenStream:
-    async def given() -> trio.abc.Stream:
+def _stream(stream: AnyStream) -> OpenStream:
+    async def given() -> AnyStream:
         await trio.lowlevel.checkpoint()
         return stream
 
     return given
 
 
-async def _accept(uri: str, monitor: Monitor) -> trio.abc.Stream:
-    async with transport.listening(uri, monitor.listening) as listener:
+async def _accept(uri: str, config: Config, monitor: Monitor) -> AnyStream:
+    async with transport.listening(uri, monitor.listening, config) as listener:
         return await listener.accept()
 
 
-async def _dispose(stream: str | trio.abc.Stream) -> None:
+async def _dispose(stream: str | AnyStream) -> None:
     """Close a stream that the engine never got hold of; closing twice is harmless."""
-    if isinstance(stream, trio.abc.Stream):
+    if not isinstance(stream, str):
         await teardown.close(stream)

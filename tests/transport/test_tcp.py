@@ -8,6 +8,7 @@ import pytest
 import trio
 import trio.testing
 
+from trimig.config import Config
 from trimig.errors import ConfigError, TransportFailed
 from trimig.transport import tcp
 
@@ -63,7 +64,7 @@ def test_address_is_understood(rest: str, expected: tuple[str, int]) -> None:
 async def test_bad_address_is_refused(rest: str, words: str) -> None:
     for call in (tcp.connect, tcp.listen):
         with pytest.raises(ConfigError, match=words) as caught:
-            await call(rest)
+            await call(rest, Config())
         assert caught.value.name == "uri"
 
 
@@ -76,7 +77,7 @@ async def talk(listener: tcp.TcpListener, to: str) -> None:
             accepted.append(await listener.accept())
 
         nursery.start_soon(accept)
-        near = await tcp.connect(to)
+        near = await tcp.connect(to, Config())
     far = accepted[0]
     async with near, far:
         await near.send_all(b"there")
@@ -87,7 +88,7 @@ async def talk(listener: tcp.TcpListener, to: str) -> None:
 
 async def test_ipv4_with_a_free_port() -> None:
     """B1, B7."""
-    listener = await tcp.listen("127.0.0.1:0")
+    listener = await tcp.listen("127.0.0.1:0", Config())
     try:
         assert listener.uri.startswith("tcp:127.0.0.1:")
         assert int(listener.uri.rpartition(":")[2]) > 0
@@ -98,7 +99,7 @@ async def test_ipv4_with_a_free_port() -> None:
 
 @needs_ipv6
 async def test_ipv6_stands_in_brackets() -> None:
-    listener = await tcp.listen("[::1]:0")
+    listener = await tcp.listen("[::1]:0", Config())
     try:
         assert listener.uri.startswith("tcp:[::1]:")
         await talk(listener, listener.uri.removeprefix("tcp:"))
@@ -107,7 +108,7 @@ async def test_ipv6_stands_in_brackets() -> None:
 
 
 async def test_name_is_resolved() -> None:
-    listener = await tcp.listen("localhost:0")
+    listener = await tcp.listen("localhost:0", Config())
     try:
         await talk(listener, listener.uri.removeprefix("tcp:"))
         port = listener.uri.rpartition(":")[2]
@@ -117,7 +118,7 @@ async def test_name_is_resolved() -> None:
 
 
 async def test_empty_host_is_every_address() -> None:
-    listener = await tcp.listen(":0")
+    listener = await tcp.listen(":0", Config())
     try:
         port = listener.uri.rpartition(":")[2]
         host = "[::1]" if "[" in listener.uri else "127.0.0.1"
@@ -146,7 +147,7 @@ async def test_of_two_connections_at_once_one_is_kept_and_none_is_leaked() -> No
     peers = []
     for listener in listeners:
         host, port = listener.socket.getsockname()[:2]
-        peers.append(await tcp.connect(f"[{host}]:{port}"))
+        peers.append(await tcp.connect(f"[{host}]:{port}", Config()))
     try:
         async with await both.accept() as taken:
             await taken.send_all(b"x")
@@ -162,41 +163,41 @@ async def test_of_two_connections_at_once_one_is_kept_and_none_is_leaked() -> No
 
 
 async def test_port_in_use_is_called_that() -> None:
-    listener = await tcp.listen("127.0.0.1:0")
+    listener = await tcp.listen("127.0.0.1:0", Config())
     try:
         with pytest.raises(TransportFailed, match=rf"cannot listen on {listener.uri}: the port is in use"):
-            await tcp.listen(listener.uri.removeprefix("tcp:"))
+            await tcp.listen(listener.uri.removeprefix("tcp:"), Config())
     finally:
         listener.close()
 
 
 async def test_refused_connection_is_called_that() -> None:
     """B16."""
-    listener = await tcp.listen("127.0.0.1:0")
+    listener = await tcp.listen("127.0.0.1:0", Config())
     address = listener.uri
     listener.close()
     with pytest.raises(TransportFailed, match=rf"cannot connect to {address}: connection refused"):
-        await tcp.connect(address.removeprefix("tcp:"))
+        await tcp.connect(address.removeprefix("tcp:"), Config())
 
 
 async def test_address_of_another_machine_cannot_be_listened_on() -> None:
     with pytest.raises(TransportFailed, match=r"cannot listen on tcp:192\.0\.2\.1:0: "):
-        await tcp.listen("192.0.2.1:0")
+        await tcp.listen("192.0.2.1:0", Config())
 
 
 async def test_closing_twice_is_harmless() -> None:
-    listener = await tcp.listen("127.0.0.1:0")
+    listener = await tcp.listen("127.0.0.1:0", Config())
     listener.close()
     listener.close()
 
 
 async def test_connecting_can_be_cancelled() -> None:
     """G12: a QEMU waits until the attempt ends by itself. Nothing is left (see the check for descriptors)."""
-    listener = await tcp.listen("127.0.0.1:0")
+    listener = await tcp.listen("127.0.0.1:0", Config())
     try:
         with trio.CancelScope() as scope:
             scope.cancel(reason="the test")
-            await tcp.connect(listener.uri.removeprefix("tcp:"))
+            await tcp.connect(listener.uri.removeprefix("tcp:"), Config())
         assert scope.cancelled_caught
     finally:
         listener.close()
@@ -234,7 +235,7 @@ async def test_connecting_to_a_silent_host_can_be_cancelled(autojump_clock: trio
     previous = trio.socket.set_custom_socket_factory(factory)
     try:
         with trio.move_on_after(5) as scope:
-            await tcp.connect("192.0.2.1:4444")
+            await tcp.connect("192.0.2.1:4444", Config())
         assert scope.cancelled_caught
         assert factory.closed == 1
     finally:

@@ -11,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 
+from trimig.config import Config
 from trimig.errors import ConfigError, TransportFailed
 from trimig.transport import unix
 
@@ -37,7 +38,7 @@ def content(path: str) -> str:
 
 async def talk(listener: unix.UnixListener, path: str) -> None:
     """Connect, say something both ways, and close."""
-    near = await unix.connect(path)
+    near = await unix.connect(path, Config())
     far = await listener.accept()
     async with near, far:
         await near.send_all(b"there")
@@ -48,7 +49,7 @@ async def talk(listener: unix.UnixListener, path: str) -> None:
 
 async def test_connection(path: str) -> None:
     """B2, B7."""
-    listener = await unix.listen(path)
+    listener = await unix.listen(path, Config())
     try:
         assert listener.uri == f"unix:{path}"
         await talk(listener, path)
@@ -61,7 +62,7 @@ async def test_socket_is_for_its_owner_only(path: str, umask: int) -> None:
     """From the first moment: the guest's memory goes through it."""
     old = os.umask(umask)
     try:
-        listener = await unix.listen(path)
+        listener = await unix.listen(path, Config())
     finally:
         os.umask(old)
     try:
@@ -73,18 +74,18 @@ async def test_socket_is_for_its_owner_only(path: str, umask: int) -> None:
 
 
 async def test_file_is_removed_on_close(path: str) -> None:
-    listener = await unix.listen(path)
+    listener = await unix.listen(path, Config())
     listener.close()
     assert not there(path)
     listener.close()
     with pytest.raises(TransportFailed, match=f"cannot connect to unix:{path}: No such file"):
-        await unix.connect(path)
+        await unix.connect(path, Config())
 
 
 async def test_file_that_took_its_place_is_left_alone(path: str) -> None:
-    first = await unix.listen(path)
+    first = await unix.listen(path, Config())
     os.rename(path, path + ".old")
-    second = await unix.listen(path)
+    second = await unix.listen(path, Config())
     try:
         first.close()
         await talk(second, path)
@@ -94,15 +95,15 @@ async def test_file_that_took_its_place_is_left_alone(path: str) -> None:
 
 
 async def test_file_that_is_gone_already_is_no_error(path: str) -> None:
-    listener = await unix.listen(path)
+    listener = await unix.listen(path, Config())
     os.unlink(path)
     listener.close()
 
 
 async def test_second_close_removes_no_successor(path: str) -> None:
-    first = await unix.listen(path)
+    first = await unix.listen(path, Config())
     first.close()
-    second = await unix.listen(path)
+    second = await unix.listen(path, Config())
     try:
         first.close()
         await talk(second, path)
@@ -116,7 +117,7 @@ async def test_orphaned_socket_is_replaced(path: str) -> None:
         killed.bind(path)
         killed.listen()
     assert there(path)
-    listener = await unix.listen(path)
+    listener = await unix.listen(path, Config())
     try:
         await talk(listener, path)
     finally:
@@ -125,11 +126,11 @@ async def test_orphaned_socket_is_replaced(path: str) -> None:
 
 async def test_live_socket_is_neither_removed_nor_disturbed(path: str) -> None:
     """The one who listens there must not take the probe for its peer: it accepts one connection only."""
-    listener = await unix.listen(path)
+    listener = await unix.listen(path, Config())
     try:
         with pytest.raises(TransportFailed, match=f"cannot listen on unix:{path}: Address already in use"):
-            await unix.listen(path)
-        near = await unix.connect(path)
+            await unix.listen(path, Config())
+        near = await unix.connect(path, Config())
         await near.send_all(b"the first connection")
         async with near, await listener.accept() as far:
             assert await far.receive_some() == b"the first connection"
@@ -138,7 +139,7 @@ async def test_live_socket_is_neither_removed_nor_disturbed(path: str) -> None:
 
 
 async def test_socket_with_a_full_queue_is_alive(path: str) -> None:
-    listener = await unix.listen(path)
+    listener = await unix.listen(path, Config())
     waiting = []
     try:
         for _ in range(8):
@@ -148,7 +149,7 @@ async def test_socket_with_a_full_queue_is_alive(path: str) -> None:
             if peer.connect_ex(path):
                 break
         with pytest.raises(TransportFailed, match="already in use"):
-            await unix.listen(path)
+            await unix.listen(path, Config())
         assert there(path)
     finally:
         for peer in waiting:
@@ -166,7 +167,7 @@ async def test_other_things_are_left_alone(path: str, kind: str) -> None:
         if kind != "file":
             os.symlink(target, path)
     with pytest.raises(TransportFailed, match="already in use"):
-        await unix.listen(path)
+        await unix.listen(path, Config())
     if kind != "directory":
         assert content(path) == "precious"
 
@@ -174,7 +175,7 @@ async def test_other_things_are_left_alone(path: str, kind: str) -> None:
 async def test_dangling_link_is_left_alone(path: str) -> None:
     os.symlink(path + ".nowhere", path)
     with pytest.raises(TransportFailed):
-        await unix.listen(path)
+        await unix.listen(path, Config())
     assert there(path)
 
 
@@ -192,14 +193,14 @@ async def test_dangling_link_is_left_alone(path: str) -> None:
 async def test_bad_path_is_refused(call: object, path: str, words: str) -> None:
     assert callable(call)
     with pytest.raises(ConfigError, match=words) as caught:
-        await call(path)
+        await call(path, Config())
     assert caught.value.name == "uri"
 
 
 async def test_longest_path_works(tmp_path: Path) -> None:
     directory = str(tmp_path)
     path = directory + "/" + "x" * (107 - len(directory) - 1)
-    listener = await unix.listen(path)
+    listener = await unix.listen(path, Config())
     try:
         await talk(listener, path)
     finally:
@@ -208,9 +209,9 @@ async def test_longest_path_works(tmp_path: Path) -> None:
 
 async def test_directory_that_does_not_exist(path: str) -> None:
     with pytest.raises(TransportFailed, match=f"cannot listen on unix:{path}/s: No such file"):
-        await unix.listen(path + "/s")
+        await unix.listen(path + "/s", Config())
     with pytest.raises(TransportFailed, match="No such file"):
-        await unix.connect(path + "/s")
+        await unix.connect(path + "/s", Config())
 
 
 async def test_socket_that_nobody_listens_on(path: str) -> None:
@@ -218,21 +219,21 @@ async def test_socket_that_nobody_listens_on(path: str) -> None:
     with socket.socket(socket.AF_UNIX) as killed:
         killed.bind(path)
     with pytest.raises(TransportFailed, match="Connection refused"):
-        await unix.connect(path)
+        await unix.connect(path, Config())
 
 
 async def test_listening_and_connecting_can_be_cancelled(path: str) -> None:
     """G12: and leave nothing behind."""
     with trio.CancelScope() as scope:
         scope.cancel(reason="the test")
-        await unix.listen(path)
+        await unix.listen(path, Config())
     assert scope.cancelled_caught
     assert not there(path)
-    listener = await unix.listen(path)
+    listener = await unix.listen(path, Config())
     try:
         with trio.CancelScope() as scope:
             scope.cancel(reason="the test")
-            await unix.connect(path)
+            await unix.connect(path, Config())
         assert scope.cancelled_caught
     finally:
         listener.close()

@@ -13,6 +13,8 @@ import fcntl
 import math
 import sys
 import termios
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import trio
@@ -34,16 +36,52 @@ _PIECE_BYTES = 1 << 16
 _SLICE_BYTES = 1 << 20
 
 
+#: A stream of both directions, or of one: then there is no return path.
+AnyStream: TypeAlias = trio.abc.SendStream | trio.abc.ReceiveStream
+OpenStream: TypeAlias = Callable[[], Awaitable[AnyStream]]
+
+
+@runtime_checkable
+class Delivering(Protocol):
+    """A stream that can tell more than that its buffer took the bytes: a child that ends well, a file that is on disk.
+
+    Without a return path this is the only word there is on what became of the stream.
+    """
+
+    async def delivered(self) -> None:
+        """Nothing more will be sent: return when what was sent is where it was to go.
+
+        Raises:
+            TransportFailed: it is not, or nobody can tell.
+
+        **Cancellation:** as for an error.
+        """
+
+
+@runtime_checkable
+class PerhapsSilent(Protocol):
+    """A stream that can be read from, but behind which there may be nobody who ever answers.
+
+    A command that passes the stream on answers; one that stores it does not.
+    """
+
+    @property
+    def perhaps_silent(self) -> bool:
+        """True if the end of this direction, or silence, is not an error before the peer has said anything."""
+
+
 class Channel:
     """A stream with a byte count and a poison mark.
 
     Args:
-        stream: any bidirectional trio stream. The channel owns it.
+        stream: any trio stream, or only one direction of one. The channel owns it.
         stall_timeout: seconds without progress in a blocked call after which it fails; ``math.inf`` for never.
     """
 
-    def __init__(self, stream: trio.abc.Stream, *, stall_timeout: float = math.inf) -> None:
+    def __init__(self, stream: AnyStream, *, stall_timeout: float = math.inf) -> None:
         self.stream = stream
+        self._sink = stream if isinstance(stream, trio.abc.SendStream) else None
+        self._spring = stream if isinstance(stream, trio.abc.ReceiveStream) else None
         self.stall_timeout = stall_timeout
         #: Bytes taken by the transport (for streams other than sockets: handed to it completely).
         self.sent = 0
@@ -58,6 +96,16 @@ class Channel:
         if self._socket is not None:
             enlarge(self._socket)
         self._staging: NDArray[np.uint8] | None = None
+
+    @property
+    def sends(self) -> bool:
+        """The stream has the direction to the peer."""
+        return self._sink is not None
+
+    @property
+    def receives(self) -> bool:
+        """The stream has the direction from the peer."""
+        return self._spring is not None
 
     @property
     def socket_fd(self) -> int | None:
@@ -112,12 +160,13 @@ class Channel:
 
     async def _send_pieces(self, data: memoryview) -> None:
         """Hand *data* over in pieces, because within one nobody can see whether it advances."""
+        assert self._sink is not None, "a stream that only receives"
         self.writing = True
         try:
             for start in range(0, len(data), _PIECE_BYTES):
                 piece = data[start : start + _PIECE_BYTES]
                 with trio.move_on_after(self.stall_timeout) as limit:
-                    await self.stream.send_all(piece)
+                    await self._sink.send_all(piece)
                 if limit.cancelled_caught:
                     raise self._stalled("took no data")
                 self.sent += len(piece)
@@ -206,7 +255,8 @@ class Channel:
                 if self._socket is not None:
                     count = await self._socket.recv_into(view)
                 else:
-                    data = await self.stream.receive_some(len(view))
+                    assert self._spring is not None, "a stream that only sends"
+                    data = await self._spring.receive_some(len(view))
                     count = len(data)
                     view[:count] = data
             if limit.cancelled_caught:

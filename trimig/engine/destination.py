@@ -25,9 +25,8 @@ from ..wire.devices import TailBuffer, Undelimited, find_description, split_tail
 from ..wire.return_path import Pong, Shut, encode
 from . import guest_calls, teardown
 from .boundary import Outcome, domain_error
-from .channel import Channel
+from .channel import Channel, OpenStream
 from .ram_in import RamReceiver
-from .source import OpenStream
 
 log = logging.getLogger("trimig.destination")
 

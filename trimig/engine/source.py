@@ -36,7 +36,7 @@ from ..status import Role, Status
 from ..wire import encoder as wire
 from . import guest_calls, teardown
 from .boundary import Outcome, domain_error
-from .channel import Channel
+from .channel import Channel, OpenStream
 from .handover import shield
 from .limiter import Limiter
 from .ram_out import RamSender
@@ -47,7 +47,6 @@ log = logging.getLogger("trimig.source")
 
 T = TypeVar("T")
 
-OpenStream = Callable[[], Awaitable[trio.abc.Stream]]
 #: Records the decision somewhere durable; a failure rolls back.
 CommitHook = Callable[[], Awaitable[None]]
 #: Finds out, or forces, who owns the guest when the answer did not come.
@@ -249,7 +248,7 @@ class _Attempt:
         limiter = self._limiter = Limiter(channel, monitor.config.parameters.max_bandwidth, self.counters)
         blocks = list(self.guest.ram)
         self.counters.total = self.counters.remaining = sum(b.length for b in blocks)
-        if config.capabilities.return_path:
+        if config.capabilities.return_path and channel.receives:
             self.reader = ReturnPathReader(channel, {b.name: b.length for b in blocks})
             nursery.start_soon(self.reader.run, name="trimig.return_path")
         else:

@@ -1,19 +1,30 @@
-"""A URI -> a stream. One small file for each transport; adding one touches nothing but the table below.
+"""A URI -> a stream. One small file for each transport, named by its scheme; adding one touches nothing else.
 
 A URI is QEMU's: ``tcp:HOST:PORT``, ``unix:PATH``. An unknown scheme is refused before anything is touched.
+
+A module of this package whose name has no underscore in front *is* the transport of that scheme. It has two functions::
+
+    async def connect(rest: str, config: Config) -> trio.abc.Stream | trio.abc.SendStream
+    async def listen(rest: str, config: Config) -> Listener
+
+*rest* is what follows the colon. Both raise ConfigError for an address that cannot be understood, before anything is
+touched, and TransportFailed for everything else. A transport that has only one direction returns a stream of that
+direction only, and so has no return path. Modules with an underscore in front are what several of them share.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import importlib
+import pkgutil
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import MappingProxyType
 from typing import Final, Protocol
 
 import trio
 
+from ..config import Config
 from ..errors import ConfigError
-from . import tcp, unix
 
 
 class Listener(Protocol):
@@ -23,7 +34,7 @@ class Listener(Protocol):
     def uri(self) -> str:
         """Where to connect to; a port 0 is resolved."""
 
-    async def accept(self) -> trio.abc.Stream:
+    async def accept(self) -> trio.abc.Stream | trio.abc.ReceiveStream:
         """The next connection.
 
         **Cancellation:** nothing was accepted.
@@ -33,15 +44,26 @@ class Listener(Protocol):
         """Stop listening and leave nothing behind. Idempotent."""
 
 
-_CONNECT: Final[Mapping[str, Callable[[str], Awaitable[trio.abc.Stream]]]] = MappingProxyType(
-    {"tcp": tcp.connect, "unix": unix.connect}
-)
-_LISTEN: Final[Mapping[str, Callable[[str], Awaitable[Listener]]]] = MappingProxyType(
-    {"tcp": tcp.listen, "unix": unix.listen}
+class _Transport(Protocol):
+    """What a module of this package looks like."""
+
+    async def connect(self, rest: str, config: Config) -> trio.abc.Stream | trio.abc.SendStream: ...
+
+    async def listen(self, rest: str, config: Config) -> Listener: ...
+
+
+#: The schemes that can be used.
+SCHEMES: Final[tuple[str, ...]] = tuple(
+    sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 )
 
-#: QEMU has these, trimig not yet.
-_NOT_BUILT: Final = frozenset({"exec", "fd", "file", "rdma", "vsock", "ws", "wss"})
+#: What QEMU has and trimig has not.
+_ABSENT: Final = MappingProxyType(
+    {
+        "rdma": "RDMA is not built into trimig, as in a QEMU that is built without it",
+        "vsock": "sockets of virtual machines are not built into trimig",
+    }
+)
 
 
 def check(uri: str) -> tuple[str, str]:
@@ -51,16 +73,24 @@ def check(uri: str) -> tuple[str, str]:
         ConfigError: no scheme, an unknown one, or one that is not built.
     """
     scheme, colon, rest = uri.partition(":")
+    known = ", ".join(f"{name}:" for name in SCHEMES)
     if not colon or not scheme:
         raise ConfigError(f"{uri!r} is not a migration URI; give for example tcp:HOST:PORT or unix:PATH", name="uri")
-    if scheme in _NOT_BUILT:
-        raise ConfigError(f"the transport {scheme}: is not built yet; there are tcp: and unix:", name="uri")
-    if scheme not in _CONNECT:
-        raise ConfigError(f"unknown protocol {scheme!r} in {uri!r}; there are tcp: and unix:", name="uri")
+    if scheme in _ABSENT:
+        raise ConfigError(f"{uri!r} cannot be used: {_ABSENT[scheme]}; there are {known}", name="uri")
+    if scheme not in SCHEMES:
+        raise ConfigError(f"unknown protocol {scheme!r} in {uri!r}; there are {known}", name="uri")
     return scheme, rest
 
 
-async def connect(uri: str) -> trio.abc.Stream:
+def _find(uri: str) -> tuple[_Transport, str]:
+    scheme, rest = check(uri)
+    # Imported when it is asked for: some bring a library that takes its time.
+    module: _Transport = importlib.import_module(f".{scheme}", __name__)
+    return module, rest
+
+
+async def connect(uri: str, config: Config | None = None) -> trio.abc.Stream | trio.abc.SendStream:
     """Connect to *uri*.
 
     Raises:
@@ -69,12 +99,12 @@ async def connect(uri: str) -> trio.abc.Stream:
 
     **Cancellation:** no connection is left.
     """
-    scheme, rest = check(uri)
-    return await _CONNECT[scheme](rest)
+    transport, rest = _find(uri)
+    return await transport.connect(rest, config or Config())
 
 
 @asynccontextmanager
-async def listening(uri: str, told: Callable[[str], None]) -> AsyncIterator[Listener]:
+async def listening(uri: str, told: Callable[[str], None], config: Config | None = None) -> AsyncIterator[Listener]:
     """Listen on *uri* while the context is open; *told* gets the address with its port resolved.
 
     Raises:
@@ -83,8 +113,8 @@ async def listening(uri: str, told: Callable[[str], None]) -> AsyncIterator[List
 
     **Cancellation:** nothing is left listening.
     """
-    scheme, rest = check(uri)
-    listener = await _LISTEN[scheme](rest)
+    transport, rest = _find(uri)
+    listener = await transport.listen(rest, config or Config())
     try:
         told(listener.uri)
         yield listener

@@ -7,6 +7,7 @@ import socket
 
 import trio
 
+from ..config import Config
 from ..errors import ConfigError, TransportFailed
 
 
@@ -37,7 +38,7 @@ def _uri(host: str, port: int) -> str:
     return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
 
 
-async def connect(rest: str) -> trio.SocketStream:
+async def connect(rest: str, config: Config) -> trio.SocketStream:
     """Connect, trying all addresses of a name.
 
     Raises:
@@ -93,7 +94,7 @@ class TcpListener:
             listener.socket.close()
 
 
-async def listen(rest: str) -> TcpListener:
+async def listen(rest: str, config: Config) -> TcpListener:
     """Listen; an empty host means every address of this machine, port 0 picks a free one.
 
     Raises:

@@ -9,6 +9,7 @@ import stat
 
 import trio
 
+from ..config import Config
 from ..errors import ConfigError, TransportFailed
 
 #: sizeof(sockaddr_un.sun_path) on Linux, the terminator included.
@@ -25,7 +26,7 @@ def _check(path: str) -> str:
     return path
 
 
-async def connect(rest: str) -> trio.SocketStream:
+async def connect(rest: str, config: Config) -> trio.SocketStream:
     """Connect.
 
     Raises:
@@ -74,7 +75,7 @@ class UnixListener:
             pass
 
 
-async def listen(rest: str) -> UnixListener:
+async def listen(rest: str, config: Config) -> UnixListener:
     """Listen; a socket that nobody listens on any more is replaced, a live one never.
 
     Raises:

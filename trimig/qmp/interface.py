@@ -1,0 +1,63 @@
+"""What stands between the part of QMP that talks (server, websocket) and the part that does (the machine).
+
+The talking part knows connections, JSON and ids, and no command but ``qmp_capabilities``. The doing part knows
+commands and events, and no socket. They meet in :class:`Dispatcher` and :class:`Session`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+
+class CommandFailed(Exception):
+    """A command was refused; nothing was changed.
+
+    Attributes:
+        desc: the sentence for people, the ``desc`` of QMP's error object.
+        error_class: ``GenericError``, ``CommandNotFound``, ``DeviceNotFound``, …: the ``class`` of it.
+    """
+
+    def __init__(self, desc: str, *, error_class: str = "GenericError") -> None:
+        super().__init__(desc)
+        self.desc = desc
+        self.error_class = error_class
+
+
+class Session(Protocol):
+    """One client's connection, as a command sees it."""
+
+    def take_fd(self) -> int | None:
+        """The oldest descriptor that came with the client's data and was not taken yet; the caller owns it. None: there
+        is none, or the connection is of a kind that carries none."""
+
+
+class Dispatcher(Protocol):
+    """Executes commands, and tells of events."""
+
+    @property
+    def commands(self) -> Sequence[str]:
+        """The names of all commands, for ``query-commands``, without ``qmp_capabilities``."""
+
+    @property
+    def version(self) -> Mapping[str, Any]:
+        """The ``version`` member of the greeting, and the answer to ``query-version``."""
+
+    async def execute(self, name: str, arguments: Mapping[str, Any], session: Session) -> Any:
+        """Run one command; what it returns is the ``return`` member of the answer, and can be written as JSON.
+
+        Commands that take long (a migration) return at once and go on in a nursery of the dispatcher's own, so that
+        the client's connection may end meanwhile.
+
+        Raises:
+            CommandFailed: unknown command, wrong arguments, or refused.
+
+        **Cancellation:** the command has been executed or not, never half.
+        """
+
+    def subscribe(self, told: Callable[[Mapping[str, Any]], None]) -> Callable[[], None]:
+        """From now on, call *told* with each event, synchronously and in order; returns what ends it.
+
+        An event is a whole QMP message: ``{"event": "STOP", "timestamp": {"seconds": …, "microseconds": …}}``, with
+        ``data`` where it has any. *told* must not block and must not raise.
+        """
