@@ -1,0 +1,324 @@
+"""How long would it take, and for how long would the guest stand still? Said from a few passes that were measured.
+
+The passes of a precopy are played through in the mind: a pass sends what is left, which takes what is left over the
+bandwidth, and in that time the guest dirties what the next pass has to send. How much that is follows the measured
+points (seconds of a pass, bytes dirtied in it), with straight lines between them: memory that is written over and over
+counts once per pass, so longer passes dirty less per second than short ones.
+
+It is played three times: as measured, and at either end of what was measured (fast link and calm guest, slow link and
+busy guest). So each figure is an interval, and where only one end converges that is said. Quantities: bytes, seconds,
+bytes per second. No clock, no I/O.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Final
+
+#: Passes after which a simulation counts as one that never ends.
+MAX_PASSES: Final = 200
+#: The spread that is assumed where too few passes were measured to show one: a tenth up and down.
+LEAST_SPREAD: Final = 0.1
+#: Passes shorter than this say little about the bandwidth: buffers of the transport take them at once.
+_SHORT: Final = 0.02
+#: A dirty rate this much below the bandwidth is what is advised, so that the advice does not fail by a hair.
+_MARGIN: Final = 1.1
+
+
+class Verdict(enum.Enum):
+    """What the passes say about the end."""
+
+    CONVERGES = "converges"
+    #: As measured it does, at the unfavourable end of the measurement it does not.
+    PERHAPS = "may not converge"
+    DIVERGES = "does not converge"
+    #: Nothing was seen of how the guest dirties its memory.
+    UNKNOWN = "cannot be told"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One whole pass, as it was measured.
+
+    Attributes:
+        sent: bytes that went over the transport.
+        seconds: what the pass took.
+        dirty_rate: bytes per second of guest memory that the guest dirtied meanwhile, each page counted once.
+    """
+
+    sent: float
+    seconds: float
+    dirty_rate: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A figure with its uncertainty; ``high`` is infinite where the unfavourable end never converges."""
+
+    low: float
+    likely: float
+    high: float
+
+
+#: What a switchover takes beside the memory that is left, in seconds: stop, device state, the answer, start. A dry run
+#: does not get that far, so this is an assumption and no measurement.
+SWITCHOVER: Final = Interval(low=0.001, likely=0.01, high=0.05)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What is to be expected.
+
+    Attributes:
+        verdict: whether it comes to an end.
+        total_time: seconds from the start to the guest running there; None if it does not end or is not known.
+        downtime: seconds in which the guest runs nowhere; None likewise.
+        passes: over the memory, as measured; None likewise.
+        first_copy: seconds that the first copy of all memory takes.
+        bandwidth: bytes per second.
+        dirty_rate: bytes per second while the guest is chased, as measured; None if it was not seen.
+        floor: seconds of downtime that the chase comes down to and does not get below; None if it was not seen.
+        reason: one sentence: why it ends or does not.
+        advice: what would help, one clause each; empty where nothing needs to.
+    """
+
+    verdict: Verdict
+    total_time: Interval | None
+    downtime: Interval | None
+    passes: int | None
+    first_copy: Interval
+    bandwidth: Interval
+    dirty_rate: float | None
+    floor: float | None
+    reason: str
+    advice: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """One simulation. ``left`` is what is to be sent with the guest stopped, or the least that there ever was."""
+
+    ends: bool
+    seconds: float
+    passes: int
+    left: float
+
+
+def forecast(
+    samples: Sequence[Sample],
+    *,
+    first_copy: float,
+    total: float,
+    downtime_limit: float,
+    bandwidth: float | None = None,
+    switchover: Interval = SWITCHOVER,
+) -> Forecast:
+    """What a migration would be like.
+
+    Args:
+        samples: whole passes in order, the first copy first. None at all if the first copy did not come to its end; then
+            *bandwidth* must be given.
+        first_copy: bytes that the first copy takes on the transport (zero pages take hardly any).
+        total: bytes of guest memory; no pass sends more.
+        downtime_limit: seconds.
+        bandwidth: bytes per second to assume instead of what was measured.
+        switchover: what comes to the downtime beside the memory.
+
+    Raises:
+        ValueError: nothing to tell a bandwidth from, or a figure that is negative or not finite.
+    """
+    _check(samples, first_copy, total, downtime_limit, bandwidth)
+    speed = _bandwidth(samples, bandwidth)
+    copy = Interval(low=first_copy / speed.high, likely=first_copy / speed.likely, high=first_copy / speed.low)
+    if not samples:
+        return _unknown(copy, speed)
+    spread = _spread([s.dirty_rate for s in samples if s.seconds > 0])
+    curve = _dirtied([(s.seconds, s.seconds * s.dirty_rate) for s in samples if s.seconds > 0])
+
+    def play(speed: float, busy: float, limit: float = downtime_limit) -> _Run:
+        return _simulate(first_copy, speed, lambda seconds: min(total, busy * curve(seconds)), limit)
+
+    likely, calm, busy = play(speed.likely, 1.0), play(speed.high, 1 - spread), play(speed.low, 1 + spread)
+    chased = play(speed.likely, 1.0, limit=0.0)  # how far it gets, whatever the limit
+    floor = chased.left / speed.likely
+    rate = _rate_at(curve, max(floor, _SHORT))
+    if likely.ends:
+        verdict = Verdict.CONVERGES if busy.ends else Verdict.PERHAPS
+    else:
+        verdict = Verdict.DIVERGES
+    ended = likely.ends
+    return Forecast(
+        verdict=verdict,
+        total_time=_interval(calm, likely, busy, lambda r, s: r.seconds + r.left / s, speed, switchover)
+        if ended
+        else None,
+        downtime=_interval(calm, likely, busy, lambda r, s: r.left / s, speed, switchover) if ended else None,
+        passes=likely.passes if ended else None,
+        first_copy=copy,
+        bandwidth=speed,
+        dirty_rate=rate,
+        floor=floor,
+        reason=_reason(verdict, speed.likely, rate, floor, downtime_limit),
+        advice=() if verdict is Verdict.CONVERGES else _advice(play, speed, floor, spread, downtime_limit),
+    )
+
+
+def _check(
+    samples: Sequence[Sample], first_copy: float, total: float, downtime_limit: float, bandwidth: float | None
+) -> None:
+    figures = [first_copy, total, downtime_limit, *(v for s in samples for v in (s.sent, s.seconds, s.dirty_rate))]
+    if bandwidth is not None:
+        figures.append(bandwidth)
+    if any(not math.isfinite(value) or value < 0 for value in figures):
+        raise ValueError("a forecast needs figures that are finite and not negative")
+    if bandwidth == 0 or (bandwidth is None and not any(s.sent > 0 and s.seconds > 0 for s in samples)):
+        raise ValueError("a forecast needs a bandwidth: one measured pass, or one that is given")
+
+
+def _bandwidth(samples: Sequence[Sample], given: float | None) -> Interval:
+    """The mean over all passes, with the slowest and the fastest; a given one counts as exact."""
+    if given is not None:
+        return Interval(low=given, likely=given, high=given)
+    telling = [s for s in samples if s.seconds >= _SHORT and s.sent > 0]
+    telling = telling or [s for s in samples if s.seconds > 0 and s.sent > 0]
+    mean = sum(s.sent for s in telling) / sum(s.seconds for s in telling)
+    speeds = [s.sent / s.seconds for s in telling]
+    return Interval(
+        low=min(*speeds, mean * (1 - LEAST_SPREAD)), likely=mean, high=max(*speeds, mean * (1 + LEAST_SPREAD))
+    )
+
+
+def _spread(rates: Sequence[float]) -> float:
+    """How far the dirty rate wandered between passes, as a share of its mean, halved; at most nine tenths.
+
+    Part of the wandering is not chance but the length of the passes, which the curve knows of already: hence the half.
+    """
+    mean = sum(rates) / len(rates) if rates else 0.0
+    if mean <= 0:
+        return LEAST_SPREAD
+    return min(0.9, max(LEAST_SPREAD, (max(rates) - min(rates)) / mean / 2))
+
+
+def _dirtied(points: Sequence[tuple[float, float]]) -> Callable[[float], float]:
+    """Seconds of a pass -> bytes dirtied in it: straight lines from nothing through the measured points.
+
+    Beyond the longest measured pass it goes on at the rate of that pass. It never falls: what was dirtied in a short
+    pass is dirtied in a longer one as well.
+    """
+    line = [(0.0, 0.0)]
+    for seconds, dirtied in sorted(points):
+        if seconds == line[-1][0] and len(line) > 1:
+            line[-1] = (seconds, max(line[-1][1], dirtied))
+        else:
+            line.append((seconds, max(line[-1][1], dirtied)))
+
+    def curve(seconds: float) -> float:
+        for (t0, d0), (t1, d1) in itertools.pairwise(line):
+            if seconds <= t1:
+                return d0 + (d1 - d0) * (seconds - t0) / (t1 - t0)
+        last, most = line[-1]
+        return most * seconds / last if last > 0 else 0.0
+
+    return curve
+
+
+def _rate_at(curve: Callable[[float], float], seconds: float) -> float:
+    return curve(seconds) / seconds
+
+
+def _simulate(first: float, bandwidth: float, dirtied: Callable[[float], float], limit: float) -> _Run:
+    """Pass after pass until the rest is through within *limit* seconds, or plainly never will be."""
+    left, elapsed, passes, least = first, 0.0, 0, math.inf
+    while passes < MAX_PASSES:
+        seconds = left / bandwidth
+        elapsed += seconds
+        passes += 1
+        left = dirtied(seconds)
+        if left / bandwidth <= limit:
+            return _Run(ends=True, seconds=elapsed, passes=passes, left=left)
+        if left >= least * (1 - 1e-9):
+            break  # the same pass again and again, or a longer one each time
+        least = min(least, left)
+    return _Run(ends=False, seconds=elapsed, passes=passes, left=min(least, left))
+
+
+def _interval(
+    calm: _Run,
+    likely: _Run,
+    busy: _Run,
+    figure: Callable[[_Run, float], float],
+    speed: Interval,
+    switchover: Interval,
+) -> Interval:
+    """A figure of three simulations. Their order is not that of the figures: one pass more ends with less downtime."""
+    ends = [figure(calm, speed.high)] if calm.ends else []
+    middle = figure(likely, speed.likely)
+    if busy.ends:
+        ends.append(figure(busy, speed.low))
+    high = max(*ends, middle) + switchover.high if busy.ends else math.inf
+    return Interval(low=min([*ends, middle]) + switchover.low, likely=middle + switchover.likely, high=high)
+
+
+def _unknown(copy: Interval, speed: Interval) -> Forecast:
+    return Forecast(
+        verdict=Verdict.UNKNOWN,
+        total_time=None,
+        downtime=None,
+        passes=None,
+        first_copy=copy,
+        bandwidth=speed,
+        dirty_rate=None,
+        floor=None,
+        reason=f"the first copy takes about {copy.likely:.1f} s and was not finished, so nothing was seen of how fast the "
+        "guest dirties its memory",
+        advice=(f"measure for longer: {math.ceil(copy.high * 1.2 + 1)} s would do",),
+    )
+
+
+def _reason(verdict: Verdict, bandwidth: float, rate: float, floor: float, limit: float) -> str:
+    """Why, with the figures that decide it."""
+    figures = f"{rate / 1e6:.1f} MB/s are dirtied and {bandwidth / 1e6:.1f} MB/s can be sent"
+    if verdict is Verdict.CONVERGES:
+        return f"{figures}, so that what is left fits into the downtime limit of {limit * 1000:.0f} ms"
+    if verdict is Verdict.PERHAPS:
+        return f"{figures}, which is too close to the downtime limit of {limit * 1000:.0f} ms to be sure"
+    return (
+        f"{figures}: the passes do not get shorter than {floor * 1000:.0f} ms, which is the downtime, and the limit is "
+        f"{limit * 1000:.0f} ms"
+    )
+
+
+def _advice(play: Callable[..., _Run], speed: Interval, floor: float, spread: float, limit: float) -> tuple[str, ...]:
+    """What makes even the unfavourable end converge, found by trying."""
+    busy = 1 + spread
+    found = []
+    needed = _least(lambda factor: play(speed.low * factor, busy).ends)
+    if needed is not None:
+        found.append(
+            f"a bandwidth of {math.ceil(speed.low * needed * _MARGIN / 1e6)} MB/s (max-bandwidth, or a faster link)"
+        )
+    longest = play(speed.low, busy, limit=0.0).left / speed.low
+    found.append(f"a downtime-limit of {math.ceil(max(longest, floor, limit) * _MARGIN * 1000)} ms")
+    calmer = _least(lambda factor: play(speed.low, busy / factor).ends)
+    if calmer is not None and calmer < 100:
+        percent = min(99, math.ceil((1 - 1 / (calmer * _MARGIN)) * 100))
+        found.append(f"a guest that is slowed down by {percent} % (auto-converge)")
+    return tuple(found)
+
+
+def _least(ends: Callable[[float], bool]) -> float | None:
+    """The least factor from 1 to 1000 for which *ends*, to about a percent; None if there is none."""
+    high = 1.0
+    while not ends(high):
+        high *= 2
+        if high > 1000:
+            return None
+    low = high / 2
+    for _ in range(7):
+        middle = (low + high) / 2
+        low, high = (low, middle) if ends(middle) else (middle, high)
+    return high
