@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
+import logging
 import socket
+from typing import Final
 
 import trio
 
 from ..config import Config
 from ..errors import ConfigError, TransportFailed
+
+log = logging.getLogger("trimig.transport")
+
+#: How often a free port is looked for that is free on every address of a name.
+_PORT_TRIES: Final = 20
 
 
 def parse(rest: str) -> tuple[str, int]:
@@ -55,7 +63,7 @@ async def connect(rest: str, config: Config) -> trio.SocketStream:
 
 
 class TcpListener:
-    """Listens on every address of one name."""
+    """Listens on every address of one name, with one port."""
 
     def __init__(self, listeners: list[trio.SocketListener]) -> None:
         self._listeners = listeners
@@ -63,9 +71,15 @@ class TcpListener:
 
     @property
     def uri(self) -> str:
-        """The first address, with its real port."""
+        """The first address, with its real port; the port is the same on the others."""
         host, port = self._next.socket.getsockname()[:2]
         return _uri(host, port)
+
+    @property
+    def local(self) -> bool:
+        """Only this machine can connect."""
+        hosts = (listener.socket.getsockname()[0] for listener in self._listeners)
+        return all(ipaddress.ip_address(host).is_loopback for host in hosts)
 
     async def accept(self) -> trio.abc.Stream:
         """The next connection on any address.
@@ -95,7 +109,10 @@ class TcpListener:
 
 
 async def listen(rest: str, config: Config) -> TcpListener:
-    """Listen; an empty host means every address of this machine, port 0 picks a free one.
+    """Listen; an empty host means every address of this machine, port 0 picks one that is free on all of them.
+
+    Without TLS, anybody who can reach the port can read the guest and replace it: unless that is only this machine, one
+    warning is logged.
 
     Raises:
         ConfigError: bad address.
@@ -105,9 +122,41 @@ async def listen(rest: str, config: Config) -> TcpListener:
     """
     host, port = parse(rest)
     try:
-        return TcpListener(await trio.open_tcp_listeners(port, host=host or None))
+        listener = TcpListener(await _open(host, port))
     except OSError as error:
         raise TransportFailed(f"cannot listen on {_uri(host, port)}: {_reason(error)}") from error
+    if not config.parameters.tls_creds and not listener.local:
+        log.warning(
+            "%s is reachable from other machines and is not encrypted: whoever connects first is taken for the source "
+            "(set tls-creds, or listen on 127.0.0.1)",
+            listener.uri,
+        )
+    return listener
+
+
+async def _open(host: str, port: int) -> list[trio.SocketListener]:
+    """Sockets for every address of *host*, all with the same port."""
+    for left in reversed(range(_PORT_TRIES)):
+        listeners = await trio.open_tcp_listeners(port, host=host or None)
+        if port or len(listeners) == 1:
+            return listeners
+        # The kernel has picked a port for each address. A caller is told one only, so the first one's it shall be.
+        chosen = listeners[0].socket.getsockname()[1]
+        for listener in listeners:
+            listener.socket.close()
+        try:
+            return await trio.open_tcp_listeners(chosen, host=host or None)
+        except OSError as error:
+            if not left or not _is_taken(error):
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+def _is_taken(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return any(_is_taken(inner) for inner in error.exceptions)
+    taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+    return taken or (error.__cause__ is not None and _is_taken(error.__cause__))
 
 
 def _reason(error: OSError) -> str:

@@ -1,0 +1,248 @@
+"""A shell command with pipes to it, which is gone when it is closed: with everything it started, and reaped.
+
+The command leads a session of its own. So a Ctrl-C at the terminal reaches it only through us, and all that it starts
+can be ended together: by the number of its process group, which nobody else can have before the leader is reaped. That
+is why its exit is looked at first, and collected last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import select
+import signal
+import struct
+import subprocess
+import termios
+from typing import Final
+
+import trio
+
+from ..engine import teardown
+from ..errors import TransportFailed
+
+log = logging.getLogger("trimig.transport")
+
+#: Seconds between SIGTERM and SIGKILL, and seconds SIGKILL may take.
+TERM_SECONDS: Final = 0.5
+KILL_SECONDS: Final = 5.0
+#: Seconds given to a child that has closed a pipe to end, so that the reason can be told.
+VERDICT_SECONDS: Final = 0.5
+#: What the pipes are enlarged to, if the system lets us: a full pipe is a switch to the other process.
+PIPE_BYTES: Final = 1 << 20
+#: How much of the end of its stderr is kept, and how much of that goes into a message.
+_TAIL_BYTES: Final = 4096
+_TAIL_SHOWN: Final = 400
+#: Seconds between two looks where the kernel has no descriptors for processes (before Linux 5.3).
+_POLL: Final = 0.02
+
+
+class Child:
+    """One running command. Get it from :meth:`start`; it must be closed.
+
+    Attributes:
+        what: the command, for messages.
+        stdin: the pipe to it.
+        stdout: the pipe from it.
+    """
+
+    def __init__(self, command: str, process: trio.Process) -> None:
+        assert isinstance(process.stdin, trio.lowlevel.FdStream)
+        assert isinstance(process.stdout, trio.lowlevel.FdStream)
+        assert isinstance(process.stderr, trio.lowlevel.FdStream)
+        self.what = f"the command {_shortened(command)!r}"
+        self.stdin = process.stdin
+        self.stdout = process.stdout
+        self._stderr = process.stderr
+        self._process = process
+        self._pid = process.pid
+        self._collected = False
+        self._gone = False
+        #: The status, negative for a signal, as soon as it is known.
+        self._status: int | None = None
+        self._tail = b""
+        self._silent = trio.Event()
+        try:
+            self._pidfd = os.pidfd_open(self._pid)
+        except OSError:
+            self._pidfd = -1
+        for pipe in (self.stdin, self.stdout):
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        # Somebody has to read it all the time, or a child that complains much would stand still. A nursery of the
+        # caller would have to stay open around our whole life; a task of the run loop's ends with the pipe.
+        trio.lowlevel.spawn_system_task(self._listen, name="trimig.child_stderr")
+
+    @classmethod
+    async def start(cls, command: str) -> Child:
+        """Run *command* by ``/bin/sh -c``, as QEMU does; it inherits nothing but the three pipes.
+
+        Raises:
+            TransportFailed: it could not be started.
+
+        **Cancellation:** nothing was started.
+        """
+        try:
+            process = await trio.lowlevel.open_process(
+                ["/bin/sh", "-c", command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise TransportFailed(
+                f"the command {_shortened(command)!r} cannot be started: {error.strerror or error}"
+            ) from error
+        return cls(command, process)
+
+    @property
+    def pid(self) -> int:
+        """Of the shell; also the number of its process group."""
+        return self._pid
+
+    async def _listen(self) -> None:
+        """Keep the end of what it says. A system task: no error may leave it."""
+        try:
+            while data := await self._stderr.receive_some(_TAIL_BYTES):
+                self._tail = (self._tail + bytes(data))[-_TAIL_BYTES:]
+        except (OSError, MemoryError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        finally:
+            self._silent.set()
+
+    # -- how it ends -----------------------------------------------------------------------------------------------
+
+    def _look(self) -> bool:
+        """Whether it has ended; it stays a zombie, which keeps its number taken."""
+        if self._gone:
+            return True
+        try:
+            found = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            self._gone = True  # where SIGCHLD is ignored the kernel collects, and tells nobody
+            return True
+        if found is not None:
+            self._status = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+            self._gone = True
+        return self._gone
+
+    async def wait_exit(self) -> None:
+        """Wait until it has ended.
+
+        **Cancellation:** no effect.
+        """
+        await trio.lowlevel.checkpoint()
+        while not self._look():
+            if self._pidfd == -1:
+                await trio.sleep(_POLL)
+            else:
+                await trio.lowlevel.wait_readable(self._pidfd)
+
+    async def wait_drained(self) -> None:
+        """Wait until everything written has been read from the pipe; what nobody reads is not delivered.
+
+        The kernel does not tell when a pipe becomes empty, so it is asked again and again.
+
+        Raises:
+            TransportFailed: nobody will read the rest.
+
+        **Cancellation:** no effect.
+        """
+        poll = select.poll()
+        poll.register(self.stdin.fileno(), select.POLLOUT)
+        pause = _POLL / 16
+        while left := struct.unpack("i", fcntl.ioctl(self.stdin.fileno(), termios.FIONREAD, bytes(4)))[0]:
+            if any(events & select.POLLERR for _, events in poll.poll(0)):
+                raise await self.failure() or self.deaf(f" ({left} bytes were left)")
+            await trio.sleep(pause)
+            pause = min(pause * 2, _POLL)
+
+    def deaf(self, more: str = "") -> TransportFailed:
+        """The error for a command that does not read everything."""
+        return TransportFailed(f"{self.what} reads its input no more{more}{self.said()}")
+
+    async def failure(self) -> TransportFailed | None:
+        """What is wrong with the way it ended, if it has ended or is about to; None if nothing, or if it lives on.
+
+        **Cancellation:** no effect.
+        """
+        with trio.move_on_after(VERDICT_SECONDS):
+            await self.wait_exit()
+            # What it started in the background may keep the pipe open: then this is all there is to be heard.
+            await self._silent.wait()
+        if not self._look() or self._status == 0:
+            return None
+        return TransportFailed(f"{self.what} {self._ended()}{self.said()}")
+
+    def _ended(self) -> str:
+        if self._status is None:
+            return "ended, and how cannot be told (SIGCHLD is ignored in this process)"
+        if self._status >= 0:
+            return f"failed with exit status {self._status}"
+        try:
+            name = signal.Signals(-self._status).name
+        except ValueError:
+            name = str(-self._status)
+        return f"was ended by signal {name}"
+
+    def said(self) -> str:
+        """The end of its stderr as the end of a sentence; empty if it said nothing."""
+        text = " ".join(self._tail.decode("utf-8", "replace").split())
+        text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+        if len(text) > _TAIL_SHOWN:
+            text = "…" + text[1 - _TAIL_SHOWN :]
+        return f'; it said: "{text}"' if text else ""
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    async def aclose(self) -> None:
+        """Close the pipes, and end it and all that it has started in its group: SIGTERM first, SIGKILL soon after.
+
+        **Cancellation:** held off, for at most ``2 * TERM_SECONDS + KILL_SECONDS``; it is gone.
+        """
+        self.stdin.close()
+        self.stdout.close()
+        if not self._collected:
+            self._signal(signal.SIGTERM)
+            await teardown.bounded(self._quiet, TERM_SECONDS, otherwise=None)
+            # Also when the leader is gone: its group may not be.
+            self._signal(signal.SIGKILL)
+            await teardown.bounded(self._quiet, TERM_SECONDS, otherwise=None)
+            await teardown.bounded(self.wait_exit, KILL_SECONDS, otherwise=None)
+            self._collect()
+        if not self._silent.is_set():
+            self._stderr.close()
+            await teardown.bounded(self._silent.wait, KILL_SECONDS, otherwise=None)
+        self._stderr.close()
+        await trio.lowlevel.checkpoint()
+
+    async def _quiet(self) -> None:
+        """It has ended, and so has, as far as one can see, what it started: nobody holds the pipe any more."""
+        await self.wait_exit()
+        await self._silent.wait()
+
+    def _signal(self, number: int) -> None:
+        if self._collected:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            # PermissionError: what is left of the group has changed its user, and is not ours any more.
+            os.killpg(self._pid, number)
+
+    def _collect(self) -> None:
+        if self._collected:
+            return
+        if not self._look():
+            log.warning("%s (process %d) has not ended %g s after SIGKILL", self.what, self._pid, KILL_SECONDS)
+        self._process.poll()
+        self._collected = True
+        if self._pidfd != -1:
+            trio.lowlevel.notify_closing(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+def _shortened(command: str) -> str:
+    return command if len(command) <= 100 else command[:99] + "…"

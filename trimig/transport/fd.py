@@ -1,0 +1,283 @@
+"""``fd:NUMBER``: a descriptor that somebody has opened for us: inherited, or passed with ``getfd``.
+
+It is consumed: from the call on it is ours, and it is closed on every path, also if it turns out to be of no use. A
+connected stream socket has both directions. A pipe has one, the one it was opened for, and so no return path.
+
+A pipe is set to non-blocking mode while it is used, and set back when it is closed: that mode belongs to the open file,
+which other processes may share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import stat
+from typing import Final, TypeAlias
+
+import trio
+
+from ..config import Config
+from ..errors import ConfigError, TransportFailed
+
+#: What a pipe is enlarged to, if the system lets us.
+_PIPE_BYTES: Final = 1 << 20
+_MAX_FD: Final = 2**31 - 1
+
+_KINDS: Final = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISCHR, "a terminal or another character device"),
+    (stat.S_ISBLK, "a block device (use file:PATH)"),
+    (stat.S_ISREG, "a file (use file:PATH, which can say where in it the stream begins)"),
+)
+
+
+def parse(rest: str) -> int:
+    """The number of ``fd:NUMBER``.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not rest.isascii() or not rest.isdigit() or int(rest) > _MAX_FD:
+        raise ConfigError(
+            f"fd:{rest[:80]} needs the number of an open descriptor (a name is known only to the QMP server that got "
+            "it with getfd)",
+            name="uri",
+        )
+    return int(rest)
+
+
+class PipeSender(trio.abc.SendStream):
+    """The writing end of a pipe.
+
+    Args:
+        fd: it is owned from now on.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._stream = trio.lowlevel.FdStream(fd)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Write all of *data*.
+
+        **Cancellation:** nobody knows how much was written.
+        """
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """Wait until the pipe takes something.
+
+        **Cancellation:** no effect.
+        """
+        await self._stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        """Close it; what is in the pipe can still be read.
+
+        **Cancellation:** it is closed.
+        """
+        await self._stream.aclose()
+
+    def close(self) -> None:
+        """The same at once."""
+        self._stream.close()
+
+
+class PipeReceiver(trio.abc.ReceiveStream):
+    """The reading end of a pipe.
+
+    Args:
+        fd: it is owned from now on.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._stream = trio.lowlevel.FdStream(fd)
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Read what is there; empty at the end.
+
+        **Cancellation:** nothing was read.
+        """
+        return await self._stream.receive_some(_PIPE_BYTES if max_bytes is None else min(max_bytes, _PIPE_BYTES))
+
+    async def aclose(self) -> None:
+        """Close it.
+
+        **Cancellation:** it is closed.
+        """
+        await self._stream.aclose()
+
+    def close(self) -> None:
+        """The same at once."""
+        self._stream.close()
+
+
+_Opened: TypeAlias = trio.SocketStream | PipeSender | PipeReceiver
+
+
+def adopt(fd: int, *, sending: bool) -> _Opened:
+    """A stream on descriptor *fd*, which is consumed.
+
+    Args:
+        sending: which direction a pipe must have.
+
+    Raises:
+        TransportFailed: it is not open, or nothing that a stream can go through; it is closed.
+    """
+    mine = _take(fd)
+    try:
+        mode = os.fstat(mine).st_mode
+        if stat.S_ISSOCK(mode):
+            sock = socket.socket(fileno=mine)
+            mine = -1  # the socket's now
+            return _socket_stream(fd, sock)
+        if not stat.S_ISFIFO(mode):
+            what = next((words for test, words in _KINDS if test(mode)), "something of the kernel's")
+            raise TransportFailed(f"descriptor {fd} is {what}: a migration needs a socket or a pipe")
+        _check_direction(fd, fcntl.fcntl(mine, fcntl.F_GETFL) & os.O_ACCMODE, sending=sending)
+        with contextlib.suppress(OSError):  # above the limit of this user; it is only slower
+            fcntl.fcntl(mine, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        stream = PipeSender(mine) if sending else PipeReceiver(mine)
+        mine = -1
+        return stream
+    except OSError as error:
+        raise TransportFailed(f"descriptor {fd} cannot be used: {error.strerror or error}") from error
+    finally:
+        if mine != -1:
+            os.close(mine)
+
+
+def _take(fd: int) -> int:
+    """The descriptor that is ours from now on; closed when a process is started."""
+    try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_IFMT(mode):
+            # Our own run loop has such ones, and closing one of them by mistake would be the end of it.
+            raise TransportFailed(f"descriptor {fd} is something of the kernel's: a migration needs a socket or a pipe")
+        if fd > 2:
+            os.set_inheritable(fd, False)
+            return fd
+        if not stat.S_ISSOCK(mode) and not stat.S_ISFIFO(mode):
+            return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)  # it is refused, but stays where everybody expects it
+        # Nothing that is opened later may become standard input or output by accident.
+        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            mine = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+            os.dup2(nothing, fd)
+            return mine
+        finally:
+            os.close(nothing)
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            raise TransportFailed(f"descriptor {fd} is not open") from None
+        raise TransportFailed(f"descriptor {fd} cannot be used: {error.strerror or error}") from error
+
+
+def _socket_stream(fd: int, sock: socket.socket) -> trio.SocketStream:
+    try:
+        if sock.type != socket.SOCK_STREAM:
+            raise TransportFailed(f"descriptor {fd} is a socket of messages: a migration needs one of a stream")
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise TransportFailed(f"descriptor {fd} is a listening socket: a migration needs a connected one")
+        sock.getpeername()
+        return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+    except OSError as error:
+        sock.close()
+        words = "is not connected" if error.errno == errno.ENOTCONN else f"cannot be used: {error.strerror or error}"
+        raise TransportFailed(f"descriptor {fd} is a socket that {words}") from error
+    except TransportFailed:
+        sock.close()
+        raise
+
+
+def _check_direction(fd: int, access: int, *, sending: bool) -> None:
+    if access == os.O_RDWR:
+        raise TransportFailed(
+            f"descriptor {fd} is a FIFO opened for both directions, which would send the stream back to its sender: open "
+            f"it for {'writing' if sending else 'reading'} only"
+        )
+    if access != (os.O_WRONLY if sending else os.O_RDONLY):
+        has, needs = ("reading", "writing") if sending else ("writing", "reading")
+        raise TransportFailed(f"descriptor {fd} is the {has} end of a pipe: this side needs the {needs} end")
+
+
+class FdListener:
+    """A descriptor that brings a stream, once."""
+
+    def __init__(self, fd: int, stream: trio.SocketStream | PipeReceiver) -> None:
+        self._fd = fd
+        self._stream: trio.SocketStream | PipeReceiver | None = stream
+
+    @property
+    def uri(self) -> str:
+        """The number that was given."""
+        return f"fd:{self._fd}"
+
+    async def accept(self) -> trio.SocketStream | PipeReceiver:
+        """The stream.
+
+        Raises:
+            TransportFailed: it has been taken already.
+
+        **Cancellation:** it can still be taken.
+        """
+        await trio.lowlevel.checkpoint()
+        stream, self._stream = self._stream, None
+        if stream is None:
+            raise TransportFailed(f"descriptor {self._fd} has been used already")
+        return stream
+
+    def close(self) -> None:
+        """Close the descriptor if nobody has taken it."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            _close(stream)
+
+
+async def connect(rest: str, config: Config) -> trio.SocketStream | PipeSender:
+    """Send through a descriptor, which is consumed.
+
+    Raises:
+        ConfigError: not a number; there is nothing to consume then.
+        TransportFailed: it is not open, or cannot carry a stream out; it is closed.
+
+    **Cancellation:** the descriptor is closed.
+    """
+    stream = adopt(parse(rest), sending=True)
+    assert not isinstance(stream, PipeReceiver)
+    await _checkpoint(stream)
+    return stream
+
+
+async def listen(rest: str, config: Config) -> FdListener:
+    """Receive through a descriptor, which is consumed.
+
+    Raises:
+        ConfigError: not a number; there is nothing to consume then.
+        TransportFailed: it is not open, or cannot bring a stream; it is closed.
+
+    **Cancellation:** the descriptor is closed.
+    """
+    number = parse(rest)
+    stream = adopt(number, sending=False)
+    assert not isinstance(stream, PipeSender)
+    await _checkpoint(stream)
+    return FdListener(number, stream)
+
+
+async def _checkpoint(stream: _Opened) -> None:
+    """As every call of trio's has one; cancelled, it leaves no descriptor."""
+    try:
+        await trio.lowlevel.checkpoint()
+    except BaseException:
+        _close(stream)
+        raise
+
+
+def _close(stream: _Opened) -> None:
+    if isinstance(stream, trio.SocketStream):
+        stream.socket.close()
+    else:
+        stream.close()

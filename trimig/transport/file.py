@@ -1,0 +1,389 @@
+"""``file:PATH[,offset=N]``: the stream on disk, as it is on the wire; newer QEMUs have the same.
+
+What stands before the offset belongs to somebody else and is not touched; what stands behind it is replaced. The
+migration has succeeded when the disk has it, not when the page cache has. A file that was made for a migration that
+then failed is removed. One that was there before keeps what stands before the offset and nothing more, so that half a
+stream is never taken for a whole one.
+
+A file has one direction, and so no return path. A stock QEMU without ``file:`` loads it by ``-incoming "exec:cat PATH"``
+(``tail -c +N`` for an offset).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import stat
+from typing import Final
+
+import trio
+
+from ..config import Config, parse_size
+from ..engine import teardown
+from ..engine.offload import offload
+from ..errors import ConfigError, TransportFailed
+
+log = logging.getLogger("trimig.transport")
+
+#: What is read at once: large enough to make the change to the thread cheap.
+_READ_BYTES: Final = 1 << 20
+#: Seconds that the removal of a file may hold off a cancellation.
+_REMOVE_SECONDS: Final = 5.0
+#: How often a file may come and go between two looks.
+_OPEN_TRIES: Final = 5
+_OPTION: Final = ",offset="
+_HEX: Final = re.compile(r"0[xX][0-9a-fA-F]+")
+_MAX_OFFSET: Final = 2**63 - 1
+
+
+def parse(rest: str) -> tuple[str, int]:
+    """Path and offset, in bytes, of ``PATH[,offset=N]``; N as QEMU takes it: ``512``, ``0x200``, ``1M``.
+
+    Raises:
+        ConfigError: no path, or a bad offset.
+    """
+    path, option, text = rest.partition(_OPTION)
+    if not path:
+        raise ConfigError("file: needs a path", name="uri")
+    if "\0" in path:
+        raise ConfigError(f"a path cannot contain a NUL byte: {path[:80]!r}", name="uri")
+    if not option:
+        return path, 0
+    try:
+        offset = int(text, 16) if _HEX.fullmatch(text) else parse_size(text)
+    except ConfigError as error:
+        raise ConfigError(f"the offset of file:{path} is wrong: {error}", name="uri") from None
+    if offset > _MAX_OFFSET:
+        raise ConfigError(f"the offset {text} of file:{path} is too large: at most {_MAX_OFFSET}", name="uri")
+    return path, offset
+
+
+class FileSender(trio.abc.SendStream):
+    """Writes a stream to a file, and takes it back unless it was completed.
+
+    Args:
+        path: for messages, and to remove it.
+        fd: the file; owned from now on.
+        offset: where the stream begins.
+        kept: how many bytes of it stay whatever happens; None: it was made for this.
+    """
+
+    def __init__(self, path: str, fd: int, offset: int, *, kept: int | None) -> None:
+        self._path = os.path.abspath(path)  # whatever becomes of the working directory until it is removed
+        self._fd = fd
+        self._at = offset
+        self._kept = kept
+        self._complete = False
+        self._closed = False
+        self._idle: trio.Event | None = None  # set when the present call is over; None without one
+
+    def _begin(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("the file is closed")
+        if self._idle is not None:
+            raise trio.BusyResourceError("another task is writing to the file")
+        self._idle = trio.Event()
+
+    def _end(self) -> None:
+        assert self._idle is not None
+        self._idle.set()
+        self._idle = None
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Write all of *data* behind what was written before.
+
+        Raises:
+            BrokenResourceError: the file system takes no more; the cause says why.
+
+        **Cancellation:** nobody knows how much was written.
+        """
+        self._begin()
+        try:
+            await trio.lowlevel.checkpoint()
+            view = memoryview(data)
+            while len(view):
+                count = await offload(os.pwrite, self._fd, view, self._at)
+                self._at += count
+                view = view[count:]
+        except OSError as error:
+            raise trio.BrokenResourceError(f"{self._path}: {error}") from _failed("write", self._path, error)
+        finally:
+            self._end()
+        if self._closed:
+            raise trio.ClosedResourceError("the file was closed meanwhile")
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """A file always takes something.
+
+        **Cancellation:** no effect.
+        """
+        self._begin()
+        try:
+            await trio.lowlevel.checkpoint()
+        finally:
+            self._end()
+
+    async def delivered(self) -> None:
+        """Wait until the disk has the file and its name.
+
+        Raises:
+            TransportFailed: it has not.
+
+        **Cancellation:** as for an error: the file is removed, or cut, when it is closed.
+        """
+        self._begin()
+        try:
+            await trio.lowlevel.checkpoint()
+            await offload(_flush, self._fd, self._path if self._kept is None else None)
+            self._complete = True
+        except OSError as error:
+            raise _failed("write", self._path, error) from error
+        finally:
+            self._end()
+
+    async def aclose(self) -> None:
+        """Close the file; without :meth:`delivered` before, remove it if it was made for this, and cut it otherwise.
+
+        **Cancellation:** held off until that is done; for that, what the disk does just now must end.
+        """
+        if not self._closed:
+            self._closed = True
+            if not await teardown.bounded(self._close_in_thread, _REMOVE_SECONDS, otherwise=False):
+                self._close()
+        await trio.lowlevel.checkpoint()
+
+    async def _close_in_thread(self) -> bool:
+        while self._idle is not None:
+            await self._idle.wait()
+        await offload(self._close)  # freeing many GiB takes its time
+        return True
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd == -1:
+            return
+        try:
+            if not self._complete:
+                self._take_back(fd)
+        except OSError as error:
+            log.warning("half a stream is left in %s: %s", self._path, error.strerror or error)
+        finally:
+            os.close(fd)
+
+    def _take_back(self, fd: int) -> None:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            return
+        if self._kept is None:
+            with contextlib.suppress(FileNotFoundError):
+                now = os.lstat(self._path)
+                if (now.st_dev, now.st_ino) == (info.st_dev, info.st_ino):
+                    os.unlink(self._path)
+        else:
+            os.ftruncate(fd, self._kept)
+
+
+class FileReceiver(trio.abc.ReceiveStream):
+    """Reads a stream from a file.
+
+    Args:
+        path: for messages.
+        fd: the file; owned from now on.
+        offset: where the stream begins.
+    """
+
+    def __init__(self, path: str, fd: int, offset: int) -> None:
+        self._path = path
+        self._fd = fd
+        self._at = offset
+        self._reading = False
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Read on; empty at the end of the file.
+
+        Raises:
+            BrokenResourceError: it cannot be read; the cause says why.
+
+        **Cancellation:** nothing was read.
+        """
+        if self._fd == -1:
+            raise trio.ClosedResourceError("the file is closed")
+        if self._reading:
+            raise trio.BusyResourceError("another task is reading the file")
+        self._reading = True
+        try:
+            await trio.lowlevel.checkpoint()
+            count = _READ_BYTES if max_bytes is None else min(max_bytes, _READ_BYTES)
+            # A descriptor of its own for the thread: this stream may be closed while it reads.
+            own = os.dup(self._fd)
+            try:
+                data = await offload(os.pread, own, count, self._at)
+            finally:
+                os.close(own)
+        except OSError as error:
+            raise trio.BrokenResourceError(f"{self._path}: {error}") from _failed("read", self._path, error)
+        finally:
+            self._reading = False
+        if self._fd == -1:
+            raise trio.ClosedResourceError("the file was closed meanwhile")
+        self._at += len(data)
+        return data
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd != -1:
+            os.close(fd)
+
+    async def aclose(self) -> None:
+        """Close the file.
+
+        **Cancellation:** it is closed.
+        """
+        self.close()
+        await trio.lowlevel.checkpoint()
+
+
+class FileListener:
+    """A file that holds a stream, once."""
+
+    def __init__(self, path: str, offset: int, stream: FileReceiver) -> None:
+        self._path = path
+        self._offset = offset
+        self._stream: FileReceiver | None = stream
+
+    @property
+    def uri(self) -> str:
+        """The file, and where in it the stream begins."""
+        return f"file:{self._path}{_OPTION}{self._offset}" if self._offset else f"file:{self._path}"
+
+    async def accept(self) -> FileReceiver:
+        """The stream.
+
+        Raises:
+            TransportFailed: it has been taken already.
+
+        **Cancellation:** it can still be taken.
+        """
+        await trio.lowlevel.checkpoint()
+        stream, self._stream = self._stream, None
+        if stream is None:
+            raise TransportFailed(f"{self.uri} is being read already")
+        return stream
+
+    def close(self) -> None:
+        """Close the file if nobody has taken it."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
+
+
+async def connect(rest: str, config: Config) -> FileSender:
+    """Open the file for the stream, and cut it at the offset; a new one is for its owner only (mode 0600).
+
+    Raises:
+        ConfigError: no path, or a bad offset.
+        TransportFailed: it cannot be opened, or is no file.
+
+    **Cancellation:** no file has been made.
+    """
+    path, offset = parse(rest)
+    try:
+        fd, kept = await offload(_open_to_write, path, offset)
+    except OSError as error:
+        raise _failed("write", path, error) from error
+    return FileSender(path, fd, offset, kept=kept)
+
+
+async def listen(rest: str, config: Config) -> FileListener:
+    """Open the file that holds the stream.
+
+    Raises:
+        ConfigError: no path, or a bad offset.
+        TransportFailed: it cannot be opened, is no file, or ends before the offset.
+
+    **Cancellation:** nothing is left open.
+    """
+    path, offset = parse(rest)
+    try:
+        fd = await offload(_open_to_read, path, offset)
+    except OSError as error:
+        raise _failed("read", path, error) from error
+    return FileListener(path, offset, FileReceiver(path, fd, offset))
+
+
+# -- in a thread -------------------------------------------------------------------------------------------------------
+
+#: Not blocking: to open a FIFO would wait for somebody at its other end.
+_FLAGS: Final = os.O_CLOEXEC | os.O_NONBLOCK
+
+
+def _open_to_write(path: str, offset: int) -> tuple[int, int | None]:
+    fd, created = _open_or_create(path)
+    try:
+        if not _check_kind(path, fd) or created:
+            return fd, None if created else 0
+        kept = min(offset, os.fstat(fd).st_size)
+        os.ftruncate(fd, kept)
+        return fd, kept
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _open_or_create(path: str) -> tuple[int, bool]:
+    for left in reversed(range(_OPEN_TRIES)):
+        try:
+            return os.open(path, os.O_WRONLY | _FLAGS), False
+        except FileNotFoundError:
+            pass
+        try:
+            # Exclusive, because only a file that nobody had before may be removed again.
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600), True
+        except FileExistsError:
+            if not left:
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+def _open_to_read(path: str, offset: int) -> int:
+    fd = os.open(path, os.O_RDONLY | _FLAGS)
+    try:
+        if _check_kind(path, fd) and (size := os.fstat(fd).st_size) < offset:
+            raise TransportFailed(f"file:{path} has {size} bytes: there is nothing at the offset {offset}")
+        return fd
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _check_kind(path: str, fd: int) -> bool:
+    """Whether it is a regular file; a disk is the other possibility."""
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+        return stat.S_ISREG(mode)
+    hint = "; for a FIFO or a device use exec:cat" if not stat.S_ISDIR(mode) else ", but a directory"
+    raise TransportFailed(f"file:{path} is not a file{hint}")
+
+
+def _flush(fd: int, created: str | None) -> None:
+    """Everything to the disk; a file that is new exists there only when its directory has been written, too."""
+    os.fsync(fd)
+    if created is not None:
+        directory = os.open(os.path.dirname(created) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # there are file systems that have no such thing
+                raise
+        finally:
+            os.close(directory)
+
+
+def _failed(what: str, path: str, error: OSError) -> TransportFailed:
+    # A FIFO without a reader and a socket cannot even be opened.
+    words = "it is not a file" if error.errno == errno.ENXIO else error.strerror or str(error)
+    return TransportFailed(f"cannot {what} file:{path}: {words}")
