@@ -1,0 +1,483 @@
+"""The border to callers that are not on trio: synchronous code, asyncio, and byte streams of anyio.
+
+The engine runs on trio and on nothing else. A :class:`Portal` runs it in a thread of its own, and lets other code start
+migrations there, watch them, and cancel them::
+
+    with trimig.portal.Portal() as portal:
+        summary = portal.migrate(guest, "tcp:host-b:4444")      # blocks; Ctrl-C puts the guest back first
+
+    async with trimig.portal.Portal() as portal:                # in asyncio
+        summary = await portal.start_migrate(guest, "tcp:host-b:4444")
+
+What the engine promises about cancellation holds across the border: a KeyboardInterrupt or an asyncio cancellation
+cancels the migration, and is raised only when the migration has been undone (or was over already), in bounded time. No
+thread outlives the portal, except that trio keeps an idle helper thread for a few seconds if a hook needed one.
+
+:func:`from_anyio` is for applications that run anyio *on trio*: it makes a channel of one of their streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
+import inspect
+from collections.abc import Awaitable, Callable, Generator
+from types import TracebackType
+from typing import Any, Final, ParamSpec, Self, TypeVar, overload
+
+import anyio
+import anyio.abc
+import anyio.from_thread
+import trio
+
+from . import api
+from .config import Config, Parameters
+from .engine.offload import offload
+from .errors import MigrationCancelled, MigrationError, Ownership
+from .guest import Guest
+from .monitor import Monitor, Statistics, Summary
+from .status import IDLE, Status
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: As for :func:`trimig.migrate`, or a plain function, which is then called in a thread.
+CommitHook = Callable[[], Awaitable[None] | None]
+FenceHook = Callable[[], Awaitable[Ownership] | Ownership]
+
+_READ_BYTES: Final = 1 << 16
+
+
+class Portal:
+    """A trio run in a thread of its own. Use it as a context manager, in asyncio as an asynchronous one.
+
+    Leaving the context waits for what is still under way; leaving it by an exception cancels that first.
+    """
+
+    def __init__(self) -> None:
+        self._context: contextlib.AbstractContextManager[anyio.from_thread.BlockingPortal] | None = None
+        self._portal: anyio.from_thread.BlockingPortal | None = None
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._handles: set[Handle] = set()
+
+    def __enter__(self) -> Self:
+        if self._context is not None:
+            raise RuntimeError("this portal is open already")
+        context = anyio.from_thread.start_blocking_portal("trio", name="trimig.portal")
+        self._portal = context.__enter__()
+        self._context = context
+        self._token = self._portal.call(trio.lowlevel.current_trio_token)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            for handle in tuple(self._handles):
+                if error is not None:
+                    handle._abort("the portal was left by an exception")
+                handle._settle()
+        finally:
+            self._close(kind, error, trace)
+
+    async def __aenter__(self) -> Self:
+        return self.__enter__()  # starting a thread takes about a millisecond
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            for handle in tuple(self._handles):
+                if error is not None:
+                    handle._abort("the portal was left by an exception")
+                await handle._settle_asyncio()
+        finally:
+            self._close(kind, error, trace)  # nothing is under way any more: it takes no time
+
+    def _close(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        context, self._context, self._portal = self._context, None, None
+        if context is not None:
+            context.__exit__(kind, error, trace)
+
+    # -- migrations ------------------------------------------------------------------------------------------------
+
+    def migrate(
+        self,
+        guest: Guest,
+        to: str | trio.abc.SendStream,
+        config: Config | None = None,
+        *,
+        monitor: Monitor | None = None,
+        commit: CommitHook | None = None,
+        fence: FenceHook | None = None,
+    ) -> Summary:
+        """:func:`trimig.migrate`, seen from synchronous code: it blocks, and returns or raises the same.
+
+        Raises:
+            KeyboardInterrupt: the migration was cancelled, and the guest is as it was, unless the destination had it
+                already; a note at the exception and ``monitor.owner`` tell which.
+        """
+        return self.start_migrate(guest, to, config, monitor=monitor, commit=commit, fence=fence).result()
+
+    def start_migrate(
+        self,
+        guest: Guest,
+        to: str | trio.abc.SendStream,
+        config: Config | None = None,
+        *,
+        monitor: Monitor | None = None,
+        commit: CommitHook | None = None,
+        fence: FenceHook | None = None,
+    ) -> Handle:
+        """Begin :func:`trimig.migrate` and return at once; see :class:`Handle` for what comes of it.
+
+        Hooks are coroutine functions, which then run in the portal's thread as trio code, or plain functions, which
+        are called in a thread.
+        """
+        monitor = monitor or Monitor()
+        call = functools.partial(
+            api.migrate, guest, to, config, monitor=monitor, commit=_trio_hook(commit), fence=_trio_hook(fence)
+        )
+        return self._start(call, monitor)
+
+    def receive(
+        self,
+        guest: Guest,
+        at: str | trio.abc.ReceiveStream,
+        config: Config | None = None,
+        *,
+        monitor: Monitor | None = None,
+    ) -> Summary:
+        """:func:`trimig.receive`, seen from synchronous code; KeyboardInterrupt as for :meth:`migrate`."""
+        return self.start_receive(guest, at, config, monitor=monitor).result()
+
+    def start_receive(
+        self,
+        guest: Guest,
+        at: str | trio.abc.ReceiveStream,
+        config: Config | None = None,
+        *,
+        monitor: Monitor | None = None,
+    ) -> Handle:
+        """Begin :func:`trimig.receive` and return at once; :meth:`Handle.wait_listening` has the address."""
+        monitor = monitor or Monitor()
+        return self._start(functools.partial(api.receive, guest, at, config, monitor=monitor), monitor)
+
+    def _start(self, call: Callable[[], Awaitable[Summary]], monitor: Monitor) -> Handle:
+        portal = self._running()
+        assert self._token is not None
+        handle = Handle(self, monitor, self._token)
+        self._handles.add(handle)
+        handle._outcome.add_done_callback(lambda _: self._handles.discard(handle))
+        portal.start_task_soon(handle._run, call, name="trimig.portal.migration")
+        return handle
+
+    # -- anything else ---------------------------------------------------------------------------------------------
+
+    @overload
+    def call(self, function: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+    @overload
+    def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+    def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """The result of *function*, called in the portal's thread; if it is a coroutine function, it runs on trio.
+
+        For what a guest needs before it can be migrated, and for a monitor's own methods.
+        """
+        return self._running().call(functools.partial(function, *args, **kwargs))
+
+    def context(
+        self, manager: contextlib.AbstractAsyncContextManager[T, Any]
+    ) -> contextlib.AbstractContextManager[T, bool | None]:
+        """An asynchronous context manager of the trio side, such as a :class:`trimig.ProcessGuest`, as a plain one."""
+        return self._running().wrap_async_context_manager(manager)
+
+    def _running(self) -> anyio.from_thread.BlockingPortal:
+        if self._portal is None:
+            raise RuntimeError("this portal is not open; use it in a with block")
+        return self._portal
+
+
+class Handle:
+    """A migration that was started through a :class:`Portal`; every method may be called from any other thread.
+
+    In asyncio it can be awaited: that gives the summary or raises the error, and cancelling the waiting task cancels
+    the migration.
+    """
+
+    def __init__(self, portal: Portal, monitor: Monitor, token: trio.lowlevel.TrioToken) -> None:
+        """For :class:`Portal` only."""
+        self._portal = portal
+        self._monitor = monitor
+        self._token = token
+        self._scope = trio.CancelScope()
+        self._reason = "the caller was cancelled"
+        self._outcome: concurrent.futures.Future[Summary] = concurrent.futures.Future()
+        # From now on nobody can cancel the future itself, behind the back of the migration.
+        self._outcome.set_running_or_notify_cancel()
+
+    def __repr__(self) -> str:
+        return f"<trimig.portal.Handle {'done, ' if self.done else ''}{self.status.value}>"
+
+    @property
+    def status(self) -> Status:
+        """Where the migration is."""
+        return self._monitor.status
+
+    @property
+    def owner(self) -> Ownership:
+        """Which side may run the guest."""
+        return self._monitor.owner
+
+    @property
+    def done(self) -> bool:
+        """It has ended, in whatever way."""
+        return self._outcome.done()
+
+    def statistics(self) -> Statistics:
+        """A picture of now, or of the end."""
+        return self._portal.call(self._monitor.statistics)
+
+    def info(self) -> dict[str, Any]:
+        """See :meth:`trimig.Monitor.info`."""
+        return self._portal.call(self._monitor.info)
+
+    def set_parameters(self, **changes: Any) -> Parameters:
+        """See :meth:`trimig.Monitor.set_parameters`."""
+        return self._portal.call(functools.partial(self._monitor.set_parameters, **changes))
+
+    def wait_listening(self, timeout: float | None = None) -> tuple[str, ...]:
+        """Of a receiver: the addresses it listens on, as soon as it does; empty if it came to its end before.
+
+        Raises:
+            TimeoutError: not within *timeout* seconds.
+        """
+
+        async def wait() -> tuple[str, ...]:
+            with trio.move_on_after(float("inf") if timeout is None else timeout):
+                while not self._monitor.addresses and not self.done:
+                    with trio.move_on_after(0.01):  # the end of a call that never began is no change of the monitor
+                        await self._monitor.wait_changed()
+                return self._monitor.addresses
+            raise TimeoutError("the receiver does not listen yet")
+
+        return self._portal.call(wait)
+
+    def cancel(self, reason: str = "no reason was given") -> None:
+        """Ask for the migration to be undone; :meth:`result` then raises :class:`trimig.MigrationCancelled`.
+
+        Does nothing if it is over.
+
+        Raises:
+            StateError: the decision to hand over has been sent and cannot be taken back.
+        """
+        if not self.done:
+            self._portal.call(self._cancel, reason)
+
+    def _cancel(self, reason: str) -> None:
+        if self.done:
+            return
+        if self._monitor.status in IDLE:  # it has not begun yet
+            self._reason = reason
+            self._scope.cancel(reason)
+        else:
+            self._monitor.cancel(reason)
+
+    def result(self, timeout: float | None = None) -> Summary:
+        """Wait for the end; the summary, or the error of the migration.
+
+        Raises:
+            TimeoutError: not over within *timeout* seconds; it goes on.
+            KeyboardInterrupt: the migration was cancelled, and is over: see :meth:`Portal.migrate`.
+        """
+        try:
+            return self._outcome.result(timeout)
+        except KeyboardInterrupt as interrupt:
+            self._abort("KeyboardInterrupt")
+            self._settle()
+            interrupt.add_note(self._fate())
+            raise
+
+    def __await__(self) -> Generator[Any, None, Summary]:
+        return self._wait_asyncio().__await__()
+
+    async def _wait_asyncio(self) -> Summary:
+        try:
+            return await asyncio.wrap_future(self._outcome)
+        except asyncio.CancelledError as cancelled:
+            self._abort("the waiting task was cancelled")
+            await self._settle_asyncio()
+            cancelled.add_note(self._fate())
+            raise
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    async def _run(self, call: Callable[[], Awaitable[Summary]]) -> None:
+        """In the portal's thread."""
+        try:
+            with self._scope:
+                self._outcome.set_result(await call())
+        except MigrationError as error:
+            self._outcome.set_exception(error)
+        except Exception as error:
+            self._outcome.set_exception(error)
+            raise
+        finally:
+            if not self._outcome.done():
+                self._outcome.set_exception(MigrationCancelled(self._reason))
+
+    def _abort(self, reason: str) -> None:
+        """Cancel it the strict way, through its scope; safe in any thread and at any time."""
+        self._reason = reason if not self.done else self._reason
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._scope.cancel, reason)
+
+    def _settle(self) -> None:
+        """Wait for the end, whatever it is. An interrupt cancels the migration, and is raised at the end."""
+        interrupted: KeyboardInterrupt | None = None
+        while not self.done:
+            try:
+                concurrent.futures.wait([self._outcome])
+            except KeyboardInterrupt as interrupt:
+                # Being undone is bounded in time; leaving earlier would leave the guest to itself.
+                interrupted = interrupt
+                self._abort("KeyboardInterrupt")
+        if interrupted is not None:
+            raise interrupted
+
+    async def _settle_asyncio(self) -> None:
+        """As :meth:`_settle`; a cancellation cancels the migration, and is raised at the end."""
+        loop = asyncio.get_running_loop()
+        over = asyncio.Event()
+
+        def tell(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(over.set)
+
+        self._outcome.add_done_callback(tell)
+        cancelled: asyncio.CancelledError | None = None
+        while not over.is_set():
+            try:
+                await over.wait()
+            except asyncio.CancelledError as error:
+                cancelled = error
+                self._abort("the waiting task was cancelled")
+        if cancelled is not None:
+            raise cancelled
+
+    def _fate(self) -> str:
+        """What became of the guest, for somebody who asked for a cancellation."""
+        error = self._outcome.exception()
+        if error is None:
+            return "it was too late to cancel the migration: the destination owns the guest"
+        owner = error.owner if isinstance(error, MigrationError) else self.owner
+        if owner is Ownership.UNKNOWN:
+            return f"the migration was interrupted, and it is not known who owns the guest: {error}"
+        return f"the migration was cancelled; the owner of the guest is the {owner.value}"
+
+
+def _trio_hook(hook: Callable[[], Awaitable[T] | T] | None) -> Callable[[], Awaitable[T]] | None:
+    """A hook as the engine wants it: a plain function is called in a thread."""
+    if hook is None:
+        return None
+    if inspect.iscoroutinefunction(hook) or inspect.iscoroutinefunction(type(hook).__call__):
+        return hook  # type: ignore[return-value]  # that it returns an awaitable has just been looked at
+    return functools.partial(offload, hook)  # type: ignore[return-value]  # and here that it does not
+
+
+# -- streams of anyio --------------------------------------------------------------------------------------------------
+
+
+@overload
+def from_anyio(stream: anyio.abc.ByteStream) -> trio.abc.HalfCloseableStream: ...
+@overload
+def from_anyio(stream: anyio.abc.ByteSendStream) -> trio.abc.SendStream: ...
+@overload
+def from_anyio(stream: anyio.abc.ByteReceiveStream) -> trio.abc.ReceiveStream: ...
+def from_anyio(
+    stream: anyio.abc.ByteStream | anyio.abc.ByteSendStream | anyio.abc.ByteReceiveStream,
+) -> trio.abc.HalfCloseableStream | trio.abc.SendStream | trio.abc.ReceiveStream:
+    """A stream of anyio as a channel for :func:`trimig.migrate` and :func:`trimig.receive`, which then own it.
+
+    The application must run anyio on its trio backend: a stream of an asyncio loop cannot be used from trio. A stream
+    of one direction stays one, and has no return path. The end of the stream and its errors become trio's.
+
+    Raises:
+        TypeError: it carries something other than bytes, or is no stream.
+    """
+    sends = isinstance(stream, anyio.abc.ByteSendStream | anyio.abc.ByteStream)
+    receives = isinstance(stream, anyio.abc.ByteReceiveStream | anyio.abc.ByteStream)
+    if sends and receives:
+        return _Both(stream)
+    if sends:
+        return _Sending(stream)
+    if receives:
+        return _Receiving(stream)
+    raise TypeError(f"not a byte stream of anyio: {stream!r}")
+
+
+@contextlib.contextmanager
+def _as_trio() -> Generator[None, None, None]:
+    """Errors of anyio as trio's. The cause is kept: it names the system's own error."""
+    try:
+        yield
+    except anyio.ClosedResourceError as error:
+        raise trio.ClosedResourceError(*error.args) from error
+    except anyio.BusyResourceError as error:
+        raise trio.BusyResourceError(*error.args) from error
+    except (anyio.BrokenResourceError, anyio.EndOfStream) as error:
+        raise trio.BrokenResourceError(*error.args) from (error.__cause__ or error)
+
+
+class _Wrapped(trio.abc.AsyncResource):
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self._closed = False
+        self._ended = False
+
+    def _check(self, *, sending: bool = False) -> None:
+        if self._closed or (sending and self._ended):  # anyio does not look in every case
+            raise trio.ClosedResourceError("this stream has been closed")
+
+    async def aclose(self) -> None:
+        self._closed = True
+        with _as_trio():
+            await self._inner.aclose()
+
+
+class _Sending(_Wrapped, trio.abc.SendStream):
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        self._check(sending=True)
+        with _as_trio():
+            # anyio's interface is about bytes; what the engine hands over is a view that it will use again.
+            await self._inner.send(data if isinstance(data, bytes) else bytes(data))
+            if not data:  # for which anyio need not wait at all
+                await trio.lowlevel.checkpoint()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        self._check(sending=True)
+        await trio.lowlevel.checkpoint()  # anyio cannot tell; "might not" is never wrong
+
+
+class _Receiving(_Wrapped, trio.abc.ReceiveStream):
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError("max_bytes must be at least 1")
+        self._check()
+        with _as_trio():
+            try:
+                return bytes(await self._inner.receive(_READ_BYTES if max_bytes is None else max_bytes))
+            except anyio.EndOfStream:
+                return b""
+
+
+class _Both(_Sending, _Receiving, trio.abc.HalfCloseableStream):
+    async def send_eof(self) -> None:
+        self._check()
+        self._ended = True
+        with _as_trio():
+            await self._inner.send_eof()
+            await trio.lowlevel.checkpoint()  # anyio need not
