@@ -186,7 +186,6 @@ def test_limits_of_throttling_are_checked_against_each_other() -> None:
         ({"tls-hostname": 1}, "tls-hostname", "a string"),
         ({"multifd-compression": "lz4"}, "multifd-compression", "none, zlib, zstd"),
         ({"multifd-compression": "zlib"}, "multifd-compression", "not built into trimig yet"),
-        ({"tls-creds": "tls0"}, "tls-creds", "TLS is not built into trimig yet"),
         ({"multifd-channels": 2, "x-multifd-channels": 2}, "multifd-channels", "given twice"),
         ({"downtime_limit": 1}, "downtime_limit", "did you mean downtime-limit"),
         ({"bandwidth": 1}, "bandwidth", "max-bandwidth"),

@@ -102,7 +102,7 @@ def migration_options(command: F) -> F:
 
 
 def config_options(base: trimig.Config | None = None) -> Callable[[F], F]:
-    """``-c``, ``-p`` and ``--config`` alone, for a command that takes ``config``.
+    """``-c``, ``-p``, ``--config`` and those of TLS alone, for a command that takes ``config``.
 
     Args:
         base: used where no ``--config`` is given; None for trimig's defaults.
@@ -132,16 +132,33 @@ def config_options(base: trimig.Config | None = None) -> Callable[[F], F]:
             multiple=True,
             help="Turn a migration capability on, or off, by its QMP name; for example -c return-path=off.",
         )
+        @click.option(
+            "--object",
+            "objects",
+            metavar="TYPE,id=ID,...",
+            multiple=True,
+            help="Make an object that a parameter names, spelled as for QEMU; for example "
+            "--object tls-creds-x509,id=tls0,dir=DIR,endpoint=client -p tls-creds=tls0.",
+        )
+        @click.option(
+            "--tls",
+            metavar="DIR",
+            type=click.Path(),
+            help="Use TLS, with the certificates in this directory: ca-cert.pem, server-cert.pem, server-key.pem, "
+            "client-cert.pem, client-key.pem.",
+        )
         @functools.wraps(command)
         def with_config(
             *args: Any,
             capabilities: tuple[str, ...],
             parameters: tuple[str, ...],
+            objects: tuple[str, ...],
+            tls: str | None,
             config_file: Path | None,
             **kwargs: Any,
         ) -> Any:
             config = trimig.Config.from_toml(config_file) if config_file else base or trimig.Config()
-            return command(*args, config=config.with_options(capabilities, parameters), **kwargs)
+            return command(*args, config=config.with_options(capabilities, parameters, objects, tls=tls), **kwargs)
 
         return with_config  # type: ignore[return-value]  # the same callable with other keywords: not expressible
 

@@ -5,7 +5,7 @@ Names, ranges, defaults and rules are those of QEMU 7.2 (config.md), in Python s
 a command line returns a new object or raises :class:`~trimig.errors.ConfigError`; nothing is ever changed half.
 
 ``kinds`` knows what values an option can take, ``capabilities``, ``parameters``, ``peer`` and ``options`` are one class
-each, ``built`` lists what has its feature already.
+each, ``objects`` has what parameters name (TLS credentials), ``built`` lists what has its feature already.
 """
 
 from __future__ import annotations
@@ -23,6 +23,14 @@ from .kinds import GiB as GiB
 from .kinds import KiB as KiB
 from .kinds import MiB as MiB
 from .kinds import parse_size as parse_size
+from .objects import AuthzList as AuthzList
+from .objects import AuthzRule as AuthzRule
+from .objects import AuthzSimple as AuthzSimple
+from .objects import ConfigObject as ConfigObject
+from .objects import TlsPsk as TlsPsk
+from .objects import TlsX509 as TlsX509
+from .objects import parse_object as parse_object
+from .objects import read_object as read_object
 from .options import ENGINE_OPTIONS as ENGINE_OPTIONS
 from .options import Config as Config
 from .parameters import PARAMETER_NAMES as PARAMETER_NAMES

@@ -14,6 +14,3 @@ BUILT: Final[frozenset[str]] = frozenset({"events", "return-path"})
 
 #: Values of ``multifd-compression`` that may be chosen.
 BUILT_COMPRESSIONS: Final[frozenset[str]] = frozenset({"none"})
-
-#: Whether ``tls-creds`` may be set to anything but the empty string.
-TLS_BUILT: bool = False

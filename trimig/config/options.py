@@ -28,6 +28,7 @@ from .kinds import (
     shown,
     unknown,
 )
+from .objects import ConfigObject, TlsX509, check_objects, parse_object, read_object, with_objects
 from .parameters import PARAMETER_ALIASES, Parameters, read_parameters
 from .peer import QEMU_7_2, PeerProfile, read_peer
 
@@ -45,6 +46,8 @@ class Config:
     parameters: Annotated[Parameters, Instance(Parameters)] = dataclasses.field(default_factory=Parameters)
     #: What the other side expects of the stream.
     peer: Annotated[PeerProfile, Instance(PeerProfile)] = QEMU_7_2
+    #: What ``tls-creds`` and ``tls-authz`` name; each id once. That a named one is missing is seen when it is used.
+    objects: tuple[ConfigObject, ...] = ()
 
     #: Seconds that the answer to the decision may take, and before it the PONG that proves the prepare step. It bounds
     #: a shield, so it is never endless.
@@ -71,6 +74,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_fields("option", self, _KINDS)
+        check_objects(self.objects)
         # Each part is sound by itself; what is left are the rules between capabilities and parameters.
         self.capabilities.check(
             multifd_compression=self.parameters.multifd_compression, tls=bool(self.parameters.tls_creds)
@@ -81,8 +85,8 @@ class Config:
         """A configuration from TOML: a string is the text itself, a path object names a file, which is read here.
 
         Tables: ``[capabilities]`` and ``[parameters]`` in QMP spelling, ``[peer]`` with ``profile = "qemu-7.2"`` or
-        single switches, ``[engine]`` for the rest (these may also stand before the first table). Underscores serve for
-        dashes everywhere; sizes are integers or strings such as "32M". What is absent keeps its default.
+        single switches, ``[[objects]]`` with ``qom-type`` and ``id``, ``[engine]`` for the rest (these may also stand
+        before the first table). Underscores serve for dashes everywhere; sizes are integers or strings such as "32M". What is absent keeps its default.
 
         Raises:
             ConfigError: unreadable, not TOML, or a setting that is unknown or illegal, named as ``table.key``.
@@ -99,12 +103,22 @@ class Config:
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}", name=error.name) from error
 
-    def with_options(self, capabilities: Iterable[str] = (), parameters: Iterable[str] = ()) -> Config:
+    def with_options(
+        self,
+        capabilities: Iterable[str] = (),
+        parameters: Iterable[str] = (),
+        objects: Iterable[str] = (),
+        *,
+        tls: str | os.PathLike[str] | None = None,
+    ) -> Config:
         """This configuration changed by command-line options, the later ones over the earlier ones.
 
         Args:
             capabilities: each ``NAME`` or ``NAME=on|off|true|false``, in QMP spelling.
             parameters: each ``NAME=VALUE``, sizes also as "32M".
+            objects: each ``TYPE,id=ID,NAME=VALUE,…`` as for QEMU's ``-object``.
+            tls: a directory of certificates (:class:`TlsX509`), and the wish to use TLS with them: short for an object
+                and the parameter ``tls-creds``.
 
         Raises:
             ConfigError: an option that is malformed, unknown or illegal, or a contradiction in the result.
@@ -119,15 +133,22 @@ class Config:
             if not equals:
                 raise ConfigError(f"a parameter is given as NAME=VALUE, not {shown(text)}")
             values.append((dashed(name.strip()), value))
+        more = [parse_object(text) for text in objects]
+        if tls is not None:
+            more.append(TlsX509(id=_SHORT_ID, dir=tls))
+            values.insert(0, ("tls-creds", _SHORT_ID))
         return dataclasses.replace(
             self,
             capabilities=read_capabilities(self.capabilities, states, Form.TEXT),
             parameters=read_parameters(self.parameters, values, Form.TEXT, repeats=True),
+            objects=with_objects(self.objects, more),
         )
 
 
 _KINDS: Final = kinds_of(Config)
 _PARTS: Final = ("capabilities", "parameters", "peer")
+#: The id of the credentials that the short form makes.
+_SHORT_ID: Final = "tls"
 _TABLES: Final = (*_PARTS, "engine")
 _ALIASES: Final = {**CAPABILITY_ALIASES, **PARAMETER_ALIASES}
 _Read = TypeVar("_Read")
@@ -146,22 +167,37 @@ def _parse_toml(text: str) -> dict[str, Any]:
 
 def _from_tables(document: Mapping[str, Any]) -> Config:
     tables: dict[str, list[tuple[str, object]]] = {table: [] for table in _TABLES}
+    objects: tuple[ConfigObject, ...] = ()
     for key, value in document.items():
-        if key in _TABLES:
+        if key == "objects":
+            objects = _read_objects(value)
+        elif key in _TABLES:
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{key} expects a table, not {shown(value)}", name=key)
             tables[key] += value.items()
         elif dashed(key) in ENGINE_OPTIONS:
             tables["engine"].append((key, value))
         else:
-            raise unknown("table or option", key, (*_TABLES, *ENGINE_OPTIONS))
+            raise unknown("table or option", key, (*_TABLES, "objects", *ENGINE_OPTIONS))
     capabilities = _read_table(
         tables, "capabilities", lambda pairs: read_capabilities(Capabilities(), pairs, Form.TOML)
     )
     parameters = _read_table(tables, "parameters", lambda pairs: read_parameters(Parameters(), pairs, Form.TOML))
     peer = _read_table(tables, "peer", lambda pairs: read_peer(pairs, Form.TOML))
     engine = _read_table(tables, "engine", _read_engine)
-    return Config(capabilities=capabilities, parameters=parameters, peer=peer, **engine)
+    return Config(capabilities=capabilities, parameters=parameters, peer=peer, objects=objects, **engine)
+
+
+def _read_objects(tables: object) -> tuple[ConfigObject, ...]:
+    if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
+        raise ConfigError(f"objects expects tables, each under [[objects]], not {shown(tables)}", name="objects")
+    found = []
+    for number, table in enumerate(tables):
+        try:
+            found.append(read_object({dashed(key): value for key, value in table.items()}, Form.TOML))
+        except ConfigError as error:
+            raise ConfigError(f"objects[{number}]: {error}", name=error.name) from error
+    return tuple(found)
 
 
 def _read_table(

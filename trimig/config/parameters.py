@@ -1,7 +1,7 @@
 """Parameters: the numbers of a migration, with QEMU 7.2's names, ranges and defaults (config.md part 2).
 
 All of them may be set, whether or not the feature that reads them is built: a parameter does nothing by itself, and
-existing scripts set many. The two that would turn a feature on, TLS and compressed multifd, are refused until it is.
+existing scripts set many. The one that would turn a feature on, compressed multifd, is refused until it is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, final
 
 from ..errors import ConfigError
 from .bitmaps import Mappings, NodeAlias
-from .built import BUILT_COMPRESSIONS, TLS_BUILT
+from .built import BUILT_COMPRESSIONS
 from .kinds import (
     Choice,
     Flag,
@@ -64,11 +64,11 @@ class Parameters:
     cpu_throttle_tailslow: Annotated[bool, Flag()] = False
     #: At least ``cpu_throttle_initial``.
     max_cpu_throttle: Annotated[int, Whole(1, 99, "percent")] = 99
-    #: Id of the TLS credentials; empty for no TLS.
+    #: Id of the TLS credentials (in ``Config.objects``); empty for no TLS.
     tls_creds: Annotated[str, Text()] = ""
     #: The name that the peer's certificate must have; empty for the one in the address.
     tls_hostname: Annotated[str, Text()] = ""
-    #: Id of the access control list of a TLS server.
+    #: Id of the access control list of a TLS server (in ``Config.objects``); empty to let every verified client in.
     tls_authz: Annotated[str, Text()] = ""
     #: Bytes per second; 0 for no limit.
     max_bandwidth: Annotated[int, Size(unit="bytes per second, 0 for no limit")] = 128 * MiB
@@ -108,11 +108,6 @@ class Parameters:
                 f"parameter 'multifd_compression' cannot be {self.multifd_compression}: "
                 "compression of multifd is not built into trimig yet",
                 name="multifd-compression",
-            )
-        if self.tls_creds and not TLS_BUILT:
-            raise ConfigError(
-                f"parameter 'tls_creds' cannot be {shown(self.tls_creds)}: TLS is not built into trimig yet",
-                name="tls-creds",
             )
 
     def replace(self, **changes: Any) -> Parameters:
