@@ -200,9 +200,9 @@ class _Arrival:
         """Take one event; True if the guest has been taken over and nothing more is to be read."""
         match event:
             case ev.PageRun():
-                self.ram.pages(event)
+                await self.ram.pages(event)
             case ev.ZeroRun():
-                self.ram.zeros(event)
+                await self.ram.zeros(event)
             case ev.Configuration():
                 self._configured(event)
             case ev.RamList():

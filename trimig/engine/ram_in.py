@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import trio
 
 from ..errors import RemoteProtocolError
 from ..guest import PAGE_SIZE, RamBlock
@@ -23,8 +24,10 @@ from .channel import Channel
 from .placement import Placer, Target
 from .zeros import zero_pages
 
-#: Pages read at once to see whether they are zero already.
-_LOOK_PAGES = 256
+#: Pages read at once to see whether they are zero already: half a millisecond.
+_LOOK_PAGES = 1024
+#: Pages copied at once: below a millisecond, unless their memory has to be found first.
+_SLICE_PAGES = 256
 
 
 class RamReceiver:
@@ -70,21 +73,30 @@ class RamReceiver:
         counts = {name: len(t.received) - int(np.count_nonzero(t.received)) for name, t in self._targets.items()}
         return {name: count for name, count in counts.items() if count}
 
-    def pages(self, run: PageRun) -> None:
-        """Copy a run of pages to their places."""
+    async def pages(self, run: PageRun) -> None:
+        """Copy a run of pages to their places.
+
+        **Cancellation:** some are there.
+        """
         target = self._targets[run.block]
         indices = run.offsets // PAGE_SIZE
         first, count = int(indices[0]), len(indices)
         if count == 1 or (int(indices[-1]) - first == count - 1 and bool((np.diff(indices) == 1).all())):
-            target.put(first, run.data)
+            for start in range(0, count, _SLICE_PAGES):
+                if start:
+                    await trio.lowlevel.checkpoint()
+                target.put(first + start, run.data[start : start + _SLICE_PAGES])
         else:
             target.pages[indices] = run.data
             target.received[indices] = True
             target.untouched[indices] = False
         self._counters.normal += count
 
-    def zeros(self, run: ZeroRun) -> None:
-        """Make pages hold their fill byte; memory that is zero already is not touched."""
+    async def zeros(self, run: ZeroRun) -> None:
+        """Make pages hold their fill byte; memory that is zero already is not touched.
+
+        **Cancellation:** some of them do.
+        """
         target = self._targets[run.block]
         indices = run.offsets // PAGE_SIZE
         target.received[indices] = True
@@ -95,10 +107,12 @@ class RamReceiver:
             return
         look = indices[~target.untouched[indices]]
         for start in range(0, len(look), _LOOK_PAGES):
+            if start:
+                await trio.lowlevel.checkpoint()
             part = look[start : start + _LOOK_PAGES]
-            dirty = part[~zero_pages(target.pages, part)]
-            if len(dirty):
-                target.pages[dirty] = 0
+            zero = zero_pages(target.pages, part)
+            if not zero.all():
+                target.pages[part[~zero]] = 0
 
     async def place_run(self, channel: Channel, decoder: Decoder) -> bool:
         """Let the kernel place the predicted continuation of the open run; False if nothing can be predicted.

@@ -232,9 +232,9 @@ async def _read(fd: int, guest: OpaqueGuest, *, partial: bool) -> tuple[PeerProf
         while (event := decoder.next_event()) is not None:
             match event:
                 case ev.PageRun():
-                    ram.pages(event)
+                    await ram.pages(event)
                 case ev.ZeroRun():
-                    ram.zeros(event)
+                    await ram.zeros(event)
                 case ev.Configuration():
                     machine, subsections = event.machine, event.subsections
                 case ev.RamList():
