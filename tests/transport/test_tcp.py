@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import trio
@@ -160,6 +162,81 @@ async def test_of_two_connections_at_once_one_is_kept_and_none_is_leaked() -> No
         for peer in peers:
             await peer.aclose()
         both.close()
+
+
+class TwoAddresses(trio.abc.HostnameResolver):
+    """A name with an address of each family, as "localhost" has on many machines."""
+
+    async def getaddrinfo(self, host: object, port: object, *args: object, **options: object) -> list[Any]:
+        await trio.lowlevel.checkpoint()
+        return [
+            (socket.AF_INET6, socket.SOCK_STREAM, 0, "", ("::1", port, 0, 0)),
+            (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", port)),
+        ]
+
+    async def getnameinfo(self, sockaddr: object, flags: int) -> tuple[str, str]:
+        raise NotImplementedError
+
+
+@pytest.fixture
+async def two_addresses() -> AsyncIterator[None]:
+    """Every name has the two addresses of the loopback device."""
+    previous = trio.socket.set_custom_hostname_resolver(TwoAddresses())
+    yield
+    trio.socket.set_custom_hostname_resolver(previous)
+
+
+@needs_ipv6
+async def test_free_port_is_the_same_on_every_address_of_a_name(two_addresses: None) -> None:
+    """One address is told, and whoever resolves the name himself comes through as well."""
+    listener = await tcp.listen("name:0", Config())
+    try:
+        host, _, port = listener.uri.rpartition(":")
+        assert host == "tcp:[::1]"
+        await talk(listener, f"[::1]:{port}")
+        await talk(listener, f"127.0.0.1:{port}")
+    finally:
+        listener.close()
+
+
+@needs_ipv6
+async def test_port_that_is_free_on_one_address_only_is_not_taken(
+    two_addresses: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one is; and when there is none at all, that is said, and nothing is left open."""
+    real = trio.open_tcp_listeners
+    taken: list[socket.socket] = []
+    most = 2
+
+    async def crowded(port: int, *, host: str | None) -> list[trio.SocketListener]:
+        if port and len(taken) < most:
+            taken.append(socket.create_server(("127.0.0.1", port)))
+        return await real(port, host=host)
+
+    monkeypatch.setattr(trio, "open_tcp_listeners", crowded)
+    try:
+        listener = await tcp.listen("name:0", Config())
+        port = int(listener.uri.rpartition(":")[2])
+        listener.close()
+        assert len(taken) == 2
+        assert port not in [sock.getsockname()[1] for sock in taken]
+        most = 1000
+        with pytest.raises(TransportFailed, match="the port is in use"):
+            await tcp.listen("name:0", Config())
+    finally:
+        for sock in taken:
+            sock.close()
+
+
+@pytest.mark.parametrize(("rest", "warns"), [(":0", True), ("0.0.0.0:0", True), ("127.0.0.1:0", False)])
+async def test_listening_for_other_machines_without_tls_is_warned_of(
+    rest: str, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = await tcp.listen(rest, Config())
+    listener.close()
+    assert len(caplog.messages) == warns
+    if warns:
+        assert "is reachable from other machines and is not encrypted" in caplog.messages[0]
 
 
 async def test_port_in_use_is_called_that() -> None:
