@@ -64,6 +64,7 @@ class Child:
         self._status: int | None = None
         self._tail = b""
         self._silent = trio.Event()
+        self._exited = trio.Event()
         try:
             self._pidfd = os.pidfd_open(self._pid)
         except OSError:
@@ -71,9 +72,11 @@ class Child:
         for pipe in (self.stdin, self.stdout):
             with contextlib.suppress(OSError):
                 fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        # Somebody has to read it all the time, or a child that complains much would stand still. A nursery of the
-        # caller would have to stay open around our whole life; a task of the run loop's ends with the pipe.
+        # Somebody has to read it all the time, or a child that complains much would stand still; and only one task may
+        # wait for a descriptor, but a reader and a writer may both want to know of the exit. A nursery would have to be
+        # open around our whole life; tasks of the run loop's own end when the descriptors are closed.
         trio.lowlevel.spawn_system_task(self._listen, name="trimig.child_stderr")
+        trio.lowlevel.spawn_system_task(self._watch, name="trimig.child_exit")
 
     @classmethod
     async def start(cls, command: str) -> Child:
@@ -113,6 +116,19 @@ class Child:
         finally:
             self._silent.set()
 
+    async def _watch(self) -> None:
+        """Wait until it has ended. A system task: no error may leave it."""
+        try:
+            while not self._look() and not self._collected:
+                if self._pidfd == -1:
+                    await trio.sleep(_POLL)
+                else:
+                    await trio.lowlevel.wait_readable(self._pidfd)
+        except (OSError, trio.ClosedResourceError):
+            pass
+        finally:
+            self._exited.set()
+
     # -- how it ends -----------------------------------------------------------------------------------------------
 
     def _look(self) -> bool:
@@ -134,12 +150,7 @@ class Child:
 
         **Cancellation:** no effect.
         """
-        await trio.lowlevel.checkpoint()
-        while not self._look():
-            if self._pidfd == -1:
-                await trio.sleep(_POLL)
-            else:
-                await trio.lowlevel.wait_readable(self._pidfd)
+        await self._exited.wait()
 
     async def wait_drained(self) -> None:
         """Wait until everything written has been read from the pipe; what nobody reads is not delivered.
