@@ -9,6 +9,7 @@ is known *exactly* whether anything of a write has left, and pages go straight f
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import math
 import socket
@@ -35,9 +36,9 @@ _STAGED_PAGES = 512
 _PIECE_BYTES = 1 << 16
 #: Other tasks get a turn after this many bytes at the latest; that takes about a millisecond.
 _SLICE_BYTES = 1 << 20
-#: A read of a bulk that brings less than this is followed by a pause of this many seconds; epoll makes it a millisecond.
-_CRUMBS = 96 << 10
-_PAUSE = 0.0001
+#: What is worth a call while pages are read in bulk, and how long is waited for it.
+_HELPING = 256 << 10
+_HELPING_SECONDS = 0.001
 
 
 #: A stream of both directions, or of one: then there is no return path.
@@ -97,10 +98,8 @@ class Channel:
         #: A stream that is not a socket is in the middle of a write, which :attr:`sent` will show when it is done.
         self.writing = False
         self._socket = stream.socket if isinstance(stream, trio.SocketStream) else None
-        self._roomy = False
         if self._socket is not None:
             enlarge(self._socket)
-            self._roomy = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) >= 4 * _CRUMBS
         self._staging: NDArray[np.uint8] | None = None
 
     @property
@@ -275,25 +274,39 @@ class Channel:
     async def read_records(self, records: vectored.Records) -> int:
         """Let the kernel place what comes next, and step over it; sockets only. 0 at the end of the stream.
 
-        Who reads as fast as the sender writes gets a few segments at a time and pays for a call each; so after a small
-        helping there is a pause, if there is room for what comes meanwhile.
+        Who reads as fast as the sender writes gets a few segments at a time, and pays for a call each and the sender
+        for a wake-up each. So the kernel is asked to wait until there is a helping, for a millisecond at most.
 
         **Cancellation:** what was read is counted.
         """
         assert self._socket is not None
+        fd = self._socket.fileno()
         try:
-            while (count := vectored.readv(self._socket.fileno(), records.rest)) is None:
-                with trio.move_on_after(self.stall_timeout) as limit:
-                    await trio.lowlevel.wait_readable(self._socket)
-                if limit.cancelled_caught:
-                    raise self._stalled("sent nothing")
+            if (count := vectored.readv(fd, records.rest)) is None:
+                await self._helping()
+                while (count := vectored.readv(fd, records.rest)) is None:
+                    with trio.move_on_after(self.stall_timeout) as limit:
+                        await trio.lowlevel.wait_readable(fd)
+                    if limit.cancelled_caught:
+                        raise self._stalled("sent nothing")
+            self.received += count
+            records.advance(count)
+            if 0 < count < _HELPING // 2:
+                await self._helping()
         except (OSError, trio.ClosedResourceError) as error:
             raise TransportFailed(f"the connection broke while receiving: {_cause(error)}") from error
-        self.received += count
-        records.advance(count)
-        if 0 < count < _CRUMBS and self._roomy:
-            await trio.sleep(_PAUSE)
         return count
+
+    async def _helping(self) -> None:
+        """Wait until _HELPING bytes can be read, or a millisecond has passed."""
+        assert self._socket is not None
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _HELPING)
+        try:
+            with trio.move_on_after(_HELPING_SECONDS):
+                await trio.lowlevel.wait_readable(self._socket)
+        finally:
+            with contextlib.suppress(OSError):  # nothing may hide what ended the waiting
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
 
 def _cause(error: BaseException) -> str:

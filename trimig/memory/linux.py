@@ -285,6 +285,9 @@ def absent_pages(fd: int, first: int, count: int, *, max_extents: int) -> NDArra
     The walk takes about two microseconds for each extent. After *max_extents* of them it stops, and the pages that it
     has not reached are reported as present, which is always safe to say.
     """
+    state = os.fstat(fd)
+    if state.st_blocks * 512 >= state.st_size:  # no room for holes: spares a walk of about 10 ms for each GiB
+        return np.zeros(count, dtype=np.bool_)
     absent = np.ones(count, dtype=np.bool_)
     origin = first * PAGE_SIZE
     for number, (begin, stop) in enumerate(data_extents(fd, origin, origin + count * PAGE_SIZE), 1):
