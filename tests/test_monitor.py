@@ -395,7 +395,7 @@ async def test_info_counts_ram(autojump_clock: trio.testing.MockClock) -> None:
     monitor.advance(S.ACTIVE)
     c.total, c.transferred, c.remaining, c.normal, c.duplicate = 1 << 20, 500_000, 40_960, 100, 30
     c.dirty_sync_count, c.bandwidth, c.pages_per_second, c.dirty_rate = 2, 1e6, 120.4, 81920.0
-    c.expected_downtime, c.dirty_tracking = 0.0412, "compare"
+    c.shown_downtime, c.dirty_tracking = 0.0412, "compare"
     await trio.sleep(1)
     ram = {
         "transferred": 500_000,
@@ -452,7 +452,7 @@ async def test_info_counts_ram(autojump_clock: trio.testing.MockClock) -> None:
 async def test_expected_downtime_starts_at_the_limit(expected: float | None) -> None:
     """G15."""
     monitor = brought_to(S.ACTIVE)
-    monitor.counters.expected_downtime = expected
+    monitor.counters.shown_downtime = expected
     assert monitor.info()["expected-downtime"] == monitor.config.parameters.downtime_limit
 
 

@@ -7,7 +7,7 @@ The layers, from the top; imports point downwards only:
 * ``trimig.guests``, ``trimig.transport``, ``trimig.stream``: what can be migrated, ways there, tools on streams.
 * ``trimig.engine``: the trio tasks. One nursery per attempt.
 * ``trimig.memory``, ``trimig.policy``, ``trimig.wire``: Linux memory; decisions; bytes. The last two know no clock.
-* ``trimig.guest``, ``trimig.monitor``, ``trimig.status``, ``trimig.config``, ``trimig.errors``: what all agree on.
+* ``trimig.guest``, ``trimig.monitor`` (``info``, ``blockers``, ``listeners``), ``trimig.status``, ``trimig.config``, ``trimig.errors``: what all agree on.
 
 ``trimig.testing`` stands beside them: virtual links, fault injection and sweeps, for your tests as for ours.
 """
@@ -16,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .api import migrate as migrate
 from .api import receive as receive
+from .blockers import Blocker as Blocker
+from .blockers import Blockers as Blockers
 from .config import Capabilities as Capabilities
 from .config import Config as Config
 from .config import GiB as GiB
@@ -43,6 +45,7 @@ from .guests import AppGuest as AppGuest
 from .guests import Device as Device
 from .guests import ParkedGuest as ParkedGuest
 from .guests import ProcessGuest as ProcessGuest
+from .monitor import Convergence as Convergence
 from .monitor import Downtime as Downtime
 from .monitor import Event as Event
 from .monitor import Monitor as Monitor

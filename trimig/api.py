@@ -10,10 +10,12 @@ from . import transport
 from .config import Config
 from .engine import teardown
 from .engine.channel import AnyStream, OpenStream
+from .engine.departure import CommitHook, FenceHook
 from .engine.destination import receive_stream
-from .engine.source import CommitHook, FenceHook, migrate_stream
+from .engine.source import migrate_stream
 from .guest import Guest
-from .monitor import Monitor, Summary
+from .info import Summary
+from .monitor import Monitor
 
 
 async def migrate(
@@ -30,7 +32,8 @@ async def migrate(
     Args:
         guest: what to move. It keeps running until the switchover.
         to: a URI (``tcp:HOST:PORT``, ``unix:PATH``, …) or a connected stream, which is owned and closed on every path.
-            One that can only send has no return path.
+            One that can only send has no return path; if it can tell when everything has arrived where it was to
+            go (``delivered()``), that is waited for.
         config: capabilities, parameters and options; the defaults if None.
         monitor: watches and steers; may be shared with other tasks.
         commit: called when the destination has proved that it has everything, and before the decision is sent: the
@@ -45,7 +48,8 @@ async def migrate(
         HandoverUncertain: the decision was sent and no answer came. The guest stays paused here, on purpose.
         GuestFailed: also if the guest could not be resumed; its owner is then the source, and it can be tried again.
         MigrationError: anything else; ``owner`` is SOURCE and the guest is in the run state that it had.
-        StateError: the guest or the monitor is busy; nothing was done, but a stream given as *to* is closed.
+        StateError: the guest or the monitor is busy, or the guest is blocked (:class:`trimig.Blockers`); nothing was
+            done, but a stream given as *to* is closed.
 
     **Cancellation:** up to the decision the migration never happened: the guest is in the run state it had, and a new
     attempt may be made at once. From the decision to its answer a cancellation is held off, for at most

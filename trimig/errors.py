@@ -109,7 +109,17 @@ class GuestFailed(MigrationError):
 
 
 class NotConverging(MigrationError):
-    """The bound on iterations or time was reached while the guest dirtied memory faster than it could be sent."""
+    """The bound on iterations or time was reached while the guest dirtied memory faster than it could be sent.
+
+    Attributes:
+        reason: why it does not converge, with the figures that decide it; part of the message.
+        advice: what would help, one clause each; part of the message, too.
+    """
+
+    def __init__(self, message: str, *, reason: str = "", advice: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.advice = tuple(advice)
 
 
 class MigrationCancelled(MigrationError):

@@ -246,3 +246,12 @@ class OpaqueGuest(Guest, Protocol):
 
         **Cancellation:** as for :meth:`load_devices`.
         """
+
+
+@runtime_checkable
+class IdentifiedGuest(Guest, Protocol):
+    """A guest whose machine has a UUID, or could have one."""
+
+    @property
+    def uuid(self) -> str | None:
+        """In its usual form, 8-4-4-4-12 hexadecimal digits; None if it has none."""

@@ -10,132 +10,34 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from types import MappingProxyType
 from typing import Any
 
 import trio
 
+from . import blockers
 from . import status as _status
 from .config import Config, Parameters
 from .errors import Ownership, StateError
-from .guest import PAGE_SIZE
+from .guest import Guest
+from .info import Convergence, Counters, Downtime, Event, Statistics, Summary, query_migrate
+from .listeners import Listener, Listeners
 from .status import IDLE, TERMINAL, Role, Status
+
+__all__ = (
+    "EVENT_BACKLOG",
+    "Convergence",
+    "Counters",
+    "Downtime",
+    "Event",
+    "Monitor",
+    "Statistics",
+    "Summary",
+)
 
 #: Events kept for a reader that is not reading; the oldest are dropped first, so that nobody can stall a migration.
 EVENT_BACKLOG = 1024
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """Something that happened. ``name`` and ``data`` are QMP's where QMP has such an event."""
-
-    name: str
-    data: Mapping[str, Any]
-    #: trio's clock, seconds.
-    time: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Statistics:
-    """A picture of a migration; bytes, seconds, bytes per second."""
-
-    status: Status
-    owner: Ownership
-    #: All RAM of the guest.
-    total: int
-    #: Sent over the transport so far (source), or received (destination), everything included.
-    transferred: int
-    #: RAM that is still to be sent, as of the last dirty sync.
-    remaining: int
-    normal_pages: int
-    zero_pages: int
-    #: Passes over the memory, the present one included.
-    iteration: int
-    bandwidth: float
-    dirty_rate: float
-    #: None until it can be told.
-    expected_downtime: float | None
-    elapsed: float
-    #: How dirty pages are found: ``userfaultfd-wp``, ``compare``, ``marks``, ``none``; empty on a destination.
-    dirty_tracking: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Downtime:
-    """Where the time went while the guest ran nowhere, in seconds, as this side's clock saw it.
-
-    A source fills all parts but ``resume``; a destination fills ``resume`` alone: what bringing the guest to life took.
-    On the source that time is inside ``commit``.
-    """
-
-    pause: float = 0.0
-    ram: float = 0.0
-    devices: float = 0.0
-    prepare: float = 0.0
-    commit: float = 0.0
-    resume: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """The sum of the parts."""
-        return self.pause + self.ram + self.devices + self.prepare + self.commit + self.resume
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """How a migration went. Returned only when the destination owns the guest."""
-
-    role: Role
-    #: The destination said so (source), or was told so (destination). False: there was no return path, and the
-    #: transport took the last byte; nobody has confirmed that the guest arrived.
-    confirmed: bool
-    #: The destination proved that it had loaded everything before the decision was sent (needs a return path).
-    prepared: bool
-    total_time: float
-    setup_time: float
-    downtime: float
-    downtime_parts: Downtime
-    iterations: int
-    bytes_transferred: int
-    normal_pages: int
-    zero_pages: int
-    ram_bytes: int
-    dirty_tracking: str
-    #: What went other than it should have, without endangering the guest; one sentence each.
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def throughput(self) -> float:
-        """Guest memory moved (every copy of a page counted) in bytes per second of the total time."""
-        moved = (self.normal_pages + self.zero_pages) * PAGE_SIZE
-        return moved / self.total_time if self.total_time > 0 else 0.0
-
-
-@dataclasses.dataclass(slots=True)
-class Counters:
-    """What the engine counts as it goes. Bytes, seconds; times are trio's clock."""
-
-    started: float = 0.0
-    setup_done: float | None = None
-    paused_at: float | None = None
-    finished: float | None = None
-    total: int = 0
-    transferred: int = 0
-    transferred_at_pause: int | None = None
-    remaining: int = 0
-    normal: int = 0
-    duplicate: int = 0
-    iteration: int = 0
-    dirty_sync_count: int = 0
-    bandwidth: float = 0.0
-    pages_per_second: float = 0.0
-    dirty_rate: float = 0.0
-    expected_downtime: float | None = None
-    downtime: float | None = None
-    dirty_tracking: str = ""
-    error: str | None = None
-    warnings: list[str] = dataclasses.field(default_factory=list)
 
 
 class Monitor:
@@ -153,6 +55,9 @@ class Monitor:
         self._cancel_reason: str | None = None
         self._retuned: Callable[[], None] | None = None
         self._addresses: tuple[str, ...] = ()
+        self._listeners = Listeners()
+        #: Whose blockers :meth:`info` lists. Each attempt sets it; a caller may set it before the first.
+        self.guest: Guest | None = None
 
     def __repr__(self) -> str:
         role = f" {self._role.value}" if self._role else ""
@@ -203,68 +108,28 @@ class Monitor:
             expected_downtime=c.expected_downtime,
             elapsed=end - c.started if self._status is not Status.NONE else 0.0,
             dirty_tracking=c.dirty_tracking,
+            first_copy=c.first_copy,
+            chase=c.chase,
+            convergence=c.convergence,
         )
 
     def info(self) -> dict[str, Any]:
         """The members of QEMU's ``query-migrate``, present as in its table per status (config.md part 6.1).
 
-        Times are in ms, sizes in bytes. Two members are trimig's own, wherever there is a migration to speak of:
-        ``owner`` (``source``, ``destination`` or ``unknown``) and, on the source, ``dirty-tracking``.
+        Times are in ms, sizes in bytes. Three members are trimig's own: ``owner`` (``source``, ``destination`` or
+        ``unknown``) wherever there is a migration to speak of, ``dirty-tracking`` on the source, and there, while it
+        runs, ``convergence`` with ``converging``, ``reason`` and ``advice`` (a list).
         """
-        c, status = self._counters, self._status
-        if status is Status.NONE:
-            return {"socket-address": list(self._addresses)} if self._addresses else {}
-        info: dict[str, Any] = {"status": status.qmp, "owner": self.owner.value}
-        if status in (Status.FAILED, Status.UNCERTAIN) and c.error is not None:
-            info["error-desc"] = c.error
-        if self._role is Role.DESTINATION:
-            if self._addresses:
-                info["socket-address"] = list(self._addresses)
-            return info
-        if c.dirty_tracking:
-            info["dirty-tracking"] = c.dirty_tracking
-        running = status in (
-            Status.ACTIVE, Status.CANCELLING, Status.PRE_SWITCHOVER, Status.DEVICE, Status.HANDOVER
-        )  # fmt: skip
-        if not running and status is not Status.COMPLETED:
-            return info
-        end = c.finished if c.finished is not None else trio.current_time()
-        info["total-time"] = _ms(end - c.started)
-        info["setup-time"] = _ms((c.setup_done or c.started) - c.started)
-        if running:
-            expected = c.expected_downtime
-            limit = self._config.parameters.downtime_limit
-            info["expected-downtime"] = limit if expected is None or math.isinf(expected) else _ms(expected)
-        else:
-            info["downtime"] = _ms(c.downtime or 0.0)
-        info["ram"] = self._ram(c, end)
-        return info
-
-    def _ram(self, c: Counters, end: float) -> dict[str, Any]:
-        completed = self._status is Status.COMPLETED
-        at_pause = c.transferred if c.transferred_at_pause is None else c.transferred_at_pause
-        duration = end - (c.setup_done or c.started)
-        rate = c.transferred / duration if completed and duration > 0 else c.bandwidth
-        return {
-            "transferred": c.transferred,
-            "remaining": 0 if completed else c.remaining,
-            "total": c.total,
-            "duplicate": c.duplicate,
-            "skipped": 0,
-            "normal": c.normal,
-            "normal-bytes": c.normal * PAGE_SIZE,
-            "dirty-pages-rate": 0 if completed else round(c.dirty_rate / PAGE_SIZE),
-            "mbps": rate * 8 / 1e6,
-            "dirty-sync-count": c.dirty_sync_count,
-            "postcopy-requests": 0,
-            "page-size": PAGE_SIZE,
-            "multifd-bytes": 0,
-            "pages-per-second": round(c.pages_per_second),
-            "precopy-bytes": at_pause,
-            "downtime-bytes": c.transferred - at_pause,
-            "postcopy-bytes": 0,
-            "dirty-sync-missed-zero-copy": 0,
-        }
+        return query_migrate(
+            self._counters,
+            role=self._role,
+            status=self._status,
+            owner=self.owner,
+            addresses=self._addresses,
+            blocked=blockers.reasons(self.guest) if self.guest is not None else (),
+            downtime_limit=self._config.parameters.downtime_limit,
+            now=trio.current_time() if self._status is not Status.NONE else 0.0,
+        )
 
     def watch(self, every: float = 1.0) -> AsyncIterator[Statistics]:
         """Statistics every *every* seconds and at each change of status; ends by itself with the attempt.
@@ -297,6 +162,14 @@ class Monitor:
         """
         return _Events(self)
 
+    def add_listener(self, listener: Listener) -> Callable[[], None]:
+        """Call *listener* with each :class:`Event`, at the very moment; returns what ends it.
+
+        It is called by the engine's own task, synchronously: it must not wait, and should be quick. It may call what
+        steers a migration (:meth:`cancel`, :meth:`resume`). If it raises, that is logged, and it is removed.
+        """
+        return self._listeners.add(listener)
+
     # -- steering --------------------------------------------------------------------------------------------------
 
     def cancel(self, reason: str = "no reason was given") -> None:
@@ -317,6 +190,19 @@ class Monitor:
         self.advance(Status.CANCELLING)
         if self._cancel is not None:
             self._cancel(reason)
+
+    def resume(self) -> None:
+        """Go on with the switchover, out of ``pre-switchover``; the guest stands still there.
+
+        Raises:
+            StateError: the status is another one; nothing was done, and nothing is kept for a later pause.
+        """
+        if self._status is not Status.PRE_SWITCHOVER:
+            raise StateError(
+                f"there is no pause before the switchover to go on from: the status is {self._status.value}",
+                status=self._status.value,
+            )
+        self.advance(Status.DEVICE)
 
     def set_parameters(self, **changes: Any) -> Parameters:
         """Change parameters, all or none, also while a migration runs: the bandwidth limit applies at once, the downtime
@@ -343,7 +229,7 @@ class Monitor:
         """For the engine: the reason given to :meth:`cancel` in this attempt."""
         return self._cancel_reason
 
-    def begin(self, role: Role, config: Config) -> Counters:
+    def begin(self, role: Role, config: Config, guest: Guest | None = None) -> Counters:
         """For the engine: a new attempt; all counters are zero, no old error is left.
 
         Raises:
@@ -353,6 +239,8 @@ class Monitor:
             raise StateError(f"a migration is in progress ({self._status.value})", status=self._status.value)
         self._role = role
         self._config = config
+        if guest is not None:
+            self.guest = guest
         self._counters = Counters(started=trio.current_time())
         self._cancel_reason = None
         self._addresses = ()
@@ -380,10 +268,12 @@ class Monitor:
 
     def emit(self, name: str, **data: Any) -> None:
         """For the engine: tell everybody who listens."""
-        self._events.append(Event(name=name, data=MappingProxyType(data), time=trio.current_time()))
+        event = Event(name=name, data=MappingProxyType(data), time=trio.current_time())
+        self._events.append(event)
         self._event_count += 1
         self._changed.set()
         self._changed = trio.Event()
+        self._listeners.tell(event)
 
     def warn(self, text: str) -> None:
         """For the engine: something for the summary."""
@@ -439,7 +329,3 @@ class _Events:
         event = monitor._events[self._next - oldest]
         self._next += 1
         return event
-
-
-def _ms(seconds: float) -> int:
-    return round(seconds * 1000)

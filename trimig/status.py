@@ -117,6 +117,31 @@ TERMINAL: Final = frozenset({_S.COMPLETED, _S.FAILED, _S.CANCELLED, _S.UNCERTAIN
 #: A cancel is accepted here.
 CANCELLABLE: Final = frozenset({_S.SETUP, _S.ACTIVE, _S.PRE_SWITCHOVER, _S.DEVICE})
 
+#: The answer to the decision is there: the guest is at the destination for certain.
+FINISHED: Final = frozenset({_S.COMPLETED})
+#: The attempt has come to nothing, by a fault or by a wish.
+UNSUCCESSFUL: Final = frozenset({_S.FAILED, _S.CANCELLED})
+
+
+def is_idle(status: Status) -> bool:
+    """Nothing is under way and nothing is open: a new attempt may begin, a blocker may be added."""
+    return status in IDLE
+
+
+def in_setup(status: Status) -> bool:
+    """An attempt has begun, and no memory has been sent."""
+    return status is _S.SETUP
+
+
+def has_finished(status: Status) -> bool:
+    """The guest has arrived."""
+    return status in FINISHED
+
+
+def has_failed(status: Status) -> bool:
+    """The attempt is over, and the source has its guest. ``uncertain`` is not that."""
+    return status in UNSUCCESSFUL
+
 
 def owner(role: Role, status: Status) -> Ownership:
     """Who may run the guest, as far as the side in *role* can tell."""

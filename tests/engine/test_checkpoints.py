@@ -79,7 +79,7 @@ async def test_answers_that_are_there_need_no_turn(autojump_clock: trio.testing.
 async def test_guest_calls(autojump_clock: trio.testing.MockClock) -> None:
     guest = running(run_state="paused")
     with trio.testing.assert_checkpoints():
-        await guest_calls.call("resuming", guest.resume(), 1)
+        await guest_calls.call("resuming", guest.resume, 1)
     with trio.testing.assert_checkpoints():
         assert await teardown.guest_call("resumed", trio.lowlevel.checkpoint, 1) is None
     with trio.CancelScope() as scope:

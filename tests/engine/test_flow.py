@@ -122,14 +122,14 @@ async def test_members_of_info_in_every_status_of_a_source(autojump_clock: trio.
     pair.here.advance = noting  # type: ignore[method-assign]  # to look at the very moment
     await pair.both()
     running_members = {
-        "status", "owner", "dirty-tracking", "total-time", "setup-time", "expected-downtime", "ram",
+        "status", "owner", "dirty-tracking", "total-time", "setup-time", "expected-downtime", "convergence", "ram",
     }  # fmt: skip
     assert {name: set(info) for name, info in seen.items()} == {
         "setup": {"status", "owner"},
         "active": running_members,
         "device": running_members,
         "handover": running_members,
-        "completed": running_members - {"expected-downtime"} | {"downtime"},
+        "completed": running_members - {"expected-downtime", "convergence"} | {"downtime"},
     }
     assert [seen[s]["status"] for s in ("device", "handover", "completed")] == ["device", "device", "completed"]
     assert [seen[s]["owner"] for s in ("device", "handover", "completed")] == ["source", "unknown", "destination"]

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 
-from trimig.policy.convergence import Bounds, Decision, Progress, decide, expected_downtime, explain, reached
+from trimig.policy.convergence import (
+    Bounds,
+    Decision,
+    Progress,
+    chase,
+    decide,
+    expected_downtime,
+    explain,
+    reached,
+    sentence,
+)
 
 MB = 1_000_000
 ITERATE, SWITCH, GIVE_UP = Decision.ITERATE, Decision.SWITCH_OVER, Decision.GIVE_UP
@@ -83,20 +94,81 @@ def test_bound_that_was_reached(progress: Progress, bounds: Bounds, words: str |
 
 
 def test_guest_that_is_faster_than_the_link_is_explained() -> None:
-    text = explain(at(500 * MB, 100.0 * MB, dirty_rate=250.0 * MB), BOTH)
-    assert "250.0 MB/s are dirtied" in text
-    assert "100.0 MB/s can be sent" in text
-    assert "500.0 MB are left, which is 5000 ms of downtime against a limit of 300 ms" in text
-    assert text.endswith("raise max-bandwidth or slow the guest down")
+    why = explain(at(500 * MB, 100.0 * MB, dirty_rate=250.0 * MB), BOTH)
+    assert not why.converging
+    assert "250.0 MB/s are dirtied" in why.reason
+    assert "100.0 MB/s can be sent" in why.reason
+    assert "500.0 MB are left, which is 5000 ms of downtime against a limit of 300 ms" in why.reason
+    assert why.advice == ("raise downtime-limit to 5500 ms", "throttle the guest by 64 %")
+    assert sentence(why) == f"{why.reason}; {why.advice[0]} or {why.advice[1]}"
 
 
-def test_limit_that_would_do_is_named() -> None:
-    text = explain(at(50 * MB, 100.0 * MB, dirty_rate=20.0 * MB), BOTH)
-    assert text.endswith("a downtime-limit of 500 ms would do")
-    assert decide(at(50 * MB, 100.0 * MB), Bounds(downtime_limit=0.5)) is SWITCH
+def test_advice_is_enough() -> None:
+    """The downtime limit that is named makes the next decision a switchover."""
+    why = explain(at(50 * MB, 100.0 * MB, dirty_rate=100.0 * MB), BOTH)
+    assert "raise downtime-limit to 550 ms" in why.advice
+    assert decide(at(50 * MB, 100.0 * MB), Bounds(downtime_limit=0.55)) is SWITCH
+
+
+@pytest.mark.parametrize(
+    ("limit", "dirty_rate", "first"),
+    [
+        (100 * MB, 250.0 * MB, "raise max-bandwidth (100.0 MB/s), to more than 275.0 MB/s"),
+        (105 * MB, 20.0 * MB, "raise max-bandwidth (105.0 MB/s)"),
+        (200 * MB, 250.0 * MB, "raise downtime-limit to 5500 ms"),  # the link binds, not the limit
+        (0, 250.0 * MB, "raise downtime-limit to 5500 ms"),
+    ],
+)
+def test_bandwidth_limit_is_blamed_only_if_it_binds(limit: int, dirty_rate: float, first: str) -> None:
+    bounds = Bounds(downtime_limit=0.3, max_bandwidth=limit)
+    progress = dataclasses.replace(at(500 * MB, 100.0 * MB, dirty_rate=dirty_rate), least=400 * MB)
+    assert explain(progress, bounds).advice[0] == first
+
+
+def test_limit_that_nobody_can_set_is_not_advised() -> None:
+    why = explain(at(3_000_000 * MB, 1.0 * MB, dirty_rate=2.0 * MB), LIMIT)
+    assert not any("downtime-limit" in clause for clause in why.advice)
+
+
+def test_postcopy_is_advised_where_it_may_be_used() -> None:
+    progress = at(500 * MB, 100.0 * MB, dirty_rate=250.0 * MB)
+    assert "start postcopy" in explain(progress, dataclasses.replace(LIMIT, postcopy=True)).advice
+    assert "start postcopy" not in explain(progress, LIMIT).advice
+
+
+@pytest.mark.parametrize(
+    ("progress", "bounds", "converging"),
+    [
+        (at(30 * MB, 100.0 * MB, dirty_rate=900.0 * MB), LIMIT, True),  # it fits, whatever the rates
+        (at(50 * MB, 100.0 * MB, dirty_rate=50.0 * MB), LIMIT, True),  # the first pass: a good sign
+        (at(50 * MB, 100.0 * MB, dirty_rate=100.0 * MB), LIMIT, False),
+        (dataclasses.replace(at(50 * MB, 100.0 * MB, dirty_rate=50.0 * MB), least=90 * MB), LIMIT, True),
+        (dataclasses.replace(at(50 * MB, 100.0 * MB, dirty_rate=50.0 * MB), least=51 * MB), LIMIT, False),
+        (at(50 * MB, 100.0 * MB, dirty_rate=50.0 * MB, iteration=5), BOTH, False),  # it would, but may not go on
+    ],
+)
+def test_converging_is_what_comes_nearer(progress: Progress, bounds: Bounds, converging: bool) -> None:
+    why = explain(progress, bounds)
+    assert why.converging is converging
+    assert bool(why.advice) is not converging
+
+
+def test_bound_that_comes_too_early_is_named_first() -> None:
+    why = explain(at(50 * MB, 100.0 * MB, dirty_rate=50.0 * MB, iteration=5), BOTH)
+    assert "each pass leaves less" in why.reason
+    assert why.advice[0] == "allow more iterations or time"
 
 
 def test_nothing_measured_yet_is_explained_without_figures_that_are_not_known() -> None:
-    text = explain(at(50 * MB, 0.0), BOTH)
-    assert "inf" not in text
-    assert "50.0 MB are left" in text
+    why = explain(at(50 * MB, 0.0), BOTH)
+    assert "inf" not in sentence(why)
+    assert "50.0 MB are left" in why.reason
+    assert why.advice == ("give it more time",)
+
+
+@pytest.mark.parametrize(
+    ("progress", "share"),
+    [(at(0, 0.0), 1.0), (at(30 * MB, 100.0 * MB), 1.0), (at(60 * MB, 100.0 * MB), 0.5), (at(60 * MB, 0.0), 0.0)],
+)
+def test_chase_is_the_share_of_the_rest_that_fits(progress: Progress, share: float) -> None:
+    assert chase(progress, LIMIT) == pytest.approx(share)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 #: Capabilities, in QMP spelling, that may be turned on.
-BUILT: Final[frozenset[str]] = frozenset({"events", "return-path"})
+BUILT: Final[frozenset[str]] = frozenset({"events", "pause-before-switchover", "return-path", "validate-uuid"})
 
 #: Values of ``multifd-compression`` that may be chosen.
 BUILT_COMPRESSIONS: Final[frozenset[str]] = frozenset({"none"})

@@ -10,13 +10,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
+import uuid
 
 import trio
 
+from .. import blockers
 from ..config import Config
 from ..errors import MigrationCancelled, RemoteProtocolError, StateError, TransportFailed
-from ..guest import DeviceSection, Guest, OpaqueGuest
-from ..monitor import Downtime, Monitor, Summary
+from ..guest import ConfigSubsection, DeviceSection, Guest, IdentifiedGuest, OpaqueGuest
+from ..info import Downtime, Summary
+from ..monitor import Monitor
 from ..status import Role, Status
 from ..wire import Command, Decoder, Section, globalstate
 from ..wire import description as json_text
@@ -27,6 +31,7 @@ from . import guest_calls, teardown
 from .boundary import Outcome, domain_error
 from .channel import Channel, OpenStream
 from .ram_in import RamReceiver
+from .stream_out import UUID_SUBSECTION
 
 log = logging.getLogger("trimig.destination")
 
@@ -49,7 +54,8 @@ async def receive_stream(guest: Guest, open_stream: OpenStream, config: Config, 
     try:
         if guest.run_state == "running" and not isinstance(guest, OpaqueGuest):
             raise StateError(f"guest {guest.name!r} runs here: it cannot be filled with another one")
-        monitor.begin(Role.DESTINATION, config)
+        blockers.check_incoming(guest)
+        monitor.begin(Role.DESTINATION, config, guest)
         return await _Arrival(guest, config, monitor).run(open_stream)
     finally:
         guest.release()
@@ -64,7 +70,8 @@ class _Arrival:
         self.monitor = monitor
         self.counters = monitor.counters
         self.channel: Channel | None = None
-        self.return_path = False
+        self.return_path = False  # it was opened, and there is a way back
+        self.opened = False  # the source has asked for answers
         self.confirmed = False
         self.prepared = False  # the source has asked for the proof that everything is loaded, and got it
         self.ram = RamReceiver(self.counters)
@@ -107,7 +114,7 @@ class _Arrival:
             if self.return_path:
                 await self._answer(channel, Shut(status=1 if ended else 0))
         finally:
-            await teardown.close(channel.stream)
+            await teardown.close(channel.stream, 0.0 if ended else self.config.teardown_grace)
 
     async def _answer(self, channel: Channel, answer: Shut) -> None:
         said = await teardown.farewell(channel, encode(answer), self.config.teardown_grace)
@@ -137,7 +144,9 @@ class _Arrival:
         config, guest = self.config, self.guest
         stream = await open_stream()
         self.monitor.listening()
-        channel = self.channel = Channel(stream, stall_timeout=config.stall_timeout)
+        # A source that is held before the switchover sends nothing, for as long as somebody likes.
+        patience = math.inf if config.capabilities.pause_before_switchover else config.stall_timeout
+        channel = self.channel = Channel(stream, stall_timeout=patience)
         decoder = Decoder(
             measure=None if isinstance(guest, OpaqueGuest) else self._measure,
             configuration=config.peer.send_configuration,
@@ -228,13 +237,32 @@ class _Arrival:
                 offset=event.at,
                 section="configuration",
             )
+        for subsection in event.subsections:
+            if subsection.name == UUID_SUBSECTION:
+                self._identified(subsection, event.at)
+
+    def _identified(self, subsection: ConfigSubsection, at: int) -> None:
+        """The source has named its machine's UUID: it must be ours, if we have one."""
+        if isinstance(self.guest, OpaqueGuest):
+            return  # it becomes whatever comes
+        theirs = str(uuid.UUID(bytes=subsection.payload))
+        ours = self.guest.uuid if isinstance(self.guest, IdentifiedGuest) else None
+        if ours is None:
+            self.monitor.warn(f"the stream is of the machine with the UUID {theirs}, this one has none to compare")
+        elif ours != theirs:
+            raise RemoteProtocolError(
+                f"the stream is of the machine with the UUID {theirs}, this one has {ours}",
+                offset=at,
+                section="configuration",
+            )
 
     def _announced(self, event: ev.RamList) -> None:
         if isinstance(self.guest, OpaqueGuest) and not self.adopted:
             self.adopted = True  # a second START repeats the list
             name = self.configuration.machine if self.configuration is not None else ""
             subsections = self.configuration.subsections if self.configuration is not None else ()
-            self.guest.adopt(name, subsections, event.blocks)
+            with guest_calls.guarded("making the RAM blocks"):
+                self.guest.adopt(name, subsections, event.blocks)
         self.ram.open(event, self.guest.ram)
 
     def _device(self, event: ev.DevicePayload) -> None:
@@ -260,9 +288,9 @@ class _Arrival:
     async def _command(self, event: ev.CommandElement) -> None:
         match event.number:
             case Command.OPEN_RETURN_PATH:
-                self.return_path = True
+                self._open_return_path()
             case Command.PING:
-                if not self.return_path:
+                if not self.opened:
                     raise RemoteProtocolError("PING without a return path to answer on", offset=event.at)
                 await self._pong(int.from_bytes(event.payload))
             case number:
@@ -271,17 +299,25 @@ class _Arrival:
                     offset=event.at,
                 )
 
+    def _open_return_path(self) -> None:
+        assert self.channel is not None
+        if not self.opened and not self.channel.sends:
+            self.monitor.warn("the source asks for answers, but this transport has no way back: it gets none")
+        self.opened = True
+        self.return_path = self.channel.sends
+
     async def _pong(self, value: int) -> None:
         # A PING behind the devices asks whether all of it is loaded, so that is what must be done first.
         if self.ram_ended and not self.loaded:
             self._complete()
             await self._load()
         assert self.channel is not None
-        await self.channel.send(encode(Pong(value=value)))
-        self.prepared = self.ram_ended
+        if self.return_path:
+            await self.channel.send(encode(Pong(value=value)))
+            self.prepared = self.ram_ended
 
     async def _load(self) -> None:
-        loading = self.guest.load_devices(self.sections)
+        loading = functools.partial(self.guest.load_devices, self.sections)
         await guest_calls.call("loading the devices", loading, self.config.handover_timeout)
         self.loaded = True
 
@@ -366,7 +402,8 @@ class _Arrival:
         """The first device section: RAM is complete, and a guest that lives on disk can be written out already."""
         assert isinstance(self.guest, OpaqueGuest)
         self._problems([f"{n} pages of RAM block {b!r} were never received" for b, n in self.ram.missing().items()])
-        await self.guest.ram_received()
+        with guest_calls.guarded("keeping the RAM"):
+            await self.guest.ram_received()
 
     async def _take_tail(self, tail: TailBuffer, at: int, *, ended: bool) -> None:
         assert isinstance(self.guest, OpaqueGuest)
@@ -389,7 +426,7 @@ class _Arrival:
         for section in split.sections:
             if section.idstr == globalstate.IDSTR:
                 self.run_state = globalstate.decode(section.payload, section.version_id)
-        keeping = self.guest.load_opaque(split.sections, split.description_text)
+        keeping = functools.partial(self.guest.load_opaque, split.sections, split.description_text)
         await guest_calls.call("keeping the devices", keeping, self.config.handover_timeout)
         await self._activate()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, TypeVar
 
 import trio
 
@@ -11,12 +12,45 @@ from ..errors import GuestFailed, MigrationError
 
 T = TypeVar("T")
 
+#: What a guest's code may raise besides our own errors, and what then is the guest's failure. An AttributeError or an
+#: AssertionError is a mistake in a program, and is reported as such.
+GUEST_ERRORS: Final[tuple[type[Exception], ...]] = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    MemoryError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    trio.BrokenResourceError,
+    trio.ClosedResourceError,
+    trio.BusyResourceError,
+)
 
-async def call(what: str, awaitable: Awaitable[T], seconds: float) -> T:
-    """The result of *awaitable*.
+
+@contextmanager
+def guarded(what: str) -> Iterator[None]:
+    """What the block raises is the guest's failure.
 
     Args:
         what: the call in words, for the message: ``"pausing the guest"``.
+
+    Raises:
+        GuestFailed: for an error of the system or of a value; ours pass as they are.
+    """
+    try:
+        yield
+    except MigrationError:
+        raise
+    except GUEST_ERRORS as error:
+        raise GuestFailed(f"{what} failed: {type(error).__name__}: {error}") from error
+
+
+async def call(what: str, function: Callable[[], Awaitable[T]], seconds: float) -> T:
+    """The result of *function*.
+
+    Args:
+        what: as for :func:`guarded`.
         seconds: how long it may take. The peer waits meanwhile, so a guest that hangs must not hang both sides.
 
     Raises:
@@ -25,12 +59,8 @@ async def call(what: str, awaitable: Awaitable[T], seconds: float) -> T:
 
     **Cancellation:** as the guest's method says.
     """
-    try:
-        with trio.fail_after(seconds):
-            return await awaitable
-    except MigrationError:
-        raise
-    except trio.TooSlowError:
-        raise GuestFailed(f"{what} took longer than {seconds:g} s") from None
-    except (OSError, RuntimeError, ValueError, MemoryError, ArithmeticError, LookupError, TypeError) as error:
-        raise GuestFailed(f"{what} failed: {type(error).__name__}: {error}") from error
+    with guarded(what):
+        with trio.move_on_after(seconds) as limit:
+            return await function()
+    assert limit.cancelled_caught
+    raise GuestFailed(f"{what} took longer than {seconds:g} s")

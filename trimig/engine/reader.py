@@ -3,6 +3,9 @@
 A refusal of the destination, an invalid message or the end of the connection ends the attempt at once, wherever the
 migration task is (QEMU looks only at the very end: return_path.md part 5). Only after the decision has been sent does
 an ended connection not raise: then it is an answer that is missing, and the migration task must judge it.
+
+Behind some transports there may be nobody who answers at all (a command that stores the stream). There the end of this
+direction before the first message only says so; from the first message on it is a return path like any other.
 """
 
 from __future__ import annotations
@@ -22,13 +25,19 @@ class ReturnPathReader:
 
     Args:
         blocks: used length of the RAM blocks by name.
+        perhaps_silent: there may be nobody to answer.
     """
 
-    def __init__(self, channel: Channel, blocks: Mapping[str, int]) -> None:
+    def __init__(self, channel: Channel, blocks: Mapping[str, int], *, perhaps_silent: bool = False) -> None:
         self._channel = channel
         self._decoder = ReturnPathDecoder(blocks)
         self._pongs: set[int] = set()
         self._news = trio.Event()
+        self._perhaps_silent = perhaps_silent
+        #: Somebody has answered.
+        self.heard = False
+        #: This direction ended before anybody had answered.
+        self.silent = False
         #: The status of SHUT once it has come.
         self.shut: int | None = None
         #: Why nothing will come any more; set only while :attr:`decided`.
@@ -39,6 +48,14 @@ class ReturnPathReader:
     def _tell(self) -> None:
         self._news.set()
         self._news = trio.Event()
+
+    async def wait_life(self) -> None:
+        """Wait until :attr:`heard` or :attr:`silent` is set.
+
+        **Cancellation:** no effect.
+        """
+        while not self.heard and not self.silent:
+            await self._news.wait()
 
     async def wait_pong(self, value: int) -> None:
         """Wait for the answer to PING(*value*).
@@ -57,7 +74,7 @@ class ReturnPathReader:
             await self._news.wait()
 
     async def run(self) -> None:
-        """Read until SHUT or the end of the connection.
+        """Read until SHUT or the end of the connection, or until it is certain that nobody answers.
 
         Raises:
             PeerFailed: the destination refused.
@@ -73,8 +90,13 @@ class ReturnPathReader:
                 # due, the migration task waits for it no longer than it should.
                 count = await self._channel.receive_into(buffer, stall_timeout=math.inf)
                 if not count:
+                    if self._perhaps_silent and not self.heard and not self._decoder.pending:
+                        self.silent = True
+                        self._tell()
+                        return
                     raise TransportFailed(self._ended())
                 for message in self._decoder.feed(buffer[:count]):
+                    self.heard = True
                     self._take(message)
                 self._tell()
         except (TransportFailed, RemoteProtocolError) as error:

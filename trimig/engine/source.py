@@ -3,58 +3,44 @@
 Setup (connect, header, size list), passes over the memory until the rest fits into the downtime limit, the switchover
 (pause, the rest, devices), *prepare* (PING; the PONG proves that the destination has loaded everything), *commit* (end
 of file) and the answer. DESIGN.md part 5 argues the handover; states.md part 14 lists what goes wrong without it.
+:mod:`.departure` has what is around the phases.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import trio
 
+from .. import blockers
 from ..config import Config
-from ..errors import (
-    GuestFailed,
-    HandoverUncertain,
-    MigrationCancelled,
-    MigrationError,
-    NotConverging,
-    Ownership,
-    PeerFailed,
-    TransportFailed,
-)
-from ..guest import PAGE_SIZE, DirtyTracker, Guest, PageBitmap
+from ..errors import MigrationError, NotConverging, TransportFailed
+from ..guest import PAGE_SIZE, Guest, PageBitmap
+from ..info import Summary
 from ..memory import snapshot_of
-from ..monitor import Downtime, Monitor, Summary
+from ..monitor import Monitor
 from ..policy import convergence
 from ..policy.rate import WINDOW
 from ..status import Role, Status
 from ..wire import encoder as wire
-from . import guest_calls, teardown
-from .boundary import Outcome, domain_error
-from .channel import Channel, OpenStream
+from . import guest_calls
+from .channel import Channel, Delivering, OpenStream, PerhapsSilent
+from .departure import CommitHook, Departure, FenceHook
 from .handover import shield
 from .limiter import Limiter
 from .ram_out import RamSender
 from .reader import ReturnPathReader
 from .stream_out import DeviceSender, opening
 
-log = logging.getLogger("trimig.source")
-
-T = TypeVar("T")
-
-#: Records the decision somewhere durable; a failure rolls back.
-CommitHook = Callable[[], Awaitable[None]]
-#: Finds out, or forces, who owns the guest when the answer did not come.
-FenceHook = Callable[[], Awaitable[Ownership]]
-
 #: PING values: 1 is QEMU's, directly behind OPEN_RETURN_PATH; ours asks for the proof of prepare.
 PING_OPENED = 1
 PING_PREPARE = 0x74726967
+
+#: Seconds that a peer who may be none gets after the first copy to answer the first PING; the guest runs meanwhile.
+SILENCE_SECONDS = 2.0
+#: A pass that sent no more than this does not change what is shown of the expected downtime (states.md part 13).
+TELLING_BYTES = 10_000
 
 
 async def migrate_stream(
@@ -75,210 +61,73 @@ async def migrate_stream(
     """
     guest.claim("an outgoing migration")
     try:
-        monitor.begin(Role.SOURCE, config)
+        blockers.check_outgoing(guest)
+        monitor.begin(Role.SOURCE, config, guest)
         return await _Attempt(guest, config, monitor, commit, fence).run(open_stream)
     finally:
         guest.release()
 
 
-class _Attempt:
+class _Attempt(Departure):
     """One outgoing migration."""
 
     def __init__(
         self, guest: Guest, config: Config, monitor: Monitor, commit: CommitHook | None, fence: FenceHook | None
     ) -> None:
-        self.guest = guest
-        self.config = config
-        self.monitor = monitor
-        self.counters = monitor.counters
-        self.commit_hook = commit
-        self.fence_hook = fence
-        self.touched = False  # the guest was asked to pause: it must be resumed on the way out
-        self.prepared = False
-        self.answered = False
-        self.channel: Channel | None = None
-        self.tracker: DirtyTracker | None = None
-        self.reader: ReturnPathReader | None = None
-        self.parts: dict[str, float] = {}
+        super().__init__(guest, config, monitor, commit, fence)
+        self._todo: Sequence[PageBitmap] = ()  # what the last pass left, by block
+        self._least: int | None = None  # the smallest rest so far
+        self._run_state = ""  # what the destination brings the guest into
 
-    # -- the frame -------------------------------------------------------------------------------------------------
-
-    async def run(self, open_stream: OpenStream) -> Summary:
-        """The whole attempt, and the one place where its outcome is decided."""
-        outcome = Outcome()
-        with outcome.watch():
-            async with trio.open_nursery(strict_exception_groups=True) as nursery:
-                self.monitor.control(functools.partial(_cancel, nursery), self._retuned)
-                await self._phases(open_stream, nursery)
-                nursery.cancel_scope.cancel("the migration is over")
-        self.monitor.control(None, None)
-        # The answer may have come in the same moment as the end of the time for it: it is an answer.
-        refusal = self._take_answer()
-        if outcome.failure is None:
-            outcome.failure = refusal
-        guest_failure = await self._unwind(outcome.failure)
-        await self._conclude(outcome.failure, guest_failure)
-        return self._summary()
-
-    def _retuned(self) -> None:
-        if self._limiter is not None:
-            self._limiter.set_rate(self.monitor.config.parameters.max_bandwidth)
-
-    async def _unwind(self, failure: BaseException | None) -> GuestFailed | None:
-        """Guest first, then the connection. Decides by the status who owns the guest, and settles the final status."""
-        monitor = self.monitor
-        if monitor.status is Status.HANDOVER and not self.answered:
-            assert self.channel is not None
-            monitor.advance(Status.FAILED if self._nothing_left(self.channel) else Status.UNCERTAIN)
-        if failure is not None and monitor.status not in _DECIDED:
-            cancelled = domain_error(failure, monitor.owner) is None
-            monitor.advance(Status.CANCELLING if cancelled and monitor.status is not Status.HANDOVER else Status.FAILED)
-        guest_failure: GuestFailed | None = None
-        try:
-            if self.tracker is not None:
-                self.tracker.stop()
-            if monitor.owner is Ownership.SOURCE:
-                guest_failure = await self._resume_here()
-        finally:
-            if self.channel is not None:
-                self.counters.transferred = self.channel.sent
-                await teardown.close(self.channel.stream)
-        return guest_failure
-
-    async def _conclude(self, failure: BaseException | None, guest_failure: GuestFailed | None) -> None:
-        """Raise what is to be raised; the final status is set on the way. Returns for a migration that succeeded."""
-        monitor = self.monitor
-        error = domain_error(failure, monitor.owner) if failure is not None else None
-        if monitor.status is Status.UNCERTAIN:
-            await self._uncertain(error)
-            return
-        if guest_failure is not None:
-            guest_failure.others = (error,) if error is not None else ()
-            if monitor.status is not Status.FAILED:
-                monitor.advance(Status.FAILED)
-            self.counters.error = str(guest_failure)
-            raise guest_failure
-        if monitor.status is Status.CANCELLING:
-            monitor.advance(Status.CANCELLED)
-            if error is None and monitor.cancel_reason is not None:
-                error = MigrationCancelled(monitor.cancel_reason)
-            elif error is not None:
-                self.counters.error = str(error)
-            if error is None:
-                assert failure is not None
-                raise failure
-            raise error
-        if error is None and failure is None and monitor.status is Status.FAILED:
-            error = TransportFailed(
-                f"the transport took nothing of the decision within {self.config.handover_timeout:g} s"
-            )
-        if error is not None:
-            self.counters.error = str(error)
-            raise error
-        if failure is not None:
-            raise failure
-
-    async def _uncertain(self, error: MigrationError | None) -> None:
-        """The answer is missing. Ask the caller's fence; without a definite word raise HandoverUncertain."""
-        monitor = self.monitor
-        why = str(error or (self.reader.lost if self.reader is not None else None) or self._no_answer())
-        settled = Ownership.UNKNOWN
-        others: list[BaseException] = [error] if error is not None else []
-        if self.fence_hook is not None:
-            try:
-                settled = await teardown.bounded(self._fence, self.config.handover_timeout, Ownership.UNKNOWN)
-            except MigrationError as failed:
-                why = f"{why}; {failed}"
-                others.append(failed)
-        if settled is Ownership.DESTINATION:
-            self._complete()
-            monitor.warn(f"the answer was lost ({why}); the fence found the guest at the destination")
-            return
-        if settled is Ownership.SOURCE:
-            raise await self._given_back(why, others)
-        uncertain = HandoverUncertain(
-            f"the guest was handed over, but the answer is missing ({why}): the destination may be running it, so it "
-            "stays paused here. Look at the destination, then settle who owns the guest",
-            resume=self._settle_here,
-            give_up=functools.partial(monitor.advance, Status.COMPLETED),
-        )
-        uncertain.others = tuple(others)
-        self.counters.error = str(uncertain)
-        raise uncertain
-
-    async def _fence(self) -> Ownership:
-        assert self.fence_hook is not None
-        return await self._call("the fence hook", self.fence_hook())
-
-    async def _given_back(self, why: str, others: Sequence[BaseException]) -> MigrationError:
-        """The fence says that the destination does not have the guest: resume it here. Returns what is to be raised."""
-        self.monitor.advance(Status.FAILED)  # the owner is certain now, also if the guest cannot be resumed
-        failure: MigrationError | None = await self._resume_here()
-        if failure is None:
-            how = "it runs here again" if self.touched else "it is as it was"
-            failure = TransportFailed(f"the answer was lost ({why}); the fence gave the guest back, and {how}")
-        failure.others = tuple(others)
-        self.counters.error = str(failure)
-        return failure
-
-    def _no_answer(self) -> str:
-        return f"nothing came for {self.config.handover_timeout:g} s"
-
-    async def _settle_here(self) -> None:
-        if (failure := await self._resume_here()) is not None:
-            raise failure
-        self.monitor.advance(Status.FAILED)
-
-    async def _resume_here(self) -> GuestFailed | None:
-        """Let the guest run again if it was paused for this attempt; returns why it does not."""
-        if not self.touched:
-            return None
-        failure = await teardown.guest_call("resumed", self.guest.resume, self.config.teardown_grace)
-        if failure is not None and self.guest.run_state != "running":
-            return failure
-        self.monitor.emit("RESUME")
-        return None
-
-    # -- the phases ------------------------------------------------------------------------------------------------
+    # -- setup -----------------------------------------------------------------------------------------------------
 
     async def _phases(self, open_stream: OpenStream, nursery: trio.Nursery) -> None:
         monitor, config = self.monitor, self.config
         stream = await open_stream()
         channel = self.channel = Channel(stream, stall_timeout=config.stall_timeout)
-        limiter = self._limiter = Limiter(channel, monitor.config.parameters.max_bandwidth, self.counters)
-        blocks = list(self.guest.ram)
+        limiter = self.limiter = Limiter(channel, monitor.config.parameters.max_bandwidth, self.counters)
+        with guest_calls.guarded("looking at the RAM blocks"):
+            blocks = list(self.guest.ram)
         self.counters.total = self.counters.remaining = sum(b.length for b in blocks)
         if config.capabilities.return_path and channel.receives:
-            self.reader = ReturnPathReader(channel, {b.name: b.length for b in blocks})
+            silent = isinstance(stream, PerhapsSilent) and stream.perhaps_silent
+            lengths = {b.name: b.length for b in blocks}
+            self.reader = ReturnPathReader(channel, lengths, perhaps_silent=silent)
+            self.two_way = not silent
             nursery.start_soon(self.reader.run, name="trimig.return_path")
         else:
-            monitor.warn("no return path: the destination cannot confirm that it has the guest, nor refuse it")
+            why = "" if channel.receives else " (the transport has one direction only)"
+            self._warn_one_way(f"no return path{why}")
         nursery.start_soon(limiter.run, name="trimig.limiter")
-        await channel.send(opening(self.guest, config.peer))
+        await channel.send(opening(self.guest, config.peer, validate_uuid=config.capabilities.validate_uuid))
         if self.reader is not None:
             await channel.send(wire.command(1) + wire.ping(PING_OPENED))
         sender = RamSender(channel, limiter, self.counters, footers=config.peer.send_section_footer)
         await sender.start(blocks)
-        tracker = self.tracker = self.guest.dirty_tracker()
-        await self._call("starting dirty tracking", tracker.start())
+        with guest_calls.guarded("preparing dirty tracking"):
+            tracker = self.tracker = self.guest.dirty_tracker()
+        await self._call("starting dirty tracking", tracker.start)
         self.counters.dirty_tracking = tracker.method
         self._synced()
         self.counters.setup_done = trio.current_time()
+        self.counters.convergence = convergence.FIRST_COPY
         await self._advance(Status.ACTIVE)
         await self._iterate(sender)
-        await self._switch_over(nursery, sender)
+        await self._switch_over(nursery, channel, sender)
+
+    def _warn_one_way(self, what: str) -> None:
+        self.monitor.warn(f"{what}: the destination cannot confirm that it has the guest, nor refuse it")
 
     async def _advance(self, status: Status) -> None:
         """The next status, unless a cancel has come since the last checkpoint: the monitor is in `cancelling` then."""
         await trio.lowlevel.checkpoint_if_cancelled()
         self.monitor.advance(status)
 
-    async def _call(self, what: str, awaitable: Awaitable[T]) -> T:
-        return await guest_calls.call(what, awaitable, self.config.handover_timeout)
-
     def _synced(self) -> None:
         self.counters.dirty_sync_count += 1
         self.monitor.emit("MIGRATION_PASS", **{"pass": self.counters.dirty_sync_count})
+
+    # -- the passes ------------------------------------------------------------------------------------------------
 
     async def _iterate(self, sender: RamSender) -> None:
         """Passes over what is dirty, until the rest is small enough (or a bound says otherwise)."""
@@ -290,22 +139,32 @@ class _Attempt:
             c.iteration += 1
             began, sent = trio.current_time(), self._delivered()
             for block, bitmap in zip(blocks, todo, strict=True):
-                pages = snapshot_of(self.tracker, block)
-                await sender.send_pass(block, pages, bitmap, block.absent() if first else None)
-            first = False
-            todo = self._ordered(await self._call("finding dirty pages", self.tracker.sync()))
+                with guest_calls.guarded("looking at the guest's memory"):
+                    pages = snapshot_of(self.tracker, block)
+                    absent = block.absent() if first else None
+                await sender.send_pass(block, pages, bitmap, absent)
+            moved, busy = self._delivered() - sent, max(trio.current_time() - began, 1e-6)
+            if first:
+                first, c.first_copy_done = False, True
+                await self._wait_for_life()
+            todo = self._ordered(await self._call("finding dirty pages", self.tracker.sync))
             self._synced()
             now = trio.current_time()
             c.remaining = sum(int(np.count_nonzero(bitmap)) for bitmap in todo) * PAGE_SIZE
-            passed = max(now - began, 1e-6)
-            c.dirty_rate = c.remaining / passed
-            if not c.bandwidth or passed < 0.1 or c.iteration == 1:
+            c.dirty_rate = c.remaining / max(now - began, 1e-6)
+            if not c.bandwidth or busy < 0.1 or c.iteration == 1:
                 # Before the first whole window the pass itself is the best measurement there is.
-                c.bandwidth = max(c.bandwidth, (self._delivered() - sent) / passed)
+                c.bandwidth = max(c.bandwidth, moved / busy)
             self._todo = todo
-            if self._decide(now) is convergence.Decision.SWITCH_OVER:
+            if self._decide(now, moved) is convergence.Decision.SWITCH_OVER:
                 return
             await self._drain()
+
+    async def _wait_for_life(self) -> None:
+        """Where nobody has answered yet, give him a moment, while the guest still runs."""
+        if self.reader is not None and not self.two_way:
+            with trio.move_on_after(SILENCE_SECONDS):
+                await self.reader.wait_life()
 
     async def _drain(self) -> None:
         """Before another pass: what fills the transport must go first, and a pass now would find nothing to do."""
@@ -321,7 +180,7 @@ class _Attempt:
     def _ordered(self, written: Mapping[str, PageBitmap]) -> list[PageBitmap]:
         return [written[b.name] for b in self.guest.ram]
 
-    def _decide(self, now: float) -> convergence.Decision:
+    def _decide(self, now: float, moved: int) -> convergence.Decision:
         c, config = self.counters, self.monitor.config
         progress = convergence.Progress(
             remaining=c.remaining,
@@ -330,14 +189,22 @@ class _Attempt:
             elapsed=now - c.started,
             dirty_rate=c.dirty_rate,
             queued=self.channel.backlog() if self.channel is not None else 0,
+            least=self._least,
         )
         bounds = convergence.Bounds(
             downtime_limit=config.parameters.downtime_limit / 1000,
+            max_bandwidth=config.parameters.max_bandwidth,
             max_iterations=config.max_iterations,
             max_total_time=config.max_total_time,
             switch_over=config.on_bound == "switchover",
+            postcopy=config.capabilities.postcopy_ram,
         )
+        self._least = c.remaining if self._least is None else min(self._least, c.remaining)
         c.expected_downtime = convergence.expected_downtime(progress)
+        if c.dirty_rate and moved > TELLING_BYTES:
+            c.shown_downtime = c.expected_downtime
+        c.chase = max(c.chase, convergence.chase(progress, bounds))
+        why = c.convergence = convergence.explain(progress, bounds)
         decision = convergence.decide(progress, bounds)
         self.monitor.emit(
             "PASS", iteration=c.iteration, sent=c.transferred, remaining=c.remaining, dirty_rate=c.dirty_rate,
@@ -345,50 +212,79 @@ class _Attempt:
         )  # fmt: skip
         if decision is convergence.Decision.GIVE_UP:
             bound = convergence.reached(progress, bounds)
-            raise NotConverging(f"no convergence within {bound}: {convergence.explain(progress, bounds)}")
+            raise NotConverging(
+                f"no convergence within {bound}: {convergence.sentence(why)}", reason=why.reason, advice=why.advice
+            )
         return decision
 
-    async def _switch_over(self, nursery: trio.Nursery, sender: RamSender) -> None:
+    # -- the switchover --------------------------------------------------------------------------------------------
+
+    async def _switch_over(self, nursery: trio.Nursery, channel: Channel, sender: RamSender) -> None:
         """Stop the guest, send the rest, and hand it over."""
-        monitor, c, config, channel = self.monitor, self.counters, self.config, self.channel
-        assert channel is not None
+        c, config = self.counters, self.config
         assert self.tracker is not None
-        assert self._limiter is not None
+        assert self.limiter is not None
+        self._judge_silence()
         watch = _Stopwatch()
         c.paused_at = trio.current_time()
-        await self._advance(Status.DEVICE)
-        # Only now: its user may have paused or resumed it while the memory was sent.
-        run_state = self.guest.run_state
-        devices = DeviceSender(self.guest, run_state, config.peer)
-        if run_state == "running":
-            self.touched = True
-            await self._call("pausing the guest", self.guest.pause())
-            monitor.emit("STOP")
+        hold = config.capabilities.pause_before_switchover
+        if not hold:
+            await self._advance(Status.DEVICE)
+        await self._stop_guest()
         self.parts["pause"] = watch.lap()
         c.transferred_at_pause = channel.sent
-        self._limiter.lift()
-        last = self._ordered(await self._call("finding dirty pages", self.tracker.sync()))
+        if hold:
+            await self._hold()
+            self.parts["held"] = watch.lap()
+        self.limiter.lift()
+        last = self._ordered(await self._call("finding dirty pages", self.tracker.sync))
         self._synced()
         last = [a | b for a, b in zip(last, self._todo, strict=True)]
         c.remaining = sum(int(np.count_nonzero(bitmap)) for bitmap in last) * PAGE_SIZE
         await sender.end([(b, snapshot_of(self.tracker, b), d) for b, d in zip(self.guest.ram, last, strict=True)])
         self.parts["ram"] = watch.lap()
-        await channel.send(devices.sections(await self._call("saving the devices", self.guest.save_devices())))
+        devices = DeviceSender(self.guest, self._run_state, config.peer)
+        await channel.send(devices.sections(await self._call("saving the devices", self.guest.save_devices)))
         self.parts["devices"] = watch.lap()
-        if self.reader is not None:
-            await self._prepare(channel, self.reader)
+        if self.two_way:
+            await self._prepare(channel)
         self.parts["prepare"] = watch.lap()
         if self.commit_hook is not None:
-            await self._call("the commit hook", self.commit_hook())
+            await self._call("the commit hook", self.commit_hook)
         await self._advance(Status.HANDOVER)
         # No checkpoint since the look for a cancel: from here on it is refused.
         shield(nursery, config.handover_timeout)
         await self._hand_over(channel, devices.ending())
 
-    async def _prepare(self, channel: Channel, reader: ReturnPathReader) -> None:
+    def _judge_silence(self) -> None:
+        """From here on the return path counts, or it does not."""
+        if self.reader is not None and not self.two_way:
+            self.two_way = self.reader.heard
+            if not self.two_way:
+                self._warn_one_way("nobody answers on the return path, so there is none")
+
+    async def _stop_guest(self) -> None:
+        # Looked at only now: its user may have paused or resumed it while the memory was sent.
+        self._run_state = self.guest.run_state
+        if self._run_state == "running":
+            self.touched = True
+            await self._call("pausing the guest", self.guest.pause)
+            self.monitor.emit("STOP")
+
+    async def _hold(self) -> None:
+        """pause-before-switchover: nothing is sent until :meth:`Monitor.resume` says so, however long that takes."""
+        await self._advance(Status.PRE_SWITCHOVER)
+        while self.monitor.status is Status.PRE_SWITCHOVER:
+            await self.monitor.wait_changed()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self.guest.run_state == "running":
+            await self._stop_guest()  # somebody has resumed it meanwhile
+
+    async def _prepare(self, channel: Channel) -> None:
+        assert self.reader is not None
         await channel.send(wire.ping(PING_PREPARE))
         with trio.move_on_after(self.config.handover_timeout) as limit:
-            await reader.wait_pong(PING_PREPARE)
+            await self.reader.wait_pong(PING_PREPARE)
         if limit.cancelled_caught:
             raise TransportFailed(
                 f"the destination did not confirm within {self.config.handover_timeout:g} s that it has loaded the guest"
@@ -400,82 +296,34 @@ class _Attempt:
         reader = self.reader
         if reader is not None:
             reader.decided = True
-        self._undecided = channel.sent
+        self.undecided = channel.sent
         try:
             await channel.send(ending)
         except MigrationError:
-            if reader is None or self._nothing_left(channel):
+            if not self.two_way or self._nothing_left(channel):
                 raise
             # Something may have left. Only the destination's word counts now, if it is still to be had.
-        if reader is None:
-            self.answered = True
-            self._complete()
-            return
-        await reader.wait_answer()
+        if self.two_way:
+            assert reader is not None
+            await reader.wait_answer()
+        else:
+            await self._deliver(channel)
         if (refusal := self._take_answer()) is not None:
             raise refusal
-
-    def _take_answer(self) -> PeerFailed | None:
-        """Act on the answer to the decision, if it has come; without one, the frame finds the outcome uncertain."""
-        code = self.reader.shut if self.reader is not None else None
-        if code is None or self.answered or self.monitor.status is not Status.HANDOVER:
-            return None
-        self.answered = True
-        if not code:
+        if not self.two_way and not self.answered:
+            self.answered = True
             self._complete()
-            return None
-        self.monitor.advance(Status.FAILED)
-        return PeerFailed(
-            f"the destination could not take the guest over (it sent SHUT {code}); its own log says why", code=code
-        )
 
-    def _complete(self) -> None:
-        """The guest is the destination's. The figures stand before anybody is told."""
-        c = self.counters
-        assert c.paused_at is not None
-        assert self.channel is not None
-        c.downtime = trio.current_time() - c.paused_at
-        self.parts["commit"] = c.downtime - sum(self.parts.values())
-        c.transferred = self.channel.sent
-        self.monitor.advance(Status.COMPLETED)
-
-    def _nothing_left(self, channel: Channel) -> bool:
-        """Not one byte of the decision was taken by the transport, so nobody can have it."""
-        return channel.sent == self._undecided and not channel.unsure
-
-    _undecided = -1
-    _limiter: Limiter | None = None
-    _todo: Sequence[PageBitmap] = ()
-
-    def _summary(self) -> Summary:
-        c = self.counters
-        for text in c.warnings:
-            log.warning("%s", text)
-        assert c.finished is not None
-        return Summary(
-            role=Role.SOURCE,
-            confirmed=self.reader is not None,
-            prepared=self.prepared,
-            total_time=c.finished - c.started,
-            setup_time=(c.setup_done or c.started) - c.started,
-            downtime=c.downtime or 0.0,
-            downtime_parts=dataclasses.replace(Downtime(), **self.parts),
-            iterations=c.iteration,
-            bytes_transferred=c.transferred,
-            normal_pages=c.normal,
-            zero_pages=c.duplicate,
-            ram_bytes=c.total,
-            dirty_tracking=c.dirty_tracking,
-            warnings=tuple(c.warnings),
-        )
-
-
-#: Statuses that say how the attempt ends, whatever exception ends it.
-_DECIDED = (Status.UNCERTAIN, Status.CANCELLING, Status.COMPLETED, Status.FAILED)
-
-
-def _cancel(nursery: trio.Nursery, reason: str) -> None:
-    nursery.cancel_scope.cancel(reason)
+    async def _deliver(self, channel: Channel) -> None:
+        """Without a return path: wait until the transport says that everything is where it was to go, if it can say so."""
+        if not isinstance(channel.stream, Delivering):
+            return
+        try:
+            await channel.stream.delivered()
+        except (TransportFailed, OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            # Unless somebody has answered after all.
+            if self.reader is None or self.reader.shut is None:
+                raise
 
 
 class _Stopwatch:

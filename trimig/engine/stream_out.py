@@ -6,11 +6,12 @@ because they describe a machine that trimig knows nothing of.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from ..config import PeerProfile
-from ..guest import PAGE_SIZE, DeviceSection, Guest, OpaqueGuest
+from ..guest import PAGE_SIZE, ConfigSubsection, DeviceSection, Guest, IdentifiedGuest, OpaqueGuest
 from ..wire import description, globalstate
 from ..wire import encoder as wire
 
@@ -18,11 +19,24 @@ from ..wire import encoder as wire
 FIRST_DEVICE_ID = 4
 
 
-def opening(guest: Guest, peer: PeerProfile) -> bytes:
-    """File header and configuration section."""
+#: The subsection that names the machine's UUID: 16 bytes, in the order in which they are written.
+UUID_SUBSECTION: Final = "configuration/uuid"
+
+
+def opening(guest: Guest, peer: PeerProfile, *, validate_uuid: bool = False) -> bytes:
+    """File header and configuration section.
+
+    Args:
+        validate_uuid: name the guest's UUID, if it has one, for the destination to compare.
+    """
     if not peer.send_configuration:
         return wire.file_header()
-    subsections = guest.subsections if isinstance(guest, OpaqueGuest) else ()
+    subsections: Sequence[ConfigSubsection] = ()
+    if isinstance(guest, OpaqueGuest):
+        subsections = guest.subsections
+    elif validate_uuid and isinstance(guest, IdentifiedGuest) and guest.uuid is not None:
+        payload = uuid.UUID(guest.uuid).bytes
+        subsections = (ConfigSubsection(name=UUID_SUBSECTION, version=1, payload=payload),)
     return wire.file_header() + wire.configuration(guest.name, subsections)
 
 

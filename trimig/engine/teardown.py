@@ -14,10 +14,13 @@ import trio
 
 from ..errors import GuestFailed, MigrationError
 from .channel import Channel
+from .guest_calls import GUEST_ERRORS
 
 log = logging.getLogger("trimig.teardown")
 
 T = TypeVar("T")
+
+_BACK_ERRORS: tuple[type[Exception], ...] = (MigrationError, *GUEST_ERRORS)
 
 #: How long a destination that has refused keeps reading, so that the peer gets the refusal and not a reset.
 DRAIN_SECONDS = 0.5
@@ -31,19 +34,13 @@ async def guest_call(what: str, call: Callable[[], Awaitable[None]], grace: floa
     try:
         with trio.move_on_after(grace, shield=True) as scope:
             await call()
-    except MigrationError as error:
-        return _failed(what, error)
-    except (OSError, RuntimeError, ValueError, MemoryError, trio.BrokenResourceError) as error:
-        return _failed(what, error)
+    except _BACK_ERRORS as error:
+        failure = GuestFailed(f"the guest could not be {what}: {error}; it may be tried again")
+        failure.__cause__ = error
+        return failure
     if scope.cancelled_caught:
         return GuestFailed(f"the guest could not be {what} within {grace:g} s; it may be tried again")
     return None
-
-
-def _failed(what: str, error: Exception) -> GuestFailed:
-    failure = GuestFailed(f"the guest could not be {what}: {error}; it may be tried again")
-    failure.__cause__ = error
-    return failure
 
 
 async def farewell(channel: Channel, message: bytes, grace: float) -> bool:
@@ -78,18 +75,35 @@ async def farewell(channel: Channel, message: bytes, grace: float) -> bool:
     return said
 
 
-async def close(resource: trio.abc.AsyncResource) -> None:
-    """Close at once; that it fails is logged and no more, since what counted has been decided before.
+async def close(resource: trio.abc.AsyncResource, grace: float = 0.0) -> None:
+    """Close; that it fails is logged and no more, since what counted has been decided before.
 
-    The shield is unbounded in form, but the inner call does not wait: its own scope is cancelled from the start.
+    Args:
+        grace: seconds to close in order, so that TLS says close_notify and a websocket its own goodbye; then, or with 0
+            from the start, it is closed by force.
 
-    **Cancellation:** held off.
+    **Cancellation:** held off, for at most *grace* seconds. The shield around a close by force is unbounded in form,
+    but the inner call does not wait: its own scope is cancelled from the start.
     """
-    with trio.CancelScope(shield=True):
-        try:
+    try:
+        if grace > 0:
+            # An aclose() that is cancelled closes by force: trio's interface demands that.
+            with trio.move_on_after(grace, shield=True) as limit:
+                await resource.aclose()
+            if limit.cancelled_caught:
+                log.warning("the connection could not be closed in order within %g s", grace)
+            return
+        with trio.CancelScope(shield=True):
             await trio.aclose_forcefully(resource)
-        except (OSError, MemoryError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            log.warning("the connection could not be closed in order: %s", error)
+    except (
+        MigrationError,
+        OSError,
+        MemoryError,
+        trio.BrokenResourceError,
+        trio.ClosedResourceError,
+        trio.BusyResourceError,
+    ) as error:
+        log.warning("the connection could not be closed in order: %s", error)
 
 
 async def bounded(call: Callable[[], Awaitable[T]], seconds: float, otherwise: T) -> T:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import abc
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Final
 
 import trio
 
+from ..blockers import Blockers
 from ..errors import ConfigError, GuestFailed, RemoteProtocolError, StateError
 from ..guest import Device, DeviceSection, DirtyTracker, RamBlock
 from .device import device_section
+
+_UUID: Final = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
 class GuestBase(abc.ABC):
@@ -36,6 +41,9 @@ class GuestBase(abc.ABC):
         self._devices: dict[tuple[str, int], Device] = {}
         self._purpose: str | None = None
         self._throttle = 0
+        self._uuid: str | None = None
+        #: Why it cannot be migrated now.
+        self.blockers = Blockers(busy=lambda: self._purpose)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._name!r} {self._run_state}>"
@@ -61,6 +69,21 @@ class GuestBase(abc.ABC):
         return self._run_state
 
     @property
+    def uuid(self) -> str | None:
+        """The machine's UUID in its usual form, or None; compared by the destination with ``validate-uuid``.
+
+        Raises:
+            ConfigError: set to something else.
+        """
+        return self._uuid
+
+    @uuid.setter
+    def uuid(self, value: str | None) -> None:
+        if value is not None and not _UUID.fullmatch(value):
+            raise ConfigError(f"{value!r} is not a UUID: 00112233-4455-6677-8899-aabbccddeeff is the form", name="uuid")
+        self._uuid = None if value is None else value.lower()
+
+    @property
     def throttle_percent(self) -> int:
         """What :meth:`throttle` was last set to."""
         return self._throttle
@@ -79,7 +102,8 @@ class GuestBase(abc.ABC):
         """Register *device*; its state moves with the guest, in the order in which devices were added.
 
         Raises:
-            ConfigError: its (idstr, instance id) is taken, or the idstr does not fit the wire.
+            ConfigError: its (idstr, instance id) is taken, the idstr does not fit the wire, or the device cannot be
+                migrated although :attr:`blockers` demand that.
             StateError: a migration is under way.
         """
         self._check_unclaimed("a device cannot be added")
@@ -88,6 +112,12 @@ class GuestBase(abc.ABC):
         key = (device.idstr, device.instance_id)
         if key in self._devices:
             raise ConfigError(f"guest {self._name!r} has a device {device.idstr!r} {device.instance_id} already")
+        reason: object = getattr(device, "unmigratable", None)
+        if reason and self.blockers.only_migratable:
+            raise ConfigError(
+                f"device {device.idstr!r} cannot be migrated ({reason}), and only-migratable is on",
+                name="only-migratable",
+            )
         self._devices[key] = device
 
     async def save_devices(self) -> Sequence[DeviceSection]:

@@ -29,6 +29,7 @@ class Device:
     Class attributes:
         vmstate: the declaration.
         idstr: the device id string; left out, it is the name of the declaration.
+        unmigratable: why its state cannot be moved at all; a guest that has such a device is refused, both ways.
 
     Raises:
         TypeError: a subclass without declaration, or with an idstr that cannot stand on the wire.
@@ -37,6 +38,7 @@ class Device:
     vmstate: ClassVar[VMState]
     idstr: str = ""
     instance_id: int = 0
+    unmigratable: str | None = None
 
     def __init__(self, *, instance_id: int = 0) -> None:
         self.instance_id = instance_id

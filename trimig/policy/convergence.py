@@ -9,6 +9,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from typing import Final
+
+from ..info import Convergence
 
 
 class Decision(enum.Enum):
@@ -25,15 +28,19 @@ class Bounds:
 
     Attributes:
         downtime_limit: longest acceptable time to send the rest with the guest stopped, in seconds.
+        max_bandwidth: bytes per second that may be sent; 0 for no limit.
         max_iterations: passes over the memory; None for no bound.
         max_total_time: seconds since the start; None for no bound.
         switch_over: reaching a bound forces the switchover, whatever the downtime, instead of giving up.
+        postcopy: the rest may be fetched after the switchover.
     """
 
     downtime_limit: float
+    max_bandwidth: int = 0
     max_iterations: int | None = None
     max_total_time: float | None = None
     switch_over: bool = False
+    postcopy: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +54,7 @@ class Progress:
         elapsed: seconds since the start.
         dirty_rate: bytes of guest memory dirtied per second during the last pass.
         queued: bytes that the transport has taken and not delivered: they go first.
+        least: the smallest rest that a pass before this one has left; None after the first.
     """
 
     remaining: int
@@ -55,6 +63,17 @@ class Progress:
     elapsed: float
     dirty_rate: float = 0.0
     queued: int = 0
+    least: int | None = None
+
+
+#: From this share of the bandwidth limit on, the limit is what binds, and not the link.
+_BINDS: Final = 0.9
+#: A pass that leaves more than this share of the best one before it has not come nearer.
+_NEARER: Final = 0.95
+#: What is advised exceeds what is needed by this much, so that it does not fail by a hair.
+_MARGIN: Final = 1.1
+#: The largest downtime-limit there is, in seconds.
+_MOST_DOWNTIME: Final = 2000.0
 
 
 def expected_downtime(progress: Progress) -> float:
@@ -83,22 +102,73 @@ def reached(progress: Progress, bounds: Bounds) -> str | None:
     return None
 
 
-def explain(progress: Progress, bounds: Bounds) -> str:
-    """One sentence on why it does not converge, with the figures that decide it."""
+def chase(progress: Progress, bounds: Bounds) -> float:
+    """How near the rest is to what fits into the downtime limit, 0 to 1."""
+    floor = expected_downtime(progress)
+    return 1.0 if floor <= bounds.downtime_limit else bounds.downtime_limit / floor
+
+
+#: What is said before the first pass is over.
+FIRST_COPY: Final = Convergence(
+    converging=True, reason="the memory is being copied for the first time: how fast it changes is not known yet"
+)
+
+
+def explain(progress: Progress, bounds: Bounds) -> Convergence:
+    """Whether it comes to an end, with the figures that decide it, and what would help."""
     floor = expected_downtime(progress)
     if math.isinf(floor):
-        return (
-            f"{progress.remaining / 1e6:.1f} MB are left, and nothing has been sent that a bandwidth could be told from; "
-            f"give it more time, or raise max-bandwidth"
+        return Convergence(
+            converging=False,
+            reason=f"{_mb(progress.remaining)} are left, and nothing has been sent that a bandwidth could be told from",
+            advice=("give it more time", *_faster(progress, bounds, 0.0)),
         )
-    sent = f"{progress.bandwidth / 1e6:.1f} MB/s can be sent"
-    dirtied = f"{progress.dirty_rate / 1e6:.1f} MB/s are dirtied"
-    advice = (
-        "raise max-bandwidth or slow the guest down"
-        if progress.dirty_rate >= progress.bandwidth
-        else f"a downtime-limit of {floor * 1000:.0f} ms would do"
+    figures = (
+        f"{_mb(progress.dirty_rate)}/s are dirtied and {_mb(progress.bandwidth)}/s can be sent: {_mb(progress.remaining)} "
+        f"are left, which is {floor * 1000:.0f} ms of downtime against a limit of {bounds.downtime_limit * 1000:.0f} ms"
     )
-    return (
-        f"{dirtied} and {sent}: {progress.remaining / 1e6:.1f} MB are left, which is {floor * 1000:.0f} ms of downtime "
-        f"against a limit of {bounds.downtime_limit * 1000:.0f} ms; {advice}"
+    if floor <= bounds.downtime_limit:
+        return Convergence(converging=True, reason=figures)
+    nearer = progress.dirty_rate < progress.bandwidth and (
+        progress.least is None or progress.remaining <= progress.least * _NEARER
     )
+    if not nearer:
+        return Convergence(converging=False, reason=figures, advice=_advice(progress, bounds, floor))
+    figures += ", and each pass leaves less"
+    if reached(progress, bounds) is None:
+        return Convergence(converging=True, reason=figures)
+    advice = ("allow more iterations or time", *_advice(progress, bounds, floor))
+    return Convergence(converging=False, reason=figures, advice=advice)
+
+
+def sentence(convergence: Convergence) -> str:
+    """Reason and advice as one sentence."""
+    return f"{convergence.reason}; {' or '.join(convergence.advice)}" if convergence.advice else convergence.reason
+
+
+def _advice(progress: Progress, bounds: Bounds, floor: float) -> tuple[str, ...]:
+    found = list(_faster(progress, bounds, progress.dirty_rate))
+    # Where more is dirtied than sent the rest is what one whole pass dirties, and a downtime of that length is enough.
+    needed = floor * _MARGIN
+    if needed <= _MOST_DOWNTIME:
+        found.append(f"raise downtime-limit to {math.ceil(needed * 1000)} ms")
+    if progress.dirty_rate > 0:
+        share = min(0.99, max(0.01, 1 - progress.bandwidth / progress.dirty_rate / _MARGIN))
+        by = f" by {math.ceil(share * 100)} %" if progress.dirty_rate >= progress.bandwidth else ""
+        found.append(f"throttle the guest{by}")
+    if bounds.postcopy:
+        found.append("start postcopy")
+    return tuple(found)
+
+
+def _faster(progress: Progress, bounds: Bounds, wanted: float) -> tuple[str, ...]:
+    """The advice to raise the limit, if it is the limit that binds."""
+    limit = bounds.max_bandwidth
+    if not limit or progress.bandwidth < limit * _BINDS:
+        return ()
+    enough = f", to more than {_mb(wanted * _MARGIN)}/s" if wanted * _MARGIN > limit else ""
+    return (f"raise max-bandwidth ({_mb(limit)}/s){enough}",)
+
+
+def _mb(count: float) -> str:
+    return f"{count / 1e6:.1f} MB"

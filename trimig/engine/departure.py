@@ -1,0 +1,293 @@
+"""The frame of an outgoing migration: what is done around its phases, and how its end is judged.
+
+Whatever ends an attempt, the guest comes first: who owns it follows from the status alone. Where the answer to the
+decision is missing nobody knows, and this is the place that says so, asks the caller's fence, and lets the question be
+settled. :mod:`.source` has the phases.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import trio
+
+from ..config import Config
+from ..errors import (
+    GuestFailed,
+    HandoverUncertain,
+    MigrationCancelled,
+    MigrationError,
+    Ownership,
+    PeerFailed,
+    TransportFailed,
+)
+from ..guest import DirtyTracker, Guest
+from ..info import Downtime, Summary
+from ..monitor import Monitor
+from ..status import Role, Status
+from . import guest_calls, teardown
+from .boundary import Outcome, domain_error
+from .channel import Channel, OpenStream
+from .limiter import Limiter
+from .reader import ReturnPathReader
+
+log = logging.getLogger("trimig.source")
+
+T = TypeVar("T")
+
+#: Records the decision somewhere durable; a failure rolls back.
+CommitHook = Callable[[], Awaitable[None]]
+#: Finds out, or forces, who owns the guest when the answer did not come.
+FenceHook = Callable[[], Awaitable[Ownership]]
+
+
+class Departure(abc.ABC):
+    """One outgoing migration, but for its phases."""
+
+    def __init__(
+        self, guest: Guest, config: Config, monitor: Monitor, commit: CommitHook | None, fence: FenceHook | None
+    ) -> None:
+        self.guest = guest
+        self.config = config
+        self.monitor = monitor
+        self.counters = monitor.counters
+        self.commit_hook = commit
+        self.fence_hook = fence
+        self.touched = False  # the guest was asked to pause: it must be resumed on the way out
+        self.prepared = False
+        self.answered = False
+        self.confirmed = False  # answered, and by the destination itself
+        self.channel: Channel | None = None
+        self.tracker: DirtyTracker | None = None
+        self.limiter: Limiter | None = None
+        self.reader: ReturnPathReader | None = None
+        #: The destination answers. A reader alone does not say that: perhaps there is nobody at the other end of it.
+        self.two_way = False
+        #: What the transport had taken before the decision was given to it.
+        self.undecided = -1
+        self.parts: dict[str, float] = {}
+
+    @abc.abstractmethod
+    async def _phases(self, open_stream: OpenStream, nursery: trio.Nursery) -> None:
+        """Everything up to the answer, in *nursery*.
+
+        **Cancellation:** the frame unwinds.
+        """
+
+    async def run(self, open_stream: OpenStream) -> Summary:
+        """The whole attempt, and the one place where its outcome is decided."""
+        outcome = Outcome()
+        with outcome.watch():
+            async with trio.open_nursery(strict_exception_groups=True) as nursery:
+                self.monitor.control(functools.partial(_cancel, nursery), self._retuned)
+                await self._phases(open_stream, nursery)
+                nursery.cancel_scope.cancel("the migration is over")
+        self.monitor.control(None, None)
+        # The answer may have come in the same moment as the end of the time for it: it is an answer.
+        refusal = self._take_answer()
+        if outcome.failure is None:
+            outcome.failure = refusal
+        guest_failure = await self._unwind(outcome.failure)
+        await self._conclude(outcome.failure, guest_failure)
+        return self._summary()
+
+    def _retuned(self) -> None:
+        if self.limiter is not None:
+            self.limiter.set_rate(self.monitor.config.parameters.max_bandwidth)
+
+    async def _unwind(self, failure: BaseException | None) -> GuestFailed | None:
+        """Guest first, then the connection. Decides by the status who owns the guest, and settles the final status."""
+        monitor = self.monitor
+        if monitor.status is Status.HANDOVER and not self.answered:
+            assert self.channel is not None
+            monitor.advance(Status.FAILED if self._nothing_left(self.channel) else Status.UNCERTAIN)
+        if failure is not None and monitor.status not in _DECIDED:
+            cancelled = domain_error(failure, monitor.owner) is None
+            monitor.advance(Status.CANCELLING if cancelled and monitor.status is not Status.HANDOVER else Status.FAILED)
+        guest_failure: GuestFailed | None = None
+        try:
+            self._stop_tracking()
+            if monitor.owner is Ownership.SOURCE:
+                guest_failure = await self._resume_here()
+        finally:
+            if self.channel is not None:
+                self.counters.transferred = self.channel.sent
+                in_order = monitor.status is Status.COMPLETED
+                await teardown.close(self.channel.stream, self.config.teardown_grace if in_order else 0.0)
+        return guest_failure
+
+    def _stop_tracking(self) -> None:
+        if self.tracker is None:
+            return
+        try:
+            with guest_calls.guarded("ending the dirty tracking"):
+                self.tracker.stop()
+        except MigrationError as error:
+            self.monitor.warn(str(error))  # the guest goes first, also where this fails
+
+    async def _conclude(self, failure: BaseException | None, guest_failure: GuestFailed | None) -> None:
+        """Raise what is to be raised; the final status is set on the way. Returns for a migration that succeeded."""
+        monitor = self.monitor
+        error = domain_error(failure, monitor.owner) if failure is not None else None
+        if monitor.status is Status.UNCERTAIN:
+            await self._uncertain(error)
+            return
+        if guest_failure is not None:
+            guest_failure.others = (error,) if error is not None else ()
+            if monitor.status is not Status.FAILED:
+                monitor.advance(Status.FAILED)
+            self.counters.error = str(guest_failure)
+            raise guest_failure
+        if monitor.status is Status.CANCELLING:
+            monitor.advance(Status.CANCELLED)
+            if error is None and monitor.cancel_reason is not None:
+                error = MigrationCancelled(monitor.cancel_reason)
+            elif error is not None:
+                self.counters.error = str(error)
+            if error is None:
+                assert failure is not None
+                raise failure
+            raise error
+        if error is None and failure is None and monitor.status is Status.FAILED:
+            error = TransportFailed(
+                f"the transport took nothing of the decision within {self.config.handover_timeout:g} s"
+            )
+        if error is not None:
+            self.counters.error = str(error)
+            raise error
+        if failure is not None:
+            raise failure
+
+    async def _uncertain(self, error: MigrationError | None) -> None:
+        """The answer is missing. Ask the caller's fence; without a definite word raise HandoverUncertain."""
+        monitor = self.monitor
+        why = str(error or (self.reader.lost if self.reader is not None else None) or self._no_answer())
+        settled = Ownership.UNKNOWN
+        others: list[BaseException] = [error] if error is not None else []
+        if self.fence_hook is not None:
+            try:
+                settled = await teardown.bounded(self._fence, self.config.handover_timeout, Ownership.UNKNOWN)
+            except MigrationError as failed:
+                why = f"{why}; {failed}"
+                others.append(failed)
+        if settled is Ownership.DESTINATION:
+            self._complete()
+            monitor.warn(f"the answer was lost ({why}); the fence found the guest at the destination")
+            return
+        if settled is Ownership.SOURCE:
+            raise await self._given_back(why, others)
+        uncertain = HandoverUncertain(
+            f"the guest was handed over, but the answer is missing ({why}): the destination may be running it, so it "
+            "stays paused here. Look at the destination, then settle who owns the guest",
+            resume=self._settle_here,
+            give_up=functools.partial(monitor.advance, Status.COMPLETED),
+        )
+        uncertain.others = tuple(others)
+        self.counters.error = str(uncertain)
+        raise uncertain
+
+    async def _fence(self) -> Ownership:
+        assert self.fence_hook is not None
+        return await self._call("the fence hook", self.fence_hook)
+
+    async def _given_back(self, why: str, others: Sequence[BaseException]) -> MigrationError:
+        """The fence says that the destination does not have the guest: resume it here. Returns what is to be raised."""
+        self.monitor.advance(Status.FAILED)  # the owner is certain now, also if the guest cannot be resumed
+        failure: MigrationError | None = await self._resume_here()
+        if failure is None:
+            how = "it runs here again" if self.touched else "it is as it was"
+            failure = TransportFailed(f"the answer was lost ({why}); the fence gave the guest back, and {how}")
+        failure.others = tuple(others)
+        self.counters.error = str(failure)
+        return failure
+
+    def _no_answer(self) -> str:
+        seconds = f"{self.config.handover_timeout:g} s"
+        if self.two_way:
+            return f"nothing came for {seconds}"
+        return f"the transport could not say within {seconds} that everything is where it was to go"
+
+    async def _settle_here(self) -> None:
+        if (failure := await self._resume_here()) is not None:
+            raise failure
+        self.monitor.advance(Status.FAILED)
+
+    async def _resume_here(self) -> GuestFailed | None:
+        """Let the guest run again if it was paused for this attempt; returns why it does not."""
+        if not self.touched:
+            return None
+        failure = await teardown.guest_call("resumed", self.guest.resume, self.config.teardown_grace)
+        if failure is not None and self.guest.run_state != "running":
+            return failure
+        self.monitor.emit("RESUME")
+        return None
+
+    async def _call(self, what: str, function: Callable[[], Awaitable[T]]) -> T:
+        return await guest_calls.call(what, function, self.config.handover_timeout)
+
+    # -- the answer ------------------------------------------------------------------------------------------------
+
+    def _take_answer(self) -> PeerFailed | None:
+        """Act on the answer to the decision, if it has come; without one, the frame finds the outcome uncertain."""
+        code = self.reader.shut if self.reader is not None else None
+        if code is None or self.answered or self.monitor.status is not Status.HANDOVER:
+            return None
+        self.answered = True
+        if not code:
+            self.confirmed = True
+            self._complete()
+            return None
+        self.monitor.advance(Status.FAILED)
+        return PeerFailed(
+            f"the destination could not take the guest over (it sent SHUT {code}); its own log says why", code=code
+        )
+
+    def _complete(self) -> None:
+        """The guest is the destination's. The figures stand before anybody is told."""
+        c = self.counters
+        assert c.paused_at is not None
+        assert self.channel is not None
+        c.downtime = trio.current_time() - c.paused_at
+        self.parts["commit"] = c.downtime - sum(self.parts.values())
+        c.transferred = self.channel.sent
+        self.monitor.advance(Status.COMPLETED)
+
+    def _nothing_left(self, channel: Channel) -> bool:
+        """Not one byte of the decision was taken by the transport, so nobody can have it."""
+        return channel.sent == self.undecided and not channel.unsure
+
+    def _summary(self) -> Summary:
+        c = self.counters
+        for text in c.warnings:
+            log.warning("%s", text)
+        assert c.finished is not None
+        return Summary(
+            role=Role.SOURCE,
+            confirmed=self.confirmed,
+            prepared=self.prepared,
+            total_time=c.finished - c.started,
+            setup_time=(c.setup_done or c.started) - c.started,
+            downtime=c.downtime or 0.0,
+            downtime_parts=dataclasses.replace(Downtime(), **self.parts),
+            iterations=c.iteration,
+            bytes_transferred=c.transferred,
+            normal_pages=c.normal,
+            zero_pages=c.duplicate,
+            ram_bytes=c.total,
+            dirty_tracking=c.dirty_tracking,
+            warnings=tuple(c.warnings),
+            convergence=c.convergence,
+        )
+
+
+#: Statuses that say how the attempt ends, whatever exception ends it.
+_DECIDED = (Status.UNCERTAIN, Status.CANCELLING, Status.COMPLETED, Status.FAILED)
+
+
+def _cancel(nursery: trio.Nursery, reason: str) -> None:
+    nursery.cancel_scope.cancel(reason)
