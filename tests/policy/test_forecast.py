@@ -55,7 +55,7 @@ def test_guest_that_is_faster_than_the_link_does_not_converge_and_the_advice_hol
     assert (found.total_time, found.downtime, found.passes) == (None, None, None)
     # Every page is dirtied in each pass: ten seconds of downtime is what it comes down to.
     assert found.floor == pytest.approx(10)
-    assert "do not get shorter than 10000 ms" in found.reason
+    assert "do not get shorter than 10.0 s" in found.reason
     bandwidth, limit, slowed = found.advice
     assert said(samples, bandwidth=number(bandwidth) * MB).verdict is Verdict.CONVERGES
     assert said(samples, downtime_limit=number(limit) / 1000).verdict is Verdict.CONVERGES

@@ -23,6 +23,14 @@ from .common import CANCELLED, FAILED, debug_option, report_error
 #: Command -> the module that has it, under its own name, in the order of the help.
 COMMANDS: Final = {
     "demo": "demo",
+    "migrate": "migrate",
+    "status": "control",
+    "info": "control",
+    "cancel": "control",
+    "set": "control",
+    "continue": "control",
+    "postcopy": "control",
+    "events": "control",
     "receive": "parked",
     "send": "parked",
     "settle": "parked",
@@ -40,7 +48,9 @@ class Frame(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
-        found = getattr(importlib.import_module(f"{__name__}.{COMMANDS[cmd_name]}"), cmd_name)
+        module = importlib.import_module(f"{__name__}.{COMMANDS[cmd_name]}")
+        # Words that mean something to Python already (continue, set) stand there with an underscore behind them.
+        found = getattr(module, cmd_name, None) or getattr(module, f"{cmd_name}_")
         assert isinstance(found, click.Command)
         return found
 

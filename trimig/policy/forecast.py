@@ -283,13 +283,17 @@ def _reason(verdict: Verdict, bandwidth: float, rate: float, floor: float, limit
     """Why, with the figures that decide it."""
     figures = f"{rate / 1e6:.1f} MB/s are dirtied and {bandwidth / 1e6:.1f} MB/s can be sent"
     if verdict is Verdict.CONVERGES:
-        return f"{figures}, so that what is left fits into the downtime limit of {limit * 1000:.0f} ms"
+        return f"{figures}, so that what is left fits into the downtime limit of {_time(limit)}"
     if verdict is Verdict.PERHAPS:
-        return f"{figures}, which is too close to the downtime limit of {limit * 1000:.0f} ms to be sure"
+        return f"{figures}, which is too close to the downtime limit of {_time(limit)} to be sure"
     return (
-        f"{figures}: the passes do not get shorter than {floor * 1000:.0f} ms, which is the downtime, and the limit is "
-        f"{limit * 1000:.0f} ms"
+        f"{figures}: the passes do not get shorter than {_time(floor)}, which is the downtime, and the limit is "
+        f"{_time(limit)}"
     )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds * 1000:.0f} ms"
 
 
 def _advice(play: Callable[..., _Run], speed: Interval, floor: float, spread: float, limit: float) -> tuple[str, ...]:
@@ -311,11 +315,11 @@ def _advice(play: Callable[..., _Run], speed: Interval, floor: float, spread: fl
 
 
 def _least(ends: Callable[[float], bool]) -> float | None:
-    """The least factor from 1 to 1000 for which *ends*, to about a percent; None if there is none."""
+    """The least factor from 1 to a million for which *ends*, to about a percent; None if there is none."""
     high = 1.0
     while not ends(high):
         high *= 2
-        if high > 1000:
+        if high > 1e6:
             return None
     low = high / 2
     for _ in range(7):

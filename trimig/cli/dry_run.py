@@ -1,0 +1,340 @@
+"""``trimig migrate --dry-run``: what would a migration of this guest be like?
+
+The guest's memory is streamed to a sink on this host, as fast as it goes, while the guest runs on. The sink throws it
+away. Two locks keep that from becoming a migration: a downtime limit of nothing, which no busy guest meets, and
+pause-before-switchover for one that is not busy. After a few passes the stream is cancelled, every setting is put back,
+and the guest must be in the run state it had. From the passes :mod:`trimig.policy.forecast` says what to expect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Final
+
+import click
+import trio
+
+from trimig.policy import forecast as policy
+
+from . import display
+from .common import CANCELLED, DONE, alongside, show_size, show_time, write_json
+from .remote import CANCEL_LIMIT, ENDED, Refused, Remote, Settings, State, Tracker
+from .stop import Stop
+
+#: Whole passes that are enough: the first copy, and what a chase looks like.
+PASSES: Final = 3
+#: Seconds between two looks; a pass is timed as well as this.
+_LOOK: Final = 0.02
+#: Seconds in which a guest must be in the run state it had, after the stream has been cancelled.
+_BACK_LIMIT: Final = 10.0
+_PAGE: Final = 4096
+
+#: What must not be on meanwhile, where the other side knows it: what needs an answer from the sink, gives the guest away,
+#: or slows it down.
+_OFF: Final = (
+    "return-path",
+    "postcopy-preempt",
+    "postcopy-ram",
+    "x-colo",
+    "background-snapshot",
+    "auto-converge",
+    "release-ram",
+)
+_ON: Final = ("pause-before-switchover", "events")
+#: No downtime is short enough, nothing slows the stream, and the sink has no certificate.
+_PARAMETERS: Final[Mapping[str, Any]] = {"downtime-limit": 0, "max-bandwidth": 0, "tls-creds": ""}
+
+
+@dataclasses.dataclass(slots=True)
+class _Measurement:
+    """What was seen. Bytes, seconds."""
+
+    samples: list[policy.Sample] = dataclasses.field(default_factory=list)
+    started: float = 0.0
+    seconds: float = 0.0
+    total: int = 0
+    transferred: int = 0
+    #: What the first copy takes on the transport, whether it came to its end or not; None if nothing was sent.
+    first_copy: float | None = None
+    bandwidth: float | None = None
+    #: It came as far as the second lock, where the guest is stopped.
+    stopped: bool = False
+    ended: State | None = None
+
+
+async def dry_run(
+    remote: Remote, changes: Settings, present: Settings, seconds: float, stop: Stop, *, as_json: bool
+) -> int:
+    """Measure for at most *seconds*, put everything back, and tell what to expect; returns the exit code.
+
+    Args:
+        changes: the settings to predict for; they are not left behind.
+        present: all settings in force, which are there again at the end.
+        stop: ends it early; everything is put back all the same.
+
+    Raises:
+        Refused: it cannot be measured, or something could not be put back (which is then said).
+    """
+    before = await remote.state()
+    if before.migration not in ENDED or before.run_state in ("inmigrate", "postmigrate", "finish-migrate"):
+        raise Refused(f"a dry run needs a guest of its own that is not being migrated ({before.sentence})")
+    locks = Settings(
+        capabilities={name: name in _ON for name in (*_OFF, *_ON) if name in present.capabilities},
+        parameters={name: value for name, value in _PARAMETERS.items() if name in present.parameters},
+    )
+    if "pause-before-switchover" not in locks.capabilities:
+        raise Refused(
+            f"{remote.address} has no pause-before-switchover, without which a dry run could become a real one"
+        )
+    wanted = locks.over(changes)
+    seen = _Measurement()
+    failure: Refused | None = None
+    with display.open_view(as_json=as_json) as view, tempfile.TemporaryDirectory(prefix="trimig-dry-") as directory:
+        view.begin("dry run", seconds=seconds)
+        try:
+            await remote.apply(wanted, present)
+            await _stream(remote, f"{directory}/sink", seconds, seen, stop, view)
+        except Refused as error:
+            failure = error
+        # Not in a "finally": nothing cancels this task (a signal only asks for a stop), and errors of the way back
+        # must not hide the first one.
+        problems = await _put_back(remote, present.of(wanted), before)
+        view.end("dry run over")
+    if failure is not None or problems:
+        texts = ([failure.format_message()] if failure else []) + problems
+        raise Refused("; ".join(texts))
+    return _tell(seen, changes.over(present), stop, before, as_json)
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+async def _stream(
+    remote: Remote, path: str, seconds: float, seen: _Measurement, stop: Stop, view: display.View
+) -> None:
+    async with _sink(path) as serve:
+
+        async def measure() -> None:
+            await remote.execute("migrate", uri=f"unix:{path}")
+            await _measure(remote, seconds, seen, stop, view)
+            await _end(remote)
+
+        await alongside(measure, serve)
+    if seen.ended is not None and not seen.samples and seen.first_copy is None:
+        raise Refused(f"the memory could not be sent to the sink {path}: {seen.ended.problem or seen.ended.migration}")
+
+
+@contextlib.asynccontextmanager
+async def _sink(path: str) -> AsyncIterator[Any]:
+    """Listen at *path*; yields the coroutine function that takes everything and keeps nothing."""
+    with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        await listener.bind(path)
+        os.chmod(path, 0o600)
+        listener.listen()
+
+        async def swallow(connection: trio.socket.SocketType) -> None:
+            buffer = bytearray(1 << 20)
+            with connection, contextlib.suppress(OSError):
+                while await connection.recv_into(buffer):
+                    pass
+
+        async def serve() -> None:
+            async with trio.open_nursery(strict_exception_groups=True) as nursery:
+                while True:
+                    connection, _ = await listener.accept()
+                    nursery.start_soon(swallow, connection)
+
+        yield serve
+
+
+async def _measure(remote: Remote, seconds: float, seen: _Measurement, stop: Stop, view: display.View) -> None:
+    """Until enough passes were seen, or time is up, or it ended, or somebody wants it to stop."""
+    tracker = Tracker(0.0)
+    shown = -math.inf
+    marks = _Marks()
+    seen.started = trio.current_time()
+    while len(seen.samples) < PASSES and trio.current_time() - seen.started < seconds and not stop.asked:
+        state = await remote.state()
+        now = trio.current_time()
+        if now - shown >= display.EVERY:
+            shown = now
+            for picture in tracker.pictures(state):
+                view.show(picture)
+        if "ram" in state.info:
+            marks.look(state.info, now, seen)
+        if state.migration == "pre-switchover":
+            seen.stopped = True
+            marks.close(now, seen)
+            break
+        if state.migration in ("completed", "failed", "cancelled"):
+            seen.ended = state
+            break
+        with trio.move_on_after(_LOOK):
+            await stop.wait()
+    seen.seconds = trio.current_time() - seen.started
+
+
+class _Marks:
+    """Where the passes begin, found by what grows in steps.
+
+    Pages that were sent plus pages that are still to be sent only change when dirty pages are collected, so each step
+    is what the guest dirtied during one pass; however seldom one looks, nothing of it is missed.
+    """
+
+    def __init__(self) -> None:
+        self._passes = 0
+        self._since = 0.0
+        self._sent = 0
+        self._work = 0
+        self._last: tuple[float, int, int] = (0.0, 0, 0)
+
+    def look(self, info: Mapping[str, Any], now: float, seen: _Measurement) -> None:
+        """Take in one answer to query-migrate."""
+        ram = info["ram"]
+        sent, remaining, total = ram["transferred"], ram["remaining"], ram["total"]
+        work = (ram["normal"] + ram["duplicate"]) * ram.get("page-size", _PAGE) + remaining
+        seen.total, seen.transferred = total, sent
+        passes = ram["dirty-sync-count"]
+        if self._passes == 0:
+            # Where it began; several passes may be over already. The first collection is that of all memory.
+            copied = (info.get("total-time", 0) - info.get("setup-time", 0)) / 1000
+            self._since, self._work, self._passes = now - max(copied, _LOOK / 2), total, 1
+        if passes > self._passes:
+            self._sample(now, sent, work, seen)
+            self._passes = passes
+        elapsed = now - self._since
+        if not seen.samples and elapsed > 0 and 0 < remaining < total:
+            seen.first_copy = sent * total / (total - remaining)
+            seen.bandwidth = sent / elapsed
+        self._last = (now, sent, work)
+
+    def _sample(self, now: float, sent: int, work: int, seen: _Measurement) -> None:
+        seconds = now - self._since
+        if seconds <= 0:
+            return
+        dirtied = max(0, work - self._work)
+        seen.samples.append(
+            policy.Sample(sent=max(0, sent - self._sent), seconds=seconds, dirty_rate=dirtied / seconds)
+        )
+        self._since, self._sent, self._work = now, sent, work
+
+    def close(self, now: float, seen: _Measurement) -> None:
+        """The stream has come to its end with the guest stopped: what went before is a whole pass, too."""
+        if not seen.samples:
+            _, sent, work = self._last
+            self._sample(now, sent, work, seen)
+
+
+async def _end(remote: Remote) -> None:
+    await remote.execute("migrate_cancel")
+    state = await remote.wait_ended(CANCEL_LIMIT)
+    if not state.ended:
+        raise Refused(f"the stream to the sink was cancelled and has not ended, it is {state.migration}")
+
+
+async def _put_back(remote: Remote, settings: Settings, before: State) -> list[str]:
+    """End the stream if it goes on, restore *settings*, and look at the guest; what did not succeed, in sentences."""
+    problems = []
+    try:
+        if not (await remote.state()).ended:
+            await _end(remote)
+    except Refused as error:
+        problems.append(error.format_message())
+    try:
+        await remote.apply(settings, settings)
+    except Refused as error:
+        problems.append(
+            f"the settings could not be put back ({error.format_message()}); "
+            f"do it with: trimig set {settings.words} --qmp {remote.address}"
+        )
+    try:
+        now = await remote.wait(lambda state: state.run_state == before.run_state, _BACK_LIMIT)
+        if now.run_state != before.run_state:
+            problems.append(f"the guest was {before.run_state} and is {now.run_state}")
+    except Refused as error:
+        problems.append(f"it is not known how the guest is ({error.format_message()})")
+    return problems
+
+
+# -- telling -----------------------------------------------------------------------------------------------------------
+
+
+def _tell(seen: _Measurement, settings: Settings, stop: Stop, before: State, as_json: bool) -> int:
+    if stop.asked and not seen.samples:
+        if as_json:
+            write_json({"error": f"stopped by {stop.reason}", "kind": "Cancelled", "exit_code": CANCELLED})
+        click.echo("stopped before anything could be measured; everything is as it was", err=True)
+        return CANCELLED
+    found = _forecast(seen, settings)
+    code = CANCELLED if stop.asked else DONE
+    if as_json:
+        write_json({**_record(found, seen), "run_state": before.run_state, "exit_code": code})
+        return code
+    print(f"{found.verdict.value}: {found.reason}")
+    if found.total_time is not None and found.downtime is not None:
+        print(f"  total time   {_range(found.total_time)}")
+        print(f"  downtime     {_range(found.downtime)}")
+    print(f"  first copy   {_range(found.first_copy)}")
+    print(f"  bandwidth    {show_size(found.bandwidth.likely)}/s")
+    if found.dirty_rate is not None:
+        print(f"  dirty rate   {show_size(found.dirty_rate)}/s")
+    for clause in found.advice:
+        print(f"  would help   {clause}")
+    passes = "1 pass" if len(seen.samples) == 1 else f"{len(seen.samples)} passes"
+    print(f"measured: {passes} in {show_time(seen.seconds)}, {show_size(seen.transferred)} to a sink on this host")
+    stopped = "; it was stopped for a moment, because nothing was left to send" if seen.stopped else ""
+    print(f"the guest is {before.run_state} as before, its settings are as they were{stopped}", flush=True)
+    return code
+
+
+def _forecast(seen: _Measurement, settings: Settings) -> policy.Forecast:
+    """For the bandwidth in the settings, or what was measured if that is less."""
+    limit = float(settings.parameters.get("max-bandwidth", 0))
+    measured = seen.bandwidth
+    if seen.samples:
+        measured = sum(s.sent for s in seen.samples) / sum(s.seconds for s in seen.samples)
+    if seen.first_copy is None and seen.samples:
+        seen.first_copy = seen.samples[0].sent
+    if not measured or seen.first_copy is None:
+        raise Refused("nothing was sent that a bandwidth could be told from; measure for longer with --seconds")
+    if seen.samples:
+        seen.first_copy = seen.samples[0].sent
+    given = limit if 0 < limit < measured else (None if seen.samples else measured)
+    return policy.forecast(
+        seen.samples,
+        first_copy=seen.first_copy,
+        total=float(seen.total),
+        downtime_limit=settings.parameters.get("downtime-limit", 300) / 1000,
+        bandwidth=given,
+    )
+
+
+def _range(interval: policy.Interval) -> str:
+    high = "no end" if math.isinf(interval.high) else show_time(interval.high)
+    return f"{show_time(interval.likely)} ({show_time(interval.low)} to {high})"
+
+
+def _record(found: policy.Forecast, seen: _Measurement) -> dict[str, Any]:
+    """For JSON: seconds, bytes; null for what has no end or is not known."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, policy.Interval):
+            return {name: plain(getattr(value, name)) for name in ("low", "likely", "high")}
+        return None if isinstance(value, float) and math.isinf(value) else value
+
+    record = {field.name: plain(getattr(found, field.name)) for field in dataclasses.fields(found)}
+    record["verdict"] = found.verdict.value
+    return record | {
+        "measured": {
+            "seconds": seen.seconds,
+            "transferred_bytes": seen.transferred,
+            "passes": [dataclasses.asdict(sample) for sample in seen.samples],
+            "guest_stopped": seen.stopped,
+        }
+    }

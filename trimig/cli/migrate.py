@@ -1,0 +1,235 @@
+"""``trimig migrate``: have a guest behind a QMP socket migrated, and stay with it until its fate is known.
+
+With ``--wait`` a signal or the end of ``--timeout`` cancels the migration *there*, and the command ends when it has
+seen what became of the guest; so it never leaves somebody guessing who pressed Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import click
+import trio
+
+import trimig
+
+from . import display
+from .common import CANCELLED, DONE, FAILED, debug_option, json_option, run, show_size, show_time, write_json
+from .dry_run import dry_run
+from .remote import (
+    CANCEL_LIMIT,
+    POLL,
+    Gone,
+    Refused,
+    Remote,
+    State,
+    Tracker,
+    connected,
+    qmp_option,
+    read_settings,
+    settings_options,
+)
+from .stop import Stop
+
+#: Seconds after which a migration that cannot be cancelled any more must have ended by itself.
+_DECIDED_LIMIT = 60.0
+
+
+@click.command()
+@click.argument("uri", required=False)
+@qmp_option
+@settings_options
+@click.option("--wait", is_flag=True, help="Show progress, and end when the migration has ended. Ctrl-C cancels it.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="With --wait: cancel the migration if it has not ended by then.",
+)
+@click.option(
+    "--dry-run",
+    "dry",
+    is_flag=True,
+    help="Migrate nothing: send the memory to a sink on this host for a while, and predict time and downtime. URI is "
+    "not contacted.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="With --dry-run: measure for at most so long.",
+)
+@json_option
+@debug_option
+def migrate(
+    uri: str | None,
+    address: str,
+    capabilities: tuple[str, ...],
+    parameters: tuple[str, ...],
+    wait: bool,
+    timeout: float | None,
+    dry: bool,
+    seconds: float,
+    as_json: bool,
+) -> int:
+    """Have the guest behind a QMP socket migrated to URI.
+
+    Without --wait the command ends as soon as the migration has been accepted. The settings of -c and -p stay in force
+    afterwards, as they do in QEMU; those of a dry run do not: there -p max-bandwidth and -p downtime-limit say what to
+    predict for.
+    """
+    if uri is None and not dry:
+        raise click.UsageError("missing argument 'URI': where to migrate to, for example tcp:host-b:4444")
+    if timeout is not None and not wait:
+        raise click.UsageError("--timeout needs --wait: nobody would be there to cancel")
+    if dry and wait:
+        raise click.UsageError("--dry-run and --wait exclude each other: a dry run is waited for in any case")
+    stop = Stop()
+
+    async def job(remote: Remote) -> int:
+        present = await remote.settings()
+        changes = read_settings(capabilities, parameters, present)
+        if dry:
+            return await dry_run(remote, changes, present, seconds, stop, as_json=as_json)
+        assert uri is not None
+        await remote.apply(changes, present)
+        limit = changes.over(present).parameters.get("downtime-limit", 300) / 1000
+        await remote.execute("migrate", uri=uri)
+        if wait:
+            return await _wait(remote, uri, limit, timeout, stop, as_json)
+        if as_json:
+            write_json({"destination": uri, **(await remote.state()).record()})
+        else:
+            print(
+                f"the migration to {uri} has begun; trimig status --qmp {remote.address} says how it stands", flush=True
+            )
+        return DONE
+
+    async def connect() -> int:
+        async with connected(address) as remote:
+            return await job(remote)
+
+    if wait or dry:
+        return run(connect, as_json=as_json, interrupt=stop.ask)
+    return run(connect, as_json=as_json)
+
+
+async def _wait(
+    remote: Remote, uri: str, downtime_limit: float, timeout: float | None, stop: Stop, as_json: bool
+) -> int:
+    tracker = Tracker(downtime_limit)
+    with display.open_view(as_json=as_json) as view:
+        view.begin(f"migrating to {uri}", destination=uri)
+        state = await _watch(remote, view, tracker, timeout, stop)
+        code, text = _outcome(state, remote, uri, stop)
+        view.end(text)
+    if code == DONE:
+        _report(state, uri, text, as_json)
+    elif as_json:
+        write_json({"error": text, "kind": "Cancelled", **state.record(), "exit_code": code})
+    return code
+
+
+async def _watch(remote: Remote, view: display.View, tracker: Tracker, timeout: float | None, stop: Stop) -> State:
+    """Until the migration has ended, or cannot be told any more to have."""
+    timer = math.inf if timeout is None else trio.current_time() + timeout
+    end, last, asked, paused = math.inf, "setup", False, False
+    while True:
+        try:
+            state = await remote.state()
+        except Gone as error:
+            raise _lost(remote, last, error) from error
+        last = state.migration
+        if state.migration != "pre-switchover" or not paused:  # where nothing moves, once is enough
+            for picture in tracker.pictures(state):
+                view.show(picture)
+        if state.migration == "pre-switchover" and not paused:
+            paused = True
+            view.note(f"waiting in pre-switchover; trimig continue --qmp {remote.address} lets it go on")
+        if state.ended and state.migration != "none":  # none: accepted, and not begun yet
+            return state
+        now = trio.current_time()
+        if now >= timer and not stop.asked:
+            stop.ask(f"--timeout {timeout:g}")
+        if stop.asked and not asked:
+            asked = True
+            end = now + await _cancel(remote, view)
+        if now >= end:
+            return state
+        with trio.move_on_after(POLL if asked else min(display.EVERY, max(0.0, timer - now))):
+            if asked:
+                await trio.sleep_forever()
+            await stop.wait()
+
+
+async def _cancel(remote: Remote, view: display.View) -> float:
+    """Ask for it; how long the end may take from now on."""
+    try:
+        await remote.execute("migrate_cancel")
+    except Gone:
+        return 0.0  # the next question finds out, and says it
+    except Refused as error:
+        view.note(error.format_message())
+        return _DECIDED_LIMIT
+    return CANCEL_LIMIT
+
+
+def _lost(remote: Remote, last: str, error: Gone) -> trimig.HandoverUncertain:
+    return trimig.HandoverUncertain(
+        f"{error.format_message()}; the migration was {last}, and goes on without us if the process lives. Ask again: "
+        f"trimig status --qmp {remote.address}; and ask the destination before the guest is started anywhere"
+    )
+
+
+def _outcome(state: State, remote: Remote, uri: str, stop: Stop) -> tuple[int, str]:
+    """Exit code and sentence.
+
+    Raises:
+        HandoverUncertain: nobody can tell who owns the guest.
+        Refused: the migration has failed, or does not end.
+    """
+    here = f"the guest is {state.run_state} at {remote.address}"
+    if state.owner == "unknown":
+        why = f": {state.problem}" if state.problem else ""
+        raise trimig.HandoverUncertain(
+            f"it is not certain who owns the guest{why}. Look whether it runs at {uri} before it is started anywhere"
+        )
+    if state.migration == "completed":
+        late = f" ({stop.reason} came too late)" if stop.asked else ""
+        return DONE, f"migrated to {uri} in {show_time(state.info.get('total-time', 0) / 1000)}{late}"
+    if state.migration == "cancelled":
+        if not stop.asked:
+            return FAILED, f"the migration was cancelled by somebody else; {here}"
+        return FAILED if stop.reason.startswith("--") else CANCELLED, f"cancelled by {stop.reason}; {here}"
+    if state.migration == "failed":
+        raise Refused(f"the migration has failed: {state.problem or 'no reason is given'}; {here}")
+    raise Refused(f"the migration was to be cancelled and has not ended, it is {state.migration}; {here}")
+
+
+def _report(state: State, uri: str, text: str, as_json: bool) -> None:
+    info = state.info
+    ram = info.get("ram", {})
+    seconds = info.get("total-time", 0) / 1000
+    moved = (ram.get("normal", 0) + ram.get("duplicate", 0)) * ram.get("page-size", 4096)
+    speed = moved / seconds if seconds else 0.0
+    if as_json:
+        record: dict[str, Any] = {
+            "destination": uri,
+            **state.record(),
+            "total_ms": info.get("total-time"),
+            "setup_ms": info.get("setup-time"),
+            "downtime_ms": info.get("downtime"),
+            "iterations": ram.get("dirty-sync-count"),
+            "ram_bytes": ram.get("total"),
+            "transferred_bytes": ram.get("transferred"),
+            "throughput_bytes_per_s": round(speed),
+        }
+        write_json(record)
+        return
+    print(text, flush=True)
+    print(
+        f"  downtime {info.get('downtime', 0)} ms, {ram.get('dirty-sync-count', 0)} passes over {show_size(ram.get('total', 0))}"
+    )
+    print(f"  {show_size(ram.get('transferred', 0))} sent, {show_size(speed)}/s of guest memory")
