@@ -35,7 +35,7 @@ def refusal(call: Callable[[], object]) -> ConfigError:
         ("tls-creds-x509,id=tls0,dir=/etc/pki", TlsX509(id="tls0", dir="/etc/pki")),
         (
             "tls-creds-x509,id=tls0,dir=/a,,b,endpoint=client,verify-peer=off,sanity-check=off",
-            TlsX509(id="tls0", dir="/a,b", endpoint="client", verify_peer=False),
+            TlsX509(id="tls0", dir="/a,b", endpoint="client", verify_peer=False, sanity_check=False),
         ),
         (
             "qom-type=tls-creds-psk,id=p.1,dir=keys,endpoint=server,username=me",

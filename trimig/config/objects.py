@@ -67,6 +67,8 @@ class TlsX509:
     #: Server: refuse clients without a valid certificate. Client: refuse such servers; False checks *nothing* about
     #: the other side, so that whoever stands between can read and change the guest.
     verify_peer: Annotated[bool, Flag()] = True
+    #: Look at this side's own certificate first: it must be valid, fit for its purpose and signed by the CA.
+    sanity_check: Annotated[bool, Flag()] = True
 
     def __post_init__(self) -> None:
         check_fields(f"{self.qom_type} property", self, _KINDS[self.qom_type])
@@ -199,8 +201,6 @@ _REFUSED: Final = {
     "priority": "it is an expression of GnuTLS, and trimig uses OpenSSL",
     "passwordid": "keys with a passphrase are not built into trimig; give the key without one",
 }
-#: Accepted and without effect: trimig always looks at its own certificates first.
-_IGNORED: Final = frozenset({"sanity-check"})
 
 
 def read_object(properties: Mapping[str, object], form: Form = Form.QMP) -> ConfigObject:
@@ -227,9 +227,6 @@ def _properties(
     for name, value in properties.items():
         if name in _REFUSED:
             raise ConfigError(f"{what} property '{name}' is not supported: {_REFUSED[name]}", name=name)
-        if name in _IGNORED:
-            check_value(f"{what} property", name, Flag(), Flag().read(value, form))
-            continue
         field = str(name).replace("-", "_")
         if field not in kinds:
             raise unknown(f"{what} property", name, [dashed(known) for known in kinds])

@@ -9,7 +9,13 @@ A module of this package whose name has no underscore in front *is* the transpor
 
 *rest* is what follows the colon. Both raise ConfigError for an address that cannot be understood, before anything is
 touched, and TransportFailed for everything else. A transport that has only one direction returns a stream of that
-direction only, and so has no return path. Modules with an underscore in front are what several of them share.
+direction only, and so has no return path. It need not know of TLS: where the parameter ``tls-creds`` is set, that is
+laid over what the two functions give. It may have two more names::
+
+    def host(rest: str) -> str       # the name that a server there must have in its certificate
+    SECURES_ITSELF = True            # it lays TLS over itself, or has none: it looks at tls-creds alone
+
+Modules with an underscore in front are what several of them share.
 """
 
 from __future__ import annotations
@@ -94,13 +100,37 @@ async def connect(uri: str, config: Config | None = None) -> trio.abc.Stream | t
     """Connect to *uri*.
 
     Raises:
-        ConfigError: the URI cannot be understood.
-        TransportFailed: there is nobody, or no way there.
+        ConfigError: the URI cannot be understood, or the TLS credentials cannot be used.
+        TransportFailed: there is nobody, or no way there, or one side does not accept the other.
 
     **Cancellation:** no connection is left.
     """
     transport, rest = _find(uri)
-    return await transport.connect(rest, config or Config())
+    config = config or Config()
+    if not _wants_tls(transport, config):
+        return await transport.connect(rest, config)
+    from . import _credentials, _tls  # imported when it is asked for, as above
+
+    credentials = _credentials.load(config, "client")
+    assert credentials is not None
+    find_host: Callable[[str], str] | None = getattr(transport, "host", None)
+    name = find_host(rest) if find_host is not None else None
+    return await _tls.secure(await transport.connect(rest, config), credentials, uri, name)
+
+
+def _wants_tls(transport: _Transport, config: Config) -> bool:
+    return bool(config.parameters.tls_creds) and not getattr(transport, "SECURES_ITSELF", False)
+
+
+async def _listen(uri: str, config: Config) -> Listener:
+    transport, rest = _find(uri)
+    if not _wants_tls(transport, config):
+        return await transport.listen(rest, config)
+    from . import _credentials, _tls
+
+    credentials = _credentials.load(config, "server")
+    assert credentials is not None
+    return _tls.TlsListener(await transport.listen(rest, config), credentials)
 
 
 @asynccontextmanager
@@ -108,13 +138,12 @@ async def listening(uri: str, told: Callable[[str], None], config: Config | None
     """Listen on *uri* while the context is open; *told* gets the address with its port resolved.
 
     Raises:
-        ConfigError: the URI cannot be understood.
+        ConfigError: the URI cannot be understood, or the TLS credentials cannot be used.
         TransportFailed: the address cannot be listened on.
 
     **Cancellation:** nothing is left listening.
     """
-    transport, rest = _find(uri)
-    listener = await transport.listen(rest, config or Config())
+    listener = await _listen(uri, config or Config())
     try:
         told(listener.uri)
         yield listener

@@ -42,6 +42,11 @@ def parse(rest: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def host(rest: str) -> str:
+    """The name, or the address, that a TLS server must have in its certificate."""
+    return parse(rest)[0].partition("%")[0] or "localhost"
+
+
 def _uri(host: str, port: int) -> str:
     return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
 
