@@ -31,13 +31,16 @@ class Session(Protocol):
         """The oldest descriptor that came with the client's data and was not taken yet; the caller owns it. None: there
         is none, or the connection is of a kind that carries none."""
 
+    def when_answered(self, call: Callable[[], None]) -> None:
+        """Have *call* called when the answer to the present command has been written."""
+
 
 class Dispatcher(Protocol):
     """Executes commands, and tells of events."""
 
     @property
     def commands(self) -> Sequence[str]:
-        """The names of all commands, for ``query-commands``, without ``qmp_capabilities``."""
+        """The names of all commands but ``qmp_capabilities`` and ``query-commands``, which the session answers."""
 
     @property
     def version(self) -> Mapping[str, Any]:

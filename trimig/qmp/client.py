@@ -1,0 +1,283 @@
+"""A QMP client on trio, for a QEMU as for a ``trimig run``.
+
+Several commands may be in flight; each answer finds its caller by its id. A caller that was cancelled leaves the
+connection as good as it was: the answer is dropped when it comes.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import itertools
+import socket
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from types import MappingProxyType
+from typing import Any, Final
+
+import trio
+
+from ..config import Config
+from ..engine import teardown
+from ..errors import ConfigError, TransportFailed
+from ..transport import tcp, unix
+from .interface import CommandFailed
+from .messages import Malformed, MessageReader, encode
+
+#: Events kept for a reader that is not reading; the oldest are dropped first.
+EVENT_BACKLOG: Final = 1024
+#: The schema of a QEMU is some hundred KiB.
+_MAX_MESSAGE: Final = 64 << 20
+_READ_BYTES: Final = 1 << 16
+
+Message = dict[str, Any]
+
+
+class Client:
+    """One connection, made by :func:`connect`.
+
+    Attributes:
+        greeting: what the server sent first.
+        dropped: events that came while nobody read, and were too many.
+    """
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self.greeting: Mapping[str, Any] = MappingProxyType({})
+        self.dropped = 0
+        self._stream = stream
+        self._reader = MessageReader(max_message=_MAX_MESSAGE)
+        self._ids = itertools.count(1)
+        self._asked: dict[int, _Answer] = {}
+        self._events: collections.deque[Message] = collections.deque(maxlen=EVENT_BACKLOG)
+        self._event_count = 0
+        self._news = trio.Event()
+        self._sending = trio.Lock()
+        self._poisoned = False
+        self._lost: TransportFailed | None = None
+
+    @property
+    def version(self) -> Mapping[str, Any]:
+        """The ``version`` member of the greeting."""
+        found = self.greeting.get("version", {})
+        assert isinstance(found, Mapping)
+        return found
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, fds: Sequence[int] = ()
+    ) -> Any:
+        """Run *command* and return the ``return`` member of its answer.
+
+        Args:
+            arguments: in QMP spelling.
+            fds: descriptors that travel with the command (unix sockets only); they stay the caller's.
+
+        Raises:
+            CommandFailed: the server refused.
+            TransportFailed: the connection is lost; the command may have been executed.
+
+        **Cancellation:** the command may have been executed. The connection stays usable, unless the command was
+        cut in the middle of being sent.
+        """
+        ident = next(self._ids)
+        answer = self._asked[ident] = _Answer()
+        request: Message = {"execute": command, "id": ident}
+        if arguments:
+            request["arguments"] = dict(arguments)
+        try:
+            await self._send(encode(request), fds)
+            while answer.message is None:
+                if self._lost is not None:
+                    raise self._lost
+                await answer.came.wait()
+        finally:
+            del self._asked[ident]
+        if "error" in answer.message:
+            error = answer.message["error"]
+            raise CommandFailed(str(error.get("desc", "refused")), error_class=str(error.get("class", "GenericError")))
+        return answer.message.get("return")
+
+    async def getfd(self, name: str, fd: int) -> None:
+        """Give the server *fd* under *name*; ours is left open.
+
+        Raises and **Cancellation:** as :meth:`execute`.
+        """
+        await self.execute("getfd", {"fdname": name}, fds=[fd])
+
+    def events(self) -> AsyncIterator[Message]:
+        """All events from now on, at most EVENT_BACKLOG behind.
+
+        Raises:
+            TransportFailed: the connection is lost, and every event before that was read.
+
+        **Cancellation:** nothing is lost; the iterator may be used again.
+        """
+        return _Events(self)
+
+    async def wait_event(self, *names: str) -> Message:
+        """The next event from now on whose name is one of *names*.
+
+        Raises:
+            TransportFailed: the connection is lost.
+
+        **Cancellation:** no effect.
+        """
+        feed = self.events()
+        while (event := await anext(feed)).get("event") not in names:
+            pass
+        return event
+
+    async def _send(self, data: bytes, fds: Sequence[int]) -> None:
+        async with self._sending:
+            if self._lost is not None:
+                raise self._lost
+            if self._poisoned:
+                raise TransportFailed("a command was cut in the middle: the connection cannot be used any more")
+            self._poisoned = True
+            try:
+                if fds:
+                    data = data[await self._send_fds(data, fds) :]
+                await self._stream.send_all(data)
+            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                raise self._lose(f"the QMP connection broke: {error}") from error
+            self._poisoned = False
+
+    async def _send_fds(self, data: bytes, fds: Sequence[int]) -> int:
+        stream = self._stream
+        if not isinstance(stream, trio.SocketStream) or stream.socket.family != socket.AF_UNIX:
+            raise ConfigError("descriptors can be passed over a unix socket only")
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())]
+        return await stream.socket.sendmsg([data], rights)
+
+    # -- the reading task ------------------------------------------------------------------------------------------
+
+    async def _first(self) -> None:
+        """Read up to the greeting."""
+        while not self.greeting:
+            await self._read_some()
+            if self._lost is not None:
+                raise self._lost
+
+    async def _run(self) -> None:
+        while self._lost is None:
+            await self._read_some()
+
+    async def _read_some(self) -> None:
+        try:
+            data = await self._stream.receive_some(_READ_BYTES)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self._lose(f"the QMP connection broke: {error}")
+            return
+        if not data:
+            self._lose("the other side closed the QMP connection")
+            return
+        self._reader.feed(data)
+        while (message := self._reader.next_message()) is not None:
+            if isinstance(message, Malformed):
+                self._lose(f"this is no QMP: {message.desc}")
+                return
+            self._take(message[0])
+
+    def _take(self, message: Any) -> None:
+        if not isinstance(message, dict):
+            self._lose(f"this is no QMP: {str(message)[:80]!r}")
+        elif "QMP" in message:
+            self.greeting = MappingProxyType(dict(message["QMP"]))
+        elif "event" in message:
+            if len(self._events) == EVENT_BACKLOG:
+                self.dropped += 1
+            self._events.append(message)
+            self._event_count += 1
+            self._wake()
+        elif (answer := self._asked.get(message.get("id", 0))) is not None:
+            answer.message = message
+            answer.came.set()
+
+    def _lose(self, why: str) -> TransportFailed:
+        if self._lost is None:
+            self._lost = TransportFailed(why)
+            for answer in self._asked.values():
+                answer.came.set()
+            self._wake()
+        return self._lost
+
+    def _wake(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
+
+
+class _Answer:
+    def __init__(self) -> None:
+        self.came = trio.Event()
+        self.message: Message | None = None
+
+
+class _Events:
+    """See :meth:`Client.events`."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._next = client._event_count
+
+    def __aiter__(self) -> _Events:
+        return self
+
+    async def __anext__(self) -> Message:
+        await trio.lowlevel.checkpoint()
+        client = self._client
+        while self._next >= client._event_count:
+            if client._lost is not None:
+                raise client._lost
+            await client._news.wait()
+        oldest = client._event_count - len(client._events)
+        self._next = max(self._next, oldest)
+        event = client._events[self._next - oldest]
+        self._next += 1
+        return event
+
+
+@asynccontextmanager
+async def connect(address: str | trio.abc.Stream) -> AsyncIterator[Client]:
+    """Connect to a QMP socket, ``unix:PATH`` or ``tcp:HOST:PORT``, and leave the negotiation behind.
+
+    Errors of the block leave as they are, not in a group.
+
+    Raises:
+        ConfigError: the address cannot be understood.
+        TransportFailed: nobody is there, or it is no QMP.
+
+    **Cancellation:** the connection is closed.
+    """
+    stream = await _open(address) if isinstance(address, str) else address
+    failure: BaseException | None = None
+    client = Client(stream)
+    try:
+        await client._first()
+        try:
+            async with trio.open_nursery(strict_exception_groups=True) as nursery:
+                nursery.start_soon(client._run)
+                await client.execute("qmp_capabilities")
+                yield client
+                nursery.cancel_scope.cancel("the block has ended")
+        except BaseExceptionGroup as group:
+            failure = _only(group)
+        if failure is not None:
+            raise failure
+    finally:
+        await teardown.close(stream)
+
+
+def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one exception in nested groups of one; the reading task raises none of its own."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+async def _open(address: str) -> trio.abc.Stream:
+    kind, colon, rest = address.partition(":")
+    if colon and kind == "unix":
+        return await unix.connect(rest, Config())
+    if colon and kind == "tcp":
+        return await tcp.connect(rest, Config())
+    raise ConfigError(f"{address!r} is no address of a QMP socket: unix:PATH or tcp:HOST:PORT", name="qmp")

@@ -1,0 +1,157 @@
+"""Bytes -> QMP messages, without I/O.
+
+A QMP stream is JSON values one after the other; what stands between them is white space or nothing. So the end of a
+message is found by its brackets, not by a line: half a message waits for the other half, and several in one packet
+are several. After a mistake the reader goes on behind the next line feed, so that one bad line costs one error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any, Final
+
+#: The largest message that is accepted, in bytes. A list of all parameters has about one KiB.
+MAX_MESSAGE: Final = 1 << 20
+#: How deep arrays and objects may be nested. No command needs more than four levels.
+MAX_DEPTH: Final = 64
+
+#: What can change the state of the scan: brackets, the start of a string, the end of a line outside of one.
+_OUTSIDE: Final = re.compile(rb'[{}\[\]"\n]')
+#: Inside a string: its end, an escape, or a character that a string may not contain.
+_INSIDE: Final = re.compile(rb'["\\\x00-\x1f]')
+_SPACE: Final = b" \t\r\n"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Malformed:
+    """What came in the place of a message, in words for the ``desc`` of the error."""
+
+    desc: str
+    #: The connection is not worth keeping: nobody can tell where the next message begins.
+    fatal: bool = False
+
+
+class MessageReader:
+    """Takes bytes as they come and gives messages.
+
+    Use::
+
+        reader.feed(data)
+        while (message := reader.next_message()) is not None:
+            ...                                   # any JSON value in a list of one, or Malformed
+    """
+
+    def __init__(self, *, max_message: int = MAX_MESSAGE) -> None:
+        self._max = max_message
+        self._buffer = bytearray()
+        self._at = 0
+        self._depth = 0
+        self._string = False
+        self._skipping = False
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """More bytes have come."""
+        self._buffer += data
+
+    def next_message(self) -> tuple[Any] | Malformed | None:
+        """The next message as a tuple of one, or what is wrong with it; None: more bytes are needed."""
+        while True:
+            if self._skipping and not self._skip():
+                return None
+            if self._at == 0 and not self._begin():
+                return None
+            found = self._scan()
+            if found is not None:
+                return found
+            if self._skipping:
+                continue
+            if len(self._buffer) > self._max:
+                self._forget(len(self._buffer))
+                return Malformed(f"a message of more than {self._max} bytes", fatal=True)
+            return None
+
+    def _skip(self) -> bool:
+        """Throw away everything up to the end of the line."""
+        end = self._buffer.find(b"\n")
+        if end < 0:
+            self._buffer.clear()
+            return False
+        del self._buffer[: end + 1]
+        self._skipping = False
+        return True
+
+    def _begin(self) -> bool:
+        """To the first byte of the next message; False if there is none yet."""
+        rest = self._buffer.lstrip(_SPACE)
+        if len(rest) != len(self._buffer):
+            self._buffer = rest
+        return bool(rest)
+
+    def _scan(self) -> tuple[Any] | Malformed | None:
+        """Go on looking for the end of the message that starts at the front of the buffer."""
+        buffer = self._buffer
+        while True:
+            match = (_INSIDE if self._string else _OUTSIDE).search(buffer, self._at)
+            if match is None:
+                self._at = len(buffer)
+                return None
+            at, byte = match.start(), match.group()
+            if self._string:
+                if byte == b"\\":
+                    if at + 1 >= len(buffer):
+                        self._at = at  # the escaped character decides nothing, but it must not be taken for the end
+                        return None
+                    self._at = at + 2
+                    continue
+                if byte != b'"':
+                    return self._bad("a control character inside a string", at)
+                self._string = False
+            elif byte == b'"':
+                self._string = True
+            elif byte in b"{[":
+                self._depth += 1
+                if self._depth > MAX_DEPTH:
+                    return self._bad(f"more than {MAX_DEPTH} levels", at)
+            elif byte in b"}]":
+                self._depth -= 1
+                if self._depth < 0:
+                    return self._bad(f"stray '{byte.decode()}'", at)
+            self._at = at + 1
+            if self._depth == 0 and not self._string and byte != b'"':
+                return self._take()
+
+    def _take(self) -> tuple[Any] | Malformed:
+        """The message ends here: by its last bracket, or by a line feed if it is none of those."""
+        text = bytes(self._buffer[: self._at])
+        self._forget(self._at)
+        try:
+            return (json.loads(text.decode("utf-8"), parse_constant=_no_constant),)
+        except UnicodeDecodeError as error:
+            return Malformed(f"JSON parse error, not UTF-8 at byte {error.start} of the message")
+        except json.JSONDecodeError as error:
+            return Malformed(f"JSON parse error, {error.msg} at character {error.pos} of the message")
+        except (ValueError, RecursionError) as error:
+            return Malformed(f"JSON parse error, {error}")
+
+    def _bad(self, what: str, at: int) -> Malformed:
+        """Throw the message away, and the rest of its line."""
+        del self._buffer[:at]
+        self._forget(0)
+        self._skipping = True
+        return Malformed(f"JSON parse error, {what}")
+
+    def _forget(self, count: int) -> None:
+        del self._buffer[:count]
+        self._at = self._depth = 0
+        self._string = False
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def encode(message: Any) -> bytes:
+    """One message as a line."""
+    return json.dumps(message).encode() + b"\r\n"

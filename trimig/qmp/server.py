@@ -1,0 +1,184 @@
+"""The QMP server: any number of clients on a unix or TCP socket.
+
+Each client is a task that reads and one that writes. Commands of one client are executed in order; a client that does
+not read its answers and events is dropped, and disturbs nobody until then.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import functools
+import logging
+import os
+import socket
+from contextlib import ExitStack
+from typing import Any, Final
+
+import trio
+
+from ..config import Config
+from ..errors import ConfigError
+from ..transport import Listener, tcp, unix
+from .interface import Dispatcher
+from .messages import Malformed, MessageReader, encode
+from .session import Conversation, Dropped, Outbox
+
+log: Final = logging.getLogger("trimig.qmp")
+
+#: Clients at once. A further one is told so and closed.
+MAX_CLIENTS: Final = 128
+#: Descriptors that may wait for their ``getfd``; further ones are closed.
+MAX_FDS: Final = 16
+_READ_BYTES: Final = 1 << 16
+#: How long the last answers to a client may take that is sent away, or sends nothing more.
+_FAREWELL_SECONDS: Final = 1.0
+
+
+async def listen(address: str) -> Listener:
+    """Listen on ``unix:PATH`` (mode 0600) or ``tcp:HOST:PORT`` (loopback where HOST is empty).
+
+    Raises:
+        ConfigError: the address cannot be understood.
+        TransportFailed: it cannot be listened on; a live socket of somebody else's is never taken away.
+
+    **Cancellation:** nothing is left listening.
+    """
+    kind, colon, rest = address.partition(":")
+    if colon and kind == "unix":
+        return await unix.listen(rest, Config())
+    if colon and kind == "tcp":
+        return await tcp.listen(f"localhost{rest}" if rest.startswith(":") else rest, Config())
+    raise ConfigError(f"{address!r} is no address of a QMP socket: unix:PATH or tcp:HOST:PORT", name="qmp")
+
+
+async def serve(
+    dispatcher: Dispatcher,
+    address: str,
+    *,
+    max_clients: int = MAX_CLIENTS,
+    task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve QMP until cancelled. The task status is the address, with its real port.
+
+    Raises:
+        ConfigError: the address cannot be understood.
+        TransportFailed: it cannot be listened on.
+
+    **Cancellation:** all connections are closed, with what waits for them, and the socket is removed.
+    """
+    listener = await listen(address)
+    with ExitStack() as cleanup:
+        cleanup.callback(listener.close)
+        async with trio.open_nursery(strict_exception_groups=True) as nursery:
+            task_status.started(listener.uri)
+            while True:
+                stream = await listener.accept()
+                assert isinstance(stream, trio.SocketStream)
+                crowded = len(nursery.child_tasks) >= max_clients
+                nursery.start_soon(_refuse if crowded else functools.partial(_client, dispatcher), stream)
+
+
+async def _refuse(stream: trio.SocketStream) -> None:
+    error = {"error": {"class": "GenericError", "desc": "too many clients"}}
+    async with stream:
+        with trio.move_on_after(_FAREWELL_SECONDS):
+            try:
+                await stream.send_all(encode(error))
+            except trio.BrokenResourceError:
+                return
+
+
+async def _client(dispatcher: Dispatcher, stream: trio.SocketStream) -> None:
+    """One client, from the greeting to the end of its connection."""
+    outbox = Outbox()
+    descriptors = _Descriptors()
+
+    def say(message: dict[str, Any]) -> None:
+        data = encode(message)
+        outbox.put(data, len(data))
+
+    conversation = Conversation(dispatcher, say, descriptors.take)
+    with ExitStack() as cleanup:
+        cleanup.callback(stream.socket.close)
+        cleanup.callback(descriptors.close)
+        cleanup.callback(conversation.close)
+        conversation.greet()
+        async with trio.open_nursery(strict_exception_groups=True) as nursery:
+            nursery.start_soon(_write, stream, outbox, nursery)
+            await _read(stream, conversation, outbox, descriptors)
+            nursery.cancel_scope.cancel("the client has ended")
+
+
+async def _write(stream: trio.SocketStream, outbox: Outbox, nursery: trio.Nursery) -> None:
+    try:
+        while True:
+            item = await outbox.get()
+            if callable(item):
+                item()
+            else:
+                await stream.send_all(item)
+    except Dropped as error:
+        log.warning("a QMP client was dropped: %s", error)
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        pass  # it has gone; what it did not read it does not want
+    nursery.cancel_scope.cancel("the client has gone")
+
+
+async def _read(
+    stream: trio.SocketStream, conversation: Conversation, outbox: Outbox, descriptors: _Descriptors
+) -> None:
+    reader = MessageReader()
+    while True:
+        while (message := reader.next_message()) is not None:
+            await outbox.wait_room()
+            for call in await conversation.hear(message):
+                outbox.put(call, 0)
+            if isinstance(message, Malformed) and message.fatal:
+                with trio.move_on_after(_FAREWELL_SECONDS):
+                    await outbox.wait_empty()
+                return
+        try:
+            data = await descriptors.receive(stream.socket)
+        except OSError:
+            return
+        if not data:
+            # What it asked for is answered: it may only have closed its sending side.
+            with trio.move_on_after(_FAREWELL_SECONDS):
+                await outbox.wait_empty()
+            return
+        reader.feed(data)
+
+
+class _Descriptors:
+    """Descriptors that came beside a client's data (SCM_RIGHTS) and wait for ``getfd``."""
+
+    def __init__(self) -> None:
+        self._waiting: collections.deque[int] = collections.deque()
+
+    async def receive(self, sock: trio.socket.SocketType) -> bytes:
+        """Data; the descriptors that come with it are kept. Raises OSError.
+
+        **Cancellation:** nothing was received.
+        """
+        if sock.family != socket.AF_UNIX:
+            return bytes(await sock.recv(_READ_BYTES))
+        space = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+        data, ancillary, _, _ = await sock.recvmsg(_READ_BYTES, space, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, content in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                numbers = array.array("i")
+                numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
+                self._waiting.extend(numbers)
+        while len(self._waiting) > MAX_FDS:
+            os.close(self._waiting.popleft())
+        return bytes(data)
+
+    def take(self) -> int | None:
+        """The oldest one, which is the caller's from here on."""
+        return self._waiting.popleft() if self._waiting else None
+
+    def close(self) -> None:
+        """Close those that nobody took."""
+        while self._waiting:
+            os.close(self._waiting.popleft())

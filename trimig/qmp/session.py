@@ -1,0 +1,198 @@
+"""What one client and the server say to each other, whatever carries it.
+
+Negotiation, commands and events are the same on a socket and on a websocket; here they are said once. The carrier
+brings decoded messages and takes answers out of the :class:`Outbox`.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import trio
+
+from .interface import CommandFailed, Dispatcher
+from .messages import Malformed
+
+#: Bytes that may wait for a client that does not read; then it is dropped.
+MAX_WAITING: Final = 1 << 20
+
+Message = dict[str, Any]
+
+
+class Dropped(Exception):
+    """The client is not worth waiting for any more."""
+
+
+class Outbox:
+    """Encoded messages on their way to one client. Putting never blocks; whoever reads too slowly is dropped."""
+
+    def __init__(self, *, limit: int = MAX_WAITING) -> None:
+        self._limit = limit
+        self._waiting: collections.deque[Any] = collections.deque()
+        self._bytes = 0
+        self._changed = trio.Event()
+        self._in_hand = False
+        self.overflowed = False
+
+    def put(self, item: Any, size: int) -> None:
+        """*item* of *size* bytes. Beyond the limit the outbox overflows for good: :meth:`get` raises Dropped."""
+        self._waiting.append((item, size))
+        self._bytes += size
+        if self._bytes > self._limit:
+            self.overflowed = True
+        self._wake()
+
+    async def get(self) -> Any:
+        """The oldest item. Asking again says that the one before has been written.
+
+        Raises:
+            Dropped: it overflowed.
+
+        **Cancellation:** nothing is lost.
+        """
+        self._in_hand = False
+        self._wake()
+        while not self._waiting and not self.overflowed:
+            await self._changed.wait()
+        if self.overflowed:
+            raise Dropped("it did not read")
+        item, size = self._waiting.popleft()
+        self._bytes -= size
+        self._in_hand = True
+        return item
+
+    async def wait_room(self) -> None:
+        """Wait until at most half of the limit is waiting: a client that sends much and reads little waits for itself.
+
+        **Cancellation:** no effect.
+        """
+        while self._bytes > self._limit // 2 and not self.overflowed:
+            await self._changed.wait()
+
+    async def wait_empty(self) -> None:
+        """Wait until everything was written.
+
+        **Cancellation:** no effect.
+        """
+        while (self._waiting or self._in_hand) and not self.overflowed:
+            await self._changed.wait()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+
+class Conversation:
+    """One client: negotiation, commands in order, events once it has negotiated.
+
+    Args:
+        dispatcher: executes the commands.
+        say: takes a message for the client; never blocks.
+        take_fd: the oldest descriptor that came with the client's data.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, say: Callable[[Message], None], take_fd: Callable[[], int | None] = lambda: None
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._say = say
+        self._take_fd = take_fd
+        self._negotiated = False
+        self._unsubscribe: Callable[[], None] | None = None
+        self._afterwards: list[Callable[[], None]] = []
+
+    def greet(self) -> None:
+        """The first message."""
+        self._say({"QMP": {"version": dict(self._dispatcher.version), "capabilities": []}})
+
+    def close(self) -> None:
+        """No more events. Idempotent."""
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+            self._unsubscribe = None
+
+    def take_fd(self) -> int | None:
+        """See :class:`trimig.qmp.Session`."""
+        return self._take_fd()
+
+    def when_answered(self, call: Callable[[], None]) -> None:
+        """See :class:`trimig.qmp.Session`."""
+        self._afterwards.append(call)
+
+    async def hear(self, message: tuple[Any] | Malformed) -> list[Callable[[], None]]:
+        """Answer one message; returns what is to be called when the answer is on its way.
+
+        **Cancellation:** as :meth:`Dispatcher.execute`.
+        """
+        await trio.lowlevel.checkpoint()
+        if isinstance(message, Malformed):
+            self._refuse({}, message.desc)
+            return []
+        ident: Message = {}
+        if isinstance(message[0], dict) and "id" in message[0]:
+            ident = {"id": message[0]["id"]}
+        try:
+            name, arguments = _command(message[0])
+            result = await self._execute(name, arguments)
+        except CommandFailed as error:
+            self._refuse(ident, error.desc, error.error_class)
+        else:
+            self._say({"return": result, **ident})
+        calls, self._afterwards = self._afterwards, []
+        return calls
+
+    def _refuse(self, ident: Message, desc: str, error_class: str = "GenericError") -> None:
+        self._say({"error": {"class": error_class, "desc": desc}, **ident})
+
+    async def _execute(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        if name == "qmp_capabilities":
+            return self._negotiate(arguments)
+        if not self._negotiated:
+            raise CommandFailed(
+                "Expecting capabilities negotiation with 'qmp_capabilities'", error_class="CommandNotFound"
+            )
+        if name == "query-commands":
+            _no_arguments(arguments)
+            return [{"name": command} for command in ("qmp_capabilities", "query-commands", *self._dispatcher.commands)]
+        return await self._dispatcher.execute(name, arguments, self)
+
+    def _negotiate(self, arguments: Mapping[str, Any]) -> Message:
+        if self._negotiated:
+            raise CommandFailed(
+                "Capabilities negotiation is already complete, command ignored", error_class="CommandNotFound"
+            )
+        wanted = arguments.get("enable", [])
+        _no_arguments({name: value for name, value in arguments.items() if name != "enable"})
+        if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+            raise CommandFailed("Invalid parameter type for 'enable', expected: array")
+        if wanted:
+            known = "Capability not available" if "oob" in wanted else "Parameter 'enable' does not accept value"
+            raise CommandFailed(f"{known}: {wanted[0]}")
+        self._negotiated = True
+        self._unsubscribe = self._dispatcher.subscribe(lambda event: self._say(dict(event)))
+        return {}
+
+
+def _no_arguments(arguments: Mapping[str, Any]) -> None:
+    for name in arguments:
+        raise CommandFailed(f"Parameter '{name}' is unexpected")
+
+
+def _command(message: Any) -> tuple[str, Mapping[str, Any]]:
+    """Name and arguments of a request; refused in QEMU's words if it is none."""
+    if not isinstance(message, dict):
+        raise CommandFailed("QMP input must be a JSON object")
+    for member in message:
+        # Out-of-band execution is not offered in the greeting, so a request for it is a mistake as in QEMU.
+        if member not in ("execute", "arguments", "id"):
+            raise CommandFailed(f"QMP input member '{member}' is unexpected")
+    if "execute" not in message:
+        raise CommandFailed("QMP input lacks member 'execute'")
+    name, arguments = message["execute"], message.get("arguments", {})
+    if not isinstance(name, str):
+        raise CommandFailed("QMP input member 'execute' must be a string")
+    if not isinstance(arguments, dict):
+        raise CommandFailed("QMP input member 'arguments' must be an object")
+    return name, arguments
