@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import signal
+import socket
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import trio
 from click.testing import CliRunner, Result
 
 from trimig import cli, qmp
+from trimig.cli import remote
 from trimig.cli.remote import Settings, State, Tracker, read_settings
 
 ADDRESS = "unix:/run/scripted"
@@ -329,6 +331,19 @@ def test_nobody_there_is_one_sentence(tmp_path: Path) -> None:
         assert "nobody" in result.stderr
 
 
+@pytest.mark.parametrize("words", [["status"], ["migrate", "tcp:127.0.0.1:1", "--wait"]])
+def test_server_that_does_not_greet_is_not_waited_for(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A QEMU that has a client on that socket already takes the connection, and says nothing."""
+    monkeypatch.setattr(remote, "CONNECT_LIMIT", 0.1)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "silent"))
+        silent.listen()
+        result = CliRunner().invoke(cli.main, [*words, "--qmp", f"unix:{tmp_path}/silent"])
+    assert (result.exit_code, "one client at a time" in result.stderr) == (1, True)
+
+
 # -- migrate -----------------------------------------------------------------------------------------------------------
 
 
@@ -541,9 +556,10 @@ def test_settings_that_cannot_be_put_back_are_named(invoke: Invoke) -> None:
 
 
 @pytest.mark.parametrize(
-    ("run_state", "status"), [("inmigrate", "none"), ("running", "active"), ("postmigrate", "completed")]
+    ("run_state", "status"),
+    [("inmigrate", "none"), ("running", "active"), ("postmigrate", "completed"), ("paused", "none")],
 )
-def test_dry_run_needs_a_guest_that_is_not_being_migrated(invoke: Invoke, run_state: str, status: str) -> None:
+def test_dry_run_needs_a_running_guest_that_is_not_being_migrated(invoke: Invoke, run_state: str, status: str) -> None:
     guest = Scripted(run_state=run_state, info={"status": status})
     assert invoke(guest, "migrate", "--dry-run").exit_code == 1
     assert not any("set" in name or name == "migrate" for name in guest.names)

@@ -4,10 +4,12 @@ a QMP socket, a ``trimig run`` as well as a QEMU."""
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final
 
 import click
+
+import trimig
 
 from .common import DONE, FAILED, UNCERTAIN, debug_option, json_option, run, show_size, write_json
 from .remote import CANCEL_LIMIT, Gone, Refused, Remote, connected, qmp_option, read_settings, settings_options
@@ -215,22 +217,31 @@ def events(address: str, until_end: bool, as_json: bool) -> int:
     return _run(address, as_json, job)
 
 
-async def _follow(feed: Any, remote: Remote, *, until_end: bool, as_json: bool) -> int:
+async def _follow(feed: AsyncIterator[Mapping[str, Any]], remote: Remote, *, until_end: bool, as_json: bool) -> int:
     closing = False
-    async for event in feed:
+    while True:
+        try:
+            event = await anext(feed, None)
+        except trimig.TransportFailed:
+            event = None
+        if event is None:
+            if closing and not until_end:
+                return DONE
+            raise Gone(f"{remote.address} has closed the connection")
         data = event.get("data", {})
         if as_json:
             write_json(event)
         else:
-            stamp = event.get("timestamp", {})
-            seconds = stamp.get("seconds", 0)
-            text = " ".join(str(v) if not isinstance(v, str) else v for v in data.values())
-            clock = time.strftime("%H:%M:%S", time.localtime(seconds))
-            print(f"{clock}.{stamp.get('microseconds', 0) // 1000:03} {event['event']} {text}".rstrip(), flush=True)
+            print(_line(event), flush=True)
         closing = closing or event["event"] == "SHUTDOWN"
         ended = data.get("status") if event["event"] == "MIGRATION" else None
         if until_end and ended in ("completed", "failed", "cancelled"):
             return DONE if ended == "completed" else FAILED
-    if closing and not until_end:
-        return DONE
-    raise Gone(f"{remote.address} has closed the connection")
+
+
+def _line(event: Mapping[str, Any]) -> str:
+    """Local time, name, and the values of an event."""
+    stamp = event.get("timestamp", {})
+    clock = time.strftime("%H:%M:%S", time.localtime(stamp.get("seconds", 0)))
+    values = " ".join(map(str, event.get("data", {}).values()))
+    return f"{clock}.{stamp.get('microseconds', 0) // 1000:03} {event['event']} {values}".rstrip()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, Final, Protocol, TypeVar
 
@@ -25,6 +26,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 #: Seconds for one answer. A QEMU that stops its guest for the switchover answers nothing meanwhile.
 ANSWER_LIMIT: Final = 30.0
+#: Seconds for the greeting.
+CONNECT_LIMIT: Final = 5.0
 #: Seconds for a cancelled migration to be over: the peer's grace, and some.
 CANCEL_LIMIT: Final = 20.0
 #: Seconds between two looks at what cannot notify us.
@@ -278,15 +281,22 @@ async def connected(address: str) -> AsyncIterator[Remote]:
     Raises:
         Refused: there is nobody, or somebody who does not speak QMP.
     """
-    async with contextlib.AsyncExitStack() as stack:
+    there = False
+    with trio.CancelScope(deadline=trio.current_time() + CONNECT_LIMIT) as limit:
         try:
-            client = await stack.enter_async_context(qmp.connect(address))
-        except trimig.ConfigError:
-            raise
+            async with qmp.connect(address) as client:
+                there, limit.deadline = True, math.inf
+                yield Remote(client, address)
         except (OSError, trimig.MigrationError, qmp.CommandFailed) as error:
+            if there or isinstance(error, trimig.ConfigError):
+                raise
             text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
             raise Refused(text if address in text else f"cannot reach {address}: {text}") from error
-        yield Remote(client, address)
+    if limit.cancelled_caught:
+        raise Refused(
+            f"{address} took the connection and has said nothing for {CONNECT_LIMIT:g} s; a QEMU serves one client at a "
+            "time on a QMP socket: is there another?"
+        )
 
 
 # -- settings as they are written --------------------------------------------------------------------------------------
