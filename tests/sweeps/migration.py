@@ -28,16 +28,18 @@ from trimig.testing import (
 HANDOVER_TIMEOUT = 2.0
 TEARDOWN_GRACE = 1.0
 STALL_TIMEOUT = 4.0
+#: Seconds in pre-switchover, where a migration is held.
+HELD = 0.5
 #: Bytes that a destination sends: PONG 1, the PONG that proves the prepare step, and SHUT.
 ANSWERS = 24
 
 Outcome = tuple[str, str, str]
 
 
-def make_config(*, return_path: bool = True, description: bool = True) -> trimig.Config:
+def make_config(*, return_path: bool = True, description: bool = True, hold: bool = False) -> trimig.Config:
     """Limits that virtual time makes short; no bandwidth limit."""
     return trimig.Config(
-        capabilities=trimig.Capabilities(return_path=return_path),
+        capabilities=trimig.Capabilities(return_path=return_path, pause_before_switchover=hold),
         parameters=trimig.Parameters(max_bandwidth=0),
         peer=dataclasses.replace(trimig.PeerProfile(), suppress_vmdesc=not description),
         handover_timeout=HANDOVER_TIMEOUT,
@@ -78,12 +80,26 @@ class Watched(trimig.Monitor):
         super().__init__()
         self._link = link
         self.decided_at: int | None = None
+        self.held_at: int | None = None
 
     def advance(self, new: Status) -> None:
         """The next status."""
         super().advance(new)
         if new is Status.HANDOVER:
             self.decided_at = self._link.sent("a->b")
+        if new is Status.SETUP:
+            self.held_at = None  # another attempt, over another link
+        if new is Status.PRE_SWITCHOVER:
+            self.held_at = self._link.sent("a->b")
+            # Not a task of a side's own, which a cancel would take away; it ends after HELD seconds in any case.
+            trio.lowlevel.spawn_system_task(self._go_on)
+        if new is Status.DEVICE and self.held_at is not None:
+            assert self._link.sent("a->b") == self.held_at, "something was sent while it was held"
+
+    async def _go_on(self) -> None:
+        await trio.sleep(HELD)
+        if self.status is Status.PRE_SWITCHOVER:
+            self.resume()
 
 
 class NotingStream(trio.abc.HalfCloseableStream):
@@ -114,6 +130,29 @@ class NotingStream(trio.abc.HalfCloseableStream):
     async def aclose(self) -> None:
         """Close the stream behind. **Cancellation:** it is closed nevertheless."""
         await self._stream.aclose()
+
+
+class DeliveringStream(NotingStream):
+    """Can also tell when the other end has taken everything; it asks now and then."""
+
+    def __init__(self, stream: trio.abc.HalfCloseableStream, link: VirtualLink) -> None:
+        super().__init__(stream)
+        self._link = link
+
+    async def delivered(self) -> None:
+        """Wait for it. **Cancellation:** no effect."""
+        await trio.lowlevel.checkpoint()
+        while self._link.delivered("a->b") < self._link.sent("a->b"):  # noqa: ASYNC110 - the link has no event for that
+            await trio.sleep(0.25)
+
+
+class SilentStream(DeliveringStream):
+    """There may be nobody who answers."""
+
+    perhaps_silent = True
+
+
+STREAMS: dict[str, Callable[..., NotingStream]] = {"delivering": DeliveringStream, "perhaps silent": SilentStream}
 
 
 class Life:
@@ -173,13 +212,16 @@ async def migrate_once(
     return_path: bool = True,
     description: bool = True,
     polite: bool = False,
+    hold: bool = False,
+    stream: str = "",
 ) -> Outcome:
     """Migrate under whatever the context injects, judge, settle what is open, and migrate again undisturbed."""
     source, target = make_guests(ctx.seed, pages=pages, content=content, dirty=dirty, run_state=run_state)
     referee = OwnerReferee(source=source, destination=target)
     life = Life(source)
-    config = make_config(return_path=return_path, description=description)
-    outgoing = NotingStream(FailingStream(ctx.link.a, ctx.calls, label="a"))
+    config = make_config(return_path=return_path, description=description, hold=hold)
+    failing = FailingStream(ctx.link.a, ctx.calls, label="a")
+    outgoing = STREAMS[stream](failing, ctx.link) if stream else NotingStream(failing)
     sender, taker = Watched(ctx.link), trimig.Monitor()
     living = trio.lowlevel.current_statistics().tasks_living
 
@@ -189,7 +231,9 @@ async def migrate_once(
 
     async def take() -> trimig.Summary:
         guest = FailingGuest(target, ctx.calls, label="destination")
-        return await trimig.receive(guest, FailingStream(ctx.link.b, ctx.calls, label="b"), config, monitor=taker)
+        # A destination that knew of the pause would wait for a silent source for ever.
+        there = make_config(return_path=return_path, description=description)
+        return await trimig.receive(guest, FailingStream(ctx.link.b, ctx.calls, label="b"), there, monitor=taker)
 
     if polite:
         sides: dict[str, Any] = {
@@ -199,6 +243,8 @@ async def migrate_once(
     else:
         sides = {"source": send, "destination": take}
     ends = await ctx.run(**sides)
+    if sender.held_at is not None:
+        await trio.sleep(HELD)  # for the one who lets it go on
     assert trio.lowlevel.current_statistics().tasks_living == living
     assert ctx.link.closed
     referee.check()

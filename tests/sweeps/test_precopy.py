@@ -136,3 +136,60 @@ def test_cancel_while_the_link_breaks(victims: tuple[str, ...], polite: bool) ->
         every=47,
     )
     assert runs > 200
+
+
+# -- held before the switchover ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("polite", [False, True], ids=["cancelled", "asked"])
+@pytest.mark.parametrize("victims", [SOURCE, DESTINATION], ids="+".join)
+def test_cancel_of_a_held_migration_at_every_edge(victims: tuple[str, ...], polite: bool) -> None:
+    """N3, N4, N5, F10, G4-G6 and G11 of states.md: before, at, in and behind pre-switchover; nothing is sent in it."""
+    report = run_sweep(scenario(pages=2, hold=True, polite=polite), CancelSweep(victims=victims), seeds=(0,)).show()
+    assert ("returned", "returned", "destination") in report.outcomes
+
+
+def test_deadlines_and_leaps_around_a_held_migration() -> None:
+    """N4: the caller's own time limit, and a clock that leaps."""
+    run_sweep(scenario(pages=2, hold=True), DeadlineSweep(), TimeLeap(), seeds=(0,)).show()
+
+
+def test_faults_around_a_held_migration() -> None:
+    """T3, N3: the connection breaks before, in or behind the pause."""
+    sweep = FaultSweep(kinds=("eof", "reset", "half-close"))
+    report = run_sweep(scenario(pages=2, dirty=0, hold=True, description=False), sweep, seeds=(0,), every=3).show()
+    assert "HandoverUncertain" in kinds_of_end(report.outcomes)
+
+
+@pytest.mark.parametrize("error", [OSError, None], ids=["OSError", "hang"])
+def test_calls_that_fail_around_a_held_migration(error: type[Exception] | None) -> None:
+    """M10: each call of guest and stream."""
+    run_sweep(scenario(pages=2, hold=True), CallSweep(errors=(error,)), seeds=(0,)).show()
+
+
+# -- streams that can say more, or less ----------------------------------------------------------------------------
+
+
+def test_cancel_where_delivery_is_waited_for() -> None:
+    """G3 of states.md: the decision and the wait for its delivery are one, and shielded."""
+    report = run_sweep(
+        scenario(pages=2, return_path=False, stream="delivering"),
+        CancelSweep(),
+        CancelSweep(victims=DESTINATION),
+        seeds=(0,),
+    ).show()
+    assert ("returned", "returned", "destination") in report.outcomes
+
+
+def test_cut_where_delivery_is_waited_for() -> None:
+    """G3 of states.md: what was not delivered is uncertain, not completed."""
+    sweep = FaultSweep(kinds=("reset", "blackhole"))
+    there = scenario(pages=2, dirty=0, return_path=False, description=False, stream="delivering")
+    report = run_sweep(there, sweep, seeds=(0,), every=3).show()
+    assert "HandoverUncertain" in kinds_of_end(report.outcomes)
+
+
+def test_cancel_and_cut_where_perhaps_nobody_answers() -> None:
+    """K1, T1: as long as somebody does, the same rules hold as for any other stream."""
+    there = scenario(pages=2, dirty=0, description=False, stream="perhaps silent")
+    run_sweep(there, CancelSweep(), FaultSweep(kinds=("eof", "reset")), seeds=(0,), every=5).show()

@@ -79,6 +79,7 @@ class _Arrival:
         self.header: ev.SectionHeader | None = None
         self.loaded = False
         self.ram_ended = False
+        self.between = False  # the last that came was the end of a section
         self.run_state = "running"
         self.resume_seconds = 0.0
         self.configuration: ev.Configuration | None = None
@@ -144,9 +145,7 @@ class _Arrival:
         config, guest = self.config, self.guest
         stream = await open_stream()
         self.monitor.listening()
-        # A source that is held before the switchover sends nothing, for as long as somebody likes.
-        patience = math.inf if config.capabilities.pause_before_switchover else config.stall_timeout
-        channel = self.channel = Channel(stream, stall_timeout=patience)
+        channel = self.channel = Channel(stream, stall_timeout=config.stall_timeout)
         decoder = Decoder(
             measure=None if isinstance(guest, OpaqueGuest) else self._measure,
             configuration=config.peer.send_configuration,
@@ -181,7 +180,7 @@ class _Arrival:
             if await self.ram.place_run(channel, decoder):
                 self.counters.transferred = channel.received
                 continue
-            count = await channel.receive_into(decoder.writable())
+            count = await channel.receive_into(decoder.writable(), stall_timeout=self._patience())
             self.counters.transferred = channel.received
             if count:
                 decoder.received(count)
@@ -190,6 +189,15 @@ class _Arrival:
             if tail is not None:
                 await self._take_tail(tail, tail_at, ended=True)
                 return
+
+    def _patience(self) -> float | None:
+        """How long the source may be silent now; None for the usual time.
+
+        One that is held before the switchover sends nothing for as long as somebody likes. That is behind a section of
+        RAM, and nowhere else.
+        """
+        held = self.between and not self.ram_ended and self.config.capabilities.pause_before_switchover
+        return math.inf if held else None
 
     def _measure(self, idstr: str, instance_id: int, version_id: int, data: memoryview) -> int | None:
         if idstr == globalstate.IDSTR:
@@ -207,6 +215,7 @@ class _Arrival:
 
     async def _handle(self, event: ev.Event, decoder: Decoder) -> bool:
         """Take one event; True if the guest has been taken over and nothing more is to be read."""
+        self.between = isinstance(event, ev.SectionFooter | ev.RamEnd)
         match event:
             case ev.PageRun():
                 await self.ram.pages(event)
