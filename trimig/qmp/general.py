@@ -1,0 +1,100 @@
+"""Commands about the machine itself: what it is, whether it runs, its end, and descriptors for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Final
+
+from .arguments import Argument
+from .interface import CommandFailed, Session
+from .machine import Command, Machine
+
+
+async def query_version(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``query-version``."""
+    return machine.version
+
+
+async def query_name(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``query-name``: without one, an empty object."""
+    return {"name": machine.name} if machine.name else {}
+
+
+async def query_uuid(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``query-uuid``."""
+    return {"UUID": machine.uuid}
+
+
+async def query_status(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``query-status``."""
+    state = machine.run_state
+    return {"status": state, "singlestep": False, "running": state == "running"}
+
+
+async def stop(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``stop``: harmless on a guest that stands still; refused while it is handed over or has not come."""
+    if machine.waiting:
+        raise CommandFailed("the guest has not arrived yet: stop it when it has, or start with -S")
+    if machine.guest.run_state == "running":
+        await machine.guest.pause()
+        machine.emit("STOP")
+    return {}
+
+
+async def cont(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``cont``: refused where the guest is not, or not certainly, this side's."""
+    if machine.waiting:
+        raise CommandFailed("the guest has not arrived yet")
+    machine.check_ours()
+    if machine.guest.run_state != "running":
+        await machine.guest.resume()
+        machine.emit("RESUME")
+    return {}
+
+
+async def quit_(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``quit``: the machine ends when the answer has been written."""
+    machine.emit("SHUTDOWN", guest=False, reason="host-qmp-quit")
+    session.when_answered(machine.ended.set)
+    return {}
+
+
+async def getfd(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``getfd``: the descriptor that came with the command gets a name; an older one of that name is closed."""
+    name = arguments["fdname"]
+    fd = session.take_fd()
+    if fd is None:
+        raise CommandFailed("No file descriptor supplied via SCM_RIGHTS")
+    if name[:1].isdigit():
+        os.close(fd)
+        raise CommandFailed("Parameter 'fdname' expects a name not starting with a digit")
+    if (old := machine.descriptors.pop(name, None)) is not None:
+        os.close(old)
+    machine.descriptors[name] = fd
+    return {}
+
+
+async def closefd(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``closefd``."""
+    name = arguments["fdname"]
+    fd = machine.descriptors.pop(name, None)
+    if fd is None:
+        raise CommandFailed(f"File descriptor named '{name}' not found")
+    os.close(fd)
+    return {}
+
+
+_NAME: Final = {"fdname": Argument("str")}
+
+COMMANDS: Final[Mapping[str, Command]] = {
+    "query-version": Command(signature={}, handler=query_version),
+    "query-name": Command(signature={}, handler=query_name),
+    "query-uuid": Command(signature={}, handler=query_uuid),
+    "query-status": Command(signature={}, handler=query_status),
+    "stop": Command(signature={}, handler=stop),
+    "cont": Command(signature={}, handler=cont),
+    "quit": Command(signature={}, handler=quit_),
+    "getfd": Command(signature=_NAME, handler=getfd),
+    "closefd": Command(signature=_NAME, handler=closefd),
+}

@@ -1,0 +1,319 @@
+"""One guest as QMP sees it: its run state, its migrations in the background, its events.
+
+The machine owns what commands share and nothing else does: the configuration that the next migration gets, the named
+descriptors, and one monitor for each direction. The commands themselves are functions of a machine, in
+:mod:`.general`, :mod:`.migration` and :mod:`.settings`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final, TypeAlias
+
+import trio
+
+from .. import api, blockers
+from ..config import Config
+from ..errors import HandoverUncertain, MigrationError, Ownership, StateError
+from ..guest import Guest
+from ..info import Event, Summary
+from ..monitor import Monitor
+from ..status import IDLE, Status
+from . import arguments as args
+from .interface import CommandFailed, Session
+
+log: Final = logging.getLogger("trimig.qmp")
+
+Handler: TypeAlias = Callable[["Machine", Mapping[str, Any], Session], Awaitable[Any]]
+
+#: QEMU's for a machine that was given none.
+NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
+#: Statuses in which the engine, and nobody else, decides whether the guest runs.
+_SWITCHING: Final = frozenset({Status.PRE_SWITCHOVER, Status.DEVICE, Status.HANDOVER})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One command: what it takes and what does it. ``signature`` None: the handler checks its arguments itself."""
+
+    signature: args.Signature | None
+    handler: Handler
+
+
+class Machine:
+    """Implements :class:`trimig.qmp.Dispatcher` for one guest.
+
+    Args:
+        guest: the guest. Whoever makes it ends it.
+        nursery: where migrations go on while the clients come and go.
+        config: what the first migration gets; QMP changes a copy.
+        name: of ``query-name``.
+        uuid: of ``query-uuid``.
+        waiting: the guest waits to be filled (``inmigrate``) instead of running or standing still.
+    """
+
+    def __init__(
+        self,
+        guest: Guest,
+        nursery: trio.Nursery,
+        config: Config | None = None,
+        *,
+        name: str = "",
+        uuid: str | None = None,
+        waiting: bool = False,
+        version: str = "",
+    ) -> None:
+        from .commands import COMMANDS  # the table needs the commands, and they the machine
+
+        self._commands: Mapping[str, Command] = COMMANDS
+        self.guest = guest
+        self.config = config or Config()
+        self.name = name
+        self.uuid = uuid or NO_UUID
+        self.outgoing = Monitor()
+        self.incoming = Monitor()
+        #: ``deferred`` until an address is given, then ``active``; ``failed`` may be tried again; ``none``: it never
+        #: was asked to wait, or the guest has come.
+        self.arrival = "deferred" if waiting else "none"
+        #: Why the last ``migrate`` failed before it had begun; None if it began.
+        self.stillborn: str | None = None
+        self.uncertain: HandoverUncertain | None = None
+        self.summary: Summary | None = None
+        self.descriptors: dict[str, int] = {}
+        #: Set when the machine is to end: by ``quit``.
+        self.ended = trio.Event()
+        self._nursery = nursery
+        self._version = version
+        self._subscribers: dict[object, Callable[[Mapping[str, Any]], None]] = {}
+        self._told: str | None = None
+        self._departing = False
+        self._refused: MigrationError | None = None
+        self.outgoing.add_listener(functools.partial(self._migration_event, self.outgoing))
+        self.incoming.add_listener(functools.partial(self._migration_event, self.incoming))
+
+    # -- Dispatcher ------------------------------------------------------------------------------------------------
+
+    @property
+    def commands(self) -> Sequence[str]:
+        """The names of all commands."""
+        return tuple(self._commands)
+
+    @property
+    def version(self) -> Mapping[str, Any]:
+        """The version of QEMU whose commands these are, and ours as its package."""
+        package = f"trimig {self._version}".strip()
+        return {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": package}
+
+    async def execute(self, name: str, arguments: Mapping[str, Any], session: Session) -> Any:
+        """See :class:`trimig.qmp.Dispatcher`."""
+        command = self._commands.get(name)
+        if command is None:
+            raise CommandFailed(f"The command {name} has not been found", error_class="CommandNotFound")
+        if command.signature is not None:
+            args.check(arguments, command.signature)
+        try:
+            return await command.handler(self, arguments, session)
+        except MigrationError as error:
+            raise CommandFailed(str(error)) from error
+
+    def subscribe(self, told: Callable[[Mapping[str, Any]], None]) -> Callable[[], None]:
+        """See :class:`trimig.qmp.Dispatcher`."""
+        key = object()
+        self._subscribers[key] = told
+
+        def remove() -> None:
+            self._subscribers.pop(key, None)
+
+        return remove
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def emit(self, name: str, **data: Any) -> None:
+        """Tell all clients."""
+        now = time.time_ns() // 1000
+        event: dict[str, Any] = {"event": name}
+        if data:
+            event["data"] = data
+        event["timestamp"] = {"seconds": now // 1_000_000, "microseconds": now % 1_000_000}
+        for told in tuple(self._subscribers.values()):
+            told(event)
+
+    def _migration_event(self, monitor: Monitor, event: Event) -> None:
+        wanted = self.config.capabilities.events
+        match event.name:
+            case "STOP" | "RESUME":
+                self.emit(event.name)
+            case "MIGRATION_PASS" if wanted:
+                self.emit(event.name, **event.data)
+            case "MIGRATION":
+                # What clients are shown has fewer statuses than there are; none is told twice in a row.
+                status = Status(event.data["status"]).qmp
+                arrives = monitor is self.incoming and status == "setup"  # told when it was asked for
+                if wanted and not arrives and status != self._told:
+                    self.emit("MIGRATION", status=status)
+                self._told = status
+
+    # -- the run state ---------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """An outgoing migration is under way, or its outcome is not settled."""
+        return self._departing or self.outgoing.status not in IDLE
+
+    @property
+    def waiting(self) -> bool:
+        """The guest has not come yet."""
+        return self.arrival != "none" and self.incoming.status is not Status.COMPLETED
+
+    @property
+    def gone(self) -> bool:
+        """The guest was handed over: it is the destination's."""
+        return self.outgoing.status is Status.COMPLETED and self.guest.run_state != "running"
+
+    @property
+    def run_state(self) -> str:
+        """QEMU's name of what the guest is doing."""
+        if self.ended.is_set():
+            return "shutdown"
+        if self.waiting:
+            return "inmigrate"
+        state = self.guest.run_state
+        if state == "running":
+            return state
+        if self.gone:
+            return "postmigrate"
+        if self.outgoing.status in _SWITCHING:
+            return "finish-migrate"
+        return "prelaunch" if state == "inmigrate" else state
+
+    def check_ours(self) -> None:
+        """Refuse to let the guest run where it must not.
+
+        Raises:
+            StateError: it is or may be the destination's, or is being handed over.
+        """
+        if self.outgoing.status is Status.UNCERTAIN:
+            raise StateError(
+                "it is not certain which side owns the guest: look at the destination, then say it with "
+                "x-trimig-settle {'owner': 'source' or 'destination'}"
+            )
+        if self.outgoing.status in _SWITCHING:
+            raise StateError("Migration is not finalized yet")
+        if self.gone:
+            raise StateError("the guest was handed over: it is the destination's, and must not run here too")
+
+    # -- migrations ------------------------------------------------------------------------------------------------
+
+    async def depart(self, uri: str) -> None:
+        """Migrate to *uri* in the background; returns when that has begun.
+
+        Raises:
+            MigrationError: it could not even begin.
+
+        **Cancellation:** it goes on in the background.
+        """
+        self.stillborn = self.uncertain = self.summary = self._told = None
+        self._departing = True  # until it is its turn nobody else may begin
+        begun = trio.Event()
+
+        def heard(event: Event) -> None:
+            if event.name == "MIGRATION":
+                begun.set()
+
+        forget = self.outgoing.add_listener(heard)
+        try:
+            self._nursery.start_soon(self._depart, uri, begun, name="trimig.qmp.migrate")
+            await begun.wait()
+        finally:
+            forget()
+        if self._refused is not None:
+            raise self._refused
+
+    async def _depart(self, uri: str, begun: trio.Event) -> None:
+        self._refused = None
+        try:
+            self.summary = await api.migrate(self.guest, uri, self.config, monitor=self.outgoing)
+        except HandoverUncertain as error:
+            self.uncertain = error
+            log.error("%s", error)
+        except MigrationError as error:
+            log.warning("the migration to %s failed: %s", uri, error)
+            if not begun.is_set():
+                self._refused = error
+                self.stillborn = str(error)
+        finally:
+            self._departing = False
+            begun.set()
+
+    async def arrive(self, uri: str) -> None:
+        """Wait at *uri* for the guest. Returns when somebody can connect there.
+
+        Raises:
+            MigrationError: nobody can.
+
+        **Cancellation:** it goes on in the background.
+        """
+        self.arrival, self._told = "active", "setup"
+        self.emit("MIGRATION", status="setup")
+        waiting = trio.Event()
+        failures: list[MigrationError] = []
+
+        def heard(event: Event) -> None:
+            if event.name == "LISTENING":
+                waiting.set()
+
+        forget = self.incoming.add_listener(heard)
+        try:
+            self._nursery.start_soon(self._arrive, uri, waiting, failures, name="trimig.qmp.receive")
+            await waiting.wait()
+        finally:
+            forget()
+        if failures:
+            raise failures[0]
+
+    async def _arrive(self, uri: str, waiting: trio.Event, failures: list[MigrationError]) -> None:
+        try:
+            self.summary = await api.receive(self.guest, uri, self.config, monitor=self.incoming)
+        except MigrationError as error:
+            self.arrival = "failed"
+            log.warning("nothing has arrived: %s", error)
+            failures.append(error)
+        else:
+            self.arrival = "none"
+        finally:
+            waiting.set()
+
+    async def settle(self, owner: Ownership) -> None:
+        """Say who owns the guest after an uncertain handover.
+
+        Raises:
+            StateError: nothing is uncertain.
+            GuestFailed: it could not be resumed.
+
+        **Cancellation:** as :meth:`trimig.HandoverUncertain.settle`.
+        """
+        if self.uncertain is None or self.outgoing.status is not Status.UNCERTAIN:
+            raise StateError("nothing is to be settled: it is certain which side owns the guest")
+        await self.uncertain.settle(owner)
+
+    def info(self) -> dict[str, Any]:
+        """The answer to ``query-migrate``: the incoming part, and over it the outgoing one."""
+        info = dict(self.incoming.info())
+        if self.stillborn is not None:
+            info.update(status="failed", **({"error-desc": self.stillborn} if self.stillborn else {}))
+        else:
+            info.update(self.outgoing.info())
+        if reasons := blockers.reasons(self.guest):
+            info["blocked-reasons"] = list(reasons)
+        return info
+
+    def close(self) -> None:
+        """Close the descriptors that nobody has used."""
+        for fd in self.descriptors.values():
+            os.close(fd)
+        self.descriptors.clear()

@@ -1,0 +1,199 @@
+"""Commands that begin, steer, end and show migrations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Final
+
+from .. import blockers, transport
+from ..errors import ConfigError, Ownership, StateError
+from ..status import Status
+from .arguments import Argument, check, check_value
+from .interface import CommandFailed, Session
+from .machine import Command, Machine
+
+_STR: Final = Argument("str")
+_OPTIONAL_BOOL: Final = Argument("bool", optional=True)
+#: The statuses of QEMU's type MigrationStatus.
+_STATUSES: Final = (
+    "none", "setup", "cancelling", "cancelled", "active", "postcopy-active", "postcopy-paused", "postcopy-recover",
+    "completed", "failed", "colo", "pre-switchover", "device", "wait-unplug",
+)  # fmt: skip
+
+
+async def migrate(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``migrate``: the checks in QEMU's order, then the migration in the background."""
+    if arguments.get("resume"):
+        raise CommandFailed("Cannot resume if there is no paused migration (postcopy is not built into trimig yet)")
+    if machine.busy:
+        raise CommandFailed("There's a migration process in progress")
+    if machine.waiting:
+        raise CommandFailed("Guest is waiting for an incoming migration")
+    if machine.gone:
+        raise CommandFailed("Can't migrate the vm that was paused due to previous migration")
+    if reasons := blockers.reasons(machine.guest):
+        raise CommandFailed(reasons[0])
+    if arguments.get("blk") or arguments.get("inc"):
+        raise CommandFailed(
+            "block migration ('blk', 'inc') is not built into trimig: mirror the disks over NBD instead"
+        )
+    # Errors from here on leave the status `failed`, as in QEMU; an unknown scheme without a text.
+    uri = _uri(arguments)
+    machine.stillborn = ""
+    if uri.startswith("fd:") and not uri[3:4].isdigit():
+        uri = f"fd:{_take_descriptor(machine, uri[3:])}"
+    try:
+        transport.check(uri)
+        await machine.depart(uri)
+    except (ConfigError, StateError) as error:
+        machine.stillborn = str(error)
+        if uri.startswith("fd:"):
+            _close_unused(uri)
+        raise
+    return {}
+
+
+def _take_descriptor(machine: Machine, name: str) -> int:
+    """Consume the descriptor called *name*: from here on it is the migration's."""
+    fd = machine.descriptors.pop(name, None)
+    if fd is None:
+        machine.stillborn = f"File descriptor named '{name}' has not been found"
+        raise CommandFailed(machine.stillborn)
+    return fd
+
+
+def _close_unused(uri: str) -> None:
+    """A descriptor that the transport has refused to take, or was never given."""
+    try:
+        os.close(int(uri[3:]))
+    except (ValueError, OSError):
+        return
+
+
+def _uri(arguments: Mapping[str, Any]) -> str:
+    """The address, from ``uri`` or from newer QEMUs' ``channels``."""
+    if ("uri" in arguments) == ("channels" in arguments):
+        if "uri" in arguments:
+            raise CommandFailed("'uri' and 'channels' arguments are mutually exclusive; exactly one of them is needed")
+        raise CommandFailed("Parameter 'uri' is missing")
+    if "uri" in arguments:
+        uri = arguments["uri"]
+        assert isinstance(uri, str)
+        return uri
+    channels = arguments["channels"]
+    if len(channels) != 1:
+        raise CommandFailed("Parameter 'channels' expects one channel of the type 'main'")
+    check_value("channels[0]", channels[0], Argument("object"))
+    signature = {"channel-type": Argument("str", choices=("main",)), "addr": Argument("object")}
+    check(channels[0], signature)
+    return _address(channels[0]["addr"])
+
+
+def _address(address: Mapping[str, Any]) -> str:
+    check_value("transport", address.get("transport"), Argument("str", choices=("socket", "exec", "file", "rdma")))
+    rest = {name: value for name, value in address.items() if name != "transport"}
+    match address["transport"]:
+        case "exec":
+            check(rest, {"args": Argument("list")})
+            words = rest["args"]
+            if len(words) != 3 or words[:2] != ["/bin/sh", "-c"] or not isinstance(words[2], str):
+                raise CommandFailed("Parameter 'args' expects ['/bin/sh', '-c', COMMAND]")
+            return f"exec:{words[2]}"
+        case "file":
+            check(rest, {"filename": _STR, "offset": Argument("int", optional=True)})
+            return f"file:{rest['filename']},offset={rest.get('offset', 0)}"
+        case "rdma":
+            return "rdma:"
+    kind = rest.pop("type", None)
+    check_value("type", kind, Argument("str", choices=("inet", "unix", "fd")))
+    if kind == "unix":
+        check(rest, {"path": _STR})
+        return f"unix:{rest['path']}"
+    if kind == "fd":
+        check(rest, {"str": _STR})
+        return f"fd:{rest['str']}"
+    check(rest, {"host": _STR, "port": _STR})
+    host = f"[{rest['host']}]" if ":" in rest["host"] else rest["host"]
+    return f"tcp:{host}:{rest['port']}"
+
+
+async def migrate_incoming(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``migrate-incoming``: once, or again after a failure."""
+    if machine.arrival == "none":
+        raise CommandFailed("'-incoming' was not specified on the command line")
+    if machine.arrival == "active":
+        raise CommandFailed("The incoming migration has already been started")
+    uri = _uri(arguments)
+    if uri.startswith("fd:") and not uri[3:4].isdigit():
+        uri = f"fd:{_take_descriptor(machine, uri[3:])}"
+    transport.check(uri)
+    await machine.arrive(uri)
+    return {}
+
+
+async def migrate_cancel(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``migrate_cancel``: harmless when nothing is under way; refused when the decision has been sent."""
+    machine.outgoing.cancel("migrate_cancel")
+    return {}
+
+
+async def migrate_continue(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``migrate-continue``: out of pre-switchover."""
+    status = machine.outgoing.status
+    if status is not Status.PRE_SWITCHOVER or arguments["state"] != status.qmp:
+        raise CommandFailed(f"Migration not in expected state: {status.qmp}")
+    machine.outgoing.resume()
+    return {}
+
+
+async def query_migrate(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``query-migrate``."""
+    return machine.info()
+
+
+async def start_postcopy(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``migrate-start-postcopy``: refused, because the capability cannot be on."""
+    raise CommandFailed(
+        "Enable postcopy with migrate_set_capability before the start of migration (postcopy is not built into trimig yet)"
+    )
+
+
+async def migrate_pause(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``migrate-pause``: refused."""
+    raise CommandFailed("migrate-pause is currently only supported during postcopy-active state")
+
+
+async def migrate_recover(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``migrate-recover``: refused."""
+    raise CommandFailed("Migrate recover can only be run when postcopy is paused.")
+
+
+async def settle(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``x-trimig-settle``, ours: say who owns the guest after an uncertain handover."""
+    await machine.settle(Ownership(arguments["owner"]))
+    return {}
+
+
+_CHANNELS: Final = {"uri": Argument("str", optional=True), "channels": Argument("list", optional=True)}
+
+COMMANDS: Final[Mapping[str, Command]] = {
+    "migrate": Command(
+        signature={
+            **_CHANNELS,
+            "blk": _OPTIONAL_BOOL,
+            "inc": _OPTIONAL_BOOL,
+            "detach": _OPTIONAL_BOOL,
+            "resume": _OPTIONAL_BOOL,
+        },
+        handler=migrate,
+    ),
+    "migrate_cancel": Command(signature={}, handler=migrate_cancel),
+    "migrate-continue": Command(signature={"state": Argument("str", choices=_STATUSES)}, handler=migrate_continue),
+    "migrate-incoming": Command(signature=_CHANNELS, handler=migrate_incoming),
+    "migrate-start-postcopy": Command(signature={}, handler=start_postcopy),
+    "migrate-pause": Command(signature={}, handler=migrate_pause),
+    "migrate-recover": Command(signature={"uri": _STR}, handler=migrate_recover),
+    "query-migrate": Command(signature={}, handler=query_migrate),
+    "x-trimig-settle": Command(signature={"owner": Argument("str", choices=("source", "destination"))}, handler=settle),
+}
