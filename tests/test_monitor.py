@@ -152,6 +152,20 @@ async def test_destination_too_late_to_cancel() -> None:
         monitor.cancel("no more")
 
 
+@pytest.mark.parametrize("status", ALL)
+async def test_resume_in_every_status(status: Status) -> None:
+    """F13, F14: goes on from pre-switchover; refused everywhere else, naming the status, and nothing is changed."""
+    monitor = brought_to(status)
+    if status is S.PRE_SWITCHOVER:
+        monitor.resume()
+        assert monitor.status is S.DEVICE
+        return
+    with pytest.raises(StateError, match=f"the status is {status.value}") as caught:
+        monitor.resume()
+    assert caught.value.status == status.value
+    assert monitor.status is status
+
+
 # -- parameters ----------------------------------------------------------------------------------------------------
 
 

@@ -195,7 +195,7 @@ def statuses(monitor_events: list[trimig.Event]) -> list[str]:
 
 
 def members(info: Mapping[str, object]) -> set[str]:
-    """The names in a ``query-migrate``, those of ``ram`` as ``ram.total``; without the two that are trimig's own."""
-    names = set(info) - {"owner", "dirty-tracking"}
+    """The names in a ``query-migrate``, those of ``ram`` as ``ram.total``; without those that are trimig's own."""
+    names = set(info) - {"owner", "dirty-tracking", "convergence"}
     ram = info.get("ram")
     return names | ({f"ram.{name}" for name in ram} if isinstance(ram, Mapping) else set())
