@@ -23,6 +23,7 @@ from .common import CANCELLED, FAILED, debug_option, report_error
 #: Command -> the module that has it, under its own name, in the order of the help.
 COMMANDS: Final = {
     "demo": "demo",
+    "run": "run",
     "migrate": "migrate",
     "status": "control",
     "info": "control",

@@ -9,4 +9,6 @@ from .client import connect as connect
 from .interface import CommandFailed as CommandFailed
 from .interface import Dispatcher as Dispatcher
 from .interface import Session as Session
+from .machine import Machine as Machine
 from .server import serve as serve
+from .websocket import serve_websocket as serve_websocket

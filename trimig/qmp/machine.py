@@ -91,6 +91,7 @@ class Machine:
         self._version = version
         self._subscribers: dict[object, Callable[[Mapping[str, Any]], None]] = {}
         self._told: str | None = None
+        self._jobs: set[trio.Event] = set()
         self._departing = False
         self._refused: MigrationError | None = None
         self.outgoing.add_listener(functools.partial(self._migration_event, self.outgoing))
@@ -236,6 +237,7 @@ class Machine:
 
     async def _depart(self, uri: str, begun: trio.Event) -> None:
         self._refused = None
+        done = self._job()
         try:
             self.summary = await api.migrate(self.guest, uri, self.config, monitor=self.outgoing)
         except HandoverUncertain as error:
@@ -249,6 +251,7 @@ class Machine:
         finally:
             self._departing = False
             begun.set()
+            done()
 
     async def arrive(self, uri: str) -> None:
         """Wait at *uri* for the guest. Returns when somebody can connect there.
@@ -277,6 +280,7 @@ class Machine:
             raise failures[0]
 
     async def _arrive(self, uri: str, waiting: trio.Event, failures: list[MigrationError]) -> None:
+        done = self._job()
         try:
             self.summary = await api.receive(self.guest, uri, self.config, monitor=self.incoming)
         except MigrationError as error:
@@ -287,6 +291,39 @@ class Machine:
             self.arrival = "none"
         finally:
             waiting.set()
+            done()
+
+    def _job(self) -> Callable[[], None]:
+        """A migration goes on from now until what is returned is called."""
+        done = trio.Event()
+        self._jobs.add(done)
+
+        def end() -> None:
+            done.set()
+            self._jobs.discard(done)
+
+        return end
+
+    async def wind_up(self, reason: str) -> None:
+        """Cancel what can be cancelled, wait for what cannot, and leave the guest paused.
+
+        Each of these is bounded: by ``teardown_grace``, or by ``handover_timeout``.
+
+        Raises:
+            GuestFailed: it could not be paused.
+
+        **Cancellation:** the migrations go on, and the guest may run.
+        """
+        for monitor in (self.outgoing, self.incoming):
+            try:
+                monitor.cancel(reason)
+            except StateError as error:
+                log.warning("%s; waiting for its answer", error)
+        for done in tuple(self._jobs):
+            await done.wait()
+        if self.guest.run_state == "running":
+            await self.guest.pause()
+            self.emit("STOP")
 
     async def settle(self, owner: Ownership) -> None:
         """Say who owns the guest after an uncertain handover.

@@ -1,0 +1,120 @@
+"""``--guest SPEC``: what ``trimig run`` hosts, and how it comes to be."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import sys
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import trio
+
+import trimig
+
+_PARAM: Final = "--guest"
+_SIZES: Final = ("size", "dirty-rate", "hot")
+
+
+def _bad(text: str) -> click.BadParameter:
+    return click.BadParameter(text, param_hint=_PARAM)
+
+
+@contextlib.asynccontextmanager
+async def open_guest(
+    spec: str, *, waiting: bool, stopped: bool, name: str, peer: trimig.PeerProfile
+) -> AsyncIterator[trimig.Guest]:
+    """The guest of *spec*, for as long as the context is open.
+
+    Args:
+        waiting: it will be filled by an incoming migration.
+        stopped: it does not run yet.
+        name: the machine's name on the wire; empty for the guest's own.
+        peer: what a parked guest is saved for.
+
+    Raises:
+        click.BadParameter: *spec* cannot be understood, or there is no such thing.
+
+    **Cancellation:** the guest is ended.
+    """
+    kind, colon, rest = spec.partition(":")
+    if kind == "process":
+        options = _process_options(rest if colon else "")
+        if name:
+            options["name"] = name
+        async with trimig.ProcessGuest.open(running=not (waiting or stopped), **options) as guest:
+            yield guest
+    elif kind == "parked" and rest:
+        path = Path(rest)
+        if waiting:
+            if await trio.Path(path).exists():
+                raise _bad(f"{rest} exists; the guest that arrives would replace the one in it")
+            with trimig.ParkedGuest(path, peer=peer) as parked:
+                yield parked
+        else:
+            with await trimig.ParkedGuest.load(path) as parked:
+                yield parked
+    elif kind == "app" and rest:
+        async with _from_python(rest, running=not (waiting or stopped)) as found:
+            yield found
+    else:
+        raise _bad(f"{spec!r} is not process[:size=256M,…], app:pkg.mod:factory or parked:FILE")
+
+
+def _process_options(text: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        if key == "seed" and equals and value.isdigit():
+            options["seed"] = int(value)
+            continue
+        if key not in _SIZES or not equals:
+            raise _bad(f"{part!r} is not one of {', '.join(f'{name}=SIZE' for name in _SIZES)}, seed=NUMBER")
+        try:
+            options[key.replace("-", "_")] = trimig.parse_size(value)
+        except trimig.ConfigError as error:
+            raise _bad(f"{key}: {error}") from None
+    return options
+
+
+@contextlib.asynccontextmanager
+async def _from_python(text: str, *, running: bool) -> AsyncIterator[trimig.Guest]:
+    """A guest of the user's own: an object, or what makes one (a function, also async, or a context manager)."""
+    module_name, colon, path = text.partition(":")
+    if not colon or not module_name or not path:
+        raise _bad(f"app:{text} needs a module and a name in it: app:pkg.mod:factory")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the user's module lies where the command is given
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise _bad(f"app:{text}: {error}") from error
+    for part in path.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            raise _bad(f"app:{text}: {module_name} has no {path}") from None
+    if callable(found) and not isinstance(found, trimig.Guest):
+        found = found(**_arguments(found, {"running": running}))
+    async with contextlib.AsyncExitStack() as stack:
+        if inspect.isawaitable(found):
+            found = await found
+        if hasattr(found, "__aenter__"):
+            found = await stack.enter_async_context(found)
+        elif hasattr(found, "__enter__"):
+            found = stack.enter_context(found)
+        if not isinstance(found, trimig.Guest):
+            raise _bad(f"app:{text} gave {type(found).__name__!r}, which is no guest (see trimig.Guest)")
+        yield found
+
+
+def _arguments(function: Any, offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of *offered* that *function* takes by name."""
+    try:
+        names = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
+    return {name: value for name, value in offered.items() if name in names}
