@@ -283,3 +283,42 @@ async def test_somebody_who_has_answered_and_goes_away_is_a_failure(autojump_clo
     with pytest.raises(trimig.TransportFailed, match="without an answer"):
         await sent_through(pair, MaybeNobody(pair.link.a, 1.0), leave)
     assert pair.source.running
+
+
+# -- how it is closed ----------------------------------------------------------------------------------------------
+
+
+class SlowToClose(OnlySends):
+    """Has a goodbye to say that nobody answers."""
+
+    async def aclose(self) -> None:
+        """Waits for ever, and closes by force if that is cut short."""
+        try:
+            await trio.sleep_forever()
+        finally:
+            self.stream.close()  # type: ignore[attr-defined]  # a virtual one
+
+
+async def test_close_in_order_is_bounded(autojump_clock: trio.testing.MockClock) -> None:
+    """TLS and websockets say goodbye; a peer that does not answer it costs the grace and no more."""
+    pair = Pair(config_here=config(teardown_grace=3.0))
+    started = trio.current_time()
+    summary = await sent_through(pair, SlowToClose(pair.link.a))
+    assert trio.current_time() - started == pytest.approx(summary.total_time + 3.0)
+    assert pair.link.a.closed
+
+
+async def test_failed_migration_is_closed_by_force(autojump_clock: trio.testing.MockClock) -> None:
+    """Then nothing is waited for: the guest and the peer come first."""
+    pair = Pair(running(pages=64), link=VirtualLink(rate=100_000, window=4096))
+
+    async def cancel() -> None:
+        await pair.here.wait_status(Status.ACTIVE)
+        pair.here.cancel("now")
+        await trio.sleep_forever()
+
+    started = trio.current_time()
+    with pytest.raises(trimig.MigrationCancelled):
+        await sent_through(pair, SlowToClose(pair.link.a), cancel)
+    assert trio.current_time() - started == pytest.approx(0.0, abs=0.1)
+    assert pair.link.a.closed
