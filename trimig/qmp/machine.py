@@ -154,8 +154,9 @@ class Machine:
             case "MIGRATION":
                 # What clients are shown has fewer statuses than there are; none is told twice in a row.
                 status = Status(event.data["status"]).qmp
-                arrives = monitor is self.incoming and status == "setup"  # told when it was asked for
-                if wanted and not arrives and status != self._told:
+                # The beginning of an arrival was told when it was asked for, and `device` is a word of the source.
+                silent = monitor is self.incoming and status in ("setup", "device")
+                if wanted and not silent and status != self._told:
                     self.emit("MIGRATION", status=status)
                 self._told = status
 
@@ -209,6 +210,13 @@ class Machine:
             raise StateError("the guest was handed over: it is the destination's, and must not run here too")
 
     # -- migrations ------------------------------------------------------------------------------------------------
+
+    def end_at_once(self, reason: str) -> None:
+        """An attempt that could not begin: it has failed, and the events tell of a whole short life, as QEMU's do."""
+        self.stillborn = reason
+        if self.config.capabilities.events:
+            self.emit("MIGRATION", status="setup")
+            self.emit("MIGRATION", status="failed")
 
     async def depart(self, uri: str) -> None:
         """Migrate to *uri* in the background; returns when that has begun.
@@ -341,6 +349,8 @@ class Machine:
     def info(self) -> dict[str, Any]:
         """The answer to ``query-migrate``: the incoming part, and over it the outgoing one."""
         info = dict(self.incoming.info())
+        if self.incoming.status is Status.SETUP:
+            del info["status"]  # where QEMU listens, it says where, and nothing more
         if self.stillborn is not None:
             info.update(status="failed", **({"error-desc": self.stillborn} if self.stillborn else {}))
         else:

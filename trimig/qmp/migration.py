@@ -47,7 +47,7 @@ async def migrate(machine: Machine, arguments: Mapping[str, Any], session: Sessi
         transport.check(uri)
         await machine.depart(uri)
     except (ConfigError, StateError) as error:
-        machine.stillborn = str(error)
+        machine.end_at_once(str(error))
         if uri.startswith("fd:"):
             _close_unused(uri)
         raise
@@ -58,8 +58,9 @@ def _take_descriptor(machine: Machine, name: str) -> int:
     """Consume the descriptor called *name*: from here on it is the migration's."""
     fd = machine.descriptors.pop(name, None)
     if fd is None:
-        machine.stillborn = f"File descriptor named '{name}' has not been found"
-        raise CommandFailed(machine.stillborn)
+        reason = f"File descriptor named '{name}' has not been found"
+        machine.end_at_once(reason)
+        raise CommandFailed(reason)
     return fd
 
 
