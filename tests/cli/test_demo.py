@@ -84,7 +84,7 @@ def test_demo_proves_its_guest(hops: int) -> None:
         assert hop["confirmed"]
         assert hop["prepared"]
         parts = {name: ms for name, ms in hop["downtime"].items() if name != "resume"}
-        assert set(parts) == {"pause", "ram", "devices", "prepare", "commit"}
+        assert set(parts) == {"pause", "held", "ram", "devices", "prepare", "commit"}
         assert sum(parts.values()) == pytest.approx(hop["downtime_ms"], rel=0.2, abs=2)
     assert [hop["source"] for hop in result["hops"]] == (result["hosts"] * hops)[:hops]
     assert result["downtime_ms"] > 0

@@ -144,6 +144,8 @@ class Host:
         monitor = self._monitor = trimig.Monitor()
         migrate = functools.partial(trimig.migrate, self._guest, uri, _unpack_config(config), monitor=monitor)
         summary = await alongside(migrate, functools.partial(display.follow, monitor, self._tell_picture))
+        # Whoever follows may have been cancelled before it had told the last one.
+        await self._tell_picture(display.picture(monitor))
         self.end_guest()
         return {"summary": summary_record(summary)}
 
