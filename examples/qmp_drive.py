@@ -47,6 +47,7 @@ class Side:
         self.name = name
         self.client = QMPClient(name)
         self.events: list[str] = []
+        self.passes = 0
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """The answer to a command; underscores in names stand for dashes."""
@@ -86,12 +87,15 @@ class Side:
         return f"{info.get('status', 'none')}: {' '.join(sorted(names)) or '-'}"
 
     async def listen(self, listener: EventListener) -> None:
-        """Write events down. Passes are counted by nobody: how many there are depends on the machine."""
+        """Write events down. Of the passes only the first of each migration: how many follow depends on the machine."""
         async for event in listener:
             name = str(event["event"])
             data = event.get("data", {})
             word = f"{name} {data['status']}" if isinstance(data, dict) and "status" in data else name
-            if name != "MIGRATION_PASS" or self.events[-1:] != [word]:
+            if word == "MIGRATION setup":
+                self.passes = 0
+            self.passes += name == "MIGRATION_PASS"
+            if name != "MIGRATION_PASS" or self.passes == 1:
                 self.events.append(word)
 
 

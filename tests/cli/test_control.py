@@ -496,7 +496,7 @@ def test_dry_run_predicts_and_leaves_everything_as_it_was(invoke: Invoke) -> Non
     assert capabilities["pause-before-switchover"]
     assert not capabilities["return-path"]
     assert not capabilities["auto-converge"]  # would slow the guest down
-    assert (parameters["downtime-limit"], parameters["max-bandwidth"]) == (0, 0)
+    assert (parameters["downtime-limit"], parameters["max-bandwidth"]) == (0, 1 << 27)
     assert guest.modes == (0o700, 0o600)
     assert (guest.capabilities, guest.parameters) == before
     assert guest.info["status"] == "cancelled"
@@ -511,7 +511,10 @@ def test_dry_run_predicts_for_the_bandwidth_and_limit_that_are_given(invoke: Inv
     assert result.stdout.startswith("does not converge: ")
     assert "would help   a bandwidth of" in result.stdout
     assert "would help   a downtime-limit of" in result.stdout
-    assert guest.parameters["downtime-limit"] == 300
+    assert (guest.parameters["downtime-limit"], guest.parameters["max-bandwidth"]) == (300, 1 << 27)
+    # At 1 MiB/s nothing but the first copy would be seen in ten seconds: it was made faster for the measurement.
+    tuned = [values["max-bandwidth"] for name, values in guest.executed if "max-bandwidth" in values]
+    assert tuned == [1 << 20, TOTAL // 4, 1 << 27]
 
 
 def test_dry_run_of_an_idle_guest_is_held_by_the_second_lock(invoke: Invoke) -> None:

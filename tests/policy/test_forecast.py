@@ -106,12 +106,22 @@ def test_unsteady_link_widens_the_interval() -> None:
     shaky = said(
         [
             Sample(sent=1000 * MB, seconds=10, dirty_rate=10 * MB),
-            Sample(sent=50 * MB, seconds=1, dirty_rate=10 * MB),
+            Sample(sent=250 * MB, seconds=5, dirty_rate=10 * MB),
         ]
     )
     assert steady.total_time is not None
     assert shaky.total_time is not None
     assert shaky.total_time.high - shaky.total_time.low > 2 * (steady.total_time.high - steady.total_time.low)
+
+
+def test_short_passes_are_not_taken_for_a_slow_link() -> None:
+    """A pass of 100 KB takes as long as it takes to look at the dirty pages, not to send them."""
+    samples = (
+        passes(1, bandwidth=100 * MB, dirty=4 * MB) + [Sample(sent=0.1 * MB, seconds=0.025, dirty_rate=4 * MB)] * 2
+    )
+    found = said(samples)
+    assert found.verdict is Verdict.CONVERGES
+    assert found.bandwidth.likely == pytest.approx(100 * MB)
 
 
 def test_first_copy_that_was_not_finished_gives_no_verdict() -> None:

@@ -278,8 +278,8 @@ async def test_script_of_an_independent_client_drives_two_qemus(tmp_path: Path) 
 
 
 def shape(lines: list[str]) -> list[str]:
-    """A transcript without what is trimig's own: two members, and a reason where QEMU gives none."""
-    ours = {"owner", "dirty-tracking", "error-desc"}
+    """A transcript without what is trimig's own: three members, and a reason where QEMU gives none."""
+    ours = {"owner", "dirty-tracking", "convergence", "error-desc"}
     return [" ".join(word for word in line.split() if word not in ours) for line in lines]
 
 

@@ -1,6 +1,7 @@
 """``trimig migrate --dry-run``: what would a migration of this guest be like?
 
-The guest's memory is streamed to a sink on this host, as fast as it goes, while the guest runs on. The sink throws it
+The guest's memory is streamed to a sink on this host, while the guest runs on: at the bandwidth that is to be predicted
+for, or as much faster as it takes to see whole passes in the time there is. The sink throws it
 away. Two locks keep that from becoming a migration: a downtime limit of nothing, which no busy guest meets, and
 pause-before-switchover for one that is not busy. After a few passes the stream is cancelled, every setting is put back,
 and the guest must be in the run state it had. From the passes :mod:`trimig.policy.forecast` says what to expect.
@@ -47,8 +48,13 @@ _OFF: Final = (
     "release-ram",
 )
 _ON: Final = ("pause-before-switchover", "events")
-#: No downtime is short enough, nothing slows the stream, and the sink has no certificate.
-_PARAMETERS: Final[Mapping[str, Any]] = {"downtime-limit": 0, "max-bandwidth": 0, "tls-creds": ""}
+#: No downtime is short enough, and the sink has no certificate.
+_PARAMETERS: Final[Mapping[str, Any]] = {"downtime-limit": 0, "tls-creds": ""}
+#: What is set on the way.
+_TUNED: Final = Settings(parameters={"max-bandwidth": 0})
+#: The share of the time that the first copy may take at most: passes of a length like the real ones show what a guest
+#: dirties in them, but without a chase nothing is seen at all.
+_FIRST_COPY_SHARE: Final = 0.4
 
 
 @dataclasses.dataclass(slots=True)
@@ -94,6 +100,7 @@ async def dry_run(
         raise Refused(
             f"{remote.address} has no pause-before-switchover, without which a dry run could become a real one"
         )
+    goal = float(changes.over(present).parameters.get("max-bandwidth", 0))
     wanted = locks.over(changes)
     seen = _Measurement()
     failure: Refused | None = None
@@ -101,12 +108,12 @@ async def dry_run(
         view.begin("dry run", seconds=seconds)
         try:
             await remote.apply(wanted, present)
-            await _stream(remote, f"{directory}/sink", seconds, seen, stop, view)
+            await _stream(remote, f"{directory}/sink", seconds, goal, seen, stop, view)
         except Refused as error:
             failure = error
         # Not in a "finally": nothing cancels this task (a signal only asks for a stop), and errors of the way back
         # must not hide the first one.
-        problems = await _put_back(remote, present.of(wanted), before)
+        problems = await _put_back(remote, present.of(wanted.over(_TUNED)), before)
         view.end("dry run over")
     if failure is not None or problems:
         texts = ([failure.format_message()] if failure else []) + problems
@@ -118,13 +125,13 @@ async def dry_run(
 
 
 async def _stream(
-    remote: Remote, path: str, seconds: float, seen: _Measurement, stop: Stop, view: display.View
+    remote: Remote, path: str, seconds: float, goal: float, seen: _Measurement, stop: Stop, view: display.View
 ) -> None:
     async with _sink(path) as serve:
 
         async def measure() -> None:
             await remote.execute("migrate", uri=f"unix:{path}")
-            await _measure(remote, seconds, seen, stop, view)
+            await _measure(remote, seconds, goal, seen, stop, view)
             await _end(remote)
 
         await alongside(measure, serve)
@@ -155,8 +162,11 @@ async def _sink(path: str) -> AsyncIterator[Any]:
         yield serve
 
 
-async def _measure(remote: Remote, seconds: float, seen: _Measurement, stop: Stop, view: display.View) -> None:
+async def _measure(
+    remote: Remote, seconds: float, goal: float, seen: _Measurement, stop: Stop, view: display.View
+) -> None:
     """Until enough passes were seen, or time is up, or it ended, or somebody wants it to stop."""
+    hurried = not goal
     tracker = Tracker(0.0)
     shown = -math.inf
     marks = _Marks()
@@ -169,6 +179,10 @@ async def _measure(remote: Remote, seconds: float, seen: _Measurement, stop: Sto
             for picture in tracker.pictures(state):
                 view.show(picture)
         if "ram" in state.info:
+            needed = state.info["ram"]["total"] / (seconds * _FIRST_COPY_SHARE)
+            if not hurried and needed > goal:
+                await remote.execute("migrate-set-parameters", max_bandwidth=round(needed))
+            hurried = True
             marks.look(state.info, now, seen)
         if state.migration == "pre-switchover":
             seen.stopped = True
@@ -300,7 +314,8 @@ def _forecast(seen: _Measurement, settings: Settings) -> policy.Forecast:
     limit = float(settings.parameters.get("max-bandwidth", 0))
     measured = seen.bandwidth
     if seen.samples:
-        measured = sum(s.sent for s in seen.samples) / sum(s.seconds for s in seen.samples)
+        largest = max(seen.samples, key=lambda s: s.sent)
+        measured = largest.sent / largest.seconds
     if seen.first_copy is None and seen.samples:
         seen.first_copy = seen.samples[0].sent
     if not measured or seen.first_copy is None:

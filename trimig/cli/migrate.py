@@ -193,8 +193,9 @@ def _outcome(state: State, remote: Remote, uri: str, stop: Stop) -> tuple[int, s
     here = f"the guest is {state.run_state} at {remote.address}"
     if state.owner == "unknown":
         why = f": {state.problem}" if state.problem else ""
+        settle = "; then say it with the QMP command x-trimig-settle" if "owner" in state.info else ""
         raise trimig.HandoverUncertain(
-            f"it is not certain who owns the guest{why}. Look whether it runs at {uri} before it is started anywhere"
+            f"it is not certain who owns the guest{why}. Look whether it runs at {uri} before it is started anywhere{settle}"
         )
     if state.migration == "completed":
         late = f" ({stop.reason} came too late)" if stop.asked else ""

@@ -25,6 +25,8 @@ MAX_PASSES: Final = 200
 LEAST_SPREAD: Final = 0.1
 #: Passes shorter than this say little about the bandwidth: buffers of the transport take them at once.
 _SHORT: Final = 0.02
+#: Nor do passes that send less than this share of the largest: most of their time is spent on other things.
+_SMALL: Final = 0.2
 #: A dirty rate this much below the bandwidth is what is advised, so that the advice does not fail by a hair.
 _MARGIN: Final = 1.1
 
@@ -183,7 +185,8 @@ def _bandwidth(samples: Sequence[Sample], given: float | None) -> Interval:
     """The mean over all passes, with the slowest and the fastest; a given one counts as exact."""
     if given is not None:
         return Interval(low=given, likely=given, high=given)
-    telling = [s for s in samples if s.seconds >= _SHORT and s.sent > 0]
+    most = max(s.sent for s in samples if s.seconds > 0)
+    telling = [s for s in samples if s.seconds >= _SHORT and s.sent >= most * _SMALL and s.sent > 0]
     telling = telling or [s for s in samples if s.seconds > 0 and s.sent > 0]
     mean = sum(s.sent for s in telling) / sum(s.seconds for s in telling)
     speeds = [s.sent / s.seconds for s in telling]
