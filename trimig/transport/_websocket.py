@@ -1,0 +1,431 @@
+"""A byte stream in the binary messages of a websocket, over any stream of both directions.
+
+Where messages begin and end means nothing; a long write becomes several. There is no task behind a connection: who
+receives also answers a ping, and what concerns the other direction is sent by whoever sends next. wsproto does the
+opening handshake; trio-websocket, which would bring a nursery and copies each message several times, serves the control
+connections, where that does not matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from typing import Final
+
+import trio
+from wsproto.connection import ConnectionType
+from wsproto.events import AcceptConnection, RejectConnection, Request
+from wsproto.handshake import H11Handshake
+from wsproto.utilities import LocalProtocolError, RemoteProtocolError
+
+from ..engine import teardown
+from ..engine.buffers import enlarge
+from ..errors import ConfigError, TransportFailed
+from ._frames import MAX_HEADER, CloseCode, FrameError, Header, Opcode, close_payload, mask, read_close, read_header
+from ._tls import HANDSHAKE_SECONDS, TlsStream
+
+#: Payload of a frame that is sent, at most.
+FRAME_SIZE: Final = 1 << 20
+#: The longest message that is accepted. It is never held in memory; but nobody has a reason for more.
+MAX_MESSAGE: Final = 1 << 30
+#: The head of a request or response, at most.
+_MAX_HEAD: Final = 1 << 14
+_READ: Final = 1 << 18
+#: Frames in one piece of input after which other tasks get a turn; only a hostile peer sends so small ones.
+_TURN: Final = 200
+#: Seconds that telling the peer of the end, or waiting for it, may take.
+_CLOSE_SECONDS: Final = 0.5
+
+
+class WebSocketStream(trio.abc.Stream):
+    """One end of an open websocket; :func:`open_client` and :func:`open_server` make them.
+
+    Args:
+        transport: is owned, and closed with this.
+        client: which end this is; the client masks what it sends.
+        early: bytes that came behind the opening handshake.
+    """
+
+    def __init__(self, transport: trio.abc.Stream, *, client: bool, early: bytes = b"") -> None:
+        self._transport = transport
+        self._socket = transport.socket if isinstance(transport, trio.SocketStream) else None
+        if self._socket is not None:
+            enlarge(self._socket)
+        self._client = client
+        self._raw = memoryview(bytearray(max(_READ, len(early))))
+        self._raw[: len(early)] = early
+        self._begin, self._end = 0, len(early)  # of what has not been looked at
+        self._frame = Header(opcode=Opcode.CONTINUATION, final=True, length=0)
+        self._place = 0  # in the payload of this frame
+        self._message: int | None = None  # bytes of the message that is being received
+        self._plain = bytearray()
+        self._staging = memoryview(bytearray(0))
+        self._writing = trio.Lock()
+        self._pong: bytes | None = None
+        self._sends = False
+        self._reads = False
+        self._torn = False  # a write was cut: nothing more can be written
+        self._said_close = False
+        self._ended = False  # the peer closed in order
+        self._closed = False
+        self._failure: str | None = None
+
+    # -- frames going out ----------------------------------------------------------------------------------------------
+
+    async def _send_frame(self, opcode: Opcode, payload: bytes | memoryview) -> None:
+        """Send one frame; the caller holds the lock."""
+        frame = self._encode(opcode, payload)
+        if self._torn:
+            raise trio.BrokenResourceError("an earlier write to the websocket was cut")
+        self._torn = True
+        await self._transport.send_all(frame)
+        self._torn = False
+
+    def _encode(self, opcode: Opcode, payload: bytes | memoryview) -> memoryview:
+        """Header and payload in one place, masked there, where the payload is aligned."""
+        size = len(payload)
+        if len(self._staging) < size + 16:
+            self._staging = memoryview(bytearray(size + 16))
+        # A new key for each frame, which nobody can foresee: that is what masks are for.
+        key = secrets.token_bytes(4) if self._client else b""
+        head = Header(opcode=opcode, final=True, length=size, key=key).encode()
+        start = 16 - len(head)
+        self._staging[start:16] = head
+        self._staging[16 : 16 + size] = payload
+        if key and size:
+            mask(self._staging[16 : 16 + size], key)
+        return self._staging[start : 16 + size]
+
+    async def _answer(self) -> None:
+        """Send the pong that is due; the caller holds the lock."""
+        if self._pong is not None and not self._said_close:
+            payload, self._pong = self._pong, None
+            await self._send_frame(Opcode.PONG, payload)
+
+    def _check(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("this websocket is closed")
+        if self._failure is not None:
+            raise trio.BrokenResourceError(self._failure)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send all of *data*, in frames of at most FRAME_SIZE.
+
+        **Cancellation:** some of it may have been sent; nothing more can be.
+        """
+        if self._sends:
+            raise trio.BusyResourceError("another task is sending on this websocket")
+        self._sends = True
+        try:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            self._check()
+            if self._said_close:
+                raise trio.BrokenResourceError("the peer has closed this websocket")
+            view = memoryview(data).cast("B")
+            if not view:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+            for start in range(0, len(view), FRAME_SIZE):
+                async with self._writing:
+                    await self._send_frame(Opcode.BINARY, view[start : start + FRAME_SIZE])
+                    await self._answer()
+        except trio.BrokenResourceError as error:
+            if self._closed:
+                raise trio.ClosedResourceError("this websocket was closed") from error
+            raise
+        finally:
+            self._sends = False
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """Wait until the transport below takes data.
+
+        **Cancellation:** no effect.
+        """
+        if self._sends:
+            raise trio.BusyResourceError("another task is sending on this websocket")
+        self._sends = True
+        try:
+            self._check()
+            await self._transport.wait_send_all_might_not_block()
+        finally:
+            self._sends = False
+
+    # -- frames coming in ----------------------------------------------------------------------------------------------
+
+    async def _fill(self) -> None:
+        """Read more behind what is there."""
+        if self._begin == self._end:
+            self._begin = self._end = 0
+        elif len(self._raw) - self._end < MAX_HEADER + 256:
+            rest = self._raw[self._begin : self._end].tobytes()
+            self._raw[: len(rest)] = rest
+            self._begin, self._end = 0, len(rest)
+        room = self._raw[self._end :]
+        if self._socket is not None:
+            try:
+                count = await self._socket.recv_into(room)
+            except OSError as error:
+                raise trio.BrokenResourceError(f"socket connection broken: {error}") from error
+        elif isinstance(self._transport, TlsStream):
+            count = await self._transport.receive_into(room)
+        else:
+            data = await self._transport.receive_some(len(room))
+            count = len(data)
+            room[:count] = data
+        if not count:
+            raise trio.BrokenResourceError("the connection was cut (it ended without the end of the websocket)")
+        self._end += count
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """At least one byte, at most *max_bytes*; empty when the peer has closed in order.
+
+        **Cancellation:** nothing was taken.
+        """
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError("max_bytes must be at least 1")
+        size = min(max_bytes or _READ, _READ)
+        if len(self._plain) < size:
+            self._plain = bytearray(size)
+        view = memoryview(self._plain)[:size]
+        return bytes(view[: await self.receive_into(view)])
+
+    async def receive_into(self, view: memoryview) -> int:
+        """Like :meth:`receive_some`, into *view*; how many bytes, 0 at the end.
+
+        **Cancellation:** nothing was taken. If a ping was being answered at that moment, nothing can be sent any more.
+        """
+        if self._reads:
+            raise trio.BusyResourceError("another task is receiving on this websocket")
+        self._reads = True
+        try:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            self._check()
+            count = await self._receive(view)
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return count
+        except FrameError as error:
+            self._failure = f"the peer broke the websocket protocol: {error}"
+            await self._say_close(error.code, str(error))
+            raise trio.BrokenResourceError(self._failure) from None
+        except trio.BrokenResourceError as error:
+            if self._closed:
+                raise trio.ClosedResourceError("this websocket was closed") from error
+            raise
+        finally:
+            self._reads = False
+
+    async def _receive(self, view: memoryview) -> int:
+        frames = 0
+        while not self._ended:
+            left = self._frame.length - self._place
+            if left and self._begin < self._end:
+                return self._take(view, left)
+            if not left:
+                found = read_header(self._raw[self._begin : self._end], from_client=not self._client)
+                if found is not None and await self._enter(*found):
+                    frames += 1
+                    if frames % _TURN == 0:
+                        await trio.lowlevel.checkpoint()
+                    continue
+            if self._pong is not None and not self._writing.locked():
+                async with self._writing:
+                    await self._answer()
+            await self._fill()
+        return 0
+
+    def _take(self, view: memoryview, left: int) -> int:
+        """Hand out what is here of the payload."""
+        size = min(left, self._end - self._begin, len(view))
+        part = view[:size]
+        part[:] = self._raw[self._begin : self._begin + size]
+        if self._frame.key:
+            mask(part, self._frame.key, self._place)
+        self._begin += size
+        self._place += size
+        return size
+
+    async def _enter(self, frame: Header, size: int) -> bool:
+        """Begin with *frame*, whose header takes *size* bytes; False if a control frame is not all here yet."""
+        if frame.is_control:
+            at = self._begin + size
+            if self._end - at < frame.length:
+                return False
+            payload = bytearray(self._raw[at : at + frame.length])
+            if frame.key and payload:
+                mask(memoryview(payload), frame.key)
+            self._begin = at + frame.length
+            await self._control(frame.opcode, bytes(payload))
+            return True
+        if frame.opcode is Opcode.TEXT:
+            raise FrameError(CloseCode.UNSUPPORTED, "a text message, where only binary ones make a stream")
+        if (frame.opcode is Opcode.CONTINUATION) is not (self._message is not None):
+            raise FrameError(CloseCode.PROTOCOL_ERROR, "a fragment that belongs to no message, or a message in another")
+        total = (self._message or 0) + frame.length
+        if total > MAX_MESSAGE:
+            raise FrameError(CloseCode.TOO_BIG, f"a message of more than {MAX_MESSAGE} bytes")
+        self._message = None if frame.final else total
+        self._frame, self._place = frame, 0
+        self._begin += size
+        return True
+
+    async def _control(self, opcode: Opcode, payload: bytes) -> None:
+        if opcode is Opcode.PING:
+            self._pong = payload  # only the last one needs an answer
+        elif opcode is Opcode.CLOSE:
+            code, words = read_close(payload)
+            await self._say_close(CloseCode.NORMAL if code == CloseCode.NONE else code, "")
+            if self._message is not None or code not in (CloseCode.NORMAL, CloseCode.GOING_AWAY, CloseCode.NONE):
+                self._failure = f"the peer closed the websocket with code {code}{f': {words[:200]}' if words else ''}"
+                raise trio.BrokenResourceError(self._failure)
+            self._ended = True
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    async def _say_close(self, code: int, words: str) -> None:
+        """Send a CLOSE, if nothing stands in the way of it and it goes quickly."""
+        if self._said_close or self._torn or self._writing.locked():
+            return
+        self._said_close = True
+        frame = self._encode(Opcode.CLOSE, close_payload(code, words))
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+            if self._socket is not None:
+                # Without a checkpoint: it works for somebody who is cancelled, too. A buffer so full that it does not
+                # go in has its end cut off, and that is an error at the peer.
+                os.write(self._socket.fileno(), frame)
+                return
+            with trio.move_on_after(_CLOSE_SECONDS):
+                await self._transport.send_all(frame)
+
+    async def aclose(self) -> None:
+        """Close in order: say so, and wait for a moment until the peer has said it too.
+
+        **Cancellation:** it is closed all the same.
+        """
+        if self._closed:
+            await trio.lowlevel.checkpoint()
+            return
+        self._closed = True
+        try:
+            await self._say_close(CloseCode.NORMAL, "")
+            if not (self._reads or self._ended or self._failure or self._torn):
+                await self._wait_end()
+        finally:
+            await self._transport.aclose()
+
+    async def _wait_end(self) -> None:
+        """Closing with unread input makes TCP send a reset, which can overtake what was sent last."""
+        scratch = memoryview(bytearray(1 << 14))
+        expected = (trio.BrokenResourceError, trio.ClosedResourceError, FrameError)
+        with trio.move_on_after(_CLOSE_SECONDS), contextlib.suppress(*expected):
+            while await self._receive(scratch):
+                pass
+
+
+# -- the opening handshake ---------------------------------------------------------------------------------------------
+
+
+async def open_client(transport: trio.abc.Stream, host: str, target: str, where: str) -> WebSocketStream:
+    """A websocket over *transport*, asked for as *target* of *host*. *transport* is closed on every path but success.
+
+    Raises:
+        ConfigError: the host cannot be written in a request.
+        TransportFailed: the server refused, or is none, or took too long.
+
+    **Cancellation:** *transport* is closed.
+    """
+    done = False
+    handshake = H11Handshake(ConnectionType.CLIENT)
+    try:
+        try:
+            request = handshake.send(Request(host=host, target=target))
+        except (UnicodeError, LocalProtocolError) as error:
+            raise ConfigError(f"{where} cannot be asked for: {error}", name="uri") from error
+        with trio.move_on_after(HANDSHAKE_SECONDS) as limit:
+            try:
+                await transport.send_all(request)
+                head, early = await _read_head(transport)
+                handshake.receive_data(head)
+            except (trio.BrokenResourceError, RemoteProtocolError) as error:
+                raise TransportFailed(f"no websocket at {where}: {_words(error)}") from error
+            for event in handshake.events():
+                if isinstance(event, RejectConnection):
+                    raise TransportFailed(f"no websocket at {where}: the server answered {event.status_code}")
+                if isinstance(event, AcceptConnection):
+                    done = True
+                    return WebSocketStream(transport, client=True, early=early)
+        if limit.cancelled_caught:
+            raise TransportFailed(f"no websocket at {where}: no answer within {HANDSHAKE_SECONDS:g} s")
+        raise TransportFailed(f"no websocket at {where}: the answer is none to a websocket")
+    finally:
+        if not done:
+            await teardown.close(transport)
+
+
+async def open_server(transport: trio.abc.Stream, path: str, where: str) -> WebSocketStream:
+    """A websocket over *transport*, for a client that asks for it.
+
+    Args:
+        path: what it must ask for; any if empty.
+
+    Raises:
+        TransportFailed: the client asked for something else, or is none, or took too long. It has been told.
+
+    **Cancellation:** *transport* is closed.
+    """
+    done = False
+    try:
+        with trio.move_on_after(HANDSHAKE_SECONDS) as limit:
+            try:
+                stream = await _serve(transport, path)
+            except (trio.BrokenResourceError, RemoteProtocolError) as error:
+                raise TransportFailed(f"no websocket with the client at {where}: {_words(error)}") from error
+            done = True
+            return stream
+        assert limit.cancelled_caught
+        raise TransportFailed(f"no websocket with the client at {where}: no request within {HANDSHAKE_SECONDS:g} s")
+    finally:
+        if not done:
+            await teardown.close(transport)
+
+
+async def _serve(transport: trio.abc.Stream, path: str) -> WebSocketStream:
+    handshake = H11Handshake(ConnectionType.SERVER)
+    head, early = await _read_head(transport)
+    try:
+        handshake.receive_data(head)
+        (request,) = handshake.events()
+        assert isinstance(request, Request)
+    except (RemoteProtocolError, ValueError) as error:
+        hint = getattr(error, "event_hint", None)
+        if isinstance(hint, RejectConnection):
+            await transport.send_all(handshake.send(hint))
+        raise RemoteProtocolError(f"what came is no request for a websocket ({error})") from error
+    refusal = None
+    if path and request.target.partition("?")[0] != path:
+        refusal = (404, f"it asks for {request.target[:200]!r}, and here is {path!r}")
+    elif any(name.lower() == b"origin" for name, _ in request.extra_headers):
+        # A page in a browser may connect to anything its user can reach; only browsers send this.
+        refusal = (403, "it comes from a page in a browser")
+    if refusal is not None:
+        await transport.send_all(handshake.send(RejectConnection(status_code=refusal[0])))
+        raise RemoteProtocolError(refusal[1])
+    await transport.send_all(handshake.send(AcceptConnection()))
+    return WebSocketStream(transport, client=False, early=early)
+
+
+async def _read_head(transport: trio.abc.Stream) -> tuple[bytes, bytes]:
+    """The head of a request or response, and what came behind it."""
+    data = bytearray()
+    while (end := data.find(b"\r\n\r\n")) < 0:
+        if len(data) > _MAX_HEAD:
+            raise RemoteProtocolError("what came is not HTTP")
+        part = await transport.receive_some(_MAX_HEAD)
+        if not part:
+            raise RemoteProtocolError("the connection was closed in the opening handshake")
+        data += part
+    return bytes(data[: end + 4]), bytes(data[end + 4 :])
+
+
+def _words(error: Exception) -> str:
+    inner = error.__cause__ if isinstance(error, trio.BrokenResourceError) and error.__cause__ else error
+    return str(inner) or type(inner).__name__

@@ -1,0 +1,48 @@
+"""``ws://HOST:PORT/PATH``: the stream in the binary messages of a websocket, without encryption.
+
+For ways on which nothing else is let through: proxies and gateways that speak HTTP. A listener without a path takes any.
+"""
+
+from __future__ import annotations
+
+from ..config import Config
+from ..errors import ConfigError
+from . import tcp
+from ._websocket import WebSocketStream
+from ._weburl import WebSocketListener, parse, upgrade
+
+#: There is a scheme for TLS; laying it over the messages would be of no use to anybody.
+SECURES_ITSELF = True
+
+
+def _refuse_tls(config: Config) -> None:
+    if config.parameters.tls_creds:
+        raise ConfigError("ws: is without TLS, and tls-creds asks for it; use wss:", name="uri")
+
+
+async def connect(rest: str, config: Config) -> WebSocketStream:
+    """Connect, and ask for a websocket.
+
+    Raises:
+        ConfigError: bad address, or TLS is asked for.
+        TransportFailed: there is nobody, or no websocket.
+
+    **Cancellation:** no connection is left.
+    """
+    to = parse("ws", rest)
+    _refuse_tls(config)
+    return await upgrade(await tcp.connect(to.tcp, config), to)
+
+
+async def listen(rest: str, config: Config) -> WebSocketListener:
+    """Listen on a port as ``tcp:`` does.
+
+    Raises:
+        ConfigError: bad address, or TLS is asked for.
+        TransportFailed: the address cannot be listened on.
+
+    **Cancellation:** nothing is left listening.
+    """
+    at = parse("ws", rest)
+    _refuse_tls(config)
+    return WebSocketListener(await tcp.listen(at.tcp, config), at)

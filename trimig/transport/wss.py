@@ -1,0 +1,47 @@
+"""``wss://HOST:PORT/PATH``: as ``ws:``, over TLS.
+
+The credentials are those of ``tls-creds``. A client without them trusts the CAs of this machine, as a browser does, and
+shows no certificate; a server needs them.
+"""
+
+from __future__ import annotations
+
+from ..config import Config
+from ..errors import ConfigError
+from . import _credentials, _tls, tcp
+from ._websocket import WebSocketStream
+from ._weburl import WebSocketListener, parse, upgrade
+
+#: TLS lies below the websocket, not above it.
+SECURES_ITSELF = True
+
+
+async def connect(rest: str, config: Config) -> WebSocketStream:
+    """Connect, check the server's certificate, and ask for a websocket.
+
+    Raises:
+        ConfigError: bad address, or credentials that cannot be used.
+        TransportFailed: there is nobody, or no websocket, or one side does not accept the other.
+
+    **Cancellation:** no connection is left.
+    """
+    to = parse("wss", rest)
+    host = tcp.host(to.tcp)
+    credentials = _credentials.load(config, "client") or _credentials.system(config.parameters.tls_hostname or None)
+    return await upgrade(await _tls.secure(await tcp.connect(to.tcp, config), credentials, str(to), host), to)
+
+
+async def listen(rest: str, config: Config) -> WebSocketListener:
+    """Listen on a port as ``tcp:`` does.
+
+    Raises:
+        ConfigError: bad address, no credentials, or ones that cannot be used.
+        TransportFailed: the address cannot be listened on.
+
+    **Cancellation:** nothing is left listening.
+    """
+    at = parse("wss", rest)
+    credentials = _credentials.load(config, "server")
+    if credentials is None:
+        raise ConfigError(f"{at} needs a certificate to show; set tls-creds", name="tls-creds")
+    return WebSocketListener(_tls.TlsListener(await tcp.listen(at.tcp, config), credentials), at)
