@@ -19,6 +19,8 @@ from bench.measure import machine
 from bench.memory import MEMORY_KINDS, PAGE_PATTERNS, parse_size
 from bench.precopy import Outcome, Plan, run_plan
 from bench.qemu import find_qemu
+from bench.transports import TRANSPORTS, table
+from bench.transports import run as run_transports
 
 
 class Size(click.ParamType[int]):
@@ -139,6 +141,27 @@ def cancel(points: int, size: int, seed: int, timeout: float) -> None:
     if result.points:
         print(cancel_table(summarise(result.points)))
     print(f"too late, the decision to hand over had been sent: {result.too_late} more")
+
+
+@main.command()
+@click.option("--size", type=Size(), default="256M", show_default=True, help="Guest RAM.")
+@click.option("--repeat", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds.")
+@click.option(
+    "--transports",
+    "names",
+    type=Names(TRANSPORTS),
+    default=",".join(TRANSPORTS),
+    show_default=True,
+    help="What to compare.",
+)
+@click.option("--timeout", type=click.FloatRange(min=1), default=120.0, show_default=True, help="Seconds for one run.")
+def transports(size: int, repeat: int, names: tuple[str, ...], timeout: float) -> None:
+    """Throughput of trimig to trimig over each transport, side by side."""
+    found = trio.run(run_transports, names, size, repeat, timeout, _progress)
+    print(f"\n{size >> 20} MiB of random pages into populated memory, medians of {repeat} interleaved rounds\n")
+    print(table(found))
+    if not all(found.values()):
+        sys.exit(1)
 
 
 def as_json(plan: Plan, outcome: Outcome) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import sys
 
 from bench.memory import MEMORY_KINDS, Pages, allocate, fill_in_fork, mismatches
@@ -16,18 +17,18 @@ from bench.memory import MEMORY_KINDS, Pages, allocate, fill_in_fork, mismatches
 CHUNK = 1 << 20
 
 
-def send_memory(pages: Pages, host: str, port: int) -> None:
-    """Connect, send all of *pages*, and wait for the other end to have it."""
-    with socket.create_connection((host, port)) as connection:
+def send_memory(pages: Pages, host: str, port: int, tls: str | None = None) -> None:
+    """Connect, send all of *pages*, and wait for the other end to have it; over TLS with the certificates in *tls*."""
+    with _secured(socket.create_connection((host, port)), tls, server=False) as connection:
         connection.sendall(pages.data.cast("B"))
         if connection.recv(1) != b"k":
             raise ConnectionError("the destination closed before it had everything")
 
 
-def receive_memory(pages: Pages, listener: socket.socket) -> None:
+def receive_memory(pages: Pages, listener: socket.socket, tls: str | None = None) -> None:
     """Accept one connection, receive into all of *pages*, and say so."""
     connection, _ = listener.accept()
-    with connection, pages.data.cast("B") as view:
+    with _secured(connection, tls, server=True) as connection, pages.data.cast("B") as view:
         have = 0
         while have < len(view):
             count = connection.recv_into(view[have : have + CHUNK])
@@ -35,6 +36,17 @@ def receive_memory(pages: Pages, listener: socket.socket) -> None:
                 raise ConnectionError(f"the source closed after {have} of {len(view)} bytes")
             have += count
         connection.sendall(b"k")
+
+
+def _secured(connection: socket.socket, tls: str | None, *, server: bool) -> socket.socket:
+    if tls is None:
+        return connection
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    side = "server" if server else "client"
+    context.load_verify_locations(f"{tls}/ca-cert.pem")
+    context.load_cert_chain(f"{tls}/{side}-cert.pem", f"{tls}/{side}-key.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    return context.wrap_socket(connection, server_side=server, server_hostname=None if server else "localhost")
 
 
 def main() -> None:
@@ -49,11 +61,11 @@ def main() -> None:
             case "listen":
                 with socket.create_server(("127.0.0.1", 0)) as listener:
                     _say(listening=f"tcp:127.0.0.1:{listener.getsockname()[1]}")
-                    receive_memory(pages, listener)
+                    receive_memory(pages, listener, command.get("tls"))
                 _say(finished=True)
             case "migrate":
                 _, host, port = command["uri"].split(":")
-                send_memory(pages, host, int(port))
+                send_memory(pages, host, int(port), command.get("tls"))
                 _say(finished=True)
             case "report":
                 _say(report={})

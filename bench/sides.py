@@ -84,11 +84,11 @@ class PythonSide(Side):
     def pid(self) -> int:
         return self._child.pid
 
-    async def listen(self) -> str:
-        return str(await self._ask("listening", do="listen"))
+    async def listen(self, **how: Any) -> str:
+        return str(await self._ask("listening", do="listen", **how))
 
-    async def begin(self, uri: str) -> None:
-        await self._child.send({"do": "migrate", "uri": uri})
+    async def begin(self, uri: str, **how: Any) -> None:
+        await self._child.send({"do": "migrate", "uri": uri, **how})
 
     async def finished(self) -> None:
         await self._answer("finished")

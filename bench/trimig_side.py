@@ -13,9 +13,11 @@ import trio
 
 import trimig
 import trimig.guests
+from bench.errors import BenchError
 from bench.measure import SliceInstrument
 from bench.memory import MEMORY_KINDS, Pages, fill_in_fork, mismatches, populate
 from bench.qemu import MACHINE, RAM_BLOCK
+from trimig.config import TlsX509
 
 
 def add_machine(guest: trimig.AppGuest, size: int) -> Pages:
@@ -25,16 +27,25 @@ def add_machine(guest: trimig.AppGuest, size: int) -> Pages:
     return block.pages
 
 
-def make_config() -> trimig.Config:
-    """No rate limit, everything else as it comes."""
-    return trimig.Config(parameters=trimig.Parameters(max_bandwidth=0))
+def make_config(tls: str | None = None, *, return_path: bool = True) -> trimig.Config:
+    """No rate limit, everything else as it comes; with the credentials in the directory *tls*, if any."""
+    parameters = trimig.Parameters(
+        max_bandwidth=0, tls_creds="tls0" if tls else "", tls_hostname="localhost" if tls else ""
+    )
+    capabilities = trimig.Capabilities(return_path=return_path)
+    objects = (TlsX509(id="tls0", dir=tls),) if tls else ()
+    return trimig.Config(parameters=parameters, capabilities=capabilities, objects=objects)
 
 
-async def wait_address(monitor: trimig.Monitor) -> str:
-    """The URI under which a destination that was just started can be reached."""
-    while not monitor.addresses:
-        await monitor.wait_changed()
-    return monitor.addresses[0]
+async def wait_address(events: AsyncIterator[trimig.Event]) -> str:
+    """The URI under which a destination that is being started can be reached; *events* from before it was.
+
+    Not ``monitor.addresses``: some transports have their peer at once, and listen no more when somebody looks.
+    """
+    async for event in events:
+        if event.name == "LISTENING":
+            return str(event.data["addresses"][0])
+    raise BenchError("it ended before it listened")
 
 
 class TrimigSide:
@@ -60,12 +71,15 @@ class TrimigSide:
                         self._make_guest()  # the last one was handed over and runs
                     monitor = trimig.Monitor()
                     async with trio.open_nursery() as nursery:
-                        nursery.start_soon(_announce, monitor)
-                        incoming = trimig.receive(self._guest, "tcp:127.0.0.1:0", make_config(), monitor=monitor)
+                        nursery.start_soon(_announce, monitor.events())
+                        config = make_config(command.get("tls"))
+                        uri = command.get("at", "tcp:127.0.0.1:0")
+                        incoming = trimig.receive(self._guest, uri, config, monitor=monitor)
                         await self._watch(incoming)
                         nursery.cancel_scope.cancel()
                 case "migrate":
-                    await self._watch(trimig.migrate(self._guest, command["uri"], make_config()))
+                    config = make_config(command.get("tls"), return_path=command.get("return_path", True))
+                    await self._watch(trimig.migrate(self._guest, command["uri"], config))
                 case "report":
                     say(report=self._report())
                 case "verify":
@@ -110,8 +124,8 @@ async def commands() -> AsyncIterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-async def _announce(monitor: trimig.Monitor) -> None:
-    say(listening=await wait_address(monitor))
+async def _announce(events: AsyncIterator[trimig.Event]) -> None:
+    say(listening=await wait_address(events))
 
 
 def say(**message: object) -> None:
