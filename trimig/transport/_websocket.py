@@ -31,7 +31,9 @@ FRAME_SIZE: Final = 1 << 20
 MAX_MESSAGE: Final = 1 << 30
 #: The head of a request or response, at most.
 _MAX_HEAD: Final = 1 << 14
-_READ: Final = 1 << 18
+_READ: Final = 1 << 20
+#: So much of a payload is not read ahead but straight to where it is wanted.
+_DIRECT: Final = 1 << 16
 #: Frames in one piece of input after which other tasks get a turn; only a hostile peer sends so small ones.
 _TURN: Final = 200
 #: Seconds that telling the peer of the end, or waiting for it, may take.
@@ -160,7 +162,10 @@ class WebSocketStream(trio.abc.Stream):
             rest = self._raw[self._begin : self._end].tobytes()
             self._raw[: len(rest)] = rest
             self._begin, self._end = 0, len(rest)
-        room = self._raw[self._end :]
+        self._end += await self._read(self._raw[self._end :])
+
+    async def _read(self, room: memoryview) -> int:
+        """What comes from below, into *room*; at least one byte."""
         if self._socket is not None:
             try:
                 count = await self._socket.recv_into(room)
@@ -174,7 +179,7 @@ class WebSocketStream(trio.abc.Stream):
             room[:count] = data
         if not count:
             raise trio.BrokenResourceError("the connection was cut (it ended without the end of the websocket)")
-        self._end += count
+        return count
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """At least one byte, at most *max_bytes*; empty when the peer has closed in order.
@@ -217,32 +222,64 @@ class WebSocketStream(trio.abc.Stream):
     async def _receive(self, view: memoryview) -> int:
         frames = 0
         while not self._ended:
-            left = self._frame.length - self._place
-            if left and self._begin < self._end:
-                return self._take(view, left)
-            if not left:
-                found = read_header(self._raw[self._begin : self._end], from_client=not self._client)
-                if found is not None and await self._enter(*found):
-                    frames += 1
-                    if frames % _TURN == 0:
-                        await trio.lowlevel.checkpoint()
-                    continue
+            if done := self._gather(view):
+                return done
+            found = self._next_header()
+            if found is not None and await self._enter(*found):
+                frames += 1
+                if frames % _TURN == 0:
+                    await trio.lowlevel.checkpoint()
+                continue
             if self._pong is not None and not self._writing.locked():
                 async with self._writing:
                     await self._answer()
+            left = self._frame.length - self._place
+            if self._begin == self._end and min(left, len(view)) >= _DIRECT:
+                count = await self._read(view[:left])
+                self._unmask(view[:count])
+                return count
             await self._fill()
         return 0
+
+    def _next_header(self) -> tuple[Header, int] | None:
+        """The next frame, if the present one is over and enough of the next is here."""
+        if self._place < self._frame.length:
+            return None
+        return read_header(self._raw[self._begin : self._end], from_client=not self._client)
+
+    def _gather(self, view: memoryview) -> int:
+        """Hand out the payload that is here, of as many frames as follow each other; how many bytes."""
+        done = 0
+        while done < len(view):
+            left = self._frame.length - self._place
+            if left and self._begin < self._end:
+                done += self._take(view[done:], left)
+                continue
+            if not done or left:
+                break
+            try:
+                found = self._next_header()
+                if found is None or found[0].is_control:
+                    break
+                self._start(*found)
+            except FrameError:
+                break  # what came before it is good; the next call meets it again
+        return done
 
     def _take(self, view: memoryview, left: int) -> int:
         """Hand out what is here of the payload."""
         size = min(left, self._end - self._begin, len(view))
         part = view[:size]
         part[:] = self._raw[self._begin : self._begin + size]
+        self._begin += size
+        self._unmask(part)
+        return size
+
+    def _unmask(self, part: memoryview) -> None:
+        """*part* is what comes next of the payload."""
         if self._frame.key:
             mask(part, self._frame.key, self._place)
-        self._begin += size
-        self._place += size
-        return size
+        self._place += len(part)
 
     async def _enter(self, frame: Header, size: int) -> bool:
         """Begin with *frame*, whose header takes *size* bytes; False if a control frame is not all here yet."""
@@ -256,6 +293,11 @@ class WebSocketStream(trio.abc.Stream):
             self._begin = at + frame.length
             await self._control(frame.opcode, bytes(payload))
             return True
+        self._start(frame, size)
+        return True
+
+    def _start(self, frame: Header, size: int) -> None:
+        """Begin with the data in *frame*."""
         if frame.opcode is Opcode.TEXT:
             raise FrameError(CloseCode.UNSUPPORTED, "a text message, where only binary ones make a stream")
         if (frame.opcode is Opcode.CONTINUATION) is not (self._message is not None):
@@ -266,7 +308,6 @@ class WebSocketStream(trio.abc.Stream):
         self._message = None if frame.final else total
         self._frame, self._place = frame, 0
         self._begin += size
-        return True
 
     async def _control(self, opcode: Opcode, payload: bytes) -> None:
         if opcode is Opcode.PING:
