@@ -32,8 +32,13 @@ from .buffers import enlarge
 BATCH_PAGES = 4096
 #: Pages copied together for streams that take nothing but bytes.
 _STAGED_PAGES = 512
-#: What streams other than sockets get at once: it must be through within the stall timeout.
+#: What streams other than sockets get at once: it must be through within the stall timeout. More, up to the larger
+#: number, when a piece has taken less than so many seconds.
 _PIECE_BYTES = 1 << 16
+_PIECE_MOST = 1 << 20
+_PIECE_SECONDS = 0.02
+#: A stream other than a socket that brings less than this of a bulk is given a millisecond to gather more.
+_CRUMBS = 96 << 10
 #: Other tasks get a turn after this many bytes at the latest; that takes about a millisecond.
 _SLICE_BYTES = 1 << 20
 #: What is worth a call while pages are read in bulk, and how long is waited for it.
@@ -75,6 +80,17 @@ class PerhapsSilent(Protocol):
         """True if the end of this direction, or silence, is not an error before the peer has said anything."""
 
 
+@runtime_checkable
+class IntoBuffer(Protocol):
+    """A stream that can be received from without a bytes object in between."""
+
+    async def receive_into(self, view: memoryview) -> int:
+        """As ``receive_some``, into *view*; how many bytes, 0 at the end.
+
+        **Cancellation:** nothing was taken.
+        """
+
+
 class Channel:
     """A stream with a byte count and a poison mark.
 
@@ -100,6 +116,8 @@ class Channel:
         self._socket = stream.socket if isinstance(stream, trio.SocketStream) else None
         if self._socket is not None:
             enlarge(self._socket)
+        self._piece = _PIECE_BYTES
+        self._last = _CRUMBS
         self._staging: NDArray[np.uint8] | None = None
 
     @property
@@ -168,13 +186,16 @@ class Channel:
         assert self._sink is not None, "a stream that only receives"
         self.writing = True
         try:
-            for start in range(0, len(data), _PIECE_BYTES):
-                piece = data[start : start + _PIECE_BYTES]
+            while len(data):
+                piece, data = data[: self._piece], data[self._piece :]
+                began = trio.current_time()
                 with trio.move_on_after(self.stall_timeout) as limit:
                     await self._sink.send_all(piece)
                 if limit.cancelled_caught:
                     raise self._stalled("took no data")
                 self.sent += len(piece)
+                quick = trio.current_time() - began < _PIECE_SECONDS
+                self._piece = min(2 * self._piece, _PIECE_MOST) if quick else _PIECE_BYTES
         finally:
             self.writing = False
 
@@ -187,7 +208,7 @@ class Channel:
             lead: the first record's word and block name if it is a named one, else empty.
             words: the word of every record, big-endian; the first is replaced by *lead* if that is not empty.
             pages: the block's memory, shape (n, page size).
-            indices: which of its pages, same length as *words*, at most BATCH_PAGES.
+            indices: which of its pages, rising, same length as *words*, at most BATCH_PAGES.
 
         **Cancellation:** as for :meth:`send`.
         """
@@ -239,15 +260,20 @@ class Channel:
         buffer = self._staging[: extra + count * (8 + PAGE_SIZE)]
         records = buffer[extra:].reshape(count, 8 + PAGE_SIZE)
         records[:, :8] = words.view(np.uint8).reshape(count, 8)
-        records[:, 8:] = pages[indices]
+        first, last = int(indices[0]), int(indices[-1])
+        if last - first == count - 1:  # in order, as they always are, so without a gap: no copy in between
+            records[:, 8:] = pages[first : last + 1]
+        else:
+            records[:, 8:] = pages[indices]
         if lead:
             buffer[: len(lead)] = np.frombuffer(lead, np.uint8)
         return buffer.data
 
-    async def receive_into(self, view: memoryview, *, stall_timeout: float | None = None) -> int:
+    async def receive_into(self, view: memoryview, *, stall_timeout: float | None = None, bulk: bool = False) -> int:
         """Read at least one byte into *view*; 0 at the end of the stream.
 
         Args:
+            bulk: much is on its way, and nobody waits for the first byte of it.
             stall_timeout: for this call, instead of the channel's own.
 
         Raises:
@@ -260,16 +286,24 @@ class Channel:
                 if self._socket is not None:
                     count = await self._socket.recv_into(view)
                 else:
-                    assert self._spring is not None, "a stream that only sends"
-                    data = await self._spring.receive_some(len(view))
-                    count = len(data)
-                    view[:count] = data
+                    if bulk and self._last < _CRUMBS:
+                        await trio.sleep(_HELPING_SECONDS)
+                    count = self._last = await self._receive_some(view)
             if limit.cancelled_caught:
                 raise self._stalled("sent nothing")
         except (OSError, MemoryError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise TransportFailed(f"the connection broke while receiving: {_cause(error)}") from error
         self.received += count
         return count
+
+    async def _receive_some(self, view: memoryview) -> int:
+        spring = self._spring
+        assert spring is not None, "a stream that only sends"
+        if isinstance(spring, IntoBuffer):
+            return await spring.receive_into(view)
+        data = await spring.receive_some(len(view))
+        view[: len(data)] = data
+        return len(data)
 
     async def read_records(self, records: vectored.Records) -> int:
         """Let the kernel place what comes next, and step over it; sockets only. 0 at the end of the stream.

@@ -30,6 +30,7 @@ from ..wire.return_path import Pong, Shut, encode
 from . import guest_calls, teardown
 from .boundary import Outcome, domain_error
 from .channel import Channel, OpenStream
+from .placement import ENOUGH
 from .ram_in import RamReceiver
 from .stream_out import UUID_SUBSECTION
 
@@ -180,7 +181,10 @@ class _Arrival:
             if await self.ram.place_run(channel, decoder):
                 self.counters.transferred = channel.received
                 continue
-            count = await channel.receive_into(decoder.writable(), stall_timeout=self._patience())
+            run = decoder.open_run
+            count = await channel.receive_into(
+                decoder.writable(), stall_timeout=self._patience(), bulk=run is not None and run[2] >= ENOUGH
+            )
             self.counters.transferred = channel.received
             if count:
                 decoder.received(count)

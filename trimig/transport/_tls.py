@@ -33,7 +33,7 @@ _CLOSE_SECONDS: Final = 1.0
 #: Encrypted and handed over at once; about 0.2 ms of work.
 _PIECE: Final = 1 << 18
 #: Read from the transport at once.
-_READ: Final = 1 << 18
+_READ: Final = 1 << 20
 
 _ALERT = re.compile(r"(?:SSLV3|TLSV1|TLSV13)_ALERT_(.+)")
 #: What OpenSSL makes of bytes that are no TLS.
