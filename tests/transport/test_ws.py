@@ -535,25 +535,28 @@ async def test_independent_client_is_told_why_its_text_is_refused() -> None:
 
 
 async def test_our_client_talks_to_an_independent_server() -> None:
+    pongs: list[bool] = []
+
     def echo(connection: websockets.sync.server.ServerConnection) -> None:
         for message in connection:
             assert isinstance(message, bytes)
-            connection.ping("still there?")
-            connection.send([message[:10], message[10:]] if len(message) > 10 else message)
+            pongs.append(connection.ping().wait(10))
+            connection.send([message[:10], message[10:]])
 
-    data = os.urandom(1_500_000)
+    data = os.urandom(_websocket.FRAME_SIZE + 400_000)
     with websockets.sync.server.serve(echo, "127.0.0.1", 0, max_size=None, compression="deflate") as server:
         port = server.socket.getsockname()[1]
         async with in_thread(server.serve_forever):
             try:
                 stream = await transport.connect(f"ws://127.0.0.1:{port}/any?where")
                 assert isinstance(stream, WebSocketStream)
-                got = bytearray()
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(stream.send_all, data)
-                    while len(got) < len(data):
-                        got += await stream.receive_some()
+                async with stream:
+                    got = bytearray()
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(stream.send_all, data)
+                        while len(got) < len(data):
+                            got += await stream.receive_some()
                 assert got == data
-                await stream.aclose()
             finally:
                 server.shutdown()
+    assert pongs == [True, True]
