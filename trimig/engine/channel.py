@@ -32,11 +32,12 @@ from .buffers import enlarge
 BATCH_PAGES = 4096
 #: Pages copied together for streams that take nothing but bytes.
 _STAGED_PAGES = 512
-#: What streams other than sockets get at once: it must be through within the stall timeout. More, up to the larger
-#: number, when a piece has taken less than so many seconds.
+#: What streams other than sockets get at once: it must be through within the stall timeout. They get the larger number
+#: when that many pieces in a row, more than buffers swallow, have taken less than so many seconds each.
 _PIECE_BYTES = 1 << 16
 _PIECE_MOST = 1 << 20
-_PIECE_SECONDS = 0.02
+_PIECES_QUICK = 32
+_PIECE_SECONDS = 0.005
 #: A stream other than a socket that brings less than this of a bulk is given a millisecond to gather more.
 _CRUMBS = 96 << 10
 #: Other tasks get a turn after this many bytes at the latest; that takes about a millisecond.
@@ -116,7 +117,7 @@ class Channel:
         self._socket = stream.socket if isinstance(stream, trio.SocketStream) else None
         if self._socket is not None:
             enlarge(self._socket)
-        self._piece = _PIECE_BYTES
+        self._quick = 0
         self._last = _CRUMBS
         self._staging: NDArray[np.uint8] | None = None
 
@@ -187,15 +188,16 @@ class Channel:
         self.writing = True
         try:
             while len(data):
-                piece, data = data[: self._piece], data[self._piece :]
+                size = _PIECE_MOST if self._quick >= _PIECES_QUICK else _PIECE_BYTES
+                piece, data = data[:size], data[size:]
                 began = trio.current_time()
                 with trio.move_on_after(self.stall_timeout) as limit:
                     await self._sink.send_all(piece)
                 if limit.cancelled_caught:
                     raise self._stalled("took no data")
                 self.sent += len(piece)
-                quick = trio.current_time() - began < _PIECE_SECONDS
-                self._piece = min(2 * self._piece, _PIECE_MOST) if quick else _PIECE_BYTES
+                quick = trio.current_time() - began < _PIECE_SECONDS * (size // _PIECE_BYTES)
+                self._quick = self._quick + 1 if quick else 0
         finally:
             self.writing = False
 
