@@ -40,6 +40,17 @@ COMMANDS: Final = {
 }
 
 
+#: How the help groups them.
+GROUPS: Final = {
+    "See it work": ("demo",),
+    "Host a guest": ("run",),
+    "Drive a guest over QMP (of a trimig run or a QEMU)": (
+        "migrate", "status", "info", "cancel", "set", "continue", "postcopy", "events",
+    ),
+    "Guests in files, and streams": ("receive", "send", "settle", "inspect", "export"),
+}  # fmt: skip
+
+
 class Frame(click.Group):
     """Imports commands on demand, and ends the process with the exit codes of the help text."""
 
@@ -54,6 +65,15 @@ class Frame(click.Group):
         found = getattr(module, cmd_name, None) or getattr(module, f"{cmd_name}_")
         assert isinstance(found, click.Command)
         return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As click's own, but in groups, and with whole sentences."""
+        for title, names in GROUPS.items():
+            commands = [(name, self.get_command(ctx, name)) for name in names]
+            with formatter.section(title):
+                formatter.write_dl(
+                    [(name, command.get_short_help_str(limit=200)) for name, command in commands if command]
+                )
 
     def main(
         self,
@@ -108,5 +128,6 @@ class Frame(click.Group):
 def main() -> None:
     """Move running guests between processes and hosts, over QEMU's migration stream.
 
-    Addresses are written as for QEMU's -incoming: tcp:HOST:PORT or unix:PATH. The other end may be trimig or a QEMU.
+    Addresses are written as for QEMU's -incoming: tcp:HOST:PORT, unix:PATH, exec:COMMAND, fd:NUMBER, file:PATH, and
+    also ws://HOST:PORT/PATH and wss://…. The other end may be trimig or a QEMU.
     """

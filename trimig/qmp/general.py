@@ -33,30 +33,22 @@ async def query_status(machine: Machine, arguments: Mapping[str, Any], session: 
 
 
 async def stop(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``stop``: harmless on a guest that stands still; refused while it is handed over or has not come."""
-    if machine.waiting:
-        raise CommandFailed("the guest has not arrived yet: stop it when it has, or start with -S")
-    if machine.guest.run_state == "running":
-        await machine.guest.pause()
-        machine.emit("STOP")
+    """``stop``: harmless on a guest that stands still; refused while it is handed over."""
+    await machine.pause()
     return {}
 
 
 async def cont(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
     """``cont``: refused where the guest is not, or not certainly, this side's."""
-    if machine.waiting:
-        raise CommandFailed("the guest has not arrived yet")
-    machine.check_ours()
-    if machine.guest.run_state != "running":
-        await machine.guest.resume()
-        machine.emit("RESUME")
+    await machine.resume()
     return {}
 
 
 async def quit_(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
     """``quit``: the machine ends when the answer has been written."""
-    machine.emit("SHUTDOWN", guest=False, reason="host-qmp-quit")
+    machine.shut_down("host-qmp-quit")
     session.when_answered(machine.ended.set)
+    machine.end_soon()
     return {}
 
 

@@ -35,6 +35,10 @@ Handler: TypeAlias = Callable[["Machine", Mapping[str, Any], Session], Awaitable
 NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 #: Statuses in which the engine, and nobody else, decides whether the guest runs.
 _SWITCHING: Final = frozenset({Status.PRE_SWITCHOVER, Status.DEVICE, Status.HANDOVER})
+#: What begins something, and so is refused while the machine ends.
+_BEGINNINGS: Final = frozenset({"cont", "migrate", "migrate-continue", "migrate-incoming", "x-trimig-settle"})
+#: How long the end waits for the answer to ``quit``.
+_LAST_WORD_SECONDS: Final = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +97,9 @@ class Machine:
         self._told: str | None = None
         self._jobs: set[trio.Event] = set()
         self._departing = False
-        self._refused: MigrationError | None = None
+        self._resuming = 0
+        self._shutting_down = False
+        self.outgoing.add_listener(self._guard_switchover)
         self.outgoing.add_listener(functools.partial(self._migration_event, self.outgoing))
         self.incoming.add_listener(functools.partial(self._migration_event, self.incoming))
 
@@ -117,6 +123,8 @@ class Machine:
             raise CommandFailed(f"The command {name} has not been found", error_class="CommandNotFound")
         if command.signature is not None:
             args.check(arguments, command.signature)
+        if self.ended.is_set() and name in _BEGINNINGS:
+            raise CommandFailed("the machine is ending")
         try:
             return await command.handler(self, arguments, session)
         except MigrationError as error:
@@ -159,6 +167,25 @@ class Machine:
                 if wanted and not silent and status != self._told:
                     self.emit("MIGRATION", status=status)
                 self._told = status
+
+    def shut_down(self, reason: str) -> None:
+        """Say that the machine ends, once; :attr:`ended` says when.
+
+        Args:
+            reason: QEMU's word for it: ``host-qmp-quit``, ``host-signal``.
+        """
+        if not self._shutting_down:
+            self._shutting_down = True
+            self.emit("SHUTDOWN", guest=False, reason=reason)
+
+    def end_soon(self) -> None:
+        """End when the answer to the present command has been written, or when nobody has read it for a second."""
+        self._nursery.start_soon(self._end_soon, name="trimig.qmp.quit")
+
+    async def _end_soon(self) -> None:
+        with trio.move_on_after(_LAST_WORD_SECONDS):
+            await self.ended.wait()
+        self.ended.set()
 
     # -- the run state ---------------------------------------------------------------------------------------------
 
@@ -209,11 +236,68 @@ class Machine:
         if self.gone:
             raise StateError("the guest was handed over: it is the destination's, and must not run here too")
 
+    async def pause(self) -> None:
+        """``stop``: on a guest that has not come yet, it will not be started when it comes.
+
+        Raises:
+            StateError: it is being handed over, in one direction or the other.
+            GuestFailed: it could not be paused, and runs.
+
+        **Cancellation:** it may or may not be paused.
+        """
+        if self.waiting:
+            self._start_on_arrival(False)
+        elif self.outgoing.status in _SWITCHING:
+            raise StateError("Migration is not finalized yet: the guest stands still for it, and stays so if it succeeds")
+        elif self.guest.run_state == "running":
+            await self.guest.pause()
+            self.emit("STOP")
+
+    async def resume(self) -> None:
+        """``cont``: on a guest that has not come yet, it will be started when it comes.
+
+        Raises:
+            StateError: the guest is not, or not certainly, this side's.
+            GuestFailed: it could not be resumed.
+
+        **Cancellation:** it may or may not run.
+        """
+        if self.waiting:
+            self._start_on_arrival(True)
+            return
+        self.check_ours()
+        if self.guest.run_state == "running":
+            return
+        self._resuming += 1
+        try:
+            await self.guest.resume()
+        finally:
+            self._resuming -= 1
+        self.emit("RESUME")
+
+    def _start_on_arrival(self, start: bool) -> None:
+        if self.incoming.status is Status.HANDOVER:
+            raise StateError("Migration is not finalized yet: the guest is arriving in this moment")
+        self.config = dataclasses.replace(self.config, autostart=start)
+        self.incoming.reconfigure(autostart=start)
+
+    def _guard_switchover(self, event: Event) -> None:
+        """A guest that is being resumed in the moment of the switchover would run on both sides: no switchover then."""
+        switching = event.name == "MIGRATION" and self.outgoing.status in (Status.PRE_SWITCHOVER, Status.DEVICE)
+        if switching and self._resuming:
+            self.outgoing.cancel("the guest was resumed in the moment of the switchover")
+
     # -- migrations ------------------------------------------------------------------------------------------------
 
     def end_at_once(self, reason: str) -> None:
-        """An attempt that could not begin: it has failed, and the events tell of a whole short life, as QEMU's do."""
+        """An attempt that could not begin: it has failed, and the events tell of a whole short life, as QEMU's do.
+
+        Args:
+            reason: for ``error-desc``; empty for none.
+        """
         self.stillborn = reason
+        self.summary = None
+        self._told = "failed"
         if self.config.capabilities.events:
             self.emit("MIGRATION", status="setup")
             self.emit("MIGRATION", status="failed")
@@ -222,41 +306,39 @@ class Machine:
         """Migrate to *uri* in the background; returns when that has begun.
 
         Raises:
-            MigrationError: it could not even begin.
+            MigrationError: it could not even begin; nothing was changed.
 
         **Cancellation:** it goes on in the background.
         """
-        self.stillborn = self.uncertain = self.summary = self._told = None
         self._departing = True  # until it is its turn nobody else may begin
         begun = trio.Event()
+        refusals: list[MigrationError] = []
+        self._nursery.start_soon(self._depart, uri, begun, refusals, name="trimig.qmp.migrate")
+        await begun.wait()
+        if refusals:
+            raise refusals[0]
+
+    async def _depart(self, uri: str, begun: trio.Event, refusals: list[MigrationError]) -> None:
+        done = self._job()
 
         def heard(event: Event) -> None:
-            if event.name == "MIGRATION":
+            if event.name == "MIGRATION" and not begun.is_set():
+                self.stillborn = self.uncertain = self.summary = None
                 begun.set()
 
         forget = self.outgoing.add_listener(heard)
-        try:
-            self._nursery.start_soon(self._depart, uri, begun, name="trimig.qmp.migrate")
-            await begun.wait()
-        finally:
-            forget()
-        if self._refused is not None:
-            raise self._refused
-
-    async def _depart(self, uri: str, begun: trio.Event) -> None:
-        self._refused = None
-        done = self._job()
         try:
             self.summary = await api.migrate(self.guest, uri, self.config, monitor=self.outgoing)
         except HandoverUncertain as error:
             self.uncertain = error
             log.error("%s", error)
         except MigrationError as error:
-            log.warning("the migration to %s failed: %s", uri, error)
-            if not begun.is_set():
-                self._refused = error
-                self.stillborn = str(error)
+            if begun.is_set():
+                log.warning("the migration to %s failed: %s", uri, error)
+            else:
+                refusals.append(error)
         finally:
+            forget()
             self._departing = False
             begun.set()
             done()
@@ -265,30 +347,26 @@ class Machine:
         """Wait at *uri* for the guest. Returns when somebody can connect there.
 
         Raises:
-            MigrationError: nobody can.
+            MigrationError: nobody can, or what came was at once found to be no guest.
 
         **Cancellation:** it goes on in the background.
         """
-        self.arrival, self._told = "active", "setup"
-        self.emit("MIGRATION", status="setup")
+        self.arrival = "active"
         waiting = trio.Event()
         failures: list[MigrationError] = []
+        self._nursery.start_soon(self._arrive, uri, waiting, failures, name="trimig.qmp.receive")
+        await waiting.wait()
+        if failures:
+            raise failures[0]
+
+    async def _arrive(self, uri: str, waiting: trio.Event, failures: list[MigrationError]) -> None:
+        done = self._job()
 
         def heard(event: Event) -> None:
             if event.name == "LISTENING":
                 waiting.set()
 
         forget = self.incoming.add_listener(heard)
-        try:
-            self._nursery.start_soon(self._arrive, uri, waiting, failures, name="trimig.qmp.receive")
-            await waiting.wait()
-        finally:
-            forget()
-        if failures:
-            raise failures[0]
-
-    async def _arrive(self, uri: str, waiting: trio.Event, failures: list[MigrationError]) -> None:
-        done = self._job()
         try:
             self.summary = await api.receive(self.guest, uri, self.config, monitor=self.incoming)
         except MigrationError as error:
@@ -298,8 +376,14 @@ class Machine:
         else:
             self.arrival = "none"
         finally:
+            forget()
             waiting.set()
             done()
+
+    def arrival_asked(self) -> None:
+        """Somebody has given an address for the arrival, be it a good one or not: QEMU says so, asked for or not."""
+        self._told = "setup"
+        self.emit("MIGRATION", status="setup")
 
     def _job(self) -> Callable[[], None]:
         """A migration goes on from now until what is returned is called."""
@@ -352,7 +436,9 @@ class Machine:
         if self.incoming.status is Status.SETUP:
             del info["status"]  # where QEMU listens, it says where, and nothing more
         if self.stillborn is not None:
-            info.update(status="failed", **({"error-desc": self.stillborn} if self.stillborn else {}))
+            info.update(status="failed", owner=Ownership.SOURCE.value)
+            if self.stillborn:
+                info["error-desc"] = self.stillborn
         else:
             info.update(self.outgoing.info())
         if reasons := blockers.reasons(self.guest):

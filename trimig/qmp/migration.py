@@ -15,6 +15,8 @@ from .machine import Command, Machine
 
 _STR: Final = Argument("str")
 _OPTIONAL_BOOL: Final = Argument("bool", optional=True)
+#: What QEMU may have been built with.
+_OTHER_SCHEMES: Final = ("rdma", "vsock")
 #: The statuses of QEMU's type MigrationStatus.
 _STATUSES: Final = (
     "none", "setup", "cancelling", "cancelled", "active", "postcopy-active", "postcopy-paused", "postcopy-recover",
@@ -24,8 +26,11 @@ _STATUSES: Final = (
 
 async def migrate(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
     """``migrate``: the checks in QEMU's order, then the migration in the background."""
+    uri = _uri(arguments)
     if arguments.get("resume"):
         raise CommandFailed("Cannot resume if there is no paused migration (postcopy is not built into trimig yet)")
+    if machine.outgoing.status is Status.UNCERTAIN:
+        machine.check_ours()
     if machine.busy:
         raise CommandFailed("There's a migration process in progress")
     if machine.waiting:
@@ -38,38 +43,72 @@ async def migrate(machine: Machine, arguments: Mapping[str, Any], session: Sessi
         raise CommandFailed(
             "block migration ('blk', 'inc') is not built into trimig: mirror the disks over NBD instead"
         )
-    # Errors from here on leave the status `failed`, as in QEMU; an unknown scheme without a text.
-    uri = _uri(arguments)
-    machine.stillborn = ""
-    if uri.startswith("fd:") and not uri[3:4].isdigit():
-        uri = f"fd:{_take_descriptor(machine, uri[3:])}"
-    try:
-        transport.check(uri)
-        await machine.depart(uri)
-    except (ConfigError, StateError) as error:
-        machine.end_at_once(str(error))
-        if uri.startswith("fd:"):
-            _close_unused(uri)
-        raise
+    # An address that is wrong leaves the status `failed`, as in QEMU; an unknown scheme without a text.
+    with _Address(machine, uri) as address:
+        try:
+            await machine.depart(address.resolved())
+            address.used = True
+        except (ConfigError, CommandFailed) as error:
+            machine.end_at_once(str(error) if address.known else "")
+            raise
     return {}
 
 
-def _take_descriptor(machine: Machine, name: str) -> int:
-    """Consume the descriptor called *name*: from here on it is the migration's."""
-    fd = machine.descriptors.pop(name, None)
-    if fd is None:
-        reason = f"File descriptor named '{name}' has not been found"
-        machine.end_at_once(reason)
-        raise CommandFailed(reason)
-    return fd
+class _Address:
+    """A URI as a client gave it. A descriptor that it names is taken out of the machine's, and closed if it is not used.
+
+    Attributes:
+        used: the migration has it now.
+    """
+
+    def __init__(self, machine: Machine, uri: str) -> None:
+        self._machine = machine
+        self._uri = uri
+        self._fd = -1
+        self.used = False
+
+    def __enter__(self) -> _Address:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: object) -> None:
+        # A client that has gone while the migration began leaves that to go on.
+        cancelled = kind is not None and not issubclass(kind, Exception)
+        if self._fd >= 0 and not self.used and not cancelled:
+            os.close(self._fd)
+
+    @property
+    def known(self) -> bool:
+        """Its scheme is one that QEMU knows, or we do."""
+        return self._uri.partition(":")[0] in (*transport.SCHEMES, *_OTHER_SCHEMES)
+
+    def resolved(self) -> str:
+        """The URI for the transport.
+
+        Raises:
+            ConfigError: it cannot be understood.
+            CommandFailed: it names a descriptor that is not there.
+        """
+        scheme, _, name = self._uri.partition(":")
+        if scheme != "fd":
+            transport.check(self._uri)
+            return self._uri
+        if name[:1].isdigit():
+            transport.check(self._uri)
+            if not _is_open(int(name)):
+                raise CommandFailed(f"File descriptor named '{name}' has not been found")
+            return self._uri
+        if (fd := self._machine.descriptors.pop(name, None)) is None:
+            raise CommandFailed(f"File descriptor named '{name}' has not been found")
+        self._fd = fd
+        return f"fd:{fd}"
 
 
-def _close_unused(uri: str) -> None:
-    """A descriptor that the transport has refused to take, or was never given."""
+def _is_open(fd: int) -> bool:
     try:
-        os.close(int(uri[3:]))
-    except (ValueError, OSError):
-        return
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
 
 
 def _uri(arguments: Mapping[str, Any]) -> str:
@@ -121,15 +160,15 @@ def _address(address: Mapping[str, Any]) -> str:
 
 async def migrate_incoming(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
     """``migrate-incoming``: once, or again after a failure."""
+    uri = _uri(arguments)
     if machine.arrival == "none":
         raise CommandFailed("'-incoming' was not specified on the command line")
     if machine.arrival == "active":
         raise CommandFailed("The incoming migration has already been started")
-    uri = _uri(arguments)
-    if uri.startswith("fd:") and not uri[3:4].isdigit():
-        uri = f"fd:{_take_descriptor(machine, uri[3:])}"
-    transport.check(uri)
-    await machine.arrive(uri)
+    machine.arrival_asked()
+    with _Address(machine, uri) as address:
+        await machine.arrive(address.resolved())
+        address.used = True
     return {}
 
 

@@ -23,16 +23,16 @@ async def query_capabilities(machine: Machine, arguments: Mapping[str, Any], ses
 
 async def set_capabilities(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
     """``migrate-set-capabilities``: all or nothing, and not while a migration is under way."""
-    for item in arguments["capabilities"]:
-        if not isinstance(item, dict):
-            raise CommandFailed("Invalid parameter type for 'capabilities[]', expected: object")
+    for index, item in enumerate(arguments["capabilities"]):
+        where = f"capabilities[{index}]"
+        check_value(where, item, Argument("object"))
         for member, argument in (("capability", _STR), ("state", _BOOL)):
             if member not in item:
-                raise CommandFailed(f"Parameter 'capabilities[].{member}' is missing")
-            check_value(f"capabilities[].{member}", item[member], argument)
+                raise CommandFailed(f"Parameter '{where}.{member}' is missing")
+            check_value(f"{where}.{member}", item[member], argument)
         for member in item:
             if member not in ("capability", "state"):
-                raise CommandFailed(f"Parameter 'capabilities[].{member}' is unexpected")
+                raise CommandFailed(f"Parameter '{where}.{member}' is unexpected")
         if item["capability"] not in (*CAPABILITY_NAMES, "x-multifd"):
             raise CommandFailed(f"Parameter 'capability' does not accept value '{item['capability']}'")
     for monitor in (machine.outgoing, machine.incoming):
