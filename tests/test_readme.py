@@ -1,0 +1,77 @@
+"""What the README says of the code is what the code says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from trimig import status, transport
+from trimig.cli import COMMANDS
+from trimig.config import BUILT
+from trimig.errors import Ownership
+from trimig.status import CANCELLABLE, IDLE, TRANSITIONS, Role, Status
+
+README: Final = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+
+#: What each status is, in words; everything else in the table comes from the code.
+MEANING: Final = {
+    Status.NONE: "there was no migration yet",
+    Status.SETUP: "connecting, or waiting for somebody to connect",
+    Status.ACTIVE: "memory is on its way; the guest runs",
+    Status.PRE_SWITCHOVER: "the guest is stopped, and waits for `continue`",
+    Status.DEVICE: "the guest is stopped; the rest of it is on its way",
+    Status.HANDOVER: "the decision has been sent (QMP shows `device`)",
+    Status.UNCERTAIN: "the answer to it is missing (QMP shows `failed`)",
+    Status.COMPLETED: "the guest has changed hands",
+    Status.FAILED: "it has not, by a fault",
+    Status.CANCELLING: "it is being undone",
+    Status.CANCELLED: "it has not, by a wish",
+}
+
+
+def owner_in(role: Role, value: Status) -> str:
+    """The owner as *role* sees it, or a dash where it never is in that status."""
+    if value not in TRANSITIONS[role]:
+        return "–"
+    found = status.owner(role, value)
+    return "unknown" if found is Ownership.UNKNOWN else found.value
+
+
+def allowed(value: Status) -> str:
+    """What may be done, of the things that not every status allows."""
+    found = []
+    if value in CANCELLABLE:
+        found.append("cancel")
+    if value is Status.PRE_SWITCHOVER:
+        found.append("continue")
+    if value in IDLE:
+        found.append("migrate, change capabilities" if value is not Status.COMPLETED else "–")
+    if value is Status.UNCERTAIN:
+        found.append("settle")
+    return ", ".join(found) or "wait"
+
+
+def table() -> str:
+    """The table of statuses."""
+    lines = [
+        "| status | what it is | owner, by the source | by the destination | what may be done |",
+        "|---|---|---|---|---|",
+    ]
+    for value in Status:
+        owners = f"{owner_in(Role.SOURCE, value)} | {owner_in(Role.DESTINATION, value)}"
+        lines.append(f"| `{value.value}` | {MEANING[value]} | {owners} | {allowed(value)} |")
+    return "\n".join(lines)
+
+
+def test_table_of_statuses_is_that_of_the_code() -> None:
+    found = README.partition("<!-- statuses -->\n")[2].partition("\n<!-- /statuses -->")[0]
+    assert found == table()
+
+
+def test_every_transport_command_and_capability_is_named() -> None:
+    for scheme in transport.SCHEMES:
+        assert f"`{scheme}:" in README, scheme
+    for command in COMMANDS:
+        assert command in README, command
+    for capability in BUILT - {"events"}:
+        assert capability in README, capability
