@@ -32,7 +32,7 @@ MEANING: Final = {
 def owner_in(role: Role, value: Status) -> str:
     """The owner as *role* sees it, or a dash where it never is in that status."""
     if value not in TRANSITIONS[role]:
-        return "–"
+        return "-"
     found = status.owner(role, value)
     return "unknown" if found is Ownership.UNKNOWN else found.value
 
@@ -45,7 +45,7 @@ def allowed(value: Status) -> str:
     if value is Status.PRE_SWITCHOVER:
         found.append("continue")
     if value in IDLE:
-        found.append("migrate, change capabilities" if value is not Status.COMPLETED else "–")
+        found.append("migrate, change capabilities" if value is not Status.COMPLETED else "-")
     if value is Status.UNCERTAIN:
         found.append("settle")
     return ", ".join(found) or "wait"
