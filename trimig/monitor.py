@@ -18,7 +18,7 @@ import trio
 
 from . import blockers
 from . import status as _status
-from .config import Config, Parameters
+from .config import Capabilities, Config, Parameters
 from .errors import Ownership, StateError
 from .guest import Guest
 from .info import Convergence, Counters, Downtime, Event, Statistics, Summary, query_migrate
@@ -216,6 +216,22 @@ class Monitor:
         if self._retuned is not None:
             self._retuned()
         return parameters
+
+    def reconfigure(self, *, capabilities: Capabilities | None = None, autostart: bool | None = None) -> None:
+        """Change what a destination has not needed yet: capabilities until somebody has connected, whether the guest is
+        started until it has come. What is None stays. Without an attempt, and on a source, it has no effect.
+
+        Raises:
+            StateError: it comes too late.
+            ConfigError: the capabilities do not go together with the parameters.
+        """
+        if self._role is not Role.DESTINATION or self._status in IDLE:
+            return
+        if self._status is not Status.SETUP and (capabilities is not None or self._status is not Status.ACTIVE):
+            raise StateError("the incoming migration has gone too far to change that", status=self._status.value)
+        changes: dict[str, Any] = {"capabilities": capabilities, "autostart": autostart}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        self._config = dataclasses.replace(self._config, **changes)
 
     # -- the engine's side -----------------------------------------------------------------------------------------
 

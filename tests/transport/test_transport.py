@@ -21,11 +21,17 @@ from trimig.testing import ScriptedGuest
         ("tcp:host:4444", ("tcp", "host:4444")),
         ("tcp:[::1]:1", ("tcp", "[::1]:1")),
         ("unix:/run/a:b", ("unix", "/run/a:b")),
-        ("unix:", ("unix", "")),
     ],
 )
 def test_uri_is_taken_apart(uri: str, expected: tuple[str, str]) -> None:
     assert transport.check(uri) == expected
+
+
+@pytest.mark.parametrize("uri", ["unix:", "tcp:foo", "tcp:h:x", "exec: ", "fd:x", "file:", "ws:host", "wss://h:x/"])
+def test_address_that_cannot_be_understood_is_refused_before_anything_is_touched(uri: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        transport.check(uri)
+    assert caught.value.name == "uri"
 
 
 @pytest.mark.parametrize("uri", ["", "tcp", "/run/socket", ":4444", "host"])

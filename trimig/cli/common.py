@@ -169,7 +169,11 @@ def config_options(base: trimig.Config | None = None) -> Callable[[F], F]:
 
 
 def run(
-    job: Callable[[], Awaitable[int | None]], *, as_json: bool = False, interrupt: Callable[[str], None] | None = None
+    job: Callable[[], Awaitable[int | None]],
+    *,
+    as_json: bool = False,
+    interrupt: Callable[[str], None] | None = None,
+    doing: str = "cancelling; the guest is put back first",
 ) -> int:
     """Run *job* in trio and return the exit code: the one it returns, or 130 if a signal cancelled it.
 
@@ -180,11 +184,14 @@ def run(
     Args:
         interrupt: called with the name of the first signal instead, for a job that has to ask others to stop; the
             exit code is then what the job returns.
+        doing: what is said to happen upon the first signal.
     """
-    return trio.run(functools.partial(_run, job, as_json, interrupt), strict_exception_groups=True)
+    return trio.run(functools.partial(_run, job, as_json, interrupt, doing), strict_exception_groups=True)
 
 
-async def _run(job: Callable[[], Awaitable[int | None]], as_json: bool, interrupt: Callable[[str], None] | None) -> int:
+async def _run(
+    job: Callable[[], Awaitable[int | None]], as_json: bool, interrupt: Callable[[str], None] | None, doing: str
+) -> int:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         scope = trio.CancelScope()
 
@@ -194,7 +201,7 @@ async def _run(job: Callable[[], Awaitable[int | None]], as_json: bool, interrup
             return None
 
         async def watch() -> None:
-            await _first_signal(signals, interrupt or scope.cancel)
+            await _first_signal(signals, interrupt or scope.cancel, doing)
 
         code = await alongside(cancellable, watch)
     if not scope.cancelled_caught:
@@ -205,16 +212,16 @@ async def _run(job: Callable[[], Awaitable[int | None]], as_json: bool, interrup
     return CANCELLED
 
 
-async def _first_signal(signals: AsyncIterator[int], cancel: Callable[[str], None]) -> None:
+async def _first_signal(signals: AsyncIterator[int], cancel: Callable[[str], None], doing: str) -> None:
     asked = False
     async for number in signals:
         name = signal.Signals(number).name
         if not asked:
             asked = True
-            say(f"{name}: cancelling; the guest is put back first")
+            say(f"{name}: {doing}")
             cancel(name)
         else:
-            say(f"{name}: being cancelled already; this cannot be hurried without endangering the guest")
+            say(f"{name}: that is being done already; it cannot be hurried without endangering the guest")
 
 
 async def alongside(call: Callable[[], Awaitable[T]], other: Callable[[], Awaitable[None]]) -> T:

@@ -74,7 +74,8 @@ def run(
         config = dataclasses.replace(config, autostart=False)
     host = _Host(config=config, as_json=as_json)
     job = functools.partial(host.run, spec, incoming, addresses, controls, name, uuid, stopped, only_migratable)
-    return run_job(job, as_json=as_json, interrupt=host.interrupt)
+    doing = "ending; a migration under way is cancelled first, and the guest is paused"
+    return run_job(job, as_json=as_json, interrupt=host.interrupt, doing=doing)
 
 
 class _Host:
@@ -93,7 +94,7 @@ class _Host:
         if self._machine is None:
             self._starting.cancel(signal)
         else:
-            self._machine.emit("SHUTDOWN", guest=False, reason="host-signal")
+            self._machine.shut_down("host-signal")
             self._machine.ended.set()
 
     async def run(

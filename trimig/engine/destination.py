@@ -200,7 +200,7 @@ class _Arrival:
         One that is held before the switchover sends nothing for as long as somebody likes. That is behind a section of
         RAM, and nowhere else.
         """
-        held = self.between and not self.ram_ended and self.config.capabilities.pause_before_switchover
+        held = self.between and not self.ram_ended and self.monitor.config.capabilities.pause_before_switchover
         return math.inf if held else None
 
     def _measure(self, idstr: str, instance_id: int, version_id: int, data: memoryview) -> int | None:
@@ -389,7 +389,7 @@ class _Arrival:
         await trio.lowlevel.checkpoint_if_cancelled()
         monitor.advance(Status.HANDOVER)
         state = self.run_state
-        if state == "running" and not self.config.autostart:
+        if state == "running" and not monitor.config.autostart:
             state = "paused"
         began = trio.current_time()
         failure = await teardown.guest_call("brought to life", functools.partial(self.guest.activate, state), grace)

@@ -248,7 +248,9 @@ class Machine:
         if self.waiting:
             self._start_on_arrival(False)
         elif self.outgoing.status in _SWITCHING:
-            raise StateError("Migration is not finalized yet: the guest stands still for it, and stays so if it succeeds")
+            raise StateError(
+                "Migration is not finalized yet: the guest stands still for it, and stays so if it succeeds"
+            )
         elif self.guest.run_state == "running":
             await self.guest.pause()
             self.emit("STOP")
@@ -302,8 +304,8 @@ class Machine:
             self.emit("MIGRATION", status="setup")
             self.emit("MIGRATION", status="failed")
 
-    async def depart(self, uri: str) -> None:
-        """Migrate to *uri* in the background; returns when that has begun.
+    async def depart(self, uri: str, leave: Callable[[], None] = lambda: None) -> None:
+        """Migrate to *uri* in the background; returns when that has begun. *leave* is called at its end, whatever it is.
 
         Raises:
             MigrationError: it could not even begin; nothing was changed.
@@ -313,12 +315,14 @@ class Machine:
         self._departing = True  # until it is its turn nobody else may begin
         begun = trio.Event()
         refusals: list[MigrationError] = []
-        self._nursery.start_soon(self._depart, uri, begun, refusals, name="trimig.qmp.migrate")
+        self._nursery.start_soon(self._depart, uri, leave, begun, refusals, name="trimig.qmp.migrate")
         await begun.wait()
         if refusals:
             raise refusals[0]
 
-    async def _depart(self, uri: str, begun: trio.Event, refusals: list[MigrationError]) -> None:
+    async def _depart(
+        self, uri: str, leave: Callable[[], None], begun: trio.Event, refusals: list[MigrationError]
+    ) -> None:
         done = self._job()
 
         def heard(event: Event) -> None:
@@ -339,12 +343,13 @@ class Machine:
                 refusals.append(error)
         finally:
             forget()
+            leave()
             self._departing = False
             begun.set()
             done()
 
-    async def arrive(self, uri: str) -> None:
-        """Wait at *uri* for the guest. Returns when somebody can connect there.
+    async def arrive(self, uri: str, leave: Callable[[], None] = lambda: None) -> None:
+        """Wait at *uri* for the guest. Returns when somebody can connect there. *leave* is called when it is over.
 
         Raises:
             MigrationError: nobody can, or what came was at once found to be no guest.
@@ -354,12 +359,14 @@ class Machine:
         self.arrival = "active"
         waiting = trio.Event()
         failures: list[MigrationError] = []
-        self._nursery.start_soon(self._arrive, uri, waiting, failures, name="trimig.qmp.receive")
+        self._nursery.start_soon(self._arrive, uri, leave, waiting, failures, name="trimig.qmp.receive")
         await waiting.wait()
         if failures:
             raise failures[0]
 
-    async def _arrive(self, uri: str, waiting: trio.Event, failures: list[MigrationError]) -> None:
+    async def _arrive(
+        self, uri: str, leave: Callable[[], None], waiting: trio.Event, failures: list[MigrationError]
+    ) -> None:
         done = self._job()
 
         def heard(event: Event) -> None:
@@ -377,6 +384,7 @@ class Machine:
             self.arrival = "none"
         finally:
             forget()
+            leave()
             waiting.set()
             done()
 

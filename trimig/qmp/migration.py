@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from .. import blockers, transport
-from ..errors import ConfigError, Ownership, StateError
+from ..errors import ConfigError, Ownership
 from ..status import Status
 from .arguments import Argument, check, check_value
 from .interface import CommandFailed, Session
@@ -15,8 +16,8 @@ from .machine import Command, Machine
 
 _STR: Final = Argument("str")
 _OPTIONAL_BOOL: Final = Argument("bool", optional=True)
-#: What QEMU may have been built with.
-_OTHER_SCHEMES: Final = ("rdma", "vsock")
+#: Those that somebody has, we or a QEMU.
+_KNOWN_SCHEMES: Final = (*transport.SCHEMES, "rdma", "vsock")
 #: The statuses of QEMU's type MigrationStatus.
 _STATUSES: Final = (
     "none", "setup", "cancelling", "cancelled", "active", "postcopy-active", "postcopy-paused", "postcopy-recover",
@@ -44,71 +45,57 @@ async def migrate(machine: Machine, arguments: Mapping[str, Any], session: Sessi
             "block migration ('blk', 'inc') is not built into trimig: mirror the disks over NBD instead"
         )
     # An address that is wrong leaves the status `failed`, as in QEMU; an unknown scheme without a text.
-    with _Address(machine, uri) as address:
-        try:
-            await machine.depart(address.resolved())
-            address.used = True
-        except (ConfigError, CommandFailed) as error:
-            machine.end_at_once(str(error) if address.known else "")
-            raise
+    try:
+        to, leave = _resolve(machine, uri)
+    except (ConfigError, CommandFailed) as error:
+        machine.end_at_once(str(error) if uri.partition(":")[0] in _KNOWN_SCHEMES else "")
+        raise
+    await machine.depart(to, leave)
     return {}
 
 
-class _Address:
-    """A URI as a client gave it. A descriptor that it names is taken out of the machine's, and closed if it is not used.
+def _resolve(machine: Machine, uri: str) -> tuple[str, Callable[[], None]]:
+    """The URI for the transport, and what is to be called when the attempt is over, whatever became of it.
 
-    Attributes:
-        used: the migration has it now.
+    The name of a descriptor is replaced by its number, and the machine no longer has it.
+
+    Raises:
+        ConfigError: it cannot be understood.
+        CommandFailed: it names a descriptor that is not there.
     """
-
-    def __init__(self, machine: Machine, uri: str) -> None:
-        self._machine = machine
-        self._uri = uri
-        self._fd = -1
-        self.used = False
-
-    def __enter__(self) -> _Address:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: object) -> None:
-        # A client that has gone while the migration began leaves that to go on.
-        cancelled = kind is not None and not issubclass(kind, Exception)
-        if self._fd >= 0 and not self.used and not cancelled:
-            os.close(self._fd)
-
-    @property
-    def known(self) -> bool:
-        """Its scheme is one that QEMU knows, or we do."""
-        return self._uri.partition(":")[0] in (*transport.SCHEMES, *_OTHER_SCHEMES)
-
-    def resolved(self) -> str:
-        """The URI for the transport.
-
-        Raises:
-            ConfigError: it cannot be understood.
-            CommandFailed: it names a descriptor that is not there.
-        """
-        scheme, _, name = self._uri.partition(":")
-        if scheme != "fd":
-            transport.check(self._uri)
-            return self._uri
-        if name[:1].isdigit():
-            transport.check(self._uri)
-            if not _is_open(int(name)):
-                raise CommandFailed(f"File descriptor named '{name}' has not been found")
-            return self._uri
-        if (fd := self._machine.descriptors.pop(name, None)) is None:
+    scheme, _, name = uri.partition(":")
+    if scheme != "fd":
+        transport.check(uri)
+        return uri, _nothing
+    if name[:1].isdigit():
+        transport.check(uri)
+        fd = int(name)
+        if _identity(fd) is None:
             raise CommandFailed(f"File descriptor named '{name}' has not been found")
-        self._fd = fd
-        return f"fd:{fd}"
+    elif (taken := machine.descriptors.pop(name, None)) is not None:
+        fd = taken
+    else:
+        raise CommandFailed(f"File descriptor named '{name}' has not been found")
+    return f"fd:{fd}", functools.partial(_close_unused, fd, _identity(fd))
 
 
-def _is_open(fd: int) -> bool:
+def _nothing() -> None:
+    """There is nothing to be given back."""
+
+
+def _close_unused(fd: int, identity: tuple[int, int] | None) -> None:
+    """Close what the transport was never given. One that it was given is closed, or its number is another's by now."""
+    if identity is not None and _identity(fd) == identity:
+        os.close(fd)
+
+
+def _identity(fd: int) -> tuple[int, int] | None:
+    """Of the open file, None if there is none."""
     try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
+        found = os.fstat(fd)
+    except (OSError, OverflowError):
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _uri(arguments: Mapping[str, Any]) -> str:
@@ -166,9 +153,7 @@ async def migrate_incoming(machine: Machine, arguments: Mapping[str, Any], sessi
     if machine.arrival == "active":
         raise CommandFailed("The incoming migration has already been started")
     machine.arrival_asked()
-    with _Address(machine, uri) as address:
-        await machine.arrive(address.resolved())
-        address.used = True
+    await machine.arrive(*_resolve(machine, uri))
     return {}
 
 

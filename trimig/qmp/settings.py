@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ..config import CAPABILITY_NAMES, Capabilities, Parameters, check_idle
-from ..status import IDLE
+from ..status import IDLE, Status
 from .arguments import Argument, check_value
 from .interface import CommandFailed, Session
 from .machine import Command, Machine
@@ -35,12 +35,13 @@ async def set_capabilities(machine: Machine, arguments: Mapping[str, Any], sessi
                 raise CommandFailed(f"Parameter '{where}.{member}' is unexpected")
         if item["capability"] not in (*CAPABILITY_NAMES, "x-multifd"):
             raise CommandFailed(f"Parameter 'capability' does not accept value '{item['capability']}'")
-    for monitor in (machine.outgoing, machine.incoming):
-        if monitor.status not in IDLE:
-            check_idle(monitor.status.value)
+    check_idle(machine.outgoing.status.value)
+    if machine.incoming.status is not Status.SETUP:  # where nobody has connected yet, nothing has begun
+        check_idle(machine.incoming.status.value)
     changed = Capabilities.from_qmp(arguments["capabilities"], machine.config.capabilities)
     changed.check(before=machine.config.capabilities, inmigrate=machine.waiting)
     machine.config = dataclasses.replace(machine.config, capabilities=changed)
+    machine.incoming.reconfigure(capabilities=changed)
     return {}
 
 

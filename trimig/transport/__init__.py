@@ -10,8 +10,9 @@ A module of this package whose name has no underscore in front *is* the transpor
 *rest* is what follows the colon. Both raise ConfigError for an address that cannot be understood, before anything is
 touched, and TransportFailed for everything else. A transport that has only one direction returns a stream of that
 direction only, and so has no return path. It need not know of TLS: where the parameter ``tls-creds`` is set, that is
-laid over what the two functions give. It may have two more names::
+laid over what the two functions give. It may have three more names::
 
+    def parse(rest: str) -> object   # raises ConfigError for what it cannot understand, and looks at nothing else
     def host(rest: str) -> str       # the name that a server there must have in its certificate
     SECURES_ITSELF = True            # it lays TLS over itself, or has none: it looks at tls-creds alone
 
@@ -76,7 +77,7 @@ def check(uri: str) -> tuple[str, str]:
     """``(scheme, rest)`` of a URI that this build can use.
 
     Raises:
-        ConfigError: no scheme, an unknown one, or one that is not built.
+        ConfigError: no scheme, an unknown one, or one that is not built; or its transport cannot understand the rest.
     """
     scheme, colon, rest = uri.partition(":")
     known = ", ".join(f"{name}:" for name in SCHEMES)
@@ -86,14 +87,21 @@ def check(uri: str) -> tuple[str, str]:
         raise ConfigError(f"{uri!r} cannot be used: {_ABSENT[scheme]}; there are {known}", name="uri")
     if scheme not in SCHEMES:
         raise ConfigError(f"unknown protocol {scheme!r} in {uri!r}; there are {known}", name="uri")
+    parse: Callable[[str], object] | None = getattr(_module(scheme), "parse", None)
+    if parse is not None:
+        parse(rest)
     return scheme, rest
+
+
+def _module(scheme: str) -> _Transport:
+    # Imported when it is asked for: some bring a library that takes its time.
+    module: _Transport = importlib.import_module(f".{scheme}", __name__)
+    return module
 
 
 def _find(uri: str) -> tuple[_Transport, str]:
     scheme, rest = check(uri)
-    # Imported when it is asked for: some bring a library that takes its time.
-    module: _Transport = importlib.import_module(f".{scheme}", __name__)
-    return module, rest
+    return _module(scheme), rest
 
 
 async def connect(uri: str, config: Config | None = None) -> trio.abc.Stream | trio.abc.SendStream:

@@ -21,7 +21,12 @@ from ._child import PIPE_BYTES, Child
 _MAX_COMMAND: Final = (1 << 17) - 1
 
 
-def _check(command: str) -> str:
+def parse(command: str) -> str:
+    """A command that can be run.
+
+    Raises:
+        ConfigError: it is none.
+    """
     if not command.strip():
         raise ConfigError("exec: needs a command, for example exec:gzip > guest.gz", name="uri")
     if "\0" in command:
@@ -167,7 +172,7 @@ async def connect(rest: str, config: Config) -> ExecStream:
 
     **Cancellation:** it was not started.
     """
-    return ExecStream(await Child.start(_check(rest)), silent=True)
+    return ExecStream(await Child.start(parse(rest)), silent=True)
 
 
 async def listen(rest: str, config: Config) -> ExecListener:
@@ -178,6 +183,6 @@ async def listen(rest: str, config: Config) -> ExecListener:
 
     **Cancellation:** no effect.
     """
-    command = _check(rest)
+    command = parse(rest)
     await trio.lowlevel.checkpoint()
     return ExecListener(command)

@@ -16,7 +16,12 @@ from ..errors import ConfigError, TransportFailed
 _MAX_PATH = 108
 
 
-def _check(path: str) -> str:
+def parse(path: str) -> str:
+    """A path that a socket can have.
+
+    Raises:
+        ConfigError: it is none.
+    """
     if not path:
         raise ConfigError("unix: needs a path", name="uri")
     if "\0" in path:
@@ -35,7 +40,7 @@ async def connect(rest: str, config: Config) -> trio.SocketStream:
 
     **Cancellation:** no connection is left.
     """
-    path = _check(rest)
+    path = parse(rest)
     try:
         return await trio.open_unix_socket(path)
     except OSError as error:
@@ -84,7 +89,7 @@ async def listen(rest: str, config: Config) -> UnixListener:
 
     **Cancellation:** nothing is left behind.
     """
-    path = _check(rest)
+    path = parse(rest)
     await trio.lowlevel.checkpoint()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

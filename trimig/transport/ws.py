@@ -7,12 +7,21 @@ from __future__ import annotations
 
 from ..config import Config
 from ..errors import ConfigError
-from . import tcp
+from . import _weburl, tcp
 from ._websocket import WebSocketStream
-from ._weburl import WebSocketListener, parse, upgrade
+from ._weburl import Address, WebSocketListener, upgrade
 
 #: There is a scheme for TLS; laying it over the messages would be of no use to anybody.
 SECURES_ITSELF = True
+
+
+def parse(rest: str) -> Address:
+    """The address behind ``ws:``.
+
+    Raises:
+        ConfigError: it is not of the form ``//HOST:PORT/PATH``.
+    """
+    return _weburl.parse("ws", rest)
 
 
 def _refuse_tls(config: Config) -> None:
@@ -29,7 +38,7 @@ async def connect(rest: str, config: Config) -> WebSocketStream:
 
     **Cancellation:** no connection is left.
     """
-    to = parse("ws", rest)
+    to = parse(rest)
     _refuse_tls(config)
     return await upgrade(await tcp.connect(to.tcp, config), to)
 
@@ -43,6 +52,6 @@ async def listen(rest: str, config: Config) -> WebSocketListener:
 
     **Cancellation:** nothing is left listening.
     """
-    at = parse("ws", rest)
+    at = parse(rest)
     _refuse_tls(config)
     return WebSocketListener(await tcp.listen(at.tcp, config), at)

@@ -8,12 +8,21 @@ from __future__ import annotations
 
 from ..config import Config
 from ..errors import ConfigError
-from . import _credentials, _tls, tcp
+from . import _credentials, _tls, _weburl, tcp
 from ._websocket import WebSocketStream
-from ._weburl import WebSocketListener, parse, upgrade
+from ._weburl import Address, WebSocketListener, upgrade
 
 #: TLS lies below the websocket, not above it.
 SECURES_ITSELF = True
+
+
+def parse(rest: str) -> Address:
+    """The address behind ``wss:``.
+
+    Raises:
+        ConfigError: it is not of the form ``//HOST:PORT/PATH``.
+    """
+    return _weburl.parse("wss", rest)
 
 
 async def connect(rest: str, config: Config) -> WebSocketStream:
@@ -25,7 +34,7 @@ async def connect(rest: str, config: Config) -> WebSocketStream:
 
     **Cancellation:** no connection is left.
     """
-    to = parse("wss", rest)
+    to = parse(rest)
     host = tcp.host(to.tcp)
     credentials = _credentials.load(config, "client") or _credentials.system(config.parameters.tls_hostname or None)
     return await upgrade(await _tls.secure(await tcp.connect(to.tcp, config), credentials, str(to), host), to)
@@ -40,7 +49,7 @@ async def listen(rest: str, config: Config) -> WebSocketListener:
 
     **Cancellation:** nothing is left listening.
     """
-    at = parse("wss", rest)
+    at = parse(rest)
     credentials = _credentials.load(config, "server")
     if credentials is None:
         raise ConfigError(f"{at} needs a certificate to show; set tls-creds", name="tls-creds")
