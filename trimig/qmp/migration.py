@@ -118,7 +118,7 @@ def _uri(arguments: Mapping[str, Any]) -> str:
 
 
 def _address(address: Mapping[str, Any]) -> str:
-    check_value("transport", address.get("transport"), Argument("str", choices=("socket", "exec", "file", "rdma")))
+    _check_member(address, "transport", ("socket", "exec", "file", "rdma"))
     rest = {name: value for name, value in address.items() if name != "transport"}
     match address["transport"]:
         case "exec":
@@ -132,8 +132,8 @@ def _address(address: Mapping[str, Any]) -> str:
             return f"file:{rest['filename']},offset={rest.get('offset', 0)}"
         case "rdma":
             return "rdma:"
-    kind = rest.pop("type", None)
-    check_value("type", kind, Argument("str", choices=("inet", "unix", "fd")))
+    _check_member(address, "type", ("inet", "unix", "fd"))
+    kind = rest.pop("type")
     if kind == "unix":
         check(rest, {"path": _STR})
         return f"unix:{rest['path']}"
@@ -143,6 +143,11 @@ def _address(address: Mapping[str, Any]) -> str:
     check(rest, {"host": _STR, "port": _STR})
     host = f"[{rest['host']}]" if ":" in rest["host"] else rest["host"]
     return f"tcp:{host}:{rest['port']}"
+
+
+def _check_member(given: Mapping[str, Any], name: str, choices: tuple[str, ...]) -> None:
+    """The member that decides which others there are."""
+    check({name: given[name]} if name in given else {}, {name: Argument("str", choices=choices)})
 
 
 async def migrate_incoming(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:

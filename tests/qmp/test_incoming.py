@@ -1,0 +1,118 @@
+"""``migrate-incoming``: once, or again after what came to nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.qmp.driver import Talk, hosted
+from trimig.status import Status
+
+
+async def arrives(source: Talk, destination: Talk, uri: str) -> None:
+    """A whole migration, to show that the destination is still of use."""
+    await destination.say("migrate-incoming", {"uri": uri})
+    await source.say("migrate", {"uri": uri})
+    assert await source.over() is Status.COMPLETED
+    assert await destination.state() == "running"
+
+
+async def test_machine_that_does_not_wait() -> None:
+    """B11."""
+    async with hosted() as talk:
+        assert "'-incoming' was not specified" in await talk.refused("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+        assert talk.events == []
+
+
+async def test_deferred_machine_waits_for_its_address(tmp_path: Path) -> None:
+    """B9, B10, B12, F2: inmigrate with nothing listening; the second address is refused and changes nothing."""
+    async with hosted() as source, hosted(waiting=True) as talk:
+        assert (await talk.state(), await talk.query()) == ("inmigrate", {})
+        assert "waiting for an incoming" in await talk.refused("migrate", {"uri": "tcp:127.0.0.1:1"})
+        assert "defer" in await talk.refused("migrate-incoming", {"uri": "defer"})
+        uri = f"unix:{tmp_path}/s"
+        await talk.say("migrate-incoming", {"uri": uri})
+        before = await talk.query()
+        assert before["socket-address"]
+        assert "status" not in before
+        assert "already been started" in await talk.refused("migrate-incoming", {"uri": f"unix:{tmp_path}/t"})
+        assert (await talk.query(), os.listdir(tmp_path)) == (before, ["s"])
+        await source.say("migrate", {"uri": uri})
+        assert await source.over() is Status.COMPLETED
+        assert "was not specified" in await talk.refused("migrate-incoming", {"uri": uri})
+
+
+@pytest.mark.parametrize("uri", ["pigeon:1", "tcp:foo", "fd:nosuch", "fd:999999", "exec:", "file:"])
+async def test_address_that_cannot_be_understood(tmp_path: Path, uri: str) -> None:
+    """B8, B13, B14: ``setup`` is told, asked for or not, before the address is looked at; the state stays none, and
+    it may be tried again."""
+    async with hosted() as source, hosted(waiting=True) as talk:
+        for _ in range(2):
+            await talk.refused("migrate-incoming", {"uri": uri})
+            assert await talk.query() == {}
+        assert talk.names() == ["setup", "setup"]
+        await arrives(source, talk, f"unix:{tmp_path}/s")
+
+
+async def test_address_that_is_in_use(tmp_path: Path) -> None:
+    """B13."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        async with hosted() as source, hosted(waiting=True) as talk:
+            uri = f"tcp:127.0.0.1:{taken.getsockname()[1]}"
+            assert "in use" in await talk.refused("migrate-incoming", {"uri": uri})
+            assert await talk.state() == "inmigrate"
+            await arrives(source, talk, f"unix:{tmp_path}/s")
+
+
+async def test_stream_that_is_none(tmp_path: Path) -> None:
+    """G13: a QEMU exits, and its monitor and the reason with it. Here the status says failed and why, and the next
+    attempt may succeed."""
+    async with hosted() as source, hosted(waiting=True) as talk:
+        await talk.capabilities(events=True)
+        await talk.say("migrate-incoming", {"uri": f"unix:{tmp_path}/s"})
+        stream = await trio.open_unix_socket(f"{tmp_path}/s")
+        async with stream:
+            await stream.send_all(b"GET / HTTP/1.1\r\n\r\n")
+            await talk.over()
+        info = await talk.query()
+        assert (info["status"], info["owner"]) == ("failed", "source")
+        assert info["error-desc"]
+        assert (await talk.state(), talk.names()) == ("inmigrate", ["setup", "active", "failed"])
+        await arrives(source, talk, f"unix:{tmp_path}/s")
+
+
+@pytest.mark.parametrize("kind", ["exec", "file", "fd"])
+async def test_guest_comes_from_what_was_kept(tmp_path: Path, kind: str) -> None:
+    """B7: out of a command, a file, a pipe. Where one need not wait for a connection, everything may be over before the
+    command has returned."""
+    path = tmp_path / "kept"
+    async with hosted() as source, hosted(waiting=True) as talk:
+        await source.say("migrate", {"uri": f"file:{path}"})
+        assert await source.over() is Status.COMPLETED
+        if kind == "fd":
+            reading, writing = os.pipe()
+            talk.fds.append(reading)
+            await talk.say("getfd", {"fdname": "line"})
+            os.write(writing, path.read_bytes())
+            os.close(writing)
+        uri = {"exec": f"exec:cat {path}", "file": f"file:{path}", "fd": "fd:line"}[kind]
+        await talk.say("migrate-incoming", {"uri": uri})
+        await talk.over()
+        assert (await talk.query())["status"] == "completed"
+        assert await talk.state() == "running"
+
+
+async def test_guest_goes_on_from_where_it_has_come_to(tmp_path: Path) -> None:
+    """G10: the destination's part of query-migrate, and the source's over it once there is one."""
+    async with hosted() as first, hosted(waiting=True) as second, hosted(waiting=True) as third:
+        await arrives(first, second, f"unix:{tmp_path}/s")
+        assert {**await second.query(), "owner": ""} == {"status": "completed", "owner": ""}
+        await second.refused("migrate", {"uri": "tcp:foo"})
+        assert (await second.query())["owner"] == "source"
+        await arrives(second, third, f"unix:{tmp_path}/t")
+        assert [await talk.state() for talk in (first, second, third)] == ["postmigrate", "postmigrate", "running"]
+        assert (await second.query())["owner"] == "destination"
