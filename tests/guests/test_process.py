@@ -65,6 +65,18 @@ async def gone(pid: int) -> None:
         os.close(pidfd)
 
 
+async def test_stopped_guest_is_ready_and_waits() -> None:
+    """As QEMU's -S: nothing is written until it is resumed; it can be saved as it stands."""
+    async with ProcessGuest.open(size=1 << 20, hot=1 << 18, stopped=True) as guest:
+        assert guest.run_state == "prelaunch"
+        assert await guest.save_devices()
+        before = (await guest.stats()).writes
+        await guest.resume()
+        assert guest.run_state == "running"
+        await guest.pause()
+        assert (await guest.stats()).writes >= before
+
+
 async def test_a_paused_guest_writes_nothing_and_goes_on_where_it_was() -> None:
     async with a_guest() as guest:
         assert isinstance(guest, Guest)

@@ -45,7 +45,7 @@ async def open_guest(
         options = _process_options(rest if colon else "")
         if name:
             options["name"] = name
-        async with trimig.ProcessGuest.open(running=not (waiting or stopped), **options) as guest:
+        async with trimig.ProcessGuest.open(running=not waiting, stopped=stopped, **options) as guest:
             yield guest
     elif kind == "parked" and rest:
         path = Path(rest)

@@ -243,6 +243,7 @@ class ProcessGuest(GuestBase):
         dirty_rate: int = 50 * MiB,
         seed: int | None = None,
         running: bool = True,
+        stopped: bool = False,
         name: str = "trimig-workload",
         dirty_tracking: str = "auto",
         call_timeout: float = 10.0,
@@ -256,6 +257,7 @@ class ProcessGuest(GuestBase):
             seed: of content and order; None takes a random one.
             running: False for a receiver: memory stays empty, and the run state is ``"inmigrate"``. What the workload
                 does (hot, dirty_rate, seed) comes with the guest then, only *size* must agree.
+            stopped: with *running*: ready, but not started; the run state is ``"prelaunch"`` until :meth:`resume`.
             name: the machine name in the stream.
             dirty_tracking: ``"auto"``, ``"userfaultfd"`` or ``"compare"``.
             call_timeout: seconds after which a worker that does not answer is a GuestFailed.
@@ -292,7 +294,10 @@ class ProcessGuest(GuestBase):
             await guest._attach()
             if running:
                 await worker.call("initialise", within=size / _SLOWEST, state=dataclasses.asdict(state))
-                await guest.resume()
+                if stopped:
+                    guest._run_state = "prelaunch"
+                else:
+                    await guest.resume()
             yield guest
 
     async def _attach(self) -> None:
