@@ -117,6 +117,7 @@ class Channel:
         self._socket = stream.socket if isinstance(stream, trio.SocketStream) else None
         if self._socket is not None:
             enlarge(self._socket)
+        self._into = stream.receive_into if isinstance(stream, IntoBuffer) else None
         self._quick = 0
         self._last = _CRUMBS
         self._staging: NDArray[np.uint8] | None = None
@@ -299,11 +300,10 @@ class Channel:
         return count
 
     async def _receive_some(self, view: memoryview) -> int:
-        spring = self._spring
-        assert spring is not None, "a stream that only sends"
-        if isinstance(spring, IntoBuffer):
-            return await spring.receive_into(view)
-        data = await spring.receive_some(len(view))
+        if self._into is not None:
+            return await self._into(view)
+        assert self._spring is not None, "a stream that only sends"
+        data = await self._spring.receive_some(len(view))
         view[: len(data)] = data
         return len(data)
 
