@@ -18,6 +18,7 @@ async def arrives(source: Talk, destination: Talk, uri: str) -> None:
     await destination.say("migrate-incoming", {"uri": uri})
     await source.say("migrate", {"uri": uri})
     assert await source.over() is Status.COMPLETED
+    await destination.over()
     assert await destination.state() == "running"
 
 
@@ -43,6 +44,7 @@ async def test_deferred_machine_waits_for_its_address(tmp_path: Path) -> None:
         assert (await talk.query(), os.listdir(tmp_path)) == (before, ["s"])
         await source.say("migrate", {"uri": uri})
         assert await source.over() is Status.COMPLETED
+        await talk.over()
         assert "was not specified" in await talk.refused("migrate-incoming", {"uri": uri})
 
 

@@ -97,15 +97,18 @@ async def _from_python(text: str, *, running: bool) -> AsyncIterator[trimig.Gues
             found = getattr(found, part)
         except AttributeError:
             raise _bad(f"app:{text}: {module_name} has no {path}") from None
-    if callable(found) and not isinstance(found, trimig.Guest):
-        found = found(**_arguments(found, {"running": running}))
     async with contextlib.AsyncExitStack() as stack:
-        if inspect.isawaitable(found):
-            found = await found
-        if hasattr(found, "__aenter__"):
-            found = await stack.enter_async_context(found)
-        elif hasattr(found, "__enter__"):
-            found = stack.enter_context(found)
+        try:
+            if callable(found) and not isinstance(found, trimig.Guest):
+                found = found(**_arguments(found, {"running": running}))
+            if inspect.isawaitable(found):
+                found = await found
+            if hasattr(found, "__aenter__"):
+                found = await stack.enter_async_context(found)
+            elif hasattr(found, "__enter__"):
+                found = stack.enter_context(found)
+        except Exception as error:  # the user's own code
+            raise _bad(f"app:{text} failed: {error!r}") from error
         if not isinstance(found, trimig.Guest):
             raise _bad(f"app:{text} gave {type(found).__name__!r}, which is no guest (see trimig.Guest)")
         yield found

@@ -14,7 +14,7 @@ import click
 import trio
 
 import trimig
-from trimig import qmp, transport
+from trimig import blockers, qmp, transport
 from trimig.errors import Ownership
 
 from .common import CANCELLED, DONE, UNCERTAIN, migration_options, say, show_size, show_time
@@ -78,6 +78,14 @@ def run(
     return run_job(job, as_json=as_json, interrupt=host.interrupt, doing=doing)
 
 
+def _only_migratable(guest: trimig.Guest) -> None:
+    """Let nothing prevent a migration of *guest*, from now on and what there is already."""
+    for reason in blockers.reasons(guest):
+        raise click.BadParameter(reason, param_hint="--only-migratable")
+    if isinstance(guest, blockers.Blockable):
+        guest.blockers.only_migratable = True
+
+
 class _Host:
     """The process around one machine: what it prints, and how it ends."""
 
@@ -114,8 +122,8 @@ class _Host:
             async with opened as guest, trio.open_nursery(strict_exception_groups=True) as nursery:
                 if uuid is not None and hasattr(guest, "uuid"):
                     guest.uuid = uuid
-                if only_migratable and isinstance(blockers := getattr(guest, "blockers", None), trimig.Blockers):
-                    blockers.only_migratable = True
+                if only_migratable:
+                    _only_migratable(guest)
                 machine = qmp.Machine(
                     guest,
                     nursery,

@@ -172,7 +172,8 @@ async def migrate_continue(machine: Machine, arguments: Mapping[str, Any], sessi
     """``migrate-continue``: out of pre-switchover."""
     status = machine.outgoing.status
     if status is not Status.PRE_SWITCHOVER or arguments["state"] != status.qmp:
-        raise CommandFailed(f"Migration not in expected state: {status.qmp}")
+        shown = status.qmp if machine.stillborn is None else "failed"
+        raise CommandFailed(f"Migration not in expected state: {shown}")
     machine.outgoing.resume()
     return {}
 

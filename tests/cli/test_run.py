@@ -1,0 +1,258 @@
+"""``trimig run`` as a process: what it hosts, what it says, how it ends."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+import trimig
+from tests.cli.test_parked import first_line, started, text_of, trimig_command
+from trimig import qmp
+from trimig.testing import ScriptedGuest
+
+LIMIT = 60
+GUEST = "process:size=8M,dirty-rate=1M,hot=1M,seed=5"
+
+MODULE = """
+import contextlib, trimig
+
+class Stuck:
+    idstr, instance_id, version_id, unmigratable = "card", 0, 1, "it is passed through"
+
+def factory(running):
+    guest = trimig.AppGuest("mine", running=running)
+    guest.add_ram("table", 1 << 20)
+    return guest
+
+async def later(running):
+    return factory(running)
+
+@contextlib.asynccontextmanager
+async def managed(running):
+    with factory(running) as guest:
+        yield guest
+
+def stuck():
+    guest = factory(True)
+    guest.add_device(Stuck())
+    return guest
+
+def broken():
+    raise RuntimeError("no luck")
+
+made = factory(True)
+number = 5
+"""
+
+
+@asynccontextmanager
+async def hosting(address: str, *words: object) -> AsyncIterator[tuple[trio.Process, qmp.Client]]:
+    """A ``trimig run`` and a client of its QMP socket."""
+    with trio.fail_after(LIMIT):
+        async with started("run", "--qmp", address, *words) as process:
+            assert process.stderr is not None
+            while "QMP at" not in (line := await first_line(process.stderr)):
+                assert line
+            real = line.rpartition(" ")[2]
+            async with qmp.connect(real) as client:
+                yield process, client
+
+
+async def ends(process: trio.Process) -> tuple[int, str]:
+    """Exit code, and what else it says."""
+    assert process.stderr is not None
+    text = await text_of(process.stderr)
+    assert "Traceback" not in text
+    return await process.wait(), text
+
+
+async def status(client: qmp.Client, *wanted: str) -> dict[str, Any]:
+    """``query-migrate``, once the status is one of *wanted*."""
+    while True:
+        found: dict[str, Any] = await client.execute("query-migrate")
+        if found.get("status") in wanted:
+            return found
+        await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--guest", "horse"], "is not process"),
+        (["--guest", "process:size=x"], "size"),
+        (["--guest", "process:colour=red"], "colour"),
+        (["--guest", "process:size=5000"], "4096"),
+        (["--guest", "app:mod"], "pkg.mod:factory"),
+        (["--guest", "app:no_such_module:f"], "no_such_module"),
+        (["--guest", "app:json:no_such"], "has no no_such"),
+        (["--guest", "app:json:decoder.nothing"], "has no decoder.nothing"),
+        (["--guest", "app:json:JSONEncoder"], "is no guest"),
+        (["--guest", "process", "--uuid", "5"], "is no UUID"),
+        (["--guest", "process", "--incoming", "pigeon:1"], "pigeon"),
+        (["--guest", "process", "--incoming", "tcp:foo"], "HOST:PORT"),
+    ],
+)
+async def test_what_cannot_be_hosted_is_said_in_one_sentence(tmp_path: Path, words: list[str], text: str) -> None:
+    code, out, err = await trimig_command("run", "--qmp", f"unix:{tmp_path}/q", *words)
+    assert (code, out, err.count("\n"), text in err) == (2, "", 1, True), err
+    assert os.listdir(tmp_path) == []
+
+
+async def test_guest_that_nobody_could_reach() -> None:
+    code, _, err = await trimig_command("run", "--guest", "process")
+    assert (code, "--qmp" in err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["factory", "later", "managed", "made"])
+async def test_guest_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "mymodule.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    async with hosting(f"unix:{tmp_path}/q", "--guest", f"app:mymodule:{name}") as (process, client):
+        assert (await client.execute("query-status"))["status"] == "running"
+        await client.execute("quit")
+        assert (await ends(process))[0] == 0
+
+
+async def test_guest_of_the_users_own_that_is_of_no_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--only-migratable`` refuses a guest with a device that cannot be migrated (I3, I5)."""
+    (tmp_path / "mymodule.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    words = ("run", "--qmp", f"unix:{tmp_path}/q", "--guest")
+    for name, more, text in (
+        ("number", [], "'int', which is no guest"),
+        ("broken", [], "no luck"),
+        ("stuck", ["--only-migratable"], "passed through"),
+    ):
+        code, _, err = await trimig_command(*words, f"app:mymodule:{name}", *more)
+        assert (code, err.count("\n"), text in err) == (2, 1, True), err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_signal_at_rest(tmp_path: Path, number: signal.Signals) -> None:
+    async with hosting(f"unix:{tmp_path}/q", "--guest", GUEST, "--name", "vm") as (process, client):
+        events = client.events()
+        os.kill(process.pid, number)
+        assert (event := await anext(events))["event"] == "SHUTDOWN"
+        assert event["data"] == {"guest": False, "reason": "host-signal"}
+        code, text = await ends(process)
+        assert code == 130
+        assert "ending" in text
+        assert "put back" not in text
+        assert os.listdir(tmp_path) == []
+
+
+async def test_signal_during_a_migration(tmp_path: Path) -> None:
+    """It is cancelled; the destination does not get the guest, and can wait for another one."""
+    to = f"unix:{tmp_path}/m"
+    async with (
+        hosting(f"unix:{tmp_path}/a", "--guest", GUEST) as (process, client),
+        hosting(f"unix:{tmp_path}/b", "--guest", GUEST, "--incoming", to) as (other, destination),
+    ):
+        await client.execute("migrate-set-parameters", {"max-bandwidth": 20_000})
+        await client.execute("migrate", {"uri": to})
+        await status(client, "active")
+        os.kill(process.pid, signal.SIGTERM)
+        assert (await ends(process))[0] == 130
+        assert (await status(destination, "failed"))["owner"] == "source"
+        assert (await destination.execute("query-status"))["status"] == "inmigrate"
+        await destination.execute("quit")
+        assert (await ends(other))[0] == 0
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+async def test_from_one_process_to_another(tmp_path: Path, kind: str) -> None:
+    """Over either kind of socket, for QMP as for the guest, with equal UUIDs and with -S."""
+    uuid = ["--uuid", "00112233-4455-6677-8899-aabbccddeeff", "-c", "validate-uuid", "--guest", GUEST]
+    here = {"tcp": ["tcp:127.0.0.1:0"] * 3, "unix": [f"unix:{tmp_path}/{name}" for name in "abm"]}[kind]
+    async with (
+        hosting(here[0], *uuid) as (one, source),
+        hosting(here[1], *uuid, "-S", "--incoming", "defer") as (two, destination),
+    ):
+        await destination.execute("migrate-incoming", {"uri": here[2]})
+        (to,) = (await destination.execute("query-migrate"))["socket-address"]
+        await source.execute("migrate-set-parameters", {"max-bandwidth": 0})
+        await source.execute("migrate", {"uri": to})
+        assert (await status(source, "completed", "failed"))["status"] == "completed"
+        assert (await source.execute("query-status"))["status"] == "postmigrate"
+        await status(destination, "completed")
+        assert (await destination.execute("query-status"))["status"] == "paused"
+        await destination.execute("cont")
+        assert (await destination.execute("query-status"))["status"] == "running"
+        for process, client in ((one, source), (two, destination)):
+            await client.execute("quit")
+            assert (await ends(process))[0] == 0
+    assert os.listdir(tmp_path) == []
+
+
+async def test_uuids_that_differ(tmp_path: Path) -> None:
+    words = ["-c", "validate-uuid", "--guest", GUEST, "--uuid"]
+    to = f"unix:{tmp_path}/m"
+    async with (
+        hosting(f"unix:{tmp_path}/a", *words, "00112233-4455-6677-8899-aabbccddeeff") as (_, source),
+        hosting(f"unix:{tmp_path}/b", *words, "10112233-4455-6677-8899-aabbccddeeff", "--incoming", to) as (_, other),
+    ):
+        await source.execute("migrate", {"uri": to})
+        await status(source, "failed")
+        assert "UUID" in (await status(other, "failed"))["error-desc"]
+        assert (await source.execute("query-status"))["status"] == "running"
+
+
+async def test_uncertain_end_has_a_code_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The destination takes too long to answer the decision: nobody knows, and the exit code and a sentence say so."""
+    (tmp_path / "mymodule.py").write_text(MODULE)
+    (tmp_path / "short.toml").write_text("handover-timeout = 0.3\n")
+    monkeypatch.chdir(tmp_path)
+    other = ScriptedGuest("mine", {"table": 256}, run_state="inmigrate", delays={"activate": 2})
+    words = ["--guest", "app:mymodule:factory", "--config", tmp_path / "short.toml"]
+    async with hosting(f"unix:{tmp_path}/q", *words) as (process, client), trio.open_nursery() as nursery:
+        monitor = trimig.Monitor()
+        nursery.start_soon(functools.partial(trimig.receive, other, f"unix:{tmp_path}/m", monitor=monitor))
+        while not monitor.addresses:
+            await monitor.wait_changed()
+        await client.execute("migrate", {"uri": f"unix:{tmp_path}/m"})
+        assert (await status(client, "failed"))["owner"] == "unknown"
+        os.kill(process.pid, signal.SIGTERM)
+        code, text = await ends(process)
+        assert (code, "look at the destination" in text) == (3, True)
+
+
+async def test_lines_for_machines(tmp_path: Path) -> None:
+    with trio.fail_after(LIMIT):
+        async with started("run", "--guest", GUEST, "--json", "--qmp", f"unix:{tmp_path}/q", "-S") as process:
+            assert process.stdout is not None
+            first = json.loads(await first_line(process.stdout))
+            assert (first["kind"], first["listening"]) == ("QMP", f"unix:{tmp_path}/q")
+            async with qmp.connect(first["listening"]) as client:
+                assert (await client.execute("query-status"))["status"] == "prelaunch"
+                await client.execute("cont")
+                await client.execute("quit")
+                records = [json.loads(line) for line in (await text_of(process.stdout)).splitlines()]
+            assert [r.get("event") for r in records] == ["RESUME", "SHUTDOWN", "STOP", None]
+            assert records[-1]["owner"] == "source"
+            assert await process.wait() == 0
+
+
+async def test_guest_that_dies(tmp_path: Path) -> None:
+    """Commands say so, a migration fails with the reason, and the end is a sentence and exit code 1."""
+    async with hosting(f"unix:{tmp_path}/q", "--guest", GUEST) as (process, client):
+        children = (await trio.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()).split()
+        assert len(children) == 1
+        os.kill(int(children[0]), signal.SIGKILL)
+        with pytest.raises(qmp.CommandFailed, match="killed by signal 9"):
+            await client.execute("stop")
+        await client.execute("migrate", {"uri": f"file:{tmp_path}/f"})
+        assert "killed by signal 9" in (await status(client, "failed"))["error-desc"]
+        await client.execute("quit")
+        code, text = await ends(process)
+        assert (code, "killed by signal 9" in text) == (1, True)
+    assert os.listdir(tmp_path) == []
