@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import collections
 import itertools
+import os
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -38,7 +39,7 @@ class Client:
 
     Attributes:
         greeting: what the server sent first.
-        dropped: events that came while nobody read, and were too many.
+        dropped: events that a reader missed because it was more than EVENT_BACKLOG behind.
     """
 
     def __init__(self, stream: trio.abc.Stream) -> None:
@@ -53,14 +54,14 @@ class Client:
         self._news = trio.Event()
         self._sending = trio.Lock()
         self._poisoned = False
-        self._lost: TransportFailed | None = None
+        self._greeted = False
+        self._lost: str | None = None
 
     @property
     def version(self) -> Mapping[str, Any]:
         """The ``version`` member of the greeting."""
-        found = self.greeting.get("version", {})
-        assert isinstance(found, Mapping)
-        return found
+        found = self.greeting.get("version")
+        return found if isinstance(found, Mapping) else {}
 
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, fds: Sequence[int] = ()
@@ -73,6 +74,7 @@ class Client:
 
         Raises:
             CommandFailed: the server refused.
+            ConfigError: *fds* cannot be passed: no unix socket, or one of them is not open. Nothing was sent.
             TransportFailed: the connection is lost; the command may have been executed.
 
         **Cancellation:** the command may have been executed. The connection stays usable, unless the command was
@@ -86,8 +88,7 @@ class Client:
         try:
             await self._send(encode(request), fds)
             while answer.message is None:
-                if self._lost is not None:
-                    raise self._lost
+                self._check()
                 await answer.came.wait()
         finally:
             del self._asked[ident]
@@ -128,23 +129,39 @@ class Client:
 
     async def _send(self, data: bytes, fds: Sequence[int]) -> None:
         async with self._sending:
-            if self._lost is not None:
-                raise self._lost
+            self._check()
             if self._poisoned:
                 raise TransportFailed("a command was cut in the middle: the connection cannot be used any more")
+            if fds:
+                self._check_fds(fds)
+            await trio.lowlevel.checkpoint_if_cancelled()  # up to here, nothing has been sent for certain
             self._poisoned = True
             try:
                 if fds:
                     data = data[await self._send_fds(data, fds) :]
                 await self._stream.send_all(data)
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise self._lose(f"the QMP connection broke: {error}") from error
+                self._lose(f"the QMP connection broke: {error}")
+                self._check(error)
             self._poisoned = False
+
+    def _check(self, cause: Exception | None = None) -> None:
+        """Raise if the connection is lost; a new error each time, for several tasks may be told."""
+        if self._lost is not None:
+            raise TransportFailed(self._lost) from cause
+
+    def _check_fds(self, fds: Sequence[int]) -> None:
+        if not isinstance(self._stream, trio.SocketStream) or self._stream.socket.family != socket.AF_UNIX:
+            raise ConfigError("descriptors can be passed over a unix socket only")
+        for fd in fds:
+            try:
+                os.fstat(fd)
+            except OSError as error:
+                raise ConfigError(f"the descriptor {fd} cannot be passed: {error.strerror}") from error
 
     async def _send_fds(self, data: bytes, fds: Sequence[int]) -> int:
         stream = self._stream
-        if not isinstance(stream, trio.SocketStream) or stream.socket.family != socket.AF_UNIX:
-            raise ConfigError("descriptors can be passed over a unix socket only")
+        assert isinstance(stream, trio.SocketStream)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())]
         return await stream.socket.sendmsg([data], rights)
 
@@ -152,10 +169,9 @@ class Client:
 
     async def _first(self) -> None:
         """Read up to the greeting."""
-        while not self.greeting:
+        while not self._greeted:
             await self._read_some()
-            if self._lost is not None:
-                raise self._lost
+            self._check()
 
     async def _run(self) -> None:
         while self._lost is None:
@@ -180,25 +196,28 @@ class Client:
     def _take(self, message: Any) -> None:
         if not isinstance(message, dict):
             self._lose(f"this is no QMP: {str(message)[:80]!r}")
-        elif "QMP" in message:
-            self.greeting = MappingProxyType(dict(message["QMP"]))
+        elif isinstance(greeting := message.get("QMP"), dict):
+            self.greeting = MappingProxyType(greeting)
+            self._greeted = True
         elif "event" in message:
-            if len(self._events) == EVENT_BACKLOG:
-                self.dropped += 1
             self._events.append(message)
             self._event_count += 1
             self._wake()
-        elif (answer := self._asked.get(message.get("id", 0))) is not None:
+        elif "return" not in message and not isinstance(message.get("error"), dict):
+            self._lose(f"this is no QMP: {str(message)[:80]!r}")
+        elif not self._greeted:
+            refusal = message.get("error", {})
+            self._lose(f"the other side refused the connection: {refusal.get('desc', 'without a reason')}")
+        elif type(ident := message.get("id")) is int and (answer := self._asked.get(ident)) is not None:
             answer.message = message
             answer.came.set()
 
-    def _lose(self, why: str) -> TransportFailed:
+    def _lose(self, why: str) -> None:
         if self._lost is None:
-            self._lost = TransportFailed(why)
+            self._lost = why
             for answer in self._asked.values():
                 answer.came.set()
             self._wake()
-        return self._lost
 
     def _wake(self) -> None:
         self._news.set()
@@ -225,10 +244,10 @@ class _Events:
         await trio.lowlevel.checkpoint()
         client = self._client
         while self._next >= client._event_count:
-            if client._lost is not None:
-                raise client._lost
+            client._check()
             await client._news.wait()
         oldest = client._event_count - len(client._events)
+        client.dropped += max(0, oldest - self._next)
         self._next = max(self._next, oldest)
         event = client._events[self._next - oldest]
         self._next += 1

@@ -2,13 +2,15 @@
 
 A QMP stream is JSON values one after the other; what stands between them is white space or nothing. So the end of a
 message is found by its brackets, not by a line: half a message waits for the other half, and several in one packet
-are several. After a mistake the reader goes on behind the next line feed, so that one bad line costs one error.
+are several. Where brackets and strings are so broken that nobody can tell where the message ends, the reader goes on
+behind the next line feed, so that one bad line costs one error.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from typing import Any, Final
 
@@ -21,7 +23,9 @@ MAX_DEPTH: Final = 64
 _OUTSIDE: Final = re.compile(rb'[{}\[\]"\n]')
 #: Inside a string: its end, an escape, or a character that a string may not contain.
 _INSIDE: Final = re.compile(rb'["\\\x00-\x1f]')
-_SPACE: Final = b" \t\r\n"
+_SOLID: Final = re.compile(rb"[^ \t\r\n]")
+#: A surrogate, as JSON can spell it; a lone one is no character, and no later step could encode it.
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,6 +55,16 @@ class MessageReader:
         self._string = False
         self._skipping = False
 
+    @property
+    def partial(self) -> bool:
+        """A message has begun and is not over."""
+        return _SOLID.search(self._buffer) is not None
+
+    @property
+    def held(self) -> int:
+        """Bytes that are kept until more come."""
+        return len(self._buffer)
+
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """More bytes have come."""
         self._buffer += data
@@ -67,10 +81,7 @@ class MessageReader:
                 return found
             if self._skipping:
                 continue
-            if len(self._buffer) > self._max:
-                self._forget(len(self._buffer))
-                return Malformed(f"a message of more than {self._max} bytes", fatal=True)
-            return None
+            return self._too_long() if len(self._buffer) > self._max else None
 
     def _skip(self) -> bool:
         """Throw away everything up to the end of the line."""
@@ -84,10 +95,9 @@ class MessageReader:
 
     def _begin(self) -> bool:
         """To the first byte of the next message; False if there is none yet."""
-        rest = self._buffer.lstrip(_SPACE)
-        if len(rest) != len(self._buffer):
-            self._buffer = rest
-        return bool(rest)
+        first = _SOLID.search(self._buffer)
+        del self._buffer[: first.start() if first else len(self._buffer)]
+        return first is not None
 
     def _scan(self) -> tuple[Any] | Malformed | None:
         """Go on looking for the end of the message that starts at the front of the buffer."""
@@ -124,10 +134,19 @@ class MessageReader:
 
     def _take(self) -> tuple[Any] | Malformed:
         """The message ends here: by its last bracket, or by a line feed if it is none of those."""
+        if self._at > self._max:
+            return self._too_long()
         text = bytes(self._buffer[: self._at])
         self._forget(self._at)
         try:
-            return (json.loads(text.decode("utf-8"), parse_constant=_no_constant),)
+            message = json.loads(
+                text.decode("utf-8"), parse_constant=_no_constant, parse_float=_number, object_pairs_hook=_object
+            )
+            if _SURROGATE.search(text):
+                json.dumps(message, ensure_ascii=False).encode()
+            return (message,)
+        except UnicodeEncodeError:
+            return Malformed("JSON parse error, half of a surrogate pair is not a character")
         except UnicodeDecodeError as error:
             return Malformed(f"JSON parse error, not UTF-8 at byte {error.start} of the message")
         except json.JSONDecodeError as error:
@@ -142,6 +161,10 @@ class MessageReader:
         self._skipping = True
         return Malformed(f"JSON parse error, {what}")
 
+    def _too_long(self) -> Malformed:
+        self._forget(len(self._buffer))
+        return Malformed(f"a message of more than {self._max} bytes", fatal=True)
+
     def _forget(self, count: int) -> None:
         del self._buffer[:count]
         self._at = self._depth = 0
@@ -150,6 +173,19 @@ class MessageReader:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _number(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return number
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("duplicate key")
+    return found
 
 
 def encode(message: Any) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import collections
+import errno
 import functools
 import logging
 import os
@@ -22,7 +23,7 @@ from ..errors import ConfigError
 from ..transport import Listener, tcp, unix
 from .interface import Dispatcher
 from .messages import Malformed, MessageReader, encode
-from .session import Conversation, Dropped, Outbox
+from .session import Conversation, Outbox
 
 log: Final = logging.getLogger("trimig.qmp")
 
@@ -30,7 +31,12 @@ log: Final = logging.getLogger("trimig.qmp")
 MAX_CLIENTS: Final = 128
 #: Descriptors that may wait for their ``getfd``; further ones are closed.
 MAX_FDS: Final = 16
+#: Clients that may wait for being accepted.
+_BACKLOG: Final = 128
 _READ_BYTES: Final = 1 << 16
+#: accept() cannot have a descriptor or memory at the moment; it will when somebody leaves.
+_SHORTAGE: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_SHORTAGE_SECONDS: Final = 0.1
 #: How long the last answers to a client may take that is sent away, or sends nothing more.
 _FAREWELL_SECONDS: Final = 1.0
 
@@ -46,7 +52,7 @@ async def listen(address: str) -> Listener:
     """
     kind, colon, rest = address.partition(":")
     if colon and kind == "unix":
-        return await unix.listen(rest, Config())
+        return await unix.listen(rest, Config(), backlog=_BACKLOG)
     if colon and kind == "tcp":
         return await tcp.listen(f"localhost{rest}" if rest.startswith(":") else rest, Config())
     raise ConfigError(f"{address!r} is no address of a QMP socket: unix:PATH or tcp:HOST:PORT", name="qmp")
@@ -73,10 +79,24 @@ async def serve(
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
             task_status.started(listener.uri)
             while True:
-                stream = await listener.accept()
-                assert isinstance(stream, trio.SocketStream)
+                stream = await _accept(listener)
                 crowded = len(nursery.child_tasks) >= max_clients
                 nursery.start_soon(_refuse if crowded else functools.partial(_client, dispatcher), stream)
+
+
+async def _accept(listener: Listener) -> trio.SocketStream:
+    """The next connection; clients do not end because there is no room for one more."""
+    while True:
+        try:
+            stream = await listener.accept()
+        except OSError as error:
+            if error.errno not in _SHORTAGE:
+                raise
+            log.warning("a QMP client cannot be accepted: %s", error.strerror)
+            await trio.sleep(_SHORTAGE_SECONDS)
+            continue
+        assert isinstance(stream, trio.SocketStream)
+        return stream
 
 
 async def _refuse(stream: trio.SocketStream) -> None:
@@ -103,9 +123,11 @@ async def _client(dispatcher: Dispatcher, stream: trio.SocketStream) -> None:
         cleanup.callback(stream.socket.close)
         cleanup.callback(descriptors.close)
         cleanup.callback(conversation.close)
+        cleanup.callback(outbox.close)
         conversation.greet()
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
             nursery.start_soon(_write, stream, outbox, nursery)
+            nursery.start_soon(_watch, outbox, nursery)
             await _read(stream, conversation, outbox, descriptors)
             nursery.cancel_scope.cancel("the client has ended")
 
@@ -118,11 +140,15 @@ async def _write(stream: trio.SocketStream, outbox: Outbox, nursery: trio.Nurser
                 item()
             else:
                 await stream.send_all(item)
-    except Dropped as error:
-        log.warning("a QMP client was dropped: %s", error)
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         pass  # it has gone; what it did not read it does not want
     nursery.cancel_scope.cancel("the client has gone")
+
+
+async def _watch(outbox: Outbox, nursery: trio.Nursery) -> None:
+    await outbox.wait_overflow()
+    log.warning("a QMP client was dropped: it did not read")
+    nursery.cancel_scope.cancel("the client does not read")
 
 
 async def _read(
@@ -171,7 +197,7 @@ class _Descriptors:
                 numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
                 self._waiting.extend(numbers)
         while len(self._waiting) > MAX_FDS:
-            os.close(self._waiting.popleft())
+            os.close(self._waiting.pop())
         return bytes(data)
 
     def take(self) -> int | None:

@@ -21,12 +21,11 @@ MAX_WAITING: Final = 1 << 20
 Message = dict[str, Any]
 
 
-class Dropped(Exception):
-    """The client is not worth waiting for any more."""
-
-
 class Outbox:
-    """Encoded messages on their way to one client. Putting never blocks; whoever reads too slowly is dropped."""
+    """Encoded messages on their way to one client. Putting never blocks; whoever reads too slowly is dropped.
+
+    What is put is a message, or a call without arguments, to be made when everything before it was written.
+    """
 
     def __init__(self, *, limit: int = MAX_WAITING) -> None:
         self._limit = limit
@@ -37,27 +36,26 @@ class Outbox:
         self.overflowed = False
 
     def put(self, item: Any, size: int) -> None:
-        """*item* of *size* bytes. Beyond the limit the outbox overflows for good: :meth:`get` raises Dropped."""
+        """*item* of *size* bytes. Beyond the limit the outbox overflows for good, and keeps no message any more."""
+        if self.overflowed and not callable(item):
+            return
         self._waiting.append((item, size))
         self._bytes += size
         if self._bytes > self._limit:
             self.overflowed = True
+            self._waiting = collections.deque((item, 0) for item, _ in self._waiting if callable(item))
+            self._bytes = 0
         self._wake()
 
     async def get(self) -> Any:
         """The oldest item. Asking again says that the one before has been written.
 
-        Raises:
-            Dropped: it overflowed.
-
         **Cancellation:** nothing is lost.
         """
         self._in_hand = False
         self._wake()
-        while not self._waiting and not self.overflowed:
+        while not self._waiting:
             await self._changed.wait()
-        if self.overflowed:
-            raise Dropped("it did not read")
         item, size = self._waiting.popleft()
         self._bytes -= size
         self._in_hand = True
@@ -78,6 +76,21 @@ class Outbox:
         """
         while (self._waiting or self._in_hand) and not self.overflowed:
             await self._changed.wait()
+
+    async def wait_overflow(self) -> None:
+        """Wait until more waits for the client than it may leave unread. The writer cannot notice: it is writing.
+
+        **Cancellation:** no effect.
+        """
+        while not self.overflowed:
+            await self._changed.wait()
+
+    def close(self) -> None:
+        """Make the calls that still wait: nobody is there any more who could be answered before them."""
+        waiting, self._waiting = self._waiting, collections.deque()
+        for item, _ in waiting:
+            if callable(item):
+                item()
 
     def _wake(self) -> None:
         self._changed.set()
@@ -165,11 +178,18 @@ class Conversation:
             )
         wanted = arguments.get("enable", [])
         _no_arguments({name: value for name, value in arguments.items() if name != "enable"})
-        if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+        if not isinstance(wanted, list):
             raise CommandFailed("Invalid parameter type for 'enable', expected: array")
+        for index, name in enumerate(wanted):
+            if not isinstance(name, str):
+                raise CommandFailed(f"Invalid parameter type for 'enable[{index}]', expected: string")
         if wanted:
-            known = "Capability not available" if "oob" in wanted else "Parameter 'enable' does not accept value"
-            raise CommandFailed(f"{known}: {wanted[0]}")
+            unknown = [name for name in wanted if name != "oob"]
+            raise CommandFailed(
+                f"Parameter 'enable' does not accept value '{unknown[0]}'"
+                if unknown
+                else "Capability oob not available"
+            )
         self._negotiated = True
         self._unsubscribe = self._dispatcher.subscribe(lambda event: self._say(dict(event)))
         return {}

@@ -1,6 +1,8 @@
 """The same conversation over a websocket: JSON in text frames, msgpack in binary frames, one message to a frame.
 
 An answer comes in the kind of frame that its command came in; events come in the kind of the client's first command.
+The greeting, which nobody has asked for, is text. In msgpack there is only what JSON has: no binary strings, no
+extensions, no NaN.
 Browsers are kept out: a page on any site could otherwise talk to a server on this machine.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -19,13 +22,15 @@ from trio_websocket import serve_websocket as serve_connections
 
 from ..errors import ConfigError, TransportFailed
 from .interface import Dispatcher
-from .messages import MAX_MESSAGE, Malformed, MessageReader
-from .session import Conversation, Dropped, Outbox
+from .messages import MAX_DEPTH, MAX_MESSAGE, Malformed, MessageReader
+from .session import Conversation, Outbox
 
 log: Final = logging.getLogger("trimig.qmp")
 
 #: Clients at once. A further one is refused at the handshake.
 MAX_CLIENTS: Final = 128
+#: Members of one msgpack array or map. Room for all of them is made before the first one is looked at.
+_MAX_MEMBERS: Final = 4096
 #: How long the last answers may take, and the closing handshake.
 _FAREWELL_SECONDS: Final = 1.0
 
@@ -67,14 +72,16 @@ async def serve_websocket(
     async def accept(request: WebSocketRequest) -> None:
         nonlocal clients
         refusal = _refusal(request, path, clients)
-        if refusal is not None:
-            await request.reject(refusal)
-            return
-        clients += 1
+        clients += refusal is None
         try:
-            await _client(dispatcher, await request.accept())
+            if refusal is not None:
+                await request.reject(refusal)
+            else:
+                await _client(dispatcher, await request.accept())
+        except ConnectionClosed:
+            pass  # it went away in the middle of the handshake
         finally:
-            clients -= 1
+            clients -= refusal is None
 
     async with trio.open_nursery(strict_exception_groups=True) as nursery:
         try:
@@ -112,10 +119,11 @@ def _refusal(request: WebSocketRequest, path: str, clients: int) -> int | None:
 
 async def _client(dispatcher: Dispatcher, connection: WebSocketConnection) -> None:
     outbox = Outbox()
-    binary: bool | None = None
+    first = binary = False
 
     def say(message: dict[str, Any]) -> None:
-        frame: str | bytes = msgpack.packb(message) if binary else json.dumps(message)
+        packed = first if "event" in message else binary
+        frame: str | bytes = msgpack.packb(message) if packed else json.dumps(message)
         outbox.put(frame, len(frame))
 
     conversation = Conversation(dispatcher, say)
@@ -123,18 +131,22 @@ async def _client(dispatcher: Dispatcher, connection: WebSocketConnection) -> No
     try:
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
             nursery.start_soon(_write, connection, outbox, nursery)
+            nursery.start_soon(_watch, outbox, nursery)
+            heard = False
             while True:
                 try:
                     frame = await connection.get_message()
                 except ConnectionClosed:
                     break
                 binary = isinstance(frame, bytes)
+                first, heard = (first if heard else binary), True
                 await outbox.wait_room()
                 for message in _messages(frame):
                     for call in await conversation.hear(message):
                         outbox.put(call, 0)
             nursery.cancel_scope.cancel("the client has gone")
     finally:
+        outbox.close()
         conversation.close()
 
 
@@ -146,23 +158,54 @@ async def _write(connection: WebSocketConnection, outbox: Outbox, nursery: trio.
                 item()
             else:
                 await connection.send_message(item)
-    except Dropped as error:
-        log.warning("a client on the websocket was dropped: %s", error)
     except ConnectionClosed:
         pass
     nursery.cancel_scope.cancel("the client has gone")
+
+
+async def _watch(outbox: Outbox, nursery: trio.Nursery) -> None:
+    await outbox.wait_overflow()
+    log.warning("a client on the websocket was dropped: it did not read")
+    nursery.cancel_scope.cancel("the client does not read")
 
 
 def _messages(frame: str | bytes) -> list[tuple[Any] | Malformed]:
     """The messages in one frame; a binary one has one."""
     if isinstance(frame, bytes):
         try:
-            return [(msgpack.unpackb(frame, max_buffer_size=MAX_MESSAGE, strict_map_key=True),)]
+            message = msgpack.unpackb(
+                frame, max_buffer_size=MAX_MESSAGE, max_array_len=_MAX_MEMBERS, max_map_len=_MAX_MEMBERS
+            )
+            _check(message)
         except (ValueError, msgpack.UnpackException, RecursionError) as error:
             return [Malformed(f"msgpack error, {type(error).__name__}: {error}")]
+        return [(message,)]
     reader = MessageReader()
     reader.feed(frame.encode() + b"\n")
     found: list[tuple[Any] | Malformed] = []
     while (message := reader.next_message()) is not None:
         found.append(message)
-    return found or [Malformed("JSON parse error, the frame holds no whole message")]
+    if reader.partial or not found:
+        found.append(Malformed("JSON parse error, the frame ends within a message"))
+    return found
+
+
+def _check(message: Any) -> None:
+    """Raise ValueError for what JSON does not have: the answer, or somebody else's, may have to be written in it."""
+    level = [message]
+    for _ in range(MAX_DEPTH + 1):
+        deeper: list[Any] = []
+        for value in level:
+            if isinstance(value, list):
+                deeper += value
+            elif isinstance(value, dict):
+                deeper += value
+                deeper += value.values()
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{value} is not JSON")
+            elif not (value is None or isinstance(value, str | int | float)):
+                raise ValueError(f"{type(value).__name__} is not JSON")
+        if not deeper:
+            return
+        level = deeper
+    raise ValueError(f"more than {MAX_DEPTH} levels")

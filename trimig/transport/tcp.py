@@ -73,6 +73,7 @@ class TcpListener:
     def __init__(self, listeners: list[trio.SocketListener]) -> None:
         self._listeners = listeners
         self._next = listeners[0]
+        self._surplus: list[trio.abc.Stream] = []
 
     @property
     def uri(self) -> str:
@@ -93,7 +94,10 @@ class TcpListener:
         """
         if len(self._listeners) == 1:
             return await self._next.accept()
-        accepted: list[trio.abc.Stream] = []
+        accepted = self._surplus
+        if accepted:
+            await trio.lowlevel.checkpoint()
+            return accepted.pop(0)
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
 
             async def one(listener: trio.SocketListener) -> None:
@@ -102,13 +106,14 @@ class TcpListener:
 
             for listener in self._listeners:
                 nursery.start_soon(one, listener)
-        for surplus in accepted[1:]:
-            if isinstance(surplus, trio.SocketStream):
-                surplus.socket.close()
-        return accepted[0]
+        return accepted.pop(0)  # a second one, on another address at the same moment, is the next
 
     def close(self) -> None:
         """Stop listening."""
+        for surplus in self._surplus:
+            if isinstance(surplus, trio.SocketStream):
+                surplus.socket.close()
+        self._surplus.clear()
         for listener in self._listeners:
             listener.socket.close()
 

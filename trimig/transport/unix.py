@@ -42,9 +42,16 @@ async def connect(rest: str, config: Config) -> trio.SocketStream:
     """
     path = parse(rest)
     try:
-        return await trio.open_unix_socket(path)
+        stream = await trio.open_unix_socket(path)
     except OSError as error:
         raise TransportFailed(f"cannot connect to unix:{path}: {error.strerror or error}") from error
+    try:
+        stream.socket.getpeername()
+    except OSError as error:
+        # A connect that finds the listener's queue full fails with EAGAIN, which trio takes for "in progress".
+        stream.socket.close()
+        raise TransportFailed(f"cannot connect to unix:{path}: too many others are waiting there") from error
+    return stream
 
 
 class UnixListener:
@@ -80,8 +87,11 @@ class UnixListener:
             pass
 
 
-async def listen(rest: str, config: Config) -> UnixListener:
+async def listen(rest: str, config: Config, *, backlog: int = 1) -> UnixListener:
     """Listen; a socket that nobody listens on any more is replaced, a live one never.
+
+    Args:
+        backlog: connections that may wait for being accepted.
 
     Raises:
         ConfigError: bad path.
@@ -97,7 +107,7 @@ async def listen(rest: str, config: Config) -> UnixListener:
         # The permissions of the file are those of the socket at the moment of bind.
         os.fchmod(sock.fileno(), 0o600)
         sock.bind(path)
-        sock.listen(1)
+        sock.listen(backlog)
         return UnixListener(path, trio.socket.from_stdlib_socket(sock))
     except OSError as error:
         sock.close()
