@@ -13,16 +13,16 @@ from typing import Final
 import trio
 
 #: Bytes asked for in each direction; the kernel doubles that for its own book-keeping.
-SOCKET_BUFFER: Final = 4 << 20
+SOCKET_BUFFER: Final = 8 << 20
 
 #: Linux numbers that Python's socket module does not name: the same options for whoever may administer the network.
 _SO_SNDBUFFORCE: Final = 32
 _SO_RCVBUFFORCE: Final = 33
 
 #: Bytes that may wait in a TCP socket without having been sent. trio sets 16 KiB, which suits protocols that change
-#: their mind: the kernel then takes a few segments per call and wakes us for each lot. Here a megabyte costs nothing,
+#: their mind: the kernel then takes a few segments per call and wakes us for each lot. Here a few megabytes cost nothing,
 #: because what is queued is counted before the guest is stopped.
-UNSENT: Final = 1 << 20
+UNSENT: Final = 4 << 20
 
 
 def enlarge(sock: trio.socket.SocketType) -> None:
