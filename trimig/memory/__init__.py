@@ -1,9 +1,11 @@
 """Linux memory: RAM blocks on memfd, dirty tracking, userfaultfd.
 
-``linux`` has the system calls, ``block`` the memory, ``tracking`` the trackers.
+``linux`` has the system calls, ``block`` the memory, ``tracking`` the trackers, ``faults`` the pages of postcopy.
 """
 
 from .block import MemfdBlock as MemfdBlock
+from .faults import Faults as Faults
+from .faults import MissingPages as MissingPages
 from .linux import MemoryUnavailable as MemoryUnavailable
 from .tracking import METHODS as METHODS
 from .tracking import CompareTracker as CompareTracker

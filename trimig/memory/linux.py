@@ -1,6 +1,6 @@
 """The Linux calls for guest memory that Python does not offer: userfaultfd, PAGEMAP_SCAN, a walk over the holes of a file.
 
-Only what dirty tracking needs. Everything is a plain function over descriptors and addresses, so that it works on the
+Only what dirty tracking and postcopy need. Everything is a plain function over descriptors and addresses, so that it works on the
 memory of another process as well: a userfaultfd acts on the address space of the process that made it, whoever holds
 the descriptor.
 
@@ -18,7 +18,7 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import numpy as np
@@ -41,15 +41,21 @@ _USERFAULTFD_IOC_NEW: Final = 0x0000AA00
 _UFFDIO_API: Final = 0xC018AA3F
 _UFFDIO_REGISTER: Final = 0xC020AA00
 _UFFDIO_UNREGISTER: Final = 0x8010AA01
+_UFFDIO_WAKE: Final = 0x8010AA02
+_UFFDIO_COPY: Final = 0xC028AA03
+_UFFDIO_ZEROPAGE: Final = 0xC020AA04
 _UFFDIO_WRITEPROTECT: Final = 0xC018AA06
 _PAGEMAP_SCAN: Final = 0xC0606610
 
 _UFFD_API: Final = 0xAA
 _UFFD_USER_MODE_ONLY: Final = 1
+_REGISTER_MISSING: Final = 1
 _REGISTER_WP: Final = 2
 _WRITEPROTECT_WP: Final = 1
 
 FEATURE_PAGEFAULT_FLAG_WP: Final = 1 << 0
+FEATURE_MISSING_SHMEM: Final = 1 << 5
+FEATURE_THREAD_ID: Final = 1 << 8
 FEATURE_WP_HUGETLBFS_SHMEM: Final = 1 << 12
 FEATURE_WP_UNPOPULATED: Final = 1 << 13
 FEATURE_WP_ASYNC: Final = 1 << 15
@@ -152,7 +158,7 @@ def open_userfaultfd(features: int = TRACKING_FEATURES, *, user_mode_only: bool 
         raise MemoryUnavailable(
             exc.errno,
             f"the userfaultfd of this kernel ({os.uname().release}) lacks a feature (asked for 0x{features:x}); "
-            "asynchronous write protection needs Linux 6.7",
+            "asynchronous write protection needs Linux 6.7, faults in shared memory 4.11",
         ) from exc
     return fd
 
@@ -160,6 +166,40 @@ def open_userfaultfd(features: int = TRACKING_FEATURES, *, user_mode_only: bool 
 def register_write_protect(fd: int, start: int, length: int) -> None:
     """Put the range under *fd*, for write protection only. Addresses of the process that made *fd*; OSError."""
     _control(fd, _UFFDIO_REGISTER, _struct(start, length, _REGISTER_WP, 0))
+
+
+def register_missing(fd: int, start: int, length: int) -> None:
+    """Put the range under *fd*: touching an absent page waits. Addresses of the process that made *fd*; OSError."""
+    _control(fd, _UFFDIO_REGISTER, _struct(start, length, _REGISTER_MISSING, 0))
+
+
+#: Fills a part of a run, given its position and length in bytes: how many bytes were done, and what stopped it.
+Fill = Callable[[int, int], tuple[int, OSError | None]]
+
+
+def _filled(fd: int, request: int, arg: ctypes.Array[ctypes.c_uint64], length: int) -> tuple[int, OSError | None]:
+    """One filling call. Its progress stands in the last member of the structure, a negative error number if none."""
+    try:
+        _control(fd, request, arg)
+    except OSError as error:
+        done = ctypes.c_int64(arg[len(arg) - 1]).value
+        return max(done, 0), error
+    return length, None
+
+
+def copy_pages(fd: int, start: int, source: int, length: int) -> tuple[int, OSError | None]:
+    """Fill absent pages of the registered process with memory of this one. Stops at a page that is there (EEXIST)."""
+    return _filled(fd, _UFFDIO_COPY, _struct(start, source, length, 0, 0), length)
+
+
+def zero_pages(fd: int, start: int, length: int) -> tuple[int, OSError | None]:
+    """Fill absent pages with zeros. Stops at a page that is there (EEXIST)."""
+    return _filled(fd, _UFFDIO_ZEROPAGE, _struct(start, length, 0, 0), length)
+
+
+def wake(fd: int, start: int, length: int) -> None:
+    """Let whoever waits for these pages look again. OSError."""
+    _control(fd, _UFFDIO_WAKE, _struct(start, length))
 
 
 def unregister(fd: int, start: int, length: int) -> None:

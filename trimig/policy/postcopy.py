@@ -1,0 +1,116 @@
+"""Which pages go next once the guest runs at the other end: those it waits for, then their neighbours, then the rest.
+
+Every page goes once. A request moves the background's position behind the page that was asked for, since whoever
+touched one page is likely to touch the next ones (ram.md part 10).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..guest import PageBitmap
+
+#: Pages looked at in one step of the search for the next one: few enough to cost microseconds.
+_LOOK = 1 << 14
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Pages of one block to be sent now: *count* from page *first* on. ``urgent``: somebody waits for them."""
+
+    block: int
+    first: int
+    count: int
+    urgent: bool
+
+
+class PageOrder:
+    """What is still to be sent, and in which order.
+
+    Args:
+        unsent: a bitmap for each block; they are this object's from here on, and lose a page when it is handed out.
+    """
+
+    def __init__(self, unsent: Sequence[PageBitmap]) -> None:
+        self._unsent = tuple(unsent)
+        self._wanted = tuple(np.zeros_like(bitmap) for bitmap in unsent)
+        self._requests: collections.deque[tuple[int, int, int]] = collections.deque()
+        self._block = 0
+        self._position = 0
+        self.remaining = sum(int(np.count_nonzero(bitmap)) for bitmap in unsent)
+
+    @property
+    def unsent(self) -> Sequence[PageBitmap]:
+        """What has not been handed out, for each block; not to be changed."""
+        return self._unsent
+
+    @property
+    def urgent(self) -> bool:
+        """Somebody waits for a page that has not been handed out."""
+        return bool(self._requests)
+
+    def request(self, block: int, first: int, count: int) -> bool:
+        """The guest waits for these pages, which exist.
+
+        Returns:
+            Whether that is news. Pages that were sent, or asked for before, are not: so no flood of requests makes
+            the queue longer than there are pages.
+        """
+        pages = slice(first, first + count)
+        news = self._unsent[block][pages] & ~self._wanted[block][pages]
+        if not news.any():
+            return False
+        self._wanted[block][pages] |= news
+        self._requests.append((block, first, count))
+        return True
+
+    def next_run(self, limit: int) -> Run | None:
+        """Up to *limit* pages to be sent now; None when every page was handed out."""
+        return self._requested(limit) or self._background(limit)
+
+    def _requested(self, limit: int) -> Run | None:
+        while self._requests:
+            block, first, count = self._requests[0]
+            found = self._first_unsent(block, first, first + count)
+            if found is None:
+                self._requests.popleft()
+                continue
+            run = self._take(block, found, min(first + count, found + limit), urgent=True)
+            if run.first + run.count >= first + count:
+                self._requests.popleft()
+            self._block, self._position = block, run.first + run.count
+            return run
+        return None
+
+    def _background(self, limit: int) -> Run | None:
+        if not self.remaining:
+            return None
+        while True:
+            end = len(self._unsent[self._block])
+            found = self._first_unsent(self._block, self._position, end)
+            if found is not None:
+                run = self._take(self._block, found, min(end, found + limit), urgent=False)
+                self._position = run.first + run.count
+                return run
+            self._block, self._position = (self._block + 1) % len(self._unsent), 0
+
+    def _first_unsent(self, block: int, first: int, end: int) -> int | None:
+        for start in range(first, end, _LOOK):
+            part = self._unsent[block][start : min(start + _LOOK, end)]
+            at = int(part.argmax())
+            if part[at]:
+                return start + at
+        return None
+
+    def _take(self, block: int, first: int, end: int, *, urgent: bool) -> Run:
+        """The run of unsent pages from *first*, which is one, to *end* at most. Nobody hands them out again."""
+        part = self._unsent[block][first:end]
+        sent = int(part.argmin())
+        count = sent if not part[sent] else len(part)
+        part[:count] = False
+        self.remaining -= count
+        return Run(block=block, first=first, count=count, urgent=urgent)
