@@ -55,7 +55,7 @@ MAY_IMPORT: Final = {
 ADDRESSES: Final = {
     **dict.fromkeys(
         ("threading", "_thread", "concurrent", "to_thread", "from_thread", "start_thread_soon"),
-        frozenset({"trimig/engine/offload.py", "trimig/portal.py"}),
+        frozenset({"trimig/engine/offload.py", "trimig/portal.py", "trimig/guests/touching.py"}),
     ),
     "shield": frozenset({"trimig/engine/teardown.py", "trimig/engine/handover.py"}),
     "_ALLOW_DETERMINISTIC_SCHEDULING": frozenset({"trimig/testing/determinism.py"}),

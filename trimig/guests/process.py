@@ -29,6 +29,7 @@ import trio
 from ..errors import ConfigError, GuestFailed, StateError
 from ..guest import PAGE_SIZE, DeviceSection, DirtyTracker, PageBitmap
 from ..memory.block import MemfdBlock
+from ..memory.faults import MissingPages, UffdMemory
 from ..memory.linux import MemoryUnavailable, probe_tracking
 from ..memory.tracking import CompareTracker, TrackedRange, UffdTracker, log_choice, log_fallback
 from .base import GuestBase
@@ -55,6 +56,20 @@ class WorkerStats:
     running: bool
     #: Percent.
     throttle: int
+    #: Its next write is to a page that is missing.
+    waiting: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TouchTimes:
+    """How long the worker waited for its pages while some were missing; those that were there count, too."""
+
+    #: Pages that it touched.
+    touches: int
+    #: Nanoseconds.
+    median: float
+    #: Nanoseconds, the 99th percentile.
+    p99: float
 
 
 class Worker:
@@ -381,6 +396,38 @@ class ProcessGuest(GuestBase):
             return CompareTracker(self._ram)
         return WorkerTracker(self._worker, self._range)
 
+    async def missing_memory(self) -> UffdMemory:
+        """From here on the worker waits where it touches a page that has no memory yet; the guest must not run.
+
+        This process must not touch such a page itself: it would become zero for everybody.
+
+        Raises:
+            GuestFailed: userfaultfd is not to be had, or the worker runs, died or does not answer.
+
+        **Cancellation:** the worker may touch pages before it writes them, which is slower and changes nothing else.
+        """
+        missing = MissingPages(await self._worker.call_receiving("missing"))
+        memory = UffdMemory(missing, [self._range])
+        try:
+            memory.open()
+        except BaseException as error:
+            memory.close()
+            if isinstance(error, OSError):
+                raise GuestFailed(f"missing pages cannot be waited for: {error.strerror}") from error
+            raise
+        return memory
+
+    async def memory_is_whole(self) -> TouchTimes:
+        """No page is missing any more; how long the worker waited for those that were.
+
+        Raises:
+            GuestFailed: the worker died, does not answer, or was not told that pages are missing.
+
+        **Cancellation:** it may have been told; then it cannot be told again.
+        """
+        reply = await self._worker.call("whole")
+        return TouchTimes(**{key: value for key, value in reply.items() if key != "id"})
+
     async def save_devices(self) -> Sequence[DeviceSection]:
         """The journal. GuestFailed if the worker runs.
 
@@ -412,7 +459,7 @@ class ProcessGuest(GuestBase):
         **Cancellation:** has no effect on the worker.
         """
         reply = await self._worker.call("stats")
-        return WorkerStats(writes=reply["writes"], running=reply["running"], throttle=reply["throttle"])
+        return WorkerStats(**{key: value for key, value in reply.items() if key != "id"})
 
 
 class WorkerTracker:

@@ -1,8 +1,9 @@
 """The worker process of a :class:`trimig.guests.process.ProcessGuest`: ``python -m trimig.guests.worker FD PARENT``.
 
 It runs the workload of :mod:`trimig.guests.workload` on memory that it shares with its host, and does what the host
-says over a socket. One thread and no trio: writes are made in batches of at most a few hundred microseconds, and
-requests are looked at between batches, so a pause always falls between two writes.
+says over a socket. No trio, and one thread: writes are made in batches of at most a few hundred microseconds, and
+requests are looked at between batches, so a pause always falls between two writes. While pages are missing (postcopy) a
+second thread touches the pages of a batch first, and requests are answered although it sleeps (:mod:`.touching`).
 
 It never outlives its host: it ends at the end of file on the socket, and the kernel kills it when the thread that
 started it ends.
@@ -28,8 +29,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..memory.linux import MemoryUnavailable, open_userfaultfd
-from .workload import BATCH, WORDS_PER_PAGE, Words, WorkloadState, initialise, verify, write
+from ..guest import PAGE_SIZE
+from ..memory.faults import FEATURES as FAULT_FEATURES
+from ..memory.linux import TRACKING_FEATURES, MemoryUnavailable, open_userfaultfd
+from .touching import Toucher
+from .workload import BATCH, WORDS_PER_PAGE, Words, WorkloadState, initialise, pages_of_writes, verify, write
 
 #: No packet is longer.
 MAX_PACKET: Final = 1 << 16
@@ -81,6 +85,10 @@ class Worker:
         self._running = False
         self._throttle = 0
         self._pacer = Pacer()
+        #: There while pages may be missing; then the pages that were touched, and the one that is being touched.
+        self.toucher: Toucher | None = None
+        self._touched = np.zeros(0, np.bool_)
+        self._awaited: int | None = None
 
     def tick(self) -> int | None:
         """Write what is due, one batch at most; returns for how many milliseconds there is nothing to do (None: ever)."""
@@ -88,10 +96,36 @@ class Worker:
             return None
         due = self._pacer.due(time.monotonic())
         before = self._state.writes
-        self._state = write(self._state, self._words, min(due, BATCH))
+        batch = self._present(self._state, min(due, BATCH))
+        if batch is None:
+            return None
+        self._state = write(self._state, self._words, batch)
         made = self._state.writes - before
         self._pacer.made(made)
         return _TICK if made == due else 0
+
+    def _present(self, state: WorkloadState, count: int) -> int | None:
+        """How many writes can be made without touching a missing page; None: not one, and it is being touched."""
+        if self.toucher is None:
+            return count
+        if self._awaited is not None:
+            if not self.toucher.finished():
+                return None
+            self._touched[self._awaited] = True
+            self._awaited = None
+        count = min(count, state.hot_pages)
+        if not count:
+            return 0
+        pages = pages_of_writes(state, state.writes + 1, count)
+        absent = ~self._touched[pages]
+        if not absent.any():
+            return count
+        ready = int(absent.argmax())
+        if ready:
+            return ready
+        self._awaited = int(pages[0])
+        self.toucher.ask([int(self._words.ctypes.data) + self._awaited * PAGE_SIZE])
+        return None
 
     def handle(self, request: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """The reply to *request* and the descriptors to send with it (which are then closed here)."""
@@ -101,7 +135,9 @@ class Worker:
             if request["op"] == "attach":
                 result = self.attach(fds[0], **arguments)
             elif request["op"] == "uffd":
-                result, out = {}, [self.userfaultfd()]
+                result, out = {}, [self.userfaultfd(TRACKING_FEATURES)]
+            elif request["op"] == "missing":
+                result, out = {}, [self.missing()]
             else:
                 result = getattr(self, f"do_{request['op']}")(**arguments)
         except Refused as exc:
@@ -120,15 +156,40 @@ class Worker:
             untracked = exc.strerror
         return {"address": int(self._words.ctypes.data), "untracked": untracked}
 
-    def userfaultfd(self) -> int:
+    def userfaultfd(self, features: int) -> int:
         """A new userfaultfd of this process. The host registers and arms it: the descriptor carries our memory."""
         try:
-            return open_userfaultfd()
+            return open_userfaultfd(features)
         except MemoryUnavailable as exc:
             raise Refused(exc.strerror or str(exc)) from exc
 
+    def missing(self) -> int:
+        """A userfaultfd for pages that are not here yet; from now on they are touched before they are written."""
+        if self._running:
+            raise Refused("the guest runs")
+        # One that only sees faults of user code will do: no system call of ours touches the memory.
+        fd = self.userfaultfd(FAULT_FEATURES)
+        self._touched = np.zeros(len(self._words), np.bool_)
+        if self.toucher is None:
+            self.toucher = Toucher()
+        return fd
+
+    def do_whole(self) -> dict[str, Any]:
+        """No page is missing any more. Answers how long the touches took."""
+        if self.toucher is None:
+            raise Refused("no page was missing")
+        self.toucher.close()
+        waits = np.frombuffer(self.toucher.waits, np.uint64) if self.toucher.waits else np.zeros(1, np.uint64)
+        self.toucher, self._awaited = None, None
+        return {"touches": len(waits), "median": float(np.median(waits)), "p99": float(np.percentile(waits, 99))}
+
+    def _all_here(self) -> None:
+        if self.toucher is not None:
+            raise Refused("pages of its memory are missing")
+
     def do_initialise(self, state: dict[str, int]) -> dict[str, Any]:
         """Fill the memory, which must be zero, and begin with no write made. Does not run yet."""
+        self._all_here()
         fresh = WorkloadState(**state)
         initialise(fresh, self._words)
         self._state = fresh
@@ -171,12 +232,14 @@ class Worker:
         """Compare all memory with the journal. Between two writes, so the guest may be running."""
         if self._state is None:
             raise Refused("it has no state yet")
+        self._all_here()
         return dataclasses.asdict(verify(self._state, self._words))
 
     def do_stats(self) -> dict[str, Any]:
         """What it does at present."""
         writes = 0 if self._state is None else self._state.writes
-        return {"writes": writes, "running": self._running, "throttle": self._throttle}
+        waiting = self._running and self._awaited is not None
+        return {"writes": writes, "running": self._running, "throttle": self._throttle, "waiting": waiting}
 
     def _repace(self) -> None:
         if self._state is not None:
@@ -189,8 +252,10 @@ def serve(control: socket.socket) -> None:
     poll = select.poll()
     poll.register(control, select.POLLIN)
     rest = None
+    watched: int | None = None
     while True:
-        if poll.poll(rest):
+        ready = {fd for fd, _ in poll.poll(rest)}
+        if control.fileno() in ready:
             data, fds, _, _ = socket.recv_fds(control, MAX_PACKET, 1)
             if not data:
                 return
@@ -198,6 +263,13 @@ def serve(control: socket.socket) -> None:
             socket.send_fds(control, [json.dumps(reply).encode()], out)
             for fd in out:
                 os.close(fd)
+        wanted = worker.toucher.fileno() if worker.toucher is not None else None
+        if wanted != watched:
+            if watched is not None:
+                poll.unregister(watched)
+            if wanted is not None:
+                poll.register(wanted, select.POLLIN)
+            watched = wanted
         rest = worker.tick()
 
 

@@ -146,6 +146,13 @@ class MemfdBlock:
         self._check_open()
         self._map.madvise(mmap.MADV_REMOVE)
 
+    def discard_slice(self, first_page: int, count: int) -> None:
+        """As :meth:`discard`, for *count* pages from *first_page* on."""
+        self._check_open()
+        first, count = self._clip(first_page, count)
+        if count:
+            self._map.madvise(mmap.MADV_REMOVE, first * PAGE_SIZE, count * PAGE_SIZE)
+
     def close(self) -> None:
         """Close the descriptor and unmap. Idempotent; never fails.
 

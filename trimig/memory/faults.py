@@ -14,13 +14,15 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..guest import PAGE_SIZE
+from ..guest import PAGE_SIZE, Pages
 from . import linux
+from .tracking import TrackedRange
 
 #: What postcopy asks of a userfaultfd: faults in shared memory, and who waits.
 FEATURES: Final = linux.FEATURE_MISSING_SHMEM | linux.FEATURE_THREAD_ID
@@ -155,3 +157,63 @@ class MissingPages:
             elif error.errno != errno.EAGAIN:  # EAGAIN: the layout of the process changed in that moment
                 raise error
         return placed // PAGE_SIZE
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """A thread waits for a page: the block by its number, the page in it, and the kernel's id of the thread."""
+
+    block: int
+    page: int
+    thread: int
+
+
+class UffdMemory:
+    """The RAM blocks of a guest that runs while part of its memory is elsewhere.
+
+    Args:
+        missing: of the process that runs the guest; this object's from here on.
+        areas: the blocks where that process has them, in the order in which they are numbered.
+    """
+
+    def __init__(self, missing: MissingPages, areas: Sequence[TrackedRange]) -> None:
+        self._missing = missing
+        self._areas = tuple(areas)
+
+    def open(self) -> None:
+        """From here on a touch of an absent page waits. OSError."""
+        for area in self._areas:
+            self._missing.register(area.address, area.pages * PAGE_SIZE)
+
+    def fileno(self) -> int:
+        """Readable when somebody waits."""
+        return self._missing.fileno()
+
+    def waits(self) -> list[Wait]:
+        """Who has begun to wait since the last call. Never blocks. OSError."""
+        faults = self._missing.read()
+        found = []
+        for address, thread in zip(faults.pages.tolist(), faults.threads.tolist(), strict=True):
+            for number, area in enumerate(self._areas):
+                page = (address - area.address) // PAGE_SIZE
+                if 0 <= page < area.pages:
+                    found.append(Wait(block=number, page=page, thread=thread))
+        return found
+
+    def place(self, block: int, first: int, pages: Pages) -> int:
+        """As :meth:`MissingPages.place`: *pages* go into *block* from page *first* on, those that are absent there."""
+        return self._missing.place(self._address(block, first, len(pages)), pages)
+
+    def place_zeros(self, block: int, first: int, count: int) -> int:
+        """As :meth:`MissingPages.place_zeros`, for *count* pages."""
+        return self._missing.place_zeros(self._address(block, first, count), count * PAGE_SIZE)
+
+    def close(self) -> None:
+        """What is missing reads as zero from here on, and whoever waits is woken. Idempotent."""
+        self._missing.close()
+
+    def _address(self, block: int, first: int, count: int) -> int:
+        area = self._areas[block]
+        if first < 0 or first + count > area.pages:
+            raise ValueError(f"pages {first}..{first + count} are not within the {area.pages} of {area.name!r}")
+        return area.address + first * PAGE_SIZE
