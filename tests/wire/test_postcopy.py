@@ -152,7 +152,7 @@ def test_bitmaps_there_and_back(flags: list[bool]) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda data: data[:7], "None bytes announced"),
+        (lambda data: data[:7], "7 bytes, expected 24"),
         (lambda data: struct.pack(">Q", 16) + data[8:], "16 bytes announced, 8 belong to 10 pages"),
         (lambda data: data[:-1], "23 bytes, expected 24"),
         (lambda data: data[:-1] + b"\0", "ends with"),

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tests.wire.cases import hexed
 from trimig.errors import LocalProtocolError, RemoteProtocolError
-from trimig.wire.return_path import Message, PageRequest, Pong, ResumeAck, ReturnPathDecoder, Shut, encode
+from trimig.guest import PAGE_SIZE
+from trimig.wire.return_path import (
+    Message,
+    PageRequest,
+    Pong,
+    ReceivedPages,
+    ResumeAck,
+    ReturnPathDecoder,
+    Shut,
+    encode,
+)
 
 LONGEST = "x" * 255
 BLOCKS = {"pc.ram": 0x2000000, "rom": 0x8000, LONGEST: 0x1000, "a\udc80": 0x1000}
@@ -54,6 +65,65 @@ def test_bytes_give_their_message_at_every_split(message: Message, data: bytes) 
         assert decoder.pending == cut
         assert decoder.feed(memoryview(data)[cut:]) == [message]
         assert decoder.pending == 0
+
+
+def bitmap(block: str, *have: int) -> ReceivedPages:
+    pages = np.zeros(BLOCKS[block] // PAGE_SIZE, np.bool_)
+    pages[list(have)] = True
+    return ReceivedPages(block=block, pages=pages)
+
+
+@pytest.mark.parametrize("step", [None, 1, 7, 1000])
+def test_bitmaps_of_a_recovery(step: int | None) -> None:
+    """J6, G11: one for each block that was asked for, then the connection is taken up (return_path.md part 8)."""
+    sent = [bitmap("rom", 0), bitmap("pc.ram", 0, 9, 77)]
+    data = b"".join(map(encode, sent)) + encode(ResumeAck())
+    decoder = ReturnPathDecoder(BLOCKS)
+    for block in ("pc.ram", "rom"):
+        decoder.expect_bitmap(block)
+    found: list[Message] = []
+    for at in range(0, len(data), step or len(data)):
+        found += decoder.feed(data[at : at + (step or len(data))])
+        assert decoder.pending >= 0
+    assert decoder.pending == 0
+    *bitmaps, last = found
+    assert last == ResumeAck()
+    for one, other in zip(bitmaps, sent, strict=True):
+        assert isinstance(one, ReceivedPages)
+        assert one.block == other.block
+        assert np.array_equal(one.pages, other.pages)
+
+
+def test_beginning_of_a_bitmap_as_qemu_sends_it() -> None:
+    """return_path.md part 4.5: 32 MiB are 1024 bytes."""
+    pages = np.ones(8192, np.bool_)
+    assert encode(ReceivedPages(block="pc.ram", pages=pages)).startswith(
+        hexed('0005 0007 06 "pc.ram" 0000000000000400 ffff')
+    )
+
+
+def test_a_bitmap_that_was_not_asked_for_or_comes_twice() -> None:
+    data = encode(bitmap("rom"))
+    decoder = ReturnPathDecoder(BLOCKS)
+    decoder.expect_bitmap("rom")
+    decoder.feed(data)
+    with pytest.raises(RemoteProtocolError, match="'rom' was not asked for") as caught:
+        decoder.feed(data)
+    assert caught.value.offset == len(data)
+
+
+def test_a_bitmap_of_the_wrong_length_is_refused_before_it_has_come() -> None:
+    decoder = ReturnPathDecoder(BLOCKS)
+    decoder.expect_bitmap("rom")
+    with pytest.raises(RemoteProtocolError, match="bytes announced"):
+        decoder.feed(hexed('0005 0004 03 "rom" 7fffffffffffffff'))
+
+
+def test_a_name_that_does_not_fit_its_bitmap_message() -> None:
+    decoder = ReturnPathDecoder(BLOCKS)
+    decoder.expect_bitmap("rom")
+    with pytest.raises(RemoteProtocolError, match="does not fit the name"):
+        decoder.feed(hexed('0005 0004 02 "rom"'))
 
 
 def test_second_request_in_a_block_has_no_name() -> None:
@@ -105,7 +175,7 @@ BAD = [
     ("RESUME_ACK 2", "0006 0004 00000002", "RESUME_ACK with the value 2"),
     ("RESUME_ACK 0", "0006 0004 00000000", "RESUME_ACK with the value 0"),
     ("SWITCHOVER_ACK", "0007 0000", "SWITCHOVER_ACK was not asked for"),
-    ("RECV_BITMAP", '0005 0007 06 "pc.ram"', "RECV_BITMAP was not asked for"),
+    ("RECV_BITMAP", '0005 0007 06 "pc.ram"', "'pc.ram' was not asked for"),
     ("REQ_PAGES_ID without a name", "0003 000c 0000000000000000 00001000", "does not fit the name inside it"),
     ("REQ_PAGES_ID too short", '0003 000f 0000000000000000 00001000 03 "ro"', "15 bytes does not fit the name"),
     ("REQ_PAGES_ID too long", '0003 0011 0000000000000000 00001000 03 "rom" 00', "17 bytes does not fit the name"),

@@ -27,6 +27,8 @@ _BE32 = struct.Struct(">I")
 RANGES_PER_COMMAND: Final = 12
 #: The word behind a bitmap of received pages.
 BITMAP_END: Final = 0x0123456789ABCDEF
+#: Bytes around a bitmap: its length before it, the end mark behind it.
+BITMAP_FRAME: Final = 16
 #: The length of a package stands in 32 bits.
 MAX_PACKAGE: Final = 0xFFFFFFFF
 
@@ -183,6 +185,20 @@ def received_bitmap(bitmap: PageBitmap) -> bytes:
     return _BE64.pack(size) + bits.ljust(size, b"\0") + _BE64.pack(BITMAP_END)
 
 
+def _bad_bitmap(what: str, offset: int, block: str) -> RemoteProtocolError:
+    return RemoteProtocolError(f"bitmap of the RAM block {block!r}: {what}", offset=offset, section="return path")
+
+
+def check_bitmap_size(data: bytes | bytearray, pages: int, *, offset: int, block: str) -> None:
+    """Look at the length that a bitmap begins with, once it is there: nobody waits for what cannot be right.
+
+    Raises:
+        RemoteProtocolError: it is not that of a block of *pages* pages.
+    """
+    if len(data) >= _BE64.size and (size := _BE64.unpack_from(data)[0]) != bitmap_bytes(pages):
+        raise _bad_bitmap(f"{size} bytes announced, {bitmap_bytes(pages)} belong to {pages} pages", offset, block)
+
+
 def decode_received_bitmap(data: bytes, pages: int, *, offset: int, block: str) -> PageBitmap:
     """The bitmap of a block of that many pages, from all bytes behind the message.
 
@@ -190,18 +206,13 @@ def decode_received_bitmap(data: bytes, pages: int, *, offset: int, block: str) 
         RemoteProtocolError: wrong length or end mark, or a set bit behind the last page.
     """
 
-    def bad(what: str) -> RemoteProtocolError:
-        return RemoteProtocolError(f"bitmap of the RAM block {block!r}: {what}", offset=offset, section="return path")
-
     expected = bitmap_bytes(pages)
-    size = _BE64.unpack_from(data)[0] if len(data) >= 8 else None
-    if size != expected:
-        raise bad(f"{size} bytes announced, {expected} belong to {pages} pages")
-    if len(data) != expected + 16:
-        raise bad(f"{len(data)} bytes, expected {expected + 16}")
-    if (mark := _BE64.unpack_from(data, 8 + expected)[0]) != BITMAP_END:
-        raise bad(f"ends with {mark:#018x} instead of {BITMAP_END:#018x}")
-    bits = np.unpackbits(np.frombuffer(data, np.uint8, expected, 8), bitorder="little").astype(np.bool_)
+    check_bitmap_size(data, pages, offset=offset, block=block)
+    if len(data) != expected + BITMAP_FRAME:
+        raise _bad_bitmap(f"{len(data)} bytes, expected {expected + BITMAP_FRAME}", offset, block)
+    if (mark := _BE64.unpack_from(data, _BE64.size + expected)[0]) != BITMAP_END:
+        raise _bad_bitmap(f"ends with {mark:#018x} instead of {BITMAP_END:#018x}", offset, block)
+    bits = np.unpackbits(np.frombuffer(data, np.uint8, expected, _BE64.size), bitorder="little").astype(np.bool_)
     if bits[pages:].any():
-        raise bad(f"a page behind the last of {pages} is marked")
+        raise _bad_bitmap(f"a page behind the last of {pages} is marked", offset, block)
     return bits[:pages]

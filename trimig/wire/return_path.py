@@ -12,9 +12,10 @@ from types import MappingProxyType
 from typing import Final
 
 from ..errors import RemoteProtocolError
-from ..guest import PAGE_SIZE
+from ..guest import PAGE_SIZE, PageBitmap
 from .constants import ReturnPath
 from .encoder import cstr
+from .postcopy import BITMAP_FRAME, bitmap_bytes, check_bitmap_size, decode_received_bitmap, received_bitmap
 
 #: No message of any version is longer than this; QEMU's own reader has the same bound (return_path.md part 5).
 MAX_PAYLOAD: Final = 512
@@ -69,7 +70,15 @@ class ResumeAck:
     value: int = 1
 
 
-Message = Shut | Pong | PageRequest | ResumeAck
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReceivedPages:
+    """What the destination has of one block when a lost connection is taken up again: True for each page it has."""
+
+    block: str
+    pages: PageBitmap
+
+
+Message = Shut | Pong | PageRequest | ResumeAck | ReceivedPages
 
 
 def encode(message: Message) -> bytes:
@@ -85,6 +94,9 @@ def encode(message: Message) -> bytes:
             return _HEADER.pack(ReturnPath.PONG, 4) + _BE32.pack(value)
         case ResumeAck(value=value):
             return _HEADER.pack(ReturnPath.RESUME_ACK, 4) + _BE32.pack(value)
+        case ReceivedPages(block=block, pages=pages):
+            name = cstr(block)
+            return _HEADER.pack(ReturnPath.RECV_BITMAP, len(name)) + name + received_bitmap(pages)
         case PageRequest(block=block, start=start, length=length, named=True):
             body = _REQUEST.pack(start, length) + cstr(block)
             return _HEADER.pack(ReturnPath.REQ_PAGES_ID, len(body)) + body
@@ -105,6 +117,12 @@ class ReturnPathDecoder:
         self._offset = 0
         self._block: str | None = None
         self._shut = False
+        #: Blocks whose bitmap was asked for and has not come.
+        self._asked: set[str] = set()
+
+    def expect_bitmap(self, block: str) -> None:
+        """The destination was asked which pages of *block*, one of the blocks, it has."""
+        self._asked.add(block)
 
     @property
     def pending(self) -> int:
@@ -119,18 +137,49 @@ class ReturnPathDecoder:
         """
         self._buffer += data
         messages: list[Message] = []
-        while not self._shut and len(self._buffer) >= 4:
-            number, length = _HEADER.unpack_from(self._buffer)
-            kind = self._check_header(number, length)
-            if len(self._buffer) < 4 + length:
-                break
-            payload = bytes(self._buffer[4 : 4 + length])
-            messages.append(self._decode(kind, payload))
-            del self._buffer[: 4 + length]
-            self._offset += 4 + length
+        while not self._shut and (message := self._next()) is not None:
+            messages.append(message)
         if self._shut:
             self._buffer.clear()
         return messages
+
+    def _next(self) -> Message | None:
+        """The message at the front, with what belongs to it; None if it is not whole yet."""
+        if len(self._buffer) < 4:
+            return None
+        number, length = _HEADER.unpack_from(self._buffer)
+        kind = self._check_header(number, length)
+        if len(self._buffer) < 4 + length:
+            return None
+        payload = bytes(self._buffer[4 : 4 + length])
+        if kind is ReturnPath.RECV_BITMAP:
+            return self._received_pages(payload)
+        message = self._decode(kind, payload)
+        self._drop(4 + length)
+        return message
+
+    def _received_pages(self, payload: bytes) -> ReceivedPages | None:
+        """The bitmap that follows the RECV_BITMAP message at the front; None if it is not whole yet."""
+        if not payload or len(payload) != 1 + payload[0]:
+            raise self._error(f"RECV_BITMAP of {len(payload)} bytes does not fit the name inside it")
+        name = payload[1:].decode("utf-8", "surrogateescape")
+        if name not in self._asked:
+            raise self._error(f"RECV_BITMAP of the RAM block {name!r} was not asked for")
+        count = self._blocks[name] // PAGE_SIZE
+        start = 4 + len(payload)
+        end = start + bitmap_bytes(count) + BITMAP_FRAME
+        # Its length is looked at before the rest has come: nobody waits for what cannot be right.
+        check_bitmap_size(self._buffer[start : start + 8], count, offset=self._offset, block=name)
+        if len(self._buffer) < end:
+            return None
+        pages = decode_received_bitmap(bytes(self._buffer[start:end]), count, offset=self._offset, block=name)
+        self._asked.remove(name)
+        self._drop(end)
+        return ReceivedPages(block=name, pages=pages)
+
+    def _drop(self, count: int) -> None:
+        del self._buffer[:count]
+        self._offset += count
 
     def _error(self, text: str) -> RemoteProtocolError:
         return RemoteProtocolError(text, offset=self._offset, section="return path")
@@ -168,7 +217,7 @@ class ReturnPathDecoder:
                 if self._block is None:
                     raise self._error("REQ_PAGES before any REQ_PAGES_ID: there is no previous block")
                 return self._request(self._block, payload, named=False)
-            case ReturnPath.RECV_BITMAP | ReturnPath.SWITCHOVER_ACK:
+            case ReturnPath.RECV_BITMAP | ReturnPath.SWITCHOVER_ACK:  # the former is no message without its bitmap
                 raise self._error(f"{kind.name} was not asked for: this migration does not use it")
 
     def _request(self, block: str, payload: bytes, *, named: bool) -> PageRequest:
