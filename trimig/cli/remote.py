@@ -136,6 +136,8 @@ class State:
     def sentence(self) -> str:
         """One line for people."""
         text = f"guest: {self.run_state}; migration: {self.migration}; owner: {self.owner}"
+        if self.run_state == "inmigrate" and self.owner == "source":
+            text += ", which is not this side: a guest is waited for here"
         return f"{text}; {self.problem}" if self.problem else text
 
     def record(self) -> dict[str, Any]:
