@@ -173,9 +173,7 @@ def _messages(frame: str | bytes) -> list[tuple[Any] | Malformed]:
     """The messages in one frame; a binary one has one."""
     if isinstance(frame, bytes):
         try:
-            message = msgpack.unpackb(
-                frame, max_buffer_size=MAX_MESSAGE, max_array_len=_MAX_MEMBERS, max_map_len=_MAX_MEMBERS
-            )
+            message = msgpack.unpackb(frame, max_array_len=_MAX_MEMBERS, max_map_len=_MAX_MEMBERS)
             _check(message)
         except (ValueError, msgpack.UnpackException, RecursionError) as error:
             return [Malformed(f"msgpack error, {type(error).__name__}: {error}")]
