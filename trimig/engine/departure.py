@@ -85,6 +85,8 @@ class Departure(abc.ABC):
         with outcome.watch():
             async with trio.open_nursery(strict_exception_groups=True) as nursery:
                 self.monitor.control(functools.partial(_cancel, nursery), self._retuned)
+                if (reason := self.monitor.cancel_reason) is not None:
+                    _cancel(nursery, reason)  # by a listener that was told of `setup`, before there was a nursery
                 await self._phases(open_stream, nursery)
                 nursery.cancel_scope.cancel("the migration is over")
         self.monitor.control(None, None)
