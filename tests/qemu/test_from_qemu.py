@@ -36,7 +36,7 @@ async def took(vm: Qemu, *, run_state: str = "running") -> None:
 @pytest.mark.parametrize("return_path", [True, False])
 @pytest.mark.parametrize("scheme", ["tcp", "unix"])
 async def test_64_mib_of_mixed_pages_arrive_byte_for_byte(tmp_path: Path, scheme: str, *, return_path: bool) -> None:
-    """B7, J2, J5, J6, P1, P5: into memory that was not empty; QEMU says completed, and has seen what it sees of QEMU."""
+    """A.1 rows 1, 6, B7, J2, J5, J6, P1, P5: into memory that was not empty; QEMU says completed, and has seen what it sees of QEMU."""
     async with Qemu.start("none", "64M") as vm:
         peers.mix(vm.ram, seed=2)
         with peers.machine(BIG, running=False) as guest:

@@ -38,7 +38,7 @@ class Ghost(trimig.Device):
 @pytest.mark.parametrize("return_path", [True, False])
 @pytest.mark.parametrize("scheme", ["tcp", "unix"])
 async def test_64_mib_of_mixed_pages_arrive_byte_for_byte(tmp_path: Path, scheme: str, *, return_path: bool) -> None:
-    """B1, B2, K1, K5, L1, L2, L4, M3, M5, M8, M9: random, repeated, zero and almost zero pages."""
+    """A.1 rows 1, 6, B1, B2, K1, K5, L1, L2, L4, M3, M5, M8, M9: random, repeated, zero and almost zero pages."""
     address = LISTEN if scheme == "tcp" else f"unix:{tmp_path}/socket"
     async with peers.target(BIG, uri=address) as (vm, uri):
         vm.ram[BIG // 2 :] = 0xEE  # what was in the destination's memory before must not shine through zero pages
