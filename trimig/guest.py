@@ -255,3 +255,56 @@ class IdentifiedGuest(Guest, Protocol):
     @property
     def uuid(self) -> str | None:
         """In its usual form, 8-4-4-4-12 hexadecimal digits; None if it has none."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """A thread of the guest waits for a page: the block by its number in :attr:`Guest.ram`, the page in it, and the
+    kernel's id of the thread."""
+
+    block: int
+    page: int
+    thread: int
+
+
+class MissingMemory(Protocol):
+    """The RAM of a guest that runs here while parts of it are elsewhere (postcopy).
+
+    Whoever placed a page here once must not place another content there: the guest may have written it since.
+    """
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when somebody waits."""
+
+    def waits(self) -> Sequence[Wait]:
+        """Who has begun to wait since the last call. Never blocks. OSError."""
+
+    def place(self, block: int, first: int, pages: Pages) -> int:
+        """Put *pages* into *block* from page *first* on, those that are absent there, and wake who waits for them.
+
+        Returns:
+            How many were placed.
+
+        Raises:
+            OSError: there is no memory, or nobody lives there any more.
+        """
+
+    def place_zeros(self, block: int, first: int, count: int) -> int:
+        """As :meth:`place`, with *count* pages of zeros."""
+
+    def close(self) -> None:
+        """What is absent reads as zero from here on, and whoever waits is woken. Idempotent."""
+
+
+@runtime_checkable
+class LazyGuest(Guest, Protocol):
+    """A guest that can run before all of its memory is here."""
+
+    async def missing_memory(self) -> MissingMemory:
+        """From here on the guest waits where it touches a page that has no memory yet. It does not run.
+
+        Raises:
+            GuestFailed: that is not to be had here; the message names what to look at.
+
+        **Cancellation:** the guest is as it was, or slower.
+        """

@@ -133,6 +133,8 @@ class Counters:
     remaining: int = 0
     normal: int = 0
     duplicate: int = 0
+    #: Pages that a guest in postcopy was found waiting for.
+    page_requests: int = 0
     iteration: int = 0
     dirty_sync_count: int = 0
     bandwidth: float = 0.0
@@ -233,7 +235,7 @@ def _ram(c: Counters, end: float, *, completed: bool) -> dict[str, Any]:
         "dirty-pages-rate": 0 if completed else round(c.dirty_rate / PAGE_SIZE),
         "mbps": rate * 8 / 1e6,
         "dirty-sync-count": c.dirty_sync_count,
-        "postcopy-requests": 0,
+        "postcopy-requests": c.page_requests,
         "page-size": PAGE_SIZE,
         "multifd-bytes": 0,
         "pages-per-second": round(c.pages_per_second),

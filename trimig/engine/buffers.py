@@ -25,6 +25,18 @@ _SO_RCVBUFFORCE: Final = 33
 UNSENT: Final = 4 << 20
 
 
+#: The same in postcopy, where a page that the guest waits for queues behind what was handed over before it.
+UNSENT_SHORT: Final = 1 << 17
+
+
+def shorten(sock: trio.socket.SocketType) -> None:
+    """*sock* counts as writable only while little waits in it. What a TCP socket has sent, or waits there, stays."""
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_SHORT)
+    else:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNSENT_SHORT)
+
+
 def enlarge(sock: trio.socket.SocketType) -> None:
     """Give *sock* large buffers where that is allowed; leave it alone where asking would make them smaller.
 

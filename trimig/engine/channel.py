@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ..errors import LocalProtocolError, TransportFailed
 from ..guest import PAGE_SIZE
 from . import vectored
-from .buffers import enlarge
+from .buffers import enlarge, shorten
 
 #: Pages that are prepared for sending at once. One system call takes MAX_ELEMENTS // 2 of them; preparing many more
 #: spreads the cost of the arrays.
@@ -145,6 +145,31 @@ class Channel:
             return int.from_bytes(fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         except OSError:
             return 0
+
+    def keep_queue_short(self) -> None:
+        """From here on what is sent should be on its way soon (postcopy); :meth:`wait_queue_short` says when it is."""
+        if self._socket is not None:
+            shorten(self._socket)
+
+    async def wait_queue_short(self) -> None:
+        """Wait until little of what was sent still waits on this side, as far as that can be told.
+
+        Raises:
+            TransportFailed: the connection broke, or took nothing for ``stall_timeout``.
+
+        **Cancellation:** no effect.
+        """
+        assert self._sink is not None, "a stream that only receives"
+        try:
+            with trio.move_on_after(self.stall_timeout) as limit:
+                if self._socket is not None:
+                    await trio.lowlevel.wait_writable(self._socket)
+                else:
+                    await self._sink.wait_send_all_might_not_block()
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise TransportFailed(f"the connection broke while sending: {_cause(error)}") from error
+        if limit.cancelled_caught:
+            raise self._stalled("took no data")
 
     def _check(self) -> None:
         if self.poisoned:

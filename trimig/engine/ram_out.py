@@ -17,7 +17,7 @@ from ..guest import PAGE_SIZE, PageBitmap, Pages, RamBlock
 from ..monitor import Counters
 from ..wire import RamFlag, RecordWriter, Section
 from ..wire import encoder as wire
-from .channel import Channel
+from .channel import BATCH_PAGES, Channel
 from .limiter import Limiter
 from .zeros import zero_pages
 
@@ -74,6 +74,16 @@ class RamSender:
         await self._send_pages(block.name, pages, np.flatnonzero(todo))
         await self._part_end()
 
+    async def send_run(self, block: str, pages: Pages, first: int, count: int) -> None:
+        """Send *count* pages from page *first* on in a section of their own, whatever the bandwidth limit says.
+
+        **Cancellation:** as for :meth:`send_pass`.
+        """
+        await self._part_begin()
+        for start in range(first, first + count, BATCH_PAGES):
+            await self._send_batch(block, pages, np.arange(start, min(start + BATCH_PAGES, first + count)))
+        await self._part_end()
+
     async def end(self, rest: Sequence[tuple[RamBlock, Pages, PageBitmap]]) -> None:
         """The END section, with the last pages in it: of each block, where to read them and which."""
         await self._part_end()
@@ -120,10 +130,24 @@ class RamSender:
                 if not len(batch):
                     await trio.lowlevel.checkpoint()
                     continue
-            name, words = self._records.words(block, batch * PAGE_SIZE, RamFlag.PAGE)
-            lead = words[:1].tobytes() + name if name else b""
-            await self._channel.send_pages(lead, words, pages, batch)
-            self._count(normal=len(batch))
+            await self._send_normal(block, pages, batch)
+
+    async def _send_batch(self, block: str, pages: Pages, batch: NDArray[np.int64]) -> None:
+        """At most BATCH_PAGES pages, without asking the limiter."""
+        zero = zero_pages(pages, batch)
+        if zero.any():
+            indices = batch[zero]
+            await self._channel.send(self._records.zero_records(block, indices * PAGE_SIZE))
+            self._count(zero=len(indices))
+            batch = batch[~zero]
+        if len(batch):
+            await self._send_normal(block, pages, batch)
+
+    async def _send_normal(self, block: str, pages: Pages, batch: NDArray[np.int64]) -> None:
+        name, words = self._records.words(block, batch * PAGE_SIZE, RamFlag.PAGE)
+        lead = words[:1].tobytes() + name if name else b""
+        await self._channel.send_pages(lead, words, pages, batch)
+        self._count(normal=len(batch))
 
     def _count(self, *, normal: int = 0, zero: int = 0) -> None:
         c = self._counters

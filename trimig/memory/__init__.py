@@ -7,7 +7,6 @@ from .block import MemfdBlock as MemfdBlock
 from .faults import Faults as Faults
 from .faults import MissingPages as MissingPages
 from .faults import UffdMemory as UffdMemory
-from .faults import Wait as Wait
 from .linux import MemoryUnavailable as MemoryUnavailable
 from .tracking import METHODS as METHODS
 from .tracking import CompareTracker as CompareTracker

@@ -20,7 +20,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..guest import PAGE_SIZE, Pages
+from ..guest import PAGE_SIZE, Pages, Wait
 from . import linux
 from .tracking import TrackedRange
 
@@ -159,17 +159,8 @@ class MissingPages:
         return placed // PAGE_SIZE
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Wait:
-    """A thread waits for a page: the block by its number, the page in it, and the kernel's id of the thread."""
-
-    block: int
-    page: int
-    thread: int
-
-
 class UffdMemory:
-    """The RAM blocks of a guest that runs while part of its memory is elsewhere.
+    """:class:`trimig.guest.MissingMemory` by userfaultfd.
 
     Args:
         missing: of the process that runs the guest; this object's from here on.

@@ -1,0 +1,174 @@
+"""The destination in postcopy: the guest runs, and what it lacks is asked for and put in its place.
+
+Two tasks share one :class:`PostcopyReceiver`: one reads faults and asks the source, the other decodes the stream and
+places pages. A page is placed once, atomically, and never touched by this process before: looking at an absent page
+would make it a page of zeros for the guest as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from ..errors import GuestFailed, RemoteProtocolError
+from ..guest import PAGE_SIZE, MissingMemory, PageBitmap, Pages
+from ..monitor import Counters
+from ..wire.events import PageRun, ZeroRun
+from ..wire.postcopy import Runs, runs_of
+from ..wire.return_path import PageRequest, encode
+
+
+class PostcopyReceiver:
+    """What is here, what is asked for, and how the rest comes.
+
+    Args:
+        memory: of the guest, open.
+        received: by the block's name, in the order of the guest's blocks: the pages that are here. This object's from
+            here on.
+        send: puts a message on the return path.
+    """
+
+    def __init__(
+        self,
+        memory: MissingMemory,
+        received: Mapping[str, PageBitmap],
+        send: Callable[[bytes], Awaitable[None]],
+        counters: Counters,
+    ) -> None:
+        self._memory = memory
+        self._names = tuple(received)
+        self._numbers = {name: number for number, name in enumerate(received)}
+        self._received = tuple(received.values())
+        self._asked = tuple(np.zeros_like(bitmap) for bitmap in self._received)
+        self._send = send
+        self._counters = counters
+        self._last: int | None = None
+        self._whole = trio.Event()
+        self.missing = sum(int(np.count_nonzero(~bitmap)) for bitmap in self._received)
+        self._look()
+
+    @property
+    def received(self) -> Sequence[PageBitmap]:
+        """The pages that are here, for each block; not to be changed."""
+        return self._received
+
+    async def wait_whole(self) -> None:
+        """Wait until nothing is missing.
+
+        **Cancellation:** no effect.
+        """
+        await self._whole.wait()
+
+    # -- faults --------------------------------------------------------------------------------------------------------
+
+    async def serve(self) -> None:
+        """Ask for what the guest waits for, until cancelled.
+
+        Raises:
+            GuestFailed: its faults cannot be read.
+            TransportFailed: the source cannot be asked.
+
+        **Cancellation:** whoever waits goes on waiting; a request may have been cut.
+        """
+        while True:
+            await trio.lowlevel.wait_readable(self._memory.fileno())
+            try:
+                waits = self._memory.waits()
+            except OSError as error:
+                raise GuestFailed(f"the guest's page faults cannot be read: {error.strerror}") from error
+            for wait in waits:
+                await self._want(wait.block, wait.page)
+
+    async def ask_again(self) -> None:
+        """On a new connection: ask for everything that was asked for and has not come. TransportFailed.
+
+        **Cancellation:** some of it was asked for.
+        """
+        self._last = None  # the new connection's source has not heard a name yet
+        for block, asked in enumerate(self._asked):
+            for page in np.flatnonzero(asked & ~self._received[block]).tolist():
+                await self._request(block, page)
+
+    async def _want(self, block: int, page: int) -> None:
+        # A page that was placed between the fault and this has woken its threads already.
+        if self._received[block][page] or self._asked[block][page]:
+            return
+        self._asked[block][page] = True
+        self._counters.page_requests += 1
+        await self._request(block, page)
+
+    async def _request(self, block: int, page: int) -> None:
+        named, self._last = self._last != block, block
+        request = PageRequest(block=self._names[block], start=page * PAGE_SIZE, length=PAGE_SIZE, named=named)
+        await self._send(encode(request))
+
+    # -- pages ---------------------------------------------------------------------------------------------------------
+
+    def pages(self, run: PageRun) -> None:
+        """Place a run of pages.
+
+        Raises:
+            RemoteProtocolError: one of them is here already.
+            GuestFailed: it cannot be placed.
+        """
+        block, indices = self._new(run.block, run.offsets)
+        for first, end in _stretches(indices):
+            self._place(block, int(indices[first]), end - first, run.data[first:end])
+        self._counters.normal += len(indices)
+
+    def zeros(self, run: ZeroRun) -> None:
+        """Place a run of pages of one byte each; raises as :meth:`pages`."""
+        block, indices = self._new(run.block, run.offsets)
+        for first, end in _stretches(indices):
+            if not run.fills[first:end].any():
+                self._place(block, int(indices[first]), end - first, None)
+                continue
+            for at in range(first, end):
+                self._place(block, int(indices[at]), 1, np.full((1, PAGE_SIZE), run.fills[at], np.uint8))
+        self._counters.duplicate += len(indices)
+
+    def _new(self, name: str, offsets: NDArray[np.int64]) -> tuple[int, NDArray[np.int64]]:
+        block = self._numbers[name]
+        indices = offsets // PAGE_SIZE
+        here = self._received[block][indices]
+        if here.any() or len(np.unique(indices)) != len(indices):
+            page = int(indices[int(here.argmax())])
+            raise RemoteProtocolError(
+                f"page {page} of RAM block {name!r} came a second time; in postcopy the guest may have written it since",
+                section="ram",
+            )
+        return block, indices
+
+    def _place(self, block: int, first: int, count: int, data: Pages | None) -> None:
+        try:
+            if data is None:
+                self._memory.place_zeros(block, first, count)
+            else:
+                # Records lie between the pages of a run; a single page is not copied.
+                self._memory.place(block, first, np.ascontiguousarray(data))
+        except OSError as error:
+            raise GuestFailed(
+                f"page {first} of RAM block {self._names[block]!r} cannot be placed: {error.strerror}"
+            ) from error
+        self._received[block][first : first + count] = True
+        self.missing -= count
+        self._look()
+
+    def _look(self) -> None:
+        if not self.missing:
+            self._whole.set()
+
+    def missing_runs(self) -> Mapping[str, Runs]:
+        """What is not here, by the block's name: rows of first page and the one behind the last."""
+        return {
+            name: runs_of(~bitmap) for name, bitmap in zip(self._names, self._received, strict=True) if not bitmap.all()
+        }
+
+
+def _stretches(indices: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Where in *indices* pages follow each other without a gap: positions of the first and behind the last."""
+    cuts = (np.flatnonzero(np.diff(indices) != 1) + 1).tolist()
+    return list(zip([0, *cuts], [*cuts, len(indices)], strict=True))

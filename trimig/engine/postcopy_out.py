@@ -1,0 +1,89 @@
+"""The source in postcopy: pages for a guest that runs at the other end already.
+
+What the guest waits for goes first, and no bandwidth limit holds it up. Everything that is handed to the kernel goes out
+before it, so nothing is handed over that the kernel could not send soon: background pages wait until its queue is short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import trio
+
+from ..guest import PAGE_SIZE, RamBlock
+from ..monitor import Counters
+from ..policy.postcopy import PageOrder, Run
+from ..wire.return_path import PageRequest
+from .channel import Channel
+from .limiter import Limiter
+from .ram_out import RamSender
+
+#: Background pages handed over at once: a request that comes meanwhile waits for 128 KiB, less than 0.2 ms.
+_BACKGROUND_PAGES: Final = 32
+#: Pages of one request handed over at once; QEMU asks for one host page, which may be 2 MiB.
+_REQUESTED_PAGES: Final = 512
+
+
+class PostcopySender:
+    """Sends what is unsent, each page once.
+
+    Args:
+        sender: of the records; nobody else uses it meanwhile.
+        limiter: of the background pages.
+        blocks: the guest's RAM, which does not change any more.
+        order: what is unsent, by the blocks' numbers.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        sender: RamSender,
+        limiter: Limiter,
+        blocks: Sequence[RamBlock],
+        order: PageOrder,
+        counters: Counters,
+    ) -> None:
+        self._channel = channel
+        self._sender = sender
+        self._limiter = limiter
+        self._blocks = tuple(blocks)
+        self._numbers = {block.name: number for number, block in enumerate(blocks)}
+        self._order = order
+        self._counters = counters
+        self._idle: trio.CancelScope | None = None
+
+    def request(self, message: PageRequest) -> None:
+        """The guest waits for these bytes; the decoder of the return path has looked at the range."""
+        block = self._numbers[message.block]
+        if self._order.request(block, message.start // PAGE_SIZE, message.length // PAGE_SIZE):
+            self._counters.page_requests += 1
+            if self._idle is not None:
+                self._idle.cancel("somebody waits for a page")
+
+    async def run(self) -> None:
+        """Send until every page has gone.
+
+        Raises:
+            TransportFailed: the connection broke. What :attr:`PageOrder.unsent` says was handed out may not have arrived.
+
+        **Cancellation:** as for TransportFailed.
+        """
+        self._channel.keep_queue_short()
+        while self._order.remaining:
+            limit = _REQUESTED_PAGES if self._order.urgent else await self._background()
+            if limit and (run := self._order.next_run(limit)) is not None:
+                await self._send(run)
+
+    async def _send(self, run: Run) -> None:
+        block = self._blocks[run.block]
+        await self._sender.send_run(block.name, block.pages, run.first, run.count)
+
+    async def _background(self) -> int:
+        """How many pages may go that nobody waits for; 0 if somebody has begun to wait for one meanwhile."""
+        count = 0
+        with trio.CancelScope() as self._idle:
+            await self._channel.wait_queue_short()
+            count = await self._limiter.pages(min(_BACKGROUND_PAGES, self._order.remaining))
+        self._idle = None
+        return count
