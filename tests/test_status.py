@@ -10,7 +10,7 @@ from trimig.status import CANCELLABLE, IDLE, TERMINAL, TRANSITIONS, Role, Status
 S = Status
 BOTH = [Role.SOURCE, Role.DESTINATION]
 #: What a destination has no use for: it is told, it does not decide.
-SOURCE_ONLY = {S.PRE_SWITCHOVER, S.DEVICE, S.UNCERTAIN}
+SOURCE_ONLY = {S.PRE_SWITCHOVER, S.DEVICE, S.UNCERTAIN, S.POSTCOPY_UNCERTAIN}
 
 
 def reachable(role: Role, start: Status) -> set[Status]:

@@ -36,6 +36,7 @@ from .errors import MigrationError as MigrationError
 from .errors import NotConverging as NotConverging
 from .errors import Ownership as Ownership
 from .errors import PeerFailed as PeerFailed
+from .errors import PostcopyLost as PostcopyLost
 from .errors import RemoteProtocolError as RemoteProtocolError
 from .errors import StateError as StateError
 from .errors import TransportFailed as TransportFailed

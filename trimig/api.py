@@ -13,6 +13,7 @@ from .engine.channel import AnyStream, OpenStream
 from .engine.departure import CommitHook, FenceHook
 from .engine.destination import receive_stream
 from .engine.source import migrate_stream
+from .errors import TransportFailed
 from .guest import Guest
 from .info import Summary
 from .monitor import Monitor
@@ -58,7 +59,15 @@ async def migrate(
     config = config or Config()
     try:
         opener = _connector(to, config)
-        return await migrate_stream(guest, opener, config, monitor or Monitor(), commit=commit, fence=fence)
+        return await migrate_stream(
+            guest,
+            opener,
+            config,
+            monitor or Monitor(),
+            commit=commit,
+            fence=fence,
+            reopen=functools.partial(_connect_again, to, config),
+        )
     finally:
         await _dispose(to)
 
@@ -87,8 +96,8 @@ async def receive(
     """
     monitor, config = monitor or Monitor(), config or Config()
     try:
-        opener = functools.partial(_accept, at, config, monitor) if isinstance(at, str) else _stream(at)
-        return await receive_stream(guest, opener, config, monitor)
+        acceptor = _Acceptor(at, config, monitor)
+        return await receive_stream(guest, acceptor.first, config, monitor, reopen=acceptor.again)
     finally:
         await _dispose(at)
 
@@ -100,6 +109,19 @@ def _connector(to: str | trio.abc.SendStream, config: Config) -> OpenStream:
     return functools.partial(transport.connect, to, config)
 
 
+async def _connect_again(to: str | trio.abc.SendStream, config: Config, uri: str | None) -> AnyStream:
+    """Another connection when one was lost in postcopy: to *uri*, or to where the first one went."""
+    uri = uri or _again(to)
+    transport.check(uri)
+    return await transport.connect(uri, config)
+
+
+def _again(given: str | AnyStream) -> str:
+    if not isinstance(given, str):
+        raise TransportFailed("the connection was given as a stream: only recover(uri) knows where to find another one")
+    return given
+
+
 def _stream(stream: AnyStream) -> OpenStream:
     async def given() -> AnyStream:
         await trio.lowlevel.checkpoint()
@@ -108,9 +130,33 @@ def _stream(stream: AnyStream) -> OpenStream:
     return given
 
 
-async def _accept(uri: str, config: Config, monitor: Monitor) -> AnyStream:
-    async with transport.listening(uri, monitor.listening, config) as listener:
-        return await listener.accept()
+class _Acceptor:
+    """Where a receiver waits: for its first connection, and in postcopy for others."""
+
+    def __init__(self, at: str | trio.abc.ReceiveStream, config: Config, monitor: Monitor) -> None:
+        self._at = at
+        self._config = config
+        self._monitor = monitor
+
+    async def first(self) -> AnyStream:
+        """The stream that was given, or one that is accepted at the address that was."""
+        if not isinstance(self._at, str):
+            await trio.lowlevel.checkpoint()
+            return self._at
+        return await self._accept(self._at)
+
+    async def again(self, uri: str | None) -> AnyStream:
+        """One more: at *uri*, or for None where the first one was."""
+        return await self._accept(uri or _again(self._at))
+
+    async def _accept(self, uri: str) -> AnyStream:
+        async with transport.listening(uri, self._listening, self._config) as listener:
+            return await listener.accept()
+
+    def _listening(self, *addresses: str) -> None:
+        if isinstance(self._at, str) and len(addresses) == 1:
+            self._at = addresses[0]  # with its real port: a peer that comes again knows no other
+        self._monitor.listening(*addresses)
 
 
 async def _dispose(stream: str | AnyStream) -> None:

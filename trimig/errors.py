@@ -14,7 +14,8 @@ This module imports nothing of trimig.
 from __future__ import annotations
 
 import enum
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import MappingProxyType
 
 
 class Ownership(enum.Enum):
@@ -183,6 +184,21 @@ class HandoverUncertain(MigrationError):
             self.owner = owner
         finally:
             self._settling = False
+
+
+class PostcopyLost(MigrationError):
+    """The guest is at the destination, and the rest of its memory will not come.
+
+    On the destination the guest stands still; it keeps what it has. The source keeps its half, too.
+
+    Attributes:
+        missing: on the destination, the pages that never came, by the block's name: pairs of the first page and the one
+            behind the last. Empty on the source.
+    """
+
+    def __init__(self, message: str, *, missing: Mapping[str, Sequence[tuple[int, int]]] | None = None) -> None:
+        super().__init__(message, owner=Ownership.DESTINATION)
+        self.missing = MappingProxyType(dict(missing or {}))
 
 
 class InternalError(MigrationError):

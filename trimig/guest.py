@@ -308,3 +308,20 @@ class LazyGuest(Guest, Protocol):
 
         **Cancellation:** the guest is as it was, or slower.
         """
+
+    async def memory_is_whole(self) -> object:
+        """No page is missing any more; the memory has been closed. Returns what the guest measured, if anything.
+
+        Raises:
+            GuestFailed: it does not answer.
+
+        **Cancellation:** it may have been told.
+        """
+
+
+@runtime_checkable
+class DiscardableBlock(RamBlock, Protocol):
+    """A RAM block whose pages can be made absent again."""
+
+    def discard_slice(self, first_page: int, count: int) -> None:
+        """Make those pages zero and absent."""

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from .errors import Ownership
 from .guest import PAGE_SIZE
-from .status import Role, Status
+from .status import IN_POSTCOPY, RECOVERABLE, Role, Status
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +133,8 @@ class Counters:
     remaining: int = 0
     normal: int = 0
     duplicate: int = 0
+    #: Bytes that were sent over connections which are lost.
+    earlier: int = 0
     #: Pages that a guest in postcopy was found waiting for.
     page_requests: int = 0
     iteration: int = 0
@@ -163,9 +165,11 @@ class Counters:
 
 
 #: What a source shows while there is something to show; QEMU's running statuses.
-_RUNNING: Final = frozenset(
-    {Status.ACTIVE, Status.CANCELLING, Status.PRE_SWITCHOVER, Status.DEVICE, Status.HANDOVER}
-)  # fmt: skip
+_RUNNING: Final = (
+    frozenset({Status.ACTIVE, Status.CANCELLING, Status.PRE_SWITCHOVER, Status.DEVICE, Status.HANDOVER}) | IN_POSTCOPY
+)
+#: Where the reason of a failure is shown, if there is one.
+_EXPLAINED: Final = RECOVERABLE | {Status.FAILED, Status.UNCERTAIN, Status.POSTCOPY_LOST}
 
 
 def query_migrate(
@@ -193,7 +197,7 @@ def query_migrate(
     if status is Status.NONE:
         return info
     info |= {"status": status.qmp, "owner": owner.value}
-    if status in (Status.FAILED, Status.UNCERTAIN) and c.error is not None:
+    if status in _EXPLAINED and c.error is not None:
         info["error-desc"] = c.error
     if role is Role.DESTINATION:
         return info
@@ -205,7 +209,9 @@ def query_migrate(
     end = c.finished if c.finished is not None else now
     info["total-time"] = _ms(end - c.started)
     info["setup-time"] = _ms((c.setup_done or c.started) - c.started)
-    if running:
+    if running and c.downtime is not None:
+        info["downtime"] = _ms(c.downtime)  # in postcopy it is behind the guest (G16)
+    elif running:
         expected = c.shown_downtime
         info["expected-downtime"] = downtime_limit if expected is None or math.isinf(expected) else _ms(expected)
         if c.convergence is not None:

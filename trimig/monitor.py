@@ -54,6 +54,10 @@ class Monitor:
         self._cancel: Callable[[str], None] | None = None
         self._cancel_reason: str | None = None
         self._retuned: Callable[[], None] | None = None
+        self._postcopy_wanted = False
+        self._interrupt: Callable[[str], None] | None = None
+        self._recover_at: str | None = None
+        self._given_up: str | None = None
         self._addresses: tuple[str, ...] = ()
         self._listeners = Listeners()
         #: Whose blockers :meth:`info` lists. Each attempt sets it; a caller may set it before the first.
@@ -183,9 +187,12 @@ class Monitor:
         if self._status in IDLE or self._status in (Status.CANCELLING, Status.UNCERTAIN):
             return
         if self._status not in _status.CANCELLABLE:
-            raise StateError(
-                "too late to cancel: the decision to hand the guest over has been sent", status=self._status.value
+            why = (
+                "the guest runs at the destination, and its memory is needed there"
+                if self._status in _status.IN_POSTCOPY
+                else "the decision to hand the guest over has been sent"
             )
+            raise StateError(f"too late to cancel: {why}", status=self._status.value)
         self._cancel_reason = reason
         self.advance(Status.CANCELLING)
         if self._cancel is not None:
@@ -203,6 +210,65 @@ class Monitor:
                 status=self._status.value,
             )
         self.advance(Status.DEVICE)
+
+    def start_postcopy(self) -> None:
+        """Switch to postcopy as soon as possible: the guest runs at the destination, and the rest of its memory follows.
+
+        During `setup` it is kept for the first pass. After the end of an attempt it does nothing, as in QEMU.
+
+        Raises:
+            StateError: no migration has begun, it goes in, or the capability ``postcopy-ram`` is off.
+        """
+        if self._status is Status.NONE or self._role is Role.DESTINATION:
+            raise StateError("there is no outgoing migration to switch to postcopy", status=self._status.value)
+        if not self._config.capabilities.postcopy_ram:
+            raise StateError("the capability postcopy-ram must be on before the migration begins")
+        if not self._postcopy_wanted and self._status not in IDLE:
+            self._postcopy_wanted = True
+            self.emit("POSTCOPY_WANTED")
+
+    def pause(self, reason: str = "it was paused") -> None:
+        """Drop the connection in postcopy, to take it up again over another one (:meth:`recover`).
+
+        Raises:
+            StateError: the status is not `postcopy-active` or `postcopy-recover`.
+        """
+        if self._status not in (Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER) or self._interrupt is None:
+            raise StateError(
+                f"only a migration in postcopy can be paused; the status is {self._status.value}",
+                status=self._status.value,
+            )
+        self._interrupt(reason)
+
+    def recover(self, uri: str) -> None:
+        """Take up a paused postcopy migration: a source connects to *uri*, a destination listens there.
+
+        The destination first. If it comes to nothing, the status is `postcopy-paused` again, and one may try again.
+
+        Raises:
+            StateError: the status is another one, or this was asked for already.
+        """
+        if self._status not in _status.RECOVERABLE or self._recover_at is not None:
+            raise StateError(
+                f"there is no paused postcopy migration to recover; the status is {self._status.value}",
+                status=self._status.value,
+            )
+        self._recover_at = uri
+        self.emit("RECOVER", uri=uri)
+
+    def abandon(self, reason: str = "no reason was given") -> None:
+        """Give a paused postcopy migration up; it ends with :class:`trimig.PostcopyLost`.
+
+        Raises:
+            StateError: the status is another one.
+        """
+        if self._status not in _status.RECOVERABLE:
+            raise StateError(
+                f"there is no paused postcopy migration to give up; the status is {self._status.value}",
+                status=self._status.value,
+            )
+        self._given_up = reason
+        self.emit("ABANDON", reason=reason)
 
     def set_parameters(self, **changes: Any) -> Parameters:
         """Change parameters, all or none, also while a migration runs: the bandwidth limit applies at once, the downtime
@@ -245,6 +311,30 @@ class Monitor:
         """For the engine: the reason given to :meth:`cancel` in this attempt."""
         return self._cancel_reason
 
+    @property
+    def postcopy_wanted(self) -> bool:
+        """For the engine: :meth:`start_postcopy` was called in this attempt."""
+        return self._postcopy_wanted
+
+    @property
+    def given_up(self) -> str | None:
+        """For the engine: the reason given to :meth:`abandon` in this attempt."""
+        return self._given_up
+
+    @property
+    def recovery_wanted(self) -> bool:
+        """For the engine: :meth:`recover` was called, and not taken yet."""
+        return self._recover_at is not None
+
+    def take_recovery(self) -> str | None:
+        """For the engine: what :meth:`recover` was called with since the last look."""
+        uri, self._recover_at = self._recover_at, None
+        return uri
+
+    def interrupt(self, function: Callable[[str], None] | None) -> None:
+        """For the engine: where :meth:`pause` goes."""
+        self._interrupt = function
+
     def begin(self, role: Role, config: Config, guest: Guest | None = None) -> Counters:
         """For the engine: a new attempt; all counters are zero, no old error is left.
 
@@ -259,6 +349,8 @@ class Monitor:
             self.guest = guest
         self._counters = Counters(started=trio.current_time())
         self._cancel_reason = None
+        self._postcopy_wanted = False
+        self._recover_at = self._given_up = None
         self._addresses = ()
         self.advance(Status.SETUP)
         return self._counters

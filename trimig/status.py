@@ -6,6 +6,8 @@ The names are QEMU's (states.md part 1), plus two of our own for what QEMU has n
   ``device`` and resumes the guest if the connection breaks there, which is how two guests come to run (states.md
   part 14, G1 and G2).
 * ``uncertain``: that answer never came. The guest stays paused until somebody settles who owns it.
+* ``postcopy-uncertain``: the same where the memory was to follow. The connection may be taken up again, which answers it.
+* ``postcopy-lost``: the guest is at the destination for certain, and the rest of its memory will not follow.
 
 Both roles live in this one file, so that what one side may do and what the other side may conclude from it are read
 together. The table is the truth; the engine moves through it with :func:`check`, and nothing else changes a status.
@@ -23,6 +25,14 @@ Destination::
     none -> setup -> active -> handover -> completed
               |        |          \\-> failed (it could not be activated; SHUT 1)
               +--------+--> failed | cancelling -> cancelled
+
+Postcopy, on either side behind handover::
+
+    postcopy-active -> completed
+      |       ^
+      v       |
+    postcopy-paused <-> postcopy-recover       from each of the three: -> postcopy-lost
+    postcopy-uncertain -> postcopy-active | postcopy-paused | failed | uncertain      (source only)
 """
 
 from __future__ import annotations
@@ -57,15 +67,41 @@ class Status(enum.Enum):
     FAILED = "failed"
     CANCELLING = "cancelling"
     CANCELLED = "cancelled"
+    #: The guest runs at the destination, and its memory follows.
+    POSTCOPY_ACTIVE = "postcopy-active"
+    #: The connection was lost meanwhile; it can be taken up again.
+    POSTCOPY_PAUSED = "postcopy-paused"
+    #: A new connection is there, and the two sides find out what is missing.
+    POSTCOPY_RECOVER = "postcopy-recover"
+    #: The connection was lost before the destination had said that it runs the guest.
+    POSTCOPY_UNCERTAIN = "postcopy-uncertain"
+    #: It was given up: the destination has the guest and a part of its memory.
+    POSTCOPY_LOST = "postcopy-lost"
 
     @property
     def qmp(self) -> str:
         """The nearest of QEMU's own statuses, for clients that know no others."""
-        return {Status.HANDOVER: "device", Status.UNCERTAIN: "failed"}.get(self, self.value)
+        return _NEAREST.get(self, self.value)
 
 
 _S = Status
+_NEAREST: Final = MappingProxyType(
+    {
+        _S.HANDOVER: "device",
+        _S.UNCERTAIN: "failed",
+        _S.POSTCOPY_UNCERTAIN: "postcopy-paused",
+        _S.POSTCOPY_LOST: "failed",
+    }
+)
 _SRC, _DST, _UNK = Ownership.SOURCE, Ownership.DESTINATION, Ownership.UNKNOWN
+
+#: Behind the switch to postcopy both sides do the same.
+_POSTCOPY: Final = {
+    _S.POSTCOPY_ACTIVE: frozenset({_S.COMPLETED, _S.POSTCOPY_PAUSED, _S.POSTCOPY_LOST}),
+    _S.POSTCOPY_PAUSED: frozenset({_S.POSTCOPY_RECOVER, _S.POSTCOPY_LOST}),
+    _S.POSTCOPY_RECOVER: frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.POSTCOPY_LOST}),
+    _S.POSTCOPY_LOST: frozenset({_S.SETUP}),
+}
 
 TRANSITIONS: Final = MappingProxyType(
     {
@@ -78,8 +114,12 @@ TRANSITIONS: Final = MappingProxyType(
                 _S.DEVICE: frozenset({_S.HANDOVER, _S.FAILED, _S.CANCELLING}),
                 # No cancelling from here on: what is on its way cannot be taken back (G2).
                 # To failed only by the destination's own word, or where it is certain that nothing was sent.
-                _S.HANDOVER: frozenset({_S.COMPLETED, _S.FAILED, _S.UNCERTAIN}),
+                _S.HANDOVER: frozenset(
+                    {_S.COMPLETED, _S.FAILED, _S.UNCERTAIN, _S.POSTCOPY_ACTIVE, _S.POSTCOPY_UNCERTAIN}
+                ),
                 _S.UNCERTAIN: frozenset({_S.COMPLETED, _S.FAILED}),
+                _S.POSTCOPY_UNCERTAIN: frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.FAILED, _S.UNCERTAIN}),
+                **_POSTCOPY,
                 _S.CANCELLING: frozenset({_S.CANCELLED, _S.FAILED}),
                 _S.COMPLETED: frozenset({_S.SETUP}),
                 _S.FAILED: frozenset({_S.SETUP}),
@@ -91,7 +131,8 @@ TRANSITIONS: Final = MappingProxyType(
                 _S.NONE: frozenset({_S.SETUP}),
                 _S.SETUP: frozenset({_S.ACTIVE, _S.FAILED, _S.CANCELLING}),
                 _S.ACTIVE: frozenset({_S.HANDOVER, _S.FAILED, _S.CANCELLING}),
-                _S.HANDOVER: frozenset({_S.COMPLETED, _S.FAILED}),
+                _S.HANDOVER: frozenset({_S.COMPLETED, _S.FAILED, _S.POSTCOPY_ACTIVE}),
+                **_POSTCOPY,
                 _S.CANCELLING: frozenset({_S.CANCELLED, _S.FAILED}),
                 _S.COMPLETED: frozenset({_S.SETUP}),
                 _S.FAILED: frozenset({_S.SETUP}),
@@ -103,19 +144,27 @@ TRANSITIONS: Final = MappingProxyType(
 
 _OWNERS: Final = MappingProxyType(
     {
-        Role.SOURCE: MappingProxyType({_S.HANDOVER: _UNK, _S.UNCERTAIN: _UNK, _S.COMPLETED: _DST}),
+        Role.SOURCE: MappingProxyType(
+            {_S.HANDOVER: _UNK, _S.UNCERTAIN: _UNK, _S.POSTCOPY_UNCERTAIN: _UNK, _S.COMPLETED: _DST}
+            | dict.fromkeys(_POSTCOPY, _DST)
+        ),
         # On the destination `handover` begins when the source's decision has been read: nobody else may run the guest
         # from then on, unless this side gives it back with SHUT 1.
-        Role.DESTINATION: MappingProxyType({_S.HANDOVER: _DST, _S.COMPLETED: _DST}),
+        Role.DESTINATION: MappingProxyType({_S.HANDOVER: _DST, _S.COMPLETED: _DST} | dict.fromkeys(_POSTCOPY, _DST)),
     }
 )
 
 #: Nothing is under way.
-IDLE: Final = frozenset({_S.NONE, _S.COMPLETED, _S.FAILED, _S.CANCELLED})
+IDLE: Final = frozenset({_S.NONE, _S.COMPLETED, _S.FAILED, _S.CANCELLED, _S.POSTCOPY_LOST})
 #: The end of an attempt; UNCERTAIN ends the attempt but not the question.
-TERMINAL: Final = frozenset({_S.COMPLETED, _S.FAILED, _S.CANCELLED, _S.UNCERTAIN})
+TERMINAL: Final = frozenset({_S.COMPLETED, _S.FAILED, _S.CANCELLED, _S.UNCERTAIN, _S.POSTCOPY_LOST})
 #: A cancel is accepted here.
 CANCELLABLE: Final = frozenset({_S.SETUP, _S.ACTIVE, _S.PRE_SWITCHOVER, _S.DEVICE})
+
+#: The connection can be taken up again.
+RECOVERABLE: Final = frozenset({_S.POSTCOPY_PAUSED, _S.POSTCOPY_UNCERTAIN})
+#: The guest has gone ahead of its memory.
+IN_POSTCOPY: Final = frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.POSTCOPY_RECOVER, _S.POSTCOPY_UNCERTAIN})
 
 #: The answer to the decision is there: the guest is at the destination for certain.
 FINISHED: Final = frozenset({_S.COMPLETED})

@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import Final
 
 #: Capabilities, in QMP spelling, that may be turned on.
-BUILT: Final[frozenset[str]] = frozenset({"events", "pause-before-switchover", "return-path", "validate-uuid"})
+BUILT: Final[frozenset[str]] = frozenset(
+    {"events", "pause-before-switchover", "postcopy-ram", "return-path", "validate-uuid"}
+)
 
 #: Values of ``multifd-compression`` that may be chosen.
 BUILT_COMPRESSIONS: Final[frozenset[str]] = frozenset({"none"})

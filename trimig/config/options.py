@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -56,6 +57,11 @@ class Config:
     teardown_grace: Annotated[float, Seconds()] = 5.0
     #: Seconds without a byte in either direction after which the peer counts as gone; ``math.inf`` for never.
     stall_timeout: Annotated[float, Seconds(endless=True)] = 60.0
+    #: Postcopy: when the connection is lost, try the same address again, at growing intervals, on both sides. Off: wait
+    #: for :meth:`~trimig.Monitor.recover`, as QEMU does.
+    recovery_retry: Annotated[bool, Flag()] = False
+    #: Postcopy: seconds without a connection after which the rest of the memory is given up; ``math.inf`` for never.
+    recovery_timeout: Annotated[float, Seconds(endless=True)] = math.inf
     #: Iterations over RAM after which ``on_bound`` applies; None for any number.
     max_iterations: Annotated[int | None, OrNone(Whole(1, None))] = None
     #: Seconds from the start after which ``on_bound`` applies; None (or ``math.inf``) for any time.

@@ -68,8 +68,9 @@ class Departure(abc.ABC):
         self.reader: ReturnPathReader | None = None
         #: The destination answers. A reader alone does not say that: perhaps there is nobody at the other end of it.
         self.two_way = False
-        #: What the transport had taken before the decision was given to it.
+        #: What the transport had taken before the byte that decides was given to it.
         self.undecided = -1
+        self.in_postcopy = False  # the guest goes before its memory
         self.parts: dict[str, float] = {}
 
     @abc.abstractmethod
@@ -91,7 +92,7 @@ class Departure(abc.ABC):
                 nursery.cancel_scope.cancel("the migration is over")
         self.monitor.control(None, None)
         # The answer may have come in the same moment as the end of the time for it: it is an answer.
-        refusal = self._take_answer()
+        refusal = self.take_refusal()
         if outcome.failure is None:
             outcome.failure = refusal
         guest_failure = await self._unwind(outcome.failure)
@@ -100,14 +101,22 @@ class Departure(abc.ABC):
 
     def _retuned(self) -> None:
         if self.limiter is not None:
-            self.limiter.set_rate(self.monitor.config.parameters.max_bandwidth)
+            self.limiter.set_rate(self.rate)
+
+    @property
+    def rate(self) -> int:
+        """The bandwidth limit in force, in bytes per second; 0 for none."""
+        parameters = self.monitor.config.parameters
+        return parameters.max_postcopy_bandwidth if self.in_postcopy else parameters.max_bandwidth
 
     async def _unwind(self, failure: BaseException | None) -> GuestFailed | None:
         """Guest first, then the connection. Decides by the status who owns the guest, and settles the final status."""
         monitor = self.monitor
         if monitor.status is Status.HANDOVER and not self.answered:
             assert self.channel is not None
-            monitor.advance(Status.FAILED if self._nothing_left(self.channel) else Status.UNCERTAIN)
+            monitor.advance(Status.FAILED if self.nothing_left(self.channel) else Status.UNCERTAIN)
+        if (end := _UNFINISHED.get(monitor.status)) is not None:
+            monitor.advance(end)
         if failure is not None and monitor.status not in _DECIDED:
             cancelled = domain_error(failure, monitor.owner) is None
             monitor.advance(Status.CANCELLING if cancelled and monitor.status is not Status.HANDOVER else Status.FAILED)
@@ -118,7 +127,7 @@ class Departure(abc.ABC):
                 guest_failure = await self._resume_here()
         finally:
             if self.channel is not None:
-                self.counters.transferred = self.channel.sent
+                self.counters.transferred = self.counters.earlier + self.channel.sent
                 in_order = monitor.status is Status.COMPLETED
                 await teardown.close(self.channel.stream, self.config.teardown_grace if in_order else 0.0)
         return guest_failure
@@ -171,12 +180,11 @@ class Departure(abc.ABC):
         why = str(error or (self.reader.lost if self.reader is not None else None) or self._no_answer())
         settled = Ownership.UNKNOWN
         others: list[BaseException] = [error] if error is not None else []
-        if self.fence_hook is not None:
-            try:
-                settled = await teardown.bounded(self._fence, self.config.handover_timeout, Ownership.UNKNOWN)
-            except MigrationError as failed:
-                why = f"{why}; {failed}"
-                others.append(failed)
+        try:
+            settled = await self.fenced()
+        except MigrationError as failed:
+            why = f"{why}; {failed}"
+            others.append(failed)
         if settled is Ownership.DESTINATION:
             self._complete()
             monitor.warn(f"the answer was lost ({why}); the fence found the guest at the destination")
@@ -193,9 +201,18 @@ class Departure(abc.ABC):
         self.counters.error = str(uncertain)
         raise uncertain
 
-    async def _fence(self) -> Ownership:
-        assert self.fence_hook is not None
-        return await self._call("the fence hook", self.fence_hook)
+    async def fenced(self) -> Ownership:
+        """What the caller's fence finds out; UNKNOWN without one.
+
+        Raises:
+            MigrationError: it failed.
+
+        **Cancellation:** held off, for at most ``handover_timeout``.
+        """
+        if self.fence_hook is None:
+            return Ownership.UNKNOWN
+        fence = functools.partial(self._call, "the fence hook", self.fence_hook)
+        return await teardown.bounded(fence, self.config.handover_timeout, Ownership.UNKNOWN)
 
     async def _given_back(self, why: str, others: Sequence[BaseException]) -> MigrationError:
         """The fence says that the destination does not have the guest: resume it here. Returns what is to be raised."""
@@ -234,7 +251,7 @@ class Departure(abc.ABC):
 
     # -- the answer ------------------------------------------------------------------------------------------------
 
-    def _take_answer(self) -> PeerFailed | None:
+    def take_refusal(self) -> PeerFailed | None:
         """Act on the answer to the decision, if it has come; without one, the frame finds the outcome uncertain."""
         code = self.reader.shut if self.reader is not None else None
         if code is None or self.answered or self.monitor.status is not Status.HANDOVER:
@@ -259,9 +276,9 @@ class Departure(abc.ABC):
         c.transferred = self.channel.sent
         self.monitor.advance(Status.COMPLETED)
 
-    def _nothing_left(self, channel: Channel) -> bool:
-        """Not one byte of the decision was taken by the transport, so nobody can have it."""
-        return channel.sent == self.undecided and not channel.unsure
+    def nothing_left(self, channel: Channel) -> bool:
+        """The decision was not taken by the transport, so nobody can have it."""
+        return channel.sent <= self.undecided and not channel.unsure
 
     def _summary(self) -> Summary:
         c = self.counters
@@ -288,7 +305,15 @@ class Departure(abc.ABC):
 
 
 #: Statuses that say how the attempt ends, whatever exception ends it.
-_DECIDED = (Status.UNCERTAIN, Status.CANCELLING, Status.COMPLETED, Status.FAILED)
+_DECIDED = (Status.UNCERTAIN, Status.CANCELLING, Status.COMPLETED, Status.FAILED, Status.POSTCOPY_LOST)
+
+#: What a postcopy that nobody takes up again comes to.
+_UNFINISHED = {
+    Status.POSTCOPY_UNCERTAIN: Status.UNCERTAIN,
+    Status.POSTCOPY_ACTIVE: Status.POSTCOPY_LOST,
+    Status.POSTCOPY_PAUSED: Status.POSTCOPY_LOST,
+    Status.POSTCOPY_RECOVER: Status.POSTCOPY_LOST,
+}
 
 
 def _cancel(nursery: trio.Nursery, reason: str) -> None:

@@ -7,9 +7,6 @@ life (or safely to disk) in a bounded shield, and only then the source is told s
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import logging
 import math
 import uuid
 
@@ -17,24 +14,24 @@ import trio
 
 from .. import blockers
 from ..config import Config
-from ..errors import MigrationCancelled, RemoteProtocolError, StateError, TransportFailed
-from ..guest import ConfigSubsection, DeviceSection, Guest, IdentifiedGuest, OpaqueGuest
-from ..info import Downtime, Summary
+from ..errors import RemoteProtocolError, StateError, TransportFailed
+from ..guest import PAGE_SIZE, ConfigSubsection, DeviceSection, Guest, IdentifiedGuest, LazyGuest, OpaqueGuest
+from ..info import Summary
 from ..monitor import Monitor
 from ..status import Role, Status
-from ..wire import Command, Decoder, Section, globalstate
+from ..wire import Command, Decoder, Section, globalstate, postcopy
 from ..wire import description as json_text
 from ..wire import events as ev
 from ..wire.devices import TailBuffer, Undelimited, find_description, split_tail
-from ..wire.return_path import Pong, Shut, encode
-from . import guest_calls, teardown
-from .boundary import Outcome, domain_error
+from ..wire.postcopy import Runs
+from ..wire.return_path import Pong, encode
+from . import guest_calls
+from .arrival import Arrival
 from .channel import Channel, OpenStream
 from .placement import ENOUGH
-from .ram_in import RamReceiver
+from .postcopy_destination import Ahead, check_guest, take_apart
+from .recovery import Reopen
 from .stream_out import UUID_SUBSECTION
-
-log = logging.getLogger("trimig.destination")
 
 #: How long the description may follow the decision before it is given up: it is only text about what has come.
 DESCRIPTION_SECONDS = 2.0
@@ -43,8 +40,13 @@ DESCRIPTION_SECONDS = 2.0
 _SLICE_EVENTS = 32
 
 
-async def receive_stream(guest: Guest, open_stream: OpenStream, config: Config, monitor: Monitor) -> Summary:
+async def receive_stream(
+    guest: Guest, open_stream: OpenStream, config: Config, monitor: Monitor, *, reopen: Reopen | None = None
+) -> Summary:
     """Fill *guest* from the stream that *open_stream* makes, and take it over.
+
+    Args:
+        reopen: waits for another connection when one is lost in postcopy.
 
     :func:`trimig.receive` is the public form and has the contract.
 
@@ -56,94 +58,34 @@ async def receive_stream(guest: Guest, open_stream: OpenStream, config: Config, 
         if guest.run_state == "running" and not isinstance(guest, OpaqueGuest):
             raise StateError(f"guest {guest.name!r} runs here: it cannot be filled with another one")
         blockers.check_incoming(guest)
+        if config.capabilities.postcopy_ram:
+            check_guest(guest)
         monitor.begin(Role.DESTINATION, config, guest)
-        return await _Arrival(guest, config, monitor).run(open_stream)
+        return await _Arrival(guest, config, monitor, reopen).run(open_stream)
     finally:
         guest.release()
 
 
-class _Arrival:
-    """One incoming migration."""
+class _Arrival(Arrival):
+    """One incoming migration: what is read, and in which order."""
 
-    def __init__(self, guest: Guest, config: Config, monitor: Monitor) -> None:
-        self.guest = guest
-        self.config = config
-        self.monitor = monitor
-        self.counters = monitor.counters
-        self.channel: Channel | None = None
-        self.return_path = False  # it was opened, and there is a way back
-        self.opened = False  # the source has asked for answers
-        self.confirmed = False
-        self.prepared = False  # the source has asked for the proof that everything is loaded, and got it
-        self.ram = RamReceiver(self.counters)
-        self.sections: list[DeviceSection] = []
+    def __init__(self, guest: Guest, config: Config, monitor: Monitor, reopen: Reopen | None) -> None:
+        super().__init__(guest, config, monitor)
+        self._reopen = reopen
         self.header: ev.SectionHeader | None = None
         self.loaded = False
         self.ram_ended = False
         self.between = False  # the last that came was the end of a section
-        self.run_state = "running"
-        self.resume_seconds = 0.0
         self.configuration: ev.Configuration | None = None
         self.adopted = False
-
-    # -- the frame -------------------------------------------------------------------------------------------------
-
-    async def run(self, open_stream: OpenStream) -> Summary:
-        """The whole attempt, and the one place where its outcome is decided."""
-        outcome = Outcome()
-        with outcome.watch():
-            async with trio.open_nursery(strict_exception_groups=True) as nursery:
-                self.monitor.control(functools.partial(_cancel, nursery), None)
-                await self._read(open_stream)
-        self.monitor.control(None, None)
-        await self._unwind(outcome.failure)
-        self._conclude(outcome.failure)
-        return self._summary()
-
-    async def _unwind(self, failure: BaseException | None) -> None:
-        monitor = self.monitor
-        ended = monitor.status is not Status.COMPLETED
-        if ended and monitor.status is not Status.CANCELLING:
-            real = domain_error(failure, monitor.owner) if failure is not None else None
-            cancelled = real is None and monitor.status is not Status.HANDOVER
-            monitor.advance(Status.CANCELLING if cancelled else Status.FAILED)
-        monitor.listening()
-        channel = self.channel
-        if channel is None:
-            return
-        self.counters.transferred = channel.received
-        try:
-            if self.return_path:
-                await self._answer(channel, Shut(status=1 if ended else 0))
-        finally:
-            await teardown.close(channel.stream, 0.0 if ended else self.config.teardown_grace)
-
-    async def _answer(self, channel: Channel, answer: Shut) -> None:
-        said = await teardown.farewell(channel, encode(answer), self.config.teardown_grace)
-        if answer.status == 0:
-            self.confirmed = said
-            if not said:
-                self.monitor.warn("the source could not be told that the guest has arrived: it will report it unknown")
-
-    def _conclude(self, failure: BaseException | None) -> None:
-        monitor = self.monitor
-        if monitor.status is Status.COMPLETED:
-            return  # a cancellation that came after the guest had arrived is too late
-        error = domain_error(failure, monitor.owner) if failure is not None else None
-        if monitor.status is Status.CANCELLING:
-            monitor.advance(Status.CANCELLED)
-            if error is None and monitor.cancel_reason is not None:
-                error = MigrationCancelled(monitor.cancel_reason)
-        if error is not None:
-            self.counters.error = str(error)
-            raise error
-        assert failure is not None
-        raise failure
+        self.advised = False  # postcopy may follow
+        self._ahead: Ahead | None = None
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    async def _read(self, open_stream: OpenStream) -> None:
+    async def _phases(self, open_stream: OpenStream, nursery: trio.Nursery) -> None:
         config, guest = self.config, self.guest
+        self._nursery = nursery
         stream = await open_stream()
         self.monitor.listening()
         channel = self.channel = Channel(stream, stall_timeout=config.stall_timeout)
@@ -237,6 +179,9 @@ class _Arrival:
                 self._device(event)
             case ev.CommandElement():
                 await self._command(event)
+            case ev.Package():
+                await self._follow(event, decoder)
+                return True
             case ev.EndOfStream():
                 await self._end(event, decoder)
                 return True
@@ -281,22 +226,16 @@ class _Arrival:
     def _device(self, event: ev.DevicePayload) -> None:
         assert self.header is not None
         header = self.header
-        if header.idstr == globalstate.IDSTR:
-            try:
-                self.run_state = globalstate.decode(event.payload, header.version_id)
-            except RemoteProtocolError as error:
-                raise RemoteProtocolError(error.reason, offset=event.at, section=header.idstr) from None
-            return
-        self.loaded = False
-        self.sections.append(
-            DeviceSection(
-                idstr=header.idstr,
-                instance_id=header.instance_id,
-                version_id=header.version_id,
-                payload=event.payload,
-                section_id=header.section_id,
-            )
+        section = DeviceSection(
+            idstr=header.idstr,
+            instance_id=header.instance_id,
+            version_id=header.version_id,
+            payload=event.payload,
+            section_id=header.section_id,
         )
+        if header.idstr != globalstate.IDSTR:
+            self.loaded = False
+        self.take(section, event.at)
 
     async def _command(self, event: ev.CommandElement) -> None:
         match event.number:
@@ -306,11 +245,61 @@ class _Arrival:
                 if not self.opened:
                     raise RemoteProtocolError("PING without a return path to answer on", offset=event.at)
                 await self._pong(int.from_bytes(event.payload))
+            case Command.POSTCOPY_ADVISE:
+                await self._advise(event)
+            case Command.POSTCOPY_RAM_DISCARD | Command.PACKAGED if self.advised and not self.ram_ended:
+                if event.number == Command.POSTCOPY_RAM_DISCARD:
+                    lengths = {block.name: block.length for block in self.guest.ram}
+                    self.ram.forget(postcopy.decode_discard(event.payload, lengths, offset=event.at))
+            case Command.ENABLE_COLO:
+                raise RemoteProtocolError("the source wants COLO, which is not built yet", offset=event.at)
             case number:
                 raise RemoteProtocolError(
-                    f"command {Command(number).name} is not supported yet: postcopy and COLO are not built",
+                    f"command {Command(number).name} where it has no place: the source "
+                    f"{'has' if self.advised else 'has not'} announced postcopy",
                     offset=event.at,
                 )
+
+    async def _advise(self, event: ev.CommandElement) -> None:
+        """The source may switch to postcopy: better to find out now whether that is possible here."""
+        advice = postcopy.decode_advise(event.payload, offset=event.at)
+        if self.advised or self.ram.opened:
+            raise RemoteProtocolError("POSTCOPY_ADVISE a second time, or behind the first page", offset=event.at)
+        if not self.monitor.config.capabilities.postcopy_ram:
+            raise RemoteProtocolError(
+                "the source announces postcopy, and the capability postcopy-ram is off here: turn it on on both sides",
+                offset=event.at,
+            )
+        if advice is None:
+            raise RemoteProtocolError("the source announces postcopy of disk bitmaps only", offset=event.at)
+        if advice != postcopy.Advice():
+            raise RemoteProtocolError(
+                f"the source has host pages of {advice.page_sizes:#x} and tracks pages of {advice.target_page:#x} bytes; "
+                f"here both are {PAGE_SIZE:#x}",
+                offset=event.at,
+            )
+        check_guest(self.guest)
+        if isinstance(self.guest, LazyGuest):
+            memory = await self.guest.missing_memory()
+            memory.close()
+            await self.guest.memory_is_whole()
+        self.advised = True
+
+    async def _follow(self, event: ev.Package, decoder: Decoder) -> None:
+        """The guest comes before its memory."""
+        assert self.channel is not None
+        footers = self.config.peer.send_section_footer
+        measure = None if isinstance(self.guest, OpaqueGuest) else self._measure
+        package = take_apart(event, decoder, measure, footers=footers)
+        self._ahead = Ahead(self, self._nursery, self.channel, decoder, self._reopen)
+        await self._ahead.run(package)
+
+    async def _stand_still(self) -> dict[str, Runs]:
+        if self._ahead is None:
+            return {}
+        missing = self._ahead.missing()
+        await self._ahead.end()
+        return missing
 
     def _open_return_path(self) -> None:
         assert self.channel is not None
@@ -322,43 +311,24 @@ class _Arrival:
     async def _pong(self, value: int) -> None:
         # A PING behind the devices asks whether all of it is loaded, so that is what must be done first.
         if self.ram_ended and not self.loaded:
-            self._complete()
-            await self._load()
+            self.check_complete()
+            await self.load()
+            self.loaded = True
         assert self.channel is not None
         if self.return_path:
             await self.channel.send(encode(Pong(value=value)))
             self.prepared = self.ram_ended
-
-    async def _load(self) -> None:
-        loading = functools.partial(self.guest.load_devices, self.sections)
-        await guest_calls.call("loading the devices", loading, self.config.handover_timeout)
-        self.loaded = True
-
-    def _complete(self) -> None:
-        """What QEMU does not look at: that every page and every device has come (states.md part 14, G18)."""
-        missing = self.ram.missing()
-        problems = [f"{count} pages of RAM block {name!r} were never received" for name, count in missing.items()]
-        have = {(s.idstr, s.instance_id) for s in self.sections}
-        problems += [
-            f"device {n!r} (instance {i}) was never received" for n, i in self.guest.devices or {} if (n, i) not in have
-        ]
-        self._problems(problems)
-
-    def _problems(self, problems: list[str]) -> None:
-        for problem in problems:
-            if self.config.completeness == "fail":
-                raise RemoteProtocolError(f'{problem} (the option completeness = "warn" accepts that)')
-            self.monitor.warn(problem)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
     async def _end(self, event: ev.EndOfStream, decoder: Decoder) -> None:
         """The decision has been read: the guest is ours once everything about it is known to be right."""
         if not self.loaded:
-            self._complete()
-            await self._load()
+            self.check_complete()
+            await self.load()
+            self.loaded = True
         await self._description(decoder)
-        await self._activate()
+        await self.activate()
 
     async def _description(self, decoder: Decoder) -> None:
         """Read the text behind the end of file. A bad one is an error; one that stops coming is not: the decision came."""
@@ -383,26 +353,6 @@ class _Arrival:
             else:
                 self.monitor.warn("the connection ended inside the description; the guest was complete before it")
 
-    async def _activate(self) -> None:
-        """Bring the guest to life here. On return the owner is this side."""
-        monitor, grace = self.monitor, self.config.handover_timeout
-        await trio.lowlevel.checkpoint_if_cancelled()
-        monitor.advance(Status.HANDOVER)
-        state = self.run_state
-        if state == "running" and not monitor.config.autostart:
-            state = "paused"
-        began = trio.current_time()
-        failure = await teardown.guest_call("brought to life", functools.partial(self.guest.activate, state), grace)
-        if failure is not None:
-            if not (state == "running" == self.guest.run_state):
-                raise failure
-            # Whatever the call said: a guest that runs must not be given back, or it would run twice.
-            monitor.warn(f"{failure}; but it runs")
-        self.resume_seconds = trio.current_time() - began
-        if state == "running" and not isinstance(self.guest, OpaqueGuest):
-            monitor.emit("RESUME")  # an opaque guest is kept, it does not run here
-        monitor.advance(Status.COMPLETED)
-
     async def _tail_bytes(self, tail: TailBuffer, event: ev.TailBytes) -> None:
         """Devices of an unknown machine: they can be told apart only by the description at the very end."""
         tail.feed(event.data)
@@ -414,7 +364,7 @@ class _Arrival:
     async def _ram_received(self) -> None:
         """The first device section: RAM is complete, and a guest that lives on disk can be written out already."""
         assert isinstance(self.guest, OpaqueGuest)
-        self._problems([f"{n} pages of RAM block {b!r} were never received" for b, n in self.ram.missing().items()])
+        self.problems([f"{n} pages of RAM block {b!r} were never received" for b, n in self.ram.missing().items()])
         with guest_calls.guarded("keeping the RAM"):
             await self.guest.ram_received()
 
@@ -436,36 +386,5 @@ class _Arrival:
                 raise RemoteProtocolError(f"command {number} between the devices is not supported", offset=where)
         for problem in split.problems:
             self.monitor.warn(problem)
-        for section in split.sections:
-            if section.idstr == globalstate.IDSTR:
-                self.run_state = globalstate.decode(section.payload, section.version_id)
-        keeping = functools.partial(self.guest.load_opaque, split.sections, split.description_text)
-        await guest_calls.call("keeping the devices", keeping, self.config.handover_timeout)
-        await self._activate()
-
-    def _summary(self) -> Summary:
-        c = self.counters
-        for text in c.warnings:
-            log.warning("%s", text)
-        assert c.finished is not None
-        parts = dataclasses.replace(Downtime(), resume=self.resume_seconds)
-        return Summary(
-            role=Role.DESTINATION,
-            confirmed=self.confirmed,
-            prepared=self.prepared,
-            total_time=c.finished - c.started,
-            setup_time=(c.setup_done or c.started) - c.started,
-            downtime=parts.total,
-            downtime_parts=parts,
-            iterations=0,
-            bytes_transferred=c.transferred,
-            normal_pages=c.normal,
-            zero_pages=c.duplicate,
-            ram_bytes=c.total,
-            dirty_tracking="",
-            warnings=tuple(c.warnings),
-        )
-
-
-def _cancel(nursery: trio.Nursery, reason: str) -> None:
-    nursery.cancel_scope.cancel(reason)
+        await self.keep(split.sections, split.description_text)
+        await self.activate()

@@ -8,14 +8,25 @@ that the time is bounded. Cancellation from inside (a child that fails) works as
 
 from __future__ import annotations
 
+import math
+
 import trio
 
 
 def shield(nursery: trio.Nursery, seconds: float) -> None:
     """Hold off cancellation from outside from every task of *nursery*, for at most *seconds*; then all is cancelled.
 
-    It is not lifted again: no checkpoint outside of a shield may follow the answer, or a cancellation that waits
-    outside would turn a finished migration into a cancelled one.
+    Args:
+        seconds: ``math.inf`` where something else bounds the time, as in postcopy the memory that is left.
+
+    It is not lifted behind an answer: no checkpoint outside of a shield may follow the answer, or a cancellation that waits
+    outside would turn a finished migration into a cancelled one. (A paused postcopy is no answer: :func:`lift_shield`.)
     """
     nursery.cancel_scope.deadline = trio.current_time() + seconds
     nursery.cancel_scope.shield = True
+
+
+def lift_shield(nursery: trio.Nursery) -> None:
+    """Cancellation from outside strikes again, a waiting one at the next checkpoint."""
+    nursery.cancel_scope.deadline = math.inf
+    nursery.cancel_scope.shield = False

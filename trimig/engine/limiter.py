@@ -37,6 +37,12 @@ class Limiter:
         self._budget.set_rate(rate, trio.current_time())
         self._wake()
 
+    def move_to(self, channel: Channel, rate: int) -> None:
+        """Go on with another connection, or another kind of traffic."""
+        self._channel = channel
+        self._lifted = False
+        self.set_rate(rate)
+
     def lift(self) -> None:
         """No limit any more: the guest stands still."""
         self._lifted = True
@@ -75,11 +81,14 @@ class Limiter:
         """
         c = self._counters
         then, sent, pages = trio.current_time(), 0, c.normal + c.duplicate
+        channel = self._channel
         while True:
             self._budget.roll(trio.current_time())  # nobody else does where there is no limit, or while a write blocks
             await trio.sleep(min(max(self._budget.window_end - trio.current_time(), 0.001), WINDOW))
             self._wake()
             now = trio.current_time()
+            if self._channel is not channel:
+                channel, then, sent = self._channel, now, 0
             if (passed := now - then) < WINDOW:
                 continue
             if self._channel.writing and self._channel.sent == sent:
@@ -91,5 +100,5 @@ class Limiter:
             delivered = self._channel.sent - self._channel.backlog()
             if delivered - sent > 10_000:
                 c.bandwidth = (delivered - sent) / passed
-            c.transferred = self._channel.sent
+            c.transferred = c.earlier + self._channel.sent
             then, sent, pages = now, delivered, handled

@@ -16,10 +16,11 @@ import numpy as np
 import trio
 
 from ..errors import RemoteProtocolError
-from ..guest import PAGE_SIZE, RamBlock
+from ..guest import PAGE_SIZE, PageBitmap, RamBlock
 from ..monitor import Counters
 from ..wire import Decoder
 from ..wire.events import PageRun, RamList, ZeroRun
+from ..wire.postcopy import Discard
 from .channel import Channel
 from .placement import Placer, Target
 from .zeros import zero_pages
@@ -72,6 +73,21 @@ class RamReceiver:
         """Pages per block that were never received; blocks without any are left out."""
         counts = {name: len(t.received) - int(np.count_nonzero(t.received)) for name, t in self._targets.items()}
         return {name: count for name, count in counts.items() if count}
+
+    @property
+    def opened(self) -> bool:
+        """The source has said which blocks there are."""
+        return bool(self._targets)
+
+    def received(self) -> Mapping[str, PageBitmap]:
+        """The pages that have come, by block, in the order in which they were announced."""
+        return {name: target.received for name, target in self._targets.items()}
+
+    def forget(self, discard: Discard) -> None:
+        """Those pages have changed at the source since they came."""
+        received = self._targets[discard.block].received
+        for first, end in discard.runs.tolist():
+            received[first:end] = False
 
     async def pages(self, run: PageRun) -> None:
         """Copy a run of pages to their places.

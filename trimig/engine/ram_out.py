@@ -7,7 +7,7 @@ write meanwhile; what it changes is dirty again and will be sent again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import trio
@@ -59,20 +59,36 @@ class RamSender:
         head = wire.section_start(Section.START, self._id, "ram", 0, wire.RAM_VERSION)
         await self._channel.send(head + wire.ram_list((b.name, b.length) for b in blocks) + self._close)
 
-    async def send_pass(self, block: RamBlock, pages: Pages, todo: PageBitmap, absent: PageBitmap | None) -> None:
+    async def send_pass(
+        self,
+        block: RamBlock,
+        pages: Pages,
+        todo: PageBitmap,
+        absent: PageBitmap | None,
+        stop: Callable[[], bool] | None = None,
+    ) -> PageBitmap | None:
         """Send the pages of *block* that are set in *todo*, in PART sections.
 
         Args:
             pages: where to read the content: the block's memory, or the dirty tracker's snapshot of it.
             absent: pages known to be zero without a look (they have no memory, and looking would give them some).
+            stop: asked between batches whether to leave the rest.
+
+        Returns:
+            What was left; None for nothing.
 
         **Cancellation:** some pages have been sent; the channel is poisoned if one was cut.
         """
         if absent is not None:
             await self._send_zeros(block.name, np.flatnonzero(todo & absent))
             todo = todo & ~absent
-        await self._send_pages(block.name, pages, np.flatnonzero(todo))
+        rest = await self._send_pages(block.name, pages, np.flatnonzero(todo), stop)
         await self._part_end()
+        if rest is None:
+            return None
+        left = np.zeros_like(todo)
+        left[rest] = True
+        return left
 
     async def send_run(self, block: str, pages: Pages, first: int, count: int) -> None:
         """Send *count* pages from page *first* on in a section of their own, whatever the bandwidth limit says.
@@ -115,9 +131,20 @@ class RamSender:
             await self._channel.send(data)
             self._count(zero=len(batch))
 
-    async def _send_pages(self, block: str, pages: Pages, indices: NDArray[np.int64], *, part: bool = True) -> None:
+    async def _send_pages(
+        self,
+        block: str,
+        pages: Pages,
+        indices: NDArray[np.int64],
+        stop: Callable[[], bool] | None = None,
+        *,
+        part: bool = True,
+    ) -> NDArray[np.int64] | None:
+        """Returns what was left because *stop* said so."""
         position = 0
         while position < len(indices):
+            if stop is not None and stop():
+                return indices[position:]
             count = await self._limiter.pages(len(indices) - position)
             batch = indices[position : position + count]
             position += count
@@ -131,6 +158,7 @@ class RamSender:
                     await trio.lowlevel.checkpoint()
                     continue
             await self._send_normal(block, pages, batch)
+        return None
 
     async def _send_batch(self, block: str, pages: Pages, batch: NDArray[np.int64]) -> None:
         """At most BATCH_PAGES pages, without asking the limiter."""

@@ -11,12 +11,12 @@ direction before the first message only says so; from the first message on it is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import trio
 
 from ..errors import PeerFailed, RemoteProtocolError, TransportFailed
-from ..wire.return_path import Pong, ReturnPathDecoder, Shut
+from ..wire.return_path import Message, PageRequest, Pong, ReceivedPages, ResumeAck, ReturnPathDecoder, Shut
 from .channel import Channel
 
 
@@ -44,6 +44,17 @@ class ReturnPathReader:
         self.lost: TransportFailed | RemoteProtocolError | None = None
         #: The decision has been handed to the transport: an ended connection is not an error of its own any more.
         self.decided = False
+        #: Called with each message of postcopy, and with None when nothing more will come. Set while the guest runs at
+        #: the destination, when the pages it asks for are a matter of microseconds.
+        self.listener: Callable[[Message | None], None] | None = None
+
+    def expect_bitmap(self, block: str) -> None:
+        """The destination is about to be asked which pages of *block* it has."""
+        self._decoder.expect_bitmap(block)
+
+    def has_ponged(self, value: int) -> bool:
+        """PING(*value*) has been answered."""
+        return value in self._pongs
 
     def _tell(self) -> None:
         self._news.set()
@@ -104,13 +115,18 @@ class ReturnPathReader:
                 raise
             self.lost = error
             self._tell()
+            if self.listener is not None:
+                self.listener(None)
 
     def _ended(self) -> str:
         inside = f" in the middle of a message ({self._decoder.pending} bytes of it)" if self._decoder.pending else ""
         return f"the destination closed the connection{inside} without an answer"
 
-    def _take(self, message: object) -> None:
+    def _take(self, message: Message) -> None:
         match message:
+            case PageRequest() | ReceivedPages() | ResumeAck() if self.listener is not None:
+                self.listener(message)
+                return
             case Pong(value=value):
                 self._pongs.add(value)
                 if len(self._pongs) > 1024:
@@ -130,6 +146,7 @@ class ReturnPathReader:
                 self.shut = status
             case _:
                 raise RemoteProtocolError(
-                    f"{type(message).__name__} belongs to postcopy, which this migration does not use",
-                    section="return path",
+                    f"{type(message).__name__} belongs to postcopy, which has not begun", section="return path"
                 )
+        if self.listener is not None:
+            self.listener(message)

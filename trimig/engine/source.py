@@ -8,6 +8,7 @@ of file) and the answer. DESIGN.md part 5 argues the handover; states.md part 14
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,7 +16,7 @@ import trio
 
 from .. import blockers
 from ..config import Config
-from ..errors import MigrationError, NotConverging, TransportFailed
+from ..errors import ConfigError, MigrationError, NotConverging, TransportFailed
 from ..guest import PAGE_SIZE, Guest, PageBitmap
 from ..info import Summary
 from ..memory import snapshot_of
@@ -23,14 +24,17 @@ from ..monitor import Monitor
 from ..policy import convergence
 from ..policy.rate import WINDOW
 from ..status import Role, Status
+from ..wire import Command, postcopy
 from ..wire import encoder as wire
 from . import guest_calls
 from .channel import Channel, Delivering, OpenStream, PerhapsSilent
 from .departure import CommitHook, Departure, FenceHook
 from .handover import shield
 from .limiter import Limiter
+from .postcopy_source import PING_DISCARDED, PING_FOLLOWED, PING_LOADED, Following
 from .ram_out import RamSender
 from .reader import ReturnPathReader
+from .recovery import Reopen
 from .stream_out import DeviceSender, opening
 
 #: PING values: 1 is QEMU's, directly behind OPEN_RETURN_PATH; ours asks for the proof of prepare.
@@ -51,8 +55,12 @@ async def migrate_stream(
     *,
     commit: CommitHook | None = None,
     fence: FenceHook | None = None,
+    reopen: Reopen | None = None,
 ) -> Summary:
     """Move *guest* to whoever is at the other end of the stream that *open_stream* makes.
+
+    Args:
+        reopen: makes another stream when one is lost in postcopy.
 
     :func:`trimig.migrate` is the public form and has the contract.
 
@@ -63,7 +71,7 @@ async def migrate_stream(
     try:
         blockers.check_outgoing(guest)
         monitor.begin(Role.SOURCE, config, guest)
-        return await _Attempt(guest, config, monitor, commit, fence).run(open_stream)
+        return await _Attempt(guest, config, monitor, commit, fence, reopen).run(open_stream)
     finally:
         guest.release()
 
@@ -72,9 +80,16 @@ class _Attempt(Departure):
     """One outgoing migration."""
 
     def __init__(
-        self, guest: Guest, config: Config, monitor: Monitor, commit: CommitHook | None, fence: FenceHook | None
+        self,
+        guest: Guest,
+        config: Config,
+        monitor: Monitor,
+        commit: CommitHook | None,
+        fence: FenceHook | None,
+        reopen: Reopen | None,
     ) -> None:
         super().__init__(guest, config, monitor, commit, fence)
+        self._reopen = reopen
         self._todo: Sequence[PageBitmap] = ()  # what the last pass left, by block
         self._least: int | None = None  # the smallest rest so far
         self._run_state = ""  # what the destination brings the guest into
@@ -82,14 +97,18 @@ class _Attempt(Departure):
     # -- setup -----------------------------------------------------------------------------------------------------
 
     async def _phases(self, open_stream: OpenStream, nursery: trio.Nursery) -> None:
-        monitor, config = self.monitor, self.config
+        config = self.config
         stream = await open_stream()
         channel = self.channel = Channel(stream, stall_timeout=config.stall_timeout)
-        limiter = self.limiter = Limiter(channel, monitor.config.parameters.max_bandwidth, self.counters)
+        limiter = self.limiter = Limiter(channel, self.rate, self.counters)
         with guest_calls.guarded("looking at the RAM blocks"):
             blocks = list(self.guest.ram)
         self.counters.total = self.counters.remaining = sum(b.length for b in blocks)
-        if config.capabilities.return_path and channel.receives:
+        if config.capabilities.postcopy_ram and not channel.receives:
+            raise ConfigError(
+                "postcopy needs a return path, and this transport has one direction only", name="postcopy-ram"
+            )
+        if (config.capabilities.return_path or config.capabilities.postcopy_ram) and channel.receives:
             silent = isinstance(stream, PerhapsSilent) and stream.perhaps_silent
             lengths = {b.name: b.length for b in blocks}
             self.reader = ReturnPathReader(channel, lengths, perhaps_silent=silent)
@@ -102,6 +121,8 @@ class _Attempt(Departure):
         await channel.send(opening(self.guest, config.peer, validate_uuid=config.capabilities.validate_uuid))
         if self.reader is not None:
             await channel.send(wire.command(1) + wire.ping(PING_OPENED))
+        if config.capabilities.postcopy_ram:
+            await channel.send(postcopy.advise(postcopy.Advice()))
         sender = RamSender(channel, limiter, self.counters, footers=config.peer.send_section_footer)
         await sender.start(blocks)
         with guest_calls.guarded("preparing dirty tracking"):
@@ -112,8 +133,10 @@ class _Attempt(Departure):
         self.counters.setup_done = trio.current_time()
         self.counters.convergence = convergence.FIRST_COPY
         await self._advance(Status.ACTIVE)
-        await self._iterate(sender)
-        await self._switch_over(nursery, channel, sender)
+        if await self._iterate(sender):
+            await self._go_ahead(nursery, channel, sender)
+        else:
+            await self._switch_over(nursery, channel, sender)
 
     def _warn_one_way(self, what: str) -> None:
         self.monitor.warn(f"{what}: the destination cannot confirm that it has the guest, nor refuse it")
@@ -129,8 +152,12 @@ class _Attempt(Departure):
 
     # -- the passes ------------------------------------------------------------------------------------------------
 
-    async def _iterate(self, sender: RamSender) -> None:
-        """Passes over what is dirty, until the rest is small enough (or a bound says otherwise)."""
+    async def _iterate(self, sender: RamSender) -> bool:
+        """Passes over what is dirty, until the rest is small enough (or a bound says otherwise).
+
+        Returns:
+            Whether the guest is to go before its memory: somebody has asked for that, and the rest is not small.
+        """
         c, blocks = self.counters, list(self.guest.ram)
         todo: list[PageBitmap] = [np.ones(b.length // PAGE_SIZE, np.bool_) for b in blocks]
         first = True
@@ -138,16 +165,18 @@ class _Attempt(Departure):
         while True:
             c.iteration += 1
             began, sent = trio.current_time(), self._delivered()
+            left: list[PageBitmap | None] = []
             for block, bitmap in zip(blocks, todo, strict=True):
                 with guest_calls.guarded("looking at the guest's memory"):
                     pages = snapshot_of(self.tracker, block)
                     absent = block.absent() if first else None
-                await sender.send_pass(block, pages, bitmap, absent)
+                left.append(await sender.send_pass(block, pages, bitmap, absent, self._postcopy_wanted))
             moved, busy = self._delivered() - sent, max(trio.current_time() - began, 1e-6)
             if first:
                 first, c.first_copy_done = False, True
                 await self._wait_for_life()
             todo = self._ordered(await self._call("finding dirty pages", self.tracker.sync))
+            todo = [a if b is None else a | b for a, b in zip(todo, left, strict=True)]
             self._synced()
             now = trio.current_time()
             c.remaining = sum(int(np.count_nonzero(bitmap)) for bitmap in todo) * PAGE_SIZE
@@ -157,8 +186,13 @@ class _Attempt(Departure):
                 c.bandwidth = max(c.bandwidth, moved / busy)
             self._todo = todo
             if self._decide(now, moved) is convergence.Decision.SWITCH_OVER:
-                return
+                return False
+            if self._postcopy_wanted():
+                return True
             await self._drain()
+
+    def _postcopy_wanted(self) -> bool:
+        return self.monitor.postcopy_wanted
 
     async def _wait_for_life(self) -> None:
         """Where nobody has answered yet, give him a moment, while the guest still runs."""
@@ -172,6 +206,13 @@ class _Attempt(Departure):
         seconds = self.channel.backlog() / self.counters.bandwidth if self.counters.bandwidth else 0.0
         if seconds > self.monitor.config.parameters.downtime_limit / 1000:
             await trio.sleep(min(seconds, WINDOW))
+
+    async def _drain_all(self) -> None:
+        """Before the guest goes ahead: what is queued goes out while it still runs here, or it would stand still for it."""
+        assert self.channel is not None
+        limit = self.monitor.config.parameters.downtime_limit / 1000
+        while self.counters.bandwidth and self.channel.backlog() / self.counters.bandwidth > limit:  # noqa: ASYNC110 - the kernel tells nobody
+            await trio.sleep(WINDOW)
 
     def _delivered(self) -> int:
         assert self.channel is not None
@@ -221,13 +262,80 @@ class _Attempt(Departure):
 
     async def _switch_over(self, nursery: trio.Nursery, channel: Channel, sender: RamSender) -> None:
         """Stop the guest, send the rest, and hand it over."""
-        c, config = self.counters, self.config
-        assert self.tracker is not None
         assert self.limiter is not None
-        self._judge_silence()
+        assert self.tracker is not None
         watch = _Stopwatch()
+        await self._stand_still(channel, watch)
+        self.limiter.lift()
+        last = await self._last_pages()
+        await sender.end([(b, snapshot_of(self.tracker, b), d) for b, d in zip(self.guest.ram, last, strict=True)])
+        self.parts["ram"] = watch.lap()
+        devices = DeviceSender(self.guest, self._run_state, self.config.peer)
+        await channel.send(devices.sections(await self._call("saving the devices", self.guest.save_devices)))
+        self.parts["devices"] = watch.lap()
+        if self.two_way:
+            await self._prepare(channel, PING_PREPARE)
+        self.parts["prepare"] = watch.lap()
+        if self.commit_hook is not None:
+            await self._call("the commit hook", self.commit_hook)
+        await self._advance(Status.HANDOVER)
+        # No checkpoint since the look for a cancel: from here on it is refused.
+        shield(nursery, self.config.handover_timeout)
+        await self._hand_over(channel, devices.ending())
+
+    async def _go_ahead(self, nursery: trio.Nursery, channel: Channel, sender: RamSender) -> None:
+        """Postcopy: stop the guest, send its devices, and hand it over; then its memory follows."""
+        c, config = self.counters, self.config
+        assert self.limiter is not None
+        assert self.reader is not None
+        await self._drain_all()
+        self._judge_silence()
+        if not self.two_way:
+            raise TransportFailed("postcopy needs a return path, and nobody answers on this one")
+        watch = _Stopwatch()
+        await self._stand_still(channel, watch)
+        blocks = list(self.guest.ram)
+        unsent = await self._last_pages()
+        for block, bitmap in zip(blocks, unsent, strict=True):
+            await channel.send(b"".join(postcopy.discards(block.name, bitmap)))
+        self.parts["ram"] = watch.lap()
+        devices = DeviceSender(self.guest, self._run_state, config.peer)
+        sections = devices.sections(await self._call("saving the devices", self.guest.save_devices))
+        self.parts["devices"] = watch.lap()
+        await self._prepare(channel, PING_DISCARDED)
+        self.parts["prepare"] = watch.lap()
+        package = postcopy.packaged(
+            wire.command(Command.POSTCOPY_LISTEN)
+            + sections
+            + wire.ping(PING_LOADED)
+            + wire.command(Command.POSTCOPY_RUN)
+        )
+        if self.commit_hook is not None:
+            await self._call("the commit hook", self.commit_hook)
+        self.in_postcopy = True
+        self.limiter.move_to(channel, self.rate)
+        following = Following(self, nursery, sender, self.limiter, blocks, unsent, self._reopen)
+        await self._advance(Status.HANDOVER)
+        # No checkpoint since the look for a cancel: from here on it is refused.
+        shield(nursery, math.inf)
+        self.undecided = channel.sent + len(package) - 1
+        following.begin()
+        with trio.move_on_after(config.handover_timeout):
+            try:
+                await channel.send(package + wire.ping(PING_FOLLOWED))
+            except MigrationError:
+                if self.nothing_left(channel):
+                    raise
+        assert c.paused_at is not None
+        c.downtime = trio.current_time() - c.paused_at
+        self.parts["commit"] = watch.lap()
+        await following.run()
+
+    async def _stand_still(self, channel: Channel, watch: _Stopwatch) -> None:
+        """Stop the guest, and hold it if it is to be held."""
+        c, hold = self.counters, self.config.capabilities.pause_before_switchover
+        self._judge_silence()
         c.paused_at = trio.current_time()
-        hold = config.capabilities.pause_before_switchover
         if not hold:
             await self._advance(Status.DEVICE)
         await self._stop_guest()
@@ -236,25 +344,15 @@ class _Attempt(Departure):
         if hold:
             await self._hold()
             self.parts["held"] = watch.lap()
-        self.limiter.lift()
+
+    async def _last_pages(self) -> list[PageBitmap]:
+        """What of each block has not been sent, or has changed since; the guest stands still."""
+        assert self.tracker is not None
         last = self._ordered(await self._call("finding dirty pages", self.tracker.sync))
         self._synced()
         last = [a | b for a, b in zip(last, self._todo, strict=True)]
-        c.remaining = sum(int(np.count_nonzero(bitmap)) for bitmap in last) * PAGE_SIZE
-        await sender.end([(b, snapshot_of(self.tracker, b), d) for b, d in zip(self.guest.ram, last, strict=True)])
-        self.parts["ram"] = watch.lap()
-        devices = DeviceSender(self.guest, self._run_state, config.peer)
-        await channel.send(devices.sections(await self._call("saving the devices", self.guest.save_devices)))
-        self.parts["devices"] = watch.lap()
-        if self.two_way:
-            await self._prepare(channel)
-        self.parts["prepare"] = watch.lap()
-        if self.commit_hook is not None:
-            await self._call("the commit hook", self.commit_hook)
-        await self._advance(Status.HANDOVER)
-        # No checkpoint since the look for a cancel: from here on it is refused.
-        shield(nursery, config.handover_timeout)
-        await self._hand_over(channel, devices.ending())
+        self.counters.remaining = sum(int(np.count_nonzero(bitmap)) for bitmap in last) * PAGE_SIZE
+        return last
 
     def _judge_silence(self) -> None:
         """From here on the return path counts, or it does not."""
@@ -280,11 +378,11 @@ class _Attempt(Departure):
         if self.guest.run_state == "running":
             await self._stop_guest()  # somebody has resumed it meanwhile
 
-    async def _prepare(self, channel: Channel) -> None:
+    async def _prepare(self, channel: Channel, value: int) -> None:
         assert self.reader is not None
-        await channel.send(wire.ping(PING_PREPARE))
+        await channel.send(wire.ping(value))
         with trio.move_on_after(self.config.handover_timeout) as limit:
-            await self.reader.wait_pong(PING_PREPARE)
+            await self.reader.wait_pong(value)
         if limit.cancelled_caught:
             raise TransportFailed(
                 f"the destination did not confirm within {self.config.handover_timeout:g} s that it has loaded the guest"
@@ -300,7 +398,7 @@ class _Attempt(Departure):
         try:
             await channel.send(ending)
         except MigrationError:
-            if not self.two_way or self._nothing_left(channel):
+            if not self.two_way or self.nothing_left(channel):
                 raise
             # Something may have left. Only the destination's word counts now, if it is still to be had.
         if self.two_way:
@@ -308,7 +406,7 @@ class _Attempt(Departure):
             await reader.wait_answer()
         else:
             await self._deliver(channel)
-        if (refusal := self._take_answer()) is not None:
+        if (refusal := self.take_refusal()) is not None:
             raise refusal
         if not self.two_way and not self.answered:
             self.answered = True

@@ -32,6 +32,7 @@ from .events import (
     EndOfStream,
     Event,
     FileHeader,
+    Package,
     RamEnd,
     SectionFooter,
     SectionHeader,
@@ -82,6 +83,8 @@ class Decoder:
         max_ram_bytes: largest accepted sum of the RAM blocks.
         reorder: records of pages and of zero pages that alternate may be handed out as one event of each kind. Faster,
             and the same memory; not the same bytes if the events are written again.
+        continues: the decoder of the stream that this is a later connection or a package of: sections and RAM blocks are
+            known, and there is no header.
         buffer_bytes: size of the buffer; it grows only for an element that does not fit, and all of those are bounded.
     """
 
@@ -96,6 +99,7 @@ class Decoder:
         max_description_bytes: int = 64 << 20,
         max_ram_bytes: int = 1 << 48,
         reorder: bool = False,
+        continues: Decoder | None = None,
         buffer_bytes: int = 2 << 20,
     ) -> None:
         self._measure = measure
@@ -116,6 +120,11 @@ class Decoder:
         self._started: dict[int, SectionHeader] = {}
         self._section: SectionHeader | None = None
         self._records = RecordReader(reorder=reorder)
+        self._package_bytes = 0
+        if continues is not None:
+            self._state = self._read_section
+            self._started = dict(continues._started)
+            self._records.know(continues.blocks)
         self._text: bytearray | None = None
         self._text_length = 0
         self._text_at = 0
@@ -444,7 +453,23 @@ class Decoder:
         if not self._have(5 + length):
             return None
         payload = bytes(self._mem[self._pos + 5 : self._pos + 5 + length])
+        if command is Command.PACKAGED:
+            self._package_bytes = int.from_bytes(payload)
+            if self._package_bytes > self._max_device_bytes:
+                raise self._error(
+                    f"package of {self._package_bytes} bytes, at most {self._max_device_bytes} are accepted"
+                )
+            self._state = self._read_package
         return CommandElement(number=number, payload=payload, at=self._consume(5 + length))
+
+    def _read_package(self) -> Event | None:
+        if not self._have(self._package_bytes):
+            if self._package_bytes > len(self._mem) // 2:
+                self._grow(min(2 * len(self._mem), 2 * self._package_bytes))
+            return None
+        data = bytes(self._mem[self._pos : self._pos + self._package_bytes])
+        self._state = self._read_section
+        return Package(data=data, at=self._consume(self._package_bytes))
 
     def _read_records(self) -> Event | None:
         event, used = self._records.read(self._array, self._pos, self._end, self.offset, self._max_ram_bytes)

@@ -53,6 +53,13 @@ class SectionHeader(Event):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Package(Event):
+    """What follows the command PACKAGED: a fragment of the stream, to be read by a decoder of its own."""
+
+    data: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SectionFooter(Event):
     """The end mark of a section."""
 

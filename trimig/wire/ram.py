@@ -8,6 +8,7 @@ array of records, all their words are checked at once, and the pages stay where 
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
@@ -59,6 +60,10 @@ class RecordReader:
         self._run_length = 0
         #: The next record must be the size list of a START section.
         self.expect_list = False
+
+    def know(self, blocks: Mapping[str, int]) -> None:
+        """The size list came on another connection."""
+        self._blocks = dict(blocks)
 
     @property
     def blocks(self) -> MappingProxyType[str, int]:

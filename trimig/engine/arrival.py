@@ -1,0 +1,242 @@
+"""The frame of an incoming migration: what is done around the reading, and how its end is judged.
+
+:mod:`.destination` reads the stream and has the rules of the decision; :mod:`.postcopy_destination` goes on behind the
+switch to postcopy.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+
+import trio
+
+from ..config import Config
+from ..errors import MigrationCancelled, MigrationError, PostcopyLost, RemoteProtocolError
+from ..guest import DeviceSection, Guest, OpaqueGuest
+from ..info import Downtime, Summary
+from ..monitor import Monitor
+from ..status import IN_POSTCOPY, Role, Status
+from ..wire import globalstate
+from ..wire.postcopy import Runs
+from ..wire.return_path import Shut, encode
+from . import guest_calls, teardown
+from .boundary import Outcome, domain_error
+from .channel import Channel, OpenStream
+from .ram_in import RamReceiver
+
+log = logging.getLogger("trimig.destination")
+
+
+class Arrival(abc.ABC):
+    """One incoming migration, but for its reading."""
+
+    def __init__(self, guest: Guest, config: Config, monitor: Monitor) -> None:
+        self.guest = guest
+        self.config = config
+        self.monitor = monitor
+        self.counters = monitor.counters
+        self.channel: Channel | None = None
+        self.return_path = False  # it was opened, and there is a way back
+        self.opened = False  # the source has asked for answers
+        self.confirmed = False
+        self.prepared = False  # the source has asked for the proof that everything is loaded, and got it
+        self.ram = RamReceiver(self.counters)
+        self.sections: list[DeviceSection] = []
+        self.run_state = "running"
+        self.resume_seconds = 0.0
+
+    @abc.abstractmethod
+    async def _phases(self, open_stream: OpenStream, nursery: trio.Nursery) -> None:
+        """Everything up to the guest's life here, in *nursery*.
+
+        **Cancellation:** the frame unwinds.
+        """
+
+    async def _stand_still(self) -> dict[str, Runs]:
+        """A guest whose memory will not follow any more is stopped; returns what it lacks.
+
+        **Cancellation:** held off, for at most ``teardown_grace``.
+        """
+        return {}
+
+    async def run(self, open_stream: OpenStream) -> Summary:
+        """The whole attempt, and the one place where its outcome is decided."""
+        outcome = Outcome()
+        with outcome.watch():
+            async with trio.open_nursery(strict_exception_groups=True) as nursery:
+                self.monitor.control(functools.partial(_cancel, nursery), None)
+                if (reason := self.monitor.cancel_reason) is not None:
+                    _cancel(nursery, reason)  # by a listener that was told of `setup`, before there was a nursery
+                await self._phases(open_stream, nursery)
+                nursery.cancel_scope.cancel("the migration is over")
+        self.monitor.control(None, None)
+        missing = await self._stand_still()
+        await self._unwind(outcome.failure)
+        self._conclude(outcome.failure, missing)
+        return self._summary()
+
+    async def _unwind(self, failure: BaseException | None) -> None:
+        monitor = self.monitor
+        ended = monitor.status is not Status.COMPLETED
+        if ended and monitor.status in IN_POSTCOPY:
+            monitor.advance(Status.POSTCOPY_LOST)
+        elif ended and monitor.status is not Status.CANCELLING:
+            real = domain_error(failure, monitor.owner) if failure is not None else None
+            cancelled = real is None and monitor.status is not Status.HANDOVER
+            monitor.advance(Status.CANCELLING if cancelled else Status.FAILED)
+        monitor.listening()
+        channel = self.channel
+        if channel is None:
+            return
+        self.counters.transferred = self.counters.earlier + channel.received
+        try:
+            if self.return_path and monitor.status is not Status.POSTCOPY_LOST:
+                await self._answer(channel, Shut(status=1 if ended else 0))
+        finally:
+            await teardown.close(channel.stream, 0.0 if ended else self.config.teardown_grace)
+
+    async def _answer(self, channel: Channel, answer: Shut) -> None:
+        said = await teardown.farewell(channel, encode(answer), self.config.teardown_grace)
+        if answer.status == 0:
+            self.confirmed = said
+            if not said:
+                self.monitor.warn("the source could not be told that the guest has arrived: it will report it unknown")
+
+    def _conclude(self, failure: BaseException | None, missing: dict[str, Runs]) -> None:
+        monitor = self.monitor
+        if monitor.status is Status.COMPLETED:
+            return  # a cancellation that came after the guest had arrived is too late
+        error = domain_error(failure, monitor.owner) if failure is not None else None
+        if monitor.status is Status.CANCELLING:
+            monitor.advance(Status.CANCELLED)
+            if error is None and monitor.cancel_reason is not None:
+                error = MigrationCancelled(monitor.cancel_reason)
+        if error is not None and monitor.status is Status.POSTCOPY_LOST:
+            error = _lost(error, missing)
+        if error is not None:
+            self.counters.error = str(error)
+            raise error
+        assert failure is not None
+        raise failure
+
+    async def load(self) -> None:
+        """Give the guest its devices. GuestFailed, RemoteProtocolError.
+
+        **Cancellation:** the devices are undefined.
+        """
+        loading = functools.partial(self.guest.load_devices, self.sections)
+        await guest_calls.call("loading the devices", loading, self.config.handover_timeout)
+
+    def check_complete(self, *, ram: bool = True) -> None:
+        """What QEMU does not look at: that every page and every device has come (states.md part 14, G18).
+
+        Args:
+            ram: False where memory follows the devices.
+
+        Raises:
+            RemoteProtocolError: something is missing, and ``completeness`` says that it must not.
+        """
+        missing = self.ram.missing() if ram else {}
+        problems = [f"{count} pages of RAM block {name!r} were never received" for name, count in missing.items()]
+        have = {(s.idstr, s.instance_id) for s in self.sections}
+        problems += [
+            f"device {n!r} (instance {i}) was never received" for n, i in self.guest.devices or {} if (n, i) not in have
+        ]
+        self.problems(problems)
+
+    def problems(self, problems: list[str]) -> None:
+        """Something is missing. RemoteProtocolError, unless ``completeness`` says that it may."""
+        for problem in problems:
+            if self.config.completeness == "fail":
+                raise RemoteProtocolError(f'{problem} (the option completeness = "warn" accepts that)')
+            self.monitor.warn(problem)
+
+    def take(self, section: DeviceSection, at: int = -1) -> None:
+        """Keep a device section for :meth:`load`; the run state is one of them. RemoteProtocolError."""
+        if section.idstr != globalstate.IDSTR:
+            self.sections.append(section)
+            return
+        try:
+            self.run_state = globalstate.decode(section.payload, section.version_id)
+        except RemoteProtocolError as error:
+            raise RemoteProtocolError(error.reason, offset=None if at < 0 else at, section=section.idstr) from None
+
+    async def activate(self, then: Status = Status.COMPLETED) -> None:
+        """Bring the guest to life here. On return the owner is this side, and the status *then*.
+
+        Raises:
+            GuestFailed: it does not live.
+
+        **Cancellation:** held off, for at most ``handover_timeout``.
+        """
+        monitor, grace = self.monitor, self.config.handover_timeout
+        await trio.lowlevel.checkpoint_if_cancelled()
+        monitor.advance(Status.HANDOVER)
+        state = self.run_state
+        if state == "running" and not monitor.config.autostart:
+            state = "paused"
+        began = trio.current_time()
+        failure = await teardown.guest_call("brought to life", functools.partial(self.guest.activate, state), grace)
+        if failure is not None:
+            if not (state == "running" == self.guest.run_state):
+                raise failure
+            # Whatever the call said: a guest that runs must not be given back, or it would run twice.
+            monitor.warn(f"{failure}; but it runs")
+        self.resume_seconds = trio.current_time() - began
+        if state == "running" and not isinstance(self.guest, OpaqueGuest):
+            monitor.emit("RESUME")  # an opaque guest is kept, it does not run here
+        monitor.advance(then)
+
+    async def keep(self, sections: Sequence[DeviceSection], description: bytes | None = None) -> None:
+        """Let an opaque guest keep its devices. GuestFailed.
+
+        **Cancellation:** as for :meth:`load`.
+        """
+        assert isinstance(self.guest, OpaqueGuest)
+        for section in sections:
+            if section.idstr == globalstate.IDSTR:
+                self.run_state = globalstate.decode(section.payload, section.version_id)
+        keeping = functools.partial(self.guest.load_opaque, sections, description)
+        await guest_calls.call("keeping the devices", keeping, self.config.handover_timeout)
+
+    def _summary(self) -> Summary:
+        c = self.counters
+        for text in c.warnings:
+            log.warning("%s", text)
+        assert c.finished is not None
+        parts = dataclasses.replace(Downtime(), resume=self.resume_seconds)
+        return Summary(
+            role=Role.DESTINATION,
+            confirmed=self.confirmed,
+            prepared=self.prepared,
+            total_time=c.finished - c.started,
+            setup_time=(c.setup_done or c.started) - c.started,
+            downtime=parts.total,
+            downtime_parts=parts,
+            iterations=0,
+            bytes_transferred=c.transferred,
+            normal_pages=c.normal,
+            zero_pages=c.duplicate,
+            ram_bytes=c.total,
+            dirty_tracking="",
+            warnings=tuple(c.warnings),
+        )
+
+
+def _lost(error: MigrationError, missing: dict[str, Runs]) -> PostcopyLost:
+    """The guest is here and will never be whole: say what it lacks."""
+    pages = sum(int((runs[:, 1] - runs[:, 0]).sum()) for runs in missing.values())
+    lost = PostcopyLost(
+        f"{error}; {pages} pages of the guest's memory never came, and it stands still",
+        missing={name: [(first, end) for first, end in runs.tolist()] for name, runs in missing.items()},
+    )
+    lost.others = (error, *error.others)
+    return lost
+
+
+def _cancel(nursery: trio.Nursery, reason: str) -> None:
+    nursery.cancel_scope.cancel(reason)

@@ -1,0 +1,419 @@
+"""The destination behind the switch to postcopy: the guest runs here, and its memory follows.
+
+Three tasks: one reads the stream and places pages, one serves the guest's page faults, and for a moment one brings the
+guest to life. A lost connection is none of their failures: the guest goes on as far as its memory reaches, and a later
+connection brings the rest. The package is taken apart before any of it is acted on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import trio
+
+from ..errors import GuestFailed, MigrationError, RemoteProtocolError, TransportFailed
+from ..guest import DeviceSection, DiscardableBlock, Guest, LazyGuest, MissingMemory, OpaqueGuest, Pages, RamBlock, Wait
+from ..status import Status
+from ..wire import Command, Decoder, Section
+from ..wire import events as ev
+from ..wire.decoder import Measure
+from ..wire.devices import split_tail
+from ..wire.postcopy import Runs, runs_of
+from ..wire.return_path import Message, Pong, ReceivedPages, ResumeAck, encode
+from . import guest_calls, teardown
+from .arrival import Arrival
+from .channel import AnyStream, Channel
+from .handover import lift_shield, shield
+from .postcopy_in import PostcopyReceiver
+from .recovery import Reopen, wait_for_connection
+
+#: Events handled before other tasks get a turn.
+_SLICE_EVENTS: Final = 32
+
+_LISTEN: Final = bytes((Section.COMMAND, 0, Command.POSTCOPY_LISTEN, 0, 0))
+
+
+def check_guest(guest: Guest) -> None:
+    """Whether *guest* can run on memory that follows, or be kept until it is whole.
+
+    Raises:
+        GuestFailed: with the reason.
+    """
+    if not isinstance(guest, LazyGuest | OpaqueGuest):
+        raise GuestFailed(
+            f"guest {guest.name!r} cannot be the destination of postcopy: it lives in this process, where whoever touches "
+            "a missing page would hold Python's global lock, and nobody could bring the page; use a ProcessGuest, or "
+            "turn postcopy-ram off"
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Package:
+    """What was in the package: the devices in their order, and the values of the PINGs."""
+
+    sections: Sequence[DeviceSection]
+    pings: Sequence[int]
+
+
+def take_apart(package: ev.Package, decoder: Decoder, measure: Measure | None, *, footers: bool) -> Package:
+    """Read a package: LISTEN, device sections and PINGs, RUN.
+
+    Args:
+        decoder: of the stream that the package came in.
+        measure: delimits device payloads; None for a guest whose devices are unknown.
+
+    Raises:
+        RemoteProtocolError: it is anything else.
+    """
+    if package.data[: len(_LISTEN)] != _LISTEN:
+        raise RemoteProtocolError("the package does not begin with LISTEN", offset=package.at, section="package")
+    rest = package.data[len(_LISTEN) :]
+    at = package.at + len(_LISTEN)
+    if measure is None:
+        split = split_tail(rest + bytes((Section.EOF,)), footers=footers, offset=at)
+        sections: Sequence[DeviceSection] = split.sections
+        commands = [(number, payload, where) for number, payload, where in split.commands]
+    else:
+        sections, commands = _decode(rest, at, decoder, measure, footers=footers)
+    if not commands or commands[-1][0] != Command.POSTCOPY_RUN:
+        raise RemoteProtocolError("the package does not end with RUN", offset=package.at, section="package")
+    for number, _, where in commands[:-1]:
+        if number != Command.PING:
+            raise RemoteProtocolError(
+                f"command {Command(number).name} in the middle of a package", offset=where, section="package"
+            )
+    return Package(sections=sections, pings=[int.from_bytes(payload) for _, payload, _ in commands[:-1]])
+
+
+def _decode(
+    data: bytes, at: int, decoder: Decoder, measure: Measure, *, footers: bool
+) -> tuple[list[DeviceSection], list[tuple[int, bytes, int]]]:
+    inner = Decoder(measure=measure, footers=footers, continues=decoder, buffer_bytes=max(len(data), 1))
+    inner.feed(data)
+    sections: list[DeviceSection] = []
+    commands: list[tuple[int, bytes, int]] = []
+    header: ev.SectionHeader | None = None
+    while (event := inner.next_event()) is not None:
+        if commands and commands[-1][0] == Command.POSTCOPY_RUN:
+            raise RemoteProtocolError("the package goes on behind RUN", offset=at + event.at, section="package")
+        match event:
+            case ev.SectionHeader(kind=Section.FULL):
+                header = event
+            case ev.DevicePayload():
+                assert header is not None
+                sections.append(
+                    DeviceSection(
+                        idstr=header.idstr,
+                        instance_id=header.instance_id,
+                        version_id=header.version_id,
+                        payload=event.payload,
+                        section_id=header.section_id,
+                    )
+                )
+            case ev.CommandElement():
+                commands.append((event.number, event.payload, at + event.at))
+            case ev.SectionFooter():
+                pass
+            case _:
+                raise RemoteProtocolError(
+                    f"{type(event).__name__} in a package", offset=at + event.at, section="package"
+                )
+    if inner.offset != len(data):
+        raise RemoteProtocolError(
+            f"the package ends inside an element, {len(data) - inner.offset} bytes of it are there",
+            offset=at + inner.offset,
+            section=inner.section or "package",
+        )
+    return sections, commands
+
+
+class KeptMemory:
+    """:class:`trimig.guest.MissingMemory` of a guest that is only kept: nobody waits for anything."""
+
+    def __init__(self, blocks: Sequence[RamBlock]) -> None:
+        self._blocks = tuple(blocks)
+
+    def fileno(self) -> int:
+        """There is nothing to wait for."""
+        raise OSError("nobody touches the memory of a guest that does not run")
+
+    def waits(self) -> Sequence[Wait]:
+        """Nobody."""
+        return ()
+
+    def place(self, block: int, first: int, pages: Pages) -> int:
+        """Copy them."""
+        self._blocks[block].pages[first : first + len(pages)] = pages
+        return len(pages)
+
+    def place_zeros(self, block: int, first: int, count: int) -> int:
+        """The memory was discarded, so they are there."""
+        return count
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class Ahead:
+    """A guest that has come before its memory.
+
+    Args:
+        arrival: whose end this is.
+        nursery: of the attempt.
+        decoder: has read the package.
+        reopen: waits for another connection; None where the caller gave a stream and no address.
+    """
+
+    def __init__(
+        self, arrival: Arrival, nursery: trio.Nursery, channel: Channel, decoder: Decoder, reopen: Reopen | None
+    ) -> None:
+        self._arrival = arrival
+        self._guest = arrival.guest
+        self._monitor = arrival.monitor
+        self._config = arrival.config
+        self._counters = arrival.counters
+        self._nursery = nursery
+        self._channel = channel
+        self._decoder = decoder
+        self._reopen = reopen
+        self._connected = True
+        self._sending = trio.Lock()
+        self._scope: trio.CancelScope | None = None
+        self._why: str | None = None
+        self._memory: MissingMemory | None = None
+        self._receiver: PostcopyReceiver | None = None
+        self._lives = trio.Event()
+
+    async def run(self, package: Package) -> None:
+        """Until the guest is whole and lives.
+
+        Raises:
+            MigrationError: it could not be brought to life, or the rest of its memory was given up.
+
+        **Cancellation:** until the guest lives, the source keeps it; then it is held off while there is a connection.
+        """
+        receiver = await self._listen()
+        if isinstance(self._guest, LazyGuest):
+            self._nursery.start_soon(receiver.serve, name="trimig.faults")
+        self._nursery.start_soon(self._take_over, package, name="trimig.activation")
+        while (why := await self._read(receiver)) is not None:
+            if not self._lives.is_set():
+                raise TransportFailed(why)
+            await self._lost(why)
+            await self._recover()
+        await self._lives.wait()
+        await self._whole(package)
+
+    # -- the switch ------------------------------------------------------------------------------------------------
+
+    async def _listen(self) -> PostcopyReceiver:
+        """From here on, what has not come is missing, and whoever touches it waits."""
+        guest = self._guest
+        received = self._arrival.ram.received()
+        for block in guest.ram:
+            runs = runs_of(~received[block.name])
+            if not isinstance(block, DiscardableBlock):
+                if len(runs):
+                    raise GuestFailed(f"pages of RAM block {block.name!r} cannot be discarded, as postcopy needs it")
+                continue
+            for first, end in runs.tolist():
+                block.discard_slice(first, end - first)
+            await trio.lowlevel.checkpoint()
+        memory = await guest.missing_memory() if isinstance(guest, LazyGuest) else KeptMemory(guest.ram)
+        self._memory = memory
+        self._receiver = PostcopyReceiver(memory, received, self._say_bytes, self._counters)
+        return self._receiver
+
+    async def _take_over(self, package: Package) -> None:
+        """Bring the guest to life. The PING inside the package is answered when it does: then nobody gives it back."""
+        arrival = self._arrival
+        if isinstance(self._guest, OpaqueGuest):
+            # It is kept, and nothing of it can fail, until it is whole.
+            await trio.lowlevel.checkpoint_if_cancelled()
+            shield(self._nursery, math.inf)
+            self._monitor.advance(Status.HANDOVER)
+            self._monitor.advance(Status.POSTCOPY_ACTIVE)
+        else:
+            for section in package.sections:
+                arrival.take(section)
+            arrival.check_complete(ram=False)
+            await arrival.load()
+            shield(self._nursery, math.inf)
+            await arrival.activate(Status.POSTCOPY_ACTIVE)
+        self._lives.set()
+        for value in package.pings:
+            await self._say(Pong(value=value))
+
+    async def _whole(self, package: Package) -> None:
+        assert self._memory is not None
+        memory, self._memory = self._memory, None
+        memory.close()
+        if isinstance(self._guest, LazyGuest):
+            await self._guest.memory_is_whole()
+        else:
+            await self._keep(package)
+        self._monitor.advance(Status.COMPLETED)
+
+    async def _keep(self, package: Package) -> None:
+        """The last page has come: a guest that is only kept is kept whole now."""
+        guest, arrival = self._guest, self._arrival
+        assert isinstance(guest, OpaqueGuest)
+        with guest_calls.guarded("keeping the RAM"):
+            await guest.ram_received()
+        await arrival.keep(package.sections)
+        keeping = functools.partial(guest.activate, arrival.run_state)
+        failure = await teardown.guest_call("kept", keeping, self._config.handover_timeout)
+        if failure is not None:
+            raise failure
+
+    # -- one connection --------------------------------------------------------------------------------------------
+
+    async def _read(self, receiver: PostcopyReceiver) -> str | None:
+        """Take pages until the end; None if everything is here, otherwise why this connection is of no use any more."""
+        self._why = None
+        self._monitor.interrupt(self._interrupted)
+        try:
+            with trio.CancelScope() as self._scope:
+                await self._take_pages(receiver)
+                return None
+        except (TransportFailed, RemoteProtocolError) as error:
+            return self._why or str(error)
+        finally:
+            self._scope = None
+            self._monitor.interrupt(None)
+        return self._why or "the connection was lost"
+
+    def _interrupted(self, why: str) -> None:
+        self._why = why
+        if self._scope is not None:
+            self._scope.cancel(why)
+
+    async def _take_pages(self, receiver: PostcopyReceiver) -> None:
+        decoder, channel = self._decoder, self._channel
+        handled = 0
+        while True:
+            while (event := decoder.next_event()) is not None:
+                handled += 1
+                if handled % _SLICE_EVENTS == 0:
+                    await trio.lowlevel.checkpoint()
+                match event:
+                    case ev.PageRun():
+                        receiver.pages(event)
+                    case ev.ZeroRun():
+                        receiver.zeros(event)
+                    case ev.CommandElement():
+                        await self._command(event, receiver)
+                    case ev.EndOfStream():
+                        if receiver.missing:
+                            raise RemoteProtocolError(
+                                f"the source ends, and {receiver.missing} pages are missing", offset=event.at
+                            )
+                        return
+                    case ev.SectionHeader(kind=Section.PART | Section.END) | ev.SectionFooter() | ev.RamEnd():
+                        pass
+                    case _:
+                        raise RemoteProtocolError(f"{type(event).__name__} in postcopy", offset=event.at)
+            count = await channel.receive_into(decoder.writable())
+            self._counters.transferred = self._counters.earlier + channel.received
+            if count:
+                decoder.received(count)
+            else:
+                decoder.receive_eof()
+                if decoder.next_event() is None:
+                    raise TransportFailed("the connection ended before the guest's memory was complete")
+
+    async def _command(self, event: ev.CommandElement, receiver: PostcopyReceiver) -> None:
+        recovering = self._monitor.status is Status.POSTCOPY_RECOVER
+        match event.number:
+            case Command.PING:
+                await self._say(Pong(value=int.from_bytes(event.payload)))
+            case Command.RECV_BITMAP if recovering:
+                await self._say(self._bitmap(event, receiver))
+            case Command.POSTCOPY_RESUME if recovering:
+                self._counters.error = None
+                self._monitor.advance(Status.POSTCOPY_ACTIVE)
+                await self._say(ResumeAck())
+                await receiver.ask_again()
+            case Command.RECV_BITMAP | Command.POSTCOPY_RESUME:
+                raise RemoteProtocolError(
+                    f"{Command(event.number).name} without a pause before it", offset=event.at, section="postcopy"
+                )
+            case number:
+                raise RemoteProtocolError(
+                    f"command {Command(number).name} behind the switch to postcopy", offset=event.at, section="postcopy"
+                )
+
+    def _bitmap(self, event: ev.CommandElement, receiver: PostcopyReceiver) -> ReceivedPages:
+        payload = event.payload
+        name = payload[1:].decode("utf-8", "surrogateescape")
+        names = [block.name for block in self._guest.ram]
+        if not payload or len(payload) != 1 + payload[0] or name not in names:
+            raise RemoteProtocolError(f"RECV_BITMAP for the unknown RAM block {name!r}", offset=event.at)
+        return ReceivedPages(block=name, pages=receiver.received[names.index(name)])
+
+    async def _say(self, message: Message) -> None:
+        await self._say_bytes(encode(message))
+
+    async def _say_bytes(self, data: bytes) -> None:
+        """Tell the source, if there is one at present. What is asked for is asked again on the next connection."""
+        async with self._sending:
+            if not self._connected or not self._arrival.return_path:
+                return
+            try:
+                await self._channel.send(data)
+            except MigrationError as error:
+                self._connected = False
+                self._interrupted(str(error))
+
+    # -- without one -----------------------------------------------------------------------------------------------
+
+    async def _lost(self, why: str) -> None:
+        self._connected = False
+        await teardown.close(self._channel.stream)
+        self._counters.earlier += self._channel.received
+        self._counters.error = why
+        self._monitor.advance(Status.POSTCOPY_PAUSED)
+
+    async def _recover(self) -> None:
+        """Wait for another connection; what it says is read by :meth:`_read`."""
+        lift_shield(self._nursery)
+        stream: AnyStream = await wait_for_connection(self._monitor, self._config, self._reopen, trio.current_time())
+        shield(self._nursery, math.inf)
+        self._monitor.listening()
+        async with self._sending:
+            self._channel = self._arrival.channel = Channel(stream, stall_timeout=self._config.stall_timeout)
+            self._connected = self._channel.sends
+        self._decoder = Decoder(
+            measure=None,
+            footers=self._config.peer.send_section_footer,
+            description=False,
+            max_device_bytes=self._config.max_device_bytes,
+            continues=self._decoder,
+        )
+        self._monitor.advance(Status.POSTCOPY_RECOVER)
+
+    def missing(self) -> dict[str, Runs]:
+        """What has not come, by block."""
+        return dict(self._receiver.missing_runs()) if self._receiver is not None else {}
+
+    async def end(self) -> None:
+        """The end of an attempt that did not succeed: the guest stands still before its missing pages read as zero.
+
+        **Cancellation:** held off, for at most ``teardown_grace``.
+        """
+        memory, self._memory = self._memory, None
+        if memory is None:
+            return
+        try:
+            if self._guest.run_state == "running" and not isinstance(self._guest, OpaqueGuest):
+                failure = await teardown.guest_call("stopped", self._guest.pause, self._config.teardown_grace)
+                if failure is not None:
+                    self._monitor.warn(str(failure))
+                else:
+                    self._monitor.emit("STOP")
+        finally:
+            memory.close()
