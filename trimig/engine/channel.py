@@ -143,7 +143,7 @@ class Channel:
             return 0
         try:
             return int.from_bytes(fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-        except OSError:
+        except (OSError, ValueError):  # no such request for this socket, or it is closed
             return 0
 
     def keep_queue_short(self) -> None:
