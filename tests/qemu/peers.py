@@ -163,7 +163,7 @@ async def on_status(events: AsyncIterator[trimig.Event], status: str, act: Calla
 
 
 async def while_migrating(
-    guest: trimig.AppGuest,
+    guest: trimig.Guest,
     uri: str,
     config: trimig.Config,
     monitor: trimig.Monitor,
