@@ -189,7 +189,7 @@ class Ahead:
         self._lives = trio.Event()
 
     async def run(self, package: Package) -> None:
-        """Until the guest is whole and lives.
+        """Until the guest is whole and lives. Losing the connection does not undo what is in the package.
 
         Raises:
             MigrationError: it could not be brought to life, or the rest of its memory was given up.
@@ -201,8 +201,8 @@ class Ahead:
             self._nursery.start_soon(receiver.serve, name="trimig.faults")
         self._nursery.start_soon(self._take_over, package, name="trimig.activation")
         while (why := await self._read(receiver)) is not None:
-            if not self._lives.is_set():
-                raise TransportFailed(why)
+            # With the package the guest has come: the source does not take it back unless it is told to.
+            await self._lives.wait()
             await self._lost(why)
             await self._recover()
         await self._lives.wait()

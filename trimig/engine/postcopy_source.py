@@ -79,6 +79,7 @@ class Following:
         self._scope: trio.CancelScope | None = None
         self._why: str | None = None
         self._all_sent = False
+        self._once_sent = False  # over this connection or an earlier one
         self._bitmaps: dict[str, PageBitmap] = {}
         self._resumed = False
         self._news = trio.Event()
@@ -121,7 +122,7 @@ class Following:
             await self._sender.run()
             await self._records.end([])
             await self._channel.send(wire.end_of_stream())
-            self._all_sent = True
+            self._all_sent = self._once_sent = True
             scope.deadline = trio.current_time() + config.handover_timeout
             await self._reader.wait_answer()
         match self._reader.shut:
@@ -225,6 +226,10 @@ class Following:
             except PostcopyLost as error:
                 if self._monitor.status is Status.POSTCOPY_UNCERTAIN:
                     raise TransportFailed(str(error)) from None
+                if self._once_sent:
+                    raise PostcopyLost(
+                        f"{error}; all memory had been sent, so the destination may be complete: look there"
+                    ) from None
                 raise
             shield(self._nursery, math.inf)
             if (why := await self._shake_hands(stream)) is None:

@@ -2,7 +2,7 @@
 
 * :mod:`.link`: :class:`VirtualLink`, a connection with window, rate, latency, chunks and faults, on virtual time;
 * :mod:`.streams`: :class:`DribbleStream`, one byte at a time; :class:`VirtualListener`, servers without sockets;
-* :mod:`.fakes`: :class:`ScriptedGuest`, a guest without a machine;
+* :mod:`.fakes`: :class:`ScriptedGuest`, a guest without a machine; :mod:`.lazy` one that runs before its memory is here;
 * :mod:`.referee`: :class:`OwnerReferee`, who notes at once that two guests run, or one that another has outrun;
 * :mod:`.failing`: :class:`FailingGuest`, :class:`FailingStream`: call number n raises, or hangs;
 * :mod:`.determinism`: :func:`deterministic_schedule`, without which a sweep covers nothing;
@@ -44,6 +44,7 @@ from .fakes import JournalEntry as JournalEntry
 from .fakes import MarksTracker as MarksTracker
 from .fakes import ScriptedGuest as ScriptedGuest
 from .fakes import Write as Write
+from .lazy import LazyScriptedGuest as LazyScriptedGuest
 from .link import DIRECTIONS as DIRECTIONS
 from .link import FAULT_KINDS as FAULT_KINDS
 from .link import Direction as Direction

@@ -1,0 +1,102 @@
+"""T1, T3, O5, O6, G6, G7, G8 of states.md: postcopy disturbed at every point.
+
+At each the source owns the guest, or the destination owns it and is complete, or it can be recovered and is; never two,
+and no page twice.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.sweeps.combined import sweep_cancels_and_faults
+from tests.sweeps.postcopy import scenario
+from trimig.testing import (
+    DIRECTIONS,
+    FAULT_KINDS,
+    CancelSweep,
+    DeadlineSweep,
+    Fault,
+    FaultKind,
+    FaultSweep,
+    Point,
+    Run,
+    TimeLeap,
+    replay,
+    run_sweep,
+)
+
+SOURCE, DESTINATION = ("source",), ("destination",)
+BOTH = SOURCE + DESTINATION
+
+pytestmark = pytest.mark.timeout(600)
+BREAKS: tuple[FaultKind, ...] = tuple(kind for kind in FAULT_KINDS if kind != "stall")
+#: More than either side says on a second connection.
+RECOVERY_BYTES = 76
+#: Both sides are done, and the guest runs at the destination.
+DONE = ("returned", "returned", "destination")
+
+
+def kinds_of_end(outcomes: Iterable[object]) -> str:
+    return " ".join(map(str, outcomes))
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_every_fault_at_every_byte_is_recovered_or_undone(seed: int) -> None:
+    """O5, O6: before the package the source goes on, behind it both find each other again."""
+    sweep = FaultSweep(kinds=BREAKS)
+    report = run_sweep(scenario(), sweep, seeds=(seed,)).show()
+    assert set(report.outcomes) == {
+        DONE,
+        ("TransportFailed", "TransportFailed", "source"),
+        # The package is on its way, or the word that it has come is not.
+        ("HandoverUncertain", "TransportFailed", "source"),
+        ("HandoverUncertain", "returned", "destination"),
+        # Everything has come, and the last word about it has not.
+        ("PostcopyLost", "returned", "destination"),
+    }
+
+
+@pytest.mark.parametrize("polite", [False, True], ids=["cancelled", "asked"])
+@pytest.mark.parametrize("victims", [SOURCE, DESTINATION, BOTH], ids="+".join)
+def test_cancel_at_every_edge(victims: tuple[str, ...], *, polite: bool) -> None:
+    """G6, G7, G11 of states.md: before the package it never happened; behind it a cancel destroys nothing."""
+    report = run_sweep(scenario(polite=polite), CancelSweep(victims=victims), seeds=(0,)).show()
+    assert DONE in report.outcomes
+    assert "PostcopyLost" not in kinds_of_end(report.outcomes)
+
+
+def behind_the_switch(baseline: Run[Any]) -> Iterator[Fault]:
+    """The connection is lost in the middle of the pages that follow, and just before the end."""
+    last = baseline.sent["a->b"]
+    yield Fault(direction="a->b", after=last - 30, kind="reset")
+    yield Fault(direction="a->b", after=last - 1, kind="eof")
+
+
+@pytest.mark.parametrize("polite", [False, True], ids=["cancelled", "asked"])
+@pytest.mark.parametrize("victims", [SOURCE, DESTINATION], ids="+".join)
+def test_cancel_at_every_edge_of_a_recovery(victims: tuple[str, ...], *, polite: bool) -> None:
+    """G8 of states.md: a cancel strikes where the migration is paused, and is not lost and hangs nowhere."""
+    runs = sweep_cancels_and_faults(scenario(polite=polite), behind_the_switch, victims=victims, seeds=(0,), every=5)
+    assert runs > 40
+
+
+@pytest.mark.parametrize("kind", BREAKS)
+def test_a_second_fault_at_every_byte_of_the_recovery(kind: FaultKind) -> None:
+    """O6, row A.2: recovery itself fails half way, at any byte, and the next one succeeds."""
+    (first, *_) = behind_the_switch(replay(scenario(), Point(seed=0)))
+    outcomes: collections.Counter[Any] = collections.Counter()
+    for direction in DIRECTIONS:
+        for after in range(RECOVERY_BYTES):
+            there = scenario(again=(Fault(direction=direction, after=after, kind=kind),))
+            outcomes[replay(there, Point(seed=0, inject=(first,))).outcome] += 1
+    # Everything has come, and the last word about it has not; nothing else stays open.
+    assert set(outcomes) <= {DONE, ("PostcopyLost", "returned", "destination")}, outcomes
+
+
+def test_deadlines_and_leaps() -> None:
+    """T3: the caller's own time limit, and a clock that leaps."""
+    run_sweep(scenario(), DeadlineSweep(), DeadlineSweep(victims=DESTINATION), TimeLeap(), seeds=(0,)).show()
