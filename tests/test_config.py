@@ -103,6 +103,8 @@ def test_engine_options_have_their_defaults() -> None:
         "handover-timeout": 30.0,
         "teardown-grace": 5.0,
         "stall-timeout": 60.0,
+        "recovery-retry": False,
+        "recovery-timeout": math.inf,
         "max-iterations": None,
         "max-total-time": None,
         "on-bound": "fail",

@@ -124,6 +124,11 @@ TABLE = {
     Status.FAILED: (True, False, False, True),
     Status.CANCELLING: (False, False, False, False),
     Status.CANCELLED: (True, False, False, True),
+    Status.POSTCOPY_ACTIVE: (False, False, False, False),
+    Status.POSTCOPY_PAUSED: (False, False, False, False),
+    Status.POSTCOPY_RECOVER: (False, False, False, False),
+    Status.POSTCOPY_UNCERTAIN: (False, False, False, False),
+    Status.POSTCOPY_LOST: (True, False, False, False),
 }
 
 

@@ -10,15 +10,16 @@ import pytest
 import trio
 import trio.testing
 
-from trimig.config import Config, Parameters
+from trimig.config import Capabilities, Config, Parameters
 from trimig.errors import ConfigError, Ownership, StateError
 from trimig.monitor import EVENT_BACKLOG, Downtime, Event, Monitor, Summary
-from trimig.status import IDLE, TERMINAL, Role, Status
+from trimig.status import IDLE, IN_POSTCOPY, TERMINAL, Role, Status
 
 S = Status
 SRC, DST = Role.SOURCE, Role.DESTINATION
 
 #: A way to each status of a source, from none.
+_GONE = (S.SETUP, S.ACTIVE, S.DEVICE, S.HANDOVER, S.POSTCOPY_ACTIVE)
 PATHS: dict[Status, tuple[Status, ...]] = {
     S.NONE: (),
     S.SETUP: (S.SETUP,),
@@ -31,6 +32,11 @@ PATHS: dict[Status, tuple[Status, ...]] = {
     S.FAILED: (S.SETUP, S.ACTIVE, S.FAILED),
     S.CANCELLING: (S.SETUP, S.ACTIVE, S.CANCELLING),
     S.CANCELLED: (S.SETUP, S.ACTIVE, S.CANCELLING, S.CANCELLED),
+    S.POSTCOPY_ACTIVE: _GONE,
+    S.POSTCOPY_PAUSED: (*_GONE, S.POSTCOPY_PAUSED),
+    S.POSTCOPY_RECOVER: (*_GONE, S.POSTCOPY_PAUSED, S.POSTCOPY_RECOVER),
+    S.POSTCOPY_UNCERTAIN: (*_GONE[:-1], S.POSTCOPY_UNCERTAIN),
+    S.POSTCOPY_LOST: (*_GONE, S.POSTCOPY_PAUSED, S.POSTCOPY_LOST),
 }
 ALL = list(Status)
 
@@ -61,7 +67,9 @@ async def test_new_monitor() -> None:
 
 @pytest.mark.parametrize("status", ALL)
 async def test_owner_follows_the_status(status: Status) -> None:
-    expected = {S.HANDOVER: Ownership.UNKNOWN, S.UNCERTAIN: Ownership.UNKNOWN, S.COMPLETED: Ownership.DESTINATION}
+    expected = dict.fromkeys((S.HANDOVER, S.UNCERTAIN, S.POSTCOPY_UNCERTAIN), Ownership.UNKNOWN)
+    gone = (S.COMPLETED, S.POSTCOPY_ACTIVE, S.POSTCOPY_PAUSED, S.POSTCOPY_RECOVER, S.POSTCOPY_LOST)
+    expected |= dict.fromkeys(gone, Ownership.DESTINATION)
     monitor = brought_to(status)
     assert monitor.owner is expected.get(status, Ownership.SOURCE)
     assert monitor.statistics().owner is monitor.owner
@@ -124,11 +132,11 @@ async def test_cancel_in_every_status(status: Status) -> None:
     monitor = brought_to(status)
     asked: list[str] = []
     monitor.control(asked.append, None)
-    if status is S.HANDOVER:
+    if status is S.HANDOVER or status in IN_POSTCOPY:
         with pytest.raises(StateError, match="too late to cancel") as caught:
             monitor.cancel("no more")
-        assert caught.value.status == "handover"
-        assert (monitor.status, asked, monitor.cancel_reason) == (S.HANDOVER, [], None)
+        assert caught.value.status == status.value
+        assert (monitor.status, asked, monitor.cancel_reason) == (status, [], None)
     elif status in (S.SETUP, S.ACTIVE, S.PRE_SWITCHOVER, S.DEVICE):
         monitor.cancel("no more")
         assert (monitor.status, asked, monitor.cancel_reason) == (S.CANCELLING, ["no more"], "no more")
@@ -164,6 +172,63 @@ async def test_resume_in_every_status(status: Status) -> None:
         monitor.resume()
     assert caught.value.status == status.value
     assert monitor.status is status
+
+
+# -- postcopy ------------------------------------------------------------------------------------------------------
+
+
+async def test_postcopy_can_be_asked_for() -> None:
+    """F16, F17, F18, F20: not without the capability, not without a migration; kept until it is used, and no longer."""
+    monitor = Monitor()
+    with pytest.raises(StateError, match="no outgoing migration"):
+        monitor.start_postcopy()
+    monitor.begin(SRC, Config())
+    with pytest.raises(StateError, match="postcopy-ram must be on"):
+        monitor.start_postcopy()
+    monitor.advance(S.FAILED)
+    able = Config(capabilities=Capabilities(postcopy_ram=True))
+    monitor.begin(SRC, able)
+    monitor.start_postcopy()
+    assert monitor.postcopy_wanted
+    monitor.advance(S.FAILED)
+    monitor.start_postcopy()
+    monitor.begin(SRC, able)
+    assert not monitor.postcopy_wanted
+
+
+async def test_destination_cannot_start_postcopy() -> None:
+    monitor = Monitor()
+    monitor.begin(DST, Config(capabilities=Capabilities(postcopy_ram=True)))
+    with pytest.raises(StateError, match="no outgoing migration"):
+        monitor.start_postcopy()
+
+
+@pytest.mark.parametrize("status", ALL)
+async def test_pause_recover_and_abandon_in_every_status(status: Status) -> None:
+    """O6: refused but where they have a meaning, naming the status."""
+    monitor = brought_to(status)
+    reasons: list[str] = []
+    monitor.interrupt(reasons.append)
+    if status in (S.POSTCOPY_ACTIVE, S.POSTCOPY_RECOVER):
+        monitor.pause("enough")
+        assert reasons == ["enough"]
+    else:
+        with pytest.raises(StateError, match=f"the status is {status.value}"):
+            monitor.pause()
+    if status in (S.POSTCOPY_PAUSED, S.POSTCOPY_UNCERTAIN):
+        monitor.recover("tcp:127.0.0.1:1")
+        with pytest.raises(StateError, match="no paused"):
+            monitor.recover("tcp:127.0.0.1:2")
+        assert monitor.take_recovery() == "tcp:127.0.0.1:1"
+        assert monitor.take_recovery() is None
+        monitor.abandon("enough")
+        assert monitor.given_up == "enough"
+        return
+    with pytest.raises(StateError, match=f"the status is {status.value}"):
+        monitor.recover("tcp:127.0.0.1:1")
+    with pytest.raises(StateError, match=f"the status is {status.value}"):
+        monitor.abandon()
+    assert (monitor.take_recovery(), monitor.given_up, monitor.status) == (None, None, status)
 
 
 # -- parameters ----------------------------------------------------------------------------------------------------
@@ -377,6 +442,11 @@ SHAPES: dict[Status, set[str]] = {
     S.FAILED: {"status", "owner"},
     S.UNCERTAIN: {"status", "owner"},
     S.CANCELLED: {"status", "owner"},
+    S.POSTCOPY_ACTIVE: RUNNING,
+    S.POSTCOPY_PAUSED: RUNNING,
+    S.POSTCOPY_RECOVER: RUNNING,
+    S.POSTCOPY_UNCERTAIN: RUNNING,
+    S.POSTCOPY_LOST: {"status", "owner"},
 }
 
 
@@ -389,12 +459,12 @@ async def test_info_has_the_members_of_its_status(status: Status) -> None:
         assert info["status"] == status.qmp
 
 
-@pytest.mark.parametrize("status", [S.FAILED, S.UNCERTAIN, S.ACTIVE, S.CANCELLED])
+@pytest.mark.parametrize("status", [S.FAILED, S.UNCERTAIN, S.ACTIVE, S.CANCELLED, S.POSTCOPY_PAUSED, S.POSTCOPY_LOST])
 async def test_info_tells_the_error_where_it_has_one(status: Status) -> None:
     """G9."""
     monitor = brought_to(status)
     monitor.counters.error = "the connection broke"
-    if status in (S.FAILED, S.UNCERTAIN):
+    if status in (S.FAILED, S.UNCERTAIN, S.POSTCOPY_PAUSED, S.POSTCOPY_LOST):
         assert monitor.info()["error-desc"] == "the connection broke"
     else:
         assert "error-desc" not in monitor.info()
@@ -477,7 +547,9 @@ async def test_info_in_cancelling_out_of_setup_has_no_setup_time() -> None:
     assert monitor.info()["setup-time"] == 0
 
 
-@pytest.mark.parametrize("status", [s for s in ALL if s not in (S.PRE_SWITCHOVER, S.DEVICE, S.UNCERTAIN)])
+@pytest.mark.parametrize(
+    "status", [s for s in ALL if s not in (S.PRE_SWITCHOVER, S.DEVICE, S.UNCERTAIN, S.POSTCOPY_UNCERTAIN)]
+)
 async def test_info_of_a_destination(status: Status) -> None:
     """G10; config.md 6.2: the status, and where it listens; no RAM statistics."""
     monitor = brought_to(status, DST)

@@ -9,7 +9,7 @@ from trimig import status, transport
 from trimig.cli import COMMANDS
 from trimig.config import BUILT
 from trimig.errors import Ownership
-from trimig.status import CANCELLABLE, IDLE, TRANSITIONS, Role, Status
+from trimig.status import CANCELLABLE, IDLE, RECOVERABLE, TRANSITIONS, Role, Status
 
 README: Final = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -26,6 +26,11 @@ MEANING: Final = {
     Status.FAILED: "it has not, by a fault",
     Status.CANCELLING: "it is being undone",
     Status.CANCELLED: "it has not, by a wish",
+    Status.POSTCOPY_ACTIVE: "the guest has gone ahead, and its memory follows",
+    Status.POSTCOPY_PAUSED: "the connection was lost meanwhile; the guest runs as far as its memory reaches",
+    Status.POSTCOPY_RECOVER: "there is another connection; the sides find out what is missing",
+    Status.POSTCOPY_UNCERTAIN: "it was lost before the destination had said that it has the guest (QMP: `postcopy-paused`)",
+    Status.POSTCOPY_LOST: "the rest of the memory will not come (QMP shows `failed`)",
 }
 
 
@@ -45,7 +50,12 @@ def allowed(value: Status) -> str:
     if value is Status.PRE_SWITCHOVER:
         found.append("continue")
     if value in IDLE:
-        found.append("migrate, change capabilities" if value is not Status.COMPLETED else "-")
+        gone = value in (Status.COMPLETED, Status.POSTCOPY_LOST)
+        found.append("-" if gone else "migrate, change capabilities")
+    if value in (Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER):
+        found.append("pause")
+    if value in RECOVERABLE:
+        found.append("recover, abandon")
     if value is Status.UNCERTAIN:
         found.append("settle")
     return ", ".join(found) or "wait"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trimig.errors import Ownership, StateError
-from trimig.status import CANCELLABLE, IDLE, TERMINAL, TRANSITIONS, Role, Status, check, owner
+from trimig.status import CANCELLABLE, IDLE, IN_POSTCOPY, TERMINAL, TRANSITIONS, Role, Status, check, owner
 
 S = Status
 BOTH = [Role.SOURCE, Role.DESTINATION]
@@ -103,6 +103,11 @@ OWNERS = {
     S.FAILED: (SRC, SRC),
     S.CANCELLING: (SRC, SRC),
     S.CANCELLED: (SRC, SRC),
+    S.POSTCOPY_ACTIVE: (DST, DST),
+    S.POSTCOPY_PAUSED: (DST, DST),
+    S.POSTCOPY_RECOVER: (DST, DST),
+    S.POSTCOPY_UNCERTAIN: (UNKNOWN, SRC),
+    S.POSTCOPY_LOST: (DST, DST),
 }
 
 
@@ -126,7 +131,20 @@ def test_guest_changes_hands_at_the_handover_only() -> None:
         (S.HANDOVER, S.FAILED),
         (S.UNCERTAIN, S.COMPLETED),
         (S.UNCERTAIN, S.FAILED),
+        (S.HANDOVER, S.POSTCOPY_ACTIVE),
+        (S.POSTCOPY_UNCERTAIN, S.POSTCOPY_ACTIVE),
+        (S.POSTCOPY_UNCERTAIN, S.POSTCOPY_PAUSED),
+        (S.POSTCOPY_UNCERTAIN, S.FAILED),
     }
+
+
+@pytest.mark.parametrize("role", BOTH)
+def test_postcopy_never_gives_the_guest_back(role: Role) -> None:
+    """G6, G7: behind the first word of the destination no status of the source's follows, and no cancel."""
+    for status in (S.POSTCOPY_ACTIVE, S.POSTCOPY_PAUSED, S.POSTCOPY_RECOVER):
+        assert status in IN_POSTCOPY
+        assert not TRANSITIONS[role][status] & {S.FAILED, S.CANCELLING, S.CANCELLED}
+        assert owner(role, status) is Ownership.DESTINATION
 
 
 #: status: idle, terminal, cancellable, QEMU's word for it
@@ -142,6 +160,11 @@ PREDICATES = {
     S.FAILED: (True, True, False, "failed"),
     S.CANCELLING: (False, False, False, "cancelling"),
     S.CANCELLED: (True, True, False, "cancelled"),
+    S.POSTCOPY_ACTIVE: (False, False, False, "postcopy-active"),
+    S.POSTCOPY_PAUSED: (False, False, False, "postcopy-paused"),
+    S.POSTCOPY_RECOVER: (False, False, False, "postcopy-recover"),
+    S.POSTCOPY_UNCERTAIN: (False, False, False, "postcopy-paused"),
+    S.POSTCOPY_LOST: (True, True, False, "failed"),
 }
 
 
