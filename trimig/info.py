@@ -209,9 +209,7 @@ def query_migrate(
     end = c.finished if c.finished is not None else now
     info["total-time"] = _ms(end - c.started)
     info["setup-time"] = _ms((c.setup_done or c.started) - c.started)
-    if running and c.downtime is not None:
-        info["downtime"] = _ms(c.downtime)  # in postcopy it is behind the guest (G16)
-    elif running:
+    if running:
         expected = c.shown_downtime
         info["expected-downtime"] = downtime_limit if expected is None or math.isinf(expected) else _ms(expected)
         if c.convergence is not None:

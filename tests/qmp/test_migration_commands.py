@@ -202,15 +202,6 @@ async def test_continue_only_out_of_the_pause(tmp_path: Path) -> None:
         assert "state: completed" in await source.refused("migrate-continue", {"state": "completed"})
 
 
-async def test_postcopy_is_refused_until_it_is_built() -> None:
-    """F16, F17, F18 as refusals, and the two commands of a paused postcopy; the words are QEMU's."""
-    async with hosted() as talk:
-        assert "Enable postcopy" in await talk.refused("migrate-start-postcopy")
-        assert "postcopy-active" in await talk.refused("migrate-pause")
-        assert "postcopy is paused" in await talk.refused("migrate-recover", {"uri": "tcp:127.0.0.1:1"})
-        assert "no paused migration" in await talk.refused("migrate", {"uri": "tcp:127.0.0.1:1", "resume": True})
-
-
 async def test_client_that_goes_away_does_not_take_its_migration_along(tmp_path: Path) -> None:
     async with pair(tmp_path) as (source, destination, uri):
         with trio.CancelScope() as client:

@@ -31,6 +31,8 @@ COMMANDS: Final = {
     "set": "control",
     "continue": "control",
     "postcopy": "control",
+    "pause": "control",
+    "recover": "control",
     "events": "control",
     "receive": "parked",
     "send": "parked",
@@ -45,7 +47,7 @@ GROUPS: Final = {
     "See it work": ("demo",),
     "Host a guest": ("run",),
     "Drive a guest over QMP (of a trimig run or a QEMU)": (
-        "migrate", "status", "info", "cancel", "set", "continue", "postcopy", "events",
+        "migrate", "status", "info", "cancel", "set", "continue", "postcopy", "pause", "recover", "events",
     ),
     "Guests in files, and streams": ("receive", "send", "settle", "inspect", "export"),
 }  # fmt: skip

@@ -84,6 +84,25 @@ SIZE: Final = SizeType()
 RAM_SIZE: Final = SizeType(low=4096, pages=True)
 
 
+class PercentType(click.ParamType[float]):
+    """A share: "40%" or "40" is 0.4."""
+
+    name = "percent"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        try:
+            share = float(str(value).removesuffix("%")) / 100
+        except ValueError:
+            self.fail(f"{value!r} is no percentage, like 40%", param, ctx)
+        if not 0 <= share <= 1:
+            self.fail(f"{value} is not between 0% and 100%", param, ctx)
+        return share
+
+
+PERCENT: Final = PercentType()
+
 json_option: Final = click.option(
     "--json", "as_json", is_flag=True, help="For machines: the result as one JSON object on stdout."
 )

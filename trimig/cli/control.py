@@ -12,7 +12,7 @@ import click
 import trimig
 
 from .common import DONE, FAILED, UNCERTAIN, debug_option, json_option, run, show_size, write_json
-from .remote import CANCEL_LIMIT, Gone, Refused, Remote, connected, qmp_option, read_settings, settings_options
+from .remote import CANCEL_LIMIT, Gone, Refused, Remote, State, connected, qmp_option, read_settings, settings_options
 
 
 def _run(address: str, as_json: bool, job: Callable[[Remote], Awaitable[int]]) -> int:
@@ -190,6 +190,57 @@ def postcopy(address: str, as_json: bool) -> int:
     The capability postcopy-ram must have been set on both sides before the migration.
     """
     return _command("migrate-start-postcopy", "postcopy will start with the next pass", {}, address, as_json)
+
+
+@click.command()
+@qmp_option
+@json_option
+@debug_option
+def pause(address: str, as_json: bool) -> int:
+    """Drop the connection of a migration in postcopy, to take it up again over another one: trimig recover.
+
+    The guest goes on running at the destination, as far as its memory reaches.
+    """
+    return _command("migrate-pause", "paused", {}, address, as_json)
+
+
+@click.command()
+@click.argument("uri")
+@qmp_option
+@json_option
+@debug_option
+def recover(uri: str, address: str, as_json: bool) -> int:
+    """Take a paused postcopy migration up again: the destination listens at URI, the source connects to it.
+
+    First at the destination (--qmp of the one that waits for memory), then at the source; which of the two it is
+    follows from what it is doing.
+    """
+
+    async def job(remote: Remote) -> int:
+        state = await remote.state()
+        if state.run_state == "finish-migrate":
+            await remote.execute("migrate", uri=uri, resume=True)
+            done = f"the source connects to {uri}"
+        else:
+            await remote.execute("migrate-recover", uri=uri)
+            done = f"the destination waits at {_where(await remote.state(), uri)}"
+        if as_json:
+            write_json({"done": done, **(await remote.state()).record()})
+        else:
+            print(done, flush=True)
+        return DONE
+
+    return _run(address, as_json, job)
+
+
+def _where(state: State, uri: str) -> str:
+    """The address that it listens at, with the port that the kernel chose."""
+    for address in state.info.get("socket-address", ()):
+        if isinstance(address, str):
+            return address
+        if address.get("type") == "inet":
+            return f"tcp:{address['host']}:{address['port']}"
+    return uri
 
 
 @click.command()

@@ -15,7 +15,18 @@ import trio
 import trimig
 
 from . import display
-from .common import CANCELLED, DONE, FAILED, debug_option, json_option, run, show_size, show_time, write_json
+from .common import (
+    CANCELLED,
+    DONE,
+    FAILED,
+    PERCENT,
+    debug_option,
+    json_option,
+    run,
+    show_size,
+    show_time,
+    write_json,
+)
 from .dry_run import dry_run
 from .remote import (
     CANCEL_LIMIT,
@@ -48,6 +59,19 @@ _DECIDED_LIMIT = 60.0
     help="With --wait: cancel the migration if it has not ended by then.",
 )
 @click.option(
+    "--postcopy",
+    is_flag=True,
+    help="Switch to postcopy after the first pass over the memory: the guest runs at URI first, and the rest follows. "
+    "The destination must have -c postcopy-ram. Implies --wait.",
+)
+@click.option(
+    "--postcopy-after",
+    type=PERCENT,
+    metavar="PERCENT",
+    help="The same, as soon as that much of the memory has been sent.",
+)
+@click.option("--resume", is_flag=True, help="Take a paused postcopy migration up again, over a connection to URI.")
+@click.option(
     "--dry-run",
     "dry",
     is_flag=True,
@@ -70,6 +94,9 @@ def migrate(
     parameters: tuple[str, ...],
     wait: bool,
     timeout: float | None,
+    postcopy: bool,
+    postcopy_after: float | None,
+    resume: bool,
     dry: bool,
     seconds: float,
     as_json: bool,
@@ -82,6 +109,10 @@ def migrate(
     """
     if uri is None and not dry:
         raise click.UsageError("missing argument 'URI': where to migrate to, for example tcp:host-b:4444")
+    share = postcopy_after if postcopy_after is not None else (1.0 if postcopy else None)
+    wait = wait or share is not None
+    if dry and (share is not None or resume):
+        raise click.UsageError("a dry run moves nothing: --postcopy and --resume have no meaning for it")
     if timeout is not None and not wait:
         raise click.UsageError("--timeout needs --wait: nobody would be there to cancel")
     if dry and wait:
@@ -90,15 +121,16 @@ def migrate(
 
     async def job(remote: Remote) -> int:
         present = await remote.settings()
-        changes = read_settings(capabilities, parameters, present)
+        changes = read_settings((*capabilities, *(("postcopy-ram",) if share is not None else ())), parameters, present)
         if dry:
             return await dry_run(remote, changes, present, seconds, stop, as_json=as_json)
         assert uri is not None
-        await remote.apply(changes, present)
+        if not resume or parameters:
+            await remote.apply(changes, present)
         limit = changes.over(present).parameters.get("downtime-limit", 300) / 1000
-        await remote.execute("migrate", uri=uri)
+        await remote.execute("migrate", uri=uri, **({"resume": True} if resume else {}))
         if wait:
-            return await _wait(remote, uri, limit, timeout, stop, as_json)
+            return await _wait(remote, uri, limit, timeout, stop, as_json, None if resume else share)
         if as_json:
             write_json({"destination": uri, **(await remote.state()).record()})
         else:
@@ -117,12 +149,18 @@ def migrate(
 
 
 async def _wait(
-    remote: Remote, uri: str, downtime_limit: float, timeout: float | None, stop: Stop, as_json: bool
+    remote: Remote,
+    uri: str,
+    downtime_limit: float,
+    timeout: float | None,
+    stop: Stop,
+    as_json: bool,
+    postcopy: float | None,
 ) -> int:
     tracker = Tracker(downtime_limit)
     with display.open_view(as_json=as_json) as view:
         view.begin(f"migrating to {uri}", destination=uri)
-        state = await _watch(remote, view, tracker, timeout, stop)
+        state = await _watch(remote, view, tracker, timeout, stop, postcopy)
         code, text = _outcome(state, remote, uri, stop)
         view.end(text)
     if code == DONE:
@@ -132,10 +170,16 @@ async def _wait(
     return code
 
 
-async def _watch(remote: Remote, view: display.View, tracker: Tracker, timeout: float | None, stop: Stop) -> State:
-    """Until the migration has ended, or cannot be told any more to have."""
+async def _watch(
+    remote: Remote, view: display.View, tracker: Tracker, timeout: float | None, stop: Stop, postcopy: float | None
+) -> State:
+    """Until the migration has ended, or cannot be told any more to have.
+
+    Args:
+        postcopy: switch to it when that share of the memory has been sent; None for never.
+    """
     timer = math.inf if timeout is None else trio.current_time() + timeout
-    end, last, asked, paused = math.inf, "setup", False, False
+    end, last, asked, paused, lost = math.inf, "setup", False, False, False
     while True:
         try:
             state = await remote.state()
@@ -148,6 +192,19 @@ async def _watch(remote: Remote, view: display.View, tracker: Tracker, timeout: 
         if state.migration == "pre-switchover" and not paused:
             paused = True
             view.note(f"waiting in pre-switchover; trimig continue --qmp {remote.address} lets it go on")
+        if postcopy is not None and state.migration == "active" and _sent(state) >= postcopy:
+            postcopy = None
+            await remote.execute("migrate-start-postcopy")
+            view.note("switching to postcopy: the guest goes first, and its memory follows")
+        if state.migration == "postcopy-paused":
+            if not lost:
+                view.note(
+                    "the connection is lost, and the guest waits at the destination for its memory: trimig recover there, and then "
+                    f"trimig recover --qmp {remote.address}, take it up again"
+                )
+            if stop.asked:
+                return state
+        lost = state.migration == "postcopy-paused"
         if state.ended and state.migration != "none":  # none: accepted, and not begun yet
             return state
         now = trio.current_time()
@@ -162,6 +219,15 @@ async def _watch(remote: Remote, view: display.View, tracker: Tracker, timeout: 
             if asked:
                 await trio.sleep_forever()
             await stop.wait()
+
+
+def _sent(state: State) -> float:
+    """The share of the memory that has been sent; 1 behind the first pass."""
+    ram = state.info.get("ram", {})
+    if ram.get("dirty-sync-count", 0) > 1:
+        return 1.0
+    total = ram.get("total", 0)
+    return (ram.get("normal", 0) + ram.get("duplicate", 0)) * ram.get("page-size", 4096) / total if total else 0.0
 
 
 async def _cancel(remote: Remote, view: display.View) -> float:
@@ -204,6 +270,13 @@ def _outcome(state: State, remote: Remote, uri: str, stop: Stop) -> tuple[int, s
         if not stop.asked:
             return FAILED, f"the migration was cancelled by somebody else; {here}"
         return FAILED if stop.reason.startswith("--") else CANCELLED, f"cancelled by {stop.reason}; {here}"
+    if state.migration == "postcopy-paused":
+        raise Refused(
+            f"{stop.reason}: nobody waits here any more. The guest is at {uri} and lacks memory that is here: {remote.address} "
+            "must stay until trimig recover has brought it there"
+        )
+    if state.migration == "failed" and state.owner == "destination":
+        raise Refused(f"the guest is at {uri}, and the rest of its memory did not follow: {state.problem}")
     if state.migration == "failed":
         raise Refused(f"the migration has failed: {state.problem or 'no reason is given'}; {here}")
     raise Refused(f"the migration was to be cancelled and has not ended, it is {state.migration}; {here}")

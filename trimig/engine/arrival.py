@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
@@ -165,8 +165,13 @@ class Arrival(abc.ABC):
         except RemoteProtocolError as error:
             raise RemoteProtocolError(error.reason, offset=None if at < 0 else at, section=section.idstr) from None
 
-    async def activate(self, then: Status = Status.COMPLETED) -> None:
+    async def activate(
+        self, then: Status = Status.COMPLETED, alive: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
         """Bring the guest to life here. On return the owner is this side, and the status *then*.
+
+        Args:
+            alive: called when it lives, before anybody is told.
 
         Raises:
             GuestFailed: it does not live.
@@ -189,6 +194,8 @@ class Arrival(abc.ABC):
         self.resume_seconds = trio.current_time() - began
         if state == "running" and not isinstance(self.guest, OpaqueGuest):
             monitor.emit("RESUME")  # an opaque guest is kept, it does not run here
+        if alive is not None:
+            await alive()
         monitor.advance(then)
 
     async def keep(self, sections: Sequence[DeviceSection], description: bytes | None = None) -> None:

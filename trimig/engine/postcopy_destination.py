@@ -17,6 +17,7 @@ import trio
 
 from ..errors import GuestFailed, MigrationError, RemoteProtocolError, TransportFailed
 from ..guest import DeviceSection, DiscardableBlock, Guest, LazyGuest, MissingMemory, OpaqueGuest, Pages, RamBlock, Wait
+from ..memory import MemoryUnavailable, MissingPages
 from ..status import Status
 from ..wire import Command, Decoder, Section
 from ..wire import events as ev
@@ -49,6 +50,19 @@ def check_guest(guest: Guest) -> None:
             "a missing page would hold Python's global lock, and nobody could bring the page; use a ProcessGuest, or "
             "turn postcopy-ram off"
         )
+
+
+def obstacle(guest: Guest) -> str | None:
+    """Why *guest* could not be the destination of postcopy on this host; None if it could, as far as can be told before."""
+    try:
+        check_guest(guest)
+        if isinstance(guest, LazyGuest):
+            MissingPages.open(user_mode_only=True).close()
+    except GuestFailed as error:
+        return str(error)
+    except MemoryUnavailable as error:
+        return error.strerror or str(error)
+    return None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,6 +250,7 @@ class Ahead:
             await trio.lowlevel.checkpoint_if_cancelled()
             shield(self._nursery, math.inf)
             self._monitor.advance(Status.HANDOVER)
+            await self._pong(package)
             self._monitor.advance(Status.POSTCOPY_ACTIVE)
         else:
             for section in package.sections:
@@ -243,8 +258,10 @@ class Ahead:
             arrival.check_complete(ram=False)
             await arrival.load()
             shield(self._nursery, math.inf)
-            await arrival.activate(Status.POSTCOPY_ACTIVE)
+            await arrival.activate(Status.POSTCOPY_ACTIVE, functools.partial(self._pong, package))
         self._lives.set()
+
+    async def _pong(self, package: Package) -> None:
         for value in package.pings:
             await self._say(Pong(value=value))
 

@@ -78,6 +78,7 @@ class PostcopySender:
     async def _send(self, run: Run) -> None:
         block = self._blocks[run.block]
         await self._sender.send_run(block.name, block.pages, run.first, run.count)
+        self._counters.remaining = self._order.remaining * PAGE_SIZE
 
     async def _background(self) -> int:
         """How many pages may go that nobody waits for; 0 if somebody has begun to wait for one meanwhile."""

@@ -195,8 +195,9 @@ class Following:
     async def _lost(self, why: str) -> None:
         """The connection is gone. Who has the guest follows from how far it came."""
         monitor, departure = self._monitor, self._departure
+        if self._reader.lost is None:
+            self._reader.lost = TransportFailed(why)  # before it sees nothing but its own end closed
         await teardown.close(self._channel.stream)
-        await self._reader.wait_answer()
         self._counters.earlier += self._channel.sent
         self._counters.transferred = self._counters.earlier
         self._counters.error = why

@@ -19,11 +19,11 @@ import trio
 
 from .. import api, blockers
 from ..config import Config
-from ..errors import HandoverUncertain, MigrationError, Ownership, StateError
+from ..errors import HandoverUncertain, MigrationError, Ownership, PostcopyLost, StateError, TransportFailed
 from ..guest import Guest
 from ..info import Event, Summary
 from ..monitor import Monitor
-from ..status import IDLE, Status
+from ..status import IDLE, IN_POSTCOPY, RECOVERABLE, Status
 from . import arguments as args
 from .interface import CommandFailed, Session
 
@@ -36,7 +36,11 @@ NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 #: Statuses in which the engine, and nobody else, decides whether the guest runs.
 _SWITCHING: Final = frozenset({Status.PRE_SWITCHOVER, Status.DEVICE, Status.HANDOVER})
 #: What begins something, and so is refused while the machine ends.
-_BEGINNINGS: Final = frozenset({"cont", "migrate", "migrate-continue", "migrate-incoming", "x-trimig-settle"})
+_BEGINNINGS: Final = frozenset(
+    {"cont", "migrate", "migrate-continue", "migrate-incoming", "migrate-recover", "x-trimig-settle"}
+)
+#: Seconds until a destination that is to listen again does, or says why not.
+_LISTEN_SECONDS: Final = 5.0
 #: How long the end waits for the answer to ``quit``.
 _LAST_WORD_SECONDS: Final = 1.0
 
@@ -197,12 +201,13 @@ class Machine:
     @property
     def waiting(self) -> bool:
         """The guest has not come yet."""
-        return self.arrival != "none" and self.incoming.status is not Status.COMPLETED
+        there = self.incoming.status in IN_POSTCOPY or self.incoming.status in (Status.COMPLETED, Status.POSTCOPY_LOST)
+        return self.arrival != "none" and not there
 
     @property
     def gone(self) -> bool:
         """The guest was handed over: it is the destination's."""
-        return self.outgoing.status is Status.COMPLETED and self.guest.run_state != "running"
+        return self.outgoing.owner is Ownership.DESTINATION and self.guest.run_state != "running"
 
     @property
     def run_state(self) -> str:
@@ -214,10 +219,10 @@ class Machine:
         state = self.guest.run_state
         if state == "running":
             return state
+        if self.outgoing.status in _SWITCHING or self.outgoing.status in IN_POSTCOPY:
+            return "finish-migrate"
         if self.gone:
             return "postmigrate"
-        if self.outgoing.status in _SWITCHING:
-            return "finish-migrate"
         return "prelaunch" if state == "inmigrate" else state
 
     def check_ours(self) -> None:
@@ -226,7 +231,7 @@ class Machine:
         Raises:
             StateError: it is or may be the destination's, or is being handed over.
         """
-        if self.outgoing.status is Status.UNCERTAIN:
+        if self.outgoing.status in (Status.UNCERTAIN, Status.POSTCOPY_UNCERTAIN):
             raise StateError(
                 "it is not certain which side owns the guest: look at the destination, then say it with "
                 "x-trimig-settle {'owner': 'source' or 'destination'}"
@@ -247,7 +252,7 @@ class Machine:
         """
         if self.waiting:
             self._start_on_arrival(False)
-        elif self.outgoing.status in _SWITCHING:
+        elif self.outgoing.status in _SWITCHING or self.outgoing.status in IN_POSTCOPY:
             raise StateError(
                 "Migration is not finalized yet: the guest stands still for it, and stays so if it succeeds"
             )
@@ -376,6 +381,9 @@ class Machine:
         forget = self.incoming.add_listener(heard)
         try:
             self.summary = await api.receive(self.guest, uri, self.config, monitor=self.incoming)
+        except PostcopyLost as error:
+            self.arrival = "none"  # the guest has come, and stands still
+            log.error("%s", error)
         except MigrationError as error:
             self.arrival = "failed"
             log.warning("nothing has arrived: %s", error)
@@ -387,6 +395,33 @@ class Machine:
             leave()
             waiting.set()
             done()
+
+    async def recover(self, uri: str) -> None:
+        """Listen at *uri* for the source of a paused postcopy; returns when somebody can connect there.
+
+        Raises:
+            StateError: nothing is paused, or that was asked for already.
+            MigrationError: nobody can.
+
+        **Cancellation:** it goes on in the background.
+        """
+        heard: list[Event] = []
+        told = trio.Event()
+
+        def hear(event: Event) -> None:
+            if event.name in ("LISTENING", "RECOVERY_FAILED"):
+                heard.append(event)
+                told.set()
+
+        forget = self.incoming.add_listener(hear)
+        try:
+            self.incoming.recover(uri)
+            with trio.move_on_after(_LISTEN_SECONDS):
+                await told.wait()
+        finally:
+            forget()
+        if heard and heard[0].name == "RECOVERY_FAILED":
+            raise TransportFailed(str(heard[0].data["reason"]))
 
     def arrival_asked(self) -> None:
         """Somebody has given an address for the arrival, be it a good one or not: QEMU says so, asked for or not."""
@@ -415,10 +450,13 @@ class Machine:
         **Cancellation:** the migrations go on, and the guest may run.
         """
         for monitor in (self.outgoing, self.incoming):
+            # Memory that follows is waited for; a connection that is lost is not.
+            monitor.add_listener(functools.partial(_abandon, monitor, reason))
+            _abandon(monitor, reason)
             try:
                 monitor.cancel(reason)
             except StateError as error:
-                log.warning("%s; waiting for its answer", error)
+                log.warning("%s; waiting for its end", error)
         for done in tuple(self._jobs):
             await done.wait()
         if self.guest.run_state == "running":
@@ -434,6 +472,10 @@ class Machine:
 
         **Cancellation:** as :meth:`trimig.HandoverUncertain.settle`.
         """
+        if self.outgoing.status is Status.POSTCOPY_UNCERTAIN:
+            self.outgoing.abandon("it was settled who owns the guest")
+            for done in tuple(self._jobs):
+                await done.wait()
         if self.uncertain is None or self.outgoing.status is not Status.UNCERTAIN:
             raise StateError("nothing is to be settled: it is certain which side owns the guest")
         await self.uncertain.settle(owner)
@@ -458,3 +500,9 @@ class Machine:
         for fd in self.descriptors.values():
             os.close(fd)
         self.descriptors.clear()
+
+
+def _abandon(monitor: Monitor, reason: str, _: Event | None = None) -> None:
+    """The process ends, so nobody would take a paused migration up again."""
+    if monitor.status in RECOVERABLE and monitor.given_up is None:
+        monitor.abandon(reason)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from .. import blockers, transport
 from ..errors import ConfigError, Ownership
-from ..status import Status
+from ..status import RECOVERABLE, Status
 from .arguments import Argument, check, check_value
 from .interface import CommandFailed, Session
 from .machine import Command, Machine
@@ -29,7 +29,7 @@ async def migrate(machine: Machine, arguments: Mapping[str, Any], session: Sessi
     """``migrate``: the checks in QEMU's order, then the migration in the background."""
     uri = _uri(arguments)
     if arguments.get("resume"):
-        raise CommandFailed("Cannot resume if there is no paused migration (postcopy is not built into trimig yet)")
+        return _resume(machine, uri)
     if machine.outgoing.status is Status.UNCERTAIN:
         machine.check_ours()
     if machine.busy:
@@ -183,21 +183,41 @@ async def query_migrate(machine: Machine, arguments: Mapping[str, Any], session:
     return machine.info()
 
 
+def _resume(machine: Machine, uri: str) -> dict[str, Any]:
+    """``migrate`` with ``resume``: another connection for a paused postcopy."""
+    if machine.outgoing.status not in RECOVERABLE:
+        raise CommandFailed("Cannot resume if there is no paused migration")
+    to, _ = _resolve(machine, uri)
+    machine.outgoing.recover(to)
+    return {}
+
+
 async def start_postcopy(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``migrate-start-postcopy``: refused, because the capability cannot be on."""
-    raise CommandFailed(
-        "Enable postcopy with migrate_set_capability before the start of migration (postcopy is not built into trimig yet)"
-    )
+    """``migrate-start-postcopy``: from now on; harmless when the migration is over."""
+    if not machine.config.capabilities.postcopy_ram:
+        raise CommandFailed("Enable postcopy with migrate_set_capability before the start of migration")
+    if machine.outgoing.status is Status.NONE:
+        raise CommandFailed("Start a migration before postcopy")
+    machine.outgoing.start_postcopy()
+    return {}
 
 
 async def migrate_pause(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``migrate-pause``: refused."""
+    """``migrate-pause``: drop the connection in postcopy, on either side."""
+    for monitor in (machine.outgoing, machine.incoming):
+        if monitor.status is Status.POSTCOPY_ACTIVE:
+            monitor.pause("migrate-pause")
+            return {}
     raise CommandFailed("migrate-pause is currently only supported during postcopy-active state")
 
 
 async def migrate_recover(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``migrate-recover``: refused."""
-    raise CommandFailed("Migrate recover can only be run when postcopy is paused.")
+    """``migrate-recover``: a destination listens again."""
+    if machine.incoming.status is not Status.POSTCOPY_PAUSED:
+        raise CommandFailed("Migrate recover can only be run when postcopy is paused.")
+    to, _ = _resolve(machine, arguments["uri"])
+    await machine.recover(to)
+    return {}
 
 
 async def settle(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:

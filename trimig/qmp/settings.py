@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ..config import CAPABILITY_NAMES, Capabilities, Parameters, check_idle
+from ..engine.postcopy_destination import obstacle
 from ..status import IDLE, Status
 from .arguments import Argument, check_value
 from .interface import CommandFailed, Session
@@ -39,7 +40,11 @@ async def set_capabilities(machine: Machine, arguments: Mapping[str, Any], sessi
     if machine.incoming.status is not Status.SETUP:  # where nobody has connected yet, nothing has begun
         check_idle(machine.incoming.status.value)
     changed = Capabilities.from_qmp(arguments["capabilities"], machine.config.capabilities)
-    changed.check(before=machine.config.capabilities, inmigrate=machine.waiting)
+    changed.check(
+        before=machine.config.capabilities,
+        inmigrate=machine.waiting,
+        postcopy_obstacle=obstacle(machine.guest) if changed.postcopy_ram else None,
+    )
     machine.config = dataclasses.replace(machine.config, capabilities=changed)
     machine.incoming.reconfigure(capabilities=changed)
     return {}
