@@ -309,8 +309,11 @@ class LazyGuest(Guest, Protocol):
         **Cancellation:** the guest is as it was, or slower.
         """
 
-    async def memory_is_whole(self) -> object:
-        """No page is missing any more; the memory has been closed. Returns what the guest measured, if anything.
+    async def memory_is_whole(self) -> Sequence[float]:
+        """No page is missing any more; the memory has been closed.
+
+        Returns:
+            Seconds that each of its processors has waited for pages, as far as it has measured that.
 
         Raises:
             GuestFailed: it does not answer.

@@ -133,6 +133,8 @@ class Counters:
     remaining: int = 0
     normal: int = 0
     duplicate: int = 0
+    #: Destination: seconds that each processor has waited for pages, where that is measured.
+    blocktime: tuple[float, ...] | None = None
     #: Bytes that were sent over connections which are lost.
     earlier: int = 0
     #: Pages that a guest in postcopy was found waiting for.
@@ -200,6 +202,10 @@ def query_migrate(
     if status in _EXPLAINED and c.error is not None:
         info["error-desc"] = c.error
     if role is Role.DESTINATION:
+        if c.blocktime is not None and status is Status.COMPLETED:
+            # All of them at once; with one processor that is its own time, with several at most the least.
+            info["postcopy-blocktime"] = _ms(min(c.blocktime, default=0.0))
+            info["postcopy-vcpu-blocktime"] = [_ms(seconds) for seconds in c.blocktime]
         return info
     if c.dirty_tracking:
         info["dirty-tracking"] = c.dirty_tracking

@@ -126,7 +126,9 @@ async def move(here: PageBitmap, rate: int) -> tuple[Sending, PostcopyReceiver]:
             nursery.cancel_scope.cancel()
         assert receiver.missing_runs() == {}
         memory.close()
-        assert (await target.memory_is_whole()).touches > 0
+        await target.memory_is_whole()
+        assert target.touch_times is not None
+        assert target.touch_times.touches > 0
         before = (await target.stats()).writes
         while (await target.stats()).writes < before + 100:  # noqa: ASYNC110 - it is another process
             await trio.sleep(0.002)

@@ -26,11 +26,12 @@ import trio
 
 import trimig
 
-from . import demo_figures, display
+from . import demo_figures, display, postcopy
 from .common import (
     CANCELLED,
     DONE,
     FAILED,
+    PERCENT,
     RAM_SIZE,
     SIZE,
     UNCERTAIN,
@@ -179,6 +180,9 @@ class Options:
     dirty_rate: int
     hops: int
     config: trimig.Config
+    #: Shares, see :class:`trimig.cli.postcopy.Plan`; None for no postcopy, and for no cut.
+    postcopy_after: float | None = None
+    cut_after: float | None = None
 
 
 class Demo:
@@ -295,6 +299,12 @@ class Demo:
             (self.source.pid, self.destination.pid),
             self.source.report["summary"],
             self.destination.report["summary"],
+            {
+                key: report[key]
+                for report in (self.source.report, self.destination.report)
+                for key in ("page_faults", "fault_median_ms", "fault_p99_ms", "recoveries")
+                if key in report and self._options.postcopy_after is not None
+            },
         )
         self.hops.append(hop)
         self._view.end(f"{title}: {hop.sentence}", **hop.record)
@@ -342,7 +352,13 @@ class Demo:
         match message["event"]:
             case "listening" if not self._interrupted and self.source.ended is None:
                 self._pending.add(self.source)
-                await self.source.ask("migrate", uri=message["uri"], config=pack_config(self._options.config))
+                await self.source.ask(
+                    "migrate",
+                    uri=message["uri"],
+                    config=pack_config(self._options.config),
+                    postcopy_after=self._options.postcopy_after,
+                    cut_after=self._options.cut_after,
+                )
             case "listening":
                 await host.ask("cancel")
             case "progress":
@@ -497,6 +513,13 @@ class Demo:
     metavar="N",
     help="Migrate N times, back and forth.",
 )
+@postcopy.options
+@click.option(
+    "--cut-after",
+    type=PERCENT,
+    metavar="PERCENT",
+    help="With postcopy: cut the connection when that much of the rest has followed, and let both sides recover.",
+)
 @config_options(trimig.Config(parameters=trimig.Parameters(max_bandwidth=0)))
 @json_option
 @debug_option
@@ -507,6 +530,8 @@ def demo(
     bandwidth: int | None,
     downtime_limit: int | None,
     hops: int,
+    postcopy_after: float | None,
+    cut_after: float | None,
     config: trimig.Config,
     as_json: bool,
 ) -> int:
@@ -515,6 +540,9 @@ def demo(
     Starts two hosts, and in one of them a guest that keeps writing its memory. The guest is migrated to the other host
     while it runs. At the end every word of its memory is compared with what its journal of writes says. Needs neither
     root nor QEMU.
+
+    With --postcopy the guest goes first, and its memory follows while it runs there: --cut-after shows what a lost
+    connection does to it then.
 
     The figures go to stdout, progress to stderr. With --json there is one object on stdout, and progress is one object
     on each line of stderr.
@@ -525,10 +553,24 @@ def demo(
         raise click.UsageError(f"--hot {show_size(hot)} does not fit into --size {show_size(size)}")
     if dirty_rate and hot < 4096:
         raise click.UsageError("--dirty-rate needs at least one page of 4096 bytes in --hot to write to")
+    if postcopy_after is None and cut_after is not None:
+        raise click.UsageError("--cut-after needs --postcopy: before the switch a lost connection ends the migration")
+    if postcopy_after is not None:
+        config = postcopy.recovering(config, None, on=True)
+        if downtime_limit is None:
+            downtime_limit = 0  # what fits the limit would be sent before the guest goes
     changes = {"max_bandwidth": bandwidth, "downtime_limit": downtime_limit}
     changes = {name: value for name, value in changes.items() if value is not None}
     config = dataclasses.replace(config, parameters=config.parameters.replace(**changes))
-    options = Options(size=size, hot=hot, dirty_rate=dirty_rate, hops=hops, config=config)
+    options = Options(
+        size=size,
+        hot=hot,
+        dirty_rate=dirty_rate,
+        hops=hops,
+        config=config,
+        postcopy_after=postcopy_after,
+        cut_after=cut_after,
+    )
     with display.open_view(as_json=as_json) as view, Demo(options, view) as stage:
         results: list[Message] = []
 

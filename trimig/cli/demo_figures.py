@@ -19,10 +19,17 @@ class Hop:
     record: dict[str, Any]
 
     @classmethod
-    def of(cls, number: int, hosts: tuple[int, int], source: dict[str, Any], destination: dict[str, Any]) -> Self:
-        """From the two summaries (:func:`trimig.cli.common.summary_record`). Only the destination knows how long it
+    def of(
+        cls,
+        number: int,
+        hosts: tuple[int, int],
+        source: dict[str, Any],
+        destination: dict[str, Any],
+        postcopy: dict[str, Any],
+    ) -> Self:
+        """From what the hosts say of postcopy, and the two summaries (:func:`trimig.cli.common.summary_record`). Only the destination knows how long it
         took to resume the guest; that time is inside what the source saw as ``commit``."""
-        record = {"hop": number, "source": hosts[0], "destination": hosts[1], **source}
+        record = {"hop": number, "source": hosts[0], "destination": hosts[1], **source, **postcopy}
         del record["role"]
         record["downtime"] = {**source["downtime"], "resume": destination["downtime"]["resume"]}
         record["warnings"] = list(dict.fromkeys([*source["warnings"], *destination["warnings"]]))
@@ -58,6 +65,19 @@ def overall(hops: Sequence[Hop]) -> dict[str, Any]:
         "normal_bytes": normal,
         "zero_bytes": zero,
         "dirty_tracking": ", ".join(methods),
+        **_postcopy(records),
+    }
+
+
+def _postcopy(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Faults and recoveries are sums, the median and the 99th percentile those of the worst hop; nothing in precopy."""
+    if "page_faults" not in records[0]:
+        return {}
+    return {
+        "page_faults": sum(r["page_faults"] for r in records),
+        "fault_median_ms": max(r["fault_median_ms"] for r in records),
+        "fault_p99_ms": max(r["fault_p99_ms"] for r in records),
+        "recoveries": sum(r["recoveries"] for r in records),
     }
 
 
@@ -85,6 +105,11 @@ def text(result: dict[str, Any]) -> str:
         ("bytes sent", show_size(result["transferred_bytes"])),
         ("dirty tracking", result["dirty_tracking"]),
     ]  # fmt: skip
+    if "page_faults" in result:
+        cuts = result["recoveries"]
+        lost = f"; the connection was lost {cuts} time{'s' if cuts != 1 else ''}, and taken up again" if cuts else ""
+        median, p99 = result["fault_median_ms"], result["fault_p99_ms"]
+        rows.append(("page faults", f"{result['page_faults']}, median {median:.2f} ms, 99 % within {p99:.2f} ms{lost}"))
     lines += [f"  {name:<16}{value}" for name, value in rows]
     return "\n".join(lines)
 

@@ -31,7 +31,7 @@ import trio
 
 import trimig
 
-from . import display
+from . import display, postcopy
 from .common import alongside, error_record, summary_record
 
 #: No packet is longer.
@@ -131,23 +131,42 @@ class Host:
         receive = functools.partial(
             trimig.receive, self._guest, "tcp:127.0.0.1:0", _unpack_config(config), monitor=monitor
         )
-        return {"summary": summary_record(await alongside(receive, functools.partial(self._announce, monitor)))}
+        summary = await alongside(receive, functools.partial(self._announce, monitor))
+        times = self._guest.touch_times
+        return {
+            "summary": summary_record(summary),
+            "page_faults": 0 if times is None else times.waits,
+            "fault_median_ms": 0.0 if times is None else round(times.median / 1e6, 3),
+            "fault_p99_ms": 0.0 if times is None else round(times.p99 / 1e6, 3),
+        }
 
     async def _announce(self, monitor: trimig.Monitor) -> None:
         while not monitor.addresses:
             await monitor.wait_changed()
         await self._tell(event="listening", op="receive", uri=monitor.addresses[0])
 
-    async def do_migrate(self, uri: str, config: str) -> dict[str, Any]:
+    async def do_migrate(
+        self, uri: str, config: str, postcopy_after: float | None = None, cut_after: float | None = None
+    ) -> dict[str, Any]:
         """Send the guest away, and end what is left of it here once the destination owns it."""
         assert self._guest is not None
         monitor = self._monitor = trimig.Monitor()
         migrate = functools.partial(trimig.migrate, self._guest, uri, _unpack_config(config), monitor=monitor)
+        if postcopy_after is not None:
+            plan = postcopy.Plan(after=postcopy_after, cut_after=cut_after)
+            migrate = functools.partial(alongside, migrate, functools.partial(plan.follow, monitor))
+        recoveries = 0
+
+        def count(event: trimig.Event) -> None:
+            nonlocal recoveries
+            recoveries += event.name == "MIGRATION" and event.data["status"] == "postcopy-recover"
+
+        monitor.add_listener(count)
         summary = await alongside(migrate, functools.partial(display.follow, monitor, self._tell_picture))
         # Whoever follows may have been cancelled before it had told the last one.
         await self._tell_picture(display.picture(monitor))
         self.end_guest()
-        return {"summary": summary_record(summary)}
+        return {"summary": summary_record(summary), "recoveries": recoveries}
 
     async def _tell_picture(self, now: display.Picture) -> None:
         await self._tell(event="progress", op="migrate", picture=dataclasses.asdict(now))

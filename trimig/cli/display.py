@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: The guest is at the destination, and memory is not.
+FOLLOWING: Final = frozenset({"postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-uncertain"})
 #: Seconds between two pictures of a running migration.
 EVERY: Final = 0.2
 #: Seconds between two plain lines.
@@ -78,6 +80,8 @@ class Picture:
         """One plain line."""
         if self.role == "destination":
             return f"{self.phase}: {show_size(self.sent)} received"
+        if self.status in FOLLOWING:
+            return f"{self.phase}: the guest runs there, {show_size(self.remaining)} of its memory remain here"
         if self.phase == "first copy":
             done = self.copied * 100 // self.total if self.total else 0
             return f"first copy: {done} %, {show_size(self.sent)} sent at {show_size(self.bandwidth)}/s"
@@ -108,7 +112,7 @@ def picture(monitor: trimig.Monitor) -> Picture:
         total=s.total,
         copied=copied,
         sent=s.transferred,
-        remaining=s.total - copied if s.iteration <= 1 else s.remaining,
+        remaining=s.total - copied if s.iteration <= 1 and s.status.value not in FOLLOWING else s.remaining,
         bandwidth=s.bandwidth,
         dirty_rate=s.dirty_rate,
         expected_downtime=_finite(s.expected_downtime),
@@ -318,6 +322,8 @@ class LiveView:
             )
         elif state == "chase":
             head.add_row(self._title, f"chase: {show_size(now.remaining)} left after {now.elapsed:.1f} s")
+        elif now.status in FOLLOWING:
+            head.add_row(self._title, f"{state}: {show_size(now.remaining)} of its memory remain here")
         else:
             head.add_row(self._title, state)
         table = Table(box=box.SIMPLE, pad_edge=False)

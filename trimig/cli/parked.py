@@ -18,7 +18,7 @@ import trimig
 from trimig import stream, transport
 from trimig.errors import Ownership
 
-from . import display
+from . import display, postcopy
 from .common import (
     DONE,
     alongside,
@@ -40,13 +40,18 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.argument("uri")
 @click.option("--save", "file", metavar="FILE", required=True, type=_FILE, help="Keep the guest in this file.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@postcopy.recover_option
 @migration_options
-def receive(uri: str, file: Path, force: bool, config: trimig.Config, as_json: bool) -> int:
+def receive(uri: str, file: Path, force: bool, recover_for: float | None, config: trimig.Config, as_json: bool) -> int:
     """Be the destination of a QEMU or trimig that migrates to URI, and keep its guest in FILE.
 
     FILE appears when the guest is complete and on the disk; only then the source is told so. It is a plain stream: a
     QEMU of the same machine type loads it with -incoming "exec:cat FILE".
+
+    With -c postcopy-ram the source may switch to postcopy: the guest is ready when its last page has come. If the
+    connection is lost behind the switch, URI is waited at again.
     """
+    config = postcopy.recovering(config, recover_for)
     transport.check(uri)
     _check_target(file, force=force)
     return run(functools.partial(_receive, uri, file, force, config, as_json), as_json=as_json)
@@ -130,13 +135,26 @@ async def _announce(monitor: trimig.Monitor, view: display.View, as_json: bool) 
 @click.command()
 @click.argument("file", type=_FILE)
 @click.argument("uri")
+@postcopy.options
+@postcopy.recover_option
 @migration_options
-def send(file: Path, uri: str, config: trimig.Config, as_json: bool) -> int:
+def send(
+    file: Path,
+    uri: str,
+    postcopy_after: float | None,
+    recover_for: float | None,
+    config: trimig.Config,
+    as_json: bool,
+) -> int:
     """Give the guest in FILE to the QEMU or trimig that waits at URI.
 
     FILE may be one that trimig receive has saved, or any stream that a QEMU has written to a file. It is not changed.
     What became of it is kept in FILE.owner; if it cannot be known, trimig settle says it.
+
+    --postcopy turns the capability postcopy-ram on, which the destination must have too.
     """
+    plan = None if postcopy_after is None else postcopy.Plan(after=postcopy_after)
+    config = postcopy.recovering(config, recover_for, on=plan is not None)
     transport.check(uri)
     with stream.locked(file):
         record = stream.read_record(file)
@@ -147,7 +165,7 @@ def send(file: Path, uri: str, config: trimig.Config, as_json: bool) -> int:
                 f"warning: {file} was handed over to {record.destination} from {record.host} at {record.time}; it is "
                 "sent again, so there may be two of this guest"
             )
-        return run(functools.partial(_send, file, uri, record, config, as_json), as_json=as_json)
+        return run(functools.partial(_send, file, uri, record, config, plan, as_json), as_json=as_json)
 
 
 def _unsettled(file: Path, record: stream.OwnerRecord) -> trimig.HandoverUncertain:
@@ -164,7 +182,14 @@ def _how_to_settle(file: Path, destination: str) -> str:
     )
 
 
-async def _send(file: Path, uri: str, before: stream.OwnerRecord | None, config: trimig.Config, as_json: bool) -> int:
+async def _send(
+    file: Path,
+    uri: str,
+    before: stream.OwnerRecord | None,
+    config: trimig.Config,
+    plan: postcopy.Plan | None,
+    as_json: bool,
+) -> int:
     monitor = trimig.Monitor()
     uncertain: trimig.HandoverUncertain | None = None
     sent = False
@@ -177,7 +202,10 @@ async def _send(file: Path, uri: str, before: stream.OwnerRecord | None, config:
             trimig.migrate, guest, uri, _as_the_file(config, profile), monitor=monitor, commit=commit
         )
         try:
-            summary = await display.watched(call, monitor, view)
+            steered = (
+                call if plan is None else functools.partial(alongside, call, functools.partial(plan.follow, monitor))
+            )
+            summary = await display.watched(steered, monitor, view)
             sent = True
         except trimig.HandoverUncertain as error:
             uncertain = error

@@ -11,7 +11,15 @@ from typing import Final
 
 #: Capabilities, in QMP spelling, that may be turned on.
 BUILT: Final[frozenset[str]] = frozenset(
-    {"events", "pause-before-switchover", "postcopy-ram", "return-path", "validate-uuid"}
+    {
+        "events",
+        "pause-before-switchover",
+        "postcopy-blocktime",
+        "postcopy-ram",
+        "release-ram",
+        "return-path",
+        "validate-uuid",
+    }
 )
 
 #: Values of ``multifd-compression`` that may be chosen.

@@ -270,7 +270,9 @@ class Ahead:
         memory, self._memory = self._memory, None
         memory.close()
         if isinstance(self._guest, LazyGuest):
-            await self._guest.memory_is_whole()
+            waited = await self._guest.memory_is_whole()
+            if self._monitor.config.capabilities.postcopy_blocktime:
+                self._counters.blocktime = tuple(waited)
         else:
             await self._keep(package)
         self._monitor.advance(Status.COMPLETED)

@@ -11,9 +11,10 @@ from typing import Final
 
 import trio
 
-from ..guest import PAGE_SIZE, RamBlock
+from ..guest import PAGE_SIZE, DiscardableBlock, RamBlock
 from ..monitor import Counters
 from ..policy.postcopy import PageOrder, Run
+from ..wire.postcopy import runs_of
 from ..wire.return_path import PageRequest
 from .channel import Channel
 from .limiter import Limiter
@@ -52,6 +53,9 @@ class PostcopySender:
         self._order = order
         self._counters = counters
         self._idle: trio.CancelScope | None = None
+        #: Give pages that have been sent back to the host (release-ram). Nobody can be sent them again then.
+        self.release = False
+        self._released = False
 
     def request(self, message: PageRequest) -> None:
         """The guest waits for these bytes; the decoder of the return path has looked at the range."""
@@ -71,6 +75,7 @@ class PostcopySender:
         """
         self._channel.keep_queue_short()
         while self._order.remaining:
+            self._release_sent()
             limit = _REQUESTED_PAGES if self._order.urgent else await self._background()
             if limit and (run := self._order.next_run(limit)) is not None:
                 await self._send(run)
@@ -79,6 +84,16 @@ class PostcopySender:
         block = self._blocks[run.block]
         await self._sender.send_run(block.name, block.pages, run.first, run.count)
         self._counters.remaining = self._order.remaining * PAGE_SIZE
+        if self._released:
+            _give_back(block, run.first, run.count)
+
+    def _release_sent(self) -> None:
+        """Once, between two runs: what had been sent before it was allowed."""
+        if self.release and not self._released:
+            self._released = True
+            for block, unsent in zip(self._blocks, self._order.unsent, strict=True):
+                for first, end in runs_of(~unsent).tolist():
+                    _give_back(block, first, end - first)
 
     async def _background(self) -> int:
         """How many pages may go that nobody waits for; 0 if somebody has begun to wait for one meanwhile."""
@@ -88,3 +103,8 @@ class PostcopySender:
             count = await self._limiter.pages(min(_BACKGROUND_PAGES, self._order.remaining))
         self._idle = None
         return count
+
+
+def _give_back(block: RamBlock, first: int, count: int) -> None:
+    if isinstance(block, DiscardableBlock):
+        block.discard_slice(first, count)

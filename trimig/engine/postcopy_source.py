@@ -105,6 +105,8 @@ class Following:
         """
         while (why := await self._send()) is not None:
             await self._lost(why)
+            if self._sender.release:
+                raise PostcopyLost(f"{why}; it cannot be recovered, because release-ram has given the sent memory back")
             await self._recover()
         c, departure = self._counters, self._departure
         departure.answered = departure.confirmed = True
@@ -187,6 +189,7 @@ class Following:
         if self._monitor.status is Status.HANDOVER:
             if self._scope is not None and not self._all_sent:
                 self._scope.deadline = math.inf
+            self._sender.release = self._config.capabilities.release_ram
             self._monitor.advance(Status.POSTCOPY_ACTIVE)
             shield(self._nursery, math.inf)
 

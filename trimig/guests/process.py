@@ -62,14 +62,17 @@ class WorkerStats:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TouchTimes:
-    """How long the worker waited for its pages while some were missing; those that were there count, too."""
+    """How long the worker waited for its pages while some were missing. All times are in nanoseconds."""
 
     #: Pages that it touched.
     touches: int
-    #: Nanoseconds.
+    #: Those that it had to wait for; the rest is about them.
+    waits: int
     median: float
-    #: Nanoseconds, the 99th percentile.
+    #: The 99th percentile.
     p99: float
+    #: The sum.
+    blocked: float
 
 
 class Worker:
@@ -247,6 +250,8 @@ class ProcessGuest(GuestBase):
         self.add_device(self._journal)
         self._method = dirty_tracking
         self._range = TrackedRange(name=block.name, address=0, pages=state.ram_pages)
+        #: How it waited for its memory when it last came before it (postcopy).
+        self.touch_times: TouchTimes | None = None
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -417,8 +422,10 @@ class ProcessGuest(GuestBase):
             raise
         return memory
 
-    async def memory_is_whole(self) -> TouchTimes:
-        """No page is missing any more; how long the worker waited for those that were.
+    async def memory_is_whole(self) -> Sequence[float]:
+        """No page is missing any more; how long the worker waited for those that were, in seconds (its one processor).
+
+        The details are in :attr:`touch_times` from then on.
 
         Raises:
             GuestFailed: the worker died, does not answer, or was not told that pages are missing.
@@ -426,7 +433,8 @@ class ProcessGuest(GuestBase):
         **Cancellation:** it may have been told; then it cannot be told again.
         """
         reply = await self._worker.call("whole")
-        return TouchTimes(**{key: value for key, value in reply.items() if key != "id"})
+        self.touch_times = TouchTimes(**{key: value for key, value in reply.items() if key != "id"})
+        return (self.touch_times.blocked / 1e9,)
 
     async def save_devices(self) -> Sequence[DeviceSection]:
         """The journal. GuestFailed if the worker runs.

@@ -67,9 +67,10 @@ class LazyScriptedGuest(ScriptedGuest):
         self.memory = ScriptedMemory(self)
         return self.memory
 
-    async def memory_is_whole(self) -> None:
+    async def memory_is_whole(self) -> Sequence[float]:
         """Nothing is missing. **Cancellation:** no effect."""
         await trio.lowlevel.checkpoint()
+        return (0.0,)
 
 
 class ScriptedMemory:

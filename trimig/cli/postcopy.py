@@ -1,0 +1,104 @@
+"""The options of postcopy for commands that migrate by themselves, and the task that acts on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import click
+
+import trimig
+from trimig.status import TERMINAL
+
+from .common import PERCENT
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: Seconds between two looks.
+_EVERY: Final = 0.01
+_PAGE: Final = 4096
+#: Seconds.
+_RECOVERY: Final = 60.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """When to switch to postcopy, and when to lose the connection on purpose; shares of the memory, 0 to 1."""
+
+    after: float
+    #: Of what is left at the switch; None for never.
+    cut_after: float | None = None
+
+    async def follow(self, monitor: trimig.Monitor) -> None:
+        """Do it, once each, while *monitor*'s migration goes on.
+
+        **Cancellation:** nothing more is done.
+        """
+        async for now in monitor.watch(_EVERY):
+            if now.status in TERMINAL:
+                return
+            if now.total and now.status is trimig.Status.ACTIVE and _sent(now) >= self.after:
+                monitor.start_postcopy()
+                break
+        if self.cut_after is None:
+            return
+        begun: trimig.Statistics | None = None
+        async for now in monitor.watch(_EVERY):
+            if now.status is not trimig.Status.POSTCOPY_ACTIVE:
+                continue
+            begun = begun or now
+            if not begun.remaining or 1 - now.remaining / begun.remaining >= self.cut_after:
+                monitor.pause("the connection was cut on purpose (--cut-after)")
+                return
+
+
+def _sent(now: trimig.Statistics) -> float:
+    """The share of the memory that has been sent in the first pass; 1 behind it."""
+    return 1.0 if now.iteration > 1 else (now.normal_pages + now.zero_pages) * _PAGE / now.total
+
+
+def options(command: F) -> F:
+    """``--postcopy`` and ``--postcopy-after``; the command gets ``postcopy_after: float | None``."""
+
+    @click.option(
+        "--postcopy",
+        is_flag=True,
+        help="Switch to postcopy after the first pass: the guest runs at the destination, and its memory follows.",
+    )
+    @click.option(
+        "--postcopy-after",
+        type=PERCENT,
+        metavar="PERCENT",
+        help="The same, as soon as that much of the memory has been sent; for example 40%.",
+    )
+    @functools.wraps(command)
+    def decorated(*args: Any, postcopy: bool, postcopy_after: float | None, **kwargs: Any) -> Any:
+        after = postcopy_after if postcopy_after is not None else (1.0 if postcopy else None)
+        return command(*args, postcopy_after=after, **kwargs)
+
+    return decorated  # type: ignore[return-value]  # the same callable with other keywords: not expressible
+
+
+recover_option: Final = click.option(
+    "--recover-for",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="In postcopy: when the connection is lost, look for the other side again for so long.  [default: 60]",
+)
+
+
+def recovering(config: trimig.Config, seconds: float | None, *, on: bool = False) -> trimig.Config:
+    """*config* with a lost connection tried again for so long (60 s for None), and with *on* the capability, too."""
+    capabilities = dataclasses.replace(config.capabilities, postcopy_ram=True) if on else config.capabilities
+    if not capabilities.postcopy_ram:
+        return config
+    if seconds is None and config.recovery_retry:
+        return dataclasses.replace(config, capabilities=capabilities)  # from a file
+    return dataclasses.replace(
+        config,
+        capabilities=capabilities,
+        recovery_retry=True,
+        recovery_timeout=_RECOVERY if seconds is None else seconds,
+    )
