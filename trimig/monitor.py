@@ -231,7 +231,7 @@ class Monitor:
         """Drop the connection in postcopy, to take it up again over another one (:meth:`recover`).
 
         Raises:
-            StateError: the status is not `postcopy-active` or `postcopy-recover`.
+            StateError: the status is not `postcopy-active` or `postcopy-recover`, or everything has been sent.
         """
         if self._status not in (Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER) or self._interrupt is None:
             raise StateError(

@@ -51,8 +51,9 @@ async def test_a_guest_runs_on_memory_that_follows() -> None:
             order = PageOrder([chosen.copy()])
             await target.activate("running")
             served = 0
-            while (run := order.next_run(4)) is not None:
-                memory.place(run.block, run.first, source.block.pages[run.first : run.first + run.count])
+            while (run := order.next_batch(4)) is not None:
+                for page in run.pages.tolist():
+                    memory.place(run.block, page, source.block.pages[page : page + 1])
                 served += run.urgent
                 with trio.move_on_after(0.001):
                     await trio.lowlevel.wait_readable(memory.fileno())

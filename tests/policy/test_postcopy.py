@@ -8,48 +8,57 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimig.guest import PageBitmap
-from trimig.policy.postcopy import PageOrder, Run
+from trimig.policy.postcopy import PageOrder
 
 
 def bitmap(text: str) -> PageBitmap:
     return np.array([c == "x" for c in text], np.bool_)
 
 
-def urgent(block: int, first: int, count: int) -> Run:
-    return Run(block=block, first=first, count=count, urgent=True)
+#: Block, pages, whether somebody waits.
+Seen = tuple[int, list[int], bool]
 
 
-def background(block: int, first: int, count: int) -> Run:
-    return Run(block=block, first=first, count=count, urgent=False)
+def urgent(block: int, *pages: int) -> Seen:
+    return block, list(pages), True
 
 
-def drain(order: PageOrder, limit: int = 100) -> list[Run]:
-    runs = []
-    while (run := order.next_run(limit)) is not None:
-        runs.append(run)
+def background(block: int, *pages: int) -> Seen:
+    return block, list(pages), False
+
+
+def take(order: PageOrder, limit: int) -> Seen | None:
+    batch = order.next_batch(limit)
+    return None if batch is None else (batch.block, batch.pages.tolist(), batch.urgent)
+
+
+def drain(order: PageOrder, limit: int = 100) -> list[Seen]:
+    batches = []
+    while (batch := take(order, limit)) is not None:
+        batches.append(batch)
     assert order.remaining == 0
-    return runs
+    return batches
 
 
 def test_without_requests_the_blocks_in_their_order() -> None:
     order = PageOrder([bitmap("xx.x"), bitmap("...."), bitmap("..xx")])
     assert order.remaining == 5
-    assert drain(order) == [background(0, 0, 2), background(0, 3, 1), background(2, 2, 2)]
+    assert drain(order) == [background(0, 0, 1, 3), background(2, 2, 3)]
 
 
 def test_nothing_to_send() -> None:
-    assert PageOrder([bitmap("..")]).next_run(1) is None
-    assert PageOrder([]).next_run(1) is None
+    assert PageOrder([bitmap("..")]).next_batch(1) is None
+    assert PageOrder([]).next_batch(1) is None
 
 
 def test_a_request_goes_first_and_its_neighbours_next() -> None:
     """F16, O: what was before it comes last."""
     order = PageOrder([bitmap("x" * 10)])
-    assert order.next_run(2) == background(0, 0, 2)
+    assert take(order, 2) == background(0, 0, 1)
     assert order.request(0, 6, 1)
     assert order.urgent
-    assert order.next_run(2) == urgent(0, 6, 1)
-    assert drain(order, 2) == [background(0, 7, 2), background(0, 9, 1), background(0, 2, 2), background(0, 4, 2)]
+    assert take(order, 2) == urgent(0, 6)
+    assert drain(order, 2) == [background(0, 7, 8), background(0, 9), background(0, 2, 3), background(0, 4, 5)]
 
 
 def test_requests_in_the_order_they_came() -> None:
@@ -57,20 +66,19 @@ def test_requests_in_the_order_they_came() -> None:
     order.request(1, 2, 1)
     order.request(0, 3, 1)
     order.request(1, 0, 1)
-    assert [order.next_run(4) for _ in range(3)] == [urgent(1, 2, 1), urgent(0, 3, 1), urgent(1, 0, 1)]
+    assert [take(order, 4) for _ in range(3)] == [urgent(1, 2), urgent(0, 3), urgent(1, 0)]
 
 
 def test_a_request_with_holes_of_what_was_sent() -> None:
     order = PageOrder([bitmap("x..x.x")])
     assert order.request(0, 0, 6)
-    assert [order.next_run(4) for _ in range(3)] == [urgent(0, 0, 1), urgent(0, 3, 1), urgent(0, 5, 1)]
-    assert order.next_run(4) is None
+    assert [take(order, 4) for _ in range(3)] == [urgent(0, 0, 3, 5), None, None]
 
 
 def test_a_long_request_goes_in_pieces() -> None:
     order = PageOrder([bitmap("xxxxx")])
     order.request(0, 0, 5)
-    assert [order.next_run(2) for _ in range(3)] == [urgent(0, 0, 2), urgent(0, 2, 2), urgent(0, 4, 1)]
+    assert [take(order, 2) for _ in range(3)] == [urgent(0, 0, 1), urgent(0, 2, 3), urgent(0, 4)]
 
 
 def test_what_was_sent_or_asked_for_is_no_news() -> None:
@@ -78,7 +86,7 @@ def test_what_was_sent_or_asked_for_is_no_news() -> None:
     assert not order.request(0, 2, 1)
     assert order.request(0, 3, 1)
     assert not order.request(0, 3, 1)
-    assert order.next_run(1) == urgent(0, 3, 1)
+    assert take(order, 1) == urgent(0, 3)
     assert not order.request(0, 3, 1)
     assert not order.urgent
 
@@ -93,7 +101,7 @@ def test_a_flood_of_requests_does_not_make_the_queue_longer_than_there_are_pages
 def test_one_page_in_many(sparse: int) -> None:
     pages = np.zeros(100_000, np.bool_)
     pages[sparse] = True
-    assert drain(PageOrder([pages])) == [background(0, sparse, 1)]
+    assert drain(PageOrder([pages])) == [background(0, sparse)]
 
 
 @given(st.data())
@@ -112,13 +120,13 @@ def test_every_page_once_and_who_waits_first(data: st.DataObject) -> None:
             pages = {(block, p) for p in range(first, first + count)} & (expected - sent)
             assert order.request(block, first, count) == bool(pages - waiting)
             waiting |= pages
-        run = order.next_run(data.draw(st.integers(1, 5)))
-        if run is None:
+        batch = order.next_batch(data.draw(st.integers(1, 5)))
+        if batch is None:
             break
-        pages = {(run.block, p) for p in range(run.first, run.first + run.count)}
+        pages = {(batch.block, p) for p in batch.pages.tolist()}
         assert pages <= expected - sent
-        assert run.urgent == bool(waiting)
-        if run.urgent:
+        assert batch.urgent == bool(waiting)
+        if batch.urgent:
             assert pages & waiting
         sent |= pages
         waiting -= pages

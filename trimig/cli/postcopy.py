@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -49,8 +50,9 @@ class Plan:
             if now.status is not trimig.Status.POSTCOPY_ACTIVE:
                 continue
             begun = begun or now
-            if not begun.remaining or 1 - now.remaining / begun.remaining >= self.cut_after:
-                monitor.pause("the connection was cut on purpose (--cut-after)")
+            if begun.remaining and 1 - now.remaining / begun.remaining >= self.cut_after:
+                with contextlib.suppress(trimig.StateError):  # everything has been sent meanwhile
+                    monitor.pause("the connection was cut on purpose (--cut-after)")
                 return
 
 

@@ -273,7 +273,7 @@ class Departure(abc.ABC):
         assert self.channel is not None
         c.downtime = trio.current_time() - c.paused_at
         self.parts["commit"] = c.downtime - sum(self.parts.values())
-        c.transferred = self.channel.sent
+        c.transferred = c.earlier + self.channel.sent
         self.monitor.advance(Status.COMPLETED)
 
     def nothing_left(self, channel: Channel) -> bool:

@@ -31,6 +31,7 @@ class Limiter:
         self._budget = Budget(rate, trio.current_time())
         self._opened = trio.Event()
         self._lifted = False
+        self._resting = False
 
     def set_rate(self, rate: int) -> None:
         """A new limit, at once."""
@@ -40,8 +41,12 @@ class Limiter:
     def move_to(self, channel: Channel, rate: int) -> None:
         """Go on with another connection, or another kind of traffic."""
         self._channel = channel
-        self._lifted = False
+        self._lifted = self._resting = False
         self.set_rate(rate)
+
+    def rest(self) -> None:
+        """The connection is lost: there is nothing to measure until :meth:`move_to`."""
+        self._resting = True
 
     def lift(self) -> None:
         """No limit any more: the guest stands still."""
@@ -89,7 +94,7 @@ class Limiter:
             now = trio.current_time()
             if self._channel is not channel:
                 channel, then, sent = self._channel, now, 0
-            if (passed := now - then) < WINDOW:
+            if (passed := now - then) < WINDOW or self._resting:
                 continue
             if self._channel.writing and self._channel.sent == sent:
                 continue  # one slow write of a stream that is not a socket: it counts when it is done, over its whole time

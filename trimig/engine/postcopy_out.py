@@ -13,7 +13,7 @@ import trio
 
 from ..guest import PAGE_SIZE, DiscardableBlock, RamBlock
 from ..monitor import Counters
-from ..policy.postcopy import PageOrder, Run
+from ..policy.postcopy import Batch, PageOrder
 from ..wire.postcopy import runs_of
 from ..wire.return_path import PageRequest
 from .channel import Channel
@@ -77,15 +77,16 @@ class PostcopySender:
         while self._order.remaining:
             self._release_sent()
             limit = _REQUESTED_PAGES if self._order.urgent else await self._background()
-            if limit and (run := self._order.next_run(limit)) is not None:
-                await self._send(run)
+            if limit and (batch := self._order.next_batch(limit)) is not None:
+                await self._send(batch)
 
-    async def _send(self, run: Run) -> None:
-        block = self._blocks[run.block]
-        await self._sender.send_run(block.name, block.pages, run.first, run.count)
+    async def _send(self, batch: Batch) -> None:
+        block = self._blocks[batch.block]
+        await self._sender.send_batch(block.name, block.pages, batch.pages)
         self._counters.remaining = self._order.remaining * PAGE_SIZE
         if self._released:
-            _give_back(block, run.first, run.count)
+            for page in batch.pages.tolist():
+                _give_back(block, page, 1)
 
     def _release_sent(self) -> None:
         """Once, between two runs: what had been sent before it was allowed."""

@@ -125,6 +125,7 @@ class Following:
             await self._records.end([])
             await self._channel.send(wire.end_of_stream())
             self._all_sent = self._once_sent = True
+            self._monitor.interrupt(None)  # nothing is left to be taken up again: only the last word is to come
             scope.deadline = trio.current_time() + config.handover_timeout
             await self._reader.wait_answer()
         match self._reader.shut:
@@ -200,6 +201,7 @@ class Following:
         monitor, departure = self._monitor, self._departure
         if self._reader.lost is None:
             self._reader.lost = TransportFailed(why)  # before it sees nothing but its own end closed
+        self._limiter.rest()
         await teardown.close(self._channel.stream)
         self._counters.earlier += self._channel.sent
         self._counters.transferred = self._counters.earlier

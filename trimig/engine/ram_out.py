@@ -90,15 +90,14 @@ class RamSender:
         left[rest] = True
         return left
 
-    async def send_run(self, block: str, pages: Pages, first: int, count: int) -> None:
-        """Send *count* pages from page *first* on in a section of their own, whatever the bandwidth limit says.
+    async def send_batch(self, block: str, pages: Pages, indices: NDArray[np.int64]) -> None:
+        """Send some pages at once, whatever the bandwidth limit says. Their section stays open for more.
 
         **Cancellation:** as for :meth:`send_pass`.
         """
         await self._part_begin()
-        for start in range(first, first + count, BATCH_PAGES):
-            await self._send_batch(block, pages, np.arange(start, min(start + BATCH_PAGES, first + count)))
-        await self._part_end()
+        for start in range(0, len(indices), BATCH_PAGES):
+            await self._send_batch(block, pages, indices[start : start + BATCH_PAGES])
 
     async def end(self, rest: Sequence[tuple[RamBlock, Pages, PageBitmap]]) -> None:
         """The END section, with the last pages in it: of each block, where to read them and which."""
@@ -182,4 +181,4 @@ class RamSender:
         c.normal += normal
         c.duplicate += zero
         c.remaining = max(0, c.remaining - (normal + zero) * PAGE_SIZE)
-        c.transferred = self._channel.sent
+        c.transferred = c.earlier + self._channel.sent

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..guest import PageBitmap
 
@@ -18,13 +19,12 @@ from ..guest import PageBitmap
 _LOOK = 1 << 14
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """Pages of one block to be sent now: *count* from page *first* on. ``urgent``: somebody waits for them."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Batch:
+    """Pages of one block to be sent now, in ascending order. ``urgent``: somebody waits for them."""
 
     block: int
-    first: int
-    count: int
+    pages: NDArray[np.int64]
     urgent: bool
 
 
@@ -68,34 +68,34 @@ class PageOrder:
         self._requests.append((block, first, count))
         return True
 
-    def next_run(self, limit: int) -> Run | None:
+    def next_batch(self, limit: int) -> Batch | None:
         """Up to *limit* pages to be sent now; None when every page was handed out."""
         return self._requested(limit) or self._background(limit)
 
-    def _requested(self, limit: int) -> Run | None:
+    def _requested(self, limit: int) -> Batch | None:
         while self._requests:
             block, first, count = self._requests[0]
             found = self._first_unsent(block, first, first + count)
             if found is None:
                 self._requests.popleft()
                 continue
-            run = self._take(block, found, min(first + count, found + limit), urgent=True)
-            if run.first + run.count >= first + count:
+            batch = self._take(block, found, first + count, limit, urgent=True)
+            if int(batch.pages[-1]) >= first + count - 1:
                 self._requests.popleft()
-            self._block, self._position = block, run.first + run.count
-            return run
+            self._block, self._position = block, int(batch.pages[-1]) + 1
+            return batch
         return None
 
-    def _background(self, limit: int) -> Run | None:
+    def _background(self, limit: int) -> Batch | None:
         if not self.remaining:
             return None
         while True:
             end = len(self._unsent[self._block])
             found = self._first_unsent(self._block, self._position, end)
             if found is not None:
-                run = self._take(self._block, found, min(end, found + limit), urgent=False)
-                self._position = run.first + run.count
-                return run
+                batch = self._take(self._block, found, min(end, found + _LOOK), limit, urgent=False)
+                self._position = int(batch.pages[-1]) + 1
+                return batch
             self._block, self._position = (self._block + 1) % len(self._unsent), 0
 
     def _first_unsent(self, block: int, first: int, end: int) -> int | None:
@@ -106,11 +106,11 @@ class PageOrder:
                 return start + at
         return None
 
-    def _take(self, block: int, first: int, end: int, *, urgent: bool) -> Run:
-        """The run of unsent pages from *first*, which is one, to *end* at most. Nobody hands them out again."""
-        part = self._unsent[block][first:end]
-        sent = int(part.argmin())
-        count = sent if not part[sent] else len(part)
-        part[:count] = False
-        self.remaining -= count
-        return Run(block=block, first=first, count=count, urgent=urgent)
+    def _take(self, block: int, first: int, end: int, limit: int, *, urgent: bool) -> Batch:
+        """The first *limit* unsent pages from *first*, which is one, to *end* at most. Nobody hands them out again."""
+        unsent = self._unsent[block]
+        near = np.flatnonzero(unsent[first : min(end, first + 4 * limit)])
+        pages = (near if len(near) >= limit else np.flatnonzero(unsent[first:end]))[:limit] + first
+        unsent[pages] = False
+        self.remaining -= len(pages)
+        return Batch(block=block, pages=pages, urgent=urgent)
