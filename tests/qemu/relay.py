@@ -7,9 +7,12 @@ and then migrate to ``relay.uri``. *forward* is the direction of the migration s
 from __future__ import annotations
 
 import contextlib
+import shlex
 import socket
 import struct
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
@@ -216,3 +219,30 @@ class Relay:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(one, self.forward, client, server)
             nursery.start_soon(one, self.back, server, client)
+
+
+#: A command that passes a stream on to a unix socket, both ways, as ``socat - UNIX:PATH`` does. It ends when the other
+#: side has closed, which for a migration is when everything has been said.
+_RELAY = """
+import os, socket, sys, threading
+sock = socket.socket(socket.AF_UNIX)
+if sys.argv[1] == "listen":
+    sock.bind(sys.argv[2] + ".part")
+    sock.listen()
+    os.rename(sys.argv[2] + ".part", sys.argv[2])
+    sock = sock.accept()[0]
+else:
+    sock.connect(sys.argv[2])
+def out():
+    while data := os.read(0, 1 << 16):
+        sock.sendall(data)
+    sock.shutdown(socket.SHUT_WR)
+threading.Thread(target=out, daemon=True).start()
+while data := sock.recv(1 << 16):
+    os.write(1, data)
+"""
+
+
+def exec_relay(role: str, path: Path) -> str:
+    """The ``exec:`` URI of a command that passes a stream on to (``connect``) or from (``listen``) a unix socket."""
+    return f"exec:{shlex.join([sys.executable, '-c', _RELAY, role, str(path)])}"

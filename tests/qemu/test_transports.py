@@ -5,9 +5,7 @@ from __future__ import annotations
 import array
 import json
 import os
-import shlex
 import socket
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,37 +19,12 @@ import trimig
 from tests.conftest import LeakCheck
 from tests.qemu import peers
 from tests.qemu.harness import Qemu
+from tests.qemu.relay import exec_relay
 from trimig import MiB
 
 pytestmark = pytest.mark.qemu
 
 SIZE = 16 * MiB
-
-#: A command that passes a stream on to a unix socket, both ways, as ``socat - UNIX:PATH`` does. It ends when the other
-#: side has closed, which for a migration is when everything has been said.
-_RELAY = """
-import os, socket, sys, threading
-sock = socket.socket(socket.AF_UNIX)
-if sys.argv[1] == "listen":
-    sock.bind(sys.argv[2] + ".part")
-    sock.listen()
-    os.rename(sys.argv[2] + ".part", sys.argv[2])
-    sock = sock.accept()[0]
-else:
-    sock.connect(sys.argv[2])
-def out():
-    while data := os.read(0, 1 << 16):
-        sock.sendall(data)
-    sock.shutdown(socket.SHUT_WR)
-threading.Thread(target=out, daemon=True).start()
-while data := sock.recv(1 << 16):
-    os.write(1, data)
-"""
-
-
-def relay(role: str, path: Path) -> str:
-    """The URI of that command."""
-    return f"exec:{shlex.join([sys.executable, '-c', _RELAY, role, str(path)])}"
 
 
 async def exists(path: Path) -> None:
@@ -175,7 +148,7 @@ async def test_command_that_passes_the_stream_on_brings_the_answer_back(tmp_path
     """B3: exec: with a return path, to QEMU: prepared, confirmed, every byte."""
     async with peers.target(SIZE, uri=f"unix:{tmp_path}/socket") as (vm, _):
         with peers.source(SIZE) as guest:
-            summary = await trimig.migrate(guest, relay("connect", tmp_path / "socket"), peers.settings())
+            summary = await trimig.migrate(guest, exec_relay("connect", tmp_path / "socket"), peers.settings())
             assert summary.prepared
             assert summary.confirmed
             assert await vm.wait_status("running", "paused") == "running"
@@ -187,7 +160,7 @@ async def test_command_that_brings_the_stream_takes_the_answer_back(tmp_path: Pa
     with peers.machine(SIZE, running=False) as guest:
         async with Qemu.start("none", f"{SIZE >> 20}M") as vm:
             peers.mix(vm.ram, seed=3)
-            async with receiving(guest, relay("listen", tmp_path / "socket")) as summaries:
+            async with receiving(guest, exec_relay("listen", tmp_path / "socket")) as summaries:
                 await exists(tmp_path / "socket")
                 await vm.migrate(f"unix:{tmp_path}/socket", capabilities={"return-path": True})
             (summary,) = summaries
@@ -201,7 +174,7 @@ async def test_refusal_of_a_qemu_behind_a_command_leaves_the_guest_here(tmp_path
     async with peers.target(SIZE, uri=f"unix:{tmp_path}/socket") as (vm, _):
         with peers.source(SIZE, block="other") as guest:
             with pytest.raises(trimig.TransportFailed) as caught:
-                await trimig.migrate(guest, relay("connect", tmp_path / "socket"), peers.settings())
+                await trimig.migrate(guest, exec_relay("connect", tmp_path / "socket"), peers.settings())
             assert caught.value.owner is trimig.Ownership.SOURCE
             assert guest.run_state == "running"
             assert await vm.wait_exit() == 1
@@ -342,7 +315,7 @@ def _sink(scheme: str, tmp_path: Path) -> tuple[str, int | None]:
         out, into = _ends("unix" if scheme == "fd" else "pipe")
         return f"fd:{out}", into
     if scheme == "relay":
-        return relay("connect", tmp_path / "socket"), None
+        return exec_relay("connect", tmp_path / "socket"), None
     return {"exec": "exec:trap '' TERM; cat > /dev/null", "file": f"file:{tmp_path}/guest"}[scheme], None
 
 

@@ -1,0 +1,292 @@
+"""Each transport once on real sockets: a migration over it arrives, is cancelled at six points, and is cut.
+
+The sweeps on a virtual clock go through every step; this is the proof that the streams of the real transports keep their
+side of the bargain. That no descriptor, child or task is left is checked behind every test (tests/conftest.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trio
+
+import trimig
+from tests.conftest import children
+from tests.qemu.relay import exec_relay
+from tests.transport.pki import Pki
+from trimig import MiB, Ownership, Status
+
+LIMIT = 20
+SIZE = 4 * MiB
+#: So that a pass takes a tenth of a second.
+BANDWIDTH = 40 * MiB
+TRANSPORTS = ("tcp", "unix", "exec", "fd", "ws", "wss", "tls over tcp", "tls over unix")
+
+
+def source_of(seed: int) -> trimig.AppGuest:
+    guest = trimig.AppGuest("every", running=True)
+    guest.add_ram("ram", SIZE)
+    guest.ram[0].pages[:] = np.random.default_rng(seed).integers(0, 256, guest.ram[0].pages.shape, np.uint8)
+    return guest
+
+
+def empty() -> trimig.AppGuest:
+    guest = trimig.AppGuest("every", running=False)
+    guest.add_ram("ram", SIZE)
+    return guest
+
+
+class Way:
+    """One transport: where the destination waits, what the source is told, and the configuration of both.
+
+    A new address for every attempt, because some can be used only once.
+    """
+
+    def __init__(self, name: str, directory: Path) -> None:
+        self._name = name
+        self._directory = directory
+        self._count = 0
+        self._pair: tuple[int, int] | None = None
+        # A relay whose source was cancelled before it had connected says nothing: that is found out by the silence.
+        plain = trimig.Config(
+            parameters=trimig.Parameters(max_bandwidth=BANDWIDTH), handover_timeout=10, stall_timeout=2
+        )
+        self.here = self.there = plain
+        if name in ("wss", "tls over tcp", "tls over unix"):
+            pki = Pki(directory)
+            self.there = plain.with_options(tls=pki.make("server"))
+            hostname = ("tls-hostname=localhost",) if name == "tls over unix" else ()
+            self.here = plain.with_options((), hostname, tls=pki.make("client"))
+
+    def listen(self) -> str:
+        """The address for the destination."""
+        self._count += 1
+        path = self._directory / f"s{self._count}"
+        match self._name:
+            case "tcp" | "tls over tcp":
+                return "tcp:localhost:0"
+            case "ws" | "wss":
+                return f"{self._name}://localhost:0/"
+            case "unix" | "tls over unix":
+                return f"unix:{path}"
+            case "exec":
+                return exec_relay("listen", path)
+        ours, theirs = socket.socketpair()
+        self._pair = ours.detach(), theirs.detach()
+        return f"fd:{self._pair[1]}"
+
+    def connect(self, listening: str) -> str:
+        """The address for the source, from the one that the destination tells."""
+        match self._name:
+            case "exec":
+                return exec_relay("connect", self._directory / f"s{self._count}")
+            case "fd":
+                assert self._pair is not None
+                return f"fd:{self._pair[0]}"
+        return listening
+
+    async def ready(self, monitor: trimig.Monitor) -> str:
+        """Wait until the source can connect; where."""
+        if self._name == "exec":
+            path = trio.Path(self._directory / f"s{self._count}")
+            while not await path.exists():  # noqa: ASYNC110 - it is another process that makes it
+                await trio.sleep(0.005)
+            return self.connect("")
+        if self._name == "fd":
+            await trio.lowlevel.checkpoint()
+            return self.connect("")
+        while not monitor.addresses:
+            assert monitor.status in (Status.NONE, Status.SETUP), monitor.info()
+            await monitor.wait_changed()
+        return self.connect(monitor.addresses[0])
+
+
+End = trimig.Summary | trimig.MigrationError | None
+
+
+class Attempt:
+    """One migration of *source* into *target*, both sides in this process."""
+
+    def __init__(self, way: Way, source: trimig.AppGuest, target: trimig.AppGuest) -> None:
+        self._way = way
+        self._guests = source, target
+        self.monitors = trimig.Monitor(), trimig.Monitor()
+        self.scopes = trio.CancelScope(), trio.CancelScope()
+        self.ends: list[End] = [None, None]
+
+    async def run(self) -> None:
+        """Until both sides have ended; what they ended with is in :attr:`ends`."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._side, 1, functools.partial(self._receive, self._way.listen()))
+            uri = await self._way.ready(self.monitors[1])
+            await self._side(0, functools.partial(self._send, uri))
+            if not self.monitors[0].statistics().total:
+                self.scopes[1].cancel("nobody has connected")
+
+    async def _send(self, uri: str) -> trimig.Summary:
+        return await trimig.migrate(self._guests[0], uri, self._way.here, monitor=self.monitors[0])
+
+    async def _receive(self, uri: str) -> trimig.Summary:
+        return await trimig.receive(self._guests[1], uri, self._way.there, monitor=self.monitors[1])
+
+    async def _side(self, number: int, call: Callable[[], object]) -> None:
+        with self.scopes[number]:
+            try:
+                self.ends[number] = await call()  # type: ignore[misc]  # a coroutine function, partially applied
+            except trimig.MigrationError as error:
+                self.ends[number] = error
+
+
+@asynccontextmanager
+async def two_guests() -> AsyncIterator[tuple[trimig.AppGuest, trimig.AppGuest]]:
+    with trio.fail_after(LIMIT), source_of(3) as source, empty() as target:
+        yield source, target
+
+
+async def arrives(way: Way, source: trimig.AppGuest, target: trimig.AppGuest) -> None:
+    attempt = Attempt(way, source, target)
+    await attempt.run()
+    assert isinstance(attempt.ends[0], trimig.Summary), attempt.ends
+    assert isinstance(attempt.ends[1], trimig.Summary), attempt.ends
+    assert attempt.ends[0].confirmed
+    assert np.array_equal(source.ram[0].pages, target.ram[0].pages)
+    assert (source.run_state, target.run_state) == ("paused", "running")
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+async def test_migration_arrives(tmp_path: Path, name: str) -> None:
+    """K1-K8: memory, run state, and the confirmation."""
+    async with two_guests() as (source, target):
+        await arrives(Way(name, tmp_path), source, target)
+
+
+#: What is cancelled when: a status of the source, or the share of the memory that it has sent.
+POINTS: tuple[str | float, ...] = ("setup", "active", 0.2, 0.5, 0.9, "device")
+
+
+def at(monitor: trimig.Monitor, point: str | float, act: Callable[[], object]) -> Callable[[trimig.Event], None]:
+    """A listener that acts at the point."""
+
+    def heard(event: trimig.Event) -> None:
+        if event.name == "MIGRATION" and event.data["status"] == point:
+            act()
+
+    return heard
+
+
+async def when_sent(monitor: trimig.Monitor, share: float, act: Callable[[], object]) -> None:
+    await monitor.wait_status(Status.ACTIVE)
+    while monitor.statistics().transferred < share * SIZE and monitor.status is Status.ACTIVE:  # noqa: ASYNC110 - no event
+        await trio.sleep(0.002)
+    act()
+
+
+async def disturbed(attempt: Attempt, point: str | float, act: Callable[[], object]) -> None:
+    """Run *attempt*, with *act* called at the point."""
+    monitor = attempt.monitors[0]
+    if isinstance(point, str):
+        monitor.add_listener(at(monitor, point, act))
+        await attempt.run()
+        return
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(when_sent, monitor, point, act)
+        await attempt.run()
+        nursery.cancel_scope.cancel("it is over")
+
+
+def is_the_sources(attempt: Attempt, source: trimig.AppGuest, target: trimig.AppGuest) -> None:
+    assert not isinstance(attempt.ends[0], trimig.Summary), attempt.ends
+    assert attempt.monitors[0].owner is Ownership.SOURCE
+    assert attempt.monitors[1].owner is Ownership.SOURCE
+    assert (source.run_state, target.run_state == "running") == ("running", False)
+
+
+@pytest.mark.parametrize("victim", ["source", "destination"])
+@pytest.mark.parametrize("name", TRANSPORTS)
+async def test_cancel_at_six_points(tmp_path: Path, name: str, victim: str) -> None:
+    """T6, T7, K9, F10: politely and by scope in turn; afterwards it never happened, and the next one arrives."""
+    number = 0 if victim == "source" else 1
+    way = Way(name, tmp_path)
+    async with two_guests() as (source, target):
+        for index, point in enumerate(POINTS):
+            attempt = Attempt(way, source, target)
+
+            def cancel(attempt: Attempt = attempt, *, polite: bool = bool(index % 2)) -> None:
+                if polite and attempt.monitors[number].status is not Status.NONE:
+                    attempt.monitors[number].cancel("the test")
+                else:
+                    attempt.scopes[number].cancel("the test")
+
+            await disturbed(attempt, point, cancel)
+            is_the_sources(attempt, source, target)
+        await arrives(way, source, target)
+
+
+def sockets() -> dict[int, str]:
+    """The open sockets of this process."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(f"/proc/self/fd/{name}")
+            if target.startswith("socket:"):
+                found[int(name)] = target
+    return found
+
+
+def cut(before: dict[int, str], children_before: set[int]) -> None:
+    """Break every connection, and kill every child, that has come since."""
+    for pid in children() - children_before:
+        os.killpg(pid, signal.SIGKILL)  # each command is the leader of a group of its own
+    for fd, target in sockets().items():
+        if before.get(fd) != target:
+            with socket.socket(fileno=os.dup(fd)) as sock, contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+async def test_cut_in_the_middle(tmp_path: Path, name: str) -> None:
+    """T3, K10, L9: both sides get one typed error, the guest runs at the source, and the next attempt arrives."""
+    way = Way(name, tmp_path)
+    async with two_guests() as (source, target):
+        before, family = sockets(), children()
+        for share in (0.05, 0.6):
+            attempt = Attempt(way, source, target)
+            await disturbed(attempt, share, functools.partial(cut, before, family))
+            is_the_sources(attempt, source, target)
+            for end in attempt.ends:
+                assert isinstance(end, trimig.TransportFailed | trimig.PeerFailed), attempt.ends
+                assert end.owner is Ownership.SOURCE
+        await arrives(way, source, target)
+
+
+async def test_file_holds_the_whole_of_it_or_nothing_counts(tmp_path: Path) -> None:
+    """K6, G3 of states.md: one way only. Cancelled at each point the guest is here; whole, it can be loaded."""
+    async with two_guests() as (source, target):
+        config = trimig.Config(parameters=trimig.Parameters(max_bandwidth=BANDWIDTH))
+        for index, point in enumerate(POINTS):
+            monitor = trimig.Monitor()
+            uri = f"file:{tmp_path}/{index}"
+            with trio.CancelScope() as scope:
+                act = functools.partial(scope.cancel, "the test")
+                async with trio.open_nursery() as nursery:
+                    if isinstance(point, str):
+                        monitor.add_listener(at(monitor, point, act))
+                    else:
+                        nursery.start_soon(when_sent, monitor, point, act)
+                    await trimig.migrate(source, uri, config, monitor=monitor)
+            assert scope.cancelled_caught
+            assert (monitor.owner, source.run_state) == (Ownership.SOURCE, "running")
+        uri = f"file:{tmp_path}/whole"
+        summary = await trimig.migrate(source, uri, config)
+        assert not summary.confirmed
+        await trimig.receive(target, uri, config)
+        assert np.array_equal(source.ram[0].pages, target.ram[0].pages)
