@@ -13,6 +13,7 @@ from trimig.transport._frames import (
     Opcode,
     close_payload,
     mask,
+    mask_into,
     read_close,
     read_header,
 )
@@ -69,6 +70,14 @@ def test_mask_is_that_of_the_rfc_wherever_it_begins(data: bytes, key: bytes, pla
     buffer = bytearray(bytes(offset) + data)
     mask(memoryview(buffer)[offset:], key, place)
     assert buffer[offset:] == bytes(byte ^ key[(place + i) % 4] for i, byte in enumerate(data))
+
+
+@given(data=st.binary(max_size=100), key=st.binary(min_size=4, max_size=4), offset=st.integers(0, 7))
+def test_mask_into_another_place(data: bytes, key: bytes, offset: int) -> None:
+    source, target = bytearray(bytes(offset) + data), bytearray(len(data))
+    mask_into(memoryview(target), memoryview(source)[offset:], key)
+    assert target == bytes(byte ^ key[i % 4] for i, byte in enumerate(data))
+    assert source[offset:] == data
 
 
 def test_close_has_a_code_and_a_reason_or_neither() -> None:

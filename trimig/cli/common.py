@@ -193,6 +193,7 @@ def run(
     as_json: bool = False,
     interrupt: Callable[[str], None] | None = None,
     doing: str = "cancelling; the guest is put back first",
+    judge: Callable[[], tuple[str, bool] | None] | None = None,
 ) -> int:
     """Run *job* in trio and return the exit code: the one it returns, or 130 if a signal cancelled it.
 
@@ -204,12 +205,17 @@ def run(
         interrupt: called with the name of the first signal instead, for a job that has to ask others to stop; the
             exit code is then what the job returns.
         doing: what is said to happen upon the first signal.
+        judge: asked at each signal until one is followed: what is said, and whether it is followed; None for *doing*.
     """
-    return trio.run(functools.partial(_run, job, as_json, interrupt, doing), strict_exception_groups=True)
+    return trio.run(functools.partial(_run, job, as_json, interrupt, doing, judge), strict_exception_groups=True)
 
 
 async def _run(
-    job: Callable[[], Awaitable[int | None]], as_json: bool, interrupt: Callable[[str], None] | None, doing: str
+    job: Callable[[], Awaitable[int | None]],
+    as_json: bool,
+    interrupt: Callable[[str], None] | None,
+    doing: str,
+    judge: Callable[[], tuple[str, bool] | None] | None,
 ) -> int:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         scope = trio.CancelScope()
@@ -220,7 +226,7 @@ async def _run(
             return None
 
         async def watch() -> None:
-            await _first_signal(signals, interrupt or scope.cancel, doing)
+            await _first_signal(signals, interrupt or scope.cancel, doing, judge)
 
         code = await alongside(cancellable, watch)
     if not scope.cancelled_caught:
@@ -231,14 +237,20 @@ async def _run(
     return CANCELLED
 
 
-async def _first_signal(signals: AsyncIterator[int], cancel: Callable[[str], None], doing: str) -> None:
+async def _first_signal(
+    signals: AsyncIterator[int],
+    cancel: Callable[[str], None],
+    doing: str,
+    judge: Callable[[], tuple[str, bool] | None] | None,
+) -> None:
     asked = False
     async for number in signals:
         name = signal.Signals(number).name
         if not asked:
-            asked = True
-            say(f"{name}: {doing}")
-            cancel(name)
+            text, asked = (judge() if judge is not None else None) or (doing, True)
+            say(f"{name}: {text}")
+            if asked:
+                cancel(name)
         else:
             say(f"{name}: that is being done already; it cannot be hurried without endangering the guest")
 

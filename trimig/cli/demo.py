@@ -195,6 +195,8 @@ class Demo:
         self._send, self._inbox = trio.open_memory_channel[tuple[HostProcess, Message]](1000)
         self._pending: set[HostProcess] = set()
         self._interrupted = False
+        self._status = trimig.Status.NONE
+        self.insistence = postcopy.Insistence(lambda: self._status, lambda: None)
         self._started = False
         self._migrating = False
         self._deaths: list[str] = []
@@ -293,7 +295,7 @@ class Demo:
         await self._reports(self.destination)
         assert self.source.report is not None
         assert self.destination.report is not None
-        self._migrating = False
+        self._migrating, self._status = False, trimig.Status.NONE
         hop = demo_figures.Hop.of(
             number,
             (self.source.pid, self.destination.pid),
@@ -362,7 +364,9 @@ class Demo:
             case "listening":
                 await host.ask("cancel")
             case "progress":
-                self._view.show(display.Picture(**message["picture"]))
+                now = display.Picture(**message["picture"])
+                self._status = trimig.Status(now.status)
+                self._view.show(now)
             case "interrupt":
                 # The source knows whether it can still be taken back; a destination without it waits for nobody.
                 await (self.source if self.source in self._pending else self.destination).ask("cancel")
@@ -566,15 +570,8 @@ def demo(
     changes = {"max_bandwidth": bandwidth, "downtime_limit": downtime_limit}
     changes = {name: value for name, value in changes.items() if value is not None}
     config = dataclasses.replace(config, parameters=config.parameters.replace(**changes))
-    options = Options(
-        size=size,
-        hot=hot,
-        dirty_rate=dirty_rate,
-        hops=hops,
-        config=config,
-        postcopy_after=postcopy_after,
-        cut_after=cut_after,
-    )
+    when = {"postcopy_after": postcopy_after, "cut_after": cut_after}
+    options = Options(size=size, hot=hot, dirty_rate=dirty_rate, hops=hops, config=config, **when)
     with display.open_view(as_json=as_json) as view, Demo(options, view) as stage:
         results: list[Message] = []
 
@@ -583,7 +580,7 @@ def demo(
             results.append(result)
             return code
 
-        code = run(job, as_json=as_json, interrupt=stage.interrupt)
+        code = run(job, as_json=as_json, interrupt=stage.interrupt, judge=stage.insistence.judge)
     return _tell(code, results[0], as_json=as_json)
 
 

@@ -27,8 +27,11 @@ class Hop:
         destination: dict[str, Any],
         postcopy: dict[str, Any],
     ) -> Self:
-        """From what the hosts say of postcopy, and the two summaries (:func:`trimig.cli.common.summary_record`). Only the destination knows how long it
-        took to resume the guest; that time is inside what the source saw as ``commit``."""
+        """From the two summaries (:func:`trimig.cli.common.summary_record`), and what the hosts say of *postcopy*.
+
+        Only the destination knows how long it took to resume the guest; that time is inside what the source saw as
+        ``commit``.
+        """
         record = {"hop": number, "source": hosts[0], "destination": hosts[1], **source, **postcopy}
         del record["role"]
         record["downtime"] = {**source["downtime"], "resume": destination["downtime"]["resume"]}

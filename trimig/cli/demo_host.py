@@ -30,6 +30,7 @@ from typing import Any, Final
 import trio
 
 import trimig
+from trimig.status import IN_POSTCOPY
 
 from . import display, postcopy
 from .common import alongside, error_record, summary_record
@@ -75,7 +76,8 @@ class Host:
                 case "cancel":
                     self._cancel("cancelled by a signal")
                 case "peer-ended":
-                    if self._monitor.addresses:  # who has connected is noticed by the connection
+                    # Who has connected is noticed by the connection; in postcopy that would be waited for again.
+                    if self._monitor.addresses or self._monitor.status in IN_POSTCOPY:
                         self._cancel("the other host has ended before it connected")
                 case "quit":
                     return
@@ -87,6 +89,7 @@ class Host:
     def _cancel(self, reason: str) -> None:
         self._reason = self._reason or reason
         self._job.cancel(reason)
+        postcopy.drop(self._monitor)  # held off otherwise: the demo asks for it only where it is meant
 
     async def _do(self, op: str, arguments: dict[str, Any], job: trio.CancelScope) -> None:
         report: dict[str, Any] = {}
@@ -97,8 +100,11 @@ class Host:
             if isinstance(error, trimig.HandoverUncertain):
                 self._uncertain = error
             report = {"event": "failed", **error_record(error)[1]}
-        # A cancelled migration has left the guest with its source; a late cancel leaves the report as it is.
-        report = report or {"event": "failed", "error": self._reason, "kind": "Cancelled", "owner": "source"}
+        # A cancelled migration has left the guest with its source, but for one in postcopy that was given up; a late
+        # cancel leaves the report as it is.
+        lost = self._monitor.status is trimig.Status.POSTCOPY_LOST
+        owner = trimig.Ownership.DESTINATION if lost else trimig.Ownership.SOURCE
+        report = report or {"event": "failed", "error": self._reason, "kind": "Cancelled", "owner": owner.value}
         await self._tell(op=op, guest=self._guest_state(), notes=self._notes.take(), **report)
 
     async def _tell(self, **message: Any) -> None:

@@ -54,7 +54,9 @@ def receive(uri: str, file: Path, force: bool, recover_for: float | None, config
     config = postcopy.recovering(config, recover_for)
     transport.check(uri)
     _check_target(file, force=force)
-    return run(functools.partial(_receive, uri, file, force, config, as_json), as_json=as_json)
+    monitor = trimig.Monitor()
+    job = functools.partial(_receive, uri, file, force, config, as_json, monitor)
+    return run(job, as_json=as_json, judge=postcopy.Insistence.of(monitor).judge)
 
 
 def _check_target(file: Path, *, force: bool) -> None:
@@ -70,8 +72,9 @@ def _check_target(file: Path, *, force: bool) -> None:
         raise _unsettled(file, record)
 
 
-async def _receive(uri: str, file: Path, force: bool, config: trimig.Config, as_json: bool) -> int:
-    monitor = trimig.Monitor()
+async def _receive(
+    uri: str, file: Path, force: bool, config: trimig.Config, as_json: bool, monitor: trimig.Monitor
+) -> int:
     with (
         trimig.ParkedGuest(file, replace=force, peer=config.peer) as guest,
         display.open_view(as_json=as_json) as view,
@@ -165,7 +168,9 @@ def send(
                 f"warning: {file} was handed over to {record.destination} from {record.host} at {record.time}; it is "
                 "sent again, so there may be two of this guest"
             )
-        return run(functools.partial(_send, file, uri, record, config, plan, as_json), as_json=as_json)
+        monitor = trimig.Monitor()
+        job = functools.partial(_send, file, uri, record, config, plan, as_json, monitor)
+        return run(job, as_json=as_json, judge=postcopy.Insistence.of(monitor).judge)
 
 
 def _unsettled(file: Path, record: stream.OwnerRecord) -> trimig.HandoverUncertain:
@@ -189,8 +194,8 @@ async def _send(
     config: trimig.Config,
     plan: postcopy.Plan | None,
     as_json: bool,
+    monitor: trimig.Monitor,
 ) -> int:
-    monitor = trimig.Monitor()
     uncertain: trimig.HandoverUncertain | None = None
     sent = False
     commit = functools.partial(stream.record_decision, file, uri)

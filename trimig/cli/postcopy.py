@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import click
 
 import trimig
-from trimig.status import TERMINAL
+from trimig.status import IN_POSTCOPY, TERMINAL
 
 from .common import PERCENT
 
@@ -54,6 +54,43 @@ class Plan:
                 with contextlib.suppress(trimig.StateError):  # everything has been sent meanwhile
                     monitor.pause("the connection was cut on purpose (--cut-after)")
                 return
+
+
+class Insistence:
+    """Signals in postcopy: the first is refused, because the guest needs the rest of its memory; the second gives it up.
+
+    :meth:`judge` is for :func:`trimig.cli.common.run`.
+    """
+
+    def __init__(self, statuses: Callable[[], trimig.Status], give_up: Callable[[], None]) -> None:
+        """*statuses* tells the present one; *give_up* is called before the job is cancelled."""
+        self._status = statuses
+        self._give_up = give_up
+        self._warned = False
+
+    @classmethod
+    def of(cls, monitor: trimig.Monitor) -> Self:
+        """For a job that is a migration with that monitor."""
+        return cls(lambda: monitor.status, functools.partial(drop, monitor))
+
+    def judge(self) -> tuple[str, bool] | None:
+        """What is said, and whether the signal is followed; None before the switch and after the end."""
+        if self._status() not in IN_POSTCOPY:
+            return None
+        if not self._warned:
+            self._warned = True
+            return (
+                "it is too late to cancel: the guest is at the destination, and the rest of its memory follows; "
+                "the next signal gives that up, and the guest cannot go on then"
+            ), False
+        self._give_up()
+        return "giving the rest up; the guest stays at the destination, with a part of its memory", True
+
+
+def drop(monitor: trimig.Monitor) -> None:
+    """End the connection of a migration in postcopy, so that a cancellation gets through; otherwise do nothing."""
+    with contextlib.suppress(trimig.StateError):
+        monitor.pause("the rest was given up")
 
 
 def _sent(now: trimig.Statistics) -> float:

@@ -15,6 +15,10 @@ import trio
 #: Bytes asked for in each direction; the kernel doubles that for its own book-keeping.
 SOCKET_BUFFER: Final = 8 << 20
 
+#: The same for unix sockets, where nothing is on its way: what is queued has left the processor's cache before it is read
+#: (8 MiB: 0.6 to 1.0 of TCP in one run, 1 MiB: 1.3).
+UNIX_BUFFER: Final = 1 << 20
+
 #: Linux numbers that Python's socket module does not name: the same options for whoever may administer the network.
 _SO_SNDBUFFORCE: Final = 32
 _SO_RCVBUFFORCE: Final = 33
@@ -45,15 +49,16 @@ def enlarge(sock: trio.socket.SocketType) -> None:
     """
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
+    size = UNIX_BUFFER if sock.family == socket.AF_UNIX else SOCKET_BUFFER
     for option, force, limit in (
         (socket.SO_SNDBUF, _SO_SNDBUFFORCE, "/proc/sys/net/core/wmem_max"),
         (socket.SO_RCVBUF, _SO_RCVBUFFORCE, "/proc/sys/net/core/rmem_max"),
     ):
         try:
-            sock.setsockopt(socket.SOL_SOCKET, force, SOCKET_BUFFER)
+            sock.setsockopt(socket.SOL_SOCKET, force, size)
         except OSError:
-            if sock.family == socket.AF_UNIX or _number_in(limit) >= SOCKET_BUFFER:
-                sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
+            if sock.family == socket.AF_UNIX or _number_in(limit) >= size:
+                sock.setsockopt(socket.SOL_SOCKET, option, size)
 
 
 def _number_in(path: str) -> int:

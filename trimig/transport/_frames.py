@@ -141,6 +141,16 @@ def mask(data: memoryview, key: bytes, place: int = 0) -> None:
         octets[-tail:] ^= pattern[lead % _KEY_SIZE : lead % _KEY_SIZE + tail]
 
 
+def mask_into(target: memoryview, data: memoryview, key: bytes) -> None:
+    """Put the masked *data*, a whole payload, into *target*, which is aligned and as long: one pass instead of two."""
+    body = len(data) // 8 * 8
+    word = np.frombuffer(key * 2, np.uint64)[0]
+    np.bitwise_xor(np.frombuffer(data[:body], np.uint64), word, out=np.frombuffer(target[:body], np.uint64))
+    if body < len(data):
+        target[body:] = data[body:]
+        mask(target[body:], key)
+
+
 def close_payload(code: int, reason: str) -> bytes:
     """What a CLOSE carries; a reason that is too long loses its end."""
     text = reason.encode()[: MAX_CONTROL - 2].decode(errors="ignore")

@@ -22,7 +22,18 @@ from wsproto.utilities import LocalProtocolError, RemoteProtocolError
 from ..engine import teardown
 from ..engine.buffers import enlarge
 from ..errors import ConfigError, TransportFailed
-from ._frames import MAX_HEADER, CloseCode, FrameError, Header, Opcode, close_payload, mask, read_close, read_header
+from ._frames import (
+    MAX_HEADER,
+    CloseCode,
+    FrameError,
+    Header,
+    Opcode,
+    close_payload,
+    mask,
+    mask_into,
+    read_close,
+    read_header,
+)
 from ._tls import HANDSHAKE_SECONDS, TlsStream
 
 #: Payload of a frame that is sent, at most.
@@ -94,9 +105,10 @@ class WebSocketStream(trio.abc.Stream):
         head = Header(opcode=opcode, final=True, length=size, key=key).encode()
         start = 16 - len(head)
         self._staging[start:16] = head
-        self._staging[16 : 16 + size] = payload
-        if key and size:
-            mask(self._staging[16 : 16 + size], key)
+        if key:
+            mask_into(self._staging[16 : 16 + size], memoryview(payload), key)
+        else:
+            self._staging[16 : 16 + size] = payload
         return self._staging[start : 16 + size]
 
     async def _answer(self) -> None:

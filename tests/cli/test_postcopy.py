@@ -1,0 +1,176 @@
+"""``trimig demo``, ``send`` and ``receive`` by postcopy, as processes: the switch, a cut, and signals behind the switch."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import trio
+
+import trimig
+from tests.cli.test_demo import lives, run
+from tests.cli.test_demo import started as started_demo
+from tests.cli.test_parked import LIMIT, LISTEN, first_line, saved, started, text_of, trimig_command
+from tests.guests.test_parked import check
+from trimig.cli.common import CANCELLED, FAILED, error_record
+from trimig.cli.postcopy import Insistence, recovering
+from trimig.errors import Ownership
+from trimig.status import IN_POSTCOPY
+from trimig.stream import read_record
+
+__all__ = ["saved"]  # a fixture
+
+DEMO = ("demo", "--size", "32M", "--hot", "8M", "--dirty-rate", "16M", "--json")
+Status = trimig.Status
+
+
+# -- the demo ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_demo_by_postcopy_and_by_two_hops_proves_its_guest() -> None:
+    code, out, err = run(*DEMO, "--postcopy", "--hops", "2")
+    result = json.loads(out)
+    assert (code, result["verified"]) == (0, True), err
+    assert result["recoveries"] == 0
+    assert "postcopy-active" in statuses(err)
+    for hop in result["hops"]:
+        assert hop["confirmed"]
+        assert 0 <= hop["fault_median_ms"] <= hop["fault_p99_ms"]
+    assert result["page_faults"] == sum(hop["page_faults"] for hop in result["hops"])
+
+
+def test_a_demo_that_is_cut_recovers_by_itself_and_shows_it() -> None:
+    """G10: postcopy-paused is no end; --cut-after shows the way through it."""
+    code, out, err = run(*DEMO, "--postcopy-after", "30%", "--cut-after", "40%")
+    result = json.loads(out)
+    assert (code, result["verified"], result["recoveries"]) == (0, True, 1), err
+    # The guest writes its hot memory, most of which had not been sent at the switch.
+    assert result["page_faults"] > 0
+    assert 0 < result["fault_median_ms"] <= result["fault_p99_ms"]
+    seen = [status for status, _ in itertools.groupby(statuses(err))]
+    assert seen.index("postcopy-active") < seen.index("postcopy-paused") < len(seen) - 1
+    assert not [pid for pid in result["hosts"] if lives(pid)]
+
+
+def test_a_demo_says_the_cut_and_the_faults_in_words() -> None:
+    words = [word for word in DEMO if word != "--json"]
+    code, out, err = run(*words, "--postcopy-after", "30%", "--cut-after", "20%")
+    assert code == 0, err
+    assert out.startswith("Verified: all 8192 pages are as ")
+    assert re.search(r"page faults +\d+, median [\d.]+ ms, 99 % within [\d.]+ ms; the connection was lost 1 time", out)
+
+
+def test_a_demo_without_postcopy_has_no_figures_of_it() -> None:
+    code, out, _err = run(*DEMO)
+    assert code == 0
+    assert not {"page_faults", "fault_median_ms", "fault_p99_ms", "recoveries"} & json.loads(out).keys()
+
+
+def test_the_first_signal_behind_the_switch_is_refused_and_the_second_gives_up() -> None:
+    """G8: no cancel in postcopy; what is said then, and what insisting comes to."""
+    with started_demo(*DEMO, "--postcopy-after", "10%", "-p", "max-postcopy-bandwidth=1M") as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        until(process.stderr, '"postcopy-active"')
+        process.send_signal(signal.SIGINT)
+        assert "too late to cancel: the guest is at the destination" in until(process.stderr, "SIGINT")
+        # It goes on.
+        until(process.stderr, '"postcopy-active"')
+        process.send_signal(signal.SIGINT)
+        assert "giving the rest up" in until(process.stderr, "SIGINT")
+        result = json.loads(process.stdout.read())
+        assert process.wait(LIMIT) == CANCELLED
+    assert (result["owner"], result["verified"], result["exit_code"]) == ("destination", False, CANCELLED)
+    assert not [pid for pid in result["hosts"] if lives(pid)]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--cut-after", "40%"), "--cut-after needs --postcopy"),
+        (("--postcopy-after", "140%"), "not between 0% and 100%"),
+        (("--postcopy-after", "soon"), "no percentage"),
+    ],
+)
+def test_shares_that_make_no_sense_are_refused_before_anything_starts(words: tuple[str, ...], said: str) -> None:
+    code, out, _err = run(*DEMO, *words)
+    assert code == 2
+    assert said in json.loads(out)["error"]
+
+
+def statuses(err: str) -> list[str]:
+    return [m["status"] for m in map(json.loads, err.splitlines()) if m["event"] == "progress"]
+
+
+def until(lines: Iterable[str], word: str) -> str:
+    for line in lines:
+        if word in line:
+            return line
+    raise AssertionError(f"{word} was not said")
+
+
+# -- send and receive --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [("--postcopy",), ("--postcopy-after", "0%")])
+async def test_a_guest_goes_from_file_to_file_by_postcopy(saved: Path, tmp_path: Path, how: tuple[str, ...]) -> None:
+    target = tmp_path / "target"
+    with trio.fail_after(LIMIT):
+        async with started("receive", LISTEN, "--save", target, "-c", "postcopy-ram") as receiver:
+            assert receiver.stdout is not None
+            address = (await first_line(receiver.stdout)).removeprefix("listening on ")
+            code, out, err = await trimig_command("send", saved, address, *how, "--json")
+            assert code == 0, err
+            assert json.loads(out)["confirmed"]
+            await text_of(receiver.stdout)
+            assert await receiver.wait() == 0
+    with await trimig.ParkedGuest.load(target) as guest:
+        check(guest)
+    record = read_record(saved)
+    assert record is not None
+    assert record.owner is Ownership.DESTINATION
+
+
+# -- the parts ---------------------------------------------------------------------------------------------------------
+
+
+def in_status(status: Status) -> tuple[Insistence, list[str]]:
+    given_up: list[str] = []
+    return Insistence(lambda: status, functools.partial(given_up.append, "given up")), given_up
+
+
+@pytest.mark.parametrize("status", sorted(Status, key=lambda s: s.value))
+def test_only_behind_the_switch_a_signal_has_to_insist(status: Status) -> None:
+    insistence, given_up = in_status(status)
+    if status not in IN_POSTCOPY:
+        assert insistence.judge() is None
+        return
+    first = insistence.judge()
+    assert first is not None
+    assert not first[1]
+    assert not given_up
+    second = insistence.judge()
+    assert second is not None
+    assert second[1]
+    assert given_up == ["given up"]
+
+
+def test_a_lost_rest_is_a_failure_whose_guest_is_at_the_destination() -> None:
+    code, record = error_record(trimig.PostcopyLost("no new connection came", missing={"ram": [(0, 4)]}))
+    assert (code, record["kind"], record["owner"]) == (FAILED, "PostcopyLost", "destination")
+
+
+def test_recover_for_needs_the_capability_and_goes_over_the_file() -> None:
+    plain = trimig.Config()
+    assert recovering(plain, 5.0) == plain
+    on = recovering(plain, None, on=True)
+    assert (on.capabilities.postcopy_ram, on.recovery_retry, on.recovery_timeout) == (True, True, 60.0)
+    assert recovering(on, 5.0).recovery_timeout == 5.0
+    of_file = trimig.Config(capabilities=on.capabilities, recovery_retry=True, recovery_timeout=7.0)
+    assert recovering(of_file, None).recovery_timeout == 7.0
