@@ -27,6 +27,8 @@ from trimig.stream import read_record
 __all__ = ["saved"]  # a fixture
 
 DEMO = ("demo", "--size", "32M", "--hot", "8M", "--dirty-rate", "16M", "--json")
+#: A first copy of half a second, to be met in the middle.
+SLOW = ("--bandwidth", "64M")
 Status = trimig.Status
 
 
@@ -47,7 +49,7 @@ def test_a_demo_by_postcopy_and_by_two_hops_proves_its_guest() -> None:
 
 def test_a_demo_that_is_cut_recovers_by_itself_and_shows_it() -> None:
     """G10: postcopy-paused is no end; --cut-after shows the way through it."""
-    code, out, err = run(*DEMO, "--postcopy-after", "30%", "--cut-after", "40%")
+    code, out, err = run(*DEMO, *SLOW, "--postcopy-after", "30%", "--cut-after", "40%")
     result = json.loads(out)
     assert (code, result["verified"], result["recoveries"]) == (0, True, 1), err
     # The guest writes its hot memory, most of which had not been sent at the switch.
@@ -60,7 +62,7 @@ def test_a_demo_that_is_cut_recovers_by_itself_and_shows_it() -> None:
 
 def test_a_demo_says_the_cut_and_the_faults_in_words() -> None:
     words = [word for word in DEMO if word != "--json"]
-    code, out, err = run(*words, "--postcopy-after", "30%", "--cut-after", "20%")
+    code, out, err = run(*words, "--postcopy", "--cut-after", "20%")
     assert code == 0, err
     assert out.startswith("Verified: all 8192 pages are as ")
     assert re.search(r"page faults +\d+, median [\d.]+ ms, 99 % within [\d.]+ ms; the connection was lost 1 time", out)
@@ -74,7 +76,7 @@ def test_a_demo_without_postcopy_has_no_figures_of_it() -> None:
 
 def test_the_first_signal_behind_the_switch_is_refused_and_the_second_gives_up() -> None:
     """G8: no cancel in postcopy; what is said then, and what insisting comes to."""
-    with started_demo(*DEMO, "--postcopy-after", "10%", "-p", "max-postcopy-bandwidth=1M") as process:
+    with started_demo(*DEMO, *SLOW, "--postcopy-after", "10%", "-p", "max-postcopy-bandwidth=1M") as process:
         assert process.stderr is not None
         assert process.stdout is not None
         until(process.stderr, '"postcopy-active"')

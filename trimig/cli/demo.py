@@ -563,10 +563,6 @@ def demo(
         config = postcopy.recovering(config, None, on=True)
         if downtime_limit is None:
             downtime_limit = 0  # what fits the limit would be sent before the guest goes
-    if cut_after is not None and not config.parameters.max_postcopy_bandwidth:
-        # A second or so, or the rest would be there before anybody could cut anything.
-        slow = config.parameters.replace(max_postcopy_bandwidth=max(hot // 2, 1 << 20))
-        config = dataclasses.replace(config, parameters=slow)
     changes = {"max_bandwidth": bandwidth, "downtime_limit": downtime_limit}
     changes = {name: value for name, value in changes.items() if value is not None}
     config = dataclasses.replace(config, parameters=config.parameters.replace(**changes))

@@ -20,6 +20,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 #: Seconds between two looks.
 _EVERY: Final = 0.01
 _PAGE: Final = 4096
+#: Bytes per second.
+_SLOWEST: Final = 64 << 10
 #: Seconds.
 _RECOVERY: Final = 60.0
 
@@ -41,6 +43,9 @@ class Plan:
             if now.status in TERMINAL:
                 return
             if now.total and now.status is trimig.Status.ACTIVE and _sent(now) >= self.after:
+                if self.cut_after is not None and not monitor.config.parameters.max_postcopy_bandwidth:
+                    # The rest in about a second, or it would be there before anybody could cut anything.
+                    monitor.set_parameters(max_postcopy_bandwidth=max(now.remaining, _SLOWEST))
                 monitor.start_postcopy()
                 break
         if self.cut_after is None:
