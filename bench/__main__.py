@@ -17,6 +17,9 @@ from bench.errors import BenchError
 from bench.figures import PAIRS, make_rows, make_verdicts, rows_table, verdicts_table
 from bench.measure import machine
 from bench.memory import MEMORY_KINDS, PAGE_PATTERNS, parse_size
+from bench.postcopy import rows
+from bench.postcopy import run as run_postcopy
+from bench.postcopy import table as postcopy_table
 from bench.precopy import Outcome, Plan, run_plan
 from bench.qemu import find_qemu
 from bench.transports import TRANSPORTS, table
@@ -162,6 +165,24 @@ def transports(size: int, repeat: int, names: tuple[str, ...], timeout: float) -
     print(table(found))
     if not all(found.values()):
         sys.exit(1)
+
+
+@main.command()
+@click.option("--size", type=Size(), default="256M", show_default=True, help="Guest RAM of the rows without a limit.")
+@click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures there.")
+@click.option("--qemu", "qemu_path", help="The QEMU to use (else qemu-system-x86_64 of PATH).")
+@click.option("--timeout", type=click.FloatRange(min=1), default=200.0, show_default=True, help="Seconds for one run.")
+def postcopy(size: int, repeat: int, json_file: Path | None, qemu_path: str | None, timeout: float) -> None:
+    """How long a guest waits for its pages in postcopy, with and without a limit; downtime and time."""
+    qemu = find_qemu(qemu_path)
+    found = rows(trio.run(run_postcopy, size, repeat, qemu, timeout, _progress))
+    print(f"\n{size >> 20} MiB (24 MiB under the limit), medians of {repeat} interleaved rounds\n")
+    print(postcopy_table(found))
+    if qemu is None:
+        print("not measured: qemu-qemu, there is no QEMU")
+    if json_file is not None:
+        write_json(json_file, {"rows": found, "machine": machine()})
 
 
 def as_json(plan: Plan, outcome: Outcome) -> dict[str, Any]:

@@ -57,16 +57,16 @@ class QemuSide(Side):
     async def prepare(self) -> None:
         """Negotiate, set the parameters, fill the source's memory."""
         await self._child.receive()  # the greeting
-        await self._command("qmp_capabilities")
+        await self.command("qmp_capabilities")
         capabilities = [{"capability": name, "state": True} for name in ("events", "return-path")]
-        await self._command("migrate-set-capabilities", {"capabilities": capabilities})
-        await self._command("migrate-set-parameters", {"max-bandwidth": 0})
+        await self.command("migrate-set-capabilities", {"capabilities": capabilities})
+        await self.command("migrate-set-parameters", {"max-bandwidth": 0})
         if self._role == "source":
             fill(as_pages(self._map_ram()), self._setup.pages)
 
     async def listen(self) -> str:
-        await self._command("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
-        answer = await self._command("query-migrate")
+        await self.command("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+        answer = await self.command("query-migrate")
         return f"tcp:127.0.0.1:{answer['socket-address'][0]['port']}"
 
     async def begin(self, uri: str) -> None:
@@ -81,13 +81,13 @@ class QemuSide(Side):
             if status == "completed":
                 return
             if status in ("failed", "cancelled"):
-                answer = await self._command("query-migrate")
+                answer = await self.command("query-migrate")
                 raise BenchError(f"{self._child.name}: {answer.get('error-desc', status)}")
 
     async def report(self) -> Report:
         if self._role != "source":
             return Report()
-        answer = await self._command("query-migrate")
+        answer = await self.command("query-migrate")
         return Report(downtime_ms=answer["downtime"], total_ms=answer["total-time"])
 
     async def mismatches(self) -> int:
@@ -120,7 +120,11 @@ class QemuSide(Side):
                 wrong += differing(got, wanted) if got.shape == wanted.shape else len(wanted)
         return wrong
 
-    async def _command(self, name: str, arguments: JsonObject | None = None) -> Any:
+    async def command(self, name: str, arguments: JsonObject | None = None) -> Any:
+        """The answer to a QMP command. BenchError if it is refused.
+
+        **Cancellation:** it may have been executed; kill it.
+        """
         await self._child.send({"execute": name, "arguments": arguments or {}})
         while True:
             message = await self._child.receive()

@@ -41,6 +41,11 @@ def shorten(sock: trio.socket.SocketType) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNSENT_SHORT)
 
 
+def shorten_receiving(sock: trio.socket.SocketType) -> None:
+    """Little may wait in *sock* to be read from here on: what was sent before the page that is waited for delays it."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UNSENT_SHORT)
+
+
 def enlarge(sock: trio.socket.SocketType) -> None:
     """Give *sock* large buffers where that is allowed; leave it alone where asking would make them smaller.
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ..errors import LocalProtocolError, TransportFailed
 from ..guest import PAGE_SIZE
 from . import vectored
-from .buffers import enlarge, shorten
+from .buffers import enlarge, shorten, shorten_receiving
 
 #: Pages that are prepared for sending at once. One system call takes MAX_ELEMENTS // 2 of them; preparing many more
 #: spreads the cost of the arrays.
@@ -150,6 +150,11 @@ class Channel:
         """From here on what is sent should be on its way soon (postcopy); :meth:`wait_queue_short` says when it is."""
         if self._socket is not None:
             shorten(self._socket)
+
+    def keep_backlog_short(self) -> None:
+        """The same for what comes in."""
+        if self._socket is not None:
+            shorten_receiving(self._socket)
 
     async def wait_queue_short(self) -> None:
         """Wait until little of what was sent still waits on this side, as far as that can be told.

@@ -313,6 +313,7 @@ class Ahead:
 
     async def _take_pages(self, receiver: PostcopyReceiver) -> None:
         decoder, channel = self._decoder, self._channel
+        channel.keep_backlog_short()
         handled = 0
         while True:
             while (event := decoder.next_event()) is not None:

@@ -22,6 +22,8 @@ from .ram_out import RamSender
 
 #: Background pages handed over at once: a request that comes meanwhile waits for 128 KiB, less than 0.2 ms.
 _BACKGROUND_PAGES: Final = 32
+#: The same where nobody has asked for a page for a while: each batch twice the one before, up to 2 MiB.
+_CALM_PAGES: Final = 512
 #: Pages of one request handed over at once; QEMU asks for one host page, which may be 2 MiB.
 _REQUESTED_PAGES: Final = 512
 
@@ -53,6 +55,7 @@ class PostcopySender:
         self._order = order
         self._counters = counters
         self._idle: trio.CancelScope | None = None
+        self._batch = _BACKGROUND_PAGES
         #: Give pages that have been sent back to the host (release-ram). Nobody can be sent them again then.
         self.release = False
         self._released = False
@@ -62,6 +65,7 @@ class PostcopySender:
         block = self._numbers[message.block]
         if self._order.request(block, message.start // PAGE_SIZE, message.length // PAGE_SIZE):
             self._counters.page_requests += 1
+            self._batch = _BACKGROUND_PAGES
             if self._idle is not None:
                 self._idle.cancel("somebody waits for a page")
 
@@ -101,7 +105,8 @@ class PostcopySender:
         count = 0
         with trio.CancelScope() as self._idle:
             await self._channel.wait_queue_short()
-            count = await self._limiter.pages(min(_BACKGROUND_PAGES, self._order.remaining))
+            count = await self._limiter.pages(min(self._batch, self._order.remaining))
+            self._batch = min(2 * self._batch, _CALM_PAGES)
         self._idle = None
         return count
 

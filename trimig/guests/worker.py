@@ -48,8 +48,9 @@ class Refused(Exception):
     """The request cannot be met; its text is the reply, and the worker goes on."""
 
 
-#: Nanoseconds. A touch that takes longer had to wait: one that finds its page takes one or two thousand.
-WAITED: Final = 20_000
+#: Nanoseconds. A touch that takes longer had to wait for another process at least; one that finds its page takes one or
+#: two thousand, some tens of thousands if the processor is taken away meanwhile.
+WAITED: Final = 60_000
 
 
 class Pacer:
