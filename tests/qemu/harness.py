@@ -184,6 +184,10 @@ class Qemu:
         """Wait until it has exited by itself; its return code. QEMU 7.2 exits with 1 when incoming migration fails."""
         return await self._process.wait()
 
+    def kill(self) -> None:
+        """SIGKILL, at once."""
+        self._process.kill()
+
     async def quit(self) -> int:
         """Ask it to quit and wait until it has; its return code."""
         with contextlib.suppress(QmpClosed):  # it may be gone before its answer is read
