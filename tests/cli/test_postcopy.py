@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import trio
 
@@ -17,12 +18,14 @@ import trimig
 from tests.cli.test_demo import lives, run
 from tests.cli.test_demo import started as started_demo
 from tests.cli.test_parked import LIMIT, LISTEN, first_line, saved, started, text_of, trimig_command
-from tests.guests.test_parked import check
+from tests.guests.test_parked import check, devices
 from trimig.cli.common import CANCELLED, FAILED, error_record
 from trimig.cli.postcopy import Insistence, recovering
 from trimig.errors import Ownership
 from trimig.status import IN_POSTCOPY
 from trimig.stream import read_record
+from trimig.wire import RecordWriter, Section, description
+from trimig.wire import encoder as wire
 
 __all__ = ["saved"]  # a fixture
 
@@ -134,6 +137,83 @@ async def test_a_guest_goes_from_file_to_file_by_postcopy(saved: Path, tmp_path:
     with await trimig.ParkedGuest.load(target) as guest:
         check(guest)
     record = read_record(saved)
+    assert record is not None
+    assert record.owner is Ownership.DESTINATION
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A guest whose memory follows for half a minute at the rate of :data:`TRICKLE`."""
+    records, pages = RecordWriter(), 2048
+    memory = np.random.default_rng(1).integers(1, 255, (pages, 4096), np.uint8)
+    out = wire.file_header() + wire.configuration("toy-1.0", [])
+    out += wire.section_start(Section.START, 2, "ram", 0, 4) + wire.ram_list([("ram", pages * 4096)])
+    out += wire.END_WORD + wire.section_footer(2) + wire.section_continue(Section.END, 2)
+    out += records.page_records("ram", np.arange(pages, dtype=np.int64) * 4096, memory)
+    out += wire.END_WORD + wire.section_footer(2)
+    sections = devices()
+    out += b"".join(wire.device_section(s, s.section_id or 0) for s in sections) + wire.end_of_stream()
+    out += wire.description(description.build(4096, [s.description or {} for s in sections]))
+    path = tmp_path / "guest"
+    path.write_bytes(out)
+    return path
+
+
+#: The guest first; and then its memory as slowly as this.
+TRICKLE = ("--postcopy-after", "0%", "-p", "max-postcopy-bandwidth=256K", "--json")
+
+
+async def until_line(pipe: trio.abc.ReceiveStream, word: str) -> str:
+    while word not in (line := await first_line(pipe)):
+        pass
+    return line
+
+
+async def test_a_receiver_that_dies_behind_the_switch_takes_the_guest_with_it(large: Path, tmp_path: Path) -> None:
+    """S14: the source keeps its half, and says whose the guest is; nothing may start it again by accident."""
+    with trio.fail_after(LIMIT):
+        async with started("receive", LISTEN, "--save", tmp_path / "target", "-c", "postcopy-ram") as receiver:
+            assert receiver.stdout is not None
+            address = (await first_line(receiver.stdout)).removeprefix("listening on ")
+            async with started("send", large, address, *TRICKLE, "--recover-for", "0.5") as sender:
+                assert sender.stdout is not None
+                assert sender.stderr is not None
+                await until_line(sender.stderr, '"postcopy-active"')
+                receiver.kill()
+                await until_line(sender.stderr, '"postcopy-paused"')
+                said = json.loads(await text_of(sender.stdout))
+                assert await sender.wait() == FAILED
+    assert (said["kind"], said["owner"], said["exit_code"]) == ("PostcopyLost", "destination", FAILED)
+    assert "no new connection came within 0.5 s" in said["error"]
+    record = read_record(large)
+    assert record is not None
+    assert record.owner is Ownership.DESTINATION
+
+
+async def test_a_sender_that_is_told_twice_gives_the_rest_up(large: Path, tmp_path: Path) -> None:
+    """G8: the first signal is refused with the reason. The receiver says that its guest is not whole."""
+    target = tmp_path / "target"
+    waiting = ("receive", LISTEN, "--save", target, "-c", "postcopy-ram", "--recover-for", "0.5", "--json")
+    with trio.fail_after(LIMIT):
+        async with started(*waiting) as receiver:
+            assert receiver.stdout is not None
+            assert receiver.stderr is not None
+            address = json.loads(await until_line(receiver.stderr, "listening on "))["address"]
+            async with started("send", large, address, *TRICKLE) as sender:
+                assert sender.stdout is not None
+                assert sender.stderr is not None
+                await until_line(sender.stderr, '"postcopy-active"')
+                sender.send_signal(signal.SIGINT)
+                assert "too late to cancel" in await until_line(sender.stderr, "SIGINT")
+                await until_line(sender.stderr, '"postcopy-active"')
+                sender.send_signal(signal.SIGINT)
+                assert "giving the rest up" in await until_line(sender.stderr, "SIGINT")
+                assert json.loads(await text_of(sender.stdout))["kind"] == "Cancelled"
+                assert await sender.wait() == CANCELLED
+            said = json.loads(await text_of(receiver.stdout))
+            assert await receiver.wait() == FAILED
+    assert (said["kind"], said["owner"]) == ("PostcopyLost", "destination")
+    record = read_record(large)
     assert record is not None
     assert record.owner is Ownership.DESTINATION
 

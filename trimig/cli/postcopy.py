@@ -42,6 +42,9 @@ class Plan:
         async for now in monitor.watch(_EVERY):
             if now.status in TERMINAL:
                 return
+            if now.status is trimig.Status.SETUP and not self.after and self.cut_after is None:
+                monitor.start_postcopy()  # kept for the first pass, which may be over before the next look
+                break
             if now.total and now.status is trimig.Status.ACTIVE and _sent(now) >= self.after:
                 if self.cut_after is not None and not monitor.config.parameters.max_postcopy_bandwidth:
                     # The rest in about a second, or it would be there before anybody could cut anything.
