@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import re
 import signal
 from collections.abc import Iterable
@@ -91,6 +92,28 @@ def test_the_first_signal_behind_the_switch_is_refused_and_the_second_gives_up()
         result = json.loads(process.stdout.read())
         assert process.wait(LIMIT) == CANCELLED
     assert (result["owner"], result["verified"], result["exit_code"]) == ("destination", False, CANCELLED)
+    assert result["guest"] == "paused"
+    assert "a part of its memory never came" in result["fate"]
+    assert not [pid for pid in result["hosts"] if lives(pid)]
+
+
+@pytest.mark.parametrize(
+    ("victim", "state", "said"),
+    [(0, "paused", "which is paused there: a part of its memory never came"), (1, "lost", "which died with it")],
+)
+def test_a_host_that_is_killed_behind_the_switch(victim: int, state: str, said: str) -> None:
+    """S14: the owner is the destination, whoever dies; the source is never said to have the guest again."""
+    with started_demo(*DEMO, *SLOW, "--postcopy-after", "10%", "-p", "max-postcopy-bandwidth=1M") as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        hosts = json.loads(until(process.stderr, '"hosts"'))["hosts"]
+        until(process.stderr, '"postcopy-active"')
+        os.kill(hosts[victim], signal.SIGKILL)
+        until(process.stderr, "was killed by signal 9")
+        result = json.loads(process.stdout.read())
+        assert process.wait(LIMIT) == FAILED
+    assert (result["owner"], result["guest"], result["exit_code"]) == ("destination", state, FAILED)
+    assert said in result["fate"]
     assert not [pid for pid in result["hosts"] if lives(pid)]
 
 

@@ -309,6 +309,7 @@ async def test_a_bitmap_of_a_block_that_is_not_there() -> None:
         again = await there.reconnect()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(again.hear)
+            await there.monitor.wait_status(Status.POSTCOPY_RECOVER)
             await again.say(wire.command(Command.RECV_BITMAP, b"\x03rom"))
             await there.monitor.wait_status(Status.POSTCOPY_PAUSED)
         assert "unknown RAM block 'rom'" in there.monitor.info()["error-desc"]

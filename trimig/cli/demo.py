@@ -466,11 +466,15 @@ class Demo:
             report["guest"] = "none"
             return "the guest had not been started yet"
         if keeper.ended is None and not keeper.worker_died:
+            # In postcopy: it has the guest, and says that it does not have all of it.
+            partial = keeper is self.destination and (keeper.report or {}).get("event") == "failed"
             if (keeper.report or {}).get("owner") == "unknown":
                 await self._ask_once(keeper, "settle", owner=owner.value)
             status = await self._ask_once(keeper, "status")
             if status is not None:
                 report["guest"] = status["state"]
+                if partial:
+                    return f"{where} owns the guest, which is {status['state']} there: a part of its memory never came"
                 if self._interrupted:
                     return f"{where} owns the guest, which is {status['state']} there"
                 proof = await self._ask_once(keeper, "verify")
