@@ -97,6 +97,17 @@ def test_a_flood_of_requests_does_not_make_the_queue_longer_than_there_are_pages
     assert news <= 50
 
 
+def test_what_is_taken_back_is_the_next() -> None:
+    order = PageOrder([bitmap("xxxx")])
+    order.request(0, 2, 1)
+    batch = order.next_batch(1)
+    assert batch is not None
+    order.take_back(batch)
+    assert (order.remaining, order.urgent) == (4, True)
+    assert take(order, 1) == urgent(0, 2)
+    assert drain(order) == [background(0, 3), background(0, 0, 1)]
+
+
 @pytest.mark.parametrize("sparse", [1, 40_000, 99_999])
 def test_one_page_in_many(sparse: int) -> None:
     pages = np.zeros(100_000, np.bool_)

@@ -31,6 +31,8 @@ UNSENT: Final = 4 << 20
 
 #: The same in postcopy, where a page that the guest waits for queues behind what was handed over before it.
 UNSENT_SHORT: Final = 1 << 17
+#: What may be on its way to, or wait in, a receiving TCP socket then.
+_WINDOW_SHORT: Final = 1 << 18
 
 
 def shorten(sock: trio.socket.SocketType) -> None:
@@ -42,8 +44,13 @@ def shorten(sock: trio.socket.SocketType) -> None:
 
 
 def shorten_receiving(sock: trio.socket.SocketType) -> None:
-    """Little may wait in *sock* to be read from here on: what was sent before the page that is waited for delays it."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UNSENT_SHORT)
+    """Little may wait in *sock* to be read from here on: what was sent before the page that is waited for delays it.
+
+    The window is made smaller, not the buffer: what does not fit into a smaller buffer would be dropped, and come again
+    only 200 ms later. A unix socket's sender sets how much may wait.
+    """
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, _WINDOW_SHORT)
 
 
 def enlarge(sock: trio.socket.SocketType) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import math
+import os
 import socket
 import sys
 import termios
@@ -212,6 +213,21 @@ class Channel:
             if not ok:
                 self.poisoned = True
                 self.unsure = self._socket is None
+
+    def send_now(self, data: bytes) -> int:
+        """Hand over what the kernel takes of *data* without waiting; how many bytes. The rest must be sent before anything
+        else, and no task may be in the middle of sending.
+
+        Always 0 where the stream is no socket, or is broken: then sending in the ordinary way says why.
+        """
+        if self._socket is None or self.poisoned:
+            return 0
+        try:
+            taken = os.write(self._socket.fileno(), data)
+        except (OSError, ValueError):
+            return 0
+        self.sent += taken
+        return taken
 
     async def _send_pieces(self, data: memoryview) -> None:
         """Hand *data* over in pieces, because within one nobody can see whether it advances."""

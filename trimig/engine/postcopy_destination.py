@@ -380,6 +380,10 @@ class Ahead:
 
     async def _say_bytes(self, data: bytes) -> None:
         """Tell the source, if there is one at present. What is asked for is asked again on the next connection."""
+        if self._connected and self._arrival.return_path and not self._sending.locked():
+            data = data[self._channel.send_now(data) :]
+            if not data:
+                return
         async with self._sending:
             if not self._connected or not self._arrival.return_path:
                 return

@@ -56,18 +56,39 @@ class PostcopySender:
         self._counters = counters
         self._idle: trio.CancelScope | None = None
         self._batch = _BACKGROUND_PAGES
+        self._rest = b""  # of a page that the kernel did not take whole
         #: Give pages that have been sent back to the host (release-ram). Nobody can be sent them again then.
         self.release = False
         self._released = False
 
     def request(self, message: PageRequest) -> None:
-        """The guest waits for these bytes; the decoder of the return path has looked at the range."""
+        """The guest waits for these bytes; the decoder of the return path has looked at the range.
+
+        A single page goes at once, from here, if nobody is in the middle of sending: waking the sending task would cost
+        as much as the page.
+        """
         block = self._numbers[message.block]
-        if self._order.request(block, message.start // PAGE_SIZE, message.length // PAGE_SIZE):
-            self._counters.page_requests += 1
-            self._batch = _BACKGROUND_PAGES
-            if self._idle is not None:
-                self._idle.cancel("somebody waits for a page")
+        if not self._order.request(block, message.start // PAGE_SIZE, message.length // PAGE_SIZE):
+            return
+        self._counters.page_requests += 1
+        self._batch = _BACKGROUND_PAGES
+        if self._idle is None:
+            return
+        if message.length > PAGE_SIZE or self._rest or not self._at_once():
+            self._idle.cancel("somebody waits for a page")
+
+    def _at_once(self) -> bool:
+        """Send the page that was just asked for; False if the sending task must do that, or what is left of it."""
+        batch = self._order.next_batch(1)
+        assert batch is not None
+        block, page = self._blocks[batch.block], int(batch.pages[0])
+        rest = self._sender.send_page_now(block.name, block.pages, page)
+        if rest is None:
+            self._order.take_back(batch)
+            return False
+        self._sent(block, batch)
+        self._rest = rest
+        return not rest and bool(self._order.remaining)
 
     async def run(self) -> None:
         """Send until every page has gone.
@@ -78,8 +99,12 @@ class PostcopySender:
         **Cancellation:** as for TransportFailed.
         """
         self._channel.keep_queue_short()
-        while self._order.remaining:
+        while self._order.remaining or self._rest:
             self._release_sent()
+            if self._rest:
+                rest, self._rest = self._rest, b""
+                await self._channel.send(rest)
+                continue
             limit = _REQUESTED_PAGES if self._order.urgent else await self._background()
             if limit and (batch := self._order.next_batch(limit)) is not None:
                 await self._send(batch)
@@ -87,6 +112,9 @@ class PostcopySender:
     async def _send(self, batch: Batch) -> None:
         block = self._blocks[batch.block]
         await self._sender.send_batch(block.name, block.pages, batch.pages)
+        self._sent(block, batch)
+
+    def _sent(self, block: RamBlock, batch: Batch) -> None:
         self._counters.remaining = self._order.remaining * PAGE_SIZE
         if self._released:
             for page in batch.pages.tolist():

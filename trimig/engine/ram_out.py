@@ -99,6 +99,24 @@ class RamSender:
         for start in range(0, len(indices), BATCH_PAGES):
             await self._send_batch(block, pages, indices[start : start + BATCH_PAGES])
 
+    def send_page_now(self, block: str, pages: Pages, index: int) -> bytes | None:
+        """Hand one page to the kernel without waiting, where that can be done.
+
+        Returns:
+            What it did not take, which must be sent before anything else; None if nothing was begun: no section is
+            open, or the transport is no socket.
+        """
+        if self._open_since is None or self._channel.socket_fd is None:
+            return None
+        where = np.array([index], np.int64)
+        if zero_pages(pages, where)[0]:
+            data = self._records.zero_records(block, where * PAGE_SIZE)
+            self._count(zero=1)
+        else:
+            data = self._records.page_records(block, where * PAGE_SIZE, pages[index : index + 1])
+            self._count(normal=1)
+        return data[self._channel.send_now(data) :]
+
     async def end(self, rest: Sequence[tuple[RamBlock, Pages, PageBitmap]]) -> None:
         """The END section, with the last pages in it: of each block, where to read them and which."""
         await self._part_end()

@@ -72,6 +72,13 @@ class PageOrder:
         """Up to *limit* pages to be sent now; None when every page was handed out."""
         return self._requested(limit) or self._background(limit)
 
+    def take_back(self, batch: Batch) -> None:
+        """That batch was not sent after all: it is the next one."""
+        self._unsent[batch.block][batch.pages] = True
+        self.remaining += len(batch.pages)
+        for page in batch.pages[::-1].tolist():
+            self._requests.appendleft((batch.block, page, 1))
+
     def _requested(self, limit: int) -> Batch | None:
         while self._requests:
             block, first, count = self._requests[0]
