@@ -40,6 +40,8 @@ from .stream_out import DeviceSender, opening
 #: PING values: 1 is QEMU's, directly behind OPEN_RETURN_PATH; ours asks for the proof of prepare.
 PING_OPENED = 1
 PING_PREPARE = 0x74726967
+#: The same before a switch to postcopy, about the memory that is on its way.
+PING_QUEUED = 0x74726971
 
 #: Seconds that a peer who may be none gets after the first copy to answer the first PING; the guest runs meanwhile.
 SILENCE_SECONDS = 2.0
@@ -292,6 +294,8 @@ class _Attempt(Departure):
         self._judge_silence()
         if not self.two_way:
             raise TransportFailed("postcopy needs a return path, and nobody answers on this one")
+        # What waits in the destination's buffers is read while the guest still runs here, or it would stand still for it.
+        await self._ping(channel, PING_QUEUED)
         watch = _Stopwatch()
         await self._stand_still(channel, watch)
         blocks = list(self.guest.ram)
@@ -379,6 +383,11 @@ class _Attempt(Departure):
             await self._stop_guest()  # somebody has resumed it meanwhile
 
     async def _prepare(self, channel: Channel, value: int) -> None:
+        await self._ping(channel, value)
+        self.prepared = True
+
+    async def _ping(self, channel: Channel, value: int) -> None:
+        """Wait until the destination has taken everything that was sent so far."""
         assert self.reader is not None
         await channel.send(wire.ping(value))
         with trio.move_on_after(self.config.handover_timeout) as limit:
@@ -387,7 +396,6 @@ class _Attempt(Departure):
             raise TransportFailed(
                 f"the destination did not confirm within {self.config.handover_timeout:g} s that it has loaded the guest"
             )
-        self.prepared = True
 
     async def _hand_over(self, channel: Channel, ending: bytes) -> None:
         """Send the decision and wait for its answer. On return, or by the error raised, the owner is known."""
