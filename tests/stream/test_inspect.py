@@ -12,6 +12,8 @@ import pytest
 import trio
 
 import trimig
+from tests.engine.test_postcopy_bad_input import END, PACKAGE, discard, part
+from tests.engine.test_postcopy_bad_input import OPENING as OPENING_OF_POSTCOPY
 from tests.guests.test_parked import PAGES, content, devices, stream
 from trimig.errors import Ownership
 from trimig.stream import (
@@ -156,3 +158,19 @@ def test_a_file_is_sent_by_one_process_at_a_time(tmp_path: Path) -> None:
             stack.enter_context(locked(file))
     with locked(file):
         pass
+
+
+async def test_package_of_postcopy_is_shown_with_what_is_in_it(tmp_path: Path) -> None:
+    """O3, O4: LISTEN first, RUN last, the devices between them, each where it stands in the stream."""
+    data = OPENING_OF_POSTCOPY + part(0, 1, 2) + discard(1) + PACKAGE + part(1, 3, 4, 5, 6, 7) + END
+    report = await inspect_stream(write(tmp_path / "in", data))
+    assert report.error is None
+    names = [command.name for command in report.commands]
+    assert names[-4:] == ["PACKAGED", "POSTCOPY_LISTEN", "PING", "POSTCOPY_RUN"]
+    assert [device.idstr for device in report.devices] == ["clock", "globalstate"]
+    for device in report.devices:
+        assert data[device.offset :].startswith(b"\x04")
+    damaged = data.replace(PACKAGE[-5:], b"\x08\x00\x05\x00\x09")
+    assert damaged != data
+    report = await inspect_stream(write(tmp_path / "in", damaged))
+    assert any("cannot be taken apart" in problem for problem in report.problems)

@@ -282,6 +282,8 @@ class _Inspector:
                 self._ram_list(event)
             case ev.CommandElement():
                 self._command(event.number, event.payload, event.at)
+            case ev.Package():
+                self._package(event)
             case ev.SectionHeader():
                 self._header(event)
             case ev.RamEnd():
@@ -348,6 +350,18 @@ class _Inspector:
                 self.open.zero_pages += count
         if self.seen is not None:
             self.seen[event.block][event.offsets // PAGE_SIZE] = True
+
+    def _package(self, event: ev.Package) -> None:
+        """What postcopy sends at the switch: devices between commands, without a description of them."""
+        inside = split_tail(
+            event.data + bytes((Section.EOF,)), footers=self.report.footers, offset=event.at, damaged=True
+        )
+        for section, offset in zip(inside.sections, inside.offsets, strict=True):
+            self._device(section, offset)
+        for number, payload, offset in inside.commands:
+            self._command(number, payload, offset)
+        if inside.error is not None:
+            self.report.problems.append(f"the package at byte {event.at} cannot be taken apart: {inside.error.reason}")
 
     def _take_tail(self, at: int) -> None:
         report = self.report
