@@ -311,7 +311,18 @@ CASES: Final = [
             payload=hexed('00 06 "pc.ram" 00 0000000000100000 0000000000001000 0000000000300000 0000000000001000'),
         ),
     ),
-    _first("packaged", hexed("08 0007 0004 00000000"), events.CommandElement(number=7, payload=bytes(4))),
+    _first(
+        "packaged",
+        hexed("08 0007 0004 00000005 08 0004 0000"),
+        events.CommandElement(number=7, payload=hexed("00000005")),
+        events.Package(data=hexed("08 0004 0000")),
+    ),
+    _first(
+        "packaged nothing",
+        hexed("08 0007 0004 00000000"),
+        events.CommandElement(number=7, payload=bytes(4)),
+        events.Package(data=b""),
+    ),
     _first("enable colo", hexed("08 0008 0000"), events.CommandElement(number=8)),
     _first("postcopy resume", hexed("08 0009 0000"), events.CommandElement(number=9)),
     _first(

@@ -23,6 +23,7 @@ from .events import (
     EndOfStream,
     Event,
     FileHeader,
+    Package,
     PageRun,
     RamEnd,
     RamList,
@@ -196,6 +197,8 @@ class Encoder:
                 return section_footer(event.section_id)
             case CommandElement():
                 return command(event.number, event.payload)
+            case Package(data=data):
+                return data
             case RamList():
                 return ram_list(event.blocks)
             case PageRun():
