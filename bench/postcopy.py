@@ -57,7 +57,7 @@ async def trimig_run(size: int, cap: int, *, postcopy: bool = True) -> Result:
 
     **Cancellation:** its processes are killed.
     """
-    command = [sys.executable, "-m", "trimig", "demo", "--json", "--size", str(size), "--hot", str(size // 2)]
+    command = [sys.executable, "-m", "trimig", "demo", "--json", "--size", str(size), "--hot", str(size)]
     command += ["--dirty-rate", "4M" if postcopy else "0"]
     if postcopy:
         command += ["--postcopy-after", "1%", "-p", f"max-postcopy-bandwidth={cap}"]

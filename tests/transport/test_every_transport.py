@@ -20,6 +20,7 @@ import pytest
 import trio
 
 import trimig
+import trimig.guests
 from tests.conftest import children
 from tests.qemu.relay import exec_relay
 from tests.transport.pki import Pki
@@ -35,6 +36,7 @@ TRANSPORTS = ("tcp", "unix", "exec", "fd", "ws", "wss", "tls over tcp", "tls ove
 def source_of(seed: int) -> trimig.AppGuest:
     guest = trimig.AppGuest("every", running=True)
     guest.add_ram("ram", SIZE)
+    guest.add_device(trimig.guests.TimerState())
     guest.ram[0].pages[:] = np.random.default_rng(seed).integers(0, 256, guest.ram[0].pages.shape, np.uint8)
     return guest
 
@@ -42,6 +44,7 @@ def source_of(seed: int) -> trimig.AppGuest:
 def empty() -> trimig.AppGuest:
     guest = trimig.AppGuest("every", running=False)
     guest.add_ram("ram", SIZE)
+    guest.add_device(trimig.guests.TimerState())
     return guest
 
 
