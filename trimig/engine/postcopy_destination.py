@@ -380,18 +380,21 @@ class Ahead:
 
     async def _say_bytes(self, data: bytes) -> None:
         """Tell the source, if there is one at present. What is asked for is asked again on the next connection."""
-        if self._connected and self._arrival.return_path and not self._sending.locked():
-            data = data[self._channel.send_now(data) :]
-            if not data:
-                return
-        async with self._sending:
+        try:
+            self._sending.acquire_nowait()
+        except trio.WouldBlock:
+            await self._sending.acquire()
+        try:
             if not self._connected or not self._arrival.return_path:
                 return
-            try:
-                await self._channel.send(data)
-            except MigrationError as error:
-                self._connected = False
-                self._interrupted(str(error))
+            # Mostly the kernel takes it at once, and the guest waits for what is asked for here.
+            if rest := data[self._channel.send_now(data) :]:
+                await self._channel.send(rest)
+        except MigrationError as error:
+            self._connected = False
+            self._interrupted(str(error))
+        finally:
+            self._sending.release()
 
     # -- without one -----------------------------------------------------------------------------------------------
 
