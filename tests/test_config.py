@@ -18,6 +18,7 @@ from trimig.config import (
     LEGACY_2_3,
     PEERS,
     QEMU_7_2,
+    QEMU_8_0,
     Capabilities,
     Config,
     GiB,
@@ -42,9 +43,14 @@ def refusal(call: Callable[[], object]) -> ConfigError:
 
 
 def test_peer_profiles_are_those_of_the_machine_types() -> None:
-    assert dict(PEERS) == {"qemu-7.2": QEMU_7_2, "legacy-2.3": LEGACY_2_3, "legacy-2.2": LEGACY_2_2}
+    assert dict(PEERS) == {
+        "qemu-7.2": QEMU_7_2, "qemu-8.0": QEMU_8_0, "legacy-2.3": LEGACY_2_3, "legacy-2.2": LEGACY_2_2
+    }  # fmt: skip
     switches = [dataclasses.astuple(profile)[1:] for profile in (QEMU_7_2, LEGACY_2_3, LEGACY_2_2)]
-    assert switches == [(True, True, True, False), (False, False, False, False), (False, False, False, True)]
+    assert switches == [
+        (True, True, True, False, True), (False, False, False, False, True), (False, False, False, True, True)
+    ]  # fmt: skip
+    assert dataclasses.replace(QEMU_8_0, name="qemu-7.2", preempt_pre_7_2=True) == QEMU_7_2
     assert Config().peer is QEMU_7_2
 
 

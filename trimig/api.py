@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import trio
 
 from . import transport
 from .config import Config
 from .engine import teardown
-from .engine.channel import AnyStream, OpenStream
+from .engine.channel import AnyStream
+from .engine.connections import Connections
 from .engine.departure import CommitHook, FenceHook
 from .engine.destination import receive_stream
 from .engine.source import migrate_stream
@@ -58,15 +57,9 @@ async def migrate(
     """
     config = config or Config()
     try:
-        opener = _connector(to, config)
+        caller = _Caller(to, config)
         return await migrate_stream(
-            guest,
-            opener,
-            config,
-            monitor or Monitor(),
-            commit=commit,
-            fence=fence,
-            reopen=functools.partial(_connect_again, to, config),
+            guest, caller.connections(), config, monitor or Monitor(), commit=commit, fence=fence
         )
     finally:
         await _dispose(to)
@@ -95,68 +88,104 @@ async def receive(
     brought to life and the call returns, or fails, within ``handover_timeout`` seconds.
     """
     monitor, config = monitor or Monitor(), config or Config()
+    acceptor = _Acceptor(at, config, monitor)
     try:
-        acceptor = _Acceptor(at, config, monitor)
-        return await receive_stream(guest, acceptor.first, config, monitor, reopen=acceptor.again)
+        return await receive_stream(guest, acceptor.connections(), config, monitor)
     finally:
+        acceptor.close()
         await _dispose(at)
 
 
-def _connector(to: str | trio.abc.SendStream, config: Config) -> OpenStream:
-    if not isinstance(to, str):
-        return _stream(to)
-    transport.check(to)
-    return functools.partial(transport.connect, to, config)
+class _Caller:
+    """Where a source connects to: at first, beside that, and in postcopy again."""
 
+    def __init__(self, to: str | trio.abc.SendStream, config: Config) -> None:
+        self._to = to
+        self._config = config
+        if isinstance(to, str):
+            transport.check(to)
 
-async def _connect_again(to: str | trio.abc.SendStream, config: Config, uri: str | None) -> AnyStream:
-    """Another connection when one was lost in postcopy: to *uri*, or to where the first one went."""
-    uri = uri or _again(to)
-    transport.check(uri)
-    return await transport.connect(uri, config)
+    def connections(self) -> Connections:
+        """What the engine calls."""
+        several = isinstance(self._to, str) and transport.several(self._to)
+        return Connections(first=self._first, again=self._again, beside=self._beside if several else None)
 
-
-def _again(given: str | AnyStream) -> str:
-    if not isinstance(given, str):
-        raise TransportFailed("the connection was given as a stream: only recover(uri) knows where to find another one")
-    return given
-
-
-def _stream(stream: AnyStream) -> OpenStream:
-    async def given() -> AnyStream:
+    async def _first(self) -> AnyStream:
+        if isinstance(self._to, str):
+            return await self._beside()
         await trio.lowlevel.checkpoint()
+        return self._to
+
+    async def _again(self, uri: str | None) -> AnyStream:
+        """Another connection when one was lost: to *uri*, or to where the last one went."""
+        uri = uri or _address(self._to)
+        transport.check(uri)
+        stream = await transport.connect(uri, self._config)
+        self._to = uri
         return stream
 
-    return given
+    async def _beside(self) -> AnyStream:
+        return await transport.connect(_address(self._to), self._config)
 
 
 class _Acceptor:
-    """Where a receiver waits: for its first connection, and in postcopy for others."""
+    """Where a receiver waits: for its first connection, for one beside it, and in postcopy for others."""
 
     def __init__(self, at: str | trio.abc.ReceiveStream, config: Config, monitor: Monitor) -> None:
         self._at = at
         self._config = config
         self._monitor = monitor
+        self._listener: transport.Listener | None = None
 
-    async def first(self) -> AnyStream:
-        """The stream that was given, or one that is accepted at the address that was."""
+    def connections(self) -> Connections:
+        """What the engine calls."""
+        several = isinstance(self._at, str) and transport.several(self._at)
+        return Connections(first=self._first, again=self._again, beside=self._beside if several else None)
+
+    async def _first(self) -> AnyStream:
         if not isinstance(self._at, str):
             await trio.lowlevel.checkpoint()
             return self._at
         return await self._accept(self._at)
 
-    async def again(self, uri: str | None) -> AnyStream:
-        """One more: at *uri*, or for None where the first one was."""
-        return await self._accept(uri or _again(self._at))
+    async def _again(self, uri: str | None) -> AnyStream:
+        """One more: at *uri*, or for None where the last one was."""
+        self.close()
+        return await self._accept(uri or _address(self._at))
 
     async def _accept(self, uri: str) -> AnyStream:
-        async with transport.listening(uri, self._listening, self._config) as listener:
+        listener = self._listener = await transport.listen(uri, self._config)
+        try:
+            self._listening(listener.uri)
             return await listener.accept()
+        finally:
+            if not self._config.capabilities.postcopy_preempt:
+                self.close()  # nobody else is expected
+
+    async def _beside(self) -> AnyStream:
+        """The next one that connects to the same address."""
+        assert self._listener is not None
+        try:
+            return await self._listener.accept()
+        finally:
+            self.close()
 
     def _listening(self, *addresses: str) -> None:
         if isinstance(self._at, str) and len(addresses) == 1:
             self._at = addresses[0]  # with its real port: a peer that comes again knows no other
         self._monitor.listening(*addresses)
+
+    def close(self) -> None:
+        """Do not listen any more. Idempotent."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.close()
+
+
+def _address(given: str | AnyStream) -> str:
+    if not isinstance(given, str):
+        raise TransportFailed("the connection was given as a stream: only recover(uri) knows where to find another one")
+    return given
 
 
 async def _dispose(stream: str | AnyStream) -> None:

@@ -273,7 +273,7 @@ def test_a_lost_rest_is_a_failure_whose_guest_is_at_the_destination() -> None:
 def test_recover_for_needs_the_capability_and_goes_over_the_file() -> None:
     plain = trimig.Config()
     assert recovering(plain, 5.0) == plain
-    on = recovering(plain, None, on=True)
+    on = recovering(trimig.Config(capabilities=trimig.Capabilities(postcopy_ram=True)), None)
     assert (on.capabilities.postcopy_ram, on.recovery_retry, on.recovery_timeout) == (True, True, 60.0)
     assert recovering(on, 5.0).recovery_timeout == 5.0
     of_file = trimig.Config(capabilities=on.capabilities, recovery_retry=True, recovery_timeout=7.0)

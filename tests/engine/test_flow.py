@@ -210,11 +210,12 @@ async def test_setup_time_is_what_comes_before_the_first_page(autojump_clock: tr
         await trio.sleep(3)
         return pair.link.a
 
+    from trimig.engine.connections import Connections
     from trimig.engine.source import migrate_stream
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pair.receive)
-        summary = await migrate_stream(pair.source, late, pair.config_here, pair.here)
+        summary = await migrate_stream(pair.source, Connections(first=late), pair.config_here, pair.here)
     assert summary.setup_time == pytest.approx(3)
     assert pair.here.info()["setup-time"] == 3000
 

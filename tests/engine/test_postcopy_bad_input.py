@@ -17,6 +17,7 @@ import trio
 
 import trimig
 from trimig.engine.channel import AnyStream
+from trimig.engine.connections import Connections
 from trimig.engine.destination import receive_stream
 from trimig.errors import GuestFailed, Ownership, PostcopyLost, RemoteProtocolError
 from trimig.guest import PAGE_SIZE, DeviceSection
@@ -118,12 +119,12 @@ class Destination:
         self.monitor = trimig.Monitor()
         self.outcome: trimig.Summary | trimig.MigrationError | None = None
         self._offers, self._taken = trio.open_memory_channel[AnyStream](4)
+        self._offers_beside, self._taken_beside = trio.open_memory_channel[AnyStream](4)
 
     async def run(self) -> None:
         try:
-            self.outcome = await receive_stream(
-                self.guest, self._next, self.config, self.monitor, reopen=lambda _: self._next()
-            )
+            ways = Connections(first=self._next, again=lambda _: self._next(), beside=self._taken_beside.receive)
+            self.outcome = await receive_stream(self.guest, ways, self.config, self.monitor)
         except trimig.MigrationError as error:
             self.outcome = error
 
@@ -133,6 +134,12 @@ class Destination:
     async def connect(self) -> Peer:
         ours, theirs = virtual_link()
         await self._offers.send(theirs)
+        return Peer(ours)
+
+    async def connect_beside(self) -> Peer:
+        """The second connection of postcopy-preempt."""
+        ours, theirs = virtual_link()
+        await self._offers_beside.send(theirs)
         return Peer(ours)
 
     async def reconnect(self) -> Peer:

@@ -13,6 +13,7 @@ import trimig
 from tests.sweeps.migration import Watched, politely
 from trimig.engine import teardown
 from trimig.engine.channel import AnyStream
+from trimig.engine.connections import Connections
 from trimig.engine.destination import receive_stream
 from trimig.engine.source import migrate_stream
 from trimig.errors import TransportFailed
@@ -38,10 +39,10 @@ RECOVERY = 30.0
 Outcome = tuple[str, str, str]
 
 
-def make_config(*, recovery: bool = True, background: int = 0) -> trimig.Config:
+def make_config(*, recovery: bool = True, background: int = 0, preempt: bool = False) -> trimig.Config:
     """Postcopy, at a bandwidth where the rest never fits the downtime limit."""
     return trimig.Config(
-        capabilities=trimig.Capabilities(postcopy_ram=True),
+        capabilities=trimig.Capabilities(postcopy_ram=True, postcopy_preempt=preempt),
         parameters=trimig.Parameters(max_bandwidth=0, downtime_limit=1, max_postcopy_bandwidth=background),
         peer=dataclasses.replace(trimig.PeerProfile(), suppress_vmdesc=True),
         handover_timeout=HANDOVER_TIMEOUT,
@@ -93,6 +94,43 @@ class Meeting:
         return link.a
 
 
+class Backlog:
+    """Second connections, made by the source and accepted by the destination, or not.
+
+    Args:
+        faults: of the links that are made here, one after the other; sound ones when they are used up.
+    """
+
+    def __init__(self, faults: list[Fault]) -> None:
+        self._faults = faults
+        self._waiting: list[AnyStream] = []
+        self._news = trio.Event()
+        self.links: list[VirtualLink] = []
+
+    async def connect(self) -> AnyStream:
+        """One more, whether somebody accepts it or not."""
+        await trio.lowlevel.checkpoint()
+        link = VirtualLink(seed=11, window=8192, latency=0.001, rate=1e6)
+        if self._faults:
+            link.add_fault(self._faults.pop(0))
+        self.links.append(link)
+        self._waiting.append(link.b)
+        self._news.set()
+        return link.a
+
+    async def accept(self) -> AnyStream:
+        """The oldest."""
+        while not self._waiting:
+            self._news = trio.Event()
+            await self._news.wait()
+        return self._waiting.pop(0)
+
+    async def close(self) -> None:
+        """As when nobody listens any more: who was not accepted is sent away."""
+        while self._waiting:
+            await teardown.close(self._waiting.pop())
+
+
 async def postcopy_once(
     ctx: SweepContext,
     *,
@@ -102,6 +140,10 @@ async def postcopy_once(
     recovery: bool = True,
     again: tuple[Fault, ...] = (),
     run_state: str = "running",
+    preempt: bool = False,
+    beside: tuple[Fault, ...] = (),
+    background: int = 0,
+    seen: Callable[[Backlog], None] = lambda _: None,
 ) -> Outcome:
     """Migrate by postcopy under whatever the context injects, and judge."""
     source = ScriptedGuest(
@@ -114,8 +156,8 @@ async def postcopy_once(
     )  # fmt: skip
     first = source.digest()
     referee = OwnerReferee(source=source, destination=target)
-    config = make_config(recovery=recovery)
-    meeting = Meeting(list(again))
+    config = make_config(recovery=recovery, preempt=preempt, background=background)
+    meeting, backlog = Meeting(list(again)), Backlog(list(beside))
     sender, taker = Watched(ctx.link), trimig.Monitor()
     living = trio.lowlevel.current_statistics().tasks_living
 
@@ -128,16 +170,23 @@ async def postcopy_once(
     async def send() -> trimig.Summary:
         stream = FailingStream(ctx.link.a, ctx.calls, label="a")
         try:
-            return await migrate_stream(source, given(stream), config, sender, reopen=meeting.connect)
+            ways = Connections(first=given(stream), again=meeting.connect, beside=backlog.connect)
+            return await migrate_stream(source, ways, config, sender)
         finally:
             await teardown.close(stream)
+
+    async def accept_again(uri: str | None) -> AnyStream:
+        await backlog.close()
+        return await meeting.accept(uri)
 
     async def take() -> trimig.Summary:
         stream = FailingStream(ctx.link.b, ctx.calls, label="b")
         try:
-            return await receive_stream(target, given(stream), config, taker, reopen=meeting.accept)
+            ways = Connections(first=given(stream), again=accept_again, beside=backlog.accept)
+            return await receive_stream(target, ways, config, taker)
         finally:
             await teardown.close(stream)
+            await backlog.close()
 
     if polite:
         ends = await ctx.run(
@@ -147,7 +196,9 @@ async def postcopy_once(
         ends = await ctx.run(source=send, destination=take)
     assert trio.lowlevel.current_statistics().tasks_living == living
     assert ctx.link.closed
-    assert all(link.closed for link in meeting.links), "a later link was left open"
+    await backlog.close()
+    seen(backlog)
+    assert all(link.closed for link in meeting.links + backlog.links), "a later link was left open"
     referee.check()
     here, there = ends["source"], ends["destination"]
     assert not target.misuse, target.misuse

@@ -100,3 +100,55 @@ def test_a_second_fault_at_every_byte_of_the_recovery(kind: FaultKind) -> None:
 def test_deadlines_and_leaps() -> None:
     """T3: the caller's own time limit, and a clock that leaps."""
     run_sweep(scenario(), DeadlineSweep(), DeadlineSweep(victims=DESTINATION), TimeLeap(), seeds=(0,)).show()
+
+
+# -- with a second connection (postcopy-preempt) -----------------------------------------------------------------------
+
+#: What the second connection carries where the background has a limit: two zero pages that were asked for, and the end word.
+BESIDE_BYTES = 30
+#: Bytes per second for pages that nobody asked for.
+BACKGROUND = 64 << 10
+
+
+def second(**options: object) -> Any:
+    return scenario(preempt=True, background=BACKGROUND, **options)
+
+
+def test_the_second_connection_carries_what_was_asked_for() -> None:
+    """Row 36; and :data:`BESIDE_BYTES` is what the sweeps below go through."""
+    sent: list[int] = []
+    watched = second(seen=lambda backlog: sent.extend(link.sent("a->b") for link in backlog.links))
+    assert replay(watched, Point(seed=0)).outcome == DONE
+    assert sent == [BESIDE_BYTES]
+
+
+@pytest.mark.parametrize("kind", BREAKS)
+def test_every_fault_at_every_byte_of_the_second_connection(kind: FaultKind) -> None:
+    """Row 37, O6: the first time, and the time after that; each time both are made again."""
+    outcomes: collections.Counter[Any] = collections.Counter()
+    for after in range(BESIDE_BYTES + 1):
+        fault = Fault(direction="a->b", after=after, kind=kind)
+        for beside in ((fault,), (Fault(direction="a->b", after=5, kind="reset"), fault)):
+            outcomes[replay(second(beside=beside), Point(seed=0)).outcome] += 1
+    assert set(outcomes) == {DONE}, outcomes
+
+
+def test_faults_of_the_first_connection_with_a_second_beside_it() -> None:
+    """O5, O6: the same ends as with one connection."""
+    sweep = FaultSweep(kinds=BREAKS, every=7)
+    report = run_sweep(second(), sweep, seeds=(0,)).show()
+    assert set(report.outcomes) <= {
+        DONE,
+        ("TransportFailed", "TransportFailed", "source"),
+        ("HandoverUncertain", "TransportFailed", "source"),
+        ("HandoverUncertain", "returned", "destination"),
+        ("PostcopyLost", "returned", "destination"),
+    }
+
+
+@pytest.mark.parametrize("victims", [SOURCE, DESTINATION], ids="+".join)
+def test_cancel_at_every_edge_with_a_second_connection(victims: tuple[str, ...]) -> None:
+    """G6, G7: the task that sends urgent pages, the one that reads them and the one that accepts end with the rest."""
+    report = run_sweep(second(), CancelSweep(victims=victims), seeds=(0,)).show()
+    assert DONE in report.outcomes
+    assert "PostcopyLost" not in kinds_of_end(report.outcomes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -521,7 +522,7 @@ class Demo:
     metavar="N",
     help="Migrate N times, back and forth.",
 )
-@postcopy.options
+@functools.partial(postcopy.options, also=("postcopy-preempt",))
 @click.option(
     "--cut-after",
     type=PERCENT,
@@ -549,8 +550,8 @@ def demo(
     while it runs. At the end every word of its memory is compared with what its journal of writes says. Needs neither
     root nor QEMU.
 
-    With --postcopy the guest goes first, and its memory follows while it runs there: --cut-after shows what a lost
-    connection does to it then.
+    With --postcopy the guest goes first, and its memory follows while it runs there, what it waits for on a connection of
+    its own (-c postcopy-preempt=off: on the same). --cut-after shows what a lost connection does to it then.
 
     The figures go to stdout, progress to stderr. With --json there is one object on stdout, and progress is one object
     on each line of stderr.
@@ -564,7 +565,7 @@ def demo(
     if postcopy_after is None and cut_after is not None:
         raise click.UsageError("--cut-after needs --postcopy: before the switch a lost connection ends the migration")
     if postcopy_after is not None:
-        config = postcopy.recovering(config, None, on=True)
+        config = postcopy.recovering(config, None)
         if downtime_limit is None:
             downtime_limit = 0  # what fits the limit would be sent before the guest goes
     changes = {"max_bandwidth": bandwidth, "downtime_limit": downtime_limit}

@@ -42,7 +42,7 @@ class Hop:
     def sentence(self) -> str:
         """One line."""
         r = self.record
-        passes = f"{r['iterations']} iteration{'s' if r['iterations'] != 1 else ''}"
+        passes = _counted(r["iterations"], "iteration")
         return (
             f"{show_time(r['total_ms'] / 1000)}, {passes}, {show_size(r['transferred_bytes'])} sent, "
             f"downtime {show_time(r['downtime_ms'] / 1000)}"
@@ -99,7 +99,7 @@ def text(result: dict[str, Any]) -> str:
     if len(hops) > 1:
         downtime = f"at most {downtime} (hop {_worst(hops)}), {show_time(result['downtime_sum_ms'] / 1000)} in all"
     rows = [
-        ("total time", f"{show_time(result['total_ms'] / 1000)}, {result['iterations']} iterations"),
+        ("total time", f"{show_time(result['total_ms'] / 1000)}, {_counted(result['iterations'], 'iteration')}"),
         ("downtime", downtime),
         ("  parts, in ms", f"{parts['pause']}, {parts['ram']}, {parts['devices']},"),
         ("", f"{parts['prepare']}, {parts['commit']} ({resume} of it to resume there)"),
@@ -110,9 +110,12 @@ def text(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     if "page_faults" in result:
         cuts = result["recoveries"]
-        lost = f"; the connection was lost {cuts} time{'s' if cuts != 1 else ''}, and taken up again" if cuts else ""
-        median, p99 = result["fault_median_ms"], result["fault_p99_ms"]
-        rows.append(("page faults", f"{result['page_faults']}, median {median:.2f} ms, 99 % within {p99:.2f} ms{lost}"))
+        lost = f"; the connection was lost {_counted(cuts, 'time')}, and taken up again" if cuts else ""
+        faults = "none: what the guest touched had come"
+        if count := result["page_faults"]:
+            median, p99 = result["fault_median_ms"], result["fault_p99_ms"]
+            faults = f"{count}, median {median:.2f} ms, 99 % within {p99:.2f} ms"
+        rows.append(("page faults", faults + lost))
     lines += [f"  {name:<16}{value}" for name, value in rows]
     return "\n".join(lines)
 
@@ -140,3 +143,7 @@ def _worst(hops: Sequence[dict[str, Any]]) -> int:
 
 def _ms(value: float) -> str:
     return f"{value:.1f}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -157,7 +157,7 @@ def send(
     --postcopy turns the capability postcopy-ram on, which the destination must have too.
     """
     plan = None if postcopy_after is None else postcopy.Plan(after=postcopy_after)
-    config = postcopy.recovering(config, recover_for, on=plan is not None)
+    config = postcopy.recovering(config, recover_for)
     transport.check(uri)
     with stream.locked(file):
         record = stream.read_record(file)

@@ -106,8 +106,14 @@ def _sent(now: trimig.Statistics) -> float:
     return 1.0 if now.iteration > 1 else (now.normal_pages + now.zero_pages) * _PAGE / now.total
 
 
-def options(command: F) -> F:
-    """``--postcopy`` and ``--postcopy-after``; the command gets ``postcopy_after: float | None``."""
+def options(command: F, *, also: tuple[str, ...] = ()) -> F:
+    """``--postcopy`` and ``--postcopy-after``; the command gets ``postcopy_after: float | None``.
+
+    Stands above :func:`trimig.cli.common.config_options`, because it turns the capability on, too.
+
+    Args:
+        also: capabilities that postcopy comes with here unless somebody turns them off.
+    """
 
     @click.option(
         "--postcopy",
@@ -123,6 +129,8 @@ def options(command: F) -> F:
     @functools.wraps(command)
     def decorated(*args: Any, postcopy: bool, postcopy_after: float | None, **kwargs: Any) -> Any:
         after = postcopy_after if postcopy_after is not None else (1.0 if postcopy else None)
+        if after is not None:
+            kwargs["capabilities"] = (*also, *kwargs["capabilities"], "postcopy-ram")
         return command(*args, postcopy_after=after, **kwargs)
 
     return decorated  # type: ignore[return-value]  # the same callable with other keywords: not expressible
@@ -136,16 +144,8 @@ recover_option: Final = click.option(
 )
 
 
-def recovering(config: trimig.Config, seconds: float | None, *, on: bool = False) -> trimig.Config:
-    """*config* with a lost connection tried again for so long (60 s for None), and with *on* the capability, too."""
-    capabilities = dataclasses.replace(config.capabilities, postcopy_ram=True) if on else config.capabilities
-    if not capabilities.postcopy_ram:
-        return config
-    if seconds is None and config.recovery_retry:
-        return dataclasses.replace(config, capabilities=capabilities)  # from a file
-    return dataclasses.replace(
-        config,
-        capabilities=capabilities,
-        recovery_retry=True,
-        recovery_timeout=_RECOVERY if seconds is None else seconds,
-    )
+def recovering(config: trimig.Config, seconds: float | None) -> trimig.Config:
+    """*config* with a connection lost in postcopy tried again for so long (60 s for None)."""
+    if not config.capabilities.postcopy_ram or (seconds is None and config.recovery_retry):
+        return config  # from a file
+    return dataclasses.replace(config, recovery_retry=True, recovery_timeout=_RECOVERY if seconds is None else seconds)

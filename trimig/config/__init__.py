@@ -39,4 +39,5 @@ from .peer import LEGACY_2_2 as LEGACY_2_2
 from .peer import LEGACY_2_3 as LEGACY_2_3
 from .peer import PEERS as PEERS
 from .peer import QEMU_7_2 as QEMU_7_2
+from .peer import QEMU_8_0 as QEMU_8_0
 from .peer import PeerProfile as PeerProfile

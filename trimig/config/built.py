@@ -15,6 +15,7 @@ BUILT: Final[frozenset[str]] = frozenset(
         "events",
         "pause-before-switchover",
         "postcopy-blocktime",
+        "postcopy-preempt",
         "postcopy-ram",
         "release-ram",
         "return-path",

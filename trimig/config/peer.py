@@ -35,6 +35,9 @@ class PeerProfile:
     store_global_state: Annotated[bool, Flag()] = True
     #: Nothing describes the devices after the end of file.
     suppress_vmdesc: Annotated[bool, Flag()] = False
+    #: The second connection of postcopy-preempt is made right behind the first, as 7.1 and 7.2 expect it; if off, at the
+    #: switch to postcopy, as 8.0 and later do.
+    preempt_pre_7_2: Annotated[bool, Flag()] = True
 
     def __post_init__(self) -> None:
         check_fields("peer profile", self, _KINDS)
@@ -57,6 +60,8 @@ _SWITCHES: Final = tuple(dashed(name) for name in _KINDS if name != "name")
 
 #: QEMU from 2.4 up to 7.2 and later, with machine types of 2.4 and later; and trimig itself.
 QEMU_7_2: Final = PeerProfile(name="qemu-7.2")
+#: QEMU 8.0 and later with machine types of 8.0 and later.
+QEMU_8_0: Final = PeerProfile(name="qemu-8.0", preempt_pre_7_2=False)
 #: Machine types of 2.3.
 LEGACY_2_3: Final = PeerProfile(
     name="legacy-2.3", send_configuration=False, send_section_footer=False, store_global_state=False
@@ -66,7 +71,7 @@ LEGACY_2_2: Final = dataclasses.replace(LEGACY_2_3, name="legacy-2.2", suppress_
 
 #: The profiles that come with trimig, by name.
 PEERS: Final[Mapping[str, PeerProfile]] = MappingProxyType(
-    {profile.name: profile for profile in (QEMU_7_2, LEGACY_2_3, LEGACY_2_2)}
+    {profile.name: profile for profile in (QEMU_7_2, QEMU_8_0, LEGACY_2_3, LEGACY_2_2)}
 )
 
 

@@ -25,8 +25,10 @@ from ..wire.postcopy import Runs
 from ..wire.return_path import Shut, encode
 from . import guest_calls, teardown
 from .boundary import Outcome, domain_error
-from .channel import Channel, OpenStream
+from .channel import Channel
+from .connections import Connections
 from .ram_in import RamReceiver
+from .urgent_in import UrgentArrival
 
 log = logging.getLogger("trimig.destination")
 
@@ -34,12 +36,14 @@ log = logging.getLogger("trimig.destination")
 class Arrival(abc.ABC):
     """One incoming migration, but for its reading."""
 
-    def __init__(self, guest: Guest, config: Config, monitor: Monitor) -> None:
+    def __init__(self, guest: Guest, connections: Connections, config: Config, monitor: Monitor) -> None:
         self.guest = guest
+        self.connections = connections
         self.config = config
         self.monitor = monitor
         self.counters = monitor.counters
         self.channel: Channel | None = None
+        self.urgent: UrgentArrival | None = None
         self.return_path = False  # it was opened, and there is a way back
         self.opened = False  # the source has asked for answers
         self.confirmed = False
@@ -50,7 +54,7 @@ class Arrival(abc.ABC):
         self.resume_seconds = 0.0
 
     @abc.abstractmethod
-    async def _phases(self, open_stream: OpenStream, nursery: trio.Nursery) -> None:
+    async def _phases(self, nursery: trio.Nursery) -> None:
         """Everything up to the guest's life here, in *nursery*.
 
         **Cancellation:** the frame unwinds.
@@ -63,7 +67,7 @@ class Arrival(abc.ABC):
         """
         return {}
 
-    async def run(self, open_stream: OpenStream) -> Summary:
+    async def run(self) -> Summary:
         """The whole attempt, and the one place where its outcome is decided."""
         outcome = Outcome()
         with outcome.watch():
@@ -71,7 +75,7 @@ class Arrival(abc.ABC):
                 self.monitor.control(functools.partial(_cancel, nursery), None)
                 if (reason := self.monitor.cancel_reason) is not None:
                     _cancel(nursery, reason)  # by a listener that was told of `setup`, before there was a nursery
-                await self._phases(open_stream, nursery)
+                await self._phases(nursery)
                 nursery.cancel_scope.cancel("the migration is over")
         self.monitor.control(None, None)
         missing = await self._stand_still()
@@ -90,6 +94,8 @@ class Arrival(abc.ABC):
             monitor.advance(Status.CANCELLING if cancelled else Status.FAILED)
         monitor.listening()
         channel = self.channel
+        if self.urgent is not None:
+            await self.urgent.close()
         if channel is None:
             return
         self.counters.transferred = self.counters.earlier + channel.received

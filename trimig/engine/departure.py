@@ -32,7 +32,8 @@ from ..monitor import Monitor
 from ..status import Role, Status
 from . import guest_calls, teardown
 from .boundary import Outcome, domain_error
-from .channel import Channel, OpenStream
+from .channel import Channel
+from .connections import Connections
 from .limiter import Limiter
 from .reader import ReturnPathReader
 
@@ -50,7 +51,13 @@ class Departure(abc.ABC):
     """One outgoing migration, but for its phases."""
 
     def __init__(
-        self, guest: Guest, config: Config, monitor: Monitor, commit: CommitHook | None, fence: FenceHook | None
+        self,
+        guest: Guest,
+        connections: Connections,
+        config: Config,
+        monitor: Monitor,
+        commit: CommitHook | None,
+        fence: FenceHook | None,
     ) -> None:
         self.guest = guest
         self.config = config
@@ -62,7 +69,10 @@ class Departure(abc.ABC):
         self.prepared = False
         self.answered = False
         self.confirmed = False  # answered, and by the destination itself
+        self.connections = connections
         self.channel: Channel | None = None
+        #: The second connection of postcopy-preempt.
+        self.urgent: Channel | None = None
         self.tracker: DirtyTracker | None = None
         self.limiter: Limiter | None = None
         self.reader: ReturnPathReader | None = None
@@ -74,13 +84,13 @@ class Departure(abc.ABC):
         self.parts: dict[str, float] = {}
 
     @abc.abstractmethod
-    async def _phases(self, open_stream: OpenStream, nursery: trio.Nursery) -> None:
+    async def _phases(self, nursery: trio.Nursery) -> None:
         """Everything up to the answer, in *nursery*.
 
         **Cancellation:** the frame unwinds.
         """
 
-    async def run(self, open_stream: OpenStream) -> Summary:
+    async def run(self) -> Summary:
         """The whole attempt, and the one place where its outcome is decided."""
         outcome = Outcome()
         with outcome.watch():
@@ -88,7 +98,7 @@ class Departure(abc.ABC):
                 self.monitor.control(functools.partial(_cancel, nursery), self._retuned)
                 if (reason := self.monitor.cancel_reason) is not None:
                     _cancel(nursery, reason)  # by a listener that was told of `setup`, before there was a nursery
-                await self._phases(open_stream, nursery)
+                await self._phases(nursery)
                 nursery.cancel_scope.cancel("the migration is over")
         self.monitor.control(None, None)
         # The answer may have come in the same moment as the end of the time for it: it is an answer.
@@ -98,6 +108,24 @@ class Departure(abc.ABC):
         guest_failure = await self._unwind(outcome.failure)
         await self._conclude(outcome.failure, guest_failure)
         return self._summary()
+
+    async def open_urgent(self) -> None:
+        """Open the second connection of postcopy-preempt, if it is on and not there. TransportFailed, ConfigError.
+
+        **Cancellation:** there is none.
+        """
+        beside = self.connections.for_preempt(self.config)
+        if beside is not None and self.urgent is None:
+            self.urgent = Channel(await beside(), stall_timeout=self.config.stall_timeout)
+
+    async def close_urgent(self) -> None:
+        """Close it, if there is one.
+
+        **Cancellation:** held off.
+        """
+        urgent, self.urgent = self.urgent, None
+        if urgent is not None:
+            await teardown.close(urgent.stream)
 
     def _retuned(self) -> None:
         if self.limiter is not None:
@@ -128,6 +156,7 @@ class Departure(abc.ABC):
         finally:
             if self.channel is not None:
                 self.counters.transferred = self.counters.earlier + self.channel.sent
+                await self.close_urgent()
                 in_order = monitor.status is Status.COMPLETED
                 await teardown.close(self.channel.stream, self.config.teardown_grace if in_order else 0.0)
         return guest_failure

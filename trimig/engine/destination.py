@@ -27,11 +27,12 @@ from ..wire.postcopy import Runs
 from ..wire.return_path import Pong, encode
 from . import guest_calls
 from .arrival import Arrival
-from .channel import Channel, OpenStream
+from .channel import Channel
+from .connections import Connections
 from .placement import ENOUGH
 from .postcopy_destination import Ahead, check_guest, take_apart
-from .recovery import Reopen
 from .stream_out import UUID_SUBSECTION
+from .urgent_in import UrgentArrival
 
 #: How long the description may follow the decision before it is given up: it is only text about what has come.
 DESCRIPTION_SECONDS = 2.0
@@ -40,13 +41,8 @@ DESCRIPTION_SECONDS = 2.0
 _SLICE_EVENTS = 32
 
 
-async def receive_stream(
-    guest: Guest, open_stream: OpenStream, config: Config, monitor: Monitor, *, reopen: Reopen | None = None
-) -> Summary:
-    """Fill *guest* from the stream that *open_stream* makes, and take it over.
-
-    Args:
-        reopen: waits for another connection when one is lost in postcopy.
+async def receive_stream(guest: Guest, connections: Connections, config: Config, monitor: Monitor) -> Summary:
+    """Fill *guest* from the first of *connections*, and take it over.
 
     :func:`trimig.receive` is the public form and has the contract.
 
@@ -61,7 +57,7 @@ async def receive_stream(
         if config.capabilities.postcopy_ram:
             check_guest(guest)
         monitor.begin(Role.DESTINATION, config, guest)
-        return await _Arrival(guest, config, monitor, reopen).run(open_stream)
+        return await _Arrival(guest, connections, config, monitor).run()
     finally:
         guest.release()
 
@@ -69,9 +65,8 @@ async def receive_stream(
 class _Arrival(Arrival):
     """One incoming migration: what is read, and in which order."""
 
-    def __init__(self, guest: Guest, config: Config, monitor: Monitor, reopen: Reopen | None) -> None:
-        super().__init__(guest, config, monitor)
-        self._reopen = reopen
+    def __init__(self, guest: Guest, connections: Connections, config: Config, monitor: Monitor) -> None:
+        super().__init__(guest, connections, config, monitor)
         self.header: ev.SectionHeader | None = None
         self.loaded = False
         self.ram_ended = False
@@ -83,12 +78,14 @@ class _Arrival(Arrival):
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    async def _phases(self, open_stream: OpenStream, nursery: trio.Nursery) -> None:
+    async def _phases(self, nursery: trio.Nursery) -> None:
         config, guest = self.config, self.guest
         self._nursery = nursery
-        stream = await open_stream()
+        self.urgent = UrgentArrival(self.connections, config, self.counters, nursery)
+        stream = await self.connections.first()
         self.monitor.listening()
         channel = self.channel = Channel(stream, stall_timeout=config.stall_timeout)
+        self.urgent.expect()
         decoder = Decoder(
             measure=None if isinstance(guest, OpaqueGuest) else self._measure,
             configuration=config.peer.send_configuration,
@@ -283,6 +280,9 @@ class _Arrival(Arrival):
             memory = await self.guest.missing_memory()
             memory.close()
             await self.guest.memory_is_whole()
+        if self.config.peer.preempt_pre_7_2:
+            assert self.urgent is not None
+            await self.urgent.wait()
         self.advised = True
 
     async def _follow(self, event: ev.Package, decoder: Decoder) -> None:
@@ -291,7 +291,9 @@ class _Arrival(Arrival):
         footers = self.config.peer.send_section_footer
         measure = None if isinstance(self.guest, OpaqueGuest) else self._measure
         package = take_apart(event, decoder, measure, footers=footers)
-        self._ahead = Ahead(self, self._nursery, self.channel, decoder, self._reopen)
+        assert self.urgent is not None
+        await self.urgent.wait()
+        self._ahead = Ahead(self, self._nursery, self.channel, decoder, self.urgent)
         await self._ahead.run(package)
 
     async def _stand_still(self) -> dict[str, Runs]:

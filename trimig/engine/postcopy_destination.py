@@ -30,7 +30,8 @@ from .arrival import Arrival
 from .channel import AnyStream, Channel
 from .handover import lift_shield, shield
 from .postcopy_in import PostcopyReceiver
-from .recovery import Reopen, wait_for_connection
+from .recovery import wait_for_connection
+from .urgent_in import UrgentArrival
 
 #: Events handled before other tasks get a turn.
 _SLICE_EVENTS: Final = 32
@@ -179,11 +180,11 @@ class Ahead:
         arrival: whose end this is.
         nursery: of the attempt.
         decoder: has read the package.
-        reopen: waits for another connection; None where the caller gave a stream and no address.
+        urgent: the second connection, which is there if it is to be.
     """
 
     def __init__(
-        self, arrival: Arrival, nursery: trio.Nursery, channel: Channel, decoder: Decoder, reopen: Reopen | None
+        self, arrival: Arrival, nursery: trio.Nursery, channel: Channel, decoder: Decoder, urgent: UrgentArrival
     ) -> None:
         self._arrival = arrival
         self._guest = arrival.guest
@@ -193,7 +194,7 @@ class Ahead:
         self._nursery = nursery
         self._channel = channel
         self._decoder = decoder
-        self._reopen = reopen
+        self._urgent = urgent
         self._connected = True
         self._sending = trio.Lock()
         self._scope: trio.CancelScope | None = None
@@ -294,17 +295,29 @@ class Ahead:
     async def _read(self, receiver: PostcopyReceiver) -> str | None:
         """Take pages until the end; None if everything is here, otherwise why this connection is of no use any more."""
         self._why = None
+        why: str | None = "the connection was lost"
         self._monitor.interrupt(self._interrupted)
         try:
             with trio.CancelScope() as self._scope:
-                await self._take_pages(receiver)
-                return None
-        except (TransportFailed, RemoteProtocolError) as error:
-            return self._why or str(error)
+                why = await self._take_both(receiver)
         finally:
             self._scope = None
             self._monitor.interrupt(None)
-        return self._why or "the connection was lost"
+        return None if why is None else self._why or why
+
+    async def _take_both(self, receiver: PostcopyReceiver) -> str | None:
+        """The pages of the main connection and of the one beside it; returns as :meth:`_read`."""
+        why: str | None = None
+        async with trio.open_nursery(strict_exception_groups=True) as nursery:
+            if self._urgent.wanted:
+                urgent = functools.partial(self._urgent.take_pages, receiver, self._decoder, self._interrupted)
+                nursery.start_soon(urgent, name="trimig.urgent")
+            try:
+                await self._take_pages(receiver)
+            except (TransportFailed, RemoteProtocolError) as error:
+                why = str(error)
+            nursery.cancel_scope.cancel("nothing more comes on the main connection")
+        return why
 
     def _interrupted(self, why: str) -> None:
         self._why = why
@@ -313,7 +326,8 @@ class Ahead:
 
     async def _take_pages(self, receiver: PostcopyReceiver) -> None:
         decoder, channel = self._decoder, self._channel
-        channel.keep_backlog_short()
+        if not self._urgent.wanted:
+            channel.keep_backlog_short()
         handled = 0
         while True:
             while (event := decoder.next_event()) is not None:
@@ -322,12 +336,16 @@ class Ahead:
                     await trio.lowlevel.checkpoint()
                 match event:
                     case ev.PageRun():
-                        receiver.pages(event)
+                        if self._urgent.wanted:
+                            await receiver.pages_in_turns(event)
+                        else:  # what is asked for is behind this
+                            receiver.pages(event)
                     case ev.ZeroRun():
                         receiver.zeros(event)
                     case ev.CommandElement():
                         await self._command(event, receiver)
                     case ev.EndOfStream():
+                        await self._urgent.wait_last(receiver)
                         if receiver.missing:
                             raise RemoteProtocolError(
                                 f"the source ends, and {receiver.missing} pages are missing", offset=event.at
@@ -354,6 +372,7 @@ class Ahead:
             case Command.RECV_BITMAP if recovering:
                 await self._say(self._bitmap(event, receiver))
             case Command.POSTCOPY_RESUME if recovering:
+                await self._urgent.wait()
                 self._counters.error = None
                 self._monitor.advance(Status.POSTCOPY_ACTIVE)
                 await self._say(ResumeAck())
@@ -401,6 +420,7 @@ class Ahead:
     async def _lost(self, why: str) -> None:
         self._connected = False
         await teardown.close(self._channel.stream)
+        await self._urgent.close()
         self._counters.earlier += self._channel.received
         self._counters.error = why
         self._monitor.advance(Status.POSTCOPY_PAUSED)
@@ -408,7 +428,9 @@ class Ahead:
     async def _recover(self) -> None:
         """Wait for another connection; what it says is read by :meth:`_read`."""
         lift_shield(self._nursery)
-        stream: AnyStream = await wait_for_connection(self._monitor, self._config, self._reopen, trio.current_time())
+        stream: AnyStream = await wait_for_connection(
+            self._monitor, self._config, self._arrival.connections.again, trio.current_time()
+        )
         shield(self._nursery, math.inf)
         self._monitor.listening()
         async with self._sending:
@@ -421,6 +443,7 @@ class Ahead:
             max_device_bytes=self._config.max_device_bytes,
             continues=self._decoder,
         )
+        self._urgent.expect()
         self._monitor.advance(Status.POSTCOPY_RECOVER)
 
     def missing(self) -> dict[str, Runs]:

@@ -1,7 +1,8 @@
 """The source in postcopy: pages for a guest that runs at the other end already.
 
-What the guest waits for goes first, and no bandwidth limit holds it up. Everything that is handed to the kernel goes out
-before it, so nothing is handed over that the kernel could not send soon: background pages wait until its queue is short.
+What the guest waits for goes first, and no bandwidth limit holds it up. On one connection everything that is handed to the
+kernel goes out before it, so nothing is handed over that the kernel could not send soon: background pages wait until its
+queue is short. With a second one (:mod:`.urgent_out`) the two do not meet.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Final
 
 import trio
 
+from ..errors import TransportFailed
 from ..guest import PAGE_SIZE, DiscardableBlock, RamBlock
 from ..monitor import Counters
 from ..policy.postcopy import Batch, PageOrder
@@ -19,14 +21,13 @@ from ..wire.return_path import PageRequest
 from .channel import Channel
 from .limiter import Limiter
 from .ram_out import RamSender
+from .urgent_out import REQUESTED_PAGES, UrgentSender
 
 #: Background pages handed over at once: a request that comes meanwhile waits for 128 KiB, less than 0.2 ms.
 _BACKGROUND_PAGES: Final = 32
 #: The same where nobody has asked for a page for a while: each batch twice the one before, up to 512 KiB. With 2 MiB a page
 #: that is asked for came after 17 ms in the median instead of 2.4.
 _CALM_PAGES: Final = 128
-#: Pages of one request handed over at once; QEMU asks for one host page, which may be 2 MiB.
-_REQUESTED_PAGES: Final = 512
 
 
 class PostcopySender:
@@ -37,6 +38,7 @@ class PostcopySender:
         limiter: of the background pages.
         blocks: the guest's RAM, which does not change any more.
         order: what is unsent, by the blocks' numbers.
+        urgent: the second connection, for pages that were asked for.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class PostcopySender:
         blocks: Sequence[RamBlock],
         order: PageOrder,
         counters: Counters,
+        urgent: Channel | None = None,
     ) -> None:
         self._channel = channel
         self._sender = sender
@@ -55,6 +58,7 @@ class PostcopySender:
         self._numbers = {block.name: number for number, block in enumerate(blocks)}
         self._order = order
         self._counters = counters
+        self._urgent = UrgentSender(urgent, blocks, order, counters, self._sent) if urgent is not None else None
         self._idle: trio.CancelScope | None = None
         self._batch = _BACKGROUND_PAGES
         self._rest = b""  # of a page that the kernel did not take whole
@@ -72,6 +76,9 @@ class PostcopySender:
         if not self._order.request(block, message.start // PAGE_SIZE, message.length // PAGE_SIZE):
             return
         self._counters.page_requests += 1
+        if self._urgent is not None:
+            self._urgent.requested()
+            return
         self._batch = _BACKGROUND_PAGES
         if self._idle is None:
             return
@@ -87,7 +94,7 @@ class PostcopySender:
         if rest is None:
             self._order.take_back(batch)
             return False
-        self._sent(block, batch)
+        self._sent(batch)
         self._rest = rest
         return not rest and bool(self._order.remaining)
 
@@ -100,30 +107,62 @@ class PostcopySender:
         **Cancellation:** as for TransportFailed.
         """
         self._channel.keep_queue_short()
+        if self._urgent is None:
+            await self._send_all()
+            return
+        failed: TransportFailed | None = None
+
+        async def serve(urgent: UrgentSender) -> None:
+            nonlocal failed
+            try:
+                await urgent.run()
+            except TransportFailed as error:
+                failed = error
+                nursery.cancel_scope.cancel("the connection for urgent pages broke")
+
+        async with trio.open_nursery(strict_exception_groups=True) as nursery:
+            nursery.start_soon(serve, self._urgent, name="trimig.urgent")
+            try:
+                await self._send_all()
+                await self._urgent.wait_idle()
+                await self._urgent.end()
+            except TransportFailed as error:
+                failed = error
+            nursery.cancel_scope.cancel("everything has been sent")
+        if failed is not None:
+            raise failed
+
+    async def _send_all(self) -> None:
         while self._order.remaining or self._rest:
             self._release_sent()
             if self._rest:
                 rest, self._rest = self._rest, b""
                 await self._channel.send(rest)
                 continue
-            limit = _REQUESTED_PAGES if self._order.urgent else await self._background()
-            if limit and (batch := self._order.next_batch(limit)) is not None:
+            if self._urgent is None and self._order.urgent:
+                batch = self._order.next_batch(REQUESTED_PAGES)
+            else:
+                limit = await self._background()
+                # With a second connection it is that one's business to send what was asked for.
+                next_batch = self._order.next_batch if self._urgent is None else self._order.background
+                batch = next_batch(limit) if limit else None
+            if batch is not None:
                 await self._send(batch)
 
     async def _send(self, batch: Batch) -> None:
         block = self._blocks[batch.block]
         await self._sender.send_batch(block.name, block.pages, batch.pages)
-        self._sent(block, batch)
+        self._sent(batch)
 
-    def _sent(self, block: RamBlock, batch: Batch) -> None:
+    def _sent(self, batch: Batch) -> None:
         self._counters.remaining = self._order.remaining * PAGE_SIZE
         if self._released:
             for page in batch.pages.tolist():
-                _give_back(block, page, 1)
+                _give_back(self._blocks[batch.block], page, 1)
 
     def _release_sent(self) -> None:
         """Once, between two runs: what had been sent before it was allowed."""
-        if self.release and not self._released:
+        if self.release and not self._released and not (self._urgent is not None and self._urgent.busy):
             self._released = True
             for block, unsent in zip(self._blocks, self._order.unsent, strict=True):
                 for first, end in runs_of(~unsent).tolist():

@@ -29,13 +29,14 @@ from ..wire.encoder import cstr
 from ..wire.return_path import Message, PageRequest, Pong, ReceivedPages, ResumeAck, Shut
 from . import teardown
 from .channel import AnyStream, Channel
+from .connections import Connections
 from .departure import Departure
 from .handover import lift_shield, shield
 from .limiter import Limiter
 from .postcopy_out import PostcopySender
 from .ram_out import RamSender
 from .reader import ReturnPathReader
-from .recovery import Reopen, wait_for_connection
+from .recovery import wait_for_connection
 
 #: PING values, QEMU's: behind the discards, inside the package behind the devices, behind the package.
 PING_DISCARDED: Final = 2
@@ -50,7 +51,7 @@ class Following:
         departure: whose end this is; its channel and reader are those of the first connection.
         nursery: of the attempt, shielded.
         unsent: by block.
-        reopen: makes another connection; None where the caller gave a stream and no address.
+        connections: makes others.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Following:
         limiter: Limiter,
         blocks: Sequence[RamBlock],
         unsent: Sequence[PageBitmap],
-        reopen: Reopen | None,
+        connections: Connections,
     ) -> None:
         assert departure.channel is not None
         assert departure.reader is not None
@@ -75,7 +76,7 @@ class Following:
         self._records = records
         self._limiter = limiter
         self._blocks = tuple(blocks)
-        self._reopen = reopen
+        self._connections = connections
         self._scope: trio.CancelScope | None = None
         self._why: str | None = None
         self._all_sent = False
@@ -86,7 +87,8 @@ class Following:
         self._sender = self._sender_of(PageOrder([bitmap.copy() for bitmap in unsent]))
 
     def _sender_of(self, order: PageOrder) -> PostcopySender:
-        return PostcopySender(self._channel, self._records, self._limiter, self._blocks, order, self._counters)
+        urgent = self._departure.urgent
+        return PostcopySender(self._channel, self._records, self._limiter, self._blocks, order, self._counters, urgent)
 
     def begin(self) -> None:
         """Hear what is asked for: from the package on, the guest's first accesses come."""
@@ -203,6 +205,7 @@ class Following:
             self._reader.lost = TransportFailed(why)  # before it sees nothing but its own end closed
         self._limiter.rest()
         await teardown.close(self._channel.stream)
+        await departure.close_urgent()
         self._counters.earlier += self._channel.sent
         self._counters.transferred = self._counters.earlier
         self._counters.error = why
@@ -225,7 +228,7 @@ class Following:
     async def _recover(self) -> None:
         """Over as many attempts as it takes, until a connection is there on which memory follows again."""
         lift_shield(self._nursery)
-        connecting = functools.partial(wait_for_connection, self._monitor, self._config, self._reopen)
+        connecting = functools.partial(wait_for_connection, self._monitor, self._config, self._connections.again)
         while True:
             try:
                 stream = await connecting(trio.current_time())
@@ -260,11 +263,15 @@ class Following:
             return str(reader.lost)
         self._nursery.start_soon(reader.run, name="trimig.return_path")
         with self._connected(config.handover_timeout):
+            if config.peer.preempt_pre_7_2:
+                await self._departure.open_urgent()
             for block in self._blocks:
                 reader.expect_bitmap(block.name)
                 await channel.send(wire.command(Command.RECV_BITMAP, cstr(block.name)))
             while len(self._bitmaps) < len(self._blocks):
                 await self._news.wait()
+            if not config.peer.preempt_pre_7_2:
+                await self._departure.open_urgent()
             unsent = [~self._bitmaps[block.name] for block in self._blocks]
             # A page may be asked for in the same moment as the answer comes.
             self._sender = self._sender_of(PageOrder(unsent))

@@ -1,8 +1,6 @@
-"""Guest memory -> page records on a channel, in batches.
+"""Guest memory -> the section ``ram`` of the stream, in batches of records within the bandwidth limit.
 
-Per batch: find the zero pages by one vectorised look, send those as one block of 9-byte records, and the others by
-one gathering write whose headers come from an array and whose pages come straight from guest memory. The guest may
-write meanwhile; what it changes is dirty again and will be sent again.
+The guest may write meanwhile; what it changes is dirty again and will be sent again.
 """
 
 from __future__ import annotations
@@ -15,10 +13,11 @@ from numpy.typing import NDArray
 
 from ..guest import PAGE_SIZE, PageBitmap, Pages, RamBlock
 from ..monitor import Counters
-from ..wire import RamFlag, RecordWriter, Section
+from ..wire import Section
 from ..wire import encoder as wire
-from .channel import BATCH_PAGES, Channel
+from .channel import Channel
 from .limiter import Limiter
+from .record_out import RecordSender
 from .zeros import zero_pages
 
 #: The section id of RAM in every QEMU (stream.md part 5.4), and ours.
@@ -29,7 +28,7 @@ PART_BYTES = 32 << 20
 _ZERO_BATCH = 8192
 
 
-class RamSender:
+class RamSender(RecordSender):
     """Sends pages of RAM blocks as sections of the stream.
 
     Args:
@@ -46,12 +45,10 @@ class RamSender:
         section_id: int = RAM_SECTION,
         footers: bool = True,
     ) -> None:
-        self._channel = channel
+        super().__init__(channel, counters)
         self._limiter = limiter
-        self._counters = counters
         self._id = section_id
         self._close = wire.END_WORD + (wire.section_footer(section_id) if footers else b"")
-        self._records = RecordWriter()
         self._open_since: int | None = None
 
     async def start(self, blocks: Sequence[RamBlock]) -> None:
@@ -96,8 +93,7 @@ class RamSender:
         **Cancellation:** as for :meth:`send_pass`.
         """
         await self._part_begin()
-        for start in range(0, len(indices), BATCH_PAGES):
-            await self._send_batch(block, pages, indices[start : start + BATCH_PAGES])
+        await super().send_batch(block, pages, indices)
 
     def send_page_now(self, block: str, pages: Pages, index: int) -> bytes | None:
         """Hand one page to the kernel without waiting, where that can be done.
@@ -108,14 +104,7 @@ class RamSender:
         """
         if self._open_since is None or self._channel.socket_fd is None:
             return None
-        where = np.array([index], np.int64)
-        if zero_pages(pages, where)[0]:
-            data = self._records.zero_records(block, where * PAGE_SIZE)
-            self._count(zero=1)
-        else:
-            data = self._records.page_records(block, where * PAGE_SIZE, pages[index : index + 1])
-            self._count(normal=1)
-        return data[self._channel.send_now(data) :]
+        return self.hand_over(block, pages, index)
 
     async def end(self, rest: Sequence[tuple[RamBlock, Pages, PageBitmap]]) -> None:
         """The END section, with the last pages in it: of each block, where to read them and which."""
@@ -177,26 +166,6 @@ class RamSender:
             await self._send_normal(block, pages, batch)
         return None
 
-    async def _send_batch(self, block: str, pages: Pages, batch: NDArray[np.int64]) -> None:
-        """At most BATCH_PAGES pages, without asking the limiter."""
-        zero = zero_pages(pages, batch)
-        if zero.any():
-            indices = batch[zero]
-            await self._channel.send(self._records.zero_records(block, indices * PAGE_SIZE))
-            self._count(zero=len(indices))
-            batch = batch[~zero]
-        if len(batch):
-            await self._send_normal(block, pages, batch)
-
-    async def _send_normal(self, block: str, pages: Pages, batch: NDArray[np.int64]) -> None:
-        name, words = self._records.words(block, batch * PAGE_SIZE, RamFlag.PAGE)
-        lead = words[:1].tobytes() + name if name else b""
-        await self._channel.send_pages(lead, words, pages, batch)
-        self._count(normal=len(batch))
-
     def _count(self, *, normal: int = 0, zero: int = 0) -> None:
-        c = self._counters
-        c.normal += normal
-        c.duplicate += zero
-        c.remaining = max(0, c.remaining - (normal + zero) * PAGE_SIZE)
-        c.transferred = c.earlier + self._channel.sent
+        super()._count(normal=normal, zero=zero)
+        self._counters.transferred = self._counters.earlier + self._channel.sent

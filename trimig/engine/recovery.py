@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable
-from typing import Final, TypeAlias
+from typing import Final
 
 import trio
 
@@ -15,15 +14,13 @@ from ..monitor import Monitor
 from . import teardown
 from .boundary import leaves
 from .channel import AnyStream
+from .connections import Reopen
 
 log = logging.getLogger("trimig.recovery")
 
 #: Seconds before the first try again and the longest between two; each time it is twice as long.
 FIRST_DELAY: Final = 0.1
 LONGEST_DELAY: Final = 5.0
-
-#: Makes a stream to (or accepts one at) that address, or for None the one before.
-Reopen: TypeAlias = Callable[[str | None], Awaitable[AnyStream]]
 
 
 async def wait_for_connection(monitor: Monitor, config: Config, reopen: Reopen | None, since: float) -> AnyStream:

@@ -27,14 +27,14 @@ from ..status import Role, Status
 from ..wire import Command, postcopy
 from ..wire import encoder as wire
 from . import guest_calls
-from .channel import Channel, Delivering, OpenStream, PerhapsSilent
+from .channel import Channel, Delivering, PerhapsSilent
+from .connections import Connections
 from .departure import CommitHook, Departure, FenceHook
 from .handover import shield
 from .limiter import Limiter
 from .postcopy_source import PING_DISCARDED, PING_FOLLOWED, PING_LOADED, Following
 from .ram_out import RamSender
 from .reader import ReturnPathReader
-from .recovery import Reopen
 from .stream_out import DeviceSender, opening
 
 #: PING values: 1 is QEMU's, directly behind OPEN_RETURN_PATH; ours asks for the proof of prepare.
@@ -51,18 +51,14 @@ TELLING_BYTES = 10_000
 
 async def migrate_stream(
     guest: Guest,
-    open_stream: OpenStream,
+    connections: Connections,
     config: Config,
     monitor: Monitor,
     *,
     commit: CommitHook | None = None,
     fence: FenceHook | None = None,
-    reopen: Reopen | None = None,
 ) -> Summary:
-    """Move *guest* to whoever is at the other end of the stream that *open_stream* makes.
-
-    Args:
-        reopen: makes another stream when one is lost in postcopy.
+    """Move *guest* to whoever is at the other end of *connections*.
 
     :func:`trimig.migrate` is the public form and has the contract.
 
@@ -73,7 +69,7 @@ async def migrate_stream(
     try:
         blockers.check_outgoing(guest)
         monitor.begin(Role.SOURCE, config, guest)
-        return await _Attempt(guest, config, monitor, commit, fence, reopen).run(open_stream)
+        return await _Attempt(guest, connections, config, monitor, commit, fence).run()
     finally:
         guest.release()
 
@@ -84,24 +80,26 @@ class _Attempt(Departure):
     def __init__(
         self,
         guest: Guest,
+        connections: Connections,
         config: Config,
         monitor: Monitor,
         commit: CommitHook | None,
         fence: FenceHook | None,
-        reopen: Reopen | None,
     ) -> None:
-        super().__init__(guest, config, monitor, commit, fence)
-        self._reopen = reopen
+        super().__init__(guest, connections, config, monitor, commit, fence)
         self._todo: Sequence[PageBitmap] = ()  # what the last pass left, by block
         self._least: int | None = None  # the smallest rest so far
         self._run_state = ""  # what the destination brings the guest into
 
     # -- setup -----------------------------------------------------------------------------------------------------
 
-    async def _phases(self, open_stream: OpenStream, nursery: trio.Nursery) -> None:
+    async def _phases(self, nursery: trio.Nursery) -> None:
         config = self.config
-        stream = await open_stream()
+        self.connections.for_preempt(config)
+        stream = await self.connections.first()
         channel = self.channel = Channel(stream, stall_timeout=config.stall_timeout)
+        if config.peer.preempt_pre_7_2:
+            await self.open_urgent()
         limiter = self.limiter = Limiter(channel, self.rate, self.counters)
         with guest_calls.guarded("looking at the RAM blocks"):
             blocks = list(self.guest.ram)
@@ -294,6 +292,7 @@ class _Attempt(Departure):
         self._judge_silence()
         if not self.two_way:
             raise TransportFailed("postcopy needs a return path, and nobody answers on this one")
+        await self.open_urgent()
         # What waits in the destination's buffers is read while the guest still runs here, or it would stand still for it.
         await self._ping(channel, PING_QUEUED)
         watch = _Stopwatch()
@@ -318,7 +317,7 @@ class _Attempt(Departure):
             await self._call("the commit hook", self.commit_hook)
         self.in_postcopy = True
         self.limiter.move_to(channel, self.rate)
-        following = Following(self, nursery, sender, self.limiter, blocks, unsent, self._reopen)
+        following = Following(self, nursery, sender, self.limiter, blocks, unsent, self.connections)
         await self._advance(Status.HANDOVER)
         # No checkpoint since the look for a cancel: from here on it is refused.
         shield(nursery, math.inf)

@@ -70,7 +70,7 @@ class PageOrder:
 
     def next_batch(self, limit: int) -> Batch | None:
         """Up to *limit* pages to be sent now; None when every page was handed out."""
-        return self._requested(limit) or self._background(limit)
+        return self.requested(limit) or self.background(limit)
 
     def take_back(self, batch: Batch) -> None:
         """That batch was not sent after all: it is the next one."""
@@ -79,7 +79,8 @@ class PageOrder:
         for page in batch.pages[::-1].tolist():
             self._requests.appendleft((batch.block, page, 1))
 
-    def _requested(self, limit: int) -> Batch | None:
+    def requested(self, limit: int) -> Batch | None:
+        """Up to *limit* pages that somebody waits for; None if nobody does."""
         while self._requests:
             block, first, count = self._requests[0]
             found = self._first_unsent(block, first, first + count)
@@ -93,7 +94,8 @@ class PageOrder:
             return batch
         return None
 
-    def _background(self, limit: int) -> Batch | None:
+    def background(self, limit: int) -> Batch | None:
+        """Up to *limit* pages in the background's order; None when every page was handed out."""
         if not self.remaining:
             return None
         while True:

@@ -10,11 +10,12 @@ A module of this package whose name has no underscore in front *is* the transpor
 *rest* is what follows the colon. Both raise ConfigError for an address that cannot be understood, before anything is
 touched, and TransportFailed for everything else. A transport that has only one direction returns a stream of that
 direction only, and so has no return path. It need not know of TLS: where the parameter ``tls-creds`` is set, that is
-laid over what the two functions give. It may have three more names::
+laid over what the two functions give. It may have four more names::
 
     def parse(rest: str) -> object   # raises ConfigError for what it cannot understand, and looks at nothing else
     def host(rest: str) -> str       # the name that a server there must have in its certificate
     SECURES_ITSELF = True            # it lays TLS over itself, or has none: it looks at tls-creds alone
+    SEVERAL = True                   # there can be several connections to one address at a time
 
 Modules with an underscore in front are what several of them share.
 """
@@ -126,11 +127,30 @@ async def connect(uri: str, config: Config | None = None) -> trio.abc.Stream | t
     return await _tls.secure(await transport.connect(rest, config), credentials, uri, name)
 
 
+def several(uri: str) -> bool:
+    """There can be several connections to *uri* at a time.
+
+    Raises:
+        ConfigError: as :func:`check`.
+    """
+    transport, _ = _find(uri)
+    return bool(getattr(transport, "SEVERAL", False))
+
+
 def _wants_tls(transport: _Transport, config: Config) -> bool:
     return bool(config.parameters.tls_creds) and not getattr(transport, "SECURES_ITSELF", False)
 
 
-async def _listen(uri: str, config: Config) -> Listener:
+async def listen(uri: str, config: Config | None = None) -> Listener:
+    """Listen on *uri*; the caller closes what is returned.
+
+    Raises:
+        ConfigError: the URI cannot be understood, or the TLS credentials cannot be used.
+        TransportFailed: the address cannot be listened on.
+
+    **Cancellation:** nothing is left listening.
+    """
+    config = config or Config()
     transport, rest = _find(uri)
     if not _wants_tls(transport, config):
         return await transport.listen(rest, config)
@@ -143,15 +163,11 @@ async def _listen(uri: str, config: Config) -> Listener:
 
 @asynccontextmanager
 async def listening(uri: str, told: Callable[[str], None], config: Config | None = None) -> AsyncIterator[Listener]:
-    """Listen on *uri* while the context is open; *told* gets the address with its port resolved.
-
-    Raises:
-        ConfigError: the URI cannot be understood, or the TLS credentials cannot be used.
-        TransportFailed: the address cannot be listened on.
+    """Listen on *uri* while the context is open; *told* gets the address with its port resolved. As :func:`listen`.
 
     **Cancellation:** nothing is left listening.
     """
-    listener = await _listen(uri, config or Config())
+    listener = await listen(uri, config)
     try:
         told(listener.uri)
         yield listener

@@ -15,6 +15,9 @@ from ..errors import ConfigError, TransportFailed
 
 log = logging.getLogger("trimig.transport")
 
+#: There can be several connections to one address at a time.
+SEVERAL = True
+
 #: How often a free port is looked for that is free on every address of a name.
 _PORT_TRIES: Final = 20
 

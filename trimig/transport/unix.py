@@ -12,6 +12,8 @@ import trio
 from ..config import Config
 from ..errors import ConfigError, TransportFailed
 
+#: There can be several connections to one address at a time.
+SEVERAL = True
 #: sizeof(sockaddr_un.sun_path) on Linux, the terminator included.
 _MAX_PATH = 108
 

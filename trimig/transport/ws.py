@@ -13,6 +13,8 @@ from ._weburl import Address, WebSocketListener, upgrade
 
 #: There is a scheme for TLS; laying it over the messages would be of no use to anybody.
 SECURES_ITSELF = True
+#: There can be several connections to one address at a time.
+SEVERAL = True
 
 
 def parse(rest: str) -> Address:

@@ -14,6 +14,8 @@ from ._weburl import Address, WebSocketListener, upgrade
 
 #: TLS lies below the websocket, not above it.
 SECURES_ITSELF = True
+#: There can be several connections to one address at a time.
+SEVERAL = True
 
 
 def parse(rest: str) -> Address:

@@ -85,6 +85,7 @@ class Decoder:
             and the same memory; not the same bytes if the events are written again.
         continues: the decoder of the stream that this is a later connection or a package of: sections and RAM blocks are
             known, and there is no header.
+        records_only: it is the second connection of postcopy-preempt: page records and an end word, no sections.
         buffer_bytes: size of the buffer; it grows only for an element that does not fit, and all of those are bounded.
     """
 
@@ -100,6 +101,7 @@ class Decoder:
         max_ram_bytes: int = 1 << 48,
         reorder: bool = False,
         continues: Decoder | None = None,
+        records_only: bool = False,
         buffer_bytes: int = 2 << 20,
     ) -> None:
         self._measure = measure
@@ -122,9 +124,10 @@ class Decoder:
         self._records = RecordReader(reorder=reorder)
         self._package_bytes = 0
         if continues is not None:
-            self._state = self._read_section
+            self._state = self._read_records if records_only else self._read_section
             self._started = dict(continues._started)
             self._records.know(continues.blocks)
+        self._records_only = records_only
         self._text: bytearray | None = None
         self._text_length = 0
         self._text_at = 0
@@ -497,6 +500,9 @@ class Decoder:
         return None
 
     def _end_section(self) -> None:
+        if self._records_only:
+            self._state = self._read_nothing
+            return
         self._state = self._read_footer if self._footers else self._read_section
         if not self._footers:
             self._section = None

@@ -1,0 +1,112 @@
+"""The source's second connection (postcopy-preempt): pages that the guest waits for, and nothing else.
+
+No background page is ever ahead of them in a queue. There are page records on it and, when everything has gone, one end
+word; it has no sections and no way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import trio
+
+from ..guest import RamBlock
+from ..monitor import Counters
+from ..policy.postcopy import Batch, PageOrder
+from ..wire import encoder as wire
+from .channel import Channel
+from .record_out import RecordSender
+
+#: Pages of one request handed over at once; QEMU asks for one host page, which may be 2 MiB.
+REQUESTED_PAGES: Final = 512
+
+
+class UrgentSender:
+    """Sends what was asked for, as soon as it is asked for.
+
+    Args:
+        channel: nobody else uses it.
+        order: what is unsent; somebody else sends the background of it.
+        told: gets each batch that has been handed over.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        blocks: Sequence[RamBlock],
+        order: PageOrder,
+        counters: Counters,
+        told: Callable[[Batch], None],
+    ) -> None:
+        self._channel = channel
+        self._sender = RecordSender(channel, counters)
+        self._blocks = tuple(blocks)
+        self._order = order
+        self._counters = counters
+        self._counted = channel.sent
+        self._told = told
+        self._rest = b""  # of a page that the kernel did not take whole
+        self._work = trio.Event()
+        self._idle = trio.Event()
+        self._idle.set()
+
+    @property
+    def busy(self) -> bool:
+        """A page has been taken from the order and not been handed over whole."""
+        return not self._idle.is_set()
+
+    def requested(self) -> None:
+        """The order has a request: send it, from here if nobody is in the middle of sending.
+
+        Waking the sending task would cost as much as the page.
+        """
+        if self._idle.is_set() and (batch := self._order.requested(1)) is not None:
+            block = self._blocks[batch.block]
+            self._rest = self._sender.hand_over(block.name, block.pages, int(batch.pages[0]))
+            self._count()
+            self._told(batch)
+        if self._rest or self._order.urgent:
+            if self._idle.is_set():
+                self._idle = trio.Event()
+            self._work.set()
+
+    async def run(self) -> None:
+        """Send what could not be sent at once, until cancelled.
+
+        Raises:
+            TransportFailed: the connection broke.
+
+        **Cancellation:** as for TransportFailed.
+        """
+        while True:
+            await self._work.wait()
+            self._work = trio.Event()
+            if self._rest:
+                rest, self._rest = self._rest, b""
+                await self._channel.send(rest)
+                self._count()
+            while (batch := self._order.requested(REQUESTED_PAGES)) is not None:
+                block = self._blocks[batch.block]
+                await self._sender.send_batch(block.name, block.pages, batch.pages)
+                self._count()
+                self._told(batch)
+            self._idle.set()
+
+    def _count(self) -> None:
+        self._counters.earlier += self._channel.sent - self._counted  # to what is not on the main connection
+        self._counted = self._channel.sent
+
+    async def wait_idle(self) -> None:
+        """Wait until everything that was asked for has been handed over.
+
+        **Cancellation:** no effect.
+        """
+        await self._idle.wait()
+
+    async def end(self) -> None:
+        """Say that nothing more will come. TransportFailed.
+
+        **Cancellation:** as for TransportFailed.
+        """
+        await self._channel.send(wire.END_WORD)
