@@ -3,7 +3,7 @@
 trimig is measured by its own demo: two hosts, and a guest whose worker notes how long each touch of a missing page took.
 A QEMU has nothing that touches memory here (``-M none`` has no processor), so its monitor does: ``xp`` reads a page, and
 waits as a processor would; what it takes for a page that is there is subtracted. Both count the touches that had to wait.
-Each pair runs without a limit and with 1 MiB/s for the pages that nobody asks for; there the rounds end after a number of
+Each pair runs with one connection and with postcopy-preempt's second one, without a limit and with 1 MiB/s for the pages that nobody asks for; there the rounds end after a number of
 faults, since the rest would take minutes.
 """
 
@@ -36,6 +36,9 @@ WAITED_S: Final = 20e-6
 #: Touches of a QEMU's memory under the limit, where each takes about 100 ms.
 _CAPPED_TOUCHES: Final = 40
 _PAGE: Final = 4096
+#: Behind the name of a pair.
+PREEMPT: Final = " preempt"
+PRECOPY: Final = " precopy"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +55,11 @@ class Result:
     bytes_per_s: float | None
 
 
-async def trimig_run(size: int, cap: int, *, postcopy: bool = True) -> Result:
+async def trimig_run(size: int, cap: int, *, postcopy: bool = True, preempt: bool = False) -> Result:
     """One demo. BenchError if it does not verify.
+
+    Args:
+        preempt: with a second connection for what is asked for.
 
     **Cancellation:** its processes are killed.
     """
@@ -61,6 +67,7 @@ async def trimig_run(size: int, cap: int, *, postcopy: bool = True) -> Result:
     command += ["--dirty-rate", "4M" if postcopy else "0"]
     if postcopy:
         command += ["--postcopy-after", "1%", "-p", f"max-postcopy-bandwidth={cap}"]
+        command += ["-c", f"postcopy-preempt={'on' if preempt else 'off'}"]
         # So that nearly everything is left to postcopy, as with QEMU, which is asked for it at once.
         command += ["--bandwidth", "64M"]
     done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
@@ -72,7 +79,7 @@ async def trimig_run(size: int, cap: int, *, postcopy: bool = True) -> Result:
         raise BenchError(f"trimig demo: {found['error']}")
     seconds = found["total_ms"] / 1000
     return Result(
-        pair="trimig-trimig" if postcopy else "trimig-trimig precopy",
+        pair=f"trimig-trimig{PREEMPT if preempt else '' if postcopy else PRECOPY}",
         cap=cap,
         faults=found.get("page_faults", 0),
         fault_median_ms=found.get("fault_median_ms"),
@@ -83,15 +90,18 @@ async def trimig_run(size: int, cap: int, *, postcopy: bool = True) -> Result:
     )
 
 
-async def qemu_run(size: int, cap: int, qemu: str) -> Result:
+async def qemu_run(size: int, cap: int, qemu: str, *, preempt: bool = False) -> Result:
     """One migration from QEMU to QEMU. BenchError.
+
+    Args:
+        preempt: as for :func:`trimig_run`.
 
     **Cancellation:** both are killed.
     """
     found: list[Result] = []
     try:
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
-            found.append(await _qemu_run(nursery, size, cap, qemu))
+            found.append(await _qemu_run(nursery, size, cap, qemu, preempt=preempt))
             nursery.cancel_scope.cancel("measured")
     except* BenchError as group:
         error: BaseException = group
@@ -101,11 +111,12 @@ async def qemu_run(size: int, cap: int, qemu: str) -> Result:
     return found[0]
 
 
-async def _qemu_run(nursery: trio.Nursery, size: int, cap: int, qemu: str) -> Result:
+async def _qemu_run(nursery: trio.Nursery, size: int, cap: int, qemu: str, *, preempt: bool) -> Result:
     setup = Setup(size=size, memory=MEMORY_KINDS["memfd-cold"], pages="random", qemu=qemu)
     source = await open_qemu_side(nursery, "source", setup)
     destination = await open_qemu_side(nursery, "destination", setup)
-    on = {"capabilities": [{"capability": "postcopy-ram", "state": True}]}
+    names = ("postcopy-ram", *(("postcopy-preempt",) if preempt else ()))
+    on = {"capabilities": [{"capability": name, "state": True} for name in names]}
     for side in (source, destination):
         await side.command("migrate-set-capabilities", on)
     await source.command(
@@ -130,7 +141,7 @@ async def _qemu_run(nursery: trio.Nursery, size: int, cap: int, qemu: str) -> Re
         downtime = (await source.command("query-migrate")).get("downtime", 0)
     waits = [touch * 1000 for touch in touches if touch > WAITED_S]
     return Result(
-        pair="qemu-qemu",
+        pair=f"qemu-qemu{PREEMPT if preempt else ''}",
         cap=cap,
         faults=len(waits),
         fault_median_ms=statistics.median(waits) if waits else None,
@@ -168,14 +179,18 @@ async def run(
     results: list[Result] = []
     for number in range(repeat):
         calls: list[tuple[str, Callable[[], Any]]] = [
-            ("precopy trimig-trimig", lambda: trimig_run(size, 0, postcopy=False)),
+            ("trimig-trimig precopy", lambda: trimig_run(size, 0, postcopy=False)),
             ("trimig-trimig", lambda: trimig_run(size, 0)),
+            ("trimig-trimig preempt", lambda: trimig_run(size, 0, preempt=True)),
             ("trimig-trimig, 1 MiB/s", lambda: trimig_run(CAPPED_SIZE, CAP)),
+            ("trimig-trimig preempt, 1 MiB/s", lambda: trimig_run(CAPPED_SIZE, CAP, preempt=True)),
         ]
         if qemu is not None:
             calls += [
                 ("qemu-qemu", lambda: qemu_run(size, 0, qemu)),
+                ("qemu-qemu preempt", lambda: qemu_run(size, 0, qemu, preempt=True)),
                 ("qemu-qemu, 1 MiB/s", lambda: qemu_run(CAPPED_SIZE, CAP, qemu)),
+                ("qemu-qemu preempt, 1 MiB/s", lambda: qemu_run(CAPPED_SIZE, CAP, qemu, preempt=True)),
             ]
         for name, call in calls:
             try:
@@ -219,10 +234,28 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     by = {(row["pair"], row["cap"]): row for row in found}
     lines += ["", "Figures to reach:"]
     for text, one, other, key, at_most in (
-        ("fault median, no limit, trimig / QEMU", ("trimig-trimig", 0), ("qemu-qemu", 0), "fault_median_ms", 1.0),
-        ("fault median at 1 MiB/s, trimig / QEMU", ("trimig-trimig", CAP), ("qemu-qemu", CAP), "fault_median_ms", 0.05),
+        *(
+            (
+                f"fault median{also}, {where}, trimig / QEMU",
+                (f"trimig-trimig{also}", cap),
+                (f"qemu-qemu{also}", cap),
+                "fault_median_ms",
+                most,
+            )
+            for also in ("", PREEMPT)
+            for cap, where, most in ((0, "no limit", 1.0), (CAP, "1 MiB/s", 0.05))
+        ),
         ("downtime, trimig / QEMU", ("trimig-trimig", 0), ("qemu-qemu", 0), "downtime_ms", 1.0),
-        ("time, postcopy / precopy", ("trimig-trimig", 0), ("trimig-trimig precopy", 0), "total_s", 1.25),
+        *(
+            (
+                f"time, postcopy{also} / precopy",
+                (f"trimig-trimig{also}", 0),
+                (f"trimig-trimig{PRECOPY}", 0),
+                "total_s",
+                1.25,
+            )
+            for also in ("", PREEMPT)
+        ),
     ):
         if one in by and other in by and by[one][key] and by[other][key]:
             ratio = by[one][key] / by[other][key]

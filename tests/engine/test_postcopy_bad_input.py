@@ -325,3 +325,22 @@ async def test_a_bitmap_of_a_block_that_is_not_there() -> None:
     assert dict(there.outcome.missing) == {"ram": [(0, PAGES)]}
     assert there.guest.run_state == "paused"
     assert isinstance(there.outcome.others[0], PostcopyLost | RemoteProtocolError)
+
+
+async def test_a_page_that_cannot_be_placed_loses_the_guest_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory left at the destination: it stands still, names what it lacks, and the source is not told that it is done."""
+
+    def full(*_: object) -> int:
+        raise OSError(12, "Cannot allocate memory")
+
+    async with destination() as there:
+        peer = await there.connect()
+        await peer.say(OPENING + PACKAGE)
+        await peer.hear_that_it_lives()
+        monkeypatch.setattr("trimig.testing.lazy.ScriptedMemory.place", full)
+        await peer.say(part(3))
+        await peer.hear()
+    assert isinstance(there.outcome, PostcopyLost)
+    assert "page 3 of RAM block 'ram' cannot be placed: Cannot allocate memory" in str(there.outcome)
+    assert there.guest.run_state == "paused"
+    assert not any(isinstance(message, Shut) for message in peer.heard)

@@ -175,3 +175,25 @@ async def test_guest_goes_on_over_a_connection_that_breaks_and_is_found_again(si
         assert not both.errors, both.errors
         assert both.sender.counters.downtime == downtime
         await proved(both.target)
+
+
+@pytest.mark.parametrize("preempt", [False, True], ids=["one connection", "two"])
+async def test_nobody_is_let_in_while_a_connection_is_alive(*, preempt: bool) -> None:
+    """A second connection while one is alive: there is nobody who would take it, and the guest arrives."""
+    async with pair(able(background=8 * MiB, postcopy_preempt=preempt)) as both:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(both.run)
+            while not both.taker.addresses:
+                await both.taker.wait_changed()
+            host, _, port = both.taker.addresses[0].removeprefix("tcp:").rpartition(":")
+            for status in (Status.ACTIVE, Status.POSTCOPY_ACTIVE):
+                await both.taker.wait_status(status)
+                await both.sender.wait_status(status)
+                if preempt and status is Status.ACTIVE:
+                    continue  # perhaps the second one is still expected
+                with pytest.raises(OSError, match="refused|all attempts to connect"):
+                    await trio.open_tcp_stream(host, int(port))
+                with pytest.raises(trimig.StateError):
+                    both.taker.recover("tcp:127.0.0.1:0")
+        assert not both.errors, both.errors
+        await proved(both.target)

@@ -93,7 +93,7 @@ async def in_postcopy(monitor: trimig.Monitor, share: float) -> None:
 
 
 async def test_recovery_towards_qemu_twice() -> None:
-    """O6, row 36: the connection is cut in the middle, and again; nothing is lost, nothing comes twice."""
+    """O6, row 35: the connection is cut in the middle, and again; nothing is lost, nothing comes twice."""
     with trio.fail_after(LIMIT), source(SIZE) as guest:
         async with Qemu.start("none", "64M", incoming="defer") as vm:
             await vm.set_capabilities({"postcopy-ram": True})
@@ -118,7 +118,7 @@ async def test_recovery_towards_qemu_twice() -> None:
 
 
 async def test_recovery_from_qemu_twice() -> None:
-    """O6, P12, row 36: a QEMU source is paused by us, and by itself; both times a new connection goes on."""
+    """O6, P12, row 35: a QEMU source is paused by us, and by itself; both times a new connection goes on."""
     with trimig.ParkedGuest() as guest:
         async with arriving(guest, config()) as arrival, Qemu.start("none", "64M") as vm:
             vm.ram[:] = random_ram(SIZE, seed=8)

@@ -19,6 +19,8 @@ from trimig.engine.source import migrate_stream
 from trimig.errors import TransportFailed
 from trimig.status import TERMINAL, Status
 from trimig.testing import (
+    FailingGuest,
+    FailingLazyGuest,
     FailingStream,
     FakeDevice,
     Fault,
@@ -171,7 +173,7 @@ async def postcopy_once(
         stream = FailingStream(ctx.link.a, ctx.calls, label="a")
         try:
             ways = Connections(first=given(stream), again=meeting.connect, beside=backlog.connect)
-            return await migrate_stream(source, ways, config, sender)
+            return await migrate_stream(FailingGuest(source, ctx.calls, label="source"), ways, config, sender)
         finally:
             await teardown.close(stream)
 
@@ -183,7 +185,7 @@ async def postcopy_once(
         stream = FailingStream(ctx.link.b, ctx.calls, label="b")
         try:
             ways = Connections(first=given(stream), again=accept_again, beside=backlog.accept)
-            return await receive_stream(target, ways, config, taker)
+            return await receive_stream(FailingLazyGuest(target, ctx.calls, label="destination"), ways, config, taker)
         finally:
             await teardown.close(stream)
             await backlog.close()

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+import trimig
 from tests.sweeps.combined import sweep_cancels_and_faults
 from tests.sweeps.postcopy import scenario
 from trimig.testing import (
     DIRECTIONS,
     FAULT_KINDS,
+    CallSweep,
     CancelSweep,
     DeadlineSweep,
     Fault,
@@ -97,6 +99,15 @@ def test_a_second_fault_at_every_byte_of_the_recovery(kind: FaultKind) -> None:
     assert set(outcomes) <= {DONE, ("PostcopyLost", "returned", "destination")}, outcomes
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("error", [OSError, trimig.GuestFailed, None], ids=["OSError", "GuestFailed", "hang"])
+def test_every_call_of_guest_and_transport_fails(error: type[Exception] | None, when: str) -> None:
+    """O5, O6: each call of the guests and of the first connection fails, or hangs, once."""
+    only = None if error is not trimig.GuestFailed else lambda name: name.startswith(BOTH)
+    sweep = CallSweep(errors=(error,), only=only, when="before" if when == "before" else "after")
+    run_sweep(scenario(), sweep, seeds=(0,)).show()
+
+
 def test_deadlines_and_leaps() -> None:
     """T3: the caller's own time limit, and a clock that leaps."""
     run_sweep(scenario(), DeadlineSweep(), DeadlineSweep(victims=DESTINATION), TimeLeap(), seeds=(0,)).show()
@@ -135,8 +146,7 @@ def test_every_fault_at_every_byte_of_the_second_connection(kind: FaultKind) -> 
 
 def test_faults_of_the_first_connection_with_a_second_beside_it() -> None:
     """O5, O6: the same ends as with one connection."""
-    sweep = FaultSweep(kinds=BREAKS, every=7)
-    report = run_sweep(second(), sweep, seeds=(0,)).show()
+    report = run_sweep(second(), FaultSweep(kinds=BREAKS), seeds=(0,), every=7).show()
     assert set(report.outcomes) <= {
         DONE,
         ("TransportFailed", "TransportFailed", "source"),

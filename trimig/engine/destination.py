@@ -30,7 +30,7 @@ from .arrival import Arrival
 from .channel import Channel
 from .connections import Connections
 from .placement import ENOUGH
-from .postcopy_destination import Ahead, check_guest, take_apart
+from .postcopy_destination import Ahead, check_guest, open_memory, take_apart
 from .stream_out import UUID_SUBSECTION
 from .urgent_in import UrgentArrival
 
@@ -277,9 +277,9 @@ class _Arrival(Arrival):
             )
         check_guest(self.guest)
         if isinstance(self.guest, LazyGuest):
-            memory = await self.guest.missing_memory()
-            memory.close()
-            await self.guest.memory_is_whole()
+            seconds = self.config.handover_timeout
+            (await open_memory(self.guest, seconds)).close()
+            await guest_calls.call("ending the watch", self.guest.memory_is_whole, seconds)
         if self.config.peer.preempt_pre_7_2:
             assert self.urgent is not None
             await self.urgent.wait()

@@ -66,6 +66,14 @@ def obstacle(guest: Guest) -> str | None:
     return None
 
 
+async def open_memory(guest: LazyGuest, seconds: float) -> MissingMemory:
+    """From here on whoever touches an absent page of *guest* waits. GuestFailed, also when it takes longer than *seconds*.
+
+    **Cancellation:** as the guest's method says.
+    """
+    return await guest_calls.call("watching for absent pages", guest.missing_memory, seconds)
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
     """What was in the package: the devices in their order, and the values of the PINGs."""
@@ -236,9 +244,12 @@ class Ahead:
                     raise GuestFailed(f"pages of RAM block {block.name!r} cannot be discarded, as postcopy needs it")
                 continue
             for first, end in runs.tolist():
-                block.discard_slice(first, end - first)
+                with guest_calls.guarded("discarding pages"):
+                    block.discard_slice(first, end - first)
             await trio.lowlevel.checkpoint()
-        memory = await guest.missing_memory() if isinstance(guest, LazyGuest) else KeptMemory(guest.ram)
+        memory: MissingMemory = KeptMemory(guest.ram)
+        if isinstance(guest, LazyGuest):
+            memory = await open_memory(guest, self._config.handover_timeout)
         self._memory = memory
         self._receiver = PostcopyReceiver(memory, received, self._say_bytes, self._counters)
         return self._receiver
@@ -271,12 +282,21 @@ class Ahead:
         memory, self._memory = self._memory, None
         memory.close()
         if isinstance(self._guest, LazyGuest):
-            waited = await self._guest.memory_is_whole()
+            waited = await self._told_whole(self._guest)
             if self._monitor.config.capabilities.postcopy_blocktime:
                 self._counters.blocktime = tuple(waited)
         else:
             await self._keep(package)
         self._monitor.advance(Status.COMPLETED)
+
+    async def _told_whole(self, guest: LazyGuest) -> Sequence[float]:
+        """Seconds that each worker has waited. The guest is whole and runs, whatever it says to that."""
+        try:
+            whole = guest.memory_is_whole
+            return await guest_calls.call("ending the wait for memory", whole, self._config.handover_timeout)
+        except GuestFailed as error:
+            self._monitor.warn(f"{error}; the guest has all of its memory")
+            return ()
 
     async def _keep(self, package: Package) -> None:
         """The last page has come: a guest that is only kept is kept whole now."""

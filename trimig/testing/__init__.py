@@ -35,6 +35,7 @@ from .edges import EdgeInstrument as EdgeInstrument
 from .edges import EdgeKind as EdgeKind
 from .failing import Calls as Calls
 from .failing import FailingGuest as FailingGuest
+from .failing import FailingLazyGuest as FailingLazyGuest
 from .failing import FailingStream as FailingStream
 from .failing import FailingTracker as FailingTracker
 from .fakes import Content as Content

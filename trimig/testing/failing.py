@@ -12,7 +12,7 @@ from typing import Literal, TypeVar, final
 
 import trio
 
-from ..guest import Device, DeviceSection, DirtyTracker, Guest, PageBitmap, RamBlock
+from ..guest import Device, DeviceSection, DirtyTracker, Guest, LazyGuest, MissingMemory, PageBitmap, RamBlock
 
 T = TypeVar("T")
 
@@ -151,7 +151,6 @@ class FailingTracker:
         self._tracker.stop()
 
 
-@final
 class FailingGuest:
     """Passes everything on to *guest*, and counts its coroutines as ``<label>.pause``, ``<label>.save_devices``, …."""
 
@@ -219,3 +218,20 @@ class FailingGuest:
 
     async def _through(self, name: str, call: Callable[[], Awaitable[T]]) -> T:
         return await self._calls.through(f"{self._label}.{name}", call, late=False)
+
+
+@final
+class FailingLazyGuest(FailingGuest):
+    """The same for a guest that can run before its memory is here."""
+
+    def __init__(self, guest: LazyGuest, calls: Calls, *, label: str = "guest") -> None:
+        super().__init__(guest, calls, label=label)
+        self._lazy = guest
+
+    async def missing_memory(self) -> MissingMemory:
+        """As the guest behind, the **Cancellation** too."""
+        return await self._through("missing_memory", self._lazy.missing_memory)
+
+    async def memory_is_whole(self) -> Sequence[float]:
+        """As the guest behind, the **Cancellation** too."""
+        return await self._through("memory_is_whole", self._lazy.memory_is_whole)

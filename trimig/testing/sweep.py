@@ -87,15 +87,12 @@ class FaultSweep:
     directions: Sequence[Direction] = DIRECTIONS
     #: How long a ``"stall"`` lasts.
     seconds: float = 60.0
-    #: Only at each so many bytes, and behind the last.
-    every: int = 1
 
     def points(self, baseline: Run[Any]) -> Iterator[Point]:
         """Bytes by kinds by directions, from before the first byte to behind the last."""
         for direction, kind in itertools.product(self.directions, self.kinds):
             seconds = self.seconds if kind == "stall" else 0.0
-            last = baseline.sent[direction]
-            for after in (*range(0, last, self.every), last):
+            for after in range(baseline.sent[direction] + 1):
                 yield _point(baseline, Fault(direction=direction, after=after, kind=kind, seconds=seconds))
 
 
