@@ -13,6 +13,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.abc
@@ -173,6 +174,26 @@ def test_keyboard_interrupt_cancels_and_waits_until_the_guest_is_back(portal: Po
         wait_for_ever()
     assert (monitor.status, guest.run_state) == (trimig.Status.CANCELLED, "running")
     assert caught.value.__notes__ == ["the migration was cancelled; the owner of the guest is the source"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_keyboard_interrupt_while_it_begins(portal: Portal, monkeypatch: pytest.MonkeyPatch, *, begun: bool) -> None:
+    """Between the call and the wait: there is no moment in which the migration goes on by itself."""
+    start = portal._running().start_task_soon
+
+    def interrupted(*arguments: Any, **options: Any) -> object:
+        if begun:
+            start(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(portal._running(), "start_task_soon", interrupted)
+    guest = machine(running=True)
+    for call in (portal.migrate, portal.start_migrate):
+        with pytest.raises(KeyboardInterrupt) as caught:
+            call(guest, "tcp:127.0.0.1:1")
+        assert caught.value.__notes__ == ["the migration was cancelled; the owner of the guest is the source"]
+        assert not portal._handles
+        assert guest.run_state == "running"
 
 
 def slow_switchover() -> trimig.Config:

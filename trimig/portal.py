@@ -121,7 +121,8 @@ class Portal:
             KeyboardInterrupt: the migration was cancelled, and the guest is as it was, unless the destination had it
                 already; a note at the exception and ``monitor.owner`` tell which.
         """
-        return self.start_migrate(guest, to, config, monitor=monitor, commit=commit, fence=fence).result()
+        handle, begin = self._migration(guest, to, config, monitor, commit, fence)
+        return handle._wait(begin)
 
     def start_migrate(
         self,
@@ -138,11 +139,8 @@ class Portal:
         Hooks are coroutine functions, which then run in the portal's thread as trio code, or plain functions, which
         are called in a thread.
         """
-        monitor = monitor or Monitor()
-        call = functools.partial(
-            api.migrate, guest, to, config, monitor=monitor, commit=_trio_hook(commit), fence=_trio_hook(fence)
-        )
-        return self._start(call, monitor)
+        handle, begin = self._migration(guest, to, config, monitor, commit, fence)
+        return handle._start(begin)
 
     def receive(
         self,
@@ -153,7 +151,8 @@ class Portal:
         monitor: Monitor | None = None,
     ) -> Summary:
         """:func:`trimig.receive`, seen from synchronous code; KeyboardInterrupt as for :meth:`migrate`."""
-        return self.start_receive(guest, at, config, monitor=monitor).result()
+        handle, begin = self._reception(guest, at, config, monitor)
+        return handle._wait(begin)
 
     def start_receive(
         self,
@@ -164,17 +163,38 @@ class Portal:
         monitor: Monitor | None = None,
     ) -> Handle:
         """Begin :func:`trimig.receive` and return at once; :meth:`Handle.wait_listening` has the address."""
-        monitor = monitor or Monitor()
-        return self._start(functools.partial(api.receive, guest, at, config, monitor=monitor), monitor)
+        handle, begin = self._reception(guest, at, config, monitor)
+        return handle._start(begin)
 
-    def _start(self, call: Callable[[], Awaitable[Summary]], monitor: Monitor) -> Handle:
+    def _migration(
+        self,
+        guest: Guest,
+        to: str | trio.abc.SendStream,
+        config: Config | None,
+        monitor: Monitor | None,
+        commit: CommitHook | None,
+        fence: FenceHook | None,
+    ) -> tuple[Handle, Callable[[], object]]:
+        monitor = monitor or Monitor()
+        call = functools.partial(
+            api.migrate, guest, to, config, monitor=monitor, commit=_trio_hook(commit), fence=_trio_hook(fence)
+        )
+        return self._prepare(call, monitor)
+
+    def _reception(
+        self, guest: Guest, at: str | trio.abc.ReceiveStream, config: Config | None, monitor: Monitor | None
+    ) -> tuple[Handle, Callable[[], object]]:
+        monitor = monitor or Monitor()
+        return self._prepare(functools.partial(api.receive, guest, at, config, monitor=monitor), monitor)
+
+    def _prepare(self, call: Callable[[], Awaitable[Summary]], monitor: Monitor) -> tuple[Handle, Callable[[], object]]:
+        """A handle, and what begins its migration: an interrupt in between finds something to cancel."""
         portal = self._running()
         assert self._token is not None
         handle = Handle(self, monitor, self._token)
         self._handles.add(handle)
         handle._outcome.add_done_callback(lambda _: self._handles.discard(handle))
-        portal.start_task_soon(handle._run, call, name="trimig.portal.migration")
-        return handle
+        return handle, functools.partial(portal.start_task_soon, handle._run, call, name="trimig.portal.migration")
 
     # -- anything else ---------------------------------------------------------------------------------------------
 
@@ -214,6 +234,7 @@ class Handle:
         self._monitor = monitor
         self._token = token
         self._scope = trio.CancelScope()
+        self._begun = False
         self._reason = "the caller was cancelled"
         self._outcome: concurrent.futures.Future[Summary] = concurrent.futures.Future()
         # From now on nobody can cancel the future itself, behind the back of the migration.
@@ -296,9 +317,7 @@ class Handle:
         try:
             return self._outcome.result(timeout)
         except KeyboardInterrupt as interrupt:
-            self._abort("KeyboardInterrupt")
-            self._settle()
-            interrupt.add_note(self._fate())
+            self._interrupted(interrupt)
             raise
 
     def __await__(self) -> Generator[Any, None, Summary]:
@@ -315,8 +334,41 @@ class Handle:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
+    def _start(self, begin: Callable[[], object]) -> Self:
+        """Begin it, or, if an interrupt comes meanwhile, see that it does not begin or is undone."""
+        try:
+            begin()
+        except KeyboardInterrupt as interrupt:
+            self._interrupted(interrupt)
+            raise
+        return self
+
+    def _wait(self, begin: Callable[[], object]) -> Summary:
+        """Begin it and wait for its end. There is no moment in which an interrupt would leave it to itself."""
+        try:
+            begin()
+            return self._outcome.result()
+        except KeyboardInterrupt as interrupt:
+            self._interrupted(interrupt)
+            raise
+
+    def _interrupted(self, interrupt: KeyboardInterrupt) -> None:
+        self._abort("KeyboardInterrupt")
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._never)
+        self._settle()
+        interrupt.add_note(self._fate())
+
+    def _never(self) -> None:
+        """In the portal's thread: if it has not begun, it never will."""
+        if not self._begun and not self.done:
+            self._outcome.set_exception(MigrationCancelled(self._reason))
+
     async def _run(self, call: Callable[[], Awaitable[Summary]]) -> None:
         """In the portal's thread."""
+        if self.done:
+            return  # interrupted before it began
+        self._begun = True
         try:
             with self._scope:
                 self._outcome.set_result(await call())
