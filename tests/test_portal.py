@@ -152,6 +152,14 @@ def test_cancel_right_after_the_start_is_not_lost(portal: Portal, tmp_path: Path
             assert guest.run_state == "running"
 
 
+@pytest.fixture(autouse=True)
+def interrupts_are_heard() -> Iterator[None]:
+    """A shell that starts this in the background without job control makes it deaf to SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt() -> None:
     """Ctrl-C, for the main thread, which is the one that waits."""
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)

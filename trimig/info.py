@@ -135,7 +135,9 @@ class Counters:
     duplicate: int = 0
     #: Destination: seconds that each processor has waited for pages, where that is measured.
     blocktime: tuple[float, ...] | None = None
-    #: Bytes that were sent over connections which are lost.
+    #: Destination: the pages that never came, by block, where postcopy was lost: the first and the one behind the last.
+    missing: Mapping[str, Sequence[tuple[int, int]]] = dataclasses.field(default_factory=dict)
+    #: Bytes that went over other connections than the present main one: lost ones, and the one for urgent pages.
     earlier: int = 0
     #: Pages that a guest in postcopy was found waiting for.
     page_requests: int = 0

@@ -38,7 +38,8 @@ COMMANDS: Final = {
     "send": "parked",
     "settle": "parked",
     "inspect": "inspect",
-    "export": "inspect",
+    "export": "images",
+    "merge": "images",
 }
 
 
@@ -49,7 +50,7 @@ GROUPS: Final = {
     "Drive a guest over QMP (of a trimig run or a QEMU)": (
         "migrate", "status", "info", "cancel", "set", "continue", "postcopy", "pause", "recover", "events",
     ),
-    "Guests in files, and streams": ("receive", "send", "settle", "inspect", "export"),
+    "Guests in files, and streams": ("receive", "send", "settle", "inspect", "export", "merge"),
 }  # fmt: skip
 
 

@@ -1,9 +1,8 @@
-"""``trimig inspect`` and ``export``: what is in a saved guest, or in any stream of QEMU's format."""
+"""``trimig inspect``: what is in a saved guest, or in any stream of QEMU's format."""
 
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -145,42 +144,3 @@ def _value(node: Any) -> str:
         return f"{value} (0x{value:x})" if type(value) is int and value > 9 else str(value)
     raw = node.raw.hex()
     return raw if len(raw) <= 64 else f"{raw[:64]}… ({node.size} bytes)"
-
-
-@click.command()
-@click.argument("file", metavar="FILE|-")
-@click.option("--format", "form", metavar="raw|elf|lime", required=True, help="What to write; raw for now.")
-@click.option("--block", metavar="NAME", required=True, help="The RAM block; trimig inspect lists them.")
-@click.option("--out", metavar="PATH|-", required=True, help="Where to; - for standard output.")
-@click.option("--force", is_flag=True, help="Replace PATH if it exists.")
-@json_option
-@debug_option
-def export(file: str, form: str, block: str, out: str, force: bool, as_json: bool) -> int:
-    """Write the RAM of a saved guest to a file for other tools.
-
-    raw is one RAM block, byte for byte; zero pages become holes of the file.
-    """
-    if form not in stream.FORMATS:
-        raise click.BadParameter(
-            f"{form!r} is not built yet; there is {', '.join(stream.FORMATS)}"
-            if form in ("elf", "lime")
-            else f"unknown format {form!r}; there is {', '.join(stream.FORMATS)}",
-            param_hint="--format",
-        )
-    if out != "-" and not Path(out).resolve().parent.is_dir():
-        raise click.BadParameter(f"there is no directory {Path(out).parent}", param_hint="--out")
-    if as_json and out == "-":
-        raise click.UsageError("--json and --out - both want standard output")
-    return run(functools.partial(_export, file, block, out, force, as_json), as_json=as_json)
-
-
-async def _export(file: str, block: str, out: str, force: bool, as_json: bool) -> int:
-    try:
-        length = await stream.export_raw(file, block, out, replace=force)
-    except FileExistsError as error:
-        raise click.BadParameter(f"{error.filename} exists; --force replaces it", param_hint="--out") from None
-    if as_json:
-        write_json({"file": file, "block": block, "out": out, "bytes": length})
-    elif out != "-":
-        print(f"wrote {show_size(length)} of {block} to {out}", flush=True)
-    return DONE

@@ -81,7 +81,12 @@ async def _receive(
     ):
         begun = functools.partial(_announce, monitor, view, as_json)
         call = functools.partial(trimig.receive, guest, uri, config, monitor=monitor)
-        summary = await display.watched(functools.partial(alongside, call, begun), monitor, view)
+        try:
+            summary = await display.watched(functools.partial(alongside, call, begun), monitor, view)
+        finally:
+            # Whatever ends it, a cancellation too: there is no second chance to keep this.
+            if monitor.status is trimig.Status.POSTCOPY_LOST:
+                await _keep_partial(guest, file, monitor, view)
         if force:
             stream.write_record(file, None)  # of the guest that was in the file before
         text = (
@@ -99,6 +104,24 @@ async def _receive(
         for warning in summary.warnings:
             print(f"  warning: {warning}")
     return DONE
+
+
+async def _keep_partial(guest: trimig.ParkedGuest, file: Path, monitor: trimig.Monitor, view: display.View) -> None:
+    """Keep what has come, and say where.
+
+    **Cancellation:** held off while it is written.
+    """
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        await stream.keep_partial(guest, monitor.counters.missing, partial)
+    except trimig.MigrationError as error:
+        view.note(f"what has come could not be kept: {error}")
+        return
+    view.note(
+        f"what has come is in {partial}: if the source still has its half, trimig merge makes one guest of both, and "
+        "trimig export --partial writes what is there",
+        partial=str(partial),
+    )
 
 
 def _device_name(section: Any) -> str:

@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import trio
 
@@ -121,8 +121,12 @@ class Arrival(abc.ABC):
             monitor.advance(Status.CANCELLED)
             if error is None and monitor.cancel_reason is not None:
                 error = MigrationCancelled(monitor.cancel_reason)
+        if monitor.status is Status.POSTCOPY_LOST:
+            self.counters.missing = {
+                name: [(first, end) for first, end in runs.tolist()] for name, runs in missing.items()
+            }
         if error is not None and monitor.status is Status.POSTCOPY_LOST:
-            error = _lost(error, missing)
+            error = _lost(error, self.counters.missing)
         if error is not None:
             self.counters.error = str(error)
             raise error
@@ -240,12 +244,11 @@ class Arrival(abc.ABC):
         )
 
 
-def _lost(error: MigrationError, missing: dict[str, Runs]) -> PostcopyLost:
+def _lost(error: MigrationError, missing: Mapping[str, Sequence[tuple[int, int]]]) -> PostcopyLost:
     """The guest is here and will never be whole: say what it lacks."""
-    pages = sum(int((runs[:, 1] - runs[:, 0]).sum()) for runs in missing.values())
+    pages = sum(end - first for runs in missing.values() for first, end in runs)
     lost = PostcopyLost(
-        f"{error}; {pages} pages of the guest's memory never came, and it stands still",
-        missing={name: [(first, end) for first, end in runs.tolist()] for name, runs in missing.items()},
+        f"{error}; {pages} pages of the guest's memory never came, and it stands still", missing=missing
     )
     lost.others = (error, *error.others)
     return lost

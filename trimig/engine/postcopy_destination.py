@@ -209,6 +209,7 @@ class Ahead:
         self._why: str | None = None
         self._memory: MissingMemory | None = None
         self._receiver: PostcopyReceiver | None = None
+        self._package: Package | None = None
         self._lives = trio.Event()
 
     async def run(self, package: Package) -> None:
@@ -220,6 +221,7 @@ class Ahead:
         **Cancellation:** until the guest lives, the source keeps it; then it is held off while there is a connection.
         """
         receiver = await self._listen()
+        self._package = package
         if isinstance(self._guest, LazyGuest):
             self._nursery.start_soon(receiver.serve, name="trimig.faults")
         self._nursery.start_soon(self._take_over, package, name="trimig.activation")
@@ -473,12 +475,19 @@ class Ahead:
     async def end(self) -> None:
         """The end of an attempt that did not succeed: the guest stands still before its missing pages read as zero.
 
+        One that is only kept is given its devices: with what has come of its memory they can be saved.
+
         **Cancellation:** held off, for at most ``teardown_grace``.
         """
         memory, self._memory = self._memory, None
         if memory is None:
             return
         try:
+            if isinstance(self._guest, OpaqueGuest) and self._package is not None and self._lives.is_set():
+                keeping = functools.partial(self._guest.load_opaque, self._package.sections, None)
+                failure = await teardown.guest_call("given its devices", keeping, self._config.teardown_grace)
+                if failure is not None:
+                    self._monitor.warn(str(failure))
             if self._guest.run_state == "running" and not isinstance(self._guest, OpaqueGuest):
                 failure = await teardown.guest_call("stopped", self._guest.pause, self._config.teardown_grace)
                 if failure is not None:

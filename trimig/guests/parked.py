@@ -10,18 +10,27 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, final
+from typing import Final, Self, TypeAlias, final
 
+import numpy as np
 import trio
 
 from ..config import PeerProfile
 from ..errors import GuestFailed, RemoteProtocolError, StateError
-from ..guest import ConfigSubsection, Device, DeviceSection, DirtyTracker, RamBlock
+from ..guest import PAGE_SIZE, ConfigSubsection, Device, DeviceSection, DirtyTracker, PageBitmap, RamBlock
 from ..memory import MemfdBlock, NullTracker
 from ..wire import globalstate
+from ..wire.postcopy import runs_of
 from . import savefile
 
 _ORDINARY: Final = PeerProfile()
+
+#: A section in front of the devices of a guest without all of its memory, so that no QEMU starts it: it knows no such device.
+#: Its payload is the number of pages that are missing, be64.
+PARTIAL_IDSTR: Final = "trimig/partial"
+
+#: Runs of pages: the first, and the one behind the last.
+Holes: TypeAlias = Mapping[str, Sequence[tuple[int, int]]]
 
 
 @final
@@ -60,6 +69,7 @@ class ParkedGuest:
         self._purpose: str | None = None
         self._file: savefile.SaveFile | None = None
         self._warnings: tuple[str, ...] = ()
+        self._holes: Holes = {}
 
     def __repr__(self) -> str:
         return f"<ParkedGuest {self._name!r} {self._run_state}>"
@@ -90,7 +100,7 @@ class ParkedGuest:
         """The guest in a file: one that was saved, or any precopy stream (``migrate "exec:cat > FILE"`` of a QEMU).
 
         Args:
-            partial: accept a stream without some of the RAM, which is then zero; see :attr:`warnings`.
+            partial: accept a stream without some of the RAM, which is then zero; see :attr:`holes`.
             max_ram: the most bytes of RAM that are accepted.
 
         Raises:
@@ -104,8 +114,14 @@ class ParkedGuest:
         guest = cls(max_ram=max_ram)
         ok = False
         try:
-            guest._peer, problems = await savefile.read_stream(Path(path), guest, partial=partial)
-            guest._warnings = tuple(problems)
+            read = await savefile.read_stream(Path(path), guest, partial=partial)
+            guest._peer, guest._warnings = read.peer, tuple(read.problems)
+            guest._holes = {
+                name: [(first, end) for first, end in runs_of(~here).tolist()]
+                for name, here in read.received.items()
+                if not here.all()
+            }
+            guest._sections = tuple(s for s in guest.sections if s.idstr != PARTIAL_IDSTR)
             guest._run_state = "paused"
             ok = True
         finally:
@@ -122,12 +138,42 @@ class ParkedGuest:
 
         **Cancellation:** there is no file, or the whole of it.
         """
-        sections = await self.save_devices()
-        target = Path(path)
+        await self._save(Path(path), await self.save_devices(), {}, replace=replace)
+
+    async def save_partial(self, path: str | os.PathLike[str], missing: Holes, *, replace: bool = False) -> None:
+        """Write what has come of a guest that will never be whole. No QEMU can load that, and :meth:`load` only if asked.
+
+        Args:
+            missing: :attr:`trimig.PostcopyLost.missing`.
+
+        Raises:
+            StateError: not even its devices have come.
+            ValueError: *missing* does not fit its RAM.
+            GuestFailed: as for :meth:`save`.
+
+        **Cancellation:** there is no file, or the whole of it.
+        """
+        await trio.lowlevel.checkpoint()
+        if self._sections is None:
+            raise StateError("nothing is parked here: receive or load a guest first")
+        lengths = {block.name: block.length // PAGE_SIZE for block in self._ram}
+        absent = {name: np.zeros(length, np.bool_) for name, length in lengths.items()}
+        for name, runs in missing.items():
+            for first, end in runs:
+                if not 0 <= first <= end <= lengths.get(name, -1):
+                    raise ValueError(f"there are no pages {first} to {end} in a RAM block {name!r}")
+                absent[name][first:end] = True
+        count = sum(int(np.count_nonzero(bitmap)) for bitmap in absent.values())
+        mark = DeviceSection(idstr=PARTIAL_IDSTR, instance_id=0, version_id=1, payload=count.to_bytes(8))
+        await self._save(Path(path), (mark, *self._sections), absent, replace=replace)
+
+    async def _save(
+        self, target: Path, sections: Sequence[DeviceSection], absent: Mapping[str, PageBitmap], *, replace: bool
+    ) -> None:
         file = None
         try:
             file = savefile.SaveFile(target, replace=replace, peer=self._peer)
-            await file.write_ram(self)
+            await file.write_ram(self, absent)
             await file.finish(self, sections)
         except OSError as error:
             raise savefile.failed("the guest cannot be saved to", target, error) from error
@@ -149,6 +195,11 @@ class ParkedGuest:
     def warnings(self) -> Sequence[str]:
         """What was not as it should be in the file it was loaded from."""
         return self._warnings
+
+    @property
+    def holes(self) -> Holes:
+        """Pages that were not in the file it was loaded from, by the block's name; they are zero."""
+        return self._holes
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -275,6 +326,7 @@ class ParkedGuest:
         self.close()
         self._description = None
         self._warnings = ()
+        self._holes = {}
         for name in (machine, *(name for name, _ in blocks)):
             try:
                 name.encode()

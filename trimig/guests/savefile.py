@@ -7,10 +7,11 @@ that nobody ever finds a part of a guest there. :func:`read_stream` fills a gues
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -25,7 +26,7 @@ from ..engine.stream_out import DeviceSender, opening
 from ..engine.vectored import MAX_ELEMENTS, Records, writev
 from ..engine.zeros import zero_pages
 from ..errors import GuestFailed, RemoteProtocolError, TransportFailed
-from ..guest import PAGE_SIZE, ConfigSubsection, DeviceSection, OpaqueGuest, RamBlock
+from ..guest import PAGE_SIZE, ConfigSubsection, DeviceSection, OpaqueGuest, PageBitmap, RamBlock
 from ..monitor import Counters
 from ..wire import Command, Decoder, RamFlag, RecordWriter, Section
 from ..wire import encoder as wire
@@ -73,8 +74,11 @@ class SaveFile:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._temporary)
 
-    async def write_ram(self, guest: OpaqueGuest) -> None:
+    async def write_ram(self, guest: OpaqueGuest, absent: Mapping[str, PageBitmap] | None = None) -> None:
         """Everything up to the end of RAM, on disk when it returns.
+
+        Args:
+            absent: pages that are left out, by the block's name.
 
         Raises:
             OSError: no room, or the disk failed.
@@ -87,9 +91,10 @@ class SaveFile:
         await offload(self._write, opening(guest, self._peer) + start + sizes + wire.END_WORD + footer)
         unsynced = 0
         for block in guest.ram:
+            left_out = (absent or {}).get(block.name)
             await offload(self._write, wire.section_continue(Section.PART, RAM_SECTION))
             for first in range(0, block.length // PAGE_SIZE, _SLICE):
-                unsynced += await offload(self._write_pages, block, first)
+                unsynced += await offload(self._write_pages, block, first, left_out)
                 if unsynced > _SYNC_EVERY:
                     await offload(os.fdatasync, self._fd)
                     unsynced = 0
@@ -134,9 +139,11 @@ class SaveFile:
         while len(view):
             view = view[os.write(self._fd, view) :]
 
-    def _write_pages(self, block: RamBlock, first: int) -> int:
+    def _write_pages(self, block: RamBlock, first: int, left_out: PageBitmap | None) -> int:
         pages = block.pages
         indices = np.arange(first, min(first + _SLICE, len(pages)), dtype=np.int64)
+        if left_out is not None and not len(indices := indices[~left_out[indices]]):
+            return 0
         zero = zero_pages(pages, indices)
         data = self._records.zero_records(block.name, indices[zero] * PAGE_SIZE) if zero.any() else b""
         self._write(data)
@@ -189,8 +196,19 @@ def peer_of(prefix: bytes) -> PeerProfile:
     )
 
 
-async def read_stream(path: Path, guest: OpaqueGuest, *, partial: bool = False) -> tuple[PeerProfile, list[str]]:
-    """Fill *guest* from a stream in a file; returns how it is written, and what was not as it should be.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Read:
+    """What was found in a file, beside the guest."""
+
+    peer: PeerProfile
+    #: What was not as it should be.
+    problems: Sequence[str]
+    #: The pages that are in it, by the block's name.
+    received: Mapping[str, PageBitmap]
+
+
+async def read_stream(path: Path, guest: OpaqueGuest, *, partial: bool = False) -> Read:
+    """Fill *guest* from a stream in a file.
 
     Args:
         partial: RAM that is not in the stream is only reported, and stays zero.
@@ -210,7 +228,7 @@ async def read_stream(path: Path, guest: OpaqueGuest, *, partial: bool = False) 
         os.close(fd)
 
 
-async def _read(fd: int, guest: OpaqueGuest, *, partial: bool) -> tuple[PeerProfile, list[str]]:
+async def _read(fd: int, guest: OpaqueGuest, *, partial: bool) -> Read:
     prefix = await offload(_read_prefix, fd)
     peer = peer_of(prefix)
     decoder = Decoder(
@@ -258,9 +276,9 @@ async def _read(fd: int, guest: OpaqueGuest, *, partial: bool) -> tuple[PeerProf
         raise RemoteProtocolError("the stream has no devices", offset=decoder.offset)
     problems = [f"{count} pages of RAM block {name!r} are not in the stream" for name, count in ram.missing().items()]
     if problems and not partial:
-        raise RemoteProtocolError(problems[0])
+        raise RemoteProtocolError(f"{problems[0]} (what a lost postcopy has left is completed by trimig merge)")
     problems += await _take_tail(guest, tail.finish(), tail_at, peer)
-    return peer, problems
+    return Read(peer=peer, problems=problems, received=ram.received())
 
 
 def _read_prefix(fd: int) -> bytes:

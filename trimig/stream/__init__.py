@@ -1,6 +1,7 @@
-"""Tools on streams that lie in files or pass by: inspect, export, and the record of who owns a saved guest."""
+"""Tools on streams that lie in files or pass by: inspect, export, merge, and the record of who owns a saved guest."""
 
 from .export import FORMATS as FORMATS
+from .export import Exported as Exported
 from .export import export_raw as export_raw
 from .inspect import BlockInfo as BlockInfo
 from .inspect import CommandInfo as CommandInfo
@@ -8,6 +9,9 @@ from .inspect import DeviceInfo as DeviceInfo
 from .inspect import SectionInfo as SectionInfo
 from .inspect import StreamReport as StreamReport
 from .inspect import inspect_stream as inspect_stream
+from .merge import Merged as Merged
+from .merge import keep_partial as keep_partial
+from .merge import merge as merge
 from .owner import OwnerRecord as OwnerRecord
 from .owner import locked as locked
 from .owner import read_record as read_record

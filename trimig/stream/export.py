@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +21,7 @@ from ..guest import PAGE_SIZE
 from ..guests.savefile import peer_of
 from ..wire import Decoder
 from ..wire import events as ev
+from ..wire.postcopy import runs_of
 from .files import reading
 
 #: What can be written now.
@@ -26,16 +29,32 @@ FORMATS: Final = ("raw",)
 _PREFIX: Final = 1 << 20
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """What was written."""
+
+    #: Bytes.
+    length: int
+    #: What of it is not in the stream and zero here: pairs of an offset and a length, both in bytes.
+    holes: Sequence[tuple[int, int]]
+
+
 async def export_raw(
-    source: str | os.PathLike[str], block: str, out: str | os.PathLike[str], *, replace: bool = False
-) -> int:
-    """Write RAM block *block* of a stream, byte for byte; returns its length.
+    source: str | os.PathLike[str],
+    block: str,
+    out: str | os.PathLike[str],
+    *,
+    replace: bool = False,
+    partial: bool = False,
+) -> Exported:
+    """Write RAM block *block* of a stream, byte for byte.
 
     Args:
         source: a path, or ``-`` for standard input.
         block: the name of the block.
         out: a path, or ``-`` for standard output. Pages that are zero become holes of the file.
         replace: *out* may exist.
+        partial: pages that are not in the stream are zero, and told; otherwise they are an error.
 
     Raises:
         ConfigError: the stream has no such block; the message names those it has.
@@ -46,15 +65,15 @@ async def export_raw(
     """
     if out == "-":
         with tempfile.TemporaryFile(prefix="trimig-export-") as scratch:
-            length = await _copy_block(source, block, scratch.fileno())
-            await _to_stdout(scratch.fileno(), length)
-        return length
+            done = await _copy_block(source, block, scratch.fileno(), partial)
+            await _to_stdout(scratch.fileno(), done.length)
+        return done
     path = Path(out)
     fd, temporary = _begin(path, replace)
     try:
-        length = await _copy_block(source, block, fd)
+        done = await _copy_block(source, block, fd, partial)
         await offload(_publish, fd, temporary, path)
-        return length
+        return done
     finally:
         os.close(fd)
         with contextlib.suppress(FileNotFoundError):
@@ -72,7 +91,7 @@ def _publish(fd: int, temporary: str, path: Path) -> None:
     os.rename(temporary, path)
 
 
-async def _copy_block(source: str | os.PathLike[str], block: str, fd: int) -> int:
+async def _copy_block(source: str | os.PathLike[str], block: str, fd: int, partial: bool) -> Exported:
     async with reading(source) as read_into:
         prefix = bytearray(_PREFIX)
         have = 0
@@ -92,7 +111,7 @@ async def _copy_block(source: str | os.PathLike[str], block: str, fd: int) -> in
             while (event := decoder.next_event()) is not None:
                 if isinstance(event, ev.TailBytes | ev.EndOfStream):
                     # No RAM follows a device section; what does is not ours to judge.
-                    return copy.finish()
+                    return copy.finish(partial=partial)
                 copy.take(event)
             count = await read_into(decoder.writable())
             decoder.received(count)
@@ -144,13 +163,20 @@ class _BlockCopy:
                 done = os.pwrite(self.fd, view, at)
                 view, at = view[done:], at + done
 
-    def finish(self) -> int:
-        """The length; RemoteProtocolError if it is not whole."""
+    def finish(self, *, partial: bool) -> Exported:
+        """RemoteProtocolError if it is not whole, and must be."""
         if self.length < 0:
             raise RemoteProtocolError("the stream has no RAM")
-        if missing := len(self.received) - int(np.count_nonzero(self.received)):
-            raise RemoteProtocolError(f"{missing} pages of RAM block {self.name!r} are not in the stream")
-        return self.length
+        missing = len(self.received) - int(np.count_nonzero(self.received))
+        if missing and not partial:
+            raise RemoteProtocolError(
+                f"{missing} pages of RAM block {self.name!r} are not in the stream: export it with --partial, or complete "
+                "it with trimig merge"
+            )
+        runs = runs_of(~self.received).tolist()
+        return Exported(
+            length=self.length, holes=[(first * PAGE_SIZE, (end - first) * PAGE_SIZE) for first, end in runs]
+        )
 
 
 async def _to_stdout(fd: int, length: int) -> None:

@@ -1,0 +1,166 @@
+"""Two halves of a guest -> one: what a lost postcopy has left at the destination, and the memory that stayed at the source.
+
+From the package on the source's guest stands still, so its memory is the truth of that moment; what the destination has got
+of it is the same, page by page. The devices are the destination's, which has all of them. That holds for a guest that was
+only kept: one that ran there has changed its pages, and only its own host can tell which are newer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from ..engine import teardown
+from ..engine.offload import offload
+from ..errors import ConfigError, StateError
+from ..guest import PAGE_SIZE, PageBitmap
+from ..guests import ParkedGuest
+from ..guests.parked import Holes
+
+#: How long writing a guest to a disk may take.
+_KEEPING_SECONDS: Final = 600.0
+#: Pages compared and copied at once, by a call in a thread.
+_SLICE: Final = 4096
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """What was made."""
+
+    machine: str
+    #: Pages taken from the source's half, by the block's name.
+    filled: Mapping[str, int]
+    #: Pages that both halves have, and not with the same content; the destination's were taken.
+    different: Mapping[str, int]
+
+
+async def keep_partial(guest: ParkedGuest, missing: Holes, path: str | os.PathLike[str]) -> None:
+    """:meth:`trimig.ParkedGuest.save_partial`, whoever is in a hurry: there is no second chance. It replaces *path*.
+
+    **Cancellation:** held off until it is written, for at most ten minutes.
+    """
+    saving = functools.partial(guest.save_partial, path, missing, replace=True)
+    await teardown.bounded(saving, _KEEPING_SECONDS, None)
+
+
+async def merge(
+    partial: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None,
+    out: str | os.PathLike[str],
+    *,
+    raw: Mapping[str, str | os.PathLike[str]] | None = None,
+    replace: bool = False,
+    accept_differences: bool = False,
+) -> Merged:
+    """Complete the guest in *partial* and save it in *out*, where any QEMU of its machine type can load it from.
+
+    Args:
+        partial: what :meth:`trimig.ParkedGuest.save_partial` wrote (``trimig receive`` calls it FILE.partial).
+        source: the source's half as a stream: the file that was sent, for example. It may lack other pages.
+        raw: RAM blocks of the source's half, by name, each byte for byte in a file (a ``memory-backend-file``, or
+            ``pmemsave`` of a paused QEMU); they go before *source*.
+        replace: *out* may exist.
+        accept_differences: go on where a page that both have is not the same in both.
+
+    Raises:
+        ConfigError: the halves are not of the same machine, or a file has another length than its block.
+        StateError: both lack the same pages; or they differ where they should not, so they are not of the same moment.
+        OSError: a file cannot be read.
+        MigrationError: as :meth:`trimig.ParkedGuest.load` and :meth:`trimig.ParkedGuest.save`.
+
+    **Cancellation:** there is no file *out*, or the whole of it.
+    """
+    with await ParkedGuest.load(partial, partial=True) as guest:
+        half = _Half(guest)
+        blocks = {block.name: block for block in guest.ram}
+        for name, path in (raw or {}).items():
+            if name not in blocks:
+                raise ConfigError(
+                    f"there is no RAM block {name!r} in {partial}; it has {', '.join(blocks)}", name="raw"
+                )
+            await half.take_file(name, Path(path))
+        if source is not None:
+            with await ParkedGuest.load(source, partial=True) as other:
+                _check_same(guest, other)
+                for block in other.ram:
+                    if block.name not in (raw or {}):
+                        await half.take(block.name, block.pages, ~_bitmap(other.holes, block.name, len(block.pages)))
+        half.judge(accept_differences=accept_differences)
+        await guest.save(out, replace=replace)
+        return Merged(machine=guest.name, filled=half.filled, different=half.different)
+
+
+def _check_same(guest: ParkedGuest, other: ParkedGuest) -> None:
+    if guest.name != other.name:
+        raise ConfigError(f"the halves are of different machines: {guest.name!r} and {other.name!r}", name="source")
+    ours, theirs = ({block.name: block.length for block in each.ram} for each in (guest, other))
+    if ours != theirs:
+        names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        raise ConfigError(f"the halves have different RAM blocks: {', '.join(names)}", name="source")
+
+
+def _bitmap(holes: Mapping[str, Sequence[tuple[int, int]]], name: str, pages: int) -> PageBitmap:
+    bitmap = np.zeros(pages, np.bool_)
+    for first, end in holes.get(name, ()):
+        bitmap[first:end] = True
+    return bitmap
+
+
+class _Half:
+    """The destination's half, while it is being completed."""
+
+    def __init__(self, guest: ParkedGuest) -> None:
+        self._blocks = {block.name: block for block in guest.ram}
+        self._missing = {name: _bitmap(guest.holes, name, len(block.pages)) for name, block in self._blocks.items()}
+        self.filled: dict[str, int] = {}
+        self.different: dict[str, int] = {}
+
+    async def take_file(self, name: str, path: Path) -> None:
+        """The whole of that block is in a file."""
+        block = self._blocks[name]
+        size = await offload(os.path.getsize, path)
+        if size != block.length:
+            raise ConfigError(f"{path} has {size} bytes, and RAM block {name!r} has {block.length}", name="raw")
+        pages = np.memmap(path, np.uint8, "r").reshape(-1, PAGE_SIZE)
+        await self.take(name, pages, np.ones(len(pages), np.bool_))
+
+    async def take(self, name: str, pages: NDArray[np.uint8], have: PageBitmap) -> None:
+        """*pages* of that block, of which those in *have* count."""
+        missing = self._missing[name]
+        ours = self._blocks[name].pages
+        for first in range(0, len(missing), _SLICE):
+            part = slice(first, first + _SLICE)
+            fill, both = missing[part] & have[part], ~missing[part] & have[part]
+            different = await offload(_take_slice, ours[part], pages[part], fill, both)
+            self.filled[name] = self.filled.get(name, 0) + int(np.count_nonzero(fill))
+            self.different[name] = self.different.get(name, 0) + different
+            missing[part] &= ~fill
+            await trio.lowlevel.checkpoint()
+
+    def judge(self, *, accept_differences: bool) -> None:
+        """StateError if the result would not be the guest."""
+        left = {name: int(np.count_nonzero(bitmap)) for name, bitmap in self._missing.items() if bitmap.any()}
+        if left:
+            words = ", ".join(f"{count} pages of RAM block {name!r}" for name, count in left.items())
+            raise StateError(f"neither half has {words}")
+        differing = {name: count for name, count in self.different.items() if count}
+        if differing and not accept_differences:
+            words = ", ".join(f"{count} pages of RAM block {name!r}" for name, count in differing.items())
+            raise StateError(
+                f"{words} are in both halves with different content: they are not of the same guest, or the source has "
+                "run since"
+            )
+
+
+def _take_slice(ours: NDArray[np.uint8], theirs: NDArray[np.uint8], fill: PageBitmap, both: PageBitmap) -> int:
+    """Copy the pages *fill*; returns how many of *both* differ."""
+    ours[fill] = theirs[fill]
+    return int(np.count_nonzero((ours != theirs).any(axis=1) & both)) if both.any() else 0
