@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from trimig.errors import RemoteProtocolError
 from trimig.guest import PAGE_SIZE, MissingMemory, PageBitmap
 from trimig.guests.process import MiB, ProcessGuest
 from trimig.info import Counters
+from trimig.memory import MemfdBlock, MissingPages, TrackedRange, UffdMemory
 from trimig.policy.postcopy import PageOrder
 from trimig.wire import Decoder
 from trimig.wire import events as ev
@@ -233,6 +235,26 @@ def test_a_page_that_comes_a_second_time_is_refused_before_anything_is_placed(pa
     with pytest.raises(RemoteProtocolError, match="came a second time"):
         receiver.pages(run_of(*pages))
     assert memory.placed == []
+
+
+async def test_who_touches_a_page_that_came_as_zero_before_the_switch_does_not_wait_for_it() -> None:
+    """It has no memory, so the touch is a fault; and nobody will ever send it again."""
+    with (
+        contextlib.closing(MemfdBlock("ram", 4 * PAGE_SIZE)) as block,
+        contextlib.closing(MissingPages.open()) as missing,
+    ):
+        missing.register(block.address, block.length)
+        memory = UffdMemory(missing, [TrackedRange(name="ram", address=block.address, pages=4)])
+        receiver = PostcopyReceiver(memory, {"ram": np.ones(4, np.bool_)}, nothing, Counters())
+        found = ctypes.create_string_buffer(b"unread", 8)
+        touch = ctypes.CDLL(None).memmove  # a function of CDLL runs without the GIL
+        touch.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+        with trio.fail_after(LIMIT):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(receiver.serve)
+                await trio.to_thread.run_sync(touch, ctypes.addressof(found), block.address + 2 * PAGE_SIZE, 8)
+                nursery.cancel_scope.cancel()
+        assert found.raw == bytes(8)
 
 
 async def test_what_was_asked_for_is_asked_for_again_on_a_new_connection() -> None:

@@ -48,8 +48,8 @@ def check_guest(guest: Guest) -> None:
     if not isinstance(guest, LazyGuest | OpaqueGuest):
         raise GuestFailed(
             f"guest {guest.name!r} cannot be the destination of postcopy: it lives in this process, where whoever touches "
-            "a missing page would hold Python's global lock, and nobody could bring the page; use a ProcessGuest, or "
-            "turn postcopy-ram off"
+            "a missing page would hold Python's global lock, and nobody could bring the page; use a ProcessGuest, or a "
+            "LazyAppGuest, which awaits its pages, or turn postcopy-ram off"
         )
 
 
@@ -207,7 +207,6 @@ class Ahead:
         self._sending = trio.Lock()
         self._scope: trio.CancelScope | None = None
         self._why: str | None = None
-        self._memory: MissingMemory | None = None
         self._receiver: PostcopyReceiver | None = None
         self._package: Package | None = None
         self._lives = trio.Event()
@@ -252,7 +251,6 @@ class Ahead:
         memory: MissingMemory = KeptMemory(guest.ram)
         if isinstance(guest, LazyGuest):
             memory = await open_memory(guest, self._config.handover_timeout)
-        self._memory = memory
         self._receiver = PostcopyReceiver(memory, received, self._say_bytes, self._counters)
         return self._receiver
 
@@ -280,9 +278,8 @@ class Ahead:
             await self._say(Pong(value=value))
 
     async def _whole(self, package: Package) -> None:
-        assert self._memory is not None
-        memory, self._memory = self._memory, None
-        memory.close()
+        assert self._receiver is not None
+        self._receiver.close()
         if isinstance(self._guest, LazyGuest):
             waited = await self._told_whole(self._guest)
             if self._monitor.config.capabilities.postcopy_blocktime:
@@ -479,8 +476,8 @@ class Ahead:
 
         **Cancellation:** held off, for at most ``teardown_grace``.
         """
-        memory, self._memory = self._memory, None
-        if memory is None:
+        receiver = self._receiver
+        if receiver is None or receiver.closed:
             return
         try:
             if isinstance(self._guest, OpaqueGuest) and self._package is not None and self._lives.is_set():
@@ -495,4 +492,4 @@ class Ahead:
                 else:
                     self._monitor.emit("STOP")
         finally:
-            memory.close()
+            receiver.close()

@@ -7,8 +7,9 @@ would make it a page of zeros for the guest as well.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -52,6 +53,7 @@ class PostcopyReceiver:
         self._counters = counters
         self._last: int | None = None
         self._whole = trio.Event()
+        self._closed = False
         self.missing = sum(int(np.count_nonzero(~bitmap)) for bitmap in self._received)
         self._look()
 
@@ -70,7 +72,7 @@ class PostcopyReceiver:
     # -- faults --------------------------------------------------------------------------------------------------------
 
     async def serve(self) -> None:
-        """Ask for what the guest waits for, until cancelled.
+        """Ask for what the guest waits for, until cancelled or :meth:`close`.
 
         Raises:
             GuestFailed: its faults cannot be read.
@@ -78,14 +80,32 @@ class PostcopyReceiver:
 
         **Cancellation:** whoever waits goes on waiting; a request may have been cut.
         """
-        while True:
-            await trio.lowlevel.wait_readable(self._memory.fileno())
+        while not self._closed:
+            try:
+                await trio.lowlevel.wait_readable(self._memory.fileno())
+            except trio.ClosedResourceError:
+                return
             try:
                 waits = self._memory.waits()
             except OSError as error:
                 raise GuestFailed(f"the guest's page faults cannot be read: {error.strerror}") from error
             for wait in waits:
-                await self._want(wait.block, wait.page)
+                if not self._closed:
+                    await self._want(wait.block, wait.page)
+
+    @property
+    def closed(self) -> bool:
+        """:meth:`close` was called."""
+        return self._closed
+
+    def close(self) -> None:
+        """Nothing will come any more: close the memory, and end :meth:`serve`. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(OSError):  # memory that nobody waits for has no descriptor
+            trio.lowlevel.notify_closing(self._memory.fileno())
+        self._memory.close()
 
     async def ask_again(self) -> None:
         """On a new connection: ask for everything that was asked for and has not come. TransportFailed.
@@ -98,8 +118,12 @@ class PostcopyReceiver:
                 await self._request(block, page)
 
     async def _want(self, block: int, page: int) -> None:
-        # A page that was placed between the fault and this has woken its threads already.
-        if self._received[block][page] or self._asked[block][page]:
+        if self._received[block][page]:
+            # It came as zero before the switch, so there is no memory behind it. Or it was placed between the fault and
+            # this; then whoever waited goes on already, and nothing is changed.
+            self._place_zeros(block, page, 1)
+            return
+        if self._asked[block][page]:
             return
         self._asked[block][page] = True
         self._counters.page_requests += 1
@@ -158,19 +182,28 @@ class PostcopyReceiver:
         return block, indices
 
     def _place(self, block: int, first: int, count: int, data: Pages | None) -> None:
-        try:
-            if data is None:
-                self._memory.place_zeros(block, first, count)
-            else:
-                # Records lie between the pages of a run; a single page is not copied.
+        if data is None:
+            self._place_zeros(block, first, count)
+        else:
+            # Records lie between the pages of a run; a single page is not copied.
+            with self._placing(block, first):
                 self._memory.place(block, first, np.ascontiguousarray(data))
+        self._received[block][first : first + count] = True
+        self.missing -= count
+        self._look()
+
+    def _place_zeros(self, block: int, first: int, count: int) -> None:
+        with self._placing(block, first):
+            self._memory.place_zeros(block, first, count)
+
+    @contextlib.contextmanager
+    def _placing(self, block: int, first: int) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise GuestFailed(
                 f"page {first} of RAM block {self._names[block]!r} cannot be placed: {error.strerror}"
             ) from error
-        self._received[block][first : first + count] = True
-        self.missing -= count
-        self._look()
 
     def _look(self) -> None:
         if not self.missing:

@@ -98,10 +98,13 @@ class AppGuest(GuestBase):
         self._check_unclaimed("RAM cannot be added")
         if any(block.name == name for block in self._blocks):
             raise ConfigError(f"guest {self._name!r} has a RAM block {name!r} already")
-        block = MemfdBlock(name, length)
+        block = self._make_block(name, length)
         self._blocks.append(block)
         self._ram.append(block)
         return block
+
+    def _make_block(self, name: str, length: int) -> MemfdBlock:
+        return MemfdBlock(name, length)
 
     def running(self) -> Hold:
         """``async with guest.running():`` holds off a pause; entering it waits while the guest does not run.

@@ -1,0 +1,175 @@
+"""An application that can run before all of its memory is here, because it asks before it looks.
+
+In the same process nobody can be made to wait inside a touch of memory: whoever waited would hold Python's global lock, and
+nobody could bring the page. So the application says what it is about to touch, and awaits it::
+
+    guest = LazyAppGuest("sessions", running=False)
+    table = guest.add_ram("table", 64 * MiB)
+
+    async def worker():
+        while True:
+            request = await next_request()
+            await guest.reach("table", request.offset, 4096)     # at once, except in postcopy
+            async with guest.running():
+                apply(request, table.view)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import trio
+
+from ..errors import GuestFailed, StateError
+from ..guest import PAGE_SIZE, PageBitmap, Pages, Wait
+from ..memory.block import MemfdBlock
+from .app import AppGuest
+
+
+class LazyBlock(MemfdBlock):
+    """A block that knows which of its pages were discarded, and so have to come before somebody looks at them."""
+
+    def __init__(self, name: str, length: int) -> None:
+        super().__init__(name, length)
+        self.gone: PageBitmap = np.zeros(length // PAGE_SIZE, np.bool_)
+
+    def discard_slice(self, first_page: int, count: int) -> None:
+        """As of any block, and remember it."""
+        super().discard_slice(first_page, count)
+        self.gone[first_page : first_page + count] = True
+
+
+class LazyAppGuest(AppGuest):
+    """An :class:`AppGuest` that may be the destination of postcopy; implements :class:`trimig.guest.LazyGuest`.
+
+    Every task that touches its memory must await :meth:`reach` before: what it touches without is zero where it has not
+    come yet, and what it writes there is lost.
+    """
+
+    _memory: AwaitedMemory | None = None
+
+    def _make_block(self, name: str, length: int) -> MemfdBlock:
+        return LazyBlock(name, length)
+
+    async def reach(self, block: str, start: int, length: int) -> None:
+        """Return when the bytes ``[start, start + length)`` of *block* are here; outside of postcopy they always are.
+
+        Once here they stay. Not inside :meth:`running`: a pause would wait for this, and this for the network.
+
+        Raises:
+            ValueError: the range is not in such a block.
+            StateError: it is awaited inside :meth:`running`, and the bytes are not here.
+            GuestFailed: they will never come; the guest is lost.
+
+        **Cancellation:** no effect.
+        """
+        size = next((ram.length for ram in self._blocks if ram.name == block), -1)
+        if not 0 <= start <= start + length <= size:
+            raise ValueError(f"bytes {start}..{start + length} are not in a RAM block {block!r}")
+        await trio.lowlevel.checkpoint()
+        if self._memory is None or not length:
+            return
+        pages = slice(start // PAGE_SIZE, (start + length - 1) // PAGE_SIZE + 1)
+        number = next(n for n, ram in enumerate(self._blocks) if ram.name == block)
+        if self._memory.here(number, pages):
+            return
+        if self._gate.held_by_caller():
+            raise StateError("await reach() before guest.running(), not inside: a pause would wait for the network")
+        await self._memory.wait(number, pages)
+
+    async def missing_memory(self) -> AwaitedMemory:
+        """From here on :meth:`reach` waits for what has no memory. **Cancellation:** no effect."""
+        await trio.lowlevel.checkpoint()
+        self._memory = AwaitedMemory([block for block in self._blocks if isinstance(block, LazyBlock)])
+        return self._memory
+
+    async def memory_is_whole(self) -> Sequence[float]:
+        """Nothing is missing any more; the seconds that all tasks together have waited. **Cancellation:** no effect."""
+        await trio.lowlevel.checkpoint()
+        memory, self._memory = self._memory, None
+        for block in self._blocks:
+            if isinstance(block, LazyBlock):
+                block.gone[:] = False  # what release-ram has discarded at a source, too
+        return (memory.waited,) if memory is not None else (0.0,)
+
+
+class AwaitedMemory:
+    """Implements :class:`trimig.guest.MissingMemory` for tasks of this process."""
+
+    def __init__(self, blocks: Sequence[LazyBlock]) -> None:
+        self._blocks = tuple(blocks)
+        self._absent = [block.gone for block in blocks]
+        self._wanted: list[Wait] = []
+        self._news = trio.Event()
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        #: Seconds.
+        self.waited = 0.0
+
+    def here(self, block: int, pages: slice) -> bool:
+        """All of these pages have come."""
+        return not self._absent[block][pages].any()
+
+    async def wait(self, block: int, pages: slice) -> None:
+        """Ask for those that have not, and wait for them; raises as :meth:`LazyAppGuest.reach`.
+
+        **Cancellation:** no effect.
+        """
+        began = trio.current_time()
+        thread = id(trio.lowlevel.current_task()) & 0x7FFFFFFF
+        missing = (np.flatnonzero(self._absent[block][pages]) + pages.start).tolist()
+        self._wanted += [Wait(block=block, page=page, thread=thread) for page in missing]
+        if self._event >= 0:
+            os.eventfd_write(self._event, 1)
+        try:
+            while self._absent[block][pages].any():
+                if self._event < 0:
+                    raise GuestFailed(
+                        f"bytes of RAM block {self._blocks[block].name!r} will never come: the rest of the guest's memory "
+                        "is lost"
+                    )
+                await self._news.wait()
+        finally:
+            self.waited += trio.current_time() - began
+
+    def fileno(self) -> int:
+        """Readable when somebody has begun to wait."""
+        return self._event
+
+    def waits(self) -> Sequence[Wait]:
+        """Who has begun to wait since the last call."""
+        try:
+            os.eventfd_read(self._event)
+        except BlockingIOError:
+            return ()
+        wanted, self._wanted = self._wanted, []
+        return wanted
+
+    def place(self, block: int, first: int, pages: Pages) -> int:
+        """Put *pages* there where they are absent."""
+        absent = self._absent[block][first : first + len(pages)]
+        new = np.flatnonzero(absent)
+        self._blocks[block].pages[first + new] = pages[new]
+        absent[:] = False
+        self._tell()
+        return len(new)
+
+    def place_zeros(self, block: int, first: int, count: int) -> int:
+        """As :meth:`place`; they were discarded, so they are zero already."""
+        absent = self._absent[block][first : first + count]
+        new = int(np.count_nonzero(absent))
+        absent[:] = False
+        self._tell()
+        return new
+
+    def close(self) -> None:
+        """Whoever still waits is told that it is in vain. Idempotent."""
+        if self._event >= 0:
+            os.close(self._event)
+            self._event = -1
+            self._tell()
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
