@@ -3,8 +3,8 @@
 trimig is measured by its own demo: two hosts, and a guest whose worker notes how long each touch of a missing page took.
 A QEMU has nothing that touches memory here (``-M none`` has no processor), so its monitor does: ``xp`` reads a page, and
 waits as a processor would; what it takes for a page that is there is subtracted. Both count the touches that had to wait.
-Each pair runs with one connection and with postcopy-preempt's second one, without a limit and with 1 MiB/s for the pages that nobody asks for; there the rounds end after a number of
-faults, since the rest would take minutes.
+Each pair runs with one connection and with postcopy-preempt's second one, without a limit and with 1 MiB/s for the pages
+that nobody asks for; there the rounds end after a number of faults, since the rest would take minutes.
 """
 
 from __future__ import annotations

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import trio
 from click.testing import CliRunner
 
+from bench import postcopy
 from bench.__main__ import as_json, main
 from bench.cancel import Point, cancel_table, summarise
 from bench.errors import BenchError
@@ -399,3 +402,64 @@ async def test_a_tiny_raw_copy_arrives_and_is_measured() -> None:
         assert row.cpu_s_per_gib > 0
         assert row.extra_memory_bytes > 0
         assert row.resident_at_start_bytes < row.size_bytes
+
+
+# -- postcopy ----------------------------------------------------------------------------------------------------------
+
+
+def postcopy_result(pair: str, cap: int, median: float | None, total: float | None = None) -> Any:
+    return postcopy.Result(
+        pair=pair,
+        cap=cap,
+        faults=10,
+        fault_median_ms=median,
+        fault_p99_ms=None if median is None else 2 * median,
+        downtime_ms=5.0,
+        total_s=total,
+        bytes_per_s=None if total is None else 1e9 / total,
+    )
+
+
+def test_medians_of_postcopy_are_for_each_pair_and_limit() -> None:
+    found = postcopy.rows(
+        [postcopy_result("trimig-trimig", 0, median) for median in (1.0, 9.0, 2.0)]
+        + [postcopy_result("trimig-trimig", postcopy.CAP, 0.5), postcopy_result("trimig-trimig precopy", 0, None)]
+    )
+    assert [(row["pair"], row["cap"], row["runs"], row["fault_median_ms"]) for row in found] == [
+        ("trimig-trimig", 0, 3, 2.0),
+        ("trimig-trimig", postcopy.CAP, 1, 0.5),
+        ("trimig-trimig precopy", 0, 1, None),
+    ]
+
+
+def test_figures_of_postcopy_are_compared_with_what_is_to_be_reached() -> None:
+    results = [
+        postcopy_result("trimig-trimig", 0, 2.0, 1.0),
+        postcopy_result("qemu-qemu", 0, 1.0, 1.0),
+        postcopy_result("trimig-trimig preempt", 0, 1.0, 2.0),
+        postcopy_result("qemu-qemu preempt", 0, 1.0, 1.0),
+        postcopy_result("trimig-trimig", postcopy.CAP, 1.0),
+        postcopy_result("qemu-qemu", postcopy.CAP, 100.0),
+        postcopy_result("trimig-trimig precopy", 0, None, 1.0),
+    ]
+    lines = postcopy.table(postcopy.rows(results)).splitlines()
+    assert [line for line in lines if "reached" in line] == [
+        "fault median, no limit, trimig / QEMU: 2, at most 1: not reached",
+        "fault median, 1 MiB/s, trimig / QEMU: 0.01, at most 0.05: reached",
+        "fault median preempt, no limit, trimig / QEMU: 1, at most 1: reached",
+        "downtime, trimig / QEMU: 1, at most 1: reached",
+        "time, postcopy / precopy: 1, at most 1.25: reached",
+        "time, postcopy preempt / precopy: 2, at most 1.25: not reached",
+    ]
+
+
+async def test_a_demo_that_does_not_verify_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(command: list[str], **_: object) -> Any:
+        await trio.lowlevel.checkpoint()
+        assert "--postcopy-after" in command
+        assert "postcopy-preempt=on" in command
+        return types.SimpleNamespace(stdout=b'{"verified": false, "error": "page 7 is wrong"}', stderr=b"")
+
+    monkeypatch.setattr(trio, "run_process", run)
+    with pytest.raises(BenchError, match="page 7 is wrong"):
+        await postcopy.trimig_run(1 << 20, 0, preempt=True)

@@ -8,7 +8,6 @@ would make it a page of zeros for the guest as well.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Final
 
@@ -143,8 +142,8 @@ class PostcopyReceiver:
             RemoteProtocolError: one of them is here already.
             GuestFailed: it cannot be placed.
         """
-        block, indices = self._new(run.block, run.offsets)
-        for first, end in _stretches(indices):
+        block, indices = self._numbers[run.block], run.offsets // PAGE_SIZE
+        for first, end in self._stretches(block, indices):
             self._place(block, int(indices[first]), end - first, run.data[first:end])
         self._counters.normal += len(indices)
 
@@ -153,15 +152,19 @@ class PostcopyReceiver:
 
         **Cancellation:** some pages have been placed, and count.
         """
-        for start in range(0, len(run.offsets), _TURN_PAGES):
-            turn = slice(start, start + _TURN_PAGES)
-            self.pages(dataclasses.replace(run, offsets=run.offsets[turn], data=run.data[turn]))
-            await trio.lowlevel.checkpoint()
+        block, indices = self._numbers[run.block], run.offsets // PAGE_SIZE
+        for first, end in self._stretches(block, indices):
+            for start in range(first, end, _TURN_PAGES):
+                stop = min(end, start + _TURN_PAGES)
+                self._check_new(block, indices[start:stop])  # others have had a turn since the first look
+                self._place(block, int(indices[start]), stop - start, run.data[start:stop])
+                self._counters.normal += stop - start
+                await trio.lowlevel.checkpoint()
 
     def zeros(self, run: ZeroRun) -> None:
         """Place a run of pages of one byte each; raises as :meth:`pages`."""
-        block, indices = self._new(run.block, run.offsets)
-        for first, end in _stretches(indices):
+        block, indices = self._numbers[run.block], run.offsets // PAGE_SIZE
+        for first, end in self._stretches(block, indices):
             if not run.fills[first:end].any():
                 self._place(block, int(indices[first]), end - first, None)
                 continue
@@ -169,17 +172,37 @@ class PostcopyReceiver:
                 self._place(block, int(indices[at]), 1, np.full((1, PAGE_SIZE), run.fills[at], np.uint8))
         self._counters.duplicate += len(indices)
 
-    def _new(self, name: str, offsets: NDArray[np.int64]) -> tuple[int, NDArray[np.int64]]:
-        block = self._numbers[name]
-        indices = offsets // PAGE_SIZE
+    def _stretches(self, block: int, indices: NDArray[np.int64]) -> list[tuple[int, int]]:
+        """Where in *indices* pages follow each other without a gap: positions of the first and behind the last.
+
+        Raises:
+            RemoteProtocolError: one of the pages is here already, or is in *indices* twice.
+        """
+        count = len(indices)
+        self._check_new(block, indices)
+        if count == 1:
+            return [(0, 1)]
+        steps = indices[1:] - indices[:-1]
+        if int(steps.min()) == 1 == int(steps.max()):
+            return [(0, count)]
+        if int(steps.min()) <= 0:  # otherwise none can be there twice
+            ordered = np.sort(indices)
+            if (twice := ordered[:-1][ordered[1:] == ordered[:-1]]).size:
+                raise self._second_time(block, int(twice[0]))
+        cuts = (np.flatnonzero(steps != 1) + 1).tolist()
+        return list(zip([0, *cuts], [*cuts, count], strict=True))
+
+    def _check_new(self, block: int, indices: NDArray[np.int64]) -> None:
         here = self._received[block][indices]
-        if here.any() or len(np.unique(indices)) != len(indices):
-            page = int(indices[int(here.argmax())])
-            raise RemoteProtocolError(
-                f"page {page} of RAM block {name!r} came a second time; in postcopy the guest may have written it since",
-                section="ram",
-            )
-        return block, indices
+        if here.any():
+            raise self._second_time(block, int(indices[int(here.argmax())]))
+
+    def _second_time(self, block: int, page: int) -> RemoteProtocolError:
+        return RemoteProtocolError(
+            f"page {page} of RAM block {self._names[block]!r} came a second time; in postcopy the guest may have written it "
+            "since",
+            section="ram",
+        )
 
     def _place(self, block: int, first: int, count: int, data: Pages | None) -> None:
         if data is None:
@@ -214,9 +237,3 @@ class PostcopyReceiver:
         return {
             name: runs_of(~bitmap) for name, bitmap in zip(self._names, self._received, strict=True) if not bitmap.all()
         }
-
-
-def _stretches(indices: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Where in *indices* pages follow each other without a gap: positions of the first and behind the last."""
-    cuts = (np.flatnonzero(np.diff(indices) != 1) + 1).tolist()
-    return list(zip([0, *cuts], [*cuts, len(indices)], strict=True))

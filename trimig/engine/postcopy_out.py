@@ -28,6 +28,8 @@ _BACKGROUND_PAGES: Final = 32
 #: The same where nobody has asked for a page for a while: each batch twice the one before, up to 512 KiB. With 2 MiB a page
 #: that is asked for came after 17 ms in the median instead of 2.4.
 _CALM_PAGES: Final = 128
+#: The same with a second connection, where a page that is asked for only waits for a turn of this process.
+_CALM_PAGES_BESIDE: Final = 256
 
 
 class PostcopySender:
@@ -174,7 +176,7 @@ class PostcopySender:
         with trio.CancelScope() as self._idle:
             await self._channel.wait_queue_short()
             count = await self._limiter.pages(min(self._batch, self._order.remaining))
-            self._batch = min(2 * self._batch, _CALM_PAGES)
+            self._batch = min(2 * self._batch, _CALM_PAGES if self._urgent is None else _CALM_PAGES_BESIDE)
         self._idle = None
         return count
 
