@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import mmap
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import trio
+from numpy.typing import NDArray
 
 import trimig
 from tests.qemu.bootsector import assert_no_gap, boot_sector, parse_counts
@@ -200,3 +206,52 @@ async def test_a_counting_guest_goes_through_postcopy_twice(tmp_path: Path) -> N
         assert summary.confirmed
         assert monitor.info()["ram"]["postcopy-requests"] > 0
         assert_no_gap(parse_counts(before + after))
+
+
+# -- large host pages --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def huge_memory(size: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """A memfd of 2 MiB pages, filled; skips where the host has none to give."""
+    free = int(re.search(r"HugePages_Free:\s+(\d+)", Path("/proc/meminfo").read_text())[1])  # type: ignore[index]
+    if free * 2 * MiB < size:
+        pytest.skip(f"{size // (2 * MiB)} huge pages are needed (sysctl vm.nr_hugepages), {free} are free")
+    fd = os.memfd_create("trimig-test-huge", os.MFD_HUGETLB)
+    try:
+        os.ftruncate(fd, size)
+        view = np.frombuffer(mmap.mmap(fd, size), np.uint8)
+        view[:] = random_ram(size, seed=12)
+        view[: 2 * MiB] = 0
+        yield fd, view
+    finally:
+        os.close(fd)
+
+
+async def test_from_a_qemu_with_huge_pages() -> None:
+    """P12: its units are host pages of 2 MiB, its RAM is kept here in pages of 4 KiB; recovery with bitmaps, too."""
+    with huge_memory(16 * MiB) as (fd, content), trimig.ParkedGuest() as guest:
+        backend = f"memory-backend-file,id=m0,share=on,size=16M,mem-path=/proc/self/fd/{fd}"
+        huge = ["-object", backend, "-machine", "memory-backend=m0"]
+        async with (
+            arriving(guest, config()) as arrival,
+            Qemu.start("none", "16M", memory_file=False, extra=huge, pass_fds=[fd]) as vm,
+        ):
+            await vm.migrate(
+                arrival.uri,
+                capabilities={"postcopy-ram": True},
+                parameters={"max-bandwidth": 4 * MiB, "downtime-limit": 0, "max-postcopy-bandwidth": 10 * MiB},
+                wait=False,
+            )
+            await vm.qmp.execute("migrate-start-postcopy")
+            await in_postcopy_there(arrival.monitor, 600)
+            arrival.monitor.pause("the test cuts it")
+            await vm.wait_migration_status("postcopy-paused")
+            await arrival.monitor.wait_status(Status.POSTCOPY_PAUSED)
+            arrival.monitor.recover(LISTEN)
+            while not arrival.monitor.addresses:
+                await arrival.monitor.wait_changed()
+            await vm.qmp.execute("migrate", {"uri": arrival.monitor.addresses[0], "resume": True})
+            await vm.wait_migration_status("completed")
+            assert (await arrival.summary()).confirmed
+            assert np.array_equal(np.asarray(guest.ram[0].pages).reshape(-1), content)

@@ -210,7 +210,7 @@ def test_long_size_list_fits_a_small_buffer() -> None:
     )
     got = read(cases.OPENING + cases.START_HEAD + listed, eof=False, buffer_bytes=1, step=5000)
     assert got.error is None
-    assert flat(got.found)[-1] == ("RamList", tuple((name, PAGE_SIZE) for name in names))
+    assert flat(got.found)[-1] == ("RamList", tuple((name, PAGE_SIZE) for name in names), {})
     assert got.decoder.blocks == dict.fromkeys(names, PAGE_SIZE)
 
 

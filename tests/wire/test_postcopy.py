@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from trimig.errors import LocalProtocolError, RemoteProtocolError
 from trimig.guest import PAGE_SIZE, PageBitmap
+from trimig.wire import Decoder, Section, encoder, events
 from trimig.wire import postcopy as wire
 
 BLOCKS = {"pc.ram": 64 * PAGE_SIZE, "x": PAGE_SIZE}
@@ -168,3 +169,36 @@ def test_hostile_bitmaps(change: object, match: str) -> None:
 def test_runs() -> None:
     assert wire.runs_of(bitmap(8, 0, 1, 4, 7)).tolist() == [[0, 2], [4, 5], [7, 8]]
     assert wire.runs_of(bitmap(8)).tolist() == []
+
+
+@pytest.mark.parametrize("step", [1, 7, 4096])
+def test_host_page_sizes_in_the_size_list(step: int) -> None:
+    """ram.md part 3: said of a block only where it is not the usual one, and only behind ADVISE."""
+    sizes = {"pc.ram": 0x200000, "last": 0x40000000}
+    blocks = (("pc.ram", 0x400000), ("rom", 0x1000), ("last", 0x40000000))
+    listed = encoder.ram_list(blocks, sizes)
+    head = encoder.file_header() + encoder.configuration("pc", ()) + wire.advise(wire.Advice(page_sizes=0x40201000))
+    data = (
+        head
+        + encoder.section_start(Section.START, 2, "ram", 0, 4)
+        + listed
+        + encoder.END_WORD
+        + encoder.section_footer(2)
+    )
+    decoder, found = Decoder(measure=None), []
+    for at in range(0, len(data), step):
+        decoder.feed(data[at : at + step])
+        while (event := decoder.next_event()) is not None:
+            found.append(event)
+    (ram,) = [event for event in found if isinstance(event, events.RamList)]
+    assert (ram.blocks, ram.page_sizes) == (blocks, sizes)
+    assert b"".join(map(encoder.Encoder().encode, found)) == data
+
+
+def test_a_host_page_size_that_was_not_announced_is_no_page_size() -> None:
+    head = encoder.file_header() + encoder.configuration("pc", ()) + wire.advise(wire.Advice())
+    listed = encoder.ram_list([("pc.ram", 0x400000)], {"pc.ram": 0x200000})
+    decoder = Decoder(measure=None)
+    decoder.feed(head + encoder.section_start(Section.START, 2, "ram", 0, 4) + listed + encoder.END_WORD)
+    with pytest.raises(RemoteProtocolError, match="RAM flags 0x0"):
+        list(iter(decoder.next_event, None))

@@ -269,7 +269,9 @@ class _Arrival(Arrival):
             )
         if advice is None:
             raise RemoteProtocolError("the source announces postcopy of disk bitmaps only", offset=event.at)
-        if advice != postcopy.Advice():
+        # A guest that is only kept takes the pages as they come: nobody looks at a host page before it is whole.
+        fits = advice.page_sizes == PAGE_SIZE or isinstance(self.guest, OpaqueGuest)
+        if advice.target_page != PAGE_SIZE or not fits:
             raise RemoteProtocolError(
                 f"the source has host pages of {advice.page_sizes:#x} and tracks pages of {advice.target_page:#x} bytes; "
                 f"here both are {PAGE_SIZE:#x}",

@@ -463,6 +463,8 @@ class Decoder:
                     f"package of {self._package_bytes} bytes, at most {self._max_device_bytes} are accepted"
                 )
             self._state = self._read_package
+        if command is Command.POSTCOPY_ADVISE and length == 16:
+            self._records.page_sizes = int.from_bytes(payload[:8])
         return CommandElement(number=number, payload=payload, at=self._consume(5 + length))
 
     def _read_package(self) -> Event | None:

@@ -7,7 +7,7 @@ guest memory to the transport without passing through Python (see :mod:`trimig.e
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,11 +101,19 @@ def ping(value: int) -> bytes:
     return command(2, _BE32.pack(value))
 
 
-def ram_list(blocks: Iterable[tuple[str, int]]) -> bytes:
-    """The size list of RAM START, without the end word."""
-    entries = [(cstr(name), length) for name, length in blocks]
-    total = sum(length for _, length in entries)
-    return _BE64.pack(total | RamFlag.MEM_SIZE) + b"".join(name + _BE64.pack(length) for name, length in entries)
+def ram_list(blocks: Iterable[tuple[str, int]], page_sizes: Mapping[str, int] | None = None) -> bytes:
+    """The size list of RAM START, without the end word.
+
+    Args:
+        page_sizes: host page sizes in bytes that are to be said, by the block's name; only behind ADVISE.
+    """
+    total, entries = 0, b""
+    for name, length in blocks:
+        total += length
+        entries += cstr(name) + _BE64.pack(length)
+        if page_sizes and name in page_sizes:
+            entries += _BE64.pack(page_sizes[name])
+    return _BE64.pack(total | RamFlag.MEM_SIZE) + entries
 
 
 def end_of_stream() -> bytes:
@@ -200,7 +208,7 @@ class Encoder:
             case Package(data=data):
                 return data
             case RamList():
-                return ram_list(event.blocks)
+                return ram_list(event.blocks, event.page_sizes)
             case PageRun():
                 self._name_again(named=event.named)
                 return self._records.page_records(event.block, event.offsets, event.data)

@@ -8,6 +8,7 @@ stream (-1 for an event that was not read from one).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,9 +77,14 @@ class CommandElement(Event):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RamList(Event):
-    """The size list of RAM START: names and used lengths in bytes, in the sender's order."""
+    """The size list of RAM START: names and used lengths in bytes, in the sender's order.
+
+    ``page_sizes`` has the host page size in bytes of the blocks for which the list says it: behind ADVISE, where it is not
+    the usual one.
+    """
 
     blocks: tuple[tuple[str, int], ...]
+    page_sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)

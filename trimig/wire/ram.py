@@ -60,6 +60,8 @@ class RecordReader:
         self._run_length = 0
         #: The next record must be the size list of a START section.
         self.expect_list = False
+        #: The host page sizes that ADVISE has announced, or'ed; 0 before it.
+        self.page_sizes = 0
 
     def know(self, blocks: Mapping[str, int]) -> None:
         """The size list came on another connection."""
@@ -248,6 +250,8 @@ class RecordReader:
                 f"{total} bytes of RAM announced, at most {max_ram_bytes} are accepted", offset=offset, section="ram"
             )
         blocks: dict[str, int] = {}
+        page_sizes: dict[str, int] = {}
+        large = self.page_sizes & ~PAGE_SIZE
         used = 8
         left = total
         while left:
@@ -272,8 +276,17 @@ class RecordReader:
             blocks[name] = length
             used += 1 + size + 8
             left -= length
+            if large:
+                # Said of a block only where it is not the usual size. Nothing else that may follow looks like one: a
+                # name does not begin with a zero, and the end word is no page size.
+                if have < used + 8:
+                    return None, 0
+                found = int(_BE64.unpack_from(array.data, pos + used)[0])
+                if found & large == found and found.bit_count() == 1:
+                    page_sizes[name] = found
+                    used += 8
         self._blocks = blocks
         self._block = None
         self._run_length = 0
         self.expect_list = False
-        return RamList(blocks=tuple(blocks.items()), at=offset), used
+        return RamList(blocks=tuple(blocks.items()), page_sizes=page_sizes, at=offset), used
