@@ -240,14 +240,16 @@ async def test_from_a_qemu_with_huge_pages() -> None:
             await vm.migrate(
                 arrival.uri,
                 capabilities={"postcopy-ram": True},
-                parameters={"max-bandwidth": 4 * MiB, "downtime-limit": 0, "max-postcopy-bandwidth": 10 * MiB},
+                # So slow that seconds are left for the cut, however late this process is told.
+                parameters={"max-bandwidth": MiB, "downtime-limit": 0, "max-postcopy-bandwidth": MiB},
                 wait=False,
             )
             await vm.qmp.execute("migrate-start-postcopy")
-            await in_postcopy_there(arrival.monitor, 600)
+            await in_postcopy_there(arrival.monitor, 1)
             arrival.monitor.pause("the test cuts it")
             await vm.wait_migration_status("postcopy-paused")
             await arrival.monitor.wait_status(Status.POSTCOPY_PAUSED)
+            await vm.qmp.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
             arrival.monitor.recover(LISTEN)
             while not arrival.monitor.addresses:
                 await arrival.monitor.wait_changed()
