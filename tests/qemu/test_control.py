@@ -72,11 +72,15 @@ async def command(
     if meanwhile is None:
         done = await run()
     else:
+        ended: list[subprocess.CompletedProcess[bytes]] = []
+
+        async def beside(*, task_status: trio.TaskStatus[trio.Process]) -> None:
+            ended.append(await run(task_status=task_status))
+
         async with trio.open_nursery() as nursery:
-            process: trio.Process = await nursery.start(run)
+            process: trio.Process = await nursery.start(beside)
             await meanwhile(process.pid)
-            out, err, code = b"", b"", await process.wait()
-        return code, out.decode(), err.decode()
+        (done,) = ended
     assert b"Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
@@ -135,6 +139,38 @@ async def test_switchover_waits_for_continue(tmp_path: Path) -> None:
         assert (await command("continue", "--qmp", address))[0] == 0
         await vm.wait_migration_status("completed")
         await there.wait_status("running")
+
+
+async def test_postcopy_between_two_qemus_with_a_lost_connection(tmp_path: Path) -> None:
+    """O9, O12, row 35: the command switches, waits where it is paused, and ends when both have found each other again."""
+    slow = ("-p", "max-bandwidth=4M", "-p", "max-postcopy-bandwidth=1M")
+    with trio.fail_after(LIMIT):
+        async with (
+            controlled(tmp_path / "source") as (vm, source),
+            controlled(tmp_path / "destination", incoming="defer") as (there, destination),
+        ):
+            assert (await command("set", "-c", "postcopy-ram", "--qmp", destination))[0] == 0
+            uri = await there.incoming("tcp:127.0.0.1:0")
+
+            async def cut_and_recover(_: int) -> None:
+                await vm.wait_migration_status("postcopy-active")
+                assert (await command("pause", "--qmp", destination))[0] == 0  # the socket of the source is taken
+                await vm.wait_migration_status("postcopy-paused")
+                await there.wait_migration_status("postcopy-paused")
+                code, out, err = await command("recover", "tcp:127.0.0.1:0", "--qmp", destination)
+                assert (code, err) == (0, "")
+                at = out.strip().removeprefix("the destination waits at ")
+                assert (await command("set", "-p", "max-postcopy-bandwidth=0", "--qmp", source))[0] == 0
+                assert (await command("recover", at, "--qmp", source))[1] == f"the source connects to {at}\n"
+
+            words = ("migrate", uri, "--qmp", source, "--postcopy-after", "20%", *slow)
+            code, out, err = await command(*words, meanwhile=cut_and_recover)
+            assert code == 0, err
+            assert out.startswith(f"migrated to {uri} in ")
+            assert "switching to postcopy" in err
+            assert "trimig recover there" in err
+            assert np.array_equal(vm.ram, there.ram)
+            assert await there.query_status() == "running"
 
 
 async def test_cancel_and_refusals_of_a_qemu(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ seen what became of the guest; so it never leaves somebody guessing who pressed 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -31,9 +32,11 @@ from .dry_run import dry_run
 from .remote import (
     CANCEL_LIMIT,
     POLL,
+    Busy,
     Gone,
     Refused,
     Remote,
+    Settings,
     State,
     Tracker,
     connected,
@@ -45,6 +48,8 @@ from .stop import Stop
 
 #: Seconds after which a migration that cannot be cancelled any more must have ended by itself.
 _DECIDED_LIMIT = 60.0
+#: Seconds between two looks at a migration that is paused in postcopy.
+_PAUSED_EVERY = 1.0
 
 
 @click.command()
@@ -119,106 +124,146 @@ def migrate(
         raise click.UsageError("--dry-run and --wait exclude each other: a dry run is waited for in any case")
     stop = Stop()
 
-    async def job(remote: Remote) -> int:
-        present = await remote.settings()
-        changes = read_settings((*capabilities, *(("postcopy-ram",) if share is not None else ())), parameters, present)
-        if dry:
-            return await dry_run(remote, changes, present, seconds, stop, as_json=as_json)
+    async def begin(remote: Remote, present: Settings, changes: Settings) -> float:
+        """Its downtime limit in seconds."""
         assert uri is not None
         if not resume or parameters:
             await remote.apply(changes, present)
-        limit = changes.over(present).parameters.get("downtime-limit", 300) / 1000
         await remote.execute("migrate", uri=uri, **({"resume": True} if resume else {}))
-        if wait:
-            return await _wait(remote, uri, limit, timeout, stop, as_json, None if resume else share)
-        if as_json:
-            write_json({"destination": uri, **(await remote.state()).record()})
-        else:
-            print(
-                f"the migration to {uri} has begun; trimig status --qmp {remote.address} says how it stands", flush=True
-            )
-        return DONE
+        limit: float = changes.over(present).parameters.get("downtime-limit", 300) / 1000
+        return limit
 
-    async def connect() -> int:
-        async with connected(address) as remote:
-            return await job(remote)
+    async def job() -> int:
+        with contextlib.ExitStack() as stack:
+            async with connected(address) as remote:
+                present = await remote.settings()
+                implied = ("postcopy-ram",) if share is not None else ()
+                changes = read_settings((*capabilities, *implied), parameters, present)
+                if dry:
+                    return await dry_run(remote, changes, present, seconds, stop, as_json=as_json)
+                assert uri is not None
+                limit = await begin(remote, present, changes)
+                if not wait:
+                    return await _begun(remote, uri, as_json=as_json)
+                view = stack.enter_context(display.open_view(as_json=as_json))
+                view.begin(f"migrating to {uri}", destination=uri)
+                watch = _Watch(view, Tracker(limit), stop, timeout=timeout, postcopy=None if resume else share)
+                state = await watch.follow(remote)
+            while state.migration == "postcopy-paused" and not stop.asked:
+                state = await watch.look_again(address, state)
+            code, text = _outcome(state, address, uri, stop)
+            view.end(text)
+        if code == DONE:
+            _report(state, uri, text, as_json)
+        elif as_json:
+            write_json({"error": text, "kind": "Cancelled", **state.record(), "exit_code": code})
+        return code
 
-    if wait or dry:
-        return run(connect, as_json=as_json, interrupt=stop.ask)
-    return run(connect, as_json=as_json)
-
-
-async def _wait(
-    remote: Remote,
-    uri: str,
-    downtime_limit: float,
-    timeout: float | None,
-    stop: Stop,
-    as_json: bool,
-    postcopy: float | None,
-) -> int:
-    tracker = Tracker(downtime_limit)
-    with display.open_view(as_json=as_json) as view:
-        view.begin(f"migrating to {uri}", destination=uri)
-        state = await _watch(remote, view, tracker, timeout, stop, postcopy)
-        code, text = _outcome(state, remote, uri, stop)
-        view.end(text)
-    if code == DONE:
-        _report(state, uri, text, as_json)
-    elif as_json:
-        write_json({"error": text, "kind": "Cancelled", **state.record(), "exit_code": code})
-    return code
+    return run(job, as_json=as_json, interrupt=stop.ask if wait or dry else None)
 
 
-async def _watch(
-    remote: Remote, view: display.View, tracker: Tracker, timeout: float | None, stop: Stop, postcopy: float | None
-) -> State:
-    """Until the migration has ended, or cannot be told any more to have.
+async def _begun(remote: Remote, uri: str, *, as_json: bool) -> int:
+    if as_json:
+        write_json({"destination": uri, **(await remote.state()).record()})
+    else:
+        print(f"the migration to {uri} has begun; trimig status --qmp {remote.address} says how it stands", flush=True)
+    return DONE
 
-    Args:
-        postcopy: switch to it when that share of the memory has been sent; None for never.
-    """
-    timer = math.inf if timeout is None else trio.current_time() + timeout
-    end, last, asked, paused, lost = math.inf, "setup", False, False, False
-    while True:
-        try:
-            state = await remote.state()
-        except Gone as error:
-            raise _lost(remote, last, error) from error
-        last = state.migration
-        if state.migration != "pre-switchover" or not paused:  # where nothing moves, once is enough
-            for picture in tracker.pictures(state):
-                view.show(picture)
-        if state.migration == "pre-switchover" and not paused:
-            paused = True
-            view.note(f"waiting in pre-switchover; trimig continue --qmp {remote.address} lets it go on")
-        if postcopy is not None and state.migration == "active" and _sent(state) >= postcopy:
-            postcopy = None
-            await remote.execute("migrate-start-postcopy")
-            view.note("switching to postcopy: the guest goes first, and its memory follows")
-        if state.migration == "postcopy-paused":
-            if not lost:
-                view.note(
+
+class _Watch:
+    """Stays with a migration, shows it and stops it; over more than one connection, if it is paused meanwhile."""
+
+    def __init__(
+        self,
+        view: display.View,
+        tracker: Tracker,
+        stop: Stop,
+        *,
+        timeout: float | None = None,
+        postcopy: float | None = None,
+    ) -> None:
+        """
+        Args:
+            timeout: seconds from now until *stop* is asked for; None for never.
+            postcopy: switch to it when that share of the memory has been sent; None for never.
+        """
+        self._view = view
+        self._tracker = tracker
+        self._stop = stop
+        self._timeout = timeout
+        self._timer = math.inf if timeout is None else trio.current_time() + timeout
+        self._postcopy = postcopy
+        self._last = "setup"
+
+    async def follow(self, remote: Remote) -> State:
+        """Until the migration has ended, or cannot be told any more to have, or is paused in postcopy.
+
+        **Cancellation:** the migration goes on.
+        """
+        end, asked, paused = math.inf, False, False
+        while True:
+            try:
+                state = await remote.state()
+            except Gone as error:
+                raise _lost(remote.address, self._last, error) from error
+            self._last = state.migration
+            if state.migration != "pre-switchover" or not paused:  # where nothing moves, once is enough
+                for picture in self._tracker.pictures(state):
+                    self._view.show(picture)
+            if state.migration == "pre-switchover" and not paused:
+                paused = True
+                self._view.note(f"waiting in pre-switchover; trimig continue --qmp {remote.address} lets it go on")
+            if self._postcopy is not None and state.migration == "active" and _sent(state) >= self._postcopy:
+                self._postcopy = None
+                await remote.execute("migrate-start-postcopy")
+                self._view.note("switching to postcopy: the guest goes first, and its memory follows")
+            if state.migration == "postcopy-paused":
+                self._view.note(
                     "the connection is lost, and the guest waits at the destination for its memory: trimig recover there, and then "
                     f"trimig recover --qmp {remote.address}, take it up again"
                 )
-            if stop.asked:
                 return state
-        lost = state.migration == "postcopy-paused"
-        if state.ended and state.migration != "none":  # none: accepted, and not begun yet
-            return state
-        now = trio.current_time()
-        if now >= timer and not stop.asked:
-            stop.ask(f"--timeout {timeout:g}")
-        if stop.asked and not asked:
-            asked = True
-            end = now + await _cancel(remote, view)
-        if now >= end:
-            return state
-        with trio.move_on_after(POLL if asked else min(display.EVERY, max(0.0, timer - now))):
+            if state.ended and state.migration != "none":  # none: accepted, and not begun yet
+                return state
+            self._check_timer()
+            if self._stop.asked and not asked:
+                asked = True
+                end = trio.current_time() + await _cancel(remote, self._view)
+            if trio.current_time() >= end:
+                return state
             if asked:
-                await trio.sleep_forever()
-            await stop.wait()
+                await trio.sleep(POLL)
+            else:
+                await self._pass(display.EVERY)
+
+    async def look_again(self, address: str, state: State) -> State:
+        """A while after the migration was found paused in *state*, look whether it still is, and follow it if not.
+
+        The QMP socket is left alone meanwhile: a QEMU serves one client at a time, and somebody has to recover it.
+
+        **Cancellation:** the migration is as it was.
+        """
+        await self._pass(_PAUSED_EVERY)
+        self._check_timer()
+        if self._stop.asked:
+            return state
+        try:
+            async with connected(address) as remote:
+                now = await remote.state()
+                return now if now.migration == "postcopy-paused" else await self.follow(remote)
+        except Busy:
+            return state  # with who recovers it, perhaps
+        except Refused as error:
+            raise _lost(address, self._last, error) from error
+
+    def _check_timer(self) -> None:
+        if trio.current_time() >= self._timer and not self._stop.asked:
+            self._stop.ask(f"--timeout {self._timeout:g}")
+
+    async def _pass(self, seconds: float) -> None:
+        """That long, but not beyond what ends the waiting."""
+        with trio.move_on_after(min(seconds, max(0.0, self._timer - trio.current_time()))):
+            await self._stop.wait()
 
 
 def _sent(state: State) -> float:
@@ -242,21 +287,21 @@ async def _cancel(remote: Remote, view: display.View) -> float:
     return CANCEL_LIMIT
 
 
-def _lost(remote: Remote, last: str, error: Gone) -> trimig.HandoverUncertain:
+def _lost(address: str, last: str, error: Refused) -> trimig.HandoverUncertain:
     return trimig.HandoverUncertain(
         f"{error.format_message()}; the migration was {last}, and goes on without us if the process lives. Ask again: "
-        f"trimig status --qmp {remote.address}; and ask the destination before the guest is started anywhere"
+        f"trimig status --qmp {address}; and ask the destination before the guest is started anywhere"
     )
 
 
-def _outcome(state: State, remote: Remote, uri: str, stop: Stop) -> tuple[int, str]:
+def _outcome(state: State, address: str, uri: str, stop: Stop) -> tuple[int, str]:
     """Exit code and sentence.
 
     Raises:
         HandoverUncertain: nobody can tell who owns the guest.
         Refused: the migration has failed, or does not end.
     """
-    here = f"the guest is {state.run_state} at {remote.address}"
+    here = f"the guest is {state.run_state} at {address}"
     if state.owner == "unknown":
         why = f": {state.problem}" if state.problem else ""
         settle = "; then say it with the QMP command x-trimig-settle" if "owner" in state.info else ""
@@ -272,7 +317,7 @@ def _outcome(state: State, remote: Remote, uri: str, stop: Stop) -> tuple[int, s
         return FAILED if stop.reason.startswith("--") else CANCELLED, f"cancelled by {stop.reason}; {here}"
     if state.migration == "postcopy-paused":
         raise Refused(
-            f"{stop.reason}: nobody waits here any more. The guest is at {uri} and lacks memory that is here: {remote.address} "
+            f"{stop.reason}: nobody waits here any more. The guest is at {uri} and lacks memory that is here: {address} "
             "must stay until trimig recover has brought it there"
         )
     if state.migration == "failed" and state.owner == "destination":

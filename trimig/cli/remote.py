@@ -48,6 +48,10 @@ class Gone(Refused):
     """The connection has ended, or nothing comes over it any more."""
 
 
+class Busy(Refused):
+    """Somebody else is being served there, or nobody is."""
+
+
 class Client(Protocol):
     """What is needed of :func:`trimig.qmp.connect`."""
 
@@ -281,6 +285,7 @@ async def connected(address: str) -> AsyncIterator[Remote]:
     """A connection to the QMP socket at *address*.
 
     Raises:
+        Busy: it is taken and not answered.
         Refused: there is nobody, or somebody who does not speak QMP.
     """
     there = False
@@ -295,7 +300,7 @@ async def connected(address: str) -> AsyncIterator[Remote]:
             text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
             raise Refused(text if address in text else f"cannot reach {address}: {text}") from error
     if limit.cancelled_caught:
-        raise Refused(
+        raise Busy(
             f"{address} took the connection and has said nothing for {CONNECT_LIMIT:g} s; a QEMU serves one client at a "
             "time on a QMP socket: is there another?"
         )
