@@ -103,8 +103,9 @@ def test_subsections_without_end_are_not_collected() -> None:
 
 BAD_COMMANDS = [
     ("number 0", "08 0000 0000", "unknown command 0x0000 with 0 bytes"),
-    ("number 11", "08 000b 0001 00", "unknown command 0x000b with 1 bytes"),
-    ("number 65535", "08 ffff ffff", "unknown command 0xffff with 65535 bytes"),
+    ("switchover of 1", "08 000b 0001 00", "SWITCHOVER_START with 1 bytes of payload, expected 0"),
+    ("number 12", "08 000c 0001 00", "command 0x000c with 1 bytes of payload is newer"),
+    ("number 65535", "08 ffff ffff", "command 0xffff with 65535 bytes of payload is newer"),
     ("ping without payload", "08 0002 0000", "PING with 0 bytes of payload, expected 4"),
     ("ping of 5", "08 0002 0005 0000000000", "PING with 5 bytes of payload, expected 4"),
     ("open return path of 1", "08 0001 0001 00", "OPEN_RETURN_PATH with 1 bytes of payload, expected 0"),

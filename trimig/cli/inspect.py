@@ -51,7 +51,7 @@ async def _inspect(file: str, names: tuple[str, ...], fields: bool, as_json: boo
         _print_report(file, report, fields=fields)
     if report.error is None:
         return DONE
-    say(f"{file} is damaged: {report.error}")
+    say(f"{file} {'is damaged' if report.damaged else 'cannot be read any further'}: {report.error}")
     return FAILED
 
 
@@ -92,7 +92,7 @@ def _print_report(file: str, report: stream.StreamReport, *, fields: bool) -> No
     for problem in report.problems:
         print(f"note: {problem}")
     if report.error is not None:
-        print(f"DAMAGED: {report.error}")
+        print(f"{'DAMAGED' if report.damaged else 'NOT READ ANY FURTHER'}: {report.error}")
         print(f"understood up to byte {report.good} (0x{report.good:x})")
 
 
@@ -102,8 +102,8 @@ def _print_sections(report: stream.StreamReport) -> None:
         return
     print(f"\nSections ({len(report.sections) + report.unlisted} with those of the devices)")
     shown = ram if len(ram) <= _RAM_SECTIONS else [*ram[: _RAM_SECTIONS - 2], *ram[-2:]]
-    for section in shown:
-        if section is ram[-2] and len(ram) > _RAM_SECTIONS:
+    for place, section in enumerate(shown):
+        if len(shown) < len(ram) and place == _RAM_SECTIONS - 2:
             print(f"  … {len(ram) - _RAM_SECTIONS} more")
         size = "cut short" if section.size is None else f"{section.size} bytes"
         print(

@@ -24,6 +24,7 @@ from ..wire import description as json_text
 from ..wire import events as ev
 from ..wire.devices import TailBuffer, Undelimited, find_description, split_tail
 from ..wire.postcopy import Runs
+from ..wire.refusals import check_kept_command, command_name
 from ..wire.return_path import Pong, encode
 from . import guest_calls
 from .arrival import Arrival
@@ -242,6 +243,8 @@ class _Arrival(Arrival):
                 if not self.opened:
                     raise RemoteProtocolError("PING without a return path to answer on", offset=event.at)
                 await self._pong(int.from_bytes(event.payload))
+            case Command.SWITCHOVER_START:
+                pass  # the last pages are next; early or repeated, it means nothing (newer.md part 2)
             case Command.POSTCOPY_ADVISE:
                 await self._advise(event)
             case Command.POSTCOPY_RAM_DISCARD | Command.PACKAGED if self.advised and not self.ram_ended:
@@ -252,7 +255,7 @@ class _Arrival(Arrival):
                 raise RemoteProtocolError("the source wants COLO, which is not built yet", offset=event.at)
             case number:
                 raise RemoteProtocolError(
-                    f"command {Command(number).name} where it has no place: the source "
+                    f"command {command_name(number)} where it has no place: the source "
                     f"{'has' if self.advised else 'has not'} announced postcopy",
                     offset=event.at,
                 )
@@ -385,9 +388,8 @@ class _Arrival(Arrival):
             raise RemoteProtocolError(
                 f"the devices cannot be told apart: {error.reason}", offset=error.offset, section=error.section
             ) from error
-        for number, _, where in split.commands:
-            if number not in (Command.OPEN_RETURN_PATH, Command.PING):
-                raise RemoteProtocolError(f"command {number} between the devices is not supported", offset=where)
+        for number, payload, where in split.commands:
+            check_kept_command(number, len(payload), where)
         for problem in split.problems:
             self.monitor.warn(problem)
         await self.keep(split.sections, split.description_text)

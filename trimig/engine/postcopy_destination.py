@@ -24,6 +24,7 @@ from ..wire import events as ev
 from ..wire.decoder import Measure
 from ..wire.devices import split_tail
 from ..wire.postcopy import Runs, runs_of
+from ..wire.refusals import command_name
 from ..wire.return_path import Message, Pong, ReceivedPages, ResumeAck, encode
 from . import guest_calls, teardown
 from .arrival import Arrival
@@ -105,11 +106,12 @@ def take_apart(package: ev.Package, decoder: Decoder, measure: Measure | None, *
     if not commands or commands[-1][0] != Command.POSTCOPY_RUN:
         raise RemoteProtocolError("the package does not end with RUN", offset=package.at, section="package")
     for number, _, where in commands[:-1]:
-        if number != Command.PING:
+        if number not in (Command.PING, Command.SWITCHOVER_START):
             raise RemoteProtocolError(
-                f"command {Command(number).name} in the middle of a package", offset=where, section="package"
+                f"command {command_name(number)} in the middle of a package", offset=where, section="package"
             )
-    return Package(sections=sections, pings=[int.from_bytes(payload) for _, payload, _ in commands[:-1]])
+    pings = [int.from_bytes(payload) for number, payload, _ in commands if number == Command.PING]
+    return Package(sections=sections, pings=pings)
 
 
 def _decode(
@@ -388,6 +390,8 @@ class Ahead:
         match event.number:
             case Command.PING:
                 await self._say(Pong(value=int.from_bytes(event.payload)))
+            case Command.SWITCHOVER_START:
+                pass  # announces the switch, which has been
             case Command.RECV_BITMAP if recovering:
                 await self._say(self._bitmap(event, receiver))
             case Command.POSTCOPY_RESUME if recovering:
@@ -398,11 +402,11 @@ class Ahead:
                 await receiver.ask_again()
             case Command.RECV_BITMAP | Command.POSTCOPY_RESUME:
                 raise RemoteProtocolError(
-                    f"{Command(event.number).name} without a pause before it", offset=event.at, section="postcopy"
+                    f"{command_name(event.number)} without a pause before it", offset=event.at, section="postcopy"
                 )
             case number:
                 raise RemoteProtocolError(
-                    f"command {Command(number).name} behind the switch to postcopy", offset=event.at, section="postcopy"
+                    f"command {command_name(number)} behind the switch to postcopy", offset=event.at, section="postcopy"
                 )
 
     def _bitmap(self, event: ev.CommandElement, receiver: PostcopyReceiver) -> ReceivedPages:

@@ -28,10 +28,11 @@ from ..engine.zeros import zero_pages
 from ..errors import GuestFailed, RemoteProtocolError, TransportFailed
 from ..guest import PAGE_SIZE, ConfigSubsection, DeviceSection, OpaqueGuest, PageBitmap, RamBlock
 from ..monitor import Counters
-from ..wire import Command, Decoder, RamFlag, RecordWriter, Section
+from ..wire import Decoder, RamFlag, RecordWriter, Section
 from ..wire import encoder as wire
 from ..wire import events as ev
 from ..wire.devices import TailBuffer, Undelimited, split_tail
+from ..wire.refusals import check_kept_command
 
 #: Pages looked at and written by one call in a thread, which is what a cancellation may have to wait for.
 _SLICE: Final = 4096
@@ -261,7 +262,7 @@ async def _read(fd: int, guest: OpaqueGuest, *, partial: bool) -> Read:
                         adopted = True
                     ram.open(event, guest.ram)
                 case ev.CommandElement():
-                    _check_command(event.number, event.at)
+                    check_kept_command(event.number, len(event.payload), event.at)
                 case ev.TailBytes():
                     tail_at = event.at if tail_at is None else tail_at
                     tail.feed(event.data)
@@ -290,11 +291,6 @@ def _read_prefix(fd: int) -> bytes:
     return b"".join(parts)
 
 
-def _check_command(number: int, at: int) -> None:
-    if number not in (Command.OPEN_RETURN_PATH, Command.PING):
-        raise RemoteProtocolError(f"a stream with command {Command(number).name} cannot be kept in a file", offset=at)
-
-
 async def _take_tail(guest: OpaqueGuest, data: bytes, at: int, peer: PeerProfile) -> Sequence[str]:
     try:
         split = split_tail(data, footers=peer.send_section_footer, offset=at)
@@ -304,8 +300,8 @@ async def _take_tail(guest: OpaqueGuest, data: bytes, at: int, peer: PeerProfile
                 f"the stream ends at byte {error.offset} (0x{error.offset:x}), before the guest was complete"
             ) from error
         raise
-    for number, _, where in split.commands:
-        _check_command(number, where)
+    for number, payload, where in split.commands:
+        check_kept_command(number, len(payload), where)
     await guest.ram_received()
     await guest.load_opaque(split.sections, split.description_text)
     return split.problems

@@ -17,6 +17,7 @@ from ..wire import Command, Decoder, Section, globalstate
 from ..wire import description as json_text
 from ..wire import events as ev
 from ..wire.devices import find_description, split_tail
+from ..wire.refusals import Unsupported, command_name
 from .files import reading
 
 #: Sections and commands that are listed; what comes behind them is only counted.
@@ -118,11 +119,17 @@ class StreamReport:
         """Whole, and without damage."""
         return self.error is None
 
+    @property
+    def damaged(self) -> bool:
+        """Something is wrong with it; not only something in it that trimig does not read."""
+        return self.error is not None and not isinstance(self.error, Unsupported)
+
     def record(self) -> dict[str, Any]:
         """As JSON: bytes in hexadecimal."""
         error = self.error
         return {
             "sound": self.sound,
+            "damaged": self.damaged,
             "size": self.size,
             "good": self.good,
             "version": self.version,
@@ -325,7 +332,7 @@ class _Inspector:
         return False
 
     def _command(self, number: int, payload: bytes, at: int) -> None:
-        name = Command(number).name if number in list(Command) else "unknown"
+        name = command_name(number) if number in list(Command) else "unknown"
         if self._room():
             self.report.commands.append(CommandInfo(number=number, name=name, payload=payload, offset=at))
 

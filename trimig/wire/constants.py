@@ -41,6 +41,7 @@ class Command(enum.IntEnum):
     ENABLE_COLO = 8
     POSTCOPY_RESUME = 9
     RECV_BITMAP = 10
+    SWITCHOVER_START = 11
 
 
 class RamFlag(enum.IntFlag):

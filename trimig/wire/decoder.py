@@ -39,6 +39,7 @@ from .events import (
     TailBytes,
 )
 from .ram import RecordReader
+from .refusals import unknown_command
 
 _BE32 = struct.Struct(">I")
 
@@ -51,6 +52,7 @@ _COMMAND_LENGTH: Final = {
     Command.PACKAGED: 4,
     Command.ENABLE_COLO: 0,
     Command.POSTCOPY_RESUME: 0,
+    Command.SWITCHOVER_START: 0,
 }
 
 #: A machine type name is an identifier of a few dozen characters; the wire would allow 4 GiB.
@@ -233,7 +235,7 @@ class Decoder:
             event = self._state()
         except RemoteProtocolError as error:
             if error.offset is None:
-                error = RemoteProtocolError(error.reason, offset=self.offset, section=error.section or self.section)
+                error = type(error)(error.reason, offset=self.offset, section=error.section or self.section)
             self._failure = error
             raise error from None
         if event is None and self._eof and self._state not in (self._read_nothing, self._read_tail):
@@ -449,7 +451,7 @@ class Decoder:
         try:
             command = Command(number)
         except ValueError:
-            raise self._error(f"unknown command {number:#06x} with {length} bytes of payload") from None
+            raise unknown_command(number, length) from None
         expected = _COMMAND_LENGTH.get(command)
         if expected is not None and length != expected:
             raise self._error(f"command {command.name} with {length} bytes of payload, expected {expected}")

@@ -1,0 +1,51 @@
+"""Streams that are sound, and still cannot be read here: what is wrong with them is not damage."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ..errors import RemoteProtocolError
+from .constants import Command
+
+#: The newest command that is known, and the QEMU that brought it.
+NEWEST_COMMAND: Final = max(Command)
+#: Commands that change nothing in what a guest is.
+_HARMLESS: Final = frozenset({Command.OPEN_RETURN_PATH, Command.PING, Command.SWITCHOVER_START})
+
+
+class Unsupported(RemoteProtocolError):
+    """The stream uses something that trimig does not read: a capability, a page size, a command that is newer.
+
+    Nothing is wrong with the stream itself. The message names what it is, and what to do instead.
+    """
+
+
+def command_name(number: int) -> str:
+    """Name of a command for messages: ``PING``, or ``0x000c`` for one without a name."""
+    try:
+        return Command(number).name
+    except ValueError:
+        return f"{number:#06x}"
+
+
+def unknown_command(number: int, length: int, *, offset: int | None = None) -> RemoteProtocolError:
+    """The error for a command without a name, of *length* bytes: a newer one, or none at all."""
+    if number > NEWEST_COMMAND:
+        return Unsupported(
+            f"command {number:#06x} with {length} bytes of payload is newer than the commands known here, which end with "
+            f"{NEWEST_COMMAND:#06x} {command_name(NEWEST_COMMAND)}: start the source with an older machine type",
+            offset=offset,
+        )
+    return RemoteProtocolError(f"unknown command {number:#06x} with {length} bytes of payload", offset=offset)
+
+
+def check_kept_command(number: int, length: int, offset: int) -> None:
+    """Whether a guest that is only kept may have had this command in its stream.
+
+    Raises:
+        RemoteProtocolError: it belongs to postcopy or COLO, or has no name.
+    """
+    if number not in list(Command):
+        raise unknown_command(number, length, offset=offset)
+    if number not in _HARMLESS:
+        raise RemoteProtocolError(f"a guest cannot be kept behind the command {command_name(number)}", offset=offset)
