@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import trimig
 from trimig.config import (
     PARAMETER_NAMES,
     BitmapAlias,
     NodeAlias,
     Parameters,
 )
+from trimig.config.built import BUILT_VALUES, UNREAD
 from trimig.errors import ConfigError, MigrationError
 
-#: config.md part 2, the column of 7.2.
-DEFAULTS_7_2 = {
+#: config.md part 2, the column of 7.2; and newer.md part 7.
+DEFAULTS = {
     "compress-level": 1,
     "compress-threads": 8,
     "compress-wait-thread": True,
@@ -47,6 +51,15 @@ DEFAULTS_7_2 = {
     "announce-max": 550,
     "announce-rounds": 5,
     "announce-step": 100,
+    "avail-switchover-bandwidth": 0,
+    "zero-page-detection": "multifd",
+    "mode": "normal",
+    "direct-io": False,
+    "multifd-qatzip-level": 1,
+    "x-vcpu-dirty-limit-period": 1000,
+    "vcpu-dirty-limit": 1,
+    "cpr-exec-command": [],
+    "x-rdma-chunk-size": 1048576,
 }
 
 #: Legal extremes of each integer parameter; one further is illegal.
@@ -70,6 +83,11 @@ RANGES = {
     "announce-max": (0, 100_000),
     "announce-rounds": (0, 1000),
     "announce-step": (1, 10_000),
+    "avail-switchover-bandwidth": (0, 2**64 - 1),
+    "multifd-qatzip-level": (1, 9),
+    "x-vcpu-dirty-limit-period": (1, 1000),
+    "vcpu-dirty-limit": (1, 2**64 - 1),
+    "x-rdma-chunk-size": (2**20, 2**30),
 }
 
 
@@ -80,10 +98,10 @@ def refusal(call: Callable[[], object]) -> ConfigError:
     return caught.value
 
 
-def test_defaults_are_those_of_7_2() -> None:
+def test_defaults_are_qemus() -> None:
     """A7, D1: every parameter is there and equals the table of config.md part 2."""
-    assert Parameters().to_qmp() == DEFAULTS_7_2
-    assert list(PARAMETER_NAMES) == [*DEFAULTS_7_2, "block-bitmap-mapping"]
+    assert Parameters().to_qmp() == DEFAULTS
+    assert set(PARAMETER_NAMES) == {*DEFAULTS, "block-bitmap-mapping"}
 
 
 @pytest.mark.parametrize("name", sorted(RANGES))
@@ -105,7 +123,7 @@ def test_integer_parameter_ends_at_its_range(name: str) -> None:
 
 
 def test_every_numeric_parameter_has_its_range_tested() -> None:
-    assert set(RANGES) == {name for name, value in DEFAULTS_7_2.items() if type(value) is int}
+    assert set(RANGES) == {name for name, value in DEFAULTS.items() if type(value) is int}
 
 
 def test_range_and_value_are_in_the_message() -> None:
@@ -288,12 +306,15 @@ def test_bitmap_mapping_of_wrong_types_from_python_is_refused() -> None:
 def _some_parameters() -> st.SearchStrategy[dict[str, Any]]:
     values: dict[str, st.SearchStrategy[Any]] = {name: st.integers(*limits) for name, limits in RANGES.items()}
     values["xbzrle-cache-size"] = st.integers(12, 63).map(lambda bits: 1 << bits)
+    values["x-rdma-chunk-size"] = st.integers(20, 30).map(lambda bits: 1 << bits)
     values["cpu-throttle-initial"] = st.integers(1, 20)
-    values |= {name: st.booleans() for name, value in DEFAULTS_7_2.items() if type(value) is bool}
+    values |= {name: st.booleans() for name, value in DEFAULTS.items() if type(value) is bool}
     values |= {
         "tls-hostname": st.text(),
         "tls-authz": st.text(),
         "block-bitmap-mapping": st.sampled_from([[], MAPPING]),
+        "cpr-exec-command": st.lists(st.text()),
+        "zero-page-detection": st.sampled_from(["legacy", "multifd"]),
     }
     return st.fixed_dictionaries({}, optional=values)
 
@@ -302,6 +323,77 @@ def _some_parameters() -> st.SearchStrategy[dict[str, Any]]:
 def test_parameters_survive_qmp(arguments: dict[str, Any]) -> None:
     parameters = Parameters.from_qmp(arguments)
     written = parameters.to_qmp()
-    assert written == DEFAULTS_7_2 | arguments
+    assert written == DEFAULTS | arguments
     assert Parameters.from_qmp(written) == parameters
     assert Parameters.from_qmp(written, Parameters(downtime_limit=1)) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("multifd-compression", "zlib"),
+        ("multifd-compression", "zstd"),
+        ("mode", "cpr-reboot"),
+        ("mode", "cpr-transfer"),
+        ("mode", "cpr-exec"),
+        ("zero-page-detection", "none"),
+    ],
+)
+def test_a_value_that_turns_an_unbuilt_feature_on_is_refused_by_name(name: str, value: str) -> None:
+    error = refusal(lambda: Parameters.from_qmp({name: value}))
+    assert error.name == name
+    assert f"'{name.replace('-', '_')}' cannot be {value}: that is not built into trimig yet" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cpr-exec-command", "ls"),
+        ("cpr-exec-command", ["ls", 1]),
+        ("mode", "cpr"),
+        ("zero-page-detection", True),
+        ("direct-io", 1),
+        ("x-rdma-chunk-size", 3 * 2**20),
+    ],
+)
+def test_a_newer_parameter_of_the_wrong_kind_is_refused(name: str, value: object) -> None:
+    assert refusal(lambda: Parameters.from_qmp({name: value})).name == name
+
+
+#: Another legal value for each parameter that nothing reads.
+CHANGED: dict[str, object] = {
+    **{name: low if DEFAULTS[name] != low else high for name, (low, high) in RANGES.items()},
+    "compress-wait-thread": False,
+    "cpu-throttle-tailslow": True,
+    "block-incremental": True,
+    "direct-io": True,
+    "cpr-exec-command": ["ls", "-l"],
+    "block-bitmap-mapping": [{"node-name": "disk", "alias": "d", "bitmaps": []}],
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_parameter_that_nothing_reads_may_be_set_and_is_told(name: str) -> None:
+    changed = Parameters.from_qmp({name: CHANGED[name]})
+    assert changed.to_qmp()[name] == CHANGED[name]
+    (text,) = changed.warnings()
+    assert f"the parameter {name} has no effect yet" in text
+    assert UNREAD[name] in text
+
+
+def test_defaults_give_no_warning() -> None:
+    assert Parameters().warnings() == []
+    assert Parameters(max_bandwidth=1, downtime_limit=1).warnings() == []
+
+
+@pytest.mark.parametrize("name", PARAMETER_NAMES)
+def test_each_parameter_is_read_or_told_or_has_one_value(name: str) -> None:
+    """The package is searched: what reads a parameter writes ``parameters.NAME`` or names it in a table of strings."""
+    field = name.replace("-", "_")
+    found = re.compile(rf"parameters\.{field}\b")
+    package = Path(trimig.__file__).parent
+    texts = [path.read_text() for path in package.rglob("*.py") if "config" not in path.relative_to(package).parts]
+    count = sum(len(found.findall(text)) for text in texts)
+    # The old command that shows the cache's size has no effect on a migration.
+    read = count > (name == "xbzrle-cache-size")
+    assert read != (name in UNREAD or name in BUILT_VALUES), name

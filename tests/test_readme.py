@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Final
 
 from trimig import status, transport
 from trimig.cli import COMMANDS
-from trimig.config import BUILT
+from trimig.config import BUILT, Config
 from trimig.errors import Ownership
 from trimig.status import CANCELLABLE, IDLE, RECOVERABLE, TRANSITIONS, Role, Status
 
@@ -85,3 +87,17 @@ def test_every_transport_command_and_capability_is_named() -> None:
         assert command in README, command
     for capability in BUILT - {"events"}:
         assert capability in README, capability
+
+
+def test_the_configuration_file_shows_the_defaults() -> None:
+    """Whole, and with what is behind ``#``: those options exist, and have no value by default."""
+    block = README.partition("```toml\n")[2].partition("```")[0]
+    assert Config.from_toml(block) == Config()
+    changed = Config.from_toml(re.sub(r"(?m)^# (?=[a-z-]+ = )", "", block))
+    differing = [
+        field.name
+        for field in dataclasses.fields(Config)
+        if getattr(changed, field.name) != getattr(Config(), field.name)
+    ]
+    assert differing == ["max_iterations", "max_total_time"]
+    assert all(getattr(Config(), name) is None for name in differing)

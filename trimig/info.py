@@ -203,6 +203,8 @@ def query_migrate(
     info |= {"status": status.qmp, "owner": owner.value}
     if status in _EXPLAINED and c.error is not None:
         info["error-desc"] = c.error
+    if c.warnings:
+        info["warnings"] = list(c.warnings)
     if role is Role.DESTINATION:
         if c.blocktime is not None and status is Status.COMPLETED:
             # All of them at once; with one processor that is its own time, with several at most the least.

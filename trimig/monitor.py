@@ -120,9 +120,10 @@ class Monitor:
     def info(self) -> dict[str, Any]:
         """The members of QEMU's ``query-migrate``, present as in its table per status (config.md part 6.1).
 
-        Times are in ms, sizes in bytes. Three members are trimig's own: ``owner`` (``source``, ``destination`` or
-        ``unknown``) wherever there is a migration to speak of, ``dirty-tracking`` on the source, and there, while it
-        runs, ``convergence`` with ``converging``, ``reason`` and ``advice`` (a list).
+        Times are in ms, sizes in bytes. Four members are trimig's own: ``owner`` (``source``, ``destination`` or
+        ``unknown``) wherever there is a migration to speak of, ``warnings`` (a list of sentences) if there are any,
+        ``dirty-tracking`` on the source, and there, while it runs, ``convergence`` with ``converging``, ``reason`` and
+        ``advice`` (a list).
         """
         return query_migrate(
             self._counters,
@@ -277,7 +278,11 @@ class Monitor:
         Raises:
             ConfigError: a name or a value is wrong; nothing was changed.
         """
+        before = self._config.parameters.warnings()
         parameters = self._config.parameters.replace(**changes)
+        for text in parameters.warnings():
+            if text not in before and self._status not in IDLE:
+                self.warn(text)
         self._config = dataclasses.replace(self._config, parameters=parameters)
         if self._retuned is not None:
             self._retuned()
@@ -353,6 +358,8 @@ class Monitor:
         self._recover_at = self._given_up = None
         self._addresses = ()
         self.advance(Status.SETUP)
+        for text in config.parameters.warnings():
+            self.warn(text)
         return self._counters
 
     def control(self, cancel: Callable[[str], None] | None, retuned: Callable[[], None] | None) -> None:

@@ -177,6 +177,14 @@ def is_idle(status: Status) -> bool:
     return status in IDLE
 
 
+def check_idle(status: Status) -> None:
+    """Raise StateError unless capabilities may be changed in *status*; the one table is :data:`IDLE`."""
+    if status not in IDLE:
+        raise StateError(
+            f"capabilities cannot change while a migration is in progress ({status.value})", status=status.value
+        )
+
+
 def in_setup(status: Status) -> bool:
     """An attempt has begun, and no memory has been sent."""
     return status is _S.SETUP

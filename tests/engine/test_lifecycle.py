@@ -11,6 +11,7 @@ import trio.testing
 
 import trimig
 from tests.engine.pair import Pair, config, running, waiting
+from trimig.guest import PAGE_SIZE
 from trimig.status import IDLE, Status
 from trimig.testing import FakeDevice, ScriptedGuest, VirtualLink
 
@@ -262,6 +263,8 @@ async def test_uuid_is_compared_where_both_have_one(
         assert (b"configuration/uuid" in link.recorded("a->b")) is (switch and here is not None)
         if passes or not switch:
             assert isinstance(ends["there"], trimig.Summary)
+            assert isinstance(ends["here"], trimig.Summary)
+            assert any("no UUID is sent" in text for text in ends["here"].warnings) is (switch and here is None)
             assert any("none to compare" in text for text in ends["there"].warnings) is (
                 switch and here is not None and there is None
             )
@@ -272,6 +275,36 @@ async def test_uuid_is_compared_where_both_have_one(
         assert THERE in str(error)
         assert isinstance(ends["here"], trimig.MigrationError)
         assert guest.run_state == "running"
+
+
+async def test_parameter_without_effect_is_told_by_both_sides(autojump_clock: trio.testing.MockClock) -> None:
+    """The migration is done; what nothing reads is named in the summary, in info() and, if it is set late, there too."""
+    changed = dataclasses.replace(config(), parameters=trimig.Parameters(multifd_channels=4, max_bandwidth=0))
+    pair = Pair(config_here=changed, config_there=changed)
+
+    def listener(event: trimig.Event) -> None:
+        if event.name == "PASS":
+            pair.here.set_parameters(compress_level=9)
+
+    pair.here.add_listener(listener)
+    await pair.both()
+    for monitor, names in ((pair.here, ["multifd-channels", "compress-level"]), (pair.there, ["multifd-channels"])):
+        warnings = monitor.info()["warnings"]
+        assert [text.split()[2] for text in warnings] == names
+        assert all("has no effect yet" in text for text in warnings)
+
+
+@pytest.mark.parametrize(("said", "passes"), [(0, 3), (10**12, 1)])
+async def test_a_bandwidth_for_the_switchover_replaces_the_measured_one(
+    autojump_clock: trio.testing.MockClock, said: int, passes: int
+) -> None:
+    """avail-switchover-bandwidth: the threshold follows it; the copy before it is as fast as it was."""
+    parameters = trimig.Parameters(max_bandwidth=100 * PAGE_SIZE, downtime_limit=10, avail_switchover_bandwidth=said)
+    settings = dataclasses.replace(config(), parameters=parameters, max_iterations=3, on_bound="switchover")
+    source = running(pages=64, dirty_per_sync=40, working_set=60)
+    pair = Pair(source=source, config_here=settings)
+    await pair.both()
+    assert pair.here.statistics().iteration == passes
 
 
 def test_uuid_has_one_form() -> None:

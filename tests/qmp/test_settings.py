@@ -129,3 +129,24 @@ async def test_next_migration_gets_what_was_set_meanwhile(tmp_path: Path) -> Non
         await talk.say("migrate", {"uri": f"unix:{tmp_path}/nobody"})
         await talk.over()
         assert talk.machine.outgoing.config.parameters.downtime_limit == 42
+
+
+async def test_whole_lists_of_newer_qemus_are_taken_back(caplog: pytest.LogCaptureFixture) -> None:
+    """What libvirt does: it reads everything, and sets everything again."""
+    async with hosted() as talk:
+        await talk.say("migrate-set-capabilities", {"capabilities": await talk.say("query-migrate-capabilities")})
+        await talk.say("migrate-set-parameters", await talk.say("query-migrate-parameters"))
+        assert "no effect" not in caplog.text
+        await talk.say("migrate-set-parameters", {"multifd-channels": 8, "cpu-throttle-initial": 30})
+        assert "the parameter multifd-channels has no effect yet" in caplog.text
+        assert "the parameter cpu-throttle-initial has no effect yet" in caplog.text
+        assert "mode" in await talk.refused("migrate-set-parameters", {"mode": "cpr-reboot"})
+
+
+async def test_after_a_lost_postcopy_capabilities_may_change(tmp_path: Path) -> None:
+    """The one table of idle statuses decides, also behind `postcopy-lost`."""
+    async with hosted() as talk:
+        for monitor in (talk.machine.outgoing, talk.machine.incoming):
+            monitor._status = Status.POSTCOPY_LOST
+        await talk.capabilities(events=True)
+        assert talk.machine.config.capabilities.events

@@ -17,7 +17,6 @@ from .capabilities import CAPABILITY_NAMES as CAPABILITY_NAMES
 from .capabilities import RULES as RULES
 from .capabilities import Capabilities as Capabilities
 from .capabilities import Proposal as Proposal
-from .capabilities import check_idle as check_idle
 from .capabilities import check_proposal as check_proposal
 from .kinds import GiB as GiB
 from .kinds import KiB as KiB

@@ -1,12 +1,13 @@
 """What of QEMU's list works today.
 
-Every capability and every parameter value of QEMU 7.2 has a name here, but not each has its feature. The ones that have
-none are refused when they are turned on, because a switch that is silently ignored is worse than none. A change that
-builds a feature extends this file and nothing else of :mod:`trimig.config`.
+Every capability and every parameter of QEMU 7.2 to 11.1 has a name here, but not each has its feature. A capability or a
+value that turns such a feature on is refused. A parameter that would only tune it may be set, and a warning says that
+nothing reads it. A change that builds a feature extends this file and nothing else of :mod:`trimig.config`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 #: Capabilities, in QMP spelling, that may be turned on.
@@ -23,5 +24,41 @@ BUILT: Final[frozenset[str]] = frozenset(
     }
 )
 
-#: Values of ``multifd-compression`` that may be chosen.
-BUILT_COMPRESSIONS: Final[frozenset[str]] = frozenset({"none"})
+#: Values of parameters that may be chosen; the others of the same parameter need what is not built.
+BUILT_VALUES: Final[Mapping[str, frozenset[object]]] = {
+    "multifd-compression": frozenset({"none"}),
+    "mode": frozenset({"normal"}),
+    # Without multifd a source looks for zero pages itself, whichever of the two is chosen, as QEMU does.
+    "zero-page-detection": frozenset({"legacy", "multifd"}),
+}
+
+#: Parameters that nothing reads yet, and the feature that will. They may be set to any legal value, because scripts set
+#: whole lists and the feature itself is refused when it is turned on; a migration with such a value warns of it.
+UNREAD: Final[Mapping[str, str]] = {
+    "compress-level": "the capability compress",
+    "compress-threads": "the capability compress",
+    "compress-wait-thread": "the capability compress",
+    "decompress-threads": "the capability compress",
+    "throttle-trigger-threshold": "the capability auto-converge",
+    "cpu-throttle-initial": "the capability auto-converge",
+    "cpu-throttle-increment": "the capability auto-converge",
+    "cpu-throttle-tailslow": "the capability auto-converge",
+    "max-cpu-throttle": "the capability auto-converge",
+    "x-checkpoint-delay": "the capability x-colo",
+    "block-incremental": "the capability block",
+    "multifd-channels": "the capability multifd",
+    "multifd-zlib-level": "the capability multifd",
+    "multifd-zstd-level": "the capability multifd",
+    "multifd-qatzip-level": "the capability multifd",
+    "xbzrle-cache-size": "the capability xbzrle",
+    "announce-initial": "the announcement of network cards",
+    "announce-max": "the announcement of network cards",
+    "announce-rounds": "the announcement of network cards",
+    "announce-step": "the announcement of network cards",
+    "block-bitmap-mapping": "the capability dirty-bitmaps",
+    "direct-io": "the capability mapped-ram",
+    "x-vcpu-dirty-limit-period": "the capability dirty-limit",
+    "vcpu-dirty-limit": "the capability dirty-limit",
+    "cpr-exec-command": "the mode cpr-exec",
+    "x-rdma-chunk-size": "rdma:",
+}

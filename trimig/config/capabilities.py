@@ -1,8 +1,9 @@
-"""Capabilities: the switches of a migration, and the rules on which go together (config.md part 1).
+"""Capabilities: the switches of a migration, and the rules on which go together (config.md part 1, newer.md part 7).
 
-The rules are plain functions over a :class:`Proposal`, one per row of config.md 1.1, each returning the error or None.
-They know all of QEMU 7.2's capabilities; whether a capability is *built* is asked last, so that a contradiction is
-reported as such whatever has been built so far, and so that each rule can be tested before its feature exists.
+The rules are plain functions over a :class:`Proposal`, one per row of config.md 1.1 and of newer.md 7, each returning
+the error or None. They know the capabilities of QEMU 7.2 to 11.1; whether a capability is *built* is asked last, so that
+a contradiction is reported as such whatever has been built so far, and so that each rule can be tested before its
+feature exists.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Annotated, Any, Final, final
 
-from ..errors import ConfigError, StateError
+from ..errors import ConfigError
 from .built import BUILT
 from .kinds import Flag, Form, check_fields, check_value, dashed, kinds_of, shown, unknown
 
@@ -20,10 +21,6 @@ _Switch = Annotated[bool, Flag()]
 
 #: Spellings of older versions, accepted wherever a name is read.
 CAPABILITY_ALIASES: Final[Mapping[str, str]] = {"x-multifd": "multifd"}
-
-#: Statuses in which capabilities may be changed. Everything else counts as "in progress", colo and an unsettled
-#: handover too (QEMU forgets colo: states.md G20).
-_IDLE: Final = frozenset({"none", "completed", "failed", "cancelled"})
 
 _SNAPSHOT_CONFLICTS: Final = (
     "postcopy-ram",
@@ -143,6 +140,37 @@ def rule_multifd_compress(proposal: Proposal) -> ConfigError | None:
     return None
 
 
+def rule_multifd_xbzrle(proposal: Proposal) -> ConfigError | None:
+    """``multifd`` sends whole pages, so there is nothing for ``xbzrle`` to do (refused by QEMU 10.0 and later)."""
+    if {"multifd", "xbzrle"} <= proposal.enabled:
+        return _refused("multifd", "is not compatible with xbzrle")
+    return None
+
+
+def rule_return_path(proposal: Proposal) -> ConfigError | None:
+    """What waits for a message of the destination needs the return path."""
+    for name in ("switchover-ack", "x-colo"):
+        if name in proposal.enabled and "return-path" not in proposal.enabled:
+            return _refused(name, "needs return-path")
+    return None
+
+
+def rule_dirty_limit(proposal: Proposal) -> ConfigError | None:
+    """``dirty-limit`` and ``auto-converge`` are two ways to slow the guest down."""
+    if {"dirty-limit", "auto-converge"} <= proposal.enabled:
+        return _refused("dirty-limit", "is not compatible with auto-converge")
+    return None
+
+
+def rule_mapped_ram(proposal: Proposal) -> ConfigError | None:
+    """``mapped-ram`` gives each page its place in a file: no differences, and no guest that runs on before the end."""
+    if "mapped-ram" in proposal.enabled:
+        for other in ("xbzrle", "postcopy-ram"):
+            if other in proposal.enabled:
+                return _refused("mapped-ram", f"is not compatible with {other}")
+    return None
+
+
 #: In the order in which they are asked; the first refusal is the one that is reported.
 RULES: Final[tuple[Rule, ...]] = (
     rule_postcopy_host,
@@ -153,6 +181,10 @@ RULES: Final[tuple[Rule, ...]] = (
     rule_preempt_postcopy,
     rule_preempt_compress,
     rule_multifd_compress,
+    rule_multifd_xbzrle,
+    rule_return_path,
+    rule_dirty_limit,
+    rule_mapped_ram,
 )
 
 
@@ -168,12 +200,6 @@ def check_proposal(proposal: Proposal, *, built: AbstractSet[str] = BUILT) -> No
             raise _refused(name, f"is not built into trimig yet{hint}")
 
 
-def check_idle(status: str) -> None:
-    """Raise StateError unless capabilities may be changed in *status* (a value of :class:`trimig.status.Status`)."""
-    if status not in _IDLE:
-        raise StateError(f"capabilities cannot change while a migration is in progress ({status})", status=status)
-
-
 @final
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
@@ -183,7 +209,7 @@ class Capabilities:
     loaded everything, nor that it has taken over (DESIGN.md part 5).
 
     Raises:
-        ConfigError: on construction, if a rule of config.md 1.1 is broken or a capability is not built yet.
+        ConfigError: on construction, if a rule of config.md 1.1 or newer.md 7 is broken, or a capability is not built yet.
     """
 
     #: Send changed pages as differences after the first iteration.
@@ -228,6 +254,12 @@ class Capabilities:
     zero_copy_send: _Switch = False
     #: A channel of its own for pages asked for in postcopy.
     postcopy_preempt: _Switch = False
+    #: Switch over only when the destination's devices have said that they are ready for it.
+    switchover_ack: _Switch = False
+    #: Slow down the processors that write most, with KVM's dirty ring.
+    dirty_limit: _Switch = False
+    #: Each page has one fixed place in a file.
+    mapped_ram: _Switch = False
 
     def __post_init__(self) -> None:
         check_fields("capability", self, _KINDS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import json
 import math
 import re
 import reprlib
@@ -205,6 +206,30 @@ class Choice(Kind):
 
     def legal(self, value: object) -> bool:
         return isinstance(value, str) and value in self.words
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Words(Kind):
+    """A list of strings; stored as a tuple."""
+
+    @property
+    def expects(self) -> str:
+        return "a list of strings"
+
+    def legal(self, value: object) -> bool:
+        return isinstance(value, tuple) and all(isinstance(word, str) for word in value)
+
+    def read(self, value: object, form: Form) -> object:
+        if form is Form.TEXT and isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                return value
+        return tuple(value) if isinstance(value, list) else value
+
+    def write(self, value: object) -> object:
+        assert isinstance(value, tuple), "only legal values are stored"
+        return list(value)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
-"""Parameters: the numbers of a migration, with QEMU 7.2's names, ranges and defaults (config.md part 2).
+"""Parameters: the numbers of a migration, with QEMU's names, ranges and defaults (config.md part 2, newer.md part 7).
 
-All of them may be set, whether or not the feature that reads them is built: a parameter does nothing by itself, and
-existing scripts set many. The one that would turn a feature on, compressed multifd, is refused until it is.
+All of them may be set, whether or not the feature that reads them is built: existing scripts set many. What nothing
+reads yet is in :data:`~trimig.config.built.UNREAD`, and :meth:`Parameters.warnings` names what was set of it. A value
+that would turn a feature on (compressed multifd, a mode other than ``normal``) is refused until it is built.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Final, final
 
 from ..errors import ConfigError
 from .bitmaps import Mappings, NodeAlias
-from .built import BUILT_COMPRESSIONS
+from .built import BUILT_VALUES, UNREAD
 from .kinds import (
     Choice,
     Flag,
@@ -22,6 +23,7 @@ from .kinds import (
     Size,
     Text,
     Whole,
+    Words,
     check_fields,
     check_value,
     dashed,
@@ -94,6 +96,22 @@ class Parameters:
     announce_step: Annotated[int, Whole(1, 10_000, "milliseconds")] = 100
     #: Aliases of disks and bitmaps; None for each under its own name.
     block_bitmap_mapping: Annotated[tuple[NodeAlias, ...] | None, OrNone(Mappings())] = None
+    #: What the last pages and the devices can use of the network, in bytes per second; 0 for what was measured.
+    avail_switchover_bandwidth: Annotated[int, Size(unit="bytes per second, 0 for what was measured")] = 0
+    #: Who finds the pages of zeros. ``none`` (send them as data) is not built.
+    zero_page_detection: Annotated[str, Choice(("none", "legacy", "multifd"))] = "multifd"
+    #: A way to move a guest to another program of the same host; only ``normal`` is built.
+    mode: Annotated[str, Choice(("normal", "cpr-reboot", "cpr-transfer", "cpr-exec"))] = "normal"
+    #: Past the host's cache into a file, for the capability ``mapped-ram``.
+    direct_io: Annotated[bool, Flag()] = False
+    multifd_qatzip_level: Annotated[int, Whole(1, 9)] = 1
+    #: Of the capability ``dirty-limit``: how often it looks, and what each processor may write.
+    x_vcpu_dirty_limit_period: Annotated[int, Whole(1, 1000, "milliseconds")] = 1000
+    vcpu_dirty_limit: Annotated[int, Whole(1, 2**64 - 1, "MB per second")] = 1
+    #: What the mode ``cpr-exec`` executes.
+    cpr_exec_command: Annotated[tuple[str, ...], Words()] = ()
+    #: Bytes; a power of two.
+    x_rdma_chunk_size: Annotated[int, Size(MiB, 1024 * MiB, power_of_two=True)] = MiB
 
     def __post_init__(self) -> None:
         check_fields("parameter", self, _KINDS)
@@ -103,12 +121,21 @@ class Parameters:
                 f"({self.cpu_throttle_initial}) to 99, not {self.max_cpu_throttle}",
                 name="max-cpu-throttle",
             )
-        if self.multifd_compression not in BUILT_COMPRESSIONS:
-            raise ConfigError(
-                f"parameter 'multifd_compression' cannot be {self.multifd_compression}: "
-                "compression of multifd is not built into trimig yet",
-                name="multifd-compression",
-            )
+        for name, values in BUILT_VALUES.items():
+            value = getattr(self, name.replace("-", "_"))
+            if value not in values:
+                raise ConfigError(
+                    f"parameter '{name.replace('-', '_')}' cannot be {value}: that is not built into trimig yet",
+                    name=name,
+                )
+
+    def warnings(self) -> list[str]:
+        """A sentence for each parameter that is not at its default and that nothing reads yet; empty if there is none."""
+        return [
+            f"the parameter {name} has no effect yet: it belongs to {feature}, which is not built into trimig"
+            for name, feature in UNREAD.items()
+            if getattr(self, name.replace("-", "_")) != _DEFAULTS[name.replace("-", "_")]
+        ]
 
     def replace(self, **changes: Any) -> Parameters:
         """This set with *changes*, in Python spelling.
@@ -144,6 +171,7 @@ class Parameters:
 
 
 _KINDS: Final = kinds_of(Parameters)
+_DEFAULTS: Final = {field.name: field.default for field in dataclasses.fields(Parameters)}
 
 #: All names, in QMP spelling and in the order of config.md part 2.
 PARAMETER_NAMES: Final[tuple[str, ...]] = tuple(dashed(name) for name in _KINDS)

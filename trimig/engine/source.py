@@ -17,7 +17,7 @@ import trio
 from .. import blockers
 from ..config import Config
 from ..errors import ConfigError, MigrationError, NotConverging, TransportFailed
-from ..guest import PAGE_SIZE, Guest, PageBitmap
+from ..guest import PAGE_SIZE, Guest, IdentifiedGuest, OpaqueGuest, PageBitmap
 from ..info import Summary
 from ..memory import snapshot_of
 from ..monitor import Monitor
@@ -35,7 +35,7 @@ from .limiter import Limiter
 from .postcopy_source import PING_DISCARDED, PING_FOLLOWED, PING_LOADED, Following
 from .ram_out import RamSender
 from .reader import ReturnPathReader
-from .stream_out import DeviceSender, opening
+from .stream_out import UUID_SUBSECTION, DeviceSender, opening
 
 #: PING values: 1 is QEMU's, directly behind OPEN_RETURN_PATH; ours asks for the proof of prepare.
 PING_OPENED = 1
@@ -118,6 +118,8 @@ class _Attempt(Departure):
             why = "" if channel.receives else " (the transport has one direction only)"
             self._warn_one_way(f"no return path{why}")
         nursery.start_soon(limiter.run, name="trimig.limiter")
+        if config.capabilities.validate_uuid:
+            self._warn_unnamed()
         await channel.send(opening(self.guest, config.peer, validate_uuid=config.capabilities.validate_uuid))
         if self.reader is not None:
             await channel.send(wire.command(1) + wire.ping(PING_OPENED))
@@ -140,6 +142,17 @@ class _Attempt(Departure):
 
     def _warn_one_way(self, what: str) -> None:
         self.monitor.warn(f"{what}: the destination cannot confirm that it has the guest, nor refuse it")
+
+    def _warn_unnamed(self) -> None:
+        """Tell it if the capability validate-uuid has no effect, because there is no UUID to be compared."""
+        guest = self.guest
+        if isinstance(guest, OpaqueGuest):
+            named = any(subsection.name == UUID_SUBSECTION for subsection in guest.subsections)
+        else:
+            named = isinstance(guest, IdentifiedGuest) and guest.uuid is not None
+        if not named or not self.config.peer.send_configuration:
+            why = "the guest has none" if not named else "the peer profile has no configuration section for it"
+            self.monitor.warn(f"validate-uuid is on, but no UUID is sent and none is compared: {why}")
 
     async def _advance(self, status: Status) -> None:
         """The next status, unless a cancel has come since the last checkpoint: the monitor is in `cancelling` then."""
@@ -231,6 +244,7 @@ class _Attempt(Departure):
             dirty_rate=c.dirty_rate,
             queued=self.channel.backlog() if self.channel is not None else 0,
             least=self._least,
+            switchover_bandwidth=config.parameters.avail_switchover_bandwidth,
         )
         bounds = convergence.Bounds(
             downtime_limit=config.parameters.downtime_limit / 1000,

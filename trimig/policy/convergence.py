@@ -55,6 +55,8 @@ class Progress:
         dirty_rate: bytes of guest memory dirtied per second during the last pass.
         queued: bytes that the transport has taken and not delivered: they go first.
         least: the smallest rest that a pass before this one has left; None after the first.
+        switchover_bandwidth: bytes per second that the transport is said to take while the guest stands still; 0 for
+            *bandwidth*.
     """
 
     remaining: int
@@ -64,6 +66,7 @@ class Progress:
     dirty_rate: float = 0.0
     queued: int = 0
     least: int | None = None
+    switchover_bandwidth: int = 0
 
 
 #: From this share of the bandwidth limit on, the limit is what binds, and not the link.
@@ -81,7 +84,8 @@ def expected_downtime(progress: Progress) -> float:
     ahead = progress.remaining + progress.queued
     if not ahead:
         return 0.0
-    return ahead / progress.bandwidth if progress.bandwidth > 0 else float("inf")
+    bandwidth = progress.switchover_bandwidth or progress.bandwidth
+    return ahead / bandwidth if bandwidth > 0 else float("inf")
 
 
 def decide(progress: Progress, bounds: Bounds) -> Decision:

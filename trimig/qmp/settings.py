@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ..config import CAPABILITY_NAMES, Capabilities, Parameters, check_idle
+from ..config import CAPABILITY_NAMES, Capabilities, Parameters
 from ..engine.postcopy_destination import obstacle
-from ..status import IDLE, Status
+from ..status import IDLE, Status, check_idle
 from .arguments import Argument, check_value
 from .interface import CommandFailed, Session
 from .machine import Command, Machine
+
+log: Final = logging.getLogger("trimig.qmp")
 
 _BOOL: Final = Argument("bool")
 _STR: Final = Argument("str")
@@ -36,9 +39,9 @@ async def set_capabilities(machine: Machine, arguments: Mapping[str, Any], sessi
                 raise CommandFailed(f"Parameter '{where}.{member}' is unexpected")
         if item["capability"] not in (*CAPABILITY_NAMES, "x-multifd"):
             raise CommandFailed(f"Parameter 'capability' does not accept value '{item['capability']}'")
-    check_idle(machine.outgoing.status.value)
+    check_idle(machine.outgoing.status)
     if machine.incoming.status is not Status.SETUP:  # where nobody has connected yet, nothing has begun
-        check_idle(machine.incoming.status.value)
+        check_idle(machine.incoming.status)
     changed = Capabilities.from_qmp(arguments["capabilities"], machine.config.capabilities)
     changed.check(
         before=machine.config.capabilities,
@@ -58,6 +61,10 @@ async def query_parameters(machine: Machine, arguments: Mapping[str, Any], sessi
 async def set_parameters(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
     """``migrate-set-parameters``: all or nothing, also while a migration is under way, which follows at once."""
     changed = Parameters.from_qmp(arguments, machine.config.parameters)
+    before = machine.config.parameters.warnings()
+    for text in changed.warnings():
+        if text not in before:
+            log.warning("%s", text)
     _put(machine, changed)
     return {}
 
