@@ -128,7 +128,7 @@ async def test_illegal_change_is_refused_and_nothing_is_told() -> None:
 
 @pytest.mark.parametrize("status", ALL)
 async def test_cancel_in_every_status(status: Status) -> None:
-    """F9, F10: nothing where nothing can be undone; refused once the decision has been sent (G2)."""
+    """F9, F10: nothing where nothing can be undone; refused once the decision has been sent (gap G2)."""
     monitor = brought_to(status)
     asked: list[str] = []
     monitor.control(asked.append, None)

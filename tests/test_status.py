@@ -43,19 +43,19 @@ def test_every_status_leads_to_an_end(role: Role) -> None:
 
 @pytest.mark.parametrize("role", BOTH)
 def test_end_of_an_attempt_leads_to_a_new_one_only(role: Role) -> None:
-    """T7: `migrate` can be repeated without manual steps; G19."""
+    """T7: `migrate` can be repeated without manual steps; gap G19."""
     for status in (TERMINAL & IDLE) | {S.NONE}:
         assert TRANSITIONS[role][status] == {S.SETUP}, status
 
 
 def test_uncertain_is_left_by_an_answer_only() -> None:
-    """G1: never back to running by itself, and no new attempt before it is settled."""
+    """Gap G1: never back to running by itself, and no new attempt before it is settled."""
     assert TRANSITIONS[Role.SOURCE][S.UNCERTAIN] == {S.COMPLETED, S.FAILED}
     assert S.UNCERTAIN not in IDLE
 
 
 def test_decision_cannot_be_cancelled() -> None:
-    """G2: there is no way from handover to cancelling, not even over another status."""
+    """Gap G2: there is no way from handover to cancelling, not even over another status."""
     for role in BOTH:
         after = {S.HANDOVER} | TRANSITIONS[role][S.HANDOVER]
         assert not after & {S.CANCELLING, S.CANCELLED}
@@ -71,7 +71,7 @@ def test_cancellable_is_what_may_become_cancelling(role: Role) -> None:
 
 @pytest.mark.parametrize("role", BOTH)
 def test_transitions_of_the_table_are_allowed_and_all_others_refused(role: Role) -> None:
-    """H3: an illegal change raises, naming the side and both statuses, instead of being lost in silence (G11)."""
+    """H3: an illegal change raises, naming the side and both statuses, instead of being lost in silence (gap G11)."""
     for old in Status:
         for new in Status:
             if new in TRANSITIONS[role].get(old, ()):
@@ -140,7 +140,7 @@ def test_guest_changes_hands_at_the_handover_only() -> None:
 
 @pytest.mark.parametrize("role", BOTH)
 def test_postcopy_never_gives_the_guest_back(role: Role) -> None:
-    """G6, G7: behind the first word of the destination no status of the source's follows, and no cancel."""
+    """Gaps G6 and G7: behind the first word of the destination no status of the source's follows, and no cancel."""
     for status in (S.POSTCOPY_ACTIVE, S.POSTCOPY_PAUSED, S.POSTCOPY_RECOVER):
         assert status in IN_POSTCOPY
         assert not TRANSITIONS[role][status] & {S.FAILED, S.CANCELLING, S.CANCELLED}

@@ -51,7 +51,7 @@ def test_a_demo_by_postcopy_and_by_two_hops_proves_its_guest() -> None:
 
 
 def test_a_demo_that_is_cut_recovers_by_itself_and_shows_it() -> None:
-    """G10: postcopy-paused is no end; --cut-after shows the way through it."""
+    """O6: postcopy-paused is no end; --cut-after shows the way through it."""
     # It writes all of its memory, most of which will not have been sent at the switch, and follows for a second.
     code, out, err = run(*DEMO, "--hot", "32M", *SLOW, "--postcopy-after", "30%", "--cut-after", "40%")
     result = json.loads(out)
@@ -80,7 +80,7 @@ def test_a_demo_without_postcopy_has_no_figures_of_it() -> None:
 
 
 def test_the_first_signal_behind_the_switch_is_refused_and_the_second_gives_up() -> None:
-    """G8: no cancel in postcopy; what is said then, and what insisting comes to."""
+    """Gaps G7 and G8: no cancel in postcopy; what is said then, and what insisting comes to."""
     with started_demo(*DEMO, *SLOW, "--postcopy-after", "10%", "-p", "max-postcopy-bandwidth=1M") as process:
         assert process.stderr is not None
         assert process.stdout is not None
@@ -104,7 +104,7 @@ def test_the_first_signal_behind_the_switch_is_refused_and_the_second_gives_up()
     [(0, "paused", "which is paused there: a part of its memory never came"), (1, "lost", "which died with it")],
 )
 def test_a_host_that_is_killed_behind_the_switch(victim: int, state: str, said: str) -> None:
-    """S14: the owner is the destination, whoever dies; the source is never said to have the guest again."""
+    """O6, T1: the owner is the destination, whoever dies; the source is never said to have the guest again."""
     with started_demo(*DEMO, *SLOW, "--postcopy-after", "10%", "-p", "max-postcopy-bandwidth=1M") as process:
         assert process.stderr is not None
         assert process.stdout is not None
@@ -195,7 +195,7 @@ async def until_line(pipe: trio.abc.ReceiveStream, word: str) -> str:
 
 
 async def test_a_receiver_that_dies_behind_the_switch_takes_the_guest_with_it(large: Path, tmp_path: Path) -> None:
-    """S14: the source keeps its half, and says whose the guest is; nothing may start it again by accident."""
+    """O6, T1: the source keeps its half, and says whose the guest is; nothing may start it again by accident."""
     with trio.fail_after(LIMIT):
         async with started("receive", LISTEN, "--save", tmp_path / "target", "-c", "postcopy-ram") as receiver:
             assert receiver.stdout is not None
@@ -216,7 +216,7 @@ async def test_a_receiver_that_dies_behind_the_switch_takes_the_guest_with_it(la
 
 
 async def test_a_sender_that_is_told_twice_gives_the_rest_up(large: Path, tmp_path: Path) -> None:
-    """G8: the first signal is refused with the reason. The receiver says that its guest is not whole, and keeps its half;
+    """Gap G7: the first signal is refused with the reason. The receiver says that its guest is not whole, and keeps its half;
     both halves make the guest again."""
     target = tmp_path / "target"
     waiting = ("receive", LISTEN, "--save", target, "-c", "postcopy-ram", "--recover-for", "0.5", "--json")

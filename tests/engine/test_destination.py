@@ -119,7 +119,7 @@ class Fed:
 
 
 async def test_whole_stream(autojump_clock: trio.testing.MockClock) -> None:
-    """P1, P5, K5: PONG 1, PONG of the prepare step, SHUT 0; the guest runs with the state that came."""
+    """P1, K5: PONG 1, PONG of the prepare step, SHUT 0; the guest runs with the state that came."""
     fed = await Fed().feed(stream())
     assert isinstance(fed.result, trimig.Summary)
     assert fed.answers == OPENED + PREPARED + ACCEPTED
@@ -208,7 +208,7 @@ async def test_stream_without_a_stored_run_state_runs(autojump_clock: trio.testi
 async def test_what_does_not_fit_is_refused_before_the_decision(
     autojump_clock: trio.testing.MockClock, changed: dict[str, bytes], text: str, section: str | None
 ) -> None:
-    """P4, K4, Q9, G13 and G18 of states.md: SHUT 1, a typed error, and this process lives on."""
+    """P4, K4, Q9, gaps G13 and G18: SHUT 1, a typed error, and this process lives on."""
     fed = await Fed().feed(stream(**changed))
     fed.refused(trimig.RemoteProtocolError, text)
     assert isinstance(fed.result, trimig.RemoteProtocolError)
@@ -261,7 +261,7 @@ async def test_device_that_fails_to_load(autojump_clock: trio.testing.MockClock,
 
 
 async def test_stream_cut_at_every_byte(autojump_clock: trio.testing.MockClock) -> None:
-    """P4, T5, T7, G13 of states.md: one typed error up to the decision, and behind it the guest; then it can receive."""
+    """P4, T5, T7, gap G13: one typed error up to the decision, and behind it the guest; then it can receive."""
     whole = stream()
     opened = len(stream(list=b"", end=b"", device=b"", state=b"", prepare=b"", decision=b"", text=b"")) - len(
         wire.ping(1)

@@ -179,7 +179,7 @@ async def test_info_of_a_destination(autojump_clock: trio.testing.MockClock) -> 
 
 
 async def test_figures_of_a_summary(autojump_clock: trio.testing.MockClock) -> None:
-    """G12, G13, L11, M1: times on the clock of the run, pages and bytes as they were sent; the pause is split."""
+    """G12, G13, L11: times on the clock of the run, pages and bytes as they were sent; the pause is split."""
     delays = {"pause": 0.25, "save": 0.125}
     pair = Pair(
         running(content="mixed", pages=6, delays=delays),
@@ -238,7 +238,7 @@ async def test_return_path_is_opened_and_the_prepare_step_proved(autojump_clock:
 async def test_without_a_return_path_nothing_is_asked_and_a_warning_says_so(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    """K1, G3 of states.md."""
+    """K1, gap G3."""
     pair = Pair(config_here=config(return_path=False))
     here, there = await pair.both()
     sent = pair.link.recorded("a->b")
@@ -323,7 +323,7 @@ async def test_there_and_back(autojump_clock: trio.testing.MockClock) -> None:
 
 
 async def test_source_that_finds_nobody(autojump_clock: trio.testing.MockClock) -> None:
-    """F8, K2: failed before a byte; the guest runs on, and was never stopped."""
+    """B16: failed before a byte; the guest runs on, and was never stopped."""
     guest, monitor = running(), trimig.Monitor()
     with pytest.raises(trimig.TransportFailed):
         await trimig.migrate(guest, "unix:/nonexistent/socket", monitor=monitor)
@@ -333,7 +333,7 @@ async def test_source_that_finds_nobody(autojump_clock: trio.testing.MockClock) 
 
 
 async def test_reader_is_gone_when_the_source_returns(autojump_clock: trio.testing.MockClock) -> None:
-    """K11, K12, L14, T6: bytes behind SHUT are nobody's, and no task waits for more."""
+    """K11, K12, L14: bytes behind SHUT are nobody's, and no task waits for more."""
     pair = Pair()
 
     async def script(there: Destination) -> None:

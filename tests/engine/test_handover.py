@@ -40,7 +40,7 @@ async def doubtful(pair: Pair, **hooks: Callable[[], Awaitable[object]]) -> trim
 async def test_device_that_cannot_be_loaded_is_found_before_the_decision(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    """P4, L12, G13 of states.md: the source resumes, and not a byte of the decision was sent."""
+    """P4, L12, gap G13: the source resumes, and not a byte of the decision was sent."""
     device = FakeDevice("clock", size=8, load_error=trimig.RemoteProtocolError("no such clock", section="clock"))
     pair = Pair(target=waiting(devices=[device]))
     here, there = await pair.both()
@@ -117,7 +117,7 @@ async def test_commit_hook_that_hangs_ends_with_the_time_limit(autojump_clock: t
 
 
 async def test_refusal_after_the_decision_gives_the_guest_back(autojump_clock: trio.testing.MockClock) -> None:
-    """K4, L12, M7, G22 of states.md: SHUT 1 is the destination's word that it does not run the guest."""
+    """K4, L12: SHUT 1 is the destination's word that it does not run the guest."""
     pair = Pair()
 
     async def script(there: Destination) -> None:
@@ -136,7 +136,7 @@ async def test_refusal_after_the_decision_gives_the_guest_back(autojump_clock: t
 
 
 async def test_guest_that_cannot_be_brought_to_life_is_given_back(autojump_clock: trio.testing.MockClock) -> None:
-    """P4, P6: both sides agree, over the wire."""
+    """P4: both sides agree, over the wire."""
     pair = Pair(target=waiting(delays={"activate": 1000}), config_here=config(handover_timeout=5.0))
     pair.config_there = config(handover_timeout=3.0)
     here, there = await pair.both()
@@ -149,7 +149,7 @@ async def test_guest_that_cannot_be_brought_to_life_is_given_back(autojump_clock
 async def test_missing_answer_leaves_the_guest_paused_and_says_what_to_do(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    """T1, K10, G1 of states.md: never a guess."""
+    """T1, K10, gap G1: never a guess."""
     pair = Pair(config_here=config(handover_timeout=4.0))
     error = await doubtful(pair)
     assert isinstance(error, trimig.HandoverUncertain)
@@ -167,7 +167,7 @@ async def test_missing_answer_leaves_the_guest_paused_and_says_what_to_do(
 async def test_connection_that_closes_instead_of_an_answer_is_uncertain_at_once(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    """K10, G1 of states.md."""
+    """K10, gap G1."""
     pair = Pair()
 
     async def script(there: Destination) -> None:
@@ -199,7 +199,7 @@ async def test_nonsense_instead_of_an_answer_is_uncertain(
 
 
 async def test_cancel_while_the_answer_is_due_waits_for_it(autojump_clock: trio.testing.MockClock) -> None:
-    """G2 of states.md: it has happened, and so the cancel comes too late."""
+    """Gap G2: it has happened, and so the cancel comes too late."""
     pair = Pair()
     scope = trio.CancelScope()
 
@@ -357,7 +357,7 @@ async def test_settled_as_destination_it_is_given_up(autojump_clock: trio.testin
 
 
 async def test_settled_guest_that_stood_still_is_not_started(autojump_clock: trio.testing.MockClock) -> None:
-    """L12, G19 of states.md."""
+    """L12, gap G19."""
     pair = Pair(running(run_state="paused"))
     error = await doubtful(pair)
     assert isinstance(error, trimig.HandoverUncertain)
@@ -386,7 +386,7 @@ async def test_settling_may_be_tried_again(autojump_clock: trio.testing.MockCloc
 async def test_cut_inside_the_decision_without_a_return_path_is_uncertain(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    """G3 of states.md."""
+    """Gap G3."""
     plain = Pair(config_here=config(return_path=False))
     await plain.both()
     cut = Fault(direction="a->b", after=plain.link.sent("a->b") - 5, kind="reset")

@@ -70,7 +70,7 @@ async def test_calls_in_every_status_of_a_migration(autojump_clock: trio.testing
 
 
 async def test_nothing_new_while_the_owner_is_open(autojump_clock: trio.testing.MockClock) -> None:
-    """G1 of states.md: an open question must be settled first; a cancel does nothing to it."""
+    """Gap G1: an open question must be settled first; a cancel does nothing to it."""
     pair = Pair(target=waiting(delays={"activate": 1000.0}), config_there=config(handover_timeout=500.0))
     here, _ = await pair.both()
     assert isinstance(here, trimig.HandoverUncertain)
@@ -342,7 +342,7 @@ class Failing(ScriptedGuest):
 
 @pytest.mark.parametrize("call", ["dirty_tracker", "pause"])
 async def test_synchronous_failure_of_a_guest_is_the_guests(autojump_clock: trio.testing.MockClock, call: str) -> None:
-    """M10: an OSError of the guest's is not taken for one of the transport's."""
+    """An OSError of the guest's is not taken for one of the transport's."""
     pair = Pair(Failing(call, blocks={"ram": 4}, devices=[FakeDevice("clock", size=8)]))
     here, _ = await pair.both()
     assert isinstance(here, trimig.GuestFailed)

@@ -107,7 +107,7 @@ async def sent_through(
 
 
 async def test_guest_arrives_over_one_direction(autojump_clock: trio.testing.MockClock) -> None:
-    """K1, G3 of states.md: no return path is asked for, nothing is proved, and both sides say so."""
+    """K1, gap G3: no return path is asked for, nothing is proved, and both sides say so."""
     pair = Pair()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trimig.receive, pair.target, OnlyReceives(pair.link.b), config())
@@ -145,7 +145,7 @@ async def test_destination_without_a_way_back_takes_a_stream_that_asks_for_one(
 
 
 async def test_source_is_not_done_before_everything_is_delivered(autojump_clock: trio.testing.MockClock) -> None:
-    """G3 of states.md: QEMU is done when the bytes are in a buffer."""
+    """Gap G3: QEMU is done when the bytes are in a buffer."""
     pair = Pair()
     stream = Delivers(pair.link.a, 9.0)
     statuses: list[Status] = []

@@ -88,7 +88,7 @@ async def test_destination_that_knows_nothing_of_the_pause_loses_patience(
 
 
 async def test_cancel_while_it_is_held(autojump_clock: trio.testing.MockClock) -> None:
-    """N4, G4 and G6 of states.md: QEMU leaves some guests stopped here; ours runs again, and can be migrated."""
+    """N4, gaps G4 and G6: QEMU leaves some guests stopped here; ours runs again, and can be migrated."""
     pair = held_pair()
 
     async def cancel() -> None:
@@ -109,7 +109,7 @@ async def test_cancel_while_it_is_held(autojump_clock: trio.testing.MockClock) -
 
 @pytest.mark.parametrize("event", ["STOP", "pre-switchover"])
 async def test_cancel_at_the_moment_of_entering(autojump_clock: trio.testing.MockClock, event: str) -> None:
-    """N5, G5 of states.md: the seed of QEMU waits for ever if a cancel comes just before the pause."""
+    """N5, gap G5: the seed of QEMU waits for ever if a cancel comes just before the pause."""
     pair = held_pair()
 
     def cancel(told: trimig.Event) -> None:
@@ -207,7 +207,7 @@ async def test_paused_guest_is_held_as_well(autojump_clock: trio.testing.MockClo
 
 
 async def test_decision_that_is_cut_after_the_pause_is_uncertain(autojump_clock: trio.testing.MockClock) -> None:
-    """G1 of states.md: QEMU runs both guests then."""
+    """Gap G1: QEMU runs both guests then."""
     pair = held_pair(link=VirtualLink(latency=0.001, faults=[Fault(direction="b->a", after=17, kind="reset")]))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(go_on, pair)

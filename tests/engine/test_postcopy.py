@@ -143,7 +143,7 @@ async def move(here: PageBitmap, rate: int) -> tuple[Sending, PostcopyReceiver]:
 
 @pytest.mark.parametrize("there", [0.0, 0.7])
 async def test_a_guest_runs_while_its_memory_follows(there: float) -> None:
-    """F16, N2, O: nothing is sent twice, nothing is lost."""
+    """O8, P12: nothing is sent twice, nothing is lost."""
     here = np.random.default_rng(1).random(PAGES) < there
     with trio.fail_after(LIMIT):
         sending, _ = await move(here, rate=0)
@@ -152,7 +152,7 @@ async def test_a_guest_runs_while_its_memory_follows(there: float) -> None:
 
 
 async def test_who_waits_is_not_held_up_by_the_bandwidth_limit() -> None:
-    """G11, O: at 1 MiB/s the rest of this would take 8 s; what the guest touches comes at once."""
+    """O7: at 1 MiB/s the rest of this would take 8 s; what the guest touches comes at once."""
     here = np.ones(PAGES, np.bool_)
     here[: HOT // PAGE_SIZE] = False
     here[-8:] = False
@@ -258,7 +258,7 @@ async def test_who_touches_a_page_that_came_as_zero_before_the_switch_does_not_w
 
 
 async def test_what_was_asked_for_is_asked_for_again_on_a_new_connection() -> None:
-    """G11: with the name of its block first; what has come meanwhile is not."""
+    """O6: with the name of its block first; what has come meanwhile is not."""
     sent: list[bytes] = []
 
     async def send(data: bytes) -> None:

@@ -205,7 +205,7 @@ async def refusal(stream: bytes, target: trimig.Guest | None = None, config: tri
     ],
 )
 async def test_what_comes_before_the_guest_is_refused(stream: bytes, message: str) -> None:
-    """O5, T1: and the source may go on."""
+    """P4, T1: and the source may go on."""
     error = await refusal(stream)
     with pytest.raises(type(error), match=message):
         raise error

@@ -52,7 +52,7 @@ async def refused(pair: Pair, said: bytes) -> trimig.MigrationError:
 
 
 async def test_early_refusal_ends_the_migration_at_once(autojump_clock: trio.testing.MockClock) -> None:
-    """K4, G9 of states.md."""
+    """K4, gap G9."""
     error = await refused(busy_pair(), REFUSED)
     assert isinstance(error, trimig.PeerFailed)
     assert error.code == 1

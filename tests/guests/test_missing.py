@@ -45,7 +45,7 @@ async def a_pair(missing: int) -> AsyncIterator[tuple[ProcessGuest, ProcessGuest
 
 
 async def test_a_guest_runs_on_memory_that_follows() -> None:
-    """O, N2: the pages that it waits for first, and not one write is lost."""
+    """O7, P12: the pages that it waits for first, and not one write is lost."""
     with trio.fail_after(LIMIT):
         async with a_pair(700) as (source, target, memory, chosen):
             order = PageOrder([chosen.copy()])

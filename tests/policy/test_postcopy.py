@@ -52,7 +52,7 @@ def test_nothing_to_send() -> None:
 
 
 def test_a_request_goes_first_and_its_neighbours_next() -> None:
-    """F16, O7: what was before it comes last."""
+    """O7: what was before it comes last."""
     order = PageOrder([bitmap("x" * 10)])
     assert take(order, 2) == background(0, 0, 1)
     assert order.request(0, 6, 1)

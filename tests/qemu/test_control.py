@@ -142,7 +142,7 @@ async def test_switchover_waits_for_continue(tmp_path: Path) -> None:
 
 
 async def test_postcopy_between_two_qemus_with_a_lost_connection(tmp_path: Path) -> None:
-    """O9, O12, row 35: the command switches, waits where it is paused, and ends when both have found each other again."""
+    """O6, row 35: the command switches, waits where it is paused, and ends when both have found each other again."""
     slow = ("-p", "max-bandwidth=4M", "-p", "max-postcopy-bandwidth=1M")
     with trio.fail_after(LIMIT):
         async with (

@@ -36,7 +36,7 @@ async def took(vm: Qemu, *, run_state: str = "running") -> None:
 @pytest.mark.parametrize("return_path", [True, False])
 @pytest.mark.parametrize("scheme", ["tcp", "unix"])
 async def test_64_mib_of_mixed_pages_arrive_byte_for_byte(tmp_path: Path, scheme: str, *, return_path: bool) -> None:
-    """A.1 rows 1, 6, B7, J2, J5, J6, P1, P5: into memory that was not empty; QEMU says completed, and has seen what it sees of QEMU."""
+    """A.1 rows 1, 6, B7, J2, J5, P1: into memory that was not empty; QEMU says completed, and has seen what it sees of QEMU."""
     async with Qemu.start("none", "64M") as vm:
         peers.mix(vm.ram, seed=2)
         with peers.machine(BIG, running=False) as guest:
@@ -118,10 +118,10 @@ async def test_paused_guest_arrives_paused() -> None:
     ],
 )
 async def test_refused_guest_stays_with_qemu(options: dict[str, Any], words: str, section: str, was: str) -> None:
-    """J5, K4, P4, G13 of states.md: a typed error with its place here, SHUT 1 there; QEMU's guest is as it was.
+    """J5, K4, P4, gap G13: a typed error with its place here, SHUT 1 there; QEMU's guest is as it was.
 
     QEMU leaves a guest that was paused in "postmigrate" instead, from which it does not migrate again before somebody
-    has said "cont" (states.md G19); that is its own affair, and "cont" works.
+    has said "cont" (gap G19); that is its own affair, and "cont" works.
     """
     async with Qemu.start("none", "1M") as vm:
         peers.mix(vm.ram, seed=5)
@@ -226,7 +226,7 @@ async def test_cancelled_receiver_leaves_qemu_running(how: str, *, return_path: 
 
 
 async def test_cancelled_while_it_listens() -> None:
-    """T3, B12: nobody has connected; the socket is gone afterwards, and the same address is free again."""
+    """T3: nobody has connected; the socket is gone afterwards, and the same address is free again."""
     with peers.machine(running=False) as guest:
         async with peers.arriving(guest) as arrival:
             arrival.monitor.cancel("the test")

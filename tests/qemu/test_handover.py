@@ -144,7 +144,7 @@ async def test_cut_at_each_byte_before_the_decision_leaves_one_guest_here(outgoi
 
 
 async def test_cut_at_each_byte_behind_the_decision_is_uncertain(outgoing: Shape) -> None:
-    """T1, T2, G1, G2 of states.md: HandoverUncertain exactly from the first byte on; QEMU runs if it got that byte.
+    """T1, T2, gaps G1, G2: HandoverUncertain exactly from the first byte on; QEMU runs if it got that byte.
 
     The decision and the description leave in one write, and the relay keeps what is behind the point. Point 0: it was
     sent, and not delivered. The caller looks at the destination, and its word settles it.
@@ -219,7 +219,7 @@ async def test_decision_held_back_and_released_completes(outgoing: Shape, kept: 
 
 
 async def test_scope_cancelled_during_the_handover_is_too_late() -> None:
-    """C7, G2 of states.md: the cancellation is held off until the answer has come, and the answer counts."""
+    """Rule C7, gap G2: the cancellation is held off until the answer has come, and the answer counts."""
     async with peers.relayed() as (vm, relay):
         with peers.source() as guest:
             relay.back.hold_from = 2 * MESSAGE
@@ -247,7 +247,7 @@ async def shielded(call: Callable[[], Awaitable[None]]) -> None:
 
 @pytest.mark.parametrize("silent", ["dropped", "delayed beyond the timeout"])
 async def test_lost_answer_is_uncertain_while_qemu_runs(silent: str) -> None:
-    """T2, G1 of states.md: SHUT is lost with the connection alive: paused here, running there, until it is settled."""
+    """T2, gap G1: SHUT is lost with the connection alive: paused here, running there, until it is settled."""
     async with peers.relayed() as (vm, relay):
         with peers.source() as guest:
             if silent == "dropped":
@@ -355,7 +355,7 @@ async def test_destination_started_by_somebody_else() -> None:
 
 
 async def test_cut_at_each_byte_of_qemus_ending(incoming: Shape) -> None:
-    """T1, G1 of states.md: up to the end-of-file byte the guest is QEMU's alone; with it, it is here, once.
+    """T1, gap G1: up to the end-of-file byte the guest is QEMU's alone; with it, it is here, once.
 
     Behind that byte QEMU resumes its copy on the bare cut, by itself. With ``autostart=False`` the guest here is whole
     and paused, so that there are never two that run; whoever knows that QEMU is gone resumes it.
@@ -395,7 +395,7 @@ async def test_cut_at_each_byte_of_qemus_ending(incoming: Shape) -> None:
 
 @pytest.mark.parametrize("autostart", [True, False])
 async def test_answer_to_qemu_is_lost(*, autostart: bool) -> None:
-    """T2, G1 of states.md: what QEMU does when SHUT does not come, and that the guest here is not two guests.
+    """T2, gap G1: what QEMU does when SHUT does not come, and that the guest here is not two guests.
 
     As long as the connection stands QEMU waits, and does not run. When it is cut QEMU resumes its guest, without a
     question. A guest that was started here at once then runs twice, by QEMU's doing, and nothing here can know it;
@@ -490,7 +490,7 @@ async def test_ending_of_qemu_held_back_and_released(incoming: Shape, kept: int)
 
 
 async def test_without_return_path_qemu_is_done_when_its_socket_is(incoming: Shape) -> None:
-    """G3 of states.md: QEMU gives the guest up as soon as its bytes are in a socket; one that is cut then is nowhere.
+    """Gap G3: QEMU gives the guest up as soon as its bytes are in a socket; one that is cut then is nowhere.
 
     trimig cannot change that; what it can do is not to run a guest that is not whole, and to say that it got none.
     """

@@ -41,7 +41,7 @@ async def receive_from(vm: Qemu, guest: trimig.ParkedGuest, *, return_path: bool
 
 @pytest.mark.parametrize("return_path", [True, False])
 async def test_ram_of_a_qemu_arrives_byte_for_byte(tmp_path: Path, *, return_path: bool) -> None:
-    """A7, Q9: 64 MiB of random memory, received and on the disk before the source is told."""
+    """B7: 64 MiB of random memory, received and on the disk before the source is told."""
     file = tmp_path / "guest"
     with trimig.ParkedGuest(file) as guest:
         async with Qemu.start("none", "64M") as vm:
@@ -91,7 +91,7 @@ async def test_a_counting_guest_goes_on_behind_the_parking(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("machine", ["none", "pc", "q35", "microvm"])
 async def test_capture_is_saved_again_to_equal_bytes(captures: dict[str, Path], tmp_path: Path, machine: str) -> None:
-    """Q1: what was saved loads and saves to the same bytes, and devices and description are those of the capture."""
+    """What was saved loads and saves to the same bytes, and devices and description are those of the capture."""
     once, twice = tmp_path / "once", tmp_path / "twice"
     with await trimig.ParkedGuest.load(captures[machine]) as guest:
         await guest.save(once)

@@ -46,7 +46,7 @@ async def after_pages(monitor: trimig.Monitor, count: int) -> None:
 
 @pytest.mark.parametrize("pages", [0, 5000])
 async def test_to_qemu(pages: int) -> None:
-    """O1-O4, O11-O13, F19, F20: the memory that follows is the same, byte for byte; row 34 of QEMU's matrix."""
+    """F19, F20: the memory that follows is the same, byte for byte; row 34 of QEMU's matrix."""
     with trio.fail_after(LIMIT), source(SIZE) as guest:
         async with Qemu.start("none", "64M", incoming="defer") as vm:
             await vm.set_capabilities({"postcopy-ram": True})
@@ -65,7 +65,7 @@ async def test_to_qemu(pages: int) -> None:
 
 
 async def test_from_qemu() -> None:
-    """O, P3: a QEMU's memory follows its devices into a parked guest, which is whole in the end."""
+    """P3: a QEMU's memory follows its devices into a parked guest, which is whole in the end."""
     with trimig.ParkedGuest() as guest:
         async with arriving(guest, config()) as arrival, Qemu.start("none", "64M") as vm:
             vm.ram[:] = random_ram(SIZE, seed=7)

@@ -59,7 +59,7 @@ async def test_64_mib_of_mixed_pages_arrive_byte_for_byte(tmp_path: Path, scheme
 
 @pytest.mark.parametrize("return_path", [True, False])
 async def test_paused_guest_arrives_paused(*, return_path: bool) -> None:
-    """M2, M3, G17 of states.md: the run state of the source is the run state of the destination."""
+    """M2, M3: the run state of the source is the run state of the destination."""
     async with peers.target() as (vm, uri):
         with peers.source() as guest:
             await guest.pause()
@@ -136,9 +136,9 @@ async def test_state_of_the_device_is_the_one_at_the_pause() -> None:
     [(fault, True) for fault in ("machine", "block", "size", "device")] + [("block", False), ("size", False)],
 )
 async def test_what_qemu_refuses_runs_on_here_and_goes_elsewhere(fault: str, return_path: bool) -> None:
-    """L9, L12, T7: QEMU exits without a word (states.md G13); the guest runs, and another destination gets it.
+    """L9, L12, T7: QEMU exits without a word (gap G13); the guest runs, and another destination gets it.
 
-    Without return path a refusal is noticed only while bytes still flow (states.md G3): one at the beginning of a
+    Without return path a refusal is noticed only while bytes still flow (gap G3): one at the beginning of a
     stream that is longer than the sockets' buffers. The device stands at its end.
     """
     size = SMALL if return_path else 32 * MiB

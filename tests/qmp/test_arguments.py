@@ -124,7 +124,7 @@ async def test_refused_in_the_words_of_a_qemu() -> None:
 
 @pytest.mark.qemu
 async def test_refused_like_a_qemu() -> None:
-    """B6, D3 to D12: the class of the error, or none."""
+    """B6, D3-D12: the class of the error, or none."""
     mine, theirs = await ours(OWN_WORDS), await qemus(OWN_WORDS)
     for command, (mine_one, their_one) in zip(OWN_WORDS, zip(mine, theirs, strict=True), strict=True):
         assert mine_one[0] == their_one[0], (command, mine_one, their_one)

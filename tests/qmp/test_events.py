@@ -61,7 +61,7 @@ async def test_nothing_is_told_without_the_capability(tmp_path: Path) -> None:
 
 
 async def test_one_end_is_told_however_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """H3, G11: a cancel that loses against something else gives no second end."""
+    """H3, gap G11: a cancel that loses against something else gives no second end."""
     async with pair(tmp_path) as (source, _, uri):
         await source.capabilities(pause_before_switchover=True)
         await source.say("migrate", {"uri": uri})

@@ -71,7 +71,7 @@ async def test_address_that_is_in_use(tmp_path: Path) -> None:
 
 
 async def test_stream_that_is_none(tmp_path: Path) -> None:
-    """G13: a QEMU exits, and its monitor and the reason with it. Here the status says failed and why, and the next
+    """Gap G13: a QEMU exits, and its monitor and the reason with it. Here the status says failed and why, and the next
     attempt may succeed."""
     async with hosted() as source, hosted(waiting=True) as talk:
         await talk.capabilities(events=True)
@@ -109,7 +109,7 @@ async def test_guest_comes_from_what_was_kept(tmp_path: Path, kind: str) -> None
 
 
 async def test_guest_goes_on_from_where_it_has_come_to(tmp_path: Path) -> None:
-    """G10: the destination's part of query-migrate, and the source's over it once there is one."""
+    """G10, U1: the destination's part of query-migrate, and the source's over it once there is one."""
     async with hosted() as first, hosted(waiting=True) as second, hosted(waiting=True) as third:
         await arrives(first, second, f"unix:{tmp_path}/s")
         assert {**await second.query(), "owner": ""} == {"status": "completed", "owner": ""}

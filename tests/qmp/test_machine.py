@@ -72,7 +72,7 @@ async def test_guest_that_was_handed_over_does_not_run_again(tmp_path: Path) -> 
 async def test_uncertain_handover_is_settled_by_word_of_the_client(
     tmp_path: Path, owner: str, state: str, runs: bool
 ) -> None:
-    """G1, G2: QEMU resumes its guest when the answer is lost, and two guests run. Here the guest stands still, neither
+    """Gaps G1 and G2: QEMU resumes its guest when the answer is lost, and two guests run. Here the guest stands still, neither
     cont, cancel nor migrate change that, until somebody says who owns it."""
     other = ScriptedGuest(run_state="inmigrate", delays={"activate": 0.5})
     async with pair(tmp_path, None, other, Config(handover_timeout=0.1)) as (source, _, uri):
@@ -110,7 +110,7 @@ async def test_stop_and_cont_while_memory_is_sent(tmp_path: Path) -> None:
 
 
 async def test_resume_that_meets_the_switchover_undoes_it(tmp_path: Path) -> None:
-    """G11: the state changes between a test and the action. ``cont`` was allowed, and takes so long that the
+    """Gap G11: the state changes between a test and the action. ``cont`` was allowed, and takes so long that the
     switchover begins meanwhile: were both to succeed, the guest would run on both sides."""
     async with pair(tmp_path, ScriptedGuest(delays={"resume": 0.3})) as (source, destination, uri):
         await source.say("stop")

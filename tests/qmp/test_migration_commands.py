@@ -30,7 +30,7 @@ async def test_cancel_without_a_migration() -> None:
 
 
 async def test_members_of_each_status(tmp_path: Path) -> None:
-    """G2, G3, G4, G5, G15, H7: the presence table of config.md part 6.1, and the destination's own status (G10)."""
+    """G2, G3, G4, G5, G15: the presence table of config.md part 6.1, and the destination's own status (G10)."""
     async with pair(tmp_path, ScriptedGuest(delays={"save": 0.05})) as (source, destination, uri):
         await source.capabilities(pause_before_switchover=True)
         await source.say("migrate-set-parameters", {"downtime-limit": 777})
@@ -99,7 +99,7 @@ async def test_nobody_at_the_address(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [{"blk": True}, {"inc": True}])
 async def test_block_migration_is_refused_and_leaves_nothing(arguments: dict[str, bool]) -> None:
-    """F4, G15: in QEMU a command with an error leaves the capability ``block`` on; here nothing changes."""
+    """Gap G15: in QEMU a command with an error leaves the capability ``block`` on; here nothing changes."""
     async with hosted() as talk:
         before = await talk.say("query-migrate-capabilities"), await talk.say("query-migrate-parameters")
         assert "block migration" in await talk.refused("migrate", {"uri": "tcp:127.0.0.1:1", **arguments})
@@ -146,7 +146,7 @@ async def hold(talk: Talk, status: Status, uri: str) -> None:
 async def test_cancel_in_each_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Status, stopped: bool
 ) -> None:
-    """F10, G4, G5, G12, G19, C2: cancelled at once, the guest is as it was (QEMU leaves one that was paused in postmigrate,
+    """F10, C2, gaps G4, G5, G12 and G19: cancelled at once, the guest is as it was (QEMU leaves one that was paused in postmigrate,
     where it cannot be migrated again, and waits for a connect that cannot be interrupted); and it can be tried again."""
     guest = ScriptedGuest(blocks={"ram": 256}, delays={"save": 0.2})
     async with pair(tmp_path, guest) as (source, destination, uri):

@@ -76,7 +76,7 @@ async def test_pause_and_recover(tmp_path: Path) -> None:
             await source.until(Status.POSTCOPY_PAUSED)
             await destination.until(Status.POSTCOPY_PAUSED, incoming=True)
             assert (await source.query())["status"] == (await destination.query())["status"] == "postcopy-paused"
-            assert "needed there" in await source.refused("migrate_cancel")  # G7, G8: QEMU loses the guest here
+            assert "needed there" in await source.refused("migrate_cancel")  # gaps G7 and G8: QEMU loses the guest here
             assert "destination's" in await source.refused("cont")
             assert "in progress" in await source.refused("migrate", {"uri": uri})
             again = f"unix:{tmp_path}/again-{pauser is source}"

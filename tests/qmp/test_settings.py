@@ -23,7 +23,7 @@ async def test_capabilities_are_listed_in_order() -> None:
 
 @pytest.mark.parametrize("bad", ["block", "multifd", "no-such"])
 async def test_rejected_list_of_capabilities_changes_nothing(bad: str) -> None:
-    """C3, C6, G10: in QEMU 2.11 what stands in a rejected list takes effect all the same."""
+    """C3, C6, gap G10: in QEMU 2.11 what stands in a rejected list takes effect all the same."""
     async with hosted() as talk:
         before = await talk.say("query-migrate-capabilities")
         rows = [{"capability": name, "state": True} for name in ("events", "pause-before-switchover", bad)]
@@ -77,7 +77,7 @@ async def test_parameters_are_all_there_and_change_alone() -> None:
     ],
 )
 async def test_ranges_of_parameters(name: str, good: list[Any], bad: list[Any]) -> None:
-    """D3 to D11: a bad value is refused, and leaves the others of its list as they were too."""
+    """D3-D11: a bad value is refused, and leaves the others of its list as they were too."""
     async with hosted() as talk:
         for value in good:
             await talk.say("migrate-set-parameters", {name: value})

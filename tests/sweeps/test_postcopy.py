@@ -1,4 +1,4 @@
-"""T1, T3, O5, O6, G6, G7, G8 of states.md: postcopy disturbed at every point.
+"""T1, T3, O5, O6, gaps G6, G7, G8: postcopy disturbed at every point.
 
 At each the source owns the guest, or the destination owns it and is complete, or it can be recovered and is; never two,
 and no page twice.
@@ -65,7 +65,7 @@ def test_every_fault_at_every_byte_is_recovered_or_undone(seed: int) -> None:
 @pytest.mark.parametrize("polite", [False, True], ids=["cancelled", "asked"])
 @pytest.mark.parametrize("victims", [SOURCE, DESTINATION, BOTH], ids="+".join)
 def test_cancel_at_every_edge(victims: tuple[str, ...], *, polite: bool) -> None:
-    """G6, G7, G11 of states.md: before the package it never happened; behind it a cancel destroys nothing."""
+    """Gaps G6, G7, G11: before the package it never happened; behind it a cancel destroys nothing."""
     report = run_sweep(scenario(polite=polite), CancelSweep(victims=victims), seeds=(0,)).show()
     assert DONE in report.outcomes
     assert "PostcopyLost" not in kinds_of_end(report.outcomes)
@@ -81,7 +81,7 @@ def behind_the_switch(baseline: Run[Any]) -> Iterator[Fault]:
 @pytest.mark.parametrize("polite", [False, True], ids=["cancelled", "asked"])
 @pytest.mark.parametrize("victims", [SOURCE, DESTINATION], ids="+".join)
 def test_cancel_at_every_edge_of_a_recovery(victims: tuple[str, ...], *, polite: bool) -> None:
-    """G8 of states.md: a cancel strikes where the migration is paused, and is not lost and hangs nowhere."""
+    """Gap G8: a cancel strikes where the migration is paused, and is not lost and hangs nowhere."""
     runs = sweep_cancels_and_faults(scenario(polite=polite), behind_the_switch, victims=victims, seeds=(0,), every=5)
     assert runs > 40
 
@@ -158,7 +158,7 @@ def test_faults_of_the_first_connection_with_a_second_beside_it() -> None:
 
 @pytest.mark.parametrize("victims", [SOURCE, DESTINATION], ids="+".join)
 def test_cancel_at_every_edge_with_a_second_connection(victims: tuple[str, ...]) -> None:
-    """G6, G7: the task that sends urgent pages, the one that reads them and the one that accepts end with the rest."""
+    """Gaps G6 and G7: the task that sends urgent pages, the one that reads them and the one that accepts end with the rest."""
     report = run_sweep(second(), CancelSweep(victims=victims), seeds=(0,)).show()
     assert DONE in report.outcomes
     assert "PostcopyLost" not in kinds_of_end(report.outcomes)

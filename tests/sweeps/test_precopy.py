@@ -1,4 +1,4 @@
-"""T1, T3, T5, T6, T7: a migration disturbed at every point never leaves two guests, no guest, or anything behind.
+"""T1, T3, T5, T7: a migration disturbed at every point never leaves two guests, no guest, or anything behind.
 
 Each run is judged by :mod:`tests.sweeps.migration`, settled where the owner is in doubt, and followed by a second
 migration of the same guest wherever the source still has it.
@@ -41,7 +41,7 @@ def kinds_of_end(outcomes: Iterable[object]) -> str:
 
 @pytest.mark.parametrize("victims", [SOURCE, DESTINATION, BOTH], ids="+".join)
 def test_cancel_at_every_edge(victims: tuple[str, ...]) -> None:
-    """F10, K9, K11, L12, L14, M7, M8: a cancelled migration never happened; after the decision it has happened."""
+    """F10, K11, L12, L14: a cancelled migration never happened; after the decision it has happened."""
     report = run_sweep(scenario(pages=2), CancelSweep(victims=victims), seeds=SEEDS).show()
     assert report.runs > 400
     assert "cancelled" in kinds_of_end(report.outcomes)
@@ -50,33 +50,33 @@ def test_cancel_at_every_edge(victims: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("victims", [SOURCE, DESTINATION, BOTH], ids="+".join)
 def test_polite_cancel_at_every_edge(victims: tuple[str, ...]) -> None:
-    """F10, G2 and G4 of states.md: Monitor.cancel() ends the same way, and is refused once the decision is under way."""
+    """F10, gaps G2 and G4: Monitor.cancel() ends the same way, and is refused once the decision is under way."""
     report = run_sweep(scenario(pages=2, polite=True), CancelSweep(victims=victims), seeds=SEEDS).show()
     assert "MigrationCancelled" in kinds_of_end(report.outcomes)
     assert "'cancelled'" not in kinds_of_end(report.outcomes)
 
 
 def test_cancel_of_a_paused_guest_at_every_edge() -> None:
-    """L12, M2, M3, G19 of states.md: a guest that was paused stays paused, and can be migrated again."""
+    """L12, M2, M3, gap G19: a guest that was paused stays paused, and can be migrated again."""
     report = run_sweep(scenario(pages=2, run_state="paused"), CancelSweep(), seeds=(0,)).show()
     assert all("nobody runs" in str(outcome) for outcome in report.outcomes)
 
 
 def test_cancel_without_a_return_path() -> None:
-    """G3 of states.md: nobody can be asked, but a cancel is as exact as ever."""
+    """Gap G3: nobody can be asked, but a cancel is as exact as ever."""
     sweeps = CancelSweep(), CancelSweep(victims=DESTINATION)
     run_sweep(scenario(pages=2, return_path=False), *sweeps, seeds=(0,)).show()
 
 
 def test_cut_without_a_return_path() -> None:
-    """G3 of states.md: the source never says that the guest is here after the decision has left."""
+    """Gap G3: the source never says that the guest is here after the decision has left."""
     sweep = FaultSweep(kinds=BREAKS)
     run_sweep(scenario(pages=2, dirty=0, return_path=False, description=False), sweep, seeds=(0,), every=5).show()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_fault_at_every_byte(seed: int) -> None:
-    """T1, T3, F11, K10, L9, G1 and G12 of states.md: end of file, reset, half close, black hole, one silent direction."""
+    """T1, T3, F11, K10, L9, gaps G1 and G12: end of file, reset, half close, black hole, one silent direction."""
     sweep = FaultSweep(kinds=BREAKS)
     report = run_sweep(scenario(pages=2, dirty=0, description=False), sweep, seeds=(seed,)).show()
     assert "HandoverUncertain" in kinds_of_end(report.outcomes)
@@ -107,7 +107,7 @@ def test_a_stall_is_no_failure() -> None:
     ids=lambda error: "hang" if error is None else error.__name__,
 )
 def test_every_call_of_guest_and_transport_fails(error: type[Exception] | None, when: str) -> None:
-    """M10, P4, T5: each call of the guest and of the stream, on both sides, fails or hangs once."""
+    """P4, T5: each call of the guest and of the stream, on both sides, fails or hangs once."""
     only = None if error is not trimig.GuestFailed else lambda name: name.startswith(BOTH)
     sweep = CallSweep(errors=(error,), only=only, when="before" if when == "before" else "after")
     run_sweep(scenario(pages=2), sweep, seeds=SEEDS).show()
@@ -127,7 +127,7 @@ def test_deadlines_around_every_event(victims: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("polite", [False, True], ids=["cancelled", "asked"])
 @pytest.mark.parametrize("victims", [SOURCE, DESTINATION], ids="+".join)
 def test_cancel_while_the_link_breaks(victims: tuple[str, ...], polite: bool) -> None:
-    """T1, F11, G1 and G2 of states.md together: the worst of both, around the decision above all."""
+    """T1, F11, gaps G1 and G2: the worst of both, around the decision above all."""
     runs = sweep_cancels_and_faults(
         scenario(pages=2, dirty=0, description=False, polite=polite),
         functools.partial(around_the_decision, kinds=BREAKS),
@@ -144,7 +144,7 @@ def test_cancel_while_the_link_breaks(victims: tuple[str, ...], polite: bool) ->
 @pytest.mark.parametrize("polite", [False, True], ids=["cancelled", "asked"])
 @pytest.mark.parametrize("victims", [SOURCE, DESTINATION], ids="+".join)
 def test_cancel_of_a_held_migration_at_every_edge(victims: tuple[str, ...], polite: bool) -> None:
-    """N3, N4, N5, F10, G4-G6 and G11 of states.md: before, at, in and behind pre-switchover; nothing is sent in it."""
+    """N3, N4, N5, F10, gaps G4-G6 and G11: before, at, in and behind pre-switchover; nothing is sent in it."""
     report = run_sweep(scenario(pages=2, hold=True, polite=polite), CancelSweep(victims=victims), seeds=(0,)).show()
     assert ("returned", "returned", "destination") in report.outcomes
 
@@ -163,7 +163,7 @@ def test_faults_around_a_held_migration() -> None:
 
 @pytest.mark.parametrize("error", [OSError, None], ids=["OSError", "hang"])
 def test_calls_that_fail_around_a_held_migration(error: type[Exception] | None) -> None:
-    """M10: each call of guest and stream."""
+    """T5: each call of guest and stream."""
     run_sweep(scenario(pages=2, hold=True), CallSweep(errors=(error,)), seeds=(0,)).show()
 
 
@@ -171,7 +171,7 @@ def test_calls_that_fail_around_a_held_migration(error: type[Exception] | None) 
 
 
 def test_cancel_where_delivery_is_waited_for() -> None:
-    """G3 of states.md: the decision and the wait for its delivery are one, and shielded."""
+    """Gap G3: the decision and the wait for its delivery are one, and shielded."""
     report = run_sweep(
         scenario(pages=2, return_path=False, stream="delivering"),
         CancelSweep(),
@@ -182,7 +182,7 @@ def test_cancel_where_delivery_is_waited_for() -> None:
 
 
 def test_cut_where_delivery_is_waited_for() -> None:
-    """G3 of states.md: what was not delivered is uncertain, not completed."""
+    """Gap G3: what was not delivered is uncertain, not completed."""
     sweep = FaultSweep(kinds=("reset", "blackhole"))
     there = scenario(pages=2, dirty=0, return_path=False, description=False, stream="delivering")
     report = run_sweep(there, sweep, seeds=(0,), every=3).show()

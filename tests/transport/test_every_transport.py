@@ -167,7 +167,7 @@ async def arrives(way: Way, source: trimig.AppGuest, target: trimig.AppGuest) ->
 
 @pytest.mark.parametrize("name", TRANSPORTS)
 async def test_migration_arrives(tmp_path: Path, name: str) -> None:
-    """K1-K8: memory, run state, and the confirmation."""
+    """B1-B4, B7, B17, K5: memory, run state, and the confirmation."""
     async with two_guests() as (source, target):
         await arrives(Way(name, tmp_path), source, target)
 
@@ -216,7 +216,7 @@ def is_the_sources(attempt: Attempt, source: trimig.AppGuest, target: trimig.App
 @pytest.mark.parametrize("victim", ["source", "destination"])
 @pytest.mark.parametrize("name", TRANSPORTS)
 async def test_cancel_at_six_points(tmp_path: Path, name: str, victim: str) -> None:
-    """T6, T7, K9, F10: politely and by scope in turn; afterwards it never happened, and the next one arrives."""
+    """T7, F10: politely and by scope in turn; afterwards it never happened, and the next one arrives."""
     number = 0 if victim == "source" else 1
     way = Way(name, tmp_path)
     async with two_guests() as (source, target):
@@ -272,7 +272,7 @@ async def test_cut_in_the_middle(tmp_path: Path, name: str) -> None:
 
 
 async def test_file_holds_the_whole_of_it_or_nothing_counts(tmp_path: Path) -> None:
-    """K6, G3 of states.md: one way only. Cancelled at each point the guest is here; whole, it can be loaded."""
+    """B3, gap G3: one way only. Cancelled at each point the guest is here; whole, it can be loaded."""
     async with two_guests() as (source, target):
         config = trimig.Config(parameters=trimig.Parameters(max_bandwidth=BANDWIDTH))
         for index, point in enumerate(POINTS):

@@ -269,7 +269,7 @@ async def test_closing_twice_is_harmless() -> None:
 
 
 async def test_connecting_can_be_cancelled() -> None:
-    """G12: a QEMU waits until the attempt ends by itself. Nothing is left (see the check for descriptors)."""
+    """Gap G12: a QEMU waits until the attempt ends by itself. Nothing is left (see the check for descriptors)."""
     listener = await tcp.listen("127.0.0.1:0", Config())
     try:
         with trio.CancelScope() as scope:
@@ -307,7 +307,7 @@ class NeverConnects(trio.socket.SocketType):
 
 
 async def test_connecting_to_a_silent_host_can_be_cancelled(autojump_clock: trio.testing.MockClock) -> None:
-    """G12, F10."""
+    """F10, gap G12."""
     factory = Unreachable()
     previous = trio.socket.set_custom_socket_factory(factory)
     try:

@@ -231,7 +231,7 @@ async def test_silent_peer_has_a_limited_time(client: Path, autojump_clock: trio
 
 
 async def test_cancelled_handshake_leaves_nothing_open(client: Path) -> None:
-    """T3, C4: the stream below is closed."""
+    """T3, rule C4: the stream below is closed."""
     near, far = memory_stream_pair()
     credentials = _credentials.load(secure(client), "client")
     assert credentials is not None

@@ -110,7 +110,7 @@ async def test_listening_ends_if_the_address_cannot_be_told() -> None:
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 async def test_waiting_for_a_connection_can_be_cancelled(kind: str, tmp_path: Path) -> None:
-    """G12, T3: nothing is left listening, not even a file."""
+    """T3, gap G12: nothing is left listening, not even a file."""
     uri = "tcp:127.0.0.1:0" if kind == "tcp" else f"unix:{tmp_path}/s"
     told: list[str] = []
     async with trio.open_nursery() as nursery:
@@ -130,7 +130,7 @@ async def test_waiting_for_a_connection_can_be_cancelled(kind: str, tmp_path: Pa
 
 
 async def test_cancelled_receive_leaves_no_address() -> None:
-    """T3, B9: a receiver that nobody connects to ends at once, and its guest may be used again."""
+    """T3: a receiver that nobody connects to ends at once, and its guest may be used again."""
     monitor, guest = trimig.Monitor(), ScriptedGuest(run_state="prelaunch")
     async with trio.open_nursery() as nursery:
 

@@ -223,7 +223,7 @@ async def test_socket_that_nobody_listens_on(path: str) -> None:
 
 
 async def test_listening_and_connecting_can_be_cancelled(path: str) -> None:
-    """G12: and leave nothing behind."""
+    """Gap G12: and leave nothing behind."""
     with trio.CancelScope() as scope:
         scope.cancel(reason="the test")
         await unix.listen(path, Config())

@@ -304,7 +304,7 @@ async def test_who_is_cancelled_still_says_that_it_goes() -> None:
 
 
 async def test_cancelled_write_leaves_nothing_that_can_be_written() -> None:
-    """C3: nobody knows how much has left."""
+    """Rule C3: nobody knows how much has left."""
     near, far = lockstep_stream_pair()
     stream = WebSocketStream(near, client=True)
     with trio.CancelScope() as scope:

@@ -1,4 +1,4 @@
-"""The section that says in which run state the guest was (Q3, and G21 of states.md part 14)."""
+"""The section that says in which run state the guest was (Q3, gap G21)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_run_state_goes_there_and_back(state: str) -> None:
 
 @pytest.mark.parametrize("state", ["debug", "save-vm", "restore-vm"])
 def test_run_state_that_aborts_a_qemu_is_neither_sent_nor_taken(state: str) -> None:
-    """Q3: G21: a QEMU destination that receives one of them ends with SIGABRT."""
+    """Q3, gap G21: a QEMU destination that receives one of them ends with SIGABRT."""
     with pytest.raises(LocalProtocolError, match=f"cannot arrive in '{state}'"):
         globalstate.section(state)
     payload = (len(state) + 1).to_bytes(4, "big") + state.encode().ljust(100, b"\0")

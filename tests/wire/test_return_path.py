@@ -51,7 +51,7 @@ def decode(data: bytes, step: int | None = None) -> list[Message]:
 
 @pytest.mark.parametrize(("message", "data"), CASES, ids=IDS)
 def test_message_gives_its_bytes(message: Message, data: bytes) -> None:
-    """J1 to J5: be16 type, be16 length, payload; PONG echoes, SHUT says 0 or 1, a name may have 255 bytes."""
+    """J1-J5: be16 type, be16 length, payload; PONG echoes, SHUT says 0 or 1, a name may have 255 bytes."""
     assert encode(message) == data
 
 
@@ -75,7 +75,7 @@ def bitmap(block: str, *have: int) -> ReceivedPages:
 
 @pytest.mark.parametrize("step", [None, 1, 7, 1000])
 def test_bitmaps_of_a_recovery(step: int | None) -> None:
-    """J6, G11: one for each block that was asked for, then the connection is taken up (return_path.md part 8)."""
+    """J1: one for each block that was asked for, then the connection is taken up (return_path.md part 8)."""
     sent = [bitmap("rom", 0), bitmap("pc.ram", 0, 9, 77)]
     data = b"".join(map(encode, sent)) + encode(ResumeAck())
     decoder = ReturnPathDecoder(BLOCKS)
