@@ -79,12 +79,12 @@ async def serve(
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
             task_status.started(listener.uri)
             while True:
-                stream = await _accept(listener)
+                stream = await accept(listener)
                 crowded = len(nursery.child_tasks) >= max_clients
                 nursery.start_soon(_refuse if crowded else functools.partial(_client, dispatcher), stream)
 
 
-async def _accept(listener: Listener) -> trio.SocketStream:
+async def accept(listener: Listener) -> trio.SocketStream:
     """The next connection; clients do not end because there is no room for one more."""
     while True:
         try:

@@ -11,24 +11,31 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 import msgpack
 import trio
-from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketRequest
-from trio_websocket import serve_websocket as serve_connections
+from wsproto.events import Request
 
-from ..errors import ConfigError, TransportFailed
+from ..config import Config
+from ..errors import ConfigError
+from ..transport import tcp
+from ..transport._messages import Gone, MessageStream
+from ..transport._opening import NotUnderstood, from_a_page, welcome
 from .interface import Dispatcher
 from .messages import MAX_DEPTH, MAX_MESSAGE, Malformed, MessageReader
+from .server import accept
 from .session import Conversation, Outbox
 
 log: Final = logging.getLogger("trimig.qmp")
 
 #: Clients at once. A further one is refused at the handshake.
 MAX_CLIENTS: Final = 128
+#: Connections at once, those in the opening handshake too. A further one is closed.
+_MAX_CONNECTIONS: Final = 2 * MAX_CLIENTS
+_HANDSHAKE_SECONDS: Final = 10.0
 #: Members of one msgpack array or map. Room for all of them is made before the first one is looked at.
 _MAX_MEMBERS: Final = 4096
 #: How long the last answers may take, and the closing handshake.
@@ -67,57 +74,64 @@ async def serve_websocket(
     **Cancellation:** all connections are closed.
     """
     host, port, path = parse(address)
-    clients = 0
-
-    async def accept(request: WebSocketRequest) -> None:
-        nonlocal clients
-        refusal = _refusal(request, path, clients)
-        clients += refusal is None
-        try:
-            if refusal is not None:
-                await request.reject(refusal)
-            else:
-                await _client(dispatcher, await request.accept())
-        except ConnectionClosed:
-            pass  # it went away in the middle of the handshake
-        finally:
-            clients -= refusal is None
-
-    async with trio.open_nursery(strict_exception_groups=True) as nursery:
-        try:
-            server = await nursery.start(_serve, accept, host, port)
-        except OSError as error:
-            raise TransportFailed(f"cannot listen on {address}: {error.strerror or error}") from error
-        shown = f"[{host}]" if ":" in host else host
-        task_status.started(f"ws://{shown}:{server.port}{path}")
+    shown = f"[{host}]" if ":" in host else host
+    listener = await tcp.listen(f"{shown}:{port}", Config())
+    with ExitStack() as cleanup:
+        cleanup.callback(listener.close)
+        async with trio.open_nursery(strict_exception_groups=True) as nursery:
+            server = _Server(dispatcher, path)
+            task_status.started(f"ws://{shown}:{listener.uri.rpartition(':')[2]}{path}")
+            while True:
+                stream = await accept(listener)
+                if len(nursery.child_tasks) < _MAX_CONNECTIONS:
+                    nursery.start_soon(server.welcome, stream)
+                else:
+                    stream.socket.close()
 
 
-async def _serve(
-    accept: Callable[[WebSocketRequest], Any], host: str, port: int, *, task_status: trio.TaskStatus[Any]
-) -> None:
-    await serve_connections(
-        accept,
-        host,
-        port,
-        None,
-        max_message_size=MAX_MESSAGE,
-        message_queue_size=1,
-        connect_timeout=10,
-        disconnect_timeout=_FAREWELL_SECONDS,
-        task_status=task_status,
-    )
+class _Server:
+    """What the connections of one address share.
+
+    Attributes:
+        clients: conversations that are going on.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, path: str) -> None:
+        self._dispatcher = dispatcher
+        self._path = path
+        self.clients = 0
+
+    async def welcome(self, stream: trio.SocketStream) -> None:
+        """One connection, from its opening handshake to its end."""
+        with ExitStack() as cleanup:
+            cleanup.callback(stream.socket.close)
+            early: bytes | None = None
+            with trio.move_on_after(_HANDSHAKE_SECONDS):
+                try:
+                    early = await welcome(stream, self._judge)
+                except (NotUnderstood, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                    log.info("a connection to the control websocket was refused: %s", error)
+                    return
+            if early is None:
+                return
+            self.clients += 1
+            cleanup.callback(self._left)
+            connection = MessageStream(stream, early=early, max_message=MAX_MESSAGE)
+            await _client(self._dispatcher, connection)
+            await connection.goodbye(_FAREWELL_SECONDS)
+
+    def _left(self) -> None:
+        self.clients -= 1
+
+    def _judge(self, request: Request) -> tuple[int, str] | None:
+        if from_a_page(request):
+            return 403, "it comes from a page in a browser"
+        if request.target != self._path:
+            return 404, f"it asks for {request.target[:200]!r}, and here is {self._path!r}"
+        return (503, "too many clients") if self.clients >= MAX_CLIENTS else None
 
 
-def _refusal(request: WebSocketRequest, path: str, clients: int) -> int | None:
-    """The HTTP status with which a handshake is refused; None if it is not."""
-    if any(name.lower() == b"origin" for name, _ in request.headers):
-        return 403
-    if request.path != path:
-        return 404
-    return 503 if clients >= MAX_CLIENTS else None
-
-
-async def _client(dispatcher: Dispatcher, connection: WebSocketConnection) -> None:
+async def _client(dispatcher: Dispatcher, connection: MessageStream) -> None:
     outbox = Outbox()
     first = binary = False
 
@@ -132,12 +146,10 @@ async def _client(dispatcher: Dispatcher, connection: WebSocketConnection) -> No
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
             nursery.start_soon(_write, connection, outbox, nursery)
             nursery.start_soon(_watch, outbox, nursery)
+            frames, read = trio.open_memory_channel[str | bytes](1)
+            nursery.start_soon(_read, connection, frames)
             heard = False
-            while True:
-                try:
-                    frame = await connection.get_message()
-                except ConnectionClosed:
-                    break
+            async for frame in read:
                 binary = isinstance(frame, bytes)
                 first, heard = (first if heard else binary), True
                 await outbox.wait_room()
@@ -150,15 +162,22 @@ async def _client(dispatcher: Dispatcher, connection: WebSocketConnection) -> No
         conversation.close()
 
 
-async def _write(connection: WebSocketConnection, outbox: Outbox, nursery: trio.Nursery) -> None:
+async def _read(connection: MessageStream, frames: trio.MemorySendChannel[str | bytes]) -> None:
+    """A task of its own: a ping and the end are answered while a command is executed."""
+    with frames, suppress(Gone):
+        while True:
+            await frames.send(await connection.receive())
+
+
+async def _write(connection: MessageStream, outbox: Outbox, nursery: trio.Nursery) -> None:
     try:
         while True:
             item = await outbox.get()
             if callable(item):
                 item()
             else:
-                await connection.send_message(item)
-    except ConnectionClosed:
+                await connection.send(item)
+    except Gone:
         pass
     nursery.cancel_scope.cancel("the client has gone")
 

@@ -40,6 +40,8 @@ class CloseCode(enum.IntEnum):
     UNSUPPORTED = 1003
     #: Never sent: stands for a close without a code.
     NONE = 1005
+    #: Text that is no UTF-8.
+    INVALID = 1007
     TOO_BIG = 1009
 
 

@@ -411,7 +411,11 @@ async def secure(stream: AnyStream, tls: Credentials, where: str, name: str | No
                 raise TransportFailed(f"no TLS with {where}: {error}") from error.__cause__
         if limit.cancelled_caught:
             raise TransportFailed(f"no TLS with {where}: the handshake was not over within {HANDSHAKE_SECONDS:g} s")
-        if tls.authz is not None and not tls.authz.allows(who := distinguished_name(secured.ssl_object)):
+        try:
+            who = distinguished_name(secured.ssl_object) if tls.authz is not None else ""
+        except ValueError as error:
+            raise TransportFailed(f"no TLS with {where}: the certificate's name cannot be read: {error}") from error
+        if tls.authz is not None and not tls.authz.allows(who):
             raise TransportFailed(f"no TLS with {where}: tls-authz {tls.authz.id!r} does not let {who!r} in")
         done = True
         return secured

@@ -1,9 +1,8 @@
 """A byte stream in the binary messages of a websocket, over any stream of both directions.
 
 Where messages begin and end means nothing; a long write becomes several. There is no task behind a connection: who
-receives also answers a ping, and what concerns the other direction is sent by whoever sends next. wsproto does the
-opening handshake; trio-websocket, which would bring a nursery and copies each message several times, serves the control
-connections, where that does not matter.
+receives also answers a ping, and what concerns the other direction is sent by whoever sends next. The opening handshake is
+in ``_opening``; messages one by one, for the control connections, are in ``_messages``.
 """
 
 from __future__ import annotations
@@ -14,14 +13,11 @@ import secrets
 from typing import Final
 
 import trio
-from wsproto.connection import ConnectionType
-from wsproto.events import AcceptConnection, RejectConnection, Request
-from wsproto.handshake import H11Handshake
-from wsproto.utilities import LocalProtocolError, RemoteProtocolError
+from wsproto.events import Request
 
 from ..engine import teardown
 from ..engine.buffers import enlarge
-from ..errors import ConfigError, TransportFailed
+from ..errors import TransportFailed
 from ._frames import (
     MAX_HEADER,
     CloseCode,
@@ -34,14 +30,13 @@ from ._frames import (
     read_close,
     read_header,
 )
+from ._opening import NotUnderstood, from_a_page, knock, welcome
 from ._tls import HANDSHAKE_SECONDS, TlsStream
 
 #: Payload of a frame that is sent, at most.
 FRAME_SIZE: Final = 1 << 20
 #: The longest message that is accepted. It is never held in memory; but nobody has a reason for more.
 MAX_MESSAGE: Final = 1 << 30
-#: The head of a request or response, at most.
-_MAX_HEAD: Final = 1 << 14
 _READ: Final = 1 << 20
 #: So much of a payload is not read ahead but straight to where it is wanted.
 _DIRECT: Final = 1 << 16
@@ -387,28 +382,15 @@ async def open_client(transport: trio.abc.Stream, host: str, target: str, where:
     **Cancellation:** *transport* is closed.
     """
     done = False
-    handshake = H11Handshake(ConnectionType.CLIENT)
     try:
-        try:
-            request = handshake.send(Request(host=host, target=target))
-        except (UnicodeError, LocalProtocolError) as error:
-            raise ConfigError(f"{where} cannot be asked for: {error}", name="uri") from error
-        with trio.move_on_after(HANDSHAKE_SECONDS) as limit:
+        with trio.move_on_after(HANDSHAKE_SECONDS):
             try:
-                await transport.send_all(request)
-                head, early = await _read_head(transport)
-                handshake.receive_data(head)
-            except (trio.BrokenResourceError, RemoteProtocolError) as error:
+                early = await knock(transport, host, target, where)
+            except (trio.BrokenResourceError, NotUnderstood) as error:
                 raise TransportFailed(f"no websocket at {where}: {_words(error)}") from error
-            for event in handshake.events():
-                if isinstance(event, RejectConnection):
-                    raise TransportFailed(f"no websocket at {where}: the server answered {event.status_code}")
-                if isinstance(event, AcceptConnection):
-                    done = True
-                    return WebSocketStream(transport, client=True, early=early)
-        if limit.cancelled_caught:
-            raise TransportFailed(f"no websocket at {where}: no answer within {HANDSHAKE_SECONDS:g} s")
-        raise TransportFailed(f"no websocket at {where}: the answer is none to a websocket")
+            done = True
+            return WebSocketStream(transport, client=True, early=early)
+        raise TransportFailed(f"no websocket at {where}: no answer within {HANDSHAKE_SECONDS:g} s")
     finally:
         if not done:
             await teardown.close(transport)
@@ -425,58 +407,25 @@ async def open_server(transport: trio.abc.Stream, path: str, where: str) -> WebS
 
     **Cancellation:** *transport* is closed.
     """
+
+    def judge(request: Request) -> tuple[int, str] | None:
+        if path and request.target.partition("?")[0] != path:
+            return 404, f"it asks for {request.target[:200]!r}, and here is {path!r}"
+        return (403, "it comes from a page in a browser") if from_a_page(request) else None
+
     done = False
     try:
-        with trio.move_on_after(HANDSHAKE_SECONDS) as limit:
+        with trio.move_on_after(HANDSHAKE_SECONDS):
             try:
-                stream = await _serve(transport, path)
-            except (trio.BrokenResourceError, RemoteProtocolError) as error:
+                early = await welcome(transport, judge)
+            except (trio.BrokenResourceError, NotUnderstood) as error:
                 raise TransportFailed(f"no websocket with the client at {where}: {_words(error)}") from error
             done = True
-            return stream
-        assert limit.cancelled_caught
+            return WebSocketStream(transport, client=False, early=early)
         raise TransportFailed(f"no websocket with the client at {where}: no request within {HANDSHAKE_SECONDS:g} s")
     finally:
         if not done:
             await teardown.close(transport)
-
-
-async def _serve(transport: trio.abc.Stream, path: str) -> WebSocketStream:
-    handshake = H11Handshake(ConnectionType.SERVER)
-    head, early = await _read_head(transport)
-    try:
-        handshake.receive_data(head)
-        (request,) = handshake.events()
-        assert isinstance(request, Request)
-    except (RemoteProtocolError, ValueError) as error:
-        hint = getattr(error, "event_hint", None)
-        if isinstance(hint, RejectConnection):
-            await transport.send_all(handshake.send(hint))
-        raise RemoteProtocolError(f"what came is no request for a websocket ({error})") from error
-    refusal = None
-    if path and request.target.partition("?")[0] != path:
-        refusal = (404, f"it asks for {request.target[:200]!r}, and here is {path!r}")
-    elif any(name.lower() == b"origin" for name, _ in request.extra_headers):
-        # A page in a browser may connect to anything its user can reach; only browsers send this.
-        refusal = (403, "it comes from a page in a browser")
-    if refusal is not None:
-        await transport.send_all(handshake.send(RejectConnection(status_code=refusal[0])))
-        raise RemoteProtocolError(refusal[1])
-    await transport.send_all(handshake.send(AcceptConnection()))
-    return WebSocketStream(transport, client=False, early=early)
-
-
-async def _read_head(transport: trio.abc.Stream) -> tuple[bytes, bytes]:
-    """The head of a request or response, and what came behind it."""
-    data = bytearray()
-    while (end := data.find(b"\r\n\r\n")) < 0:
-        if len(data) > _MAX_HEAD:
-            raise RemoteProtocolError("what came is not HTTP")
-        part = await transport.receive_some(_MAX_HEAD)
-        if not part:
-            raise RemoteProtocolError("the connection was closed in the opening handshake")
-        data += part
-    return bytes(data[: end + 4]), bytes(data[end + 4 :])
 
 
 def _words(error: Exception) -> str:
