@@ -2,6 +2,7 @@
 
 * A test that leaves a descriptor or a child process behind fails at its teardown, with what was left.
 * Tests marked ``qemu`` are skipped without QEMU, but fail where ``CI`` is set, so that they cannot silently stop running.
+  The same holds for each version of QEMU that a test names.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.qemu.harness import qemu_binary
+from tests.qemu import installed
 
 # The machines that run this are shared and slow now and then: a slow example is no failure. CI draws the same examples
 # each time; elsewhere new ones are welcome.
@@ -25,11 +26,14 @@ hypothesis.settings.load_profile("trimig")
 _failed = pytest.StashKey[bool]()
 
 
-def missing_qemu(binary: str | None, environ: Mapping[str, str]) -> None:
-    """Skip, or fail in CI, if there is no *binary*."""
-    if binary is not None:
+def missing_qemu(found: object | None, environ: Mapping[str, str], version: str | None = None) -> None:
+    """Skip, or fail in CI, if there is no QEMU: *found* is None. *version* is the one that was asked for."""
+    if found is not None:
         return
-    reason = "no qemu-system-x86_64 (Debian: apt-get install qemu-system-x86; or set TRIMIG_TEST_QEMU)"
+    if version is None:
+        reason = "no qemu-system-x86_64 (Debian: apt-get install qemu-system-x86; or set TRIMIG_TEST_QEMU)"
+    else:
+        reason = f"no QEMU {version} (tests/qemu/roots.sh makes roots with 10.0 and 11.1; or set TRIMIG_QEMU_ROOTS)"
     if environ.get("CI"):
         pytest.fail(f"CI must test against a real QEMU: {reason}", pytrace=False)
     pytest.skip(reason)
@@ -39,7 +43,7 @@ def missing_qemu(binary: str | None, environ: Mapping[str, str]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before the fixtures, which may need QEMU themselves."""
     if item.get_closest_marker("qemu") is not None:
-        missing_qemu(qemu_binary(), os.environ)
+        missing_qemu(installed.default(), os.environ)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -68,3 +68,7 @@ def test_missing_qemu_skips_on_a_desk_and_fails_in_ci() -> None:
         missing_qemu(None, {})
     with pytest.raises(pytest.fail.Exception, match="must test against a real QEMU"):
         missing_qemu(None, {"CI": "true"})
+    with pytest.raises(pytest.skip.Exception, match=r"no QEMU 11\.1 .*roots\.sh"):
+        missing_qemu(None, {}, "11.1")
+    with pytest.raises(pytest.fail.Exception, match=r"no QEMU 11\.1"):
+        missing_qemu(None, {"CI": "true"}, "11.1")

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import trio
 
+from tests.conftest import missing_qemu
+from tests.qemu import installed
 from tests.qemu.bootsector import boot_sector
-from tests.qemu.harness import Machine, write_capture
+from tests.qemu.harness import Installed, Machine, write_capture
 
 _MACHINES: tuple[Machine, ...] = ("none", "pc", "q35", "microvm")
+
+
+@pytest.fixture(params=installed.versions())
+def qemu(request: pytest.FixtureRequest) -> Installed:
+    """Each version of QEMU in turn; skips a version that this machine does not have, or fails in CI."""
+    version: str = request.param
+    found = installed.installed().get(version)
+    missing_qemu(found, os.environ, version)
+    assert found is not None
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 Without KVM (``-accel tcg``), without display and default devices. The monitor is a socket pair and guest RAM a memfd
 that both are inherited, so nothing has to be waited for, cleaned up, or agreed on in the file system; TCP ports are the
 kernel's choice (port 0) and asked back. Whatever happens, the process is gone when the context is left, and what it
-said on stderr stands beside the failure.
+said on stderr stands beside the failure. Any QEMU of :mod:`tests.qemu.installed` can be one.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import shutil
 import socket
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import trio
 from numpy.typing import NDArray
 
+from tests.qemu import installed as qemus
+from tests.qemu.installed import Installed
 from tests.qemu.qmp import QmpClient, QmpClosed, QmpError
 
-Machine = Literal["none", "pc", "q35", "microvm"]
+#: A machine type: ``"none"``, ``"pc"``, ``"q35"``, ``"microvm"``, ``"pc-i440fx-7.2"``, …
+Machine = str
 
 #: Name of the RAM block on the wire, and id of the memory backend.
 RAM_BLOCK: Final = "m0"
@@ -38,11 +40,6 @@ _DISK_SIZE: Final = 1 << 20
 _POLL: Final = 0.01
 
 _UNITS: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
-
-def qemu_binary() -> str | None:
-    """The QEMU to test against: ``$TRIMIG_TEST_QEMU`` (name or path), or ``qemu-system-x86_64``; None if missing."""
-    return shutil.which(os.environ.get("TRIMIG_TEST_QEMU", "qemu-system-x86_64"))
 
 
 def parse_size(text: str) -> int:
@@ -65,11 +62,20 @@ class Qemu:
     Attributes:
         qmp: its monitor.
         pid: its process id.
+        installed: which QEMU it is.
         ram: guest memory, shape ``(size,)``, writable and shared with QEMU; None without a memory file.
     """
 
-    def __init__(self, process: trio.Process, qmp: QmpClient, ram: NDArray[np.uint8] | None, directory: Path) -> None:
+    def __init__(
+        self,
+        process: trio.Process,
+        qmp: QmpClient,
+        ram: NDArray[np.uint8] | None,
+        directory: Path,
+        installed: Installed,
+    ) -> None:
         self.qmp = qmp
+        self.installed = installed
         self.pid = process.pid
         self._process = process
         self._ram = ram
@@ -88,6 +94,7 @@ class Qemu:
         machine: Machine = "none",
         ram: str = "64M",
         *,
+        version: str | None = None,
         incoming: str | None = None,
         memory_file: Path | bool = True,
         boot: bytes | None = None,
@@ -100,6 +107,7 @@ class Qemu:
         Args:
             machine: its type.
             ram: size, as QEMU spells it.
+            version: of the QEMU, such as ``"10.0"``; None is the default one (:mod:`tests.qemu.installed`).
             incoming: ``"defer"`` (then call :meth:`incoming`), a URI, or None for a source.
             memory_file: True keeps RAM in a memfd, a path in that file, both shared (``vm.ram``); False leaves RAM to
                 QEMU, whose block then has the machine's own name (``pc.ram``) instead of ``m0``.
@@ -110,15 +118,24 @@ class Qemu:
 
         Raises:
             QemuExited: it did not come up.
+            FileNotFoundError: there is no such QEMU.
 
         **Cancellation:** the process is killed and reaped.
         """
-        binary = qemu_binary()
-        if binary is None:
-            raise FileNotFoundError("qemu-system-x86_64 (mark the test with pytest.mark.qemu)")
+        installed = qemus.choose(version)
         async with contextlib.AsyncExitStack() as stack:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trimig-qemu-")))
-            argv = [binary, "-accel", "tcg", "-display", "none", "-nodefaults", "-no-user-config", "-m", ram]
+            argv = [
+                *installed.command,
+                "-accel",
+                "tcg",
+                "-display",
+                "none",
+                "-nodefaults",
+                "-no-user-config",
+                "-m",
+                ram,
+            ]
             inherited = list(pass_fds)
             view: NDArray[np.uint8] | None = None
             if memory_file is False:
@@ -149,9 +166,10 @@ class Qemu:
                     stdout=stderr,
                     stderr=stderr,
                     pass_fds=inherited,
+                    env={**os.environ, **installed.environment},
                 )
             stack.push_async_callback(_kill, process)
-            vm = cls(process, qmp, view, directory)
+            vm = cls(process, qmp, view, directory, installed)
             stack.push(vm._explain)
             try:
                 with trio.fail_after(_START_LIMIT):
@@ -280,7 +298,9 @@ class Qemu:
         if exc is not None and not isinstance(exc, trio.Cancelled):
             code = self._process.poll()
             state = "running" if code is None else f"exited with {code}"
-            exc.add_note(f"QEMU {self.pid} ({state}) said: {self.stderr_text().strip() or 'nothing'}")
+            exc.add_note(
+                f"QEMU {self.installed.full}, process {self.pid} ({state}) said: {self.stderr_text().strip() or 'nothing'}"
+            )
         return False
 
 
@@ -334,13 +354,13 @@ async def write_capture(path: Path, machine: Machine, *, boot: bytes | None = No
 
 __all__ = [
     "RAM_BLOCK",
+    "Installed",
     "Machine",
     "Qemu",
     "QemuExited",
     "QmpClosed",
     "QmpError",
     "parse_size",
-    "qemu_binary",
     "random_ram",
     "write_capture",
 ]

@@ -76,10 +76,12 @@ def settings(
 
 
 @asynccontextmanager
-async def target(size: int = SMALL, *, uri: str = LISTEN) -> AsyncIterator[tuple[Qemu, str]]:
+async def target(
+    size: int = SMALL, *, uri: str = LISTEN, version: str | None = None
+) -> AsyncIterator[tuple[Qemu, str]]:
     """A QEMU that waits for a migration, and where."""
     with trio.fail_after(LIMIT):
-        async with Qemu.start("none", f"{size >> 20}M", incoming="defer") as vm:
+        async with Qemu.start("none", f"{size >> 20}M", incoming="defer", version=version) as vm:
             yield vm, await vm.incoming(uri)
 
 

@@ -37,7 +37,7 @@ async def controlled(
 ) -> AsyncIterator[tuple[Qemu, str]]:
     """A QEMU with a second QMP socket at *path*, and the address of that."""
     extra = ["-qmp", f"unix:{path},server=on,wait=off"]
-    async with Qemu.start(machine, ram, extra=extra, **more) as vm:  # type: ignore[arg-type]  # the name of a machine
+    async with Qemu.start(machine, ram, extra=extra, **more) as vm:
         if machine == "none":
             vm.ram[:] = random_ram(len(vm.ram), seed=3)
         yield vm, f"unix:{path}"
