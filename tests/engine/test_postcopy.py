@@ -118,7 +118,7 @@ async def move(here: PageBitmap, rate: int) -> tuple[Sending, PostcopyReceiver]:
     """All of it; returns when the guest has run for a while on whole memory and was verified."""
     async with guests(here) as (source, target, memory), connection() as (near, far):
         sending = Sending(near, source, ~here, rate)
-        receiver = PostcopyReceiver(memory, {"ram": here.copy()}, far.send, Counters())
+        receiver = PostcopyReceiver(memory, ["ram"], {"ram": here.copy()}, far.send, Counters())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(sending.run)
             nursery.start_soon(receiver.serve)
@@ -205,7 +205,7 @@ async def nothing(_: bytes) -> None:
 def receiver_of(memory: MissingMemory, *here: int) -> PostcopyReceiver:
     received = np.zeros(10, np.bool_)
     received[list(here)] = True
-    return PostcopyReceiver(memory, {"ram": received}, nothing, Counters())
+    return PostcopyReceiver(memory, ["ram"], {"ram": received}, nothing, Counters())
 
 
 def test_runs_with_gaps_are_placed_in_stretches() -> None:
@@ -245,7 +245,7 @@ async def test_who_touches_a_page_that_came_as_zero_before_the_switch_does_not_w
     ):
         missing.register(block.address, block.length)
         memory = UffdMemory(missing, [TrackedRange(name="ram", address=block.address, pages=4)])
-        receiver = PostcopyReceiver(memory, {"ram": np.ones(4, np.bool_)}, nothing, Counters())
+        receiver = PostcopyReceiver(memory, ["ram"], {"ram": np.ones(4, np.bool_)}, nothing, Counters())
         found = ctypes.create_string_buffer(b"unread", 8)
         touch = ctypes.CDLL(None).memmove  # a function of CDLL runs without the GIL
         touch.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -267,7 +267,7 @@ async def test_what_was_asked_for_is_asked_for_again_on_a_new_connection() -> No
     async with ProcessGuest.open(size=SIZE, hot=MiB, running=False) as target:
         memory = await target.missing_memory()
         try:
-            receiver = PostcopyReceiver(memory, {"ram": np.zeros(PAGES, np.bool_)}, send, Counters())
+            receiver = PostcopyReceiver(memory, ["ram"], {"ram": np.zeros(PAGES, np.bool_)}, send, Counters())
             for page in (4, 7, 4, 9):
                 await receiver._want(0, page)
             assert len(sent) == 3

@@ -253,7 +253,8 @@ class Ahead:
         memory: MissingMemory = KeptMemory(guest.ram)
         if isinstance(guest, LazyGuest):
             memory = await open_memory(guest, self._config.handover_timeout)
-        self._receiver = PostcopyReceiver(memory, received, self._say_bytes, self._counters)
+        names = [block.name for block in guest.ram]
+        self._receiver = PostcopyReceiver(memory, names, received, self._say_bytes, self._counters)
         return self._receiver
 
     async def _take_over(self, package: Package) -> None:
@@ -412,10 +413,10 @@ class Ahead:
     def _bitmap(self, event: ev.CommandElement, receiver: PostcopyReceiver) -> ReceivedPages:
         payload = event.payload
         name = payload[1:].decode("utf-8", "surrogateescape")
-        names = [block.name for block in self._guest.ram]
-        if not payload or len(payload) != 1 + payload[0] or name not in names:
+        received = receiver.received
+        if not payload or len(payload) != 1 + payload[0] or name not in received:
             raise RemoteProtocolError(f"RECV_BITMAP for the unknown RAM block {name!r}", offset=event.at)
-        return ReceivedPages(block=name, pages=receiver.received[names.index(name)])
+        return ReceivedPages(block=name, pages=received[name])
 
     async def _say(self, message: Message) -> None:
         await self._say_bytes(encode(message))

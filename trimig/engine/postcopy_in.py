@@ -30,23 +30,25 @@ class PostcopyReceiver:
     """What is here, what is asked for, and how the rest comes.
 
     Args:
-        memory: of the guest, open.
-        received: by the block's name, in the order of the guest's blocks: the pages that are here. This object's from
-            here on.
+        memory: of the guest, open. It knows the blocks by their numbers in :attr:`trimig.guest.Guest.ram`.
+        names: of the guest's blocks, in that order. The wire knows blocks by name, and the source may announce them in
+            another order, so this is the one place where a name becomes a number.
+        received: the pages that are here, by the block's name, in any order. This object's from here on.
         send: puts a message on the return path.
     """
 
     def __init__(
         self,
         memory: MissingMemory,
+        names: Sequence[str],
         received: Mapping[str, PageBitmap],
         send: Callable[[bytes], Awaitable[None]],
         counters: Counters,
     ) -> None:
         self._memory = memory
-        self._names = tuple(received)
-        self._numbers = {name: number for number, name in enumerate(received)}
-        self._received = tuple(received.values())
+        self._names = tuple(names)
+        self._numbers = {name: number for number, name in enumerate(names)}
+        self._received = tuple(received[name] for name in names)
         self._asked = tuple(np.zeros_like(bitmap) for bitmap in self._received)
         self._send = send
         self._counters = counters
@@ -57,9 +59,9 @@ class PostcopyReceiver:
         self._look()
 
     @property
-    def received(self) -> Sequence[PageBitmap]:
-        """The pages that are here, for each block; not to be changed."""
-        return self._received
+    def received(self) -> Mapping[str, PageBitmap]:
+        """The pages that are here, by the block's name; not to be changed."""
+        return dict(zip(self._names, self._received, strict=True))
 
     async def wait_whole(self) -> None:
         """Wait until nothing is missing.

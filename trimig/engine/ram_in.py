@@ -80,7 +80,7 @@ class RamReceiver:
         return bool(self._targets)
 
     def received(self) -> Mapping[str, PageBitmap]:
-        """The pages that have come, by block, in the order in which they were announced."""
+        """The pages that have come, by the block's name; the order says nothing."""
         return {name: target.received for name, target in self._targets.items()}
 
     def forget(self, discard: Discard) -> None:

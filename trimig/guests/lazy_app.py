@@ -72,26 +72,33 @@ class LazyAppGuest(AppGuest):
         if self._memory is None or not length:
             return
         pages = slice(start // PAGE_SIZE, (start + length - 1) // PAGE_SIZE + 1)
-        number = next(n for n, ram in enumerate(self._blocks) if ram.name == block)
+        number = [ram.name for ram in self.ram].index(block)
         if self._memory.here(number, pages):
             return
         if self._gate.held_by_caller():
             raise StateError("await reach() before guest.running(), not inside: a pause would wait for the network")
         await self._memory.wait(number, pages)
 
+    def _lazy_blocks(self) -> list[LazyBlock]:
+        """All blocks, in the order of :attr:`ram`, which is how :class:`trimig.guest.Wait` numbers them."""
+        blocks = []
+        for block in self.ram:
+            assert isinstance(block, LazyBlock)
+            blocks.append(block)
+        return blocks
+
     async def missing_memory(self) -> AwaitedMemory:
         """From here on :meth:`reach` waits for what has no memory. **Cancellation:** no effect."""
         await trio.lowlevel.checkpoint()
-        self._memory = AwaitedMemory([block for block in self._blocks if isinstance(block, LazyBlock)])
+        self._memory = AwaitedMemory(self._lazy_blocks())
         return self._memory
 
     async def memory_is_whole(self) -> Sequence[float]:
         """Nothing is missing any more; the seconds that all tasks together have waited. **Cancellation:** no effect."""
         await trio.lowlevel.checkpoint()
         memory, self._memory = self._memory, None
-        for block in self._blocks:
-            if isinstance(block, LazyBlock):
-                block.gone[:] = False  # what release-ram has discarded at a source, too
+        for block in self._lazy_blocks():
+            block.gone[:] = False  # what release-ram has discarded at a source, too
         return (memory.waited,) if memory is not None else (0.0,)
 
 
