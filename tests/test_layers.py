@@ -20,7 +20,7 @@ import pytest
 ROOT: Final = Path(__file__).resolve().parent.parent
 FILES: Final = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "trimig").rglob("*.py"))
 
-_RECORDS: Final = frozenset({"errors", "status", "config", "guest"})
+_RECORDS: Final = frozenset({"errors", "status", "config", "guest", "formats"})
 _BASE: Final = _RECORDS | {"info", "blockers", "listeners", "monitor"}
 _ENGINE: Final = _BASE | {"wire", "policy", "memory", "engine"}
 _TOOLS: Final = _ENGINE | {"transport", "guests"}
@@ -29,6 +29,7 @@ _API: Final = _TOOLS | {"trimig", "api"}
 #: What each unit (a subpackage or a module of the top level; ``trimig`` is its ``__init__``) may import, itself aside.
 MAY_IMPORT: Final = {
     "errors": frozenset[str](),
+    "formats": frozenset[str](),
     "status": frozenset({"errors"}),
     "config": frozenset({"errors"}),
     "guest": frozenset({"errors"}),

@@ -360,7 +360,7 @@ def test_migrate_and_wait_reports(invoke: Invoke) -> None:
     guest = Scripted(script=[step("setup"), ACTIVE, DONE])
     result = invoke(guest, "migrate", "tcp:b:4444", "--wait")
     assert result.exit_code == 0
-    assert "migrated to tcp:b:4444 in 1.0 s" in result.stdout
+    assert "migrated to tcp:b:4444 in 1 s" in result.stdout
     assert "downtime 45 ms, 3 passes" in result.stdout
     guest = Scripted(script=[step("setup"), ACTIVE, DONE])
     result = invoke(guest, "migrate", "tcp:b:4444", "--wait", "--json")

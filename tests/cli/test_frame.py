@@ -67,6 +67,25 @@ def test_version_and_help() -> None:
     assert "130 cancelled by a signal" in " ".join(text.output.split())
 
 
+@pytest.mark.parametrize(
+    ("words", "guess"),
+    [
+        (["sned"], "did you mean send?"),
+        (["recieve", "tcp:h:1"], "did you mean receive"),
+        (["stats"], "did you mean status"),
+        (["send", "--recver-for", "3"], "--recover-for"),
+        (["demo", "--hop", "3"], "--hops"),
+    ],
+)
+def test_word_that_is_nearly_right_is_answered_with_the_right_one(words: list[str], guess: str) -> None:
+    result = invoke(*words)
+    assert (result.exit_code, guess in result.stderr) == (2, True), result.stderr
+
+
+def test_word_that_looks_like_nothing_gets_no_guess() -> None:
+    assert "did you mean" not in invoke("qqqqq").stderr
+
+
 def test_without_a_command_the_help_goes_to_stderr() -> None:
     result = invoke()
     assert (result.exit_code, result.stdout) == (2, "")
@@ -202,13 +221,6 @@ async def test_alongside_raises_the_error_itself() -> None:
     assert not isinstance(error.__context__, BaseExceptionGroup)
 
 
-def test_sizes_and_times_for_people() -> None:
-    assert [common.show_size(n) for n in (0, 1023, 1536, 256 << 20, 1023.9 * (1 << 20))] == [
-        "0 B", "1023 B", "1.5 KiB", "256 MiB", "1 GiB"
-    ]  # fmt: skip
-    assert [common.show_time(t) for t in (0.0004, 0.3, 4.25, 185)] == ["0.4 ms", "300 ms", "4.2 s", "3 min 5 s"]
-
-
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "trimig", *arguments],
@@ -224,21 +236,3 @@ def test_the_module_is_the_command() -> None:
     done = run_python("demo", "--size", "x")
     assert done.returncode == 2
     assert done.stderr.startswith("trimig: ")
-
-
-def test_a_reader_that_has_seen_enough_is_no_traceback() -> None:
-    read, write = os.pipe()
-    os.close(read)
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "trimig", "--help"],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=write,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    finally:
-        os.close(write)
-    assert (done.returncode, done.stderr) == (1, "")

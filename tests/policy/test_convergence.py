@@ -19,7 +19,7 @@ from trimig.policy.convergence import (
     sentence,
 )
 
-MB = 1_000_000
+MiB = 1 << 20
 ITERATE, SWITCH, GIVE_UP = Decision.ITERATE, Decision.SWITCH_OVER, Decision.GIVE_UP
 
 
@@ -36,10 +36,10 @@ def at(
     ("progress", "seconds"),
     [
         (at(0, 0.0), 0.0),
-        (at(0, 5.0 * MB), 0.0),
+        (at(0, 5.0 * MiB), 0.0),
         (at(1, 0.0), math.inf),
-        (at(300 * MB, 1000.0 * MB), 0.3),
-        (at(MB, 0.5), 2.0 * MB),
+        (at(300 * MiB, 1000.0 * MiB), 0.3),
+        (at(MiB, 0.5), 2.0 * MiB),
     ],
 )
 def test_expected_downtime(progress: Progress, seconds: float) -> None:
@@ -55,20 +55,20 @@ TABLE = [
     # progress, bounds, decision
     (at(0, 0.0), LIMIT, SWITCH),  # an empty guest needs no pass at all
     (at(1, 0.0), LIMIT, ITERATE),  # nothing was measured yet: the threshold is 0
-    (at(300 * MB, 1000.0 * MB), LIMIT, SWITCH),  # exactly the limit
-    (at(300 * MB + 1, 1000.0 * MB), LIMIT, ITERATE),
+    (at(300 * MiB, 1000.0 * MiB), LIMIT, SWITCH),  # exactly the limit
+    (at(300 * MiB + 1, 1000.0 * MiB), LIMIT, ITERATE),
     (at(10**15, 1.0, iteration=10**6, elapsed=1e9), LIMIT, ITERATE),  # without bounds it is chased for ever
     (at(0, 0.0), Bounds(downtime_limit=0.0), SWITCH),
     (at(1, 1e12), Bounds(downtime_limit=0.0), ITERATE),
-    (at(500 * MB, 1000.0 * MB, iteration=4, elapsed=59.9), BOTH, ITERATE),
-    (at(500 * MB, 1000.0 * MB, iteration=5), BOTH, GIVE_UP),
-    (at(500 * MB, 1000.0 * MB, iteration=6), BOTH, GIVE_UP),
-    (at(500 * MB, 1000.0 * MB, elapsed=60.0), BOTH, GIVE_UP),
-    (at(500 * MB, 1000.0 * MB, iteration=5), FORCED, SWITCH),
-    (at(500 * MB, 1000.0 * MB, elapsed=61.0), FORCED, SWITCH),
-    (at(500 * MB, 1000.0 * MB, iteration=4, elapsed=59.0), FORCED, ITERATE),
+    (at(500 * MiB, 1000.0 * MiB, iteration=4, elapsed=59.9), BOTH, ITERATE),
+    (at(500 * MiB, 1000.0 * MiB, iteration=5), BOTH, GIVE_UP),
+    (at(500 * MiB, 1000.0 * MiB, iteration=6), BOTH, GIVE_UP),
+    (at(500 * MiB, 1000.0 * MiB, elapsed=60.0), BOTH, GIVE_UP),
+    (at(500 * MiB, 1000.0 * MiB, iteration=5), FORCED, SWITCH),
+    (at(500 * MiB, 1000.0 * MiB, elapsed=61.0), FORCED, SWITCH),
+    (at(500 * MiB, 1000.0 * MiB, iteration=4, elapsed=59.0), FORCED, ITERATE),
     # A bound does not stop what fits within the limit.
-    (at(1 * MB, 1000.0 * MB, iteration=99, elapsed=1e6), BOTH, SWITCH),
+    (at(1 * MiB, 1000.0 * MiB, iteration=99, elapsed=1e6), BOTH, SWITCH),
 ]
 
 
@@ -94,44 +94,44 @@ def test_bound_that_was_reached(progress: Progress, bounds: Bounds, words: str |
 
 
 def test_guest_that_is_faster_than_the_link_is_explained() -> None:
-    why = explain(at(500 * MB, 100.0 * MB, dirty_rate=250.0 * MB), BOTH)
+    why = explain(at(500 * MiB, 100.0 * MiB, dirty_rate=250.0 * MiB), BOTH)
     assert not why.converging
-    assert "250.0 MB/s are dirtied" in why.reason
-    assert "100.0 MB/s can be sent" in why.reason
-    assert "500.0 MB are left, which is 5000 ms of downtime against a limit of 300 ms" in why.reason
+    assert "250 MiB/s are dirtied" in why.reason
+    assert "100 MiB/s can be sent" in why.reason
+    assert "500 MiB are left, which is 5000 ms of downtime against a limit of 300 ms" in why.reason
     assert why.advice == ("raise downtime-limit to 5500 ms", "throttle the guest by 64 %")
     assert sentence(why) == f"{why.reason}; {why.advice[0]} or {why.advice[1]}"
 
 
 def test_advice_is_enough() -> None:
     """The downtime limit that is named makes the next decision a switchover."""
-    why = explain(at(50 * MB, 100.0 * MB, dirty_rate=100.0 * MB), BOTH)
+    why = explain(at(50 * MiB, 100.0 * MiB, dirty_rate=100.0 * MiB), BOTH)
     assert "raise downtime-limit to 550 ms" in why.advice
-    assert decide(at(50 * MB, 100.0 * MB), Bounds(downtime_limit=0.55)) is SWITCH
+    assert decide(at(50 * MiB, 100.0 * MiB), Bounds(downtime_limit=0.55)) is SWITCH
 
 
 @pytest.mark.parametrize(
     ("limit", "dirty_rate", "first"),
     [
-        (100 * MB, 250.0 * MB, "raise max-bandwidth (100.0 MB/s), to more than 275.0 MB/s"),
-        (105 * MB, 20.0 * MB, "raise max-bandwidth (105.0 MB/s)"),
-        (200 * MB, 250.0 * MB, "raise downtime-limit to 5500 ms"),  # the link binds, not the limit
-        (0, 250.0 * MB, "raise downtime-limit to 5500 ms"),
+        (100 * MiB, 250.0 * MiB, "raise max-bandwidth (100 MiB/s), to more than 275 MiB/s"),
+        (105 * MiB, 20.0 * MiB, "raise max-bandwidth (105 MiB/s)"),
+        (200 * MiB, 250.0 * MiB, "raise downtime-limit to 5500 ms"),  # the link binds, not the limit
+        (0, 250.0 * MiB, "raise downtime-limit to 5500 ms"),
     ],
 )
 def test_bandwidth_limit_is_blamed_only_if_it_binds(limit: int, dirty_rate: float, first: str) -> None:
     bounds = Bounds(downtime_limit=0.3, max_bandwidth=limit)
-    progress = dataclasses.replace(at(500 * MB, 100.0 * MB, dirty_rate=dirty_rate), least=400 * MB)
+    progress = dataclasses.replace(at(500 * MiB, 100.0 * MiB, dirty_rate=dirty_rate), least=400 * MiB)
     assert explain(progress, bounds).advice[0] == first
 
 
 def test_limit_that_nobody_can_set_is_not_advised() -> None:
-    why = explain(at(3_000_000 * MB, 1.0 * MB, dirty_rate=2.0 * MB), LIMIT)
+    why = explain(at(3_000_000 * MiB, 1.0 * MiB, dirty_rate=2.0 * MiB), LIMIT)
     assert not any("downtime-limit" in clause for clause in why.advice)
 
 
 def test_postcopy_is_advised_where_it_may_be_used() -> None:
-    progress = at(500 * MB, 100.0 * MB, dirty_rate=250.0 * MB)
+    progress = at(500 * MiB, 100.0 * MiB, dirty_rate=250.0 * MiB)
     assert "start postcopy" in explain(progress, dataclasses.replace(LIMIT, postcopy=True)).advice
     assert "start postcopy" not in explain(progress, LIMIT).advice
 
@@ -139,12 +139,12 @@ def test_postcopy_is_advised_where_it_may_be_used() -> None:
 @pytest.mark.parametrize(
     ("progress", "bounds", "converging"),
     [
-        (at(30 * MB, 100.0 * MB, dirty_rate=900.0 * MB), LIMIT, True),  # it fits, whatever the rates
-        (at(50 * MB, 100.0 * MB, dirty_rate=50.0 * MB), LIMIT, True),  # the first pass: a good sign
-        (at(50 * MB, 100.0 * MB, dirty_rate=100.0 * MB), LIMIT, False),
-        (dataclasses.replace(at(50 * MB, 100.0 * MB, dirty_rate=50.0 * MB), least=90 * MB), LIMIT, True),
-        (dataclasses.replace(at(50 * MB, 100.0 * MB, dirty_rate=50.0 * MB), least=51 * MB), LIMIT, False),
-        (at(50 * MB, 100.0 * MB, dirty_rate=50.0 * MB, iteration=5), BOTH, False),  # it would, but may not go on
+        (at(30 * MiB, 100.0 * MiB, dirty_rate=900.0 * MiB), LIMIT, True),  # it fits, whatever the rates
+        (at(50 * MiB, 100.0 * MiB, dirty_rate=50.0 * MiB), LIMIT, True),  # the first pass: a good sign
+        (at(50 * MiB, 100.0 * MiB, dirty_rate=100.0 * MiB), LIMIT, False),
+        (dataclasses.replace(at(50 * MiB, 100.0 * MiB, dirty_rate=50.0 * MiB), least=90 * MiB), LIMIT, True),
+        (dataclasses.replace(at(50 * MiB, 100.0 * MiB, dirty_rate=50.0 * MiB), least=51 * MiB), LIMIT, False),
+        (at(50 * MiB, 100.0 * MiB, dirty_rate=50.0 * MiB, iteration=5), BOTH, False),  # it would, but may not go on
     ],
 )
 def test_converging_is_what_comes_nearer(progress: Progress, bounds: Bounds, converging: bool) -> None:
@@ -154,21 +154,21 @@ def test_converging_is_what_comes_nearer(progress: Progress, bounds: Bounds, con
 
 
 def test_bound_that_comes_too_early_is_named_first() -> None:
-    why = explain(at(50 * MB, 100.0 * MB, dirty_rate=50.0 * MB, iteration=5), BOTH)
+    why = explain(at(50 * MiB, 100.0 * MiB, dirty_rate=50.0 * MiB, iteration=5), BOTH)
     assert "each pass leaves less" in why.reason
     assert why.advice[0] == "allow more iterations or time"
 
 
 def test_nothing_measured_yet_is_explained_without_figures_that_are_not_known() -> None:
-    why = explain(at(50 * MB, 0.0), BOTH)
+    why = explain(at(50 * MiB, 0.0), BOTH)
     assert "inf" not in sentence(why)
-    assert "50.0 MB are left" in why.reason
+    assert "50 MiB are left" in why.reason
     assert why.advice == ("give it more time",)
 
 
 @pytest.mark.parametrize(
     ("progress", "share"),
-    [(at(0, 0.0), 1.0), (at(30 * MB, 100.0 * MB), 1.0), (at(60 * MB, 100.0 * MB), 0.5), (at(60 * MB, 0.0), 0.0)],
+    [(at(0, 0.0), 1.0), (at(30 * MiB, 100.0 * MiB), 1.0), (at(60 * MiB, 100.0 * MiB), 0.5), (at(60 * MiB, 0.0), 0.0)],
 )
 def test_chase_is_the_share_of_the_rest_that_fits(progress: Progress, share: float) -> None:
     assert chase(progress, LIMIT) == pytest.approx(share)

@@ -6,10 +6,9 @@ commands are imported when they are asked for; what they share is in :mod:`trimi
 
 from __future__ import annotations
 
-import contextlib
+import difflib
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any, Final
@@ -18,7 +17,8 @@ import click
 
 import trimig
 
-from .common import CANCELLED, FAILED, debug_option, report_error
+from .common import CANCELLED, debug_option, report_error
+from .output import forgiving, open_closed_files
 
 #: Command -> the module that has it, under its own name, in the order of the help.
 COMMANDS: Final = {
@@ -69,6 +69,17 @@ class Frame(click.Group):
         assert isinstance(found, click.Command)
         return found
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's own; a word that is no command is answered with those that look like it."""
+        word = args[0]
+        if self.get_command(ctx, word) is None and not word.startswith("-"):
+            near = difflib.get_close_matches(word, self.list_commands(ctx))
+            guess = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise click.UsageError(f"No such command {word!r}{guess}", ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """As click's own, but in groups, and with whole sentences."""
         for title, names in GROUPS.items():
@@ -90,22 +101,21 @@ class Frame(click.Group):
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         words = sys.argv[1:] if args is None else list(args)
+        open_closed_files()
+        with forgiving():
+            code = self._code(words, prog_name or "trimig", complete_var, **extra)
+        sys.exit(code)
+
+    def _code(self, words: list[str], prog_name: str, complete_var: str | None, **extra: Any) -> int:
         # Read from the words, because an error may be raised before the options have been understood.
         options = words[: words.index("--")] if "--" in words else words
         try:
-            code = self._run(words, prog_name or "trimig", complete_var, **extra)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # Whoever read our output has seen enough. What is still buffered would fail again at exit.
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = FAILED
+            return self._run(words, prog_name, complete_var, **extra)
         except (click.ClickException, trimig.MigrationError, OSError) as error:
-            code = report_error(error, as_json="--json" in options, debug="--debug" in options)
+            return report_error(error, as_json="--json" in options, debug="--debug" in options)
         except (click.Abort, KeyboardInterrupt):
             # Before a command had begun to watch for signals: nothing has happened yet.
-            code = CANCELLED
-        sys.exit(code)
+            return CANCELLED
 
     def _run(self, words: list[str], prog_name: str, complete_var: str | None, **extra: Any) -> int:
         try:

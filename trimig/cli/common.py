@@ -20,11 +20,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import signal
-import sys
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -32,6 +30,9 @@ import click
 import trio
 
 import trimig
+from trimig import formats
+
+from .output import say, write_error, write_json
 
 DONE: Final = 0
 #: It failed; the guest is still at the source.
@@ -72,7 +73,7 @@ class SizeType(_SizeBase):
         except trimig.ConfigError as error:
             self.fail(str(error), param, ctx)
         if size < self._low:
-            self.fail(f"{value} is too small; at least {show_size(self._low)}", param, ctx)
+            self.fail(f"{value} is too small; at least {formats.size(self._low)}", param, ctx)
         if self._pages and size % 4096:
             self.fail(f"{value} is not a multiple of the page size, 4096 bytes", param, ctx)
         return size
@@ -306,12 +307,12 @@ def report_error(error: Exception, *, as_json: bool, debug: bool) -> int:
     """Say what went wrong, on stderr and with *as_json* on stdout as well; returns the exit code."""
     code, record = error_record(error)
     if debug:
-        _write(sys.stderr, "".join(traceback.format_exception(error)))
+        write_error("".join(traceback.format_exception(error)))
     if as_json:
         write_json(record)
     usage = ""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        _write(sys.stderr, f"{error.format_message()}\n")
+        write_error(f"{error.format_message()}\n")
         return code
     if isinstance(error, click.UsageError) and error.ctx is not None:
         usage = f" (see '{error.ctx.command_path} --help')"
@@ -345,58 +346,16 @@ def error_record(error: Exception) -> tuple[int, dict[str, Any]]:
     return code, record
 
 
-def say(text: str) -> None:
-    """One line for people, on stderr: ``trimig: ...``. A stderr that is gone is no reason to fail."""
-    _write(sys.stderr, f"trimig: {text.strip().rstrip('.')}\n")
-
-
-def write_json(record: Mapping[str, Any], *, err: bool = False) -> None:
-    """One object on one line, on stdout (or stderr), flushed."""
-    _write(sys.stderr if err else sys.stdout, json.dumps(record) + "\n")
-
-
-def _write(stream: Any, text: str) -> None:
-    try:
-        stream.write(text)
-        stream.flush()
-    except (OSError, ValueError):
-        if stream is sys.stdout:
-            raise
-
-
-def show_size(count: float) -> str:
-    """Bytes for people: ``512 B``, ``1.5 KiB``, ``256 MiB``, ``1.02 GiB``."""
-    if abs(count) < 1024:
-        return f"{count:.0f} B"
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        count /= 1024
-        if abs(count) < 1023.5 or unit == "TiB":
-            break
-    text = f"{count:.1f}" if abs(count) < 100 else f"{count:.0f}"
-    return f"{text.removesuffix('.0')} {unit}"
-
-
-def show_time(seconds: float) -> str:
-    """A duration for people: ``0.4 ms``, ``312 ms``, ``4.2 s``, ``3 min 5 s``."""
-    if seconds < 0.01:
-        return f"{seconds * 1000:.1f} ms"
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-
-
 def summary_record(summary: trimig.Summary) -> dict[str, Any]:
     """A summary as JSON: times in ms, sizes in bytes, the downtime in its parts."""
     return {
         "role": summary.role.value,
         "confirmed": summary.confirmed,
         "prepared": summary.prepared,
-        "total_ms": ms(summary.total_time),
-        "setup_ms": ms(summary.setup_time),
-        "downtime_ms": ms(summary.downtime),
-        "downtime": {part.name: ms(getattr(summary.downtime_parts, part.name)) for part in _PARTS},
+        "total_ms": formats.ms(summary.total_time),
+        "setup_ms": formats.ms(summary.setup_time),
+        "downtime_ms": formats.ms(summary.downtime),
+        "downtime": {part.name: formats.ms(getattr(summary.downtime_parts, part.name)) for part in _PARTS},
         "throughput_bytes_per_s": round(summary.throughput),
         "iterations": summary.iterations,
         "dirty_tracking": summary.dirty_tracking,
@@ -409,8 +368,3 @@ def summary_record(summary: trimig.Summary) -> dict[str, Any]:
 
 
 _PARTS: Final = dataclasses.fields(trimig.Downtime)
-
-
-def ms(seconds: float) -> float:
-    """Milliseconds with three digits behind the point."""
-    return round(seconds * 1000, 3)

@@ -10,8 +10,10 @@ from typing import Any, Final
 import click
 
 import trimig
+from trimig import formats
 
-from .common import DONE, FAILED, UNCERTAIN, debug_option, json_option, run, show_size, write_json
+from .common import DONE, FAILED, UNCERTAIN, debug_option, json_option, run
+from .output import write_json
 from .remote import CANCEL_LIMIT, Gone, Refused, Remote, State, connected, qmp_option, read_settings, settings_options
 
 
@@ -79,13 +81,13 @@ def _rows(members: Mapping[str, Any], prefix: str = "") -> Any:
         if isinstance(value, Mapping):
             yield from _rows(value, f"{prefix}{name}.")
         elif name in _TIMES:
-            yield prefix + name, f"{value} ms"
+            yield prefix + name, formats.whole_ms(value / 1000)
         elif name in _SIZES or name.endswith("bytes"):
-            yield prefix + name, f"{value} ({show_size(value)})" if value >= 1024 else f"{value}"
+            yield prefix + name, f"{value} ({formats.size(value)})" if value >= 1024 else f"{value}"
         elif isinstance(value, list):
             yield prefix + name, ", ".join(_address(item) for item in value)
         else:
-            yield prefix + name, f"{value:.1f}" if isinstance(value, float) else f"{value}"
+            yield prefix + name, formats.plain(value) if isinstance(value, float) else f"{value}"
 
 
 def _address(value: Any) -> str:
@@ -122,7 +124,7 @@ def cancel(address: str, as_json: bool) -> int:
         elif state.migration == "cancelled":
             text, code = "cancelled", DONE
         elif not state.ended:
-            text = f"the migration has not ended within {CANCEL_LIMIT:g} s"
+            text = f"the migration has not ended within {formats.duration(CANCEL_LIMIT)}"
         else:
             text = refusal or f"too late to cancel: the migration has {state.migration}"
         _tell(f"{text} ({state.sentence})", {**state.record(), "text": text, "exit_code": code}, as_json)

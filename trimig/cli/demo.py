@@ -26,6 +26,7 @@ import click
 import trio
 
 import trimig
+from trimig import formats
 
 from . import demo_figures, display, postcopy
 from .common import (
@@ -40,11 +41,10 @@ from .common import (
     debug_option,
     json_option,
     run,
-    say,
-    show_size,
-    write_json,
 )
 from .demo_host import MAX_PACKET, pack_config
+from .guest_spec import default_hot
+from .output import say, write_json
 
 #: Seconds beyond the limits of the migration itself that a host may take to report after something went wrong.
 _PATIENCE: Final = 10.0
@@ -270,8 +270,8 @@ class Demo:
     async def _play(self) -> Message:
         options = self._options
         self._view.note(
-            f"hosts {self.pids[0]} and {self.pids[1]}; a guest of {show_size(options.size)} writes "
-            f"{show_size(options.dirty_rate)}/s in {show_size(options.hot)}",
+            f"hosts {self.pids[0]} and {self.pids[1]}; a guest of {formats.size(options.size)} writes "
+            f"{formats.rate(options.dirty_rate)} in {formats.size(options.hot)}",
             hosts=self.pids,
         )
         await self.source.ask("open", size=options.size, hot=options.hot, dirty_rate=options.dirty_rate)
@@ -330,7 +330,7 @@ class Demo:
                 if (trouble or self._deaths or self._interrupted) and scope.deadline == math.inf:
                     scope.deadline = trio.current_time() + patience
         for host in self._pending:
-            self._deaths.append(f"host {host.pid} did not answer for {patience:g} s and was killed")
+            self._deaths.append(f"host {host.pid} did not answer for {formats.duration(patience)} and was killed")
             host.bury()
         if self._interrupted:
             raise Interrupted
@@ -557,9 +557,9 @@ def demo(
     on each line of stderr.
     """
     if hot is None:
-        hot = min(32 << 20, size // 8)
+        hot = default_hot(size)
     if hot > size:
-        raise click.UsageError(f"--hot {show_size(hot)} does not fit into --size {show_size(size)}")
+        raise click.UsageError(f"--hot {formats.size(hot)} does not fit into --size {formats.size(size)}")
     if dirty_rate and hot < 4096:
         raise click.UsageError("--dirty-rate needs at least one page of 4096 bytes in --hot to write to")
     if postcopy_after is None and cut_after is not None:

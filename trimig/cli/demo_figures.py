@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Self
 
-from .common import show_size, show_time
+from trimig import formats
 
 #: The parts of the downtime as the source saw them, in order, with their names for people.
 PARTS = {"pause": "pause", "ram": "rest of RAM", "devices": "devices", "prepare": "prepare", "commit": "commit"}
@@ -42,10 +42,10 @@ class Hop:
     def sentence(self) -> str:
         """One line."""
         r = self.record
-        passes = _counted(r["iterations"], "iteration")
+        passes = formats.counted(r["iterations"], "pass", "passes")
         return (
-            f"{show_time(r['total_ms'] / 1000)}, {passes}, {show_size(r['transferred_bytes'])} sent, "
-            f"downtime {show_time(r['downtime_ms'] / 1000)}"
+            f"{formats.duration(r['total_ms'] / 1000)}, {passes}, {formats.size(r['transferred_bytes'])} sent, "
+            f"downtime {formats.duration(r['downtime_ms'] / 1000)}"
         )
 
 
@@ -84,66 +84,77 @@ def _postcopy(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def text(result: dict[str, Any]) -> str:
-    """The proof and the figures for people; *result* is what ``--json`` prints."""
+def text(result: dict[str, Any], width: int = 80) -> str:
+    """The proof and the figures for people; *result* is what ``--json`` prints, *width* that of the screen."""
     if result["verified"]:
         lines = [f"Verified: {result['proof']}.", "Not one write was lost or replayed.", ""]
     else:
         lines = [f"NOT VERIFIED: {result['proof']}.", ""]
     hops = result["hops"]
     if len(hops) > 1:
-        lines += _table(hops)
-    parts = {key: f"{name} {_ms(result['downtime'][key])}" for key, name in PARTS.items()}
-    resume = _ms(result["downtime"]["resume"])
-    downtime = show_time(result["downtime_ms"] / 1000)
+        lines += _table(hops, width)
+    parts = {key: f"{name} {formats.column_ms(result['downtime'][key] / 1000)}" for key, name in PARTS.items()}
+    resume = formats.column_ms(result["downtime"]["resume"] / 1000)
+    downtime = formats.duration(result["downtime_ms"] / 1000)
     if len(hops) > 1:
-        downtime = f"at most {downtime} (hop {_worst(hops)}), {show_time(result['downtime_sum_ms'] / 1000)} in all"
+        downtime = (
+            f"at most {downtime} (hop {_worst(hops)}), {formats.duration(result['downtime_sum_ms'] / 1000)} in all"
+        )
     rows = [
-        ("total time", f"{show_time(result['total_ms'] / 1000)}, {_counted(result['iterations'], 'iteration')}"),
+        ("total time", f"{formats.duration(result['total_ms'] / 1000)}, {formats.counted(result['iterations'], 'pass', 'passes')}"),
         ("downtime", downtime),
         ("  parts, in ms", f"{parts['pause']}, {parts['ram']}, {parts['devices']},"),
         ("", f"{parts['prepare']}, {parts['commit']} ({resume} of it to resume there)"),
-        ("throughput", f"{show_size(result['throughput_bytes_per_s'])}/s of guest memory"),
-        ("memory moved", f"{show_size(result['normal_bytes'])} in normal pages, {show_size(result['zero_bytes'])} in zero pages"),
-        ("bytes sent", show_size(result["transferred_bytes"])),
+        ("throughput", f"{formats.rate(result['throughput_bytes_per_s'])} of guest memory"),
+        ("memory moved", f"{formats.size(result['normal_bytes'])} in normal pages, {formats.size(result['zero_bytes'])} in zero pages"),
+        ("bytes sent", formats.size(result["transferred_bytes"])),
         ("dirty tracking", result["dirty_tracking"]),
     ]  # fmt: skip
     if "page_faults" in result:
         cuts = result["recoveries"]
-        lost = f"; the connection was lost {_counted(cuts, 'time')}, and taken up again" if cuts else ""
+        lost = f"; the connection was lost {formats.counted(cuts, 'time')}, and taken up again" if cuts else ""
         faults = "none: what the guest touched had come"
         if count := result["page_faults"]:
             median, p99 = result["fault_median_ms"], result["fault_p99_ms"]
-            faults = f"{count}, median {median:.2f} ms, 99 % within {p99:.2f} ms"
+            faults = (
+                f"{count}, median {formats.duration(median / 1000)}, 99 of 100 within {formats.duration(p99 / 1000)}"
+            )
         rows.append(("page faults", faults + lost))
     lines += [f"  {name:<16}{value}" for name, value in rows]
     return "\n".join(lines)
 
 
-def _table(hops: Sequence[dict[str, Any]]) -> list[str]:
-    lines = [
-        "                                           downtime, ms, and its parts",
-        " hop     time passes     sent        rate   total pause   RAM  dev. prep. commit",
-    ]
-    for r in hops:
-        rate = f"{show_size(r['throughput_bytes_per_s'])}/s"
-        parts = "".join(
-            f"{_ms(r['downtime'][part]):>{width}}" for part, width in zip(PARTS, (6, 6, 6, 6, 7), strict=True)
+#: The columns of the table of hops: name, unit, width, and the value of a hop's record.
+_COLUMNS: Final[Sequence[tuple[str, str, int, Callable[[Mapping[str, Any]], str]]]] = (
+    ("hop", "", 4, lambda r: str(r["hop"])),
+    ("time", "s", 8, lambda r: formats.column_s(r["total_ms"] / 1000)),
+    ("passes", "", 7, lambda r: str(r["iterations"])),
+    ("sent", "MiB", 9, lambda r: formats.column_mib(r["transferred_bytes"])),
+    ("rate", "MiB/s", 8, lambda r: formats.column_mib(r["throughput_bytes_per_s"])),
+    ("downtime", "ms", 9, lambda r: formats.column_ms(r["downtime_ms"] / 1000)),
+    *(
+        (name, "ms", width, lambda r, part=part: formats.column_ms(r["downtime"][part] / 1000))
+        for part, name, width in (
+            ("pause", "pause", 6),
+            ("ram", "RAM", 6),
+            ("devices", "dev.", 6),
+            ("prepare", "prep.", 6),
+            ("commit", "commit", 7),
         )
-        lines.append(
-            f"{r['hop']:>4}{show_time(r['total_ms'] / 1000):>9}{r['iterations']:>7}"
-            f"{show_size(r['transferred_bytes']):>9}{rate:>12}{_ms(r['downtime_ms']):>8}{parts}"
-        )
-    return [*lines, ""]
+    ),
+)
+
+
+def _table(hops: Sequence[dict[str, Any]], width: int) -> list[str]:
+    """One line a hop, below names and units; the columns that fit into *width*."""
+    columns, taken = [], 0
+    for column in _COLUMNS:
+        taken += column[2]
+        if taken <= width:
+            columns.append(column)
+    head = ["".join(f"{column[row]:>{column[2]}}" for column in columns) for row in (0, 1)]
+    return [*head, *("".join(f"{value(hop):>{wide}}" for _, _, wide, value in columns) for hop in hops), ""]
 
 
 def _worst(hops: Sequence[dict[str, Any]]) -> int:
     return int(max(hops, key=lambda r: float(r["downtime_ms"]))["hop"])
-
-
-def _ms(value: float) -> str:
-    return f"{value:.1f}"
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

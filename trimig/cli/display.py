@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 import trio
 
 import trimig
+from trimig import formats
 from trimig.status import TERMINAL
 
-from .common import alongside, say, show_size, show_time, write_json
+from .common import alongside
+from .output import say, write_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -79,17 +81,17 @@ class Picture:
     def sentence(self) -> str:
         """One plain line."""
         if self.role == "destination":
-            return f"{self.phase}: {show_size(self.sent)} received"
+            return f"{self.phase}: {formats.size(self.sent)} received"
         if self.status in FOLLOWING:
-            return f"{self.phase}: the guest runs there, {show_size(self.remaining)} of its memory remain here"
+            return f"{self.phase}: the guest runs there, {formats.size(self.remaining)} of its memory remain here"
         if self.phase == "first copy":
             done = self.copied * 100 // self.total if self.total else 0
-            return f"first copy: {done} %, {show_size(self.sent)} sent at {show_size(self.bandwidth)}/s"
+            return f"first copy: {formats.percent(done / 100)}, {formats.size(self.sent)} sent at {formats.rate(self.bandwidth)}"
         if self.phase == "chase":
-            expected = "unknown" if self.expected_downtime is None else show_time(self.expected_downtime)
+            expected = "unknown" if self.expected_downtime is None else formats.duration(self.expected_downtime)
             return (
-                f"chase, pass {self.iteration}: {show_size(self.remaining)} remain, dirtied at "
-                f"{show_size(self.dirty_rate)}/s, expected downtime {expected}"
+                f"chase, pass {self.iteration}: {formats.size(self.remaining)} remain, dirtied at "
+                f"{formats.rate(self.dirty_rate)}, expected downtime {expected}"
             )
         return self.phase
 
@@ -313,17 +315,22 @@ class LiveView:
         head = Table.grid(padding=(0, 1))
         state = now.phase
         if now.role == "destination":
-            head.add_row(self._title, f"{state}, {show_size(now.sent)} received")
+            head.add_row(self._title, f"{state}, {formats.size(now.sent)} received")
             return head
         if state == "first copy":
             percent = now.copied * 100 // now.total if now.total else 0
             head.add_row(
-                self._title, "first copy", ProgressBar(total=100, completed=percent, width=24), f"{percent:3} %"
+                self._title,
+                "first copy",
+                ProgressBar(total=100, completed=percent, width=24),
+                formats.percent(percent / 100),
             )
         elif state == "chase":
-            head.add_row(self._title, f"chase: {show_size(now.remaining)} left after {now.elapsed:.1f} s")
+            head.add_row(
+                self._title, f"chase: {formats.size(now.remaining)} left after {formats.duration(now.elapsed)}"
+            )
         elif now.status in FOLLOWING:
-            head.add_row(self._title, f"{state}: {show_size(now.remaining)} of its memory remain here")
+            head.add_row(self._title, f"{state}: {formats.size(now.remaining)} of its memory remain here")
         else:
             head.add_row(self._title, state)
         table = Table(box=box.SIMPLE, pad_edge=False)
@@ -333,17 +340,17 @@ class LiveView:
             row = self._rows[number]
             table.add_row(
                 str(number),
-                show_size(row.sent),
-                show_size(row.remaining),
-                f"{show_size(row.dirty_rate)}/s" if row.dirty_rate or row.passed else "",
-                f"{show_size(row.bandwidth)}/s" if row.bandwidth else "",
-                "" if row.expected_downtime is None else show_time(row.expected_downtime),
+                formats.size(row.sent),
+                formats.size(row.remaining),
+                f"{formats.rate(row.dirty_rate)}" if row.dirty_rate or row.passed else "",
+                f"{formats.rate(row.bandwidth)}" if row.bandwidth else "",
+                "" if row.expected_downtime is None else formats.duration(row.expected_downtime),
             )
         parts: list[RenderableType] = [head, table]
         slow = now.expected_downtime is not None and now.expected_downtime > now.downtime_limit
         if state == "chase" and now.iteration > _ROWS and slow:
             parts.append(
-                f"It does not converge: the guest writes too fast for a downtime of {show_time(now.downtime_limit)}. "
+                f"It does not converge: the guest writes too fast for a downtime of {formats.duration(now.downtime_limit)}. "
                 "Allow more downtime or bandwidth; Ctrl-C cancels."
             )
         return Group(*parts)

@@ -21,10 +21,12 @@ from typing import Any, Final
 import click
 import trio
 
+from trimig import formats
 from trimig.policy import forecast as policy
 
 from . import display
-from .common import CANCELLED, DONE, alongside, show_size, show_time, write_json
+from .common import CANCELLED, DONE, alongside
+from .output import write_json
 from .remote import CANCEL_LIMIT, ENDED, Refused, Remote, Settings, State, Tracker
 from .stop import Stop
 
@@ -297,13 +299,15 @@ def _tell(seen: _Measurement, settings: Settings, stop: Stop, before: State, as_
         print(f"  total time   {_range(found.total_time)}")
         print(f"  downtime     {_range(found.downtime)}")
     print(f"  first copy   {_range(found.first_copy)}")
-    print(f"  bandwidth    {show_size(found.bandwidth.likely)}/s")
+    print(f"  bandwidth    {formats.rate(found.bandwidth.likely)}")
     if found.dirty_rate is not None:
-        print(f"  dirty rate   {show_size(found.dirty_rate)}/s")
+        print(f"  dirty rate   {formats.rate(found.dirty_rate)}")
     for clause in found.advice:
         print(f"  would help   {clause}")
     passes = "1 pass" if len(seen.samples) == 1 else f"{len(seen.samples)} passes"
-    print(f"measured: {passes} in {show_time(seen.seconds)}, {show_size(seen.transferred)} to a sink on this host")
+    print(
+        f"measured: {passes} in {formats.duration(seen.seconds)}, {formats.size(seen.transferred)} to a sink on this host"
+    )
     stopped = "; it was stopped for a moment, because nothing was left to send" if seen.stopped else ""
     print(f"the guest is {before.run_state} as before, its settings are as they were{stopped}", flush=True)
     return code
@@ -333,8 +337,8 @@ def _forecast(seen: _Measurement, settings: Settings) -> policy.Forecast:
 
 
 def _range(interval: policy.Interval) -> str:
-    high = "no end" if math.isinf(interval.high) else show_time(interval.high)
-    return f"{show_time(interval.likely)} ({show_time(interval.low)} to {high})"
+    high = "no end" if math.isinf(interval.high) else formats.duration(interval.high)
+    return f"{formats.duration(interval.likely)} ({formats.duration(interval.low)} to {high})"
 
 
 def _record(found: policy.Forecast, seen: _Measurement) -> dict[str, Any]:

@@ -19,6 +19,11 @@ _PARAM: Final = "--guest"
 _SIZES: Final = ("size", "dirty-rate", "hot")
 
 
+def default_hot(size: int) -> int:
+    """How much of its memory a worker of so many bytes writes again and again, where it is not said."""
+    return min(32 << 20, size // 8)
+
+
 def _bad(text: str) -> click.BadParameter:
     return click.BadParameter(text, param_hint=_PARAM)
 
@@ -77,6 +82,8 @@ def _process_options(text: str) -> dict[str, Any]:
             options[key.replace("-", "_")] = trimig.parse_size(value)
         except trimig.ConfigError as error:
             raise _bad(f"{key}: {error}") from None
+    if "size" in options:
+        options.setdefault("hot", default_hot(options["size"]))
     return options
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import click
 import trio
 
-from trimig import stream
+from trimig import formats, stream
 
-from .common import DONE, debug_option, json_option, run, say, show_size, write_json
+from .common import DONE, debug_option, json_option, run
+from .output import say, write_json
 
 _PAGE = 4096
 _PATH = click.Path(dir_okay=False, path_type=Path)
@@ -78,9 +79,9 @@ async def _export(
         write_json({"file": file, "block": block, "out": out, "bytes": length, "missing_bytes": lacking})
         return DONE
     if lacking:
-        say(f"warning: {show_size(lacking)} of it are not in {file}, and zero")
+        say(f"warning: {formats.size(lacking)} of it are not in {file}, and zero")
     if out != "-":
-        print(f"wrote {show_size(length)} of {block} to {out}", flush=True)
+        print(f"wrote {formats.size(length)} of {block} to {out}", flush=True)
     return DONE
 
 
@@ -164,7 +165,7 @@ async def _merge(
         say(f"warning: {different} pages were not the same in both halves; those of {partial} were taken")
     filled = sum(merged.filled.values()) * _PAGE
     print(
-        f"merged {merged.machine or 'the guest'} into {out}: {show_size(filled)} came from the source's half",
+        f"merged {merged.machine or 'the guest'} into {out}: {formats.size(filled)} came from the source's half",
         flush=True,
     )
     return DONE

@@ -7,9 +7,10 @@ from typing import Any, Final
 
 import click
 
-from trimig import stream
+from trimig import formats, stream
 
-from .common import DONE, FAILED, debug_option, json_option, run, say, show_size, write_json
+from .common import DONE, FAILED, debug_option, json_option, run
+from .output import say, write_json
 
 #: So many elements of an array are printed.
 _SHOWN: Final = 8
@@ -60,7 +61,7 @@ def _name(device: stream.DeviceInfo) -> str:
 
 
 def _print_report(file: str, report: stream.StreamReport, *, fields: bool) -> None:
-    print(f"{file}: {show_size(report.size)} ({report.size} bytes)")
+    print(f"{file}: {formats.size(report.size)} ({report.size} bytes)")
     if report.version is not None:
         machine = "no configuration section" if report.machine is None else f"machine {report.machine!r}"
         state = f", run state {report.run_state}" if report.run_state else ""
@@ -73,7 +74,7 @@ def _print_report(file: str, report: stream.StreamReport, *, fields: bool) -> No
         for block in report.blocks:
             missing = f", {block.missing} MISSING" if block.missing else ""
             print(
-                f"  {block.name:{width}}  {show_size(block.length):>9}  {block.pages} pages, "
+                f"  {block.name:{width}}  {formats.size(block.length):>9}  {block.pages} pages, "
                 f"{block.zero_pages} zero pages{missing}"
             )
     _print_sections(report)

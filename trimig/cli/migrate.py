@@ -14,21 +14,12 @@ import click
 import trio
 
 import trimig
+from trimig import formats
 
 from . import display
-from .common import (
-    CANCELLED,
-    DONE,
-    FAILED,
-    PERCENT,
-    debug_option,
-    json_option,
-    run,
-    show_size,
-    show_time,
-    write_json,
-)
+from .common import CANCELLED, DONE, FAILED, PERCENT, debug_option, json_option, run
 from .dry_run import dry_run
+from .output import write_json
 from .remote import (
     CANCEL_LIMIT,
     POLL,
@@ -258,7 +249,7 @@ class _Watch:
 
     def _check_timer(self) -> None:
         if trio.current_time() >= self._timer and not self._stop.asked:
-            self._stop.ask(f"--timeout {self._timeout:g}")
+            self._stop.ask(f"--timeout {formats.plain(self._timeout or 0)}")
 
     async def _pass(self, seconds: float) -> None:
         """That long, but not beyond what ends the waiting."""
@@ -310,7 +301,7 @@ def _outcome(state: State, address: str, uri: str, stop: Stop) -> tuple[int, str
         )
     if state.migration == "completed":
         late = f" ({stop.reason} came too late)" if stop.asked else ""
-        return DONE, f"migrated to {uri} in {show_time(state.info.get('total-time', 0) / 1000)}{late}"
+        return DONE, f"migrated to {uri} in {formats.duration(state.info.get('total-time', 0) / 1000)}{late}"
     if state.migration == "cancelled":
         if not stop.asked:
             return FAILED, f"the migration was cancelled by somebody else; {here}"
@@ -349,6 +340,6 @@ def _report(state: State, uri: str, text: str, as_json: bool) -> None:
         return
     print(text, flush=True)
     print(
-        f"  downtime {info.get('downtime', 0)} ms, {ram.get('dirty-sync-count', 0)} passes over {show_size(ram.get('total', 0))}"
+        f"  downtime {formats.duration(info.get('downtime', 0) / 1000)}, {formats.counted(ram.get('dirty-sync-count', 0), 'pass', 'passes')} over {formats.size(ram.get('total', 0))}"
     )
-    print(f"  {show_size(ram.get('transferred', 0))} sent, {show_size(speed)}/s of guest memory")
+    print(f"  {formats.size(ram.get('transferred', 0))} sent, {formats.rate(speed)} of guest memory")

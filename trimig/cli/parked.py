@@ -15,23 +15,12 @@ from typing import Any
 import click
 
 import trimig
-from trimig import stream, transport
+from trimig import formats, stream, transport
 from trimig.errors import Ownership
 
 from . import display, postcopy
-from .common import (
-    DONE,
-    alongside,
-    debug_option,
-    json_option,
-    migration_options,
-    run,
-    say,
-    show_size,
-    show_time,
-    summary_record,
-    write_json,
-)
+from .common import DONE, alongside, debug_option, json_option, migration_options, run, summary_record
+from .output import say, write_json
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -90,8 +79,8 @@ async def _receive(
         if force:
             stream.write_record(file, None)  # of the guest that was in the file before
         text = (
-            f"received {guest.name or 'a guest'} with {show_size(summary.ram_bytes)} of RAM and {len(guest.sections)} "
-            f"devices in {show_time(summary.total_time)}; it is in {file} ({guest.guest_run_state} when it is resumed)"
+            f"received {guest.name or 'a guest'} with {formats.size(summary.ram_bytes)} of RAM and {len(guest.sections)} "
+            f"devices in {formats.duration(summary.total_time)}; it is in {file} ({guest.guest_run_state} when it is resumed)"
         )
         if as_json:
             view.end(text)
@@ -99,7 +88,7 @@ async def _receive(
             return DONE
         view.end(text)
         print(f"received {guest.name or 'a guest'} into {file}", flush=True)
-        print(f"  RAM: {', '.join(f'{block.name} {show_size(block.length)}' for block in guest.ram)}")
+        print(f"  RAM: {', '.join(f'{block.name} {formats.size(block.length)}' for block in guest.ram)}")
         print(f"  devices: {', '.join(_device_name(s) for s in guest.sections)}")
         for warning in summary.warnings:
             print(f"  warning: {warning}")
@@ -245,14 +234,14 @@ async def _send(
                 stream.write_record(file, before)
         if uncertain is not None:
             raise trimig.HandoverUncertain(f"{uncertain}. {_how_to_settle(file, uri)}") from uncertain
-        text = f"sent {guest.name or 'the guest'} to {uri} in {show_time(summary.total_time)}"
+        text = f"sent {guest.name or 'the guest'} to {uri} in {formats.duration(summary.total_time)}"
         if not summary.confirmed:
             text += "; nobody has confirmed that it arrived, because there was no return path"
         view.end(text)
     if as_json:
         write_json({"file": str(file), "destination": uri, "machine": guest.name, **summary_record(summary)})
         return DONE
-    print(f"{text}: {show_size(summary.bytes_transferred)} at {show_size(summary.throughput)}/s", flush=True)
+    print(f"{text}: {formats.size(summary.bytes_transferred)} at {formats.rate(summary.throughput)}", flush=True)
     for warning in summary.warnings:
         print(f"  warning: {warning}")
     return DONE

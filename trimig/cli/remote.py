@@ -17,7 +17,7 @@ import click
 import trio
 
 import trimig
-from trimig import qmp
+from trimig import formats, qmp
 
 from . import display
 from .common import FAILED, UNCERTAIN
@@ -216,7 +216,9 @@ class Remote:
                 raise Refused(f"{self.address} refuses {name}: {error.desc}") from error
             except (OSError, trimig.MigrationError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise Gone(f"the QMP connection to {self.address} is gone: {error}") from error
-        raise Gone(f"{self.address} has not answered {name} within {ANSWER_LIMIT:g} s; does the process still run?")
+        raise Gone(
+            f"{self.address} has not answered {name} within {formats.duration(ANSWER_LIMIT)}; does the process still run?"
+        )
 
     async def state(self) -> State:
         """How it stands now.
@@ -301,7 +303,7 @@ async def connected(address: str) -> AsyncIterator[Remote]:
             raise Refused(text if address in text else f"cannot reach {address}: {text}") from error
     if limit.cancelled_caught:
         raise Busy(
-            f"{address} took the connection and has said nothing for {CONNECT_LIMIT:g} s; a QEMU serves one client at a "
+            f"{address} took the connection and has said nothing for {formats.duration(CONNECT_LIMIT)}; a QEMU serves one client at a "
             "time on a QMP socket: is there another?"
         )
 

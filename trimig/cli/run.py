@@ -14,12 +14,13 @@ import click
 import trio
 
 import trimig
-from trimig import blockers, qmp, transport
+from trimig import blockers, formats, qmp, transport
 from trimig.errors import Ownership
 
-from .common import CANCELLED, DONE, UNCERTAIN, migration_options, say, show_size, show_time
+from .common import CANCELLED, DONE, UNCERTAIN, migration_options
 from .common import run as run_job
 from .guest_spec import open_guest
+from .output import say
 
 DEFER = "defer"
 
@@ -191,7 +192,9 @@ class _Host:
         machine = self._machine
         if machine is not None and (machine.outgoing.status is trimig.Status.COMPLETED):
             figures = machine.outgoing.statistics()
-            say(f"the guest was handed over: {show_size(figures.transferred)} in {show_time(figures.elapsed)}")
+            say(
+                f"the guest was handed over: {formats.size(figures.transferred)} in {formats.duration(figures.elapsed)}"
+            )
 
     def _say(self, text: str, **record: Any) -> None:
         if self._as_json:

@@ -11,6 +11,7 @@ import enum
 import math
 from typing import Final
 
+from .. import formats
 from ..info import Convergence
 
 
@@ -102,7 +103,7 @@ def reached(progress: Progress, bounds: Bounds) -> str | None:
     if bounds.max_iterations is not None and progress.iteration >= bounds.max_iterations:
         return f"{progress.iteration} iterations (the limit is {bounds.max_iterations})"
     if bounds.max_total_time is not None and progress.elapsed >= bounds.max_total_time:
-        return f"{progress.elapsed:.1f} s (the limit is {bounds.max_total_time:g} s)"
+        return f"{formats.duration(progress.elapsed)} (the limit is {formats.duration(bounds.max_total_time)})"
     return None
 
 
@@ -124,12 +125,12 @@ def explain(progress: Progress, bounds: Bounds) -> Convergence:
     if math.isinf(floor):
         return Convergence(
             converging=False,
-            reason=f"{_mb(progress.remaining)} are left, and nothing has been sent that a bandwidth could be told from",
+            reason=f"{formats.size(progress.remaining)} are left, and nothing has been sent that a bandwidth could be told from",
             advice=("give it more time", *_faster(progress, bounds, 0.0)),
         )
     figures = (
-        f"{_mb(progress.dirty_rate)}/s are dirtied and {_mb(progress.bandwidth)}/s can be sent: {_mb(progress.remaining)} "
-        f"are left, which is {floor * 1000:.0f} ms of downtime against a limit of {bounds.downtime_limit * 1000:.0f} ms"
+        f"{formats.rate(progress.dirty_rate)} are dirtied and {formats.rate(progress.bandwidth)} can be sent: {formats.size(progress.remaining)} "
+        f"are left, which is {formats.whole_ms(floor)} of downtime against a limit of {formats.whole_ms(bounds.downtime_limit)}"
     )
     if floor <= bounds.downtime_limit:
         return Convergence(converging=True, reason=figures)
@@ -155,10 +156,10 @@ def _advice(progress: Progress, bounds: Bounds, floor: float) -> tuple[str, ...]
     # Where more is dirtied than sent the rest is what one whole pass dirties, and a downtime of that length is enough.
     needed = floor * _MARGIN
     if needed <= _MOST_DOWNTIME:
-        found.append(f"raise downtime-limit to {math.ceil(needed * 1000)} ms")
+        found.append(f"raise downtime-limit to {formats.whole_ms(math.ceil(needed * 1000) / 1000)}")
     if progress.dirty_rate > 0:
         share = min(0.99, max(0.01, 1 - progress.bandwidth / progress.dirty_rate / _MARGIN))
-        by = f" by {math.ceil(share * 100)} %" if progress.dirty_rate >= progress.bandwidth else ""
+        by = f" by {formats.percent(math.ceil(share * 100) / 100)}" if progress.dirty_rate >= progress.bandwidth else ""
         found.append(f"throttle the guest{by}")
     if bounds.postcopy:
         found.append("start postcopy")
@@ -170,9 +171,5 @@ def _faster(progress: Progress, bounds: Bounds, wanted: float) -> tuple[str, ...
     limit = bounds.max_bandwidth
     if not limit or progress.bandwidth < limit * _BINDS:
         return ()
-    enough = f", to more than {_mb(wanted * _MARGIN)}/s" if wanted * _MARGIN > limit else ""
-    return (f"raise max-bandwidth ({_mb(limit)}/s){enough}",)
-
-
-def _mb(count: float) -> str:
-    return f"{count / 1e6:.1f} MB"
+    enough = f", to more than {formats.rate(wanted * _MARGIN)}" if wanted * _MARGIN > limit else ""
+    return (f"raise max-bandwidth ({formats.rate(limit)}){enough}",)

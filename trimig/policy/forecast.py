@@ -19,6 +19,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from .. import formats
+
 #: Passes after which a simulation counts as one that never ends.
 MAX_PASSES: Final = 200
 #: The spread that is assumed where too few passes were measured to show one: a tenth up and down.
@@ -29,6 +31,7 @@ _SHORT: Final = 0.02
 _SMALL: Final = 0.2
 #: A dirty rate this much below the bandwidth is what is advised, so that the advice does not fail by a hair.
 _MARGIN: Final = 1.1
+_MIB: Final = 1 << 20
 
 
 class Verdict(enum.Enum):
@@ -276,27 +279,23 @@ def _unknown(copy: Interval, speed: Interval) -> Forecast:
         bandwidth=speed,
         dirty_rate=None,
         floor=None,
-        reason=f"the first copy takes about {copy.likely:.1f} s and was not finished, so nothing was seen of how fast the "
+        reason=f"the first copy takes about {formats.duration(copy.likely)} and was not finished, so nothing was seen of how fast the "
         "guest dirties its memory",
-        advice=(f"measure for longer: {math.ceil(copy.high * 1.2 + 1)} s would do",),
+        advice=(f"measure for longer: {math.ceil(copy.high * 1.2 + 1)} seconds would do",),
     )
 
 
 def _reason(verdict: Verdict, bandwidth: float, rate: float, floor: float, limit: float) -> str:
     """Why, with the figures that decide it."""
-    figures = f"{rate / 1e6:.1f} MB/s are dirtied and {bandwidth / 1e6:.1f} MB/s can be sent"
+    figures = f"{formats.rate(rate)} are dirtied and {formats.rate(bandwidth)} can be sent"
     if verdict is Verdict.CONVERGES:
-        return f"{figures}, so that what is left fits into the downtime limit of {_time(limit)}"
+        return f"{figures}, so that what is left fits into the downtime limit of {formats.duration(limit)}"
     if verdict is Verdict.PERHAPS:
-        return f"{figures}, which is too close to the downtime limit of {_time(limit)} to be sure"
+        return f"{figures}, which is too close to the downtime limit of {formats.duration(limit)} to be sure"
     return (
-        f"{figures}: the passes do not get shorter than {_time(floor)}, which is the downtime, and the limit is "
-        f"{_time(limit)}"
+        f"{figures}: the passes do not get shorter than {formats.duration(floor)}, which is the downtime, and the limit is "
+        f"{formats.duration(limit)}"
     )
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds * 1000:.0f} ms"
 
 
 def _advice(play: Callable[..., _Run], speed: Interval, floor: float, spread: float, limit: float) -> tuple[str, ...]:
@@ -306,14 +305,16 @@ def _advice(play: Callable[..., _Run], speed: Interval, floor: float, spread: fl
     needed = _least(lambda factor: play(speed.low * factor, busy).ends)
     if needed is not None:
         found.append(
-            f"a bandwidth of {math.ceil(speed.low * needed * _MARGIN / 1e6)} MB/s (max-bandwidth, or a faster link)"
+            f"a bandwidth of {formats.rate(math.ceil(speed.low * needed * _MARGIN / _MIB) * _MIB)} (max-bandwidth, or a faster link)"
         )
     longest = play(speed.low, busy, limit=0.0).left / speed.low
-    found.append(f"a downtime-limit of {math.ceil(max(longest, floor, limit) * _MARGIN * 1000)} ms")
+    found.append(
+        f"a downtime-limit of {formats.whole_ms(math.ceil(max(longest, floor, limit) * _MARGIN * 1000) / 1000)}"
+    )
     calmer = _least(lambda factor: play(speed.low, busy / factor).ends)
     if calmer is not None and calmer < 100:
         percent = min(99, math.ceil((1 - 1 / (calmer * _MARGIN)) * 100))
-        found.append(f"a guest that is slowed down by {percent} % (auto-converge)")
+        found.append(f"a guest that is slowed down by {formats.percent(percent / 100)} (auto-converge)")
     return tuple(found)
 
 

@@ -1,0 +1,134 @@
+"""What the commands write: results to stdout, everything else to stderr. Output that fails never fails a command.
+
+The exit code says what became of the guest. A full disk behind ``>result.txt``, a closed stdout or a reader that has gone
+does not change that, so :func:`forgiving` puts streams in place of ``sys.stdout`` and ``sys.stderr`` that give up quietly:
+at most one warning is written, and what follows goes to /dev/null.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO, cast
+
+
+class ForgivingStream:
+    """A text stream whose ``write`` and ``flush`` do not raise when the file behind it fails.
+
+    Everything else is that of the stream itself; so ``buffer``, through which data goes (``export --out -``), fails as
+    it must.
+    """
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        """*name* is for the warning; empty for none."""
+        self._stream = stream
+        self._name = name
+        self._lost = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As of the stream; always all of *text*."""
+        try:
+            if not self._lost:
+                self._stream.write(text)
+        except (OSError, ValueError) as error:
+            self._let_go(error)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """As of the stream."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """As of the stream."""
+        try:
+            if not self._lost:
+                self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._let_go(error)
+
+    def isatty(self) -> bool:
+        """As of the stream; False where it is closed."""
+        try:
+            return self._stream.isatty()
+        except ValueError:
+            return False
+
+    def _let_go(self, error: Exception) -> None:
+        """Nothing more is written. What is still buffered goes to /dev/null: the interpreter flushes it at its end."""
+        self._lost = True
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.dup2(null, self._stream.fileno())
+            finally:
+                os.close(null)
+            self._stream.flush()
+        # A reader that has gone has seen enough; a disk that is full is news.
+        if self._name and isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            say(f"warning: {self._name} cannot be written to ({error.strerror}); what was to be printed is lost")
+
+
+def open_closed_files() -> None:
+    """Put /dev/null where descriptors 0, 1 and 2 are closed, so that no socket or file of ours gets their numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            os.set_inheritable(number, True)
+
+
+@contextlib.contextmanager
+def forgiving() -> Iterator[None]:
+    """Within, what is written to ``sys.stdout`` and ``sys.stderr`` never raises."""
+    with contextlib.ExitStack() as stack:
+        # Python has None for a file that was closed when it started.
+        out = sys.stdout if sys.stdout is not None else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        err = sys.stderr if sys.stderr is not None else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        stack.enter_context(contextlib.redirect_stderr(cast(TextIO, ForgivingStream(err, ""))))
+        stack.enter_context(contextlib.redirect_stdout(cast(TextIO, ForgivingStream(out, "standard output"))))
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+
+def out(text: str) -> None:
+    """One or more lines of a result, on stdout, flushed."""
+    _write(sys.stdout, f"{text}\n")
+
+
+def say(text: str) -> None:
+    """One line for people, on stderr: ``trimig: ...``."""
+    _write(sys.stderr, f"trimig: {text.strip().rstrip('.')}\n")
+
+
+def write_json(record: Mapping[str, Any], *, err: bool = False) -> None:
+    """One object on one line, on stdout (or stderr), flushed."""
+    _write(sys.stderr if err else sys.stdout, json.dumps(record) + "\n")
+
+
+def write_error(text: str) -> None:
+    """*text* as it is, on stderr, flushed."""
+    _write(sys.stderr, text)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    stream.write(text)
+    stream.flush()
+
+
+def same_terminal() -> bool:
+    """Stdout and stderr are shown on a terminal together, so that what is written to both is read twice."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
