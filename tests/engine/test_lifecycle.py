@@ -195,7 +195,7 @@ async def test_bandwidth_limit_that_binds_is_the_first_advice(autojump_clock: tr
     pair = Pair(eager(), config_here=config(downtime_limit=50, max_iterations=6, max_bandwidth=1_000_000))
     here, _ = await pair.both()
     assert isinstance(here, trimig.NotConverging)
-    assert here.advice[0].startswith("raise max-bandwidth (1.0 MB/s)")
+    assert here.advice[0].startswith("raise max-bandwidth (0.954 MiB/s)")
 
 
 async def test_summary_says_why_it_converged(autojump_clock: trio.testing.MockClock) -> None:
