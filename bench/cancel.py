@@ -232,7 +232,7 @@ async def _attempt(guest: WatchedGuest, child: JsonChild, moment: Moment) -> Poi
             nursery.start_soon(cancel_later)
             try:
                 await trimig.migrate(guest, uri, make_config())
-            except trimig.MigrationError as exc:
+            except trimig.TrimigError as exc:
                 raise BenchError(f"a migration ended with {type(exc).__name__}: {exc}") from exc
             completed = True
         returned_at = time.perf_counter()

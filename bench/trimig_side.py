@@ -97,7 +97,7 @@ class TrimigSide:
         trio.lowlevel.add_instrument(self._instrument)
         try:
             self._summary = await migration
-        except trimig.MigrationError as exc:
+        except trimig.TrimigError as exc:
             say(failed=f"{type(exc).__name__}: {exc}")
         else:
             say(finished=True)

@@ -45,7 +45,7 @@ async def attempt(source: Counter, config: trimig.Config, seconds: float) -> Cou
         try:
             await trimig.receive(destination.guest, "tcp:127.0.0.1:0", monitor=monitor)
             arrived = True
-        except trimig.MigrationError as error:
+        except trimig.TrimigError as error:
             print(f"  destination: {error}")
 
     async with trio.open_nursery() as nursery:

@@ -42,7 +42,7 @@ def main() -> int:
                 print(f"{error}; the table is {mine.run_state} here")
             try:
                 first.result()
-            except trimig.MigrationError as error:
+            except trimig.TrimigError as error:
                 print(f"the receiver was told: {error}")
         receiver = portal.start_receive(successor, "tcp:127.0.0.1:0")
         # Blocks like any other call. Ctrl-C would put the guest back before KeyboardInterrupt is raised here.

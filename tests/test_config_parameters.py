@@ -21,7 +21,7 @@ from trimig.config import (
     Parameters,
 )
 from trimig.config.built import BUILT_VALUES, UNREAD
-from trimig.errors import ConfigError, MigrationError
+from trimig.errors import ConfigError, TrimigError
 
 #: config.md part 2, the column of 7.2; and newer.md part 7.
 DEFAULTS = {
@@ -132,7 +132,7 @@ def test_range_and_value_are_in_the_message() -> None:
     error = refusal(lambda: Parameters(downtime_limit=2_000_001))
     assert str(error) == "parameter 'downtime_limit' expects an integer from 0 to 2000000 (milliseconds), not 2000001"
     assert error.name == "downtime-limit"
-    assert isinstance(error, MigrationError)
+    assert isinstance(error, TrimigError)
     assert isinstance(error, ValueError)
 
 

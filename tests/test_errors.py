@@ -17,15 +17,36 @@ ALL = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubcla
 
 @pytest.mark.parametrize("cls", ALL)
 def test_every_error_has_the_root_and_is_public(cls: type[Exception]) -> None:
-    assert issubclass(cls, errors.MigrationError)
+    assert issubclass(cls, errors.TrimigError)
     assert getattr(trimig, cls.__name__) is cls
+
+
+def test_the_error_that_means_as_it_was_catches_no_other() -> None:
+    """A program that serves on after MigrationError must not do so where two guests could run."""
+    safe = {cls for cls in ALL if issubclass(cls, errors.MigrationError)}
+    assert {cls.__name__ for cls in ALL if cls not in safe} == {
+        "TrimigError",
+        "ConfigError",
+        "StateError",
+        "NotOwner",
+        "GuestNotResumed",
+        "HandoverUncertain",
+        "PostcopyLost",
+    }
+    assert issubclass(errors.NotOwner, StateError)
 
 
 def test_owner_is_the_source_unless_said() -> None:
     assert errors.MigrationError("x").owner is Ownership.SOURCE
-    assert errors.TransportFailed("x", owner=Ownership.DESTINATION).owner is Ownership.DESTINATION
+    assert errors.GuestNotResumed("x").owner is Ownership.SOURCE
+    assert errors.PostcopyLost("x").owner is Ownership.DESTINATION
     assert HandoverUncertain("x").owner is Ownership.UNKNOWN
     assert [cls for cls in ALL if "UNKNOWN" in inspect.getsource(cls.__init__)] == [HandoverUncertain]
+
+
+def test_a_call_that_was_not_possible_says_nothing_about_the_owner() -> None:
+    for error in (errors.ConfigError("x"), StateError("x"), errors.NotOwner("x")):
+        assert error.owner is None
 
 
 @pytest.mark.parametrize(

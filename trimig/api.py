@@ -45,11 +45,14 @@ async def migrate(
         What it took. The destination owns the guest; it is paused here, for good.
 
     Raises:
-        HandoverUncertain: the decision was sent and no answer came. The guest stays paused here, on purpose.
-        GuestFailed: also if the guest could not be resumed; its owner is then the source, and it can be tried again.
-        MigrationError: anything else; ``owner`` is SOURCE and the guest is in the run state that it had.
-        StateError: the guest or the monitor is busy, or the guest is blocked (:class:`trimig.Blockers`); nothing was
-            done, but a stream given as *to* is closed.
+        MigrationError: this side has its guest, in the run state that it had; serving on is safe.
+        GuestNotResumed: this side has its guest, and it stands still; ``guest.resume()`` may be tried again.
+        HandoverUncertain: the decision was sent and no answer came. The guest stays paused here, on purpose, until
+            ``guest.settle()``.
+        PostcopyLost: the destination has the guest, without all of its memory.
+        NotOwner: the guest is not this side's; nothing was done, but a stream given as *to* is closed.
+        StateError: the guest or the monitor is busy, or the guest is blocked (:class:`trimig.Blockers`); the same.
+        ConfigError: the configuration contradicts itself or the transport; the same.
 
     **Cancellation:** up to the decision the migration never happened: the guest is in the run state it had, and a new
     attempt may be made at once. From the decision to its answer a cancellation is held off, for at most
@@ -81,8 +84,10 @@ async def receive(
         What it took. The guest is this side's, and in the run state that it had at the source.
 
     Raises:
-        MigrationError: the guest is not here: its memory and devices are undefined until the next whole migration. The
-            source has been told, where there is a return path.
+        MigrationError: the guest is not here and never ran here: its memory and devices are undefined until the next
+            whole migration. The source has been told, where there is a return path.
+        PostcopyLost: the guest is here without all of its memory, and stands still.
+        StateError, ConfigError: the call was not possible; nothing was done, but a stream given as *at* is closed.
 
     **Cancellation:** up to the decision of the source as for an error. If the decision has been read, the guest is
     brought to life and the call returns, or fails, within ``handover_timeout`` seconds.

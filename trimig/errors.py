@@ -1,12 +1,18 @@
 """Every error trimig raises, and who owns the guest when it does.
 
-One root, :class:`MigrationError`; the leaves are named by whose fault it was, so that a caller can decide without
-reading text: the caller's own (:class:`ConfigError`, :class:`StateError`), the peer's bytes
-(:class:`RemoteProtocolError`), the peer's decision (:class:`PeerFailed`), the link (:class:`TransportFailed`), the
-guest (:class:`GuestFailed`), or nobody's (:class:`MigrationCancelled`, :class:`NotConverging`).
+One root, :class:`TrimigError`. What a caller may do follows from the class:
 
-``owner`` is never derived from the class of the error: the engine sets it from the status of the migration. The one
-error that says "unknown" is :class:`HandoverUncertain`.
+* :class:`MigrationError` and its leaves, raised by :func:`trimig.migrate`: this side has its guest, in the run state that
+  it had. Raised by :func:`trimig.receive`: this side has no guest and never ran one. Going on is safe.
+* :class:`ConfigError` and :class:`StateError` (with :class:`NotOwner`): the call was not possible, and nothing was
+  changed. They say nothing about the owner.
+* :class:`GuestNotResumed`, :class:`HandoverUncertain` and :class:`PostcopyLost` are none of these: here the caller has
+  to do something before the guest may be served.
+
+The leaves of MigrationError are named by whose fault it was: the peer's bytes (:class:`RemoteProtocolError`), the
+peer's decision (:class:`PeerFailed`), the link (:class:`TransportFailed`), the guest (:class:`GuestFailed`), ours
+(:class:`LocalProtocolError`, :class:`InternalError`), or no fault at all (:class:`MigrationCancelled`,
+:class:`NotConverging`). The engine chooses the class by the status of the migration, never the other way round.
 
 This module imports nothing of trimig.
 """
@@ -27,21 +33,39 @@ class Ownership(enum.Enum):
     UNKNOWN = "unknown"
 
 
-class MigrationError(Exception):
+class Owner(enum.Enum):
+    """Whether a guest may run in this process: :attr:`trimig.guest.Guest.owner`."""
+
+    #: It is this side's.
+    HERE = "here"
+    #: It has been handed over, or it is to be received and has not arrived.
+    ELSEWHERE = "elsewhere"
+    #: It was handed over, and the answer is missing: ``guest.settle`` is the way out.
+    UNKNOWN = "unknown"
+
+
+class TrimigError(Exception):
     """Root of all errors of this package.
 
     Attributes:
-        owner: which side may run the guest now.
+        owner: which side of the migration may run the guest now; None where the error says nothing about that.
         others: further errors of the same attempt, which this one outranked (for logs; never needed to decide).
     """
 
-    def __init__(self, message: str, *, owner: Ownership = Ownership.SOURCE) -> None:
+    def __init__(self, message: str, *, owner: Ownership | None = None) -> None:
         super().__init__(message)
         self.owner = owner
         self.others: Sequence[BaseException] = ()
 
 
-class ConfigError(MigrationError, ValueError):
+class MigrationError(TrimigError):
+    """The migration did not take place. At the source the guest is as it was; at the destination there is none."""
+
+    def __init__(self, message: str, *, owner: Ownership | None = Ownership.SOURCE) -> None:
+        super().__init__(message, owner=owner)
+
+
+class ConfigError(TrimigError, ValueError):
     """A capability, parameter or option that is unknown, out of range, contradictory or not built yet.
 
     Attributes:
@@ -53,7 +77,7 @@ class ConfigError(MigrationError, ValueError):
         self.name = name
 
 
-class StateError(MigrationError):
+class StateError(TrimigError):
     """The call is not possible in the present status; nothing was changed.
 
     Attributes:
@@ -63,6 +87,18 @@ class StateError(MigrationError):
     def __init__(self, message: str, *, status: str | None = None) -> None:
         super().__init__(message)
         self.status = status
+
+
+class NotOwner(StateError):
+    """The guest is not this side's: it was handed over, has not arrived, or its owner is not known.
+
+    Attributes:
+        guest_owner: the guest's owner at that moment, ELSEWHERE or UNKNOWN.
+    """
+
+    def __init__(self, message: str, *, guest_owner: Owner = Owner.ELSEWHERE) -> None:
+        super().__init__(message)
+        self.guest_owner = guest_owner
 
 
 class LocalProtocolError(MigrationError):
@@ -100,8 +136,8 @@ class PeerFailed(MigrationError):
         code: the value of the SHUT message (QEMU and trimig send 1).
     """
 
-    def __init__(self, message: str, *, code: int, owner: Ownership = Ownership.SOURCE) -> None:
-        super().__init__(message, owner=owner)
+    def __init__(self, message: str, *, code: int) -> None:
+        super().__init__(message)
         self.code = code
 
 
@@ -135,7 +171,17 @@ class MigrationCancelled(MigrationError):
         self.reason = reason
 
 
-class HandoverUncertain(MigrationError):
+class GuestNotResumed(TrimigError):
+    """The migration did not take place, and the guest, which is the source's, could not be put back into its run state.
+
+    It stands still. ``guest.resume()`` may be called again.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, owner=Ownership.SOURCE)
+
+
+class HandoverUncertain(TrimigError):
     """The decision to hand over was sent, and the answer never came: the destination may be running the guest.
 
     The guest stays paused here on purpose. Find out the truth (ask the destination, or fence it), then say it with
@@ -186,7 +232,7 @@ class HandoverUncertain(MigrationError):
             self._settling = False
 
 
-class PostcopyLost(MigrationError):
+class PostcopyLost(TrimigError):
     """The guest is at the destination, and the rest of its memory will not come.
 
     On the destination the guest stands still; it keeps what it has. The source keeps its half, too.

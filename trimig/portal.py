@@ -35,7 +35,7 @@ import trio
 from . import api
 from .config import Config, Parameters
 from .engine.offload import offload
-from .errors import MigrationCancelled, MigrationError, Ownership
+from .errors import MigrationCancelled, Ownership, TrimigError
 from .guest import Guest
 from .monitor import Monitor, Statistics, Summary
 from .status import IDLE, Status
@@ -372,7 +372,7 @@ class Handle:
         try:
             with self._scope:
                 self._outcome.set_result(await call())
-        except MigrationError as error:
+        except TrimigError as error:
             self._outcome.set_exception(error)
         except Exception as error:
             self._outcome.set_exception(error)
@@ -425,10 +425,10 @@ class Handle:
         error = self._outcome.exception()
         if error is None:
             return "it was too late to cancel the migration: the destination owns the guest"
-        owner = error.owner if isinstance(error, MigrationError) else self.owner
+        owner = error.owner if isinstance(error, TrimigError) else self.owner
         if owner is Ownership.UNKNOWN:
             return f"the migration was interrupted, and it is not known who owns the guest: {error}"
-        return f"the migration was cancelled; the owner of the guest is the {owner.value}"
+        return f"the migration was cancelled; the owner of the guest is the {(owner or self.owner).value}"
 
 
 def _trio_hook(hook: Callable[[], Awaitable[T] | T] | None) -> Callable[[], Awaitable[T]] | None:

@@ -78,7 +78,7 @@ class Pair:
         async def one(name: str, side: Awaitable[trimig.Summary]) -> None:
             try:
                 ends[name] = await side
-            except trimig.MigrationError as error:
+            except trimig.TrimigError as error:
                 ends[name] = error
 
         async with trio.open_nursery() as nursery:

@@ -82,7 +82,7 @@ class Fed:
         self.monitor = trimig.Monitor()
         self.config = config(**options)
         self.answers = b""
-        self.result: trimig.Summary | trimig.MigrationError | None = None
+        self.result: trimig.Summary | trimig.TrimigError | None = None
 
     async def feed(self, data: bytes, *, end: bool = True, piece: int = 0) -> Fed:
         """Feed *data*, then close the sending half (or stay silent); *piece* dribbles."""
@@ -104,10 +104,10 @@ class Fed:
     async def _receive(self, stream: trio.abc.HalfCloseableStream) -> None:
         try:
             self.result = await trimig.receive(self.guest, stream, self.config, monitor=self.monitor)
-        except trimig.MigrationError as error:
+        except trimig.TrimigError as error:
             self.result = error
 
-    def refused(self, kind: type[trimig.MigrationError], text: str = "", *, answers: bytes = OPENED) -> None:
+    def refused(self, kind: type[trimig.TrimigError], text: str = "", *, answers: bytes = OPENED) -> None:
         """It must have failed with this, told the source, and left the guest alone."""
         assert isinstance(self.result, kind), f"{self.result!r}"
         assert text in str(self.result)

@@ -245,7 +245,7 @@ async def test_uuid_is_compared_where_both_have_one(
     """
     link = VirtualLink(record=True)
     settings = dataclasses.replace(config(), capabilities=trimig.Capabilities(validate_uuid=switch))
-    ends: dict[str, trimig.Summary | trimig.MigrationError] = {}
+    ends: dict[str, trimig.Summary | trimig.TrimigError] = {}
 
     async def side(name: str, *, source: bool) -> None:
         try:
@@ -253,7 +253,7 @@ async def test_uuid_is_compared_where_both_have_one(
                 ends[name] = await trimig.migrate(guest, link.a, settings)
             else:
                 ends[name] = await trimig.receive(target, link.b, config())
-        except trimig.MigrationError as error:
+        except trimig.TrimigError as error:
             ends[name] = error
 
     with app(here, running=True) as guest, app(there, running=False) as target:
@@ -273,7 +273,7 @@ async def test_uuid_is_compared_where_both_have_one(
         assert isinstance(error, trimig.RemoteProtocolError)
         assert HERE in str(error)
         assert THERE in str(error)
-        assert isinstance(ends["here"], trimig.MigrationError)
+        assert isinstance(ends["here"], trimig.TrimigError)
         assert guest.run_state == "running"
 
 

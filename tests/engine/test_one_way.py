@@ -93,12 +93,12 @@ async def sent_through(
         while await pair.link.b.receive_some():
             pass
 
-    error: trimig.MigrationError | None = None
+    error: trimig.TrimigError | None = None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(there or read)
         try:
             summary = await trimig.migrate(pair.source, stream, pair.config_here, monitor=pair.here)
-        except trimig.MigrationError as failure:
+        except trimig.TrimigError as failure:
             error = failure
         nursery.cancel_scope.cancel()
     if error is not None:

@@ -99,7 +99,7 @@ async def test_cancel_while_it_is_held(autojump_clock: trio.testing.MockClock) -
         nursery.start_soon(cancel)
         here, there = await pair.both()
     assert isinstance(here, trimig.MigrationCancelled)
-    assert isinstance(there, trimig.MigrationError)
+    assert isinstance(there, trimig.TrimigError)
     assert pair.source.running
     assert pair.here.status is Status.CANCELLED
     again = Pair(pair.source, waiting())

@@ -117,7 +117,7 @@ class Destination:
         self.guest = target
         self.config = config or able()
         self.monitor = trimig.Monitor()
-        self.outcome: trimig.Summary | trimig.MigrationError | None = None
+        self.outcome: trimig.Summary | trimig.TrimigError | None = None
         self._offers, self._taken = trio.open_memory_channel[AnyStream](4)
         self._offers_beside, self._taken_beside = trio.open_memory_channel[AnyStream](4)
 
@@ -125,7 +125,7 @@ class Destination:
         try:
             ways = Connections(first=self._next, again=lambda _: self._next(), beside=self._taken_beside.receive)
             self.outcome = await receive_stream(self.guest, ways, self.config, self.monitor)
-        except trimig.MigrationError as error:
+        except trimig.TrimigError as error:
             self.outcome = error
 
     async def _next(self) -> AnyStream:
@@ -169,7 +169,7 @@ async def refusal(stream: bytes, target: trimig.Guest | None = None, config: tri
             with contextlib.suppress(trio.BrokenResourceError):
                 await peer.say(stream)
                 await peer.stream.send_eof()
-    assert isinstance(there.outcome, trimig.MigrationError), there.outcome
+    assert isinstance(there.outcome, trimig.TrimigError), there.outcome
     assert there.monitor.owner is there.outcome.owner is Ownership.SOURCE
     assert Shut(status=1) in peer.heard
     assert not getattr(there.guest, "executed", False)

@@ -35,7 +35,7 @@ class Pair:
         self.target = target
         self.config = config
         self.sender, self.taker = trimig.Monitor(), trimig.Monitor()
-        self.errors: list[trimig.MigrationError] = []
+        self.errors: list[trimig.TrimigError] = []
 
     async def run(self) -> None:
         """Until both have ended."""
@@ -48,14 +48,14 @@ class Pair:
     async def _take(self) -> None:
         try:
             await trimig.receive(self.target, "tcp:127.0.0.1:0", self.config, monitor=self.taker)
-        except trimig.MigrationError as error:
+        except trimig.TrimigError as error:
             self.errors.append(error)
 
     async def _send(self, uri: str) -> None:
         self.sender.add_listener(self._soon)
         try:
             await trimig.migrate(self.source, uri, self.config, monitor=self.sender)
-        except trimig.MigrationError as error:
+        except trimig.TrimigError as error:
             self.errors.append(error)
 
     def _soon(self, event: trimig.Event) -> None:

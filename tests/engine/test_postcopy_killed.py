@@ -133,7 +133,7 @@ async def test_the_destination_is_killed(status: Status, tmp_path: Path) -> None
             async with opened(running=True) as guest, trio.open_nursery() as nursery:
                 if status in (Status.POSTCOPY_PAUSED, Status.POSTCOPY_RECOVER):
                     nursery.start_soon(pause_it, monitor)
-                with pytest.raises(trimig.MigrationError) as caught:
+                with pytest.raises(trimig.TrimigError) as caught:
                     await trimig.migrate(guest, uri, settings(), monitor=monitor)
                 nursery.cancel_scope.cancel()
                 owner = caught.value.owner
@@ -177,7 +177,7 @@ async def test_the_source_is_killed(status: Status, tmp_path: Path) -> None:
                 nursery.start_soon(connect)
                 if status in (Status.POSTCOPY_PAUSED, Status.POSTCOPY_RECOVER):
                     nursery.start_soon(pause_it, monitor)
-                with pytest.raises(trimig.MigrationError) as caught:
+                with pytest.raises(trimig.TrimigError) as caught:
                     await trimig.receive(guest, uri, settings(), monitor=monitor)
                 nursery.cancel_scope.cancel()
                 assert guest.run_state != "running"

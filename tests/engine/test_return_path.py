@@ -27,7 +27,7 @@ def busy_pair() -> Pair:
     return Pair(running(pages=64), link=VirtualLink(rate=300_000, window=8192, record=True))
 
 
-async def refused(pair: Pair, said: bytes) -> trimig.MigrationError:
+async def refused(pair: Pair, said: bytes) -> trimig.TrimigError:
     """The error of a source whose destination says this while pages are sent."""
 
     async def script(there: Destination) -> None:
@@ -38,7 +38,7 @@ async def refused(pair: Pair, said: bytes) -> trimig.MigrationError:
 
     tasks = trio.lowlevel.current_statistics().tasks_living
     async with played(pair, script):
-        with pytest.raises(trimig.MigrationError) as caught:
+        with pytest.raises(trimig.TrimigError) as caught:
             await pair.migrate()
     assert trio.lowlevel.current_statistics().tasks_living == tasks
     assert caught.value.owner is trimig.Ownership.SOURCE

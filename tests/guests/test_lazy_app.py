@@ -38,7 +38,7 @@ class Both:
         self.config = config
         self.content = source.ram[0].pages.copy()
         self.sender, self.taker = trimig.Monitor(), trimig.Monitor()
-        self.errors: list[trimig.MigrationError] = []
+        self.errors: list[trimig.TrimigError] = []
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -59,7 +59,7 @@ class Both:
     def _noting(self):  # type: ignore[no-untyped-def]  # a generator of nothing
         try:
             yield
-        except trimig.MigrationError as error:
+        except trimig.TrimigError as error:
             self.errors.append(error)
 
     async def read(self, page: int) -> bytes:

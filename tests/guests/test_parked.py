@@ -247,7 +247,7 @@ async def test_a_stream_that_breaks_leaves_no_file(tmp_path: Path, cut: int) -> 
         async with trio.open_nursery() as nursery:
 
             async def receive() -> None:
-                with pytest.raises(trimig.MigrationError):
+                with pytest.raises(trimig.TrimigError):
                     await trimig.receive(guest, link.b)
 
             nursery.start_soon(receive)
@@ -286,10 +286,10 @@ async def test_a_disk_that_fails_leaves_the_guest_at_its_source(
         if call == "link":  # then it is tried without links
             monkeypatch.setattr(os, "rename", broken)
         link = VirtualLink(seed=1)
-        failures: list[trimig.MigrationError] = []
+        failures: list[trimig.TrimigError] = []
 
         async def fails(call: Any) -> None:
-            with pytest.raises(trimig.MigrationError) as caught:
+            with pytest.raises(trimig.TrimigError) as caught:
                 await call()
             failures.append(caught.value)
 

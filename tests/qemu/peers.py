@@ -108,7 +108,7 @@ class Arrival:
     monitor: trimig.Monitor
     #: To cancel the receiver from outside.
     scope: trio.CancelScope
-    outcome: trimig.Summary | trimig.MigrationError | None = None
+    outcome: trimig.Summary | trimig.TrimigError | None = None
     done: trio.Event = dataclasses.field(default_factory=trio.Event)
 
     async def wait_pages(self, count: int) -> None:
@@ -120,15 +120,15 @@ class Arrival:
     async def summary(self) -> trimig.Summary:
         """Of the receiver, which must succeed."""
         await self.done.wait()
-        if isinstance(self.outcome, trimig.MigrationError):
+        if isinstance(self.outcome, trimig.TrimigError):
             raise self.outcome
         assert self.outcome is not None
         return self.outcome
 
-    async def error(self) -> trimig.MigrationError:
+    async def error(self) -> trimig.TrimigError:
         """Of the receiver, which must fail."""
         await self.done.wait()
-        assert isinstance(self.outcome, trimig.MigrationError), self.outcome
+        assert isinstance(self.outcome, trimig.TrimigError), self.outcome
         return self.outcome
 
 
@@ -144,7 +144,7 @@ async def arriving(
         try:
             with arrival.scope:
                 arrival.outcome = await trimig.receive(guest, uri, config or settings(), monitor=monitor)
-        except trimig.MigrationError as error:
+        except trimig.TrimigError as error:
             arrival.outcome = error
         arrival.done.set()
 
@@ -173,7 +173,7 @@ async def while_migrating(
     **hooks: Callable[[], Awaitable[None]],
 ) -> trimig.Summary:
     """Migrate, with *beside* as a task next to it that ends by itself; an error of either is raised bare."""
-    failure: trimig.MigrationError | None = None
+    failure: trimig.TrimigError | None = None
     summary: trimig.Summary | None = None
     async with trio.open_nursery() as nursery:
 
@@ -183,7 +183,7 @@ async def while_migrating(
         nursery.start_soon(task)
         try:
             summary = await trimig.migrate(guest, uri, config, monitor=monitor, **hooks)  # type: ignore[arg-type]  # commit
-        except trimig.MigrationError as error:
+        except trimig.TrimigError as error:
             failure = error
     if failure is not None:
         raise failure

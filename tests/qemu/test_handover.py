@@ -311,7 +311,7 @@ async def test_proof_of_prepare(then: str) -> None:
                 await vm.wait_status("running")
                 assert guest.run_state == "paused"
                 return
-            with pytest.raises(trimig.MigrationError) as caught:
+            with pytest.raises(trimig.TrimigError) as caught:
                 await peers.while_migrating(guest, relay.uri, config, monitor, act)
             assert isinstance(
                 caught.value, trimig.MigrationCancelled if then == "cancelled" else trimig.TransportFailed

@@ -130,7 +130,7 @@ async def test_uuid_from_trimig_to_qemu(here: str | None, there: str | None, *, 
                 assert await vm.wait_status("running") == "running"
                 assert np.array_equal(vm.ram, peers.memory(guest))
                 return
-            with pytest.raises(trimig.MigrationError) as caught:
+            with pytest.raises(trimig.TrimigError) as caught:
                 await trimig.migrate(guest, uri, config)
             assert caught.value.owner is trimig.Ownership.SOURCE
             assert guest.run_state == "running"

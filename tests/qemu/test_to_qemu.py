@@ -249,7 +249,7 @@ async def test_qemu_is_killed(when: str) -> None:
                 os.kill(vm.pid, signal.SIGKILL)
 
             decide = functools.partial(at, "after the decision")
-            with pytest.raises(trimig.MigrationError) as caught:
+            with pytest.raises(trimig.TrimigError) as caught:
                 await peers.while_migrating(guest, uri, config, monitor, kill, commit=decide)
             assert await vm.wait_exit() == -signal.SIGKILL
             if when == "after the decision":

@@ -175,14 +175,14 @@ class Life:
 
 async def politely(monitor: trimig.Monitor, side: Callable[[], Awaitable[trimig.Summary]]) -> trimig.Summary:
     """Run *side*; a cancel of this task is passed on as a call of Monitor.cancel(), and the outcome waited for."""
-    result: list[trimig.Summary | trimig.MigrationError] = []
+    result: list[trimig.Summary | trimig.TrimigError] = []
     done = trio.Event()
 
     async def run() -> None:
         with trio.CancelScope(shield=True):
             try:
                 result.append(await side())
-            except trimig.MigrationError as error:
+            except trimig.TrimigError as error:
                 result.append(error)
         done.set()
 
@@ -197,7 +197,7 @@ async def politely(monitor: trimig.Monitor, side: Callable[[], Awaitable[trimig.
             with contextlib.suppress(trimig.StateError):  # too late, and said so
                 monitor.cancel("the sweep")
             await done.wait()
-    if isinstance(result[0], trimig.MigrationError):
+    if isinstance(result[0], trimig.TrimigError):
         raise result[0]
     return result[0]
 
@@ -257,7 +257,7 @@ async def migrate_once(
     outcome = (str(ends["source"]), str(ends["destination"]), "+".join(referee.running()) or "nobody runs")
     if sender.owner is trimig.Ownership.SOURCE:
         if source.run_state != run_state:
-            await source.resume()  # a GuestFailed that says it may be tried again
+            await source.resume()  # a GuestNotResumed, which says that it may be tried again
         await migrate_again(ctx, sender, taker, source, target, run_state)
         referee.check()
     return outcome
@@ -278,7 +278,7 @@ def judge_ends(
         if end.kind == "cancelled":
             assert monitor.status in (Status.CANCELLED, Status.NONE)
         if end.error is not None:
-            assert isinstance(end.error, trimig.MigrationError)
+            assert isinstance(end.error, trimig.TrimigError)
             assert not isinstance(end.error, trimig.InternalError | trimig.StateError), f"{end.error!r}"
             if monitor.status is not Status.CANCELLED:
                 assert monitor.info()["error-desc"] == str(end.error) != ""
@@ -315,9 +315,9 @@ def judge_owner(
     else:
         assert monitor.owner is trimig.Ownership.SOURCE
         assert not arrived, f"{here}, and yet the destination has it"
-        if isinstance(here.error, trimig.MigrationError):
+        if isinstance(here.error, trimig.TrimigError):
             assert here.error.owner is trimig.Ownership.SOURCE
-        if not isinstance(here.error, trimig.GuestFailed):  # which may be that it could not be resumed
+        if not isinstance(here.error, trimig.GuestNotResumed):
             assert source.run_state == life.run_state, f"{here} left the guest {source.run_state}"
 
 

@@ -13,7 +13,7 @@ import trustme
 
 from trimig import transport
 from trimig.config import Config, ConfigObject, Parameters, TlsX509
-from trimig.errors import ConfigError, MigrationError
+from trimig.errors import ConfigError, TrimigError
 
 ID: Final = "tls0"
 
@@ -84,7 +84,7 @@ async def outcome(call: Awaitable[object]) -> object:
     """What *call* returns, or the error of ours that it raises."""
     try:
         return await call
-    except MigrationError as error:
+    except TrimigError as error:
         return error
 
 
@@ -110,7 +110,7 @@ async def connected(uri: str, client: Config, server: Config) -> AsyncIterator[E
     """A connection between two ends of ours: client, server."""
     near, far = await try_both(uri, client, server)
     for end in (near, far):
-        if isinstance(end, MigrationError):
+        if isinstance(end, TrimigError):
             raise end
     assert isinstance(near, trio.abc.Stream)
     assert isinstance(far, trio.abc.Stream)

@@ -113,7 +113,7 @@ class Way:
         return self.connect(monitor.addresses[0])
 
 
-End = trimig.Summary | trimig.MigrationError | None
+End = trimig.Summary | trimig.TrimigError | None
 
 
 class Attempt:
@@ -145,7 +145,7 @@ class Attempt:
         with self.scopes[number]:
             try:
                 self.ends[number] = await call()  # type: ignore[misc]  # a coroutine function, partially applied
-            except trimig.MigrationError as error:
+            except trimig.TrimigError as error:
                 self.ends[number] = error
 
 

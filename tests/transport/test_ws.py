@@ -451,7 +451,7 @@ async def test_cancelled_migration_leaves_no_task(side: str) -> None:
                     nursery.start_soon(strike)
                     with scope:
                         result = await outcome(trimig.migrate(guest, arrival.uri, config))
-                        assert isinstance(result, trimig.MigrationError)
+                        assert isinstance(result, trimig.TrimigError)
                 await arrival.done.wait()
         assert guest.run_state == "running"
         assert trio.lowlevel.current_statistics().tasks_living == before

@@ -111,7 +111,7 @@ class Frame(click.Group):
         options = words[: words.index("--")] if "--" in words else words
         try:
             return self._run(words, prog_name, complete_var, **extra)
-        except (click.ClickException, trimig.MigrationError, OSError) as error:
+        except (click.ClickException, trimig.TrimigError, OSError) as error:
             return report_error(error, as_json="--json" in options, debug="--debug" in options)
         except (click.Abort, KeyboardInterrupt):
             # Before a command had begun to watch for signals: nothing has happened yet.
@@ -120,7 +120,7 @@ class Frame(click.Group):
     def _run(self, words: list[str], prog_name: str, complete_var: str | None, **extra: Any) -> int:
         try:
             code = super().main(words, prog_name, complete_var, standalone_mode=False, **extra)
-        except (click.ClickException, click.Abort, trimig.MigrationError, OSError):
+        except (click.ClickException, click.Abort, trimig.TrimigError, OSError):
             raise
         except Exception as error:
             raise trimig.InternalError(

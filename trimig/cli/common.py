@@ -12,7 +12,7 @@ A command that moves something looks like this::
 
         return run(job, as_json=as_json)
 
-It raises :class:`trimig.MigrationError`, OSError or click's errors, and the frame makes sentences and exit codes of
+It raises :class:`trimig.TrimigError`, OSError or click's errors, and the frame makes sentences and exit codes of
 them. What it returns is its exit code.
 """
 
@@ -331,9 +331,10 @@ def error_record(error: Exception) -> tuple[int, dict[str, Any]]:
     elif isinstance(error, trimig.ConfigError):
         code = USAGE
         record["name"] = error.name
-    elif isinstance(error, trimig.MigrationError):
+    elif isinstance(error, trimig.TrimigError):
         code = UNCERTAIN if error.owner is trimig.Ownership.UNKNOWN else FAILED
-        record["owner"] = error.owner.value
+        if error.owner is not None:
+            record["owner"] = error.owner.value
         for name in ("offset", "section", "code"):
             if (value := getattr(error, name, None)) is not None:
                 record[name] = value

@@ -96,7 +96,7 @@ class Host:
         try:
             with job:
                 report = {"event": "done", **await getattr(self, f"do_{op}")(**arguments)}
-        except (trimig.MigrationError, OSError) as error:
+        except (trimig.TrimigError, OSError) as error:
             if isinstance(error, trimig.HandoverUncertain):
                 self._uncertain = error
             report = {"event": "failed", **error_record(error)[1]}

@@ -103,7 +103,7 @@ async def _keep_partial(guest: trimig.ParkedGuest, file: Path, monitor: trimig.M
     partial = file.with_name(f"{file.name}.partial")
     try:
         await stream.keep_partial(guest, monitor.counters.missing, partial)
-    except trimig.MigrationError as error:
+    except trimig.TrimigError as error:
         view.note(f"what has come could not be kept: {error}")
         return
     view.note(

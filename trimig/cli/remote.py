@@ -214,7 +214,7 @@ class Remote:
                 return await self.client.execute(name, given)
             except qmp.CommandFailed as error:
                 raise Refused(f"{self.address} refuses {name}: {error.desc}") from error
-            except (OSError, trimig.MigrationError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            except (OSError, trimig.TrimigError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise Gone(f"the QMP connection to {self.address} is gone: {error}") from error
         raise Gone(
             f"{self.address} has not answered {name} within {formats.duration(ANSWER_LIMIT)}; does the process still run?"
@@ -296,7 +296,7 @@ async def connected(address: str) -> AsyncIterator[Remote]:
             async with qmp.connect(address) as client:
                 there, limit.deadline = True, math.inf
                 yield Remote(client, address)
-        except (OSError, trimig.MigrationError, qmp.CommandFailed) as error:
+        except (OSError, trimig.TrimigError, qmp.CommandFailed) as error:
             if there or isinstance(error, trimig.ConfigError):
                 raise
             text = error.strerror or str(error) if isinstance(error, OSError) else str(error)

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import trio
 
 from ..config import Config
-from ..errors import MigrationCancelled, MigrationError, PostcopyLost, RemoteProtocolError
+from ..errors import MigrationCancelled, PostcopyLost, RemoteProtocolError, TrimigError
 from ..guest import DeviceSection, Guest, OpaqueGuest
 from ..info import Downtime, Summary
 from ..monitor import Monitor
@@ -24,7 +24,7 @@ from ..wire import globalstate
 from ..wire.postcopy import Runs
 from ..wire.return_path import Shut, encode
 from . import guest_calls, teardown
-from .boundary import Outcome, domain_error
+from .boundary import Outcome, bare, domain_error
 from .channel import Channel
 from .connections import Connections
 from .ram_in import RamReceiver
@@ -131,7 +131,7 @@ class Arrival(abc.ABC):
             self.counters.error = str(error)
             raise error
         assert failure is not None
-        raise failure
+        raise bare(failure)
 
     async def load(self) -> None:
         """Give the guest its devices. GuestFailed, RemoteProtocolError.
@@ -244,7 +244,7 @@ class Arrival(abc.ABC):
         )
 
 
-def _lost(error: MigrationError, missing: Mapping[str, Sequence[tuple[int, int]]]) -> PostcopyLost:
+def _lost(error: TrimigError, missing: Mapping[str, Sequence[tuple[int, int]]]) -> PostcopyLost:
     """The guest is here and will never be whole: say what it lacks."""
     pages = sum(end - first for runs in missing.values() for first, end in runs)
     lost = PostcopyLost(

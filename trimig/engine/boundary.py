@@ -1,4 +1,4 @@
-"""Groups of exceptions become one error, at one place, with the owner from the status."""
+"""Groups of exceptions become one error, at one place, with the owner and the class from the status."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from ..errors import (
     HandoverUncertain,
     InternalError,
     LocalProtocolError,
-    MigrationError,
     NotConverging,
     Ownership,
     PeerFailed,
+    PostcopyLost,
     RemoteProtocolError,
     StateError,
     TransportFailed,
+    TrimigError,
 )
+from ..status import Status
 
 #: The more telling error outranks the other: a guest that failed explains why the connection was closed, not vice versa.
-_RANK: tuple[type[MigrationError], ...] = (
+_RANK: tuple[type[TrimigError], ...] = (
     HandoverUncertain,
     GuestFailed,
     PeerFailed,
     RemoteProtocolError,
     NotConverging,
     ConfigError,
-    StateError,
     LocalProtocolError,
     TransportFailed,
     InternalError,
@@ -66,7 +67,27 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
-def domain_error(error: BaseException, owner: Ownership) -> MigrationError | None:
+def bare(error: BaseException) -> BaseException:
+    """The one exception of *error* that leaves a call: a caller never gets a group.
+
+    For what :func:`domain_error` lets pass: an interrupt of the program goes before the cancellation it came with.
+    """
+    found = list(leaves(error))
+    return next((leaf for leaf in found if not isinstance(leaf, trio.Cancelled)), found[0])
+
+
+def judged(error: TrimigError, status: Status) -> TrimigError:
+    """*error* in the class that the final status demands: a guest that is at the destination without all of its memory
+    is never reported by an error that means "as it was"."""
+    if status is Status.POSTCOPY_LOST and not isinstance(error, PostcopyLost):
+        lost = PostcopyLost(str(error))
+        lost.others = (error, *error.others)
+        lost.__cause__ = error
+        return lost
+    return error
+
+
+def domain_error(error: BaseException, owner: Ownership) -> TrimigError | None:
     """The one error to raise for *error*, or None if it must pass as it is.
 
     None means: nothing but cancellation (the scopes outside absorb it), or an interrupt of the program that is not ours
@@ -83,10 +104,10 @@ def domain_error(error: BaseException, owner: Ownership) -> MigrationError | Non
     return first
 
 
-def _known(leaf: BaseException) -> MigrationError:
-    if isinstance(leaf, MigrationError):
+def _known(leaf: BaseException) -> TrimigError:
+    if isinstance(leaf, TrimigError) and not isinstance(leaf, StateError):
         return leaf
-    found: MigrationError
+    found: TrimigError
     if isinstance(leaf, OSError | trio.BrokenResourceError | trio.ClosedResourceError):
         found = TransportFailed(str(leaf) or type(leaf).__name__)
     else:
@@ -97,5 +118,5 @@ def _known(leaf: BaseException) -> MigrationError:
     return found
 
 
-def _rank(error: MigrationError) -> int:
+def _rank(error: TrimigError) -> int:
     return next((rank for rank, kind in enumerate(_RANK) if isinstance(error, kind)), len(_RANK))

@@ -18,20 +18,20 @@ import trio
 
 from ..config import Config
 from ..errors import (
-    GuestFailed,
+    GuestNotResumed,
     HandoverUncertain,
     MigrationCancelled,
-    MigrationError,
     Ownership,
     PeerFailed,
     TransportFailed,
+    TrimigError,
 )
 from ..guest import DirtyTracker, Guest
 from ..info import Downtime, Summary
 from ..monitor import Monitor
 from ..status import Role, Status
 from . import guest_calls, teardown
-from .boundary import Outcome, domain_error
+from .boundary import Outcome, bare, domain_error, judged
 from .channel import Channel
 from .connections import Connections
 from .limiter import Limiter
@@ -137,7 +137,7 @@ class Departure(abc.ABC):
         parameters = self.monitor.config.parameters
         return parameters.max_postcopy_bandwidth if self.in_postcopy else parameters.max_bandwidth
 
-    async def _unwind(self, failure: BaseException | None) -> GuestFailed | None:
+    async def _unwind(self, failure: BaseException | None) -> GuestNotResumed | None:
         """Guest first, then the connection. Decides by the status who owns the guest, and settles the final status."""
         monitor = self.monitor
         if monitor.status is Status.HANDOVER and not self.answered:
@@ -148,7 +148,7 @@ class Departure(abc.ABC):
         if failure is not None and monitor.status not in _DECIDED:
             cancelled = domain_error(failure, monitor.owner) is None
             monitor.advance(Status.CANCELLING if cancelled and monitor.status is not Status.HANDOVER else Status.FAILED)
-        guest_failure: GuestFailed | None = None
+        guest_failure: GuestNotResumed | None = None
         try:
             self._stop_tracking()
             if monitor.owner is Ownership.SOURCE:
@@ -167,13 +167,16 @@ class Departure(abc.ABC):
         try:
             with guest_calls.guarded("ending the dirty tracking"):
                 self.tracker.stop()
-        except MigrationError as error:
+        except TrimigError as error:
             self.monitor.warn(str(error))  # the guest goes first, also where this fails
 
-    async def _conclude(self, failure: BaseException | None, guest_failure: GuestFailed | None) -> None:
+    async def _conclude(self, failure: BaseException | None, guest_failure: GuestNotResumed | None) -> None:
         """Raise what is to be raised; the final status is set on the way. Returns for a migration that succeeded."""
         monitor = self.monitor
         error = domain_error(failure, monitor.owner) if failure is not None else None
+        if monitor.status is Status.COMPLETED and error is not None:
+            monitor.warn(f"the guest was handed over; behind that: {error}")
+            return
         if monitor.status is Status.UNCERTAIN:
             await self._uncertain(error)
             return
@@ -191,19 +194,20 @@ class Departure(abc.ABC):
                 self.counters.error = str(error)
             if error is None:
                 assert failure is not None
-                raise failure
+                raise bare(failure)
             raise error
         if error is None and failure is None and monitor.status is Status.FAILED:
             error = TransportFailed(
                 f"the transport took nothing of the decision within {self.config.handover_timeout:g} s"
             )
         if error is not None:
+            error = judged(error, monitor.status)
             self.counters.error = str(error)
             raise error
         if failure is not None:
-            raise failure
+            raise bare(failure)
 
-    async def _uncertain(self, error: MigrationError | None) -> None:
+    async def _uncertain(self, error: TrimigError | None) -> None:
         """The answer is missing. Ask the caller's fence; without a definite word raise HandoverUncertain."""
         monitor = self.monitor
         why = str(error or (self.reader.lost if self.reader is not None else None) or self._no_answer())
@@ -211,7 +215,7 @@ class Departure(abc.ABC):
         others: list[BaseException] = [error] if error is not None else []
         try:
             settled = await self.fenced()
-        except MigrationError as failed:
+        except TrimigError as failed:
             why = f"{why}; {failed}"
             others.append(failed)
         if settled is Ownership.DESTINATION:
@@ -234,7 +238,7 @@ class Departure(abc.ABC):
         """What the caller's fence finds out; UNKNOWN without one.
 
         Raises:
-            MigrationError: it failed.
+            TrimigError: it failed.
 
         **Cancellation:** held off, for at most ``handover_timeout``.
         """
@@ -243,10 +247,10 @@ class Departure(abc.ABC):
         fence = functools.partial(self._call, "the fence hook", self.fence_hook)
         return await teardown.bounded(fence, self.config.handover_timeout, Ownership.UNKNOWN)
 
-    async def _given_back(self, why: str, others: Sequence[BaseException]) -> MigrationError:
+    async def _given_back(self, why: str, others: Sequence[BaseException]) -> TrimigError:
         """The fence says that the destination does not have the guest: resume it here. Returns what is to be raised."""
         self.monitor.advance(Status.FAILED)  # the owner is certain now, also if the guest cannot be resumed
-        failure: MigrationError | None = await self._resume_here()
+        failure: TrimigError | None = await self._resume_here()  # a GuestNotResumed
         if failure is None:
             how = "it runs here again" if self.touched else "it is as it was"
             failure = TransportFailed(f"the answer was lost ({why}); the fence gave the guest back, and {how}")
@@ -265,13 +269,15 @@ class Departure(abc.ABC):
             raise failure
         self.monitor.advance(Status.FAILED)
 
-    async def _resume_here(self) -> GuestFailed | None:
+    async def _resume_here(self) -> GuestNotResumed | None:
         """Let the guest run again if it was paused for this attempt; returns why it does not."""
         if not self.touched:
             return None
         failure = await teardown.guest_call("resumed", self.guest.resume, self.config.teardown_grace)
         if failure is not None and self.guest.run_state != "running":
-            return failure
+            stands = GuestNotResumed(str(failure))
+            stands.__cause__ = failure.__cause__
+            return stands
         self.monitor.emit("RESUME")
         return None
 

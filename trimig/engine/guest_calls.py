@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 
 import trio
 
-from ..errors import GuestFailed, MigrationError
+from ..errors import GuestFailed, MigrationError, TrimigError
 
 T = TypeVar("T")
 
@@ -36,12 +36,16 @@ def guarded(what: str) -> Iterator[None]:
         what: the call in words, for the message: ``"pausing the guest"``.
 
     Raises:
-        GuestFailed: for an error of the system or of a value; ours pass as they are.
+        GuestFailed: for an error of the system or of a value, and for errors of ours that would claim more than a
+            guest can know (who owns it, that nothing was done).
+        MigrationError: as it is.
     """
     try:
         yield
     except MigrationError:
         raise
+    except TrimigError as error:
+        raise GuestFailed(f"{what} failed: {error}") from error
     except GUEST_ERRORS as error:
         raise GuestFailed(f"{what} failed: {type(error).__name__}: {error}") from error
 
@@ -54,7 +58,7 @@ async def call(what: str, function: Callable[[], Awaitable[T]], seconds: float) 
         seconds: how long it may take. The peer waits meanwhile, so a guest that hangs must not hang both sides.
 
     Raises:
-        GuestFailed: it raised an error of the system or of a value, or took too long.
+        GuestFailed: it failed (see :func:`guarded`), or took too long.
         MigrationError: as the guest raised it.
 
     **Cancellation:** as the guest's method says.

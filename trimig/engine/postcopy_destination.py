@@ -15,7 +15,7 @@ from typing import Final
 
 import trio
 
-from ..errors import GuestFailed, MigrationError, RemoteProtocolError, TransportFailed
+from ..errors import GuestFailed, RemoteProtocolError, TransportFailed, TrimigError
 from ..guest import DeviceSection, DiscardableBlock, Guest, LazyGuest, MissingMemory, OpaqueGuest, Pages, RamBlock, Wait
 from ..memory import MemoryUnavailable, MissingPages
 from ..status import Status
@@ -217,7 +217,7 @@ class Ahead:
         """Until the guest is whole and lives. Losing the connection does not undo what is in the package.
 
         Raises:
-            MigrationError: it could not be brought to life, or the rest of its memory was given up.
+            TrimigError: it could not be brought to life, or the rest of its memory was given up.
 
         **Cancellation:** until the guest lives, the source keeps it; then it is held off while there is a connection.
         """
@@ -433,7 +433,7 @@ class Ahead:
             # Mostly the kernel takes it at once, and the guest waits for what is asked for here.
             if rest := data[self._channel.send_now(data) :]:
                 await self._channel.send(rest)
-        except MigrationError as error:
+        except TrimigError as error:
             self._connected = False
             self._interrupted(str(error))
         finally:

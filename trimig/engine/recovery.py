@@ -9,7 +9,7 @@ from typing import Final
 import trio
 
 from ..config import Config
-from ..errors import MigrationError, PostcopyLost, TransportFailed
+from ..errors import PostcopyLost, TransportFailed, TrimigError
 from ..monitor import Monitor
 from . import teardown
 from .boundary import leaves
@@ -51,7 +51,7 @@ async def wait_for_connection(monitor: Monitor, config: Config, reopen: Reopen |
                     raise TransportFailed("this migration was given a stream, so no other can be opened")
                 if (stream := await _unless_told_otherwise(monitor, reopen, uri)) is not None:
                     return stream
-            except MigrationError as error:
+            except TrimigError as error:
                 log.info("no new connection: %s", error)
                 monitor.counters.error = str(error)
                 monitor.emit("RECOVERY_FAILED", reason=str(error))
@@ -77,7 +77,7 @@ async def _unless_told_otherwise(monitor: Monitor, reopen: Reopen, uri: str | No
                 await monitor.wait_changed()
             nursery.cancel_scope.cancel("told otherwise")
     except BaseExceptionGroup as group:
-        errors = [leaf for leaf in leaves(group) if isinstance(leaf, MigrationError)]
+        errors = [leaf for leaf in leaves(group) if isinstance(leaf, TrimigError)]
         if stream is not None:
             await teardown.close(stream)
         if len(errors) != 1:

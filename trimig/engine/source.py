@@ -16,7 +16,7 @@ import trio
 
 from .. import blockers
 from ..config import Config
-from ..errors import ConfigError, MigrationError, NotConverging, TransportFailed
+from ..errors import ConfigError, TrimigError, NotConverging, TransportFailed
 from ..guest import PAGE_SIZE, Guest, IdentifiedGuest, OpaqueGuest, PageBitmap
 from ..info import Summary
 from ..memory import snapshot_of
@@ -340,7 +340,7 @@ class _Attempt(Departure):
         with trio.move_on_after(config.handover_timeout):
             try:
                 await channel.send(package + wire.ping(PING_FOLLOWED))
-            except MigrationError:
+            except TrimigError:
                 if self.nothing_left(channel):
                     raise
         assert c.paused_at is not None
@@ -418,7 +418,7 @@ class _Attempt(Departure):
         self.undecided = channel.sent
         try:
             await channel.send(ending)
-        except MigrationError:
+        except TrimigError:
             if not self.two_way or self.nothing_left(channel):
                 raise
             # Something may have left. Only the destination's word counts now, if it is still to be had.

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import trio
 
-from ..errors import GuestFailed, MigrationError
+from ..errors import GuestFailed, TrimigError
 from .channel import Channel
 from .guest_calls import GUEST_ERRORS
 
@@ -20,7 +20,7 @@ log = logging.getLogger("trimig.teardown")
 
 T = TypeVar("T")
 
-_BACK_ERRORS: tuple[type[Exception], ...] = (MigrationError, *GUEST_ERRORS)
+_BACK_ERRORS: tuple[type[Exception], ...] = (TrimigError, *GUEST_ERRORS)
 
 #: How long a destination that has refused keeps reading, so that the peer gets the refusal and not a reset.
 DRAIN_SECONDS = 0.5
@@ -64,7 +64,7 @@ async def farewell(channel: Channel, message: bytes, grace: float) -> bool:
                 while await channel.receive_into(sink):
                     pass
         except (
-            MigrationError,
+            TrimigError,
             OSError,
             MemoryError,
             trio.BrokenResourceError,
@@ -96,7 +96,7 @@ async def close(resource: trio.abc.AsyncResource, grace: float = 0.0) -> None:
         with trio.CancelScope(shield=True):
             await trio.aclose_forcefully(resource)
     except (
-        MigrationError,
+        TrimigError,
         OSError,
         MemoryError,
         trio.BrokenResourceError,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import trio
 
 from ..config import Config
-from ..errors import MigrationError, RemoteProtocolError, TransportFailed
+from ..errors import RemoteProtocolError, TransportFailed, TrimigError
 from ..monitor import Counters
 from ..wire import Decoder
 from ..wire import events as ev
@@ -39,7 +39,7 @@ class UrgentArrival:
         self._nursery = nursery
         self._accepting: trio.CancelScope | None = None
         self._channel: Channel | None = None
-        self._failure: MigrationError | None = None
+        self._failure: TrimigError | None = None
         self._news = trio.Event()
         self._ended = trio.Event()
 
@@ -61,7 +61,7 @@ class UrgentArrival:
         with scope:
             try:
                 self._channel = Channel(await self._beside(), stall_timeout=self._config.stall_timeout)
-            except MigrationError as error:
+            except TrimigError as error:
                 self._failure = error
         self._news.set()
 

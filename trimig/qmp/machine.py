@@ -19,7 +19,7 @@ import trio
 
 from .. import api, blockers
 from ..config import Config
-from ..errors import HandoverUncertain, MigrationError, Ownership, PostcopyLost, StateError, TransportFailed
+from ..errors import HandoverUncertain, Ownership, PostcopyLost, StateError, TransportFailed, TrimigError
 from ..guest import Guest
 from ..info import Event, Summary
 from ..monitor import Monitor
@@ -131,7 +131,7 @@ class Machine:
             raise CommandFailed("the machine is ending")
         try:
             return await command.handler(self, arguments, session)
-        except MigrationError as error:
+        except TrimigError as error:
             raise CommandFailed(str(error)) from error
 
     def subscribe(self, told: Callable[[Mapping[str, Any]], None]) -> Callable[[], None]:
@@ -313,20 +313,20 @@ class Machine:
         """Migrate to *uri* in the background; returns when that has begun. *leave* is called at its end, whatever it is.
 
         Raises:
-            MigrationError: it could not even begin; nothing was changed.
+            TrimigError: it could not even begin; nothing was changed.
 
         **Cancellation:** it goes on in the background.
         """
         self._departing = True  # until it is its turn nobody else may begin
         begun = trio.Event()
-        refusals: list[MigrationError] = []
+        refusals: list[TrimigError] = []
         self._nursery.start_soon(self._depart, uri, leave, begun, refusals, name="trimig.qmp.migrate")
         await begun.wait()
         if refusals:
             raise refusals[0]
 
     async def _depart(
-        self, uri: str, leave: Callable[[], None], begun: trio.Event, refusals: list[MigrationError]
+        self, uri: str, leave: Callable[[], None], begun: trio.Event, refusals: list[TrimigError]
     ) -> None:
         done = self._job()
 
@@ -341,7 +341,7 @@ class Machine:
         except HandoverUncertain as error:
             self.uncertain = error
             log.error("%s", error)
-        except MigrationError as error:
+        except TrimigError as error:
             if begun.is_set():
                 log.warning("the migration to %s failed: %s", uri, error)
             else:
@@ -357,20 +357,20 @@ class Machine:
         """Wait at *uri* for the guest. Returns when somebody can connect there. *leave* is called when it is over.
 
         Raises:
-            MigrationError: nobody can, or what came was at once found to be no guest.
+            TrimigError: nobody can, or what came was at once found to be no guest.
 
         **Cancellation:** it goes on in the background.
         """
         self.arrival = "active"
         waiting = trio.Event()
-        failures: list[MigrationError] = []
+        failures: list[TrimigError] = []
         self._nursery.start_soon(self._arrive, uri, leave, waiting, failures, name="trimig.qmp.receive")
         await waiting.wait()
         if failures:
             raise failures[0]
 
     async def _arrive(
-        self, uri: str, leave: Callable[[], None], waiting: trio.Event, failures: list[MigrationError]
+        self, uri: str, leave: Callable[[], None], waiting: trio.Event, failures: list[TrimigError]
     ) -> None:
         done = self._job()
 
@@ -384,7 +384,7 @@ class Machine:
         except PostcopyLost as error:
             self.arrival = "none"  # the guest has come, and stands still
             log.error("%s", error)
-        except MigrationError as error:
+        except TrimigError as error:
             self.arrival = "failed"
             log.warning("nothing has arrived: %s", error)
             failures.append(error)
@@ -401,7 +401,7 @@ class Machine:
 
         Raises:
             StateError: nothing is paused, or that was asked for already.
-            MigrationError: nobody can.
+            TrimigError: nobody can.
 
         **Cancellation:** it goes on in the background.
         """

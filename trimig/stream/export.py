@@ -59,7 +59,7 @@ async def export_raw(
     Raises:
         ConfigError: the stream has no such block; the message names those it has.
         OSError: a file cannot be read or written, or *out* exists.
-        MigrationError: the stream is damaged before the end of its RAM, or lacks some of it.
+        TrimigError: the stream is damaged before the end of its RAM, or lacks some of it.
 
     **Cancellation:** there is no file of that name, or the whole of it.
     """

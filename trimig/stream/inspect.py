@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import trio
 
-from ..errors import MigrationError, RemoteProtocolError, TransportFailed
+from ..errors import RemoteProtocolError, TransportFailed, TrimigError
 from ..guest import PAGE_SIZE, ConfigSubsection, DeviceSection, PageBitmap
 from ..guests.savefile import peer_of
 from ..wire import Command, Decoder, Section, globalstate
@@ -112,7 +112,7 @@ class StreamReport:
     trailing: int = 0
     #: What is odd, but not damage.
     problems: list[str] = dataclasses.field(default_factory=list)
-    error: MigrationError | None = None
+    error: TrimigError | None = None
 
     @property
     def sound(self) -> bool:
@@ -254,7 +254,7 @@ class _Inspector:
         try:
             while (event := self.decoder.next_event()) is not None:
                 self._take(event)
-        except MigrationError as error:
+        except TrimigError as error:
             report.error = error
         report.good = self.decoder.offset
         return report.error is not None

@@ -74,7 +74,7 @@ async def merge(
         ConfigError: the halves are not of the same machine, or a file has another length than its block.
         StateError: both lack the same pages; or they differ where they should not, so they are not of the same moment.
         OSError: a file cannot be read.
-        MigrationError: as :meth:`trimig.ParkedGuest.load` and :meth:`trimig.ParkedGuest.save`.
+        TrimigError: as :meth:`trimig.ParkedGuest.load` and :meth:`trimig.ParkedGuest.save`.
 
     **Cancellation:** there is no file *out*, or the whole of it.
     """

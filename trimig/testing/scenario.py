@@ -17,7 +17,7 @@ from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 import trio
 from trio.testing import MockClock
 
-from ..errors import MigrationError
+from ..errors import TrimigError
 from .determinism import deterministic_schedule
 from .edges import EdgeInstrument, EdgeKind, InstrumentErrors, StuckInstrument
 from .failing import Calls
@@ -249,7 +249,7 @@ class Scenario(Generic[T]):
     #: Makes links; called with ``seed=``.
     link: LinkMaker = VirtualLink
     #: Errors that a side may end with. Anything else fails the run.
-    expected: tuple[type[Exception], ...] = (MigrationError,)
+    expected: tuple[type[Exception], ...] = (TrimigError,)
     #: Virtual seconds that a whole run may take (not counting a leap).
     limit: float = 86400.0
     #: Virtual seconds from a cancel or an expired deadline until its victims have ended.
