@@ -16,7 +16,7 @@ import trio
 
 from .. import blockers
 from ..config import Config
-from ..errors import ConfigError, TrimigError, NotConverging, TransportFailed
+from ..errors import ConfigError, NotConverging, TransportFailed, TrimigError
 from ..guest import PAGE_SIZE, Guest, IdentifiedGuest, OpaqueGuest, PageBitmap
 from ..info import Summary
 from ..memory import snapshot_of
