@@ -42,7 +42,7 @@ async def test_eager_guest_makes_the_migration_fail_at_its_bound(autojump_clock:
     assert here.owner is trimig.Ownership.SOURCE
     text = str(here)
     assert "no convergence within 3 iterations" in text
-    assert "MB/s are dirtied" in text
+    assert "MiB/s are dirtied" in text
     assert "against a limit of 50 ms" in text
     assert "pause" not in pair.source.events()
     assert isinstance(there, trimig.TransportFailed)
