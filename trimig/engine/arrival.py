@@ -49,6 +49,7 @@ class Arrival(abc.ABC):
         self.confirmed = False
         self.prepared = False  # the source has asked for the proof that everything is loaded, and got it
         self.ram = RamReceiver(self.counters)
+        self.ram_ended = False  # the section END of the RAM has come
         self.sections: list[DeviceSection] = []
         self.run_state = "running"
         self.resume_seconds = 0.0
@@ -157,6 +158,18 @@ class Arrival(abc.ABC):
             f"device {n!r} (instance {i}) was never received" for n, i in self.guest.devices or {} if (n, i) not in have
         ]
         self.problems(problems)
+
+    def check_ended(self, at: int) -> None:
+        """Whether the RAM has come to its end, at the element with the offset *at* that goes on without it.
+
+        Raises:
+            RemoteProtocolError: there is no list of RAM blocks, or no end of the RAM. No option accepts that: such a guest
+                is made of nothing. (A background snapshot has no end of the RAM, and can only be kept.)
+        """
+        if not self.ram.opened:
+            raise RemoteProtocolError("the guest has no RAM: no list of RAM blocks came before this", offset=at)
+        if not self.ram_ended and not isinstance(self.guest, OpaqueGuest):
+            raise RemoteProtocolError("the guest has no end of its RAM: the section END did not come", offset=at)
 
     def problems(self, problems: list[str]) -> None:
         """Something is missing. RemoteProtocolError, unless ``completeness`` says that it may."""

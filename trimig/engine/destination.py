@@ -30,6 +30,7 @@ from . import guest_calls
 from .arrival import Arrival
 from .channel import Channel
 from .connections import Connections
+from .order import Place, check_place
 from .placement import ENOUGH
 from .postcopy_destination import Ahead, check_guest, open_memory, take_apart
 from .stream_out import UUID_SUBSECTION
@@ -70,7 +71,6 @@ class _Arrival(Arrival):
         super().__init__(guest, connections, config, monitor)
         self.header: ev.SectionHeader | None = None
         self.loaded = False
-        self.ram_ended = False
         self.between = False  # the last that came was the end of a section
         self.configuration: ev.Configuration | None = None
         self.adopted = False
@@ -111,7 +111,7 @@ class _Arrival(Arrival):
                     if tail is None:
                         tail = TailBuffer(footers=config.peer.send_section_footer, max_bytes=config.max_device_bytes)
                         tail_at = event.at
-                        await self._ram_received()
+                        await self._ram_received(event.at)
                     await self._tail_bytes(tail, event)
                     if tail.complete:
                         await self._take_tail(tail, tail_at, ended=False)
@@ -236,6 +236,7 @@ class _Arrival(Arrival):
         self.take(section, event.at)
 
     async def _command(self, event: ev.CommandElement) -> None:
+        check_place(event.number, self._place, event.at)
         match event.number:
             case Command.OPEN_RETURN_PATH:
                 self._open_return_path()
@@ -247,24 +248,25 @@ class _Arrival(Arrival):
                 pass  # the last pages are next; early or repeated, it means nothing (newer.md part 2)
             case Command.POSTCOPY_ADVISE:
                 await self._advise(event)
-            case Command.POSTCOPY_RAM_DISCARD | Command.PACKAGED if self.advised and not self.ram_ended:
-                if event.number == Command.POSTCOPY_RAM_DISCARD:
-                    lengths = {block.name: block.length for block in self.guest.ram}
-                    self.ram.forget(postcopy.decode_discard(event.payload, lengths, offset=event.at))
-            case Command.ENABLE_COLO:
-                raise RemoteProtocolError("the source wants COLO, which is not built yet", offset=event.at)
-            case number:
+            case Command.POSTCOPY_RAM_DISCARD | Command.PACKAGED if not self.advised:
                 raise RemoteProtocolError(
-                    f"command {command_name(number)} where it has no place: the source "
-                    f"{'has' if self.advised else 'has not'} announced postcopy",
-                    offset=event.at,
+                    f"command {command_name(event.number)}, and the source has not announced postcopy", offset=event.at
                 )
+            case Command.POSTCOPY_RAM_DISCARD:
+                lengths = {block.name: block.length for block in self.guest.ram}
+                self.ram.forget(postcopy.decode_discard(event.payload, lengths, offset=event.at))
+
+    @property
+    def _place(self) -> Place:
+        if not self.ram.opened:
+            return Place.HEAD
+        return Place.DEVICES if self.ram_ended else Place.RAM
 
     async def _advise(self, event: ev.CommandElement) -> None:
         """The source may switch to postcopy: better to find out now whether that is possible here."""
         advice = postcopy.decode_advise(event.payload, offset=event.at)
-        if self.advised or self.ram.opened:
-            raise RemoteProtocolError("POSTCOPY_ADVISE a second time, or behind the first page", offset=event.at)
+        if self.advised:
+            raise RemoteProtocolError("POSTCOPY_ADVISE a second time", offset=event.at)
         if not self.monitor.config.capabilities.postcopy_ram:
             raise RemoteProtocolError(
                 "the source announces postcopy, and the capability postcopy-ram is off here: turn it on on both sides",
@@ -317,19 +319,22 @@ class _Arrival(Arrival):
 
     async def _pong(self, value: int) -> None:
         # A PING behind the devices asks whether all of it is loaded, so that is what must be done first.
-        if self.ram_ended and not self.loaded:
+        # Before the first device it asks about the memory only.
+        begun = self.ram_ended and (self.header is not None or not self.guest.devices)
+        if begun and not self.loaded:
             self.check_complete()
             await self.load()
             self.loaded = True
         assert self.channel is not None
         if self.return_path:
             await self.channel.send(encode(Pong(value=value)))
-            self.prepared = self.ram_ended
+            self.prepared = begun
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
     async def _end(self, event: ev.EndOfStream, decoder: Decoder) -> None:
         """The decision has been read: the guest is ours once everything about it is known to be right."""
+        self.check_ended(event.at)
         if not self.loaded:
             self.check_complete()
             await self.load()
@@ -368,9 +373,10 @@ class _Arrival(Arrival):
             await self.channel.send(encode(Pong(value=value)))
             self.prepared = True
 
-    async def _ram_received(self) -> None:
+    async def _ram_received(self, at: int) -> None:
         """The first device section: RAM is complete, and a guest that lives on disk can be written out already."""
         assert isinstance(self.guest, OpaqueGuest)
+        self.check_ended(at)
         self.problems([f"{n} pages of RAM block {b!r} were never received" for b, n in self.ram.missing().items()])
         with guest_calls.guarded("keeping the RAM"):
             await self.guest.ram_received()

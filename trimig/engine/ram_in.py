@@ -38,6 +38,8 @@ class RamReceiver:
         self._counters = counters
         self._targets: dict[str, Target] = {}
         self._placer = Placer()
+        #: The source has said which blocks there are, and they are the guest's own.
+        self.opened = False
 
     def open(self, announced: RamList, blocks: Sequence[RamBlock]) -> None:
         """Check the size list against the guest's blocks and get ready.
@@ -65,19 +67,15 @@ class RamReceiver:
                 offset=announced.at,
                 section="ram",
             )
-        if not self._targets:  # a second START repeats the list (stream.md part 10)
+        if not self.opened:  # a second START repeats the list (stream.md part 10)
             self._targets = {name: Target(mine[name]) for name, _ in announced.blocks}
+            self.opened = True
         self._counters.total = sum(length for _, length in announced.blocks)
 
     def missing(self) -> Mapping[str, int]:
         """Pages per block that were never received; blocks without any are left out."""
         counts = {name: len(t.received) - int(np.count_nonzero(t.received)) for name, t in self._targets.items()}
         return {name: count for name, count in counts.items() if count}
-
-    @property
-    def opened(self) -> bool:
-        """The source has said which blocks there are."""
-        return bool(self._targets)
 
     def received(self) -> Mapping[str, PageBitmap]:
         """The pages that have come, by the block's name; the order says nothing."""

@@ -1,0 +1,250 @@
+"""Every command at every place of a stream, and streams without one of their parts, for every kind of guest.
+
+What is legal where is :data:`trimig.engine.order.LEGAL`. A command elsewhere is one RemoteProtocolError with its offset; the
+source is told so and keeps its guest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator, Iterator
+
+import numpy as np
+import pytest
+import trio
+
+import trimig
+from tests.engine.test_postcopy_bad_input import (
+    ADVISE,
+    ALL,
+    CLOSE,
+    HEAD,
+    PACKAGE,
+    PAGES,
+    RAM,
+    START,
+    Destination,
+    able,
+    destination,
+    devices,
+    part,
+)
+from trimig.engine.order import LEGAL, Place
+from trimig.errors import Ownership, RemoteProtocolError
+from trimig.guest import PAGE_SIZE
+from trimig.guests.lazy_app import LazyAppGuest
+from trimig.testing import FakeDevice, LazyScriptedGuest
+from trimig.wire import Command, Section, description, globalstate
+from trimig.wire import encoder as wire
+from trimig.wire import postcopy as pc
+from trimig.wire.return_path import Shut
+
+END = wire.section_continue(Section.END, 2) + CLOSE
+EOF = wire.end_of_stream()
+TEXT = description.build(
+    PAGE_SIZE, [FakeDevice("clock", size=8).describe(), globalstate.section("running").description or {}]
+)
+#: The parts of a stream by precopy whose source could have switched to postcopy, and where each of them leads to.
+PARTS: list[tuple[str, bytes, Place]] = [
+    ("head", HEAD, Place.HEAD),
+    ("advise", ADVISE, Place.HEAD),
+    ("start", START, Place.RAM),
+    ("pages", part(*ALL[:4]), Place.RAM),
+    ("more pages", part(*ALL[4:]), Place.RAM),
+    ("end", END, Place.DEVICES),
+    ("devices", devices(), Place.DEVICES),
+]
+
+COMMANDS: dict[int, bytes] = {
+    0: b"",
+    Command.OPEN_RETURN_PATH: b"",
+    Command.PING: b"\0\0\0\x07",
+    Command.POSTCOPY_ADVISE: ADVISE[5:],
+    Command.POSTCOPY_LISTEN: b"",
+    Command.POSTCOPY_RUN: b"",
+    Command.POSTCOPY_RAM_DISCARD: b"\0\x03ram\0" + (0).to_bytes(8) + PAGE_SIZE.to_bytes(8),
+    Command.ENABLE_COLO: b"",
+    Command.POSTCOPY_RESUME: b"",
+    Command.RECV_BITMAP: b"\x03ram",
+    Command.SWITCHOVER_START: b"",
+    12: b"",
+    0x7FFF: b"x",
+}
+HARMLESS = (Command.OPEN_RETURN_PATH, Command.PING, Command.SWITCHOVER_START)
+
+
+@contextlib.contextmanager
+def application(kind: type[trimig.AppGuest]) -> Iterator[trimig.Guest]:
+    with kind("scripted", running=False) as guest:
+        guest.add_ram("ram", RAM["ram"])
+        guest.add_device(FakeDevice("clock", size=8))
+        yield guest
+
+
+@contextlib.asynccontextmanager
+async def made(kind: str) -> AsyncIterator[trimig.Guest]:
+    match kind:
+        case "application":
+            with application(trimig.AppGuest) as guest:
+                yield guest
+        case "lazy application":
+            with application(LazyAppGuest) as guest:
+                yield guest
+        case "scripted":
+            yield LazyScriptedGuest(
+                blocks=dict.fromkeys(RAM, PAGES), run_state="inmigrate", devices=[FakeDevice("clock", size=8)]
+            )
+        case "parked":
+            with trimig.ParkedGuest() as parked:
+                yield parked
+        case _:
+            async with trimig.ProcessGuest.open(
+                size=RAM["ram"], hot=PAGE_SIZE, running=False, name="scripted"
+            ) as process:
+                yield process
+
+
+KINDS = ["application", "lazy application", "scripted", "parked"]
+ABLE = [kind for kind in KINDS if kind != "application"]
+
+
+async def outcome(
+    target: trimig.Guest, stream: bytes, *, postcopy: bool = True
+) -> tuple[trimig.Summary | trimig.TrimigError, Destination]:
+    """What comes of that stream; for an error, the source has been told it and keeps its guest."""
+    config = able() if postcopy else trimig.Config(peer=able().peer)
+    if isinstance(target, trimig.ParkedGuest):
+        # Only its description tells where an unknown device ends.
+        config = dataclasses.replace(config, peer=trimig.PeerProfile())
+        stream += wire.description(TEXT)
+    async with destination(target, config) as there:
+        peer = await there.connect()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(peer.hear)
+            with contextlib.suppress(trio.BrokenResourceError):
+                await peer.say(stream)
+                await peer.stream.send_eof()
+    end = there.outcome
+    assert end is not None
+    if isinstance(end, trimig.Summary):
+        assert Shut(status=0) in peer.heard
+        assert target.run_state == ("paused" if isinstance(target, trimig.ParkedGuest) else "running")
+        assert all((block.pages == 5).all() for block in target.ram)
+    else:
+        assert there.monitor.owner is Ownership.SOURCE
+        assert target.run_state == "inmigrate"
+        assert Shut(status=1) in peer.heard or wire.command(1) not in stream
+    return end, there
+
+
+def numbered(number: int) -> str:
+    return Command(number).name if number in list(Command) else f"{number:#x}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("number", COMMANDS, ids=numbered)
+async def test_every_command_at_every_place(kind: str, number: int) -> None:
+    """B9, B10: legal and harmless, or refused with its offset."""
+    able_here = kind != "application"
+    for where in range(len(PARTS)):
+        before = b"".join(data for name, data, _ in PARTS[: where + 1] if able_here or name != "advise")
+        behind = b"".join(data for name, data, _ in PARTS[where + 1 :] if able_here or name != "advise")
+        place = PARTS[where][2]
+        async with made(kind) as target:
+            stream = before + wire.command(number, COMMANDS[number]) + behind + EOF
+            end, _ = await outcome(target, stream, postcopy=able_here)
+        if number in HARMLESS:
+            assert isinstance(end, trimig.Summary), (PARTS[where][0], end)
+            continue
+        if number == Command.POSTCOPY_RAM_DISCARD and PARTS[where][0] == "start":
+            assert isinstance(end, trimig.Summary) is able_here, end  # all of it comes behind
+            continue
+        assert isinstance(end, RemoteProtocolError), (PARTS[where][0], end)
+        if place not in LEGAL.get(number, ()):  # type: ignore[call-overload]  # not every number is a command
+            assert end.offset == len(before), (PARTS[where][0], end)
+
+
+@pytest.mark.parametrize("kind", ABLE)
+async def test_a_package_at_every_place(kind: str) -> None:
+    """B9, B10: where it is not legal, nothing of it is acted on."""
+    for where, (name, _, place) in enumerate(PARTS):
+        before = b"".join(data for _, data, _ in PARTS[: where + 1])
+        if place is Place.RAM:
+            continue  # tests/engine/test_postcopy_bad_input.py has those
+        async with made(kind) as target:
+            end, _ = await outcome(target, before + PACKAGE + part(*ALL) + END + EOF)
+        assert isinstance(end, RemoteProtocolError), (name, end)
+        if kind == "parked" and place is Place.DEVICES:
+            assert end.offset is not None  # devices that are unknown go on until something cannot be one
+            assert end.offset >= len(before)
+        else:
+            assert end.offset == len(before), (name, end)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "process"])
+@pytest.mark.parametrize("opened", [True, False], ids=["two ways", "one way"])
+async def test_a_guest_without_its_ram(kind: str, *, opened: bool) -> None:
+    """B9: a header, a configuration and an end are no guest, whatever devices come with it."""
+    head = HEAD if opened else HEAD[: HEAD.index(wire.command(1))]
+    empty = wire.section_start(Section.START, 2, "ram", 0, 4) + wire.ram_list([]) + CLOSE
+    whole = part(*ALL)
+    streams: dict[str, tuple[bytes, int | None]] = {
+        "nothing": (head + EOF, len(head)),
+        "devices only": (head + devices() + EOF, None),
+        "no pages": (head + START + END + devices() + EOF, None),
+        "an empty list": (head + empty + END + devices() + EOF, None),
+        "an end without a beginning": (head + END + devices() + EOF, len(head)),
+        "pages without a list": (head + whole + END + devices() + EOF, len(head)),
+        "no end": (head + START + whole + devices() + EOF, None),
+        "no end and no devices": (head + START + whole + EOF, len(head + START + whole)),
+    }
+    kept = ("an empty list", "no end", "no end and no devices")
+    async with made(kind) as target:
+        for name, (stream, offset) in streams.items():
+            if kind == "parked" and name in kept:
+                continue  # a machine without RAM, and a background snapshot
+            end, _ = await outcome(target, stream, postcopy=kind != "application")
+            assert isinstance(end, RemoteProtocolError), (name, end)
+            assert offset is None or end.offset == offset, (name, end)
+
+
+async def test_a_background_snapshot_has_no_end_of_its_ram() -> None:
+    """B9: a guest that is only kept may come as one, if all of its pages do."""
+    async with made("parked") as target:
+        end, _ = await outcome(target, HEAD + START + part(*ALL) + devices() + EOF)
+        assert isinstance(end, trimig.Summary)
+    async with made("parked") as target:
+        end, _ = await outcome(target, HEAD + START + part(*ALL[:-1]) + devices() + EOF)
+        assert isinstance(end, RemoteProtocolError)
+        assert "1 pages of RAM block 'ram' were never received" in str(end)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_block_of_its_own_that_is_not_announced(kind: str) -> None:
+    """B9: whole is who has all of the blocks of this guest, not all that were announced."""
+    if kind == "parked":
+        return  # it has none of its own
+    other = wire.section_start(Section.START, 2, "ram", 0, 4) + wire.ram_list([("rom", PAGE_SIZE)]) + CLOSE
+    async with made(kind) as target:
+        end, _ = await outcome(target, HEAD + other + END + devices() + EOF, postcopy=kind != "application")
+    assert isinstance(end, RemoteProtocolError)
+    assert "unknown RAM block 'rom'" in str(end)
+
+
+@pytest.mark.parametrize("kind", ABLE)
+async def test_discarded_and_never_sent_again(kind: str) -> None:
+    """B9: pages that were discarded before an end by precopy are missing."""
+    stale = np.zeros(PAGES, np.bool_)
+    stale[[1, 5]] = True
+    stream = HEAD + ADVISE + START + part(*ALL) + b"".join(pc.discards("ram", stale)) + END + devices() + EOF
+    async with made(kind) as target:
+        end, _ = await outcome(target, stream)
+    assert isinstance(end, RemoteProtocolError)
+    assert "2 pages of RAM block 'ram' were never received" in str(end)
+
+
+def test_the_table_names_every_command() -> None:
+    """Each that is known, but the one that is not built."""
+    assert set(Command) - set(LEGAL) == {Command.ENABLE_COLO}
+    assert all(LEGAL.values())
