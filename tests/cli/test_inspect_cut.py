@@ -22,7 +22,7 @@ CUTS = [*range(1, HEAD), *range(HEAD, EOF_AT - 250, 4999), *range(EOF_AT - 250, 
 
 @pytest.mark.parametrize("json_too", [False, True])
 def test_cut_anywhere(tmp_path: Path, json_too: bool) -> None:
-    """C10: with one RAM section, with two, with too many to list, inside devices, inside the description."""
+    """With one RAM section, with two, with too many to list, inside devices, inside the description."""
     path = tmp_path / "cut"
     sections = 0
     for cut in CUTS:
