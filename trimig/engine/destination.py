@@ -138,7 +138,7 @@ class _Arrival(Arrival):
         """How long the source may be silent now; None for the usual time.
 
         One that is held before the switchover sends nothing for as long as somebody likes. That is behind a section of
-        RAM, and nowhere else.
+        RAM, or a command behind one, and nowhere else.
         """
         held = self.between and not self.ram_ended and self.monitor.config.capabilities.pause_before_switchover
         return math.inf if held else None
@@ -159,7 +159,9 @@ class _Arrival(Arrival):
 
     async def _handle(self, event: ev.Event, decoder: Decoder) -> bool:
         """Take one event; True if the guest has been taken over and nothing more is to be read."""
-        self.between = isinstance(event, ev.SectionFooter | ev.RamEnd)
+        # A command changes nothing: a source that is going to switch to postcopy sends a PING before it is held.
+        if not isinstance(event, ev.CommandElement):
+            self.between = isinstance(event, ev.SectionFooter | ev.RamEnd)
         match event:
             case ev.PageRun():
                 await self.ram.pages(event)
