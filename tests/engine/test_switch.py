@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,11 +22,11 @@ CLOCK = {"clock": 8}
 QUEUED = f"PING {PING_QUEUED:#x}"
 
 
-def able(*, hold: bool = False, bandwidth: int = 0, background: int = 0, **peer: bool) -> trimig.Config:
+def able(*, hold: bool = False, bandwidth: int = 0, background: int = 0) -> trimig.Config:
     return trimig.Config(
         capabilities=trimig.Capabilities(postcopy_ram=True, pause_before_switchover=hold),
         parameters=trimig.Parameters(max_bandwidth=bandwidth, downtime_limit=1, max_postcopy_bandwidth=background),
-        peer=dataclasses.replace(trimig.PeerProfile(), **{"suppress_vmdesc": True, **peer}),
+        peer=dataclasses.replace(trimig.PeerProfile(), suppress_vmdesc=True),
         handover_timeout=5.0,
     )
 
@@ -138,6 +139,10 @@ async def test_a_page_that_is_waited_for_is_the_next_one_sent(autojump_clock: tr
     assert places[-1] < 12, behind[:20]
 
 
+def note(times: dict[str, float], status: str) -> None:
+    times[status] = trio.current_time()
+
+
 async def test_memory_that_follows_has_a_limit_of_its_own(autojump_clock: trio.testing.MockClock) -> None:
     """O12: max-bandwidth does not hold behind the switch, max-postcopy-bandwidth does; 0 is no limit."""
     seconds = {}
@@ -145,7 +150,7 @@ async def test_memory_that_follows_has_a_limit_of_its_own(autojump_clock: trio.t
         pair = going(pages=64, config=able(bandwidth=40_000, background=background))
         times: dict[str, float] = {}
         for status in ("postcopy-active", "completed"):
-            at(pair.here, status, lambda status=status, times=times: times.setdefault(status, trio.current_time()))
+            at(pair.here, status, functools.partial(note, times, status))
         await switched(pair)
         seconds[background] = times["completed"] - times["postcopy-active"]
     assert seconds[0] < 1
