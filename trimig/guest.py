@@ -248,6 +248,44 @@ class OpaqueGuest(Guest, Protocol):
         """
 
 
+class ArrivingPages(Protocol):
+    """Which pages of an arriving guest's RAM have come, and were not taken from here since.
+
+    A page that comes again is here again. The engine adds a page when its new content is in :attr:`RamBlock.pages`. So whoever
+    takes a page first and reads it then has the last content, or finds the page here once more.
+    """
+
+    def take(self, most: int) -> tuple[str, NDArray[np.int64]] | None:
+        """Take up to *most* pages (at least one) of one block out of here.
+
+        Returns:
+            The block's name and the pages, rising, each once; None if there are none.
+        """
+
+    async def wait(self) -> None:
+        """Wait until there is a page.
+
+        **Cancellation:** no effect.
+        """
+
+
+@runtime_checkable
+class StoringGuest(OpaqueGuest, Protocol):
+    """A guest that keeps itself in a place of its own, and writes its RAM there while it arrives."""
+
+    async def store(self, pages: ArrivingPages) -> None:
+        """Write RAM out while it arrives. The engine calls it in a task of its own once the RAM blocks are there.
+
+        It writes until it is cancelled, or returns at once if there is nothing to do. :meth:`OpaqueGuest.ram_received`
+        is called behind it, also if it has failed, and finds the pages that were not taken in the same *pages*.
+
+        Raises:
+            GuestFailed: there is no room for it. While the source can still keep its guest, this ends the migration.
+
+        **Cancellation:** what is written counts, and :meth:`OpaqueGuest.ram_received` writes the rest.
+        """
+
+
 @runtime_checkable
 class IdentifiedGuest(Guest, Protocol):
     """A guest whose machine has a UUID, or could have one."""

@@ -16,7 +16,8 @@ import trio
 import trimig
 from trimig.engine.offload import limiter
 from trimig.guest import ConfigSubsection, DeviceSection, OpaqueGuest
-from trimig.guests import savefile
+from trimig.guests import saving
+from trimig.memory import MemfdBlock
 from trimig.stream import inspect_stream
 from trimig.testing import VirtualLink
 from trimig.wire import RamFlag, RecordWriter, Section, description, globalstate
@@ -99,6 +100,13 @@ def check(guest: trimig.ParkedGuest) -> None:
         (s.idstr, s.instance_id, s.version_id, s.section_id, s.payload) for s in devices()
     ]
     assert guest.guest_run_state == "paused"
+
+
+def blocks_of(guest: trimig.ParkedGuest) -> list[MemfdBlock]:
+    """Its RAM, as what it is."""
+    blocks = [block for block in guest.ram if isinstance(block, MemfdBlock)]
+    assert len(blocks) == len(guest.ram)
+    return blocks
 
 
 def write(path: Path, data: bytes) -> Path:
@@ -267,7 +275,7 @@ async def test_a_cancelled_arrival_leaves_no_file(tmp_path: Path, cut: int) -> N
             await link.a.send_all(stream()[:cut])
             while not guest.ram:
                 await trio.lowlevel.checkpoint()
-            assert len(await trio.to_thread.run_sync(os.listdir, tmp_path)) == 1
+            assert guest.ram
             nursery.cancel_scope.cancel()
     assert await trio.to_thread.run_sync(os.listdir, tmp_path) == []
 
@@ -278,7 +286,7 @@ async def test_a_disk_that_fails_leaves_the_guest_at_its_source(
 ) -> None:
     path = write(tmp_path / "in", stream())
 
-    def broken(*_: Any) -> Any:
+    def broken(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with await trimig.ParkedGuest.load(path) as source, trimig.ParkedGuest(tmp_path / "out") as target:
@@ -320,11 +328,11 @@ async def test_an_existing_file_is_never_touched_without_replace(tmp_path: Path)
 async def test_a_file_that_comes_up_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     guest = await trimig.ParkedGuest.load(write(tmp_path / "in", stream()))
     with guest:
-        file = savefile.SaveFile(tmp_path / "out", replace=False, peer=guest.peer)
-        await file.write_ram(guest)
+        file = saving.SaveFile(tmp_path / "out", guest, blocks_of(guest), replace=False, peer=guest.peer)
+        await file.write_ram()
         write(tmp_path / "out", b"precious")
         with pytest.raises(FileExistsError):
-            await file.finish(guest, guest.sections)
+            await file.finish(guest.sections)
         file.discard()
     assert (tmp_path / "out").read_bytes() == b"precious"
     assert sorted(await trio.to_thread.run_sync(os.listdir, tmp_path)) == ["in", "out"]

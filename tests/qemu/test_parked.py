@@ -136,5 +136,11 @@ async def test_trimig_to_trimig_with_a_parked_guest(captures: dict[str, Path], t
         assert (sent[0].confirmed, sent[0].prepared) == (True, True)
         assert target.sections == source.sections
         assert target.description == source.description
-        await source.save(tmp_path / "direct")
-    assert file.read_bytes() == (tmp_path / "direct").read_bytes()
+        with await trimig.ParkedGuest.load(file) as loaded:
+            for one, other in zip(source.ram, loaded.ram, strict=True):
+                assert (one.name, np.array_equal(one.pages, other.pages)) == (other.name, True)
+            assert loaded.sections == source.sections
+    report = await inspect_stream(file)
+    assert [(b.name, b.pages + b.zero_pages) for b in report.blocks] == [
+        (b.name, b.length // 4096) for b in report.blocks
+    ]

@@ -24,6 +24,7 @@ from ..wire import globalstate
 from ..wire.postcopy import Runs
 from ..wire.return_path import Shut, encode
 from . import guest_calls, teardown
+from .arriving import Storing
 from .boundary import Outcome, bare, domain_error
 from .channel import Channel
 from .connections import Connections
@@ -50,6 +51,7 @@ class Arrival(abc.ABC):
         self.prepared = False  # the source has asked for the proof that everything is loaded, and got it
         self.ram = RamReceiver(self.counters)
         self.ram_ended = False  # the section END of the RAM has come
+        self.storing: Storing | None = None
         self.sections: list[DeviceSection] = []
         self.run_state = "running"
         self.resume_seconds = 0.0
@@ -220,6 +222,17 @@ class Arrival(abc.ABC):
         if alive is not None:
             await alive()
         monitor.advance(then)
+
+    async def ram_received(self) -> None:
+        """Tell an opaque guest that all of its RAM is there. GuestFailed.
+
+        **Cancellation:** as for the guest's method.
+        """
+        assert isinstance(self.guest, OpaqueGuest)
+        if self.storing is not None:
+            await self.storing.end()
+        with guest_calls.guarded("keeping the RAM"):
+            await self.guest.ram_received()
 
     async def keep(self, sections: Sequence[DeviceSection], description: bytes | None = None) -> None:
         """Let an opaque guest keep its devices. GuestFailed.

@@ -15,7 +15,16 @@ import trio
 from .. import blockers
 from ..config import Config
 from ..errors import RemoteProtocolError, StateError, TransportFailed
-from ..guest import PAGE_SIZE, ConfigSubsection, DeviceSection, Guest, IdentifiedGuest, LazyGuest, OpaqueGuest
+from ..guest import (
+    PAGE_SIZE,
+    ConfigSubsection,
+    DeviceSection,
+    Guest,
+    IdentifiedGuest,
+    LazyGuest,
+    OpaqueGuest,
+    StoringGuest,
+)
 from ..info import Summary
 from ..monitor import Monitor
 from ..status import Role, Status
@@ -28,6 +37,7 @@ from ..wire.refusals import check_kept_command, command_name
 from ..wire.return_path import Pong, encode
 from . import guest_calls
 from .arrival import Arrival
+from .arriving import Storing
 from .channel import Channel
 from .connections import Connections
 from .order import Place, check_place
@@ -118,6 +128,8 @@ class _Arrival(Arrival):
                         return
                 elif await self._handle(event, decoder):
                     return
+            if self.storing is not None:
+                await self.storing.wait_room()
             if await self.ram.place_run(channel, decoder):
                 self.counters.transferred = channel.received
                 continue
@@ -222,6 +234,9 @@ class _Arrival(Arrival):
             with guest_calls.guarded("making the RAM blocks"):
                 self.guest.adopt(name, subsections, event.blocks)
         self.ram.open(event, self.guest.ram)
+        if isinstance(self.guest, StoringGuest) and self.storing is None:
+            self.storing = Storing(self.guest, self.ram.watch(), self.monitor)
+            self._nursery.start_soon(self.storing.run, name="trimig.storing")
 
     def _device(self, event: ev.DevicePayload) -> None:
         assert self.header is not None
@@ -380,8 +395,7 @@ class _Arrival(Arrival):
         assert isinstance(self.guest, OpaqueGuest)
         self.check_ended(at)
         self.problems([f"{n} pages of RAM block {b!r} were never received" for b, n in self.ram.missing().items()])
-        with guest_calls.guarded("keeping the RAM"):
-            await self.guest.ram_received()
+        await self.ram_received()
 
     async def _take_tail(self, tail: TailBuffer, at: int, *, ended: bool) -> None:
         assert isinstance(self.guest, OpaqueGuest)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ..guest import PAGE_SIZE, FileBackedBlock, PageBitmap, Pages, RamBlock
 from ..wire import Decoder, RamFlag
 from . import vectored
+from .arriving import MarkedPages
 from .channel import Channel
 
 _RECORD = 8 + PAGE_SIZE
@@ -40,6 +41,7 @@ class Target:
     """One RAM block being filled."""
 
     def __init__(self, block: RamBlock) -> None:
+        self.name = block.name
         self.pages = block.pages
         self.words = self.pages.view(np.uint64)
         self.base = self.pages.ctypes.data
@@ -47,6 +49,8 @@ class Target:
         absent = block.absent()
         #: Known to be zero without a look: it has no memory behind it, and looking would give it some.
         self.untouched: PageBitmap = np.zeros(len(self.pages), np.bool_) if absent is None else absent.copy()
+        #: Told of each page that has come, if there is one.
+        self.marks: MarkedPages | None = None
         self._fd = block.fd if isinstance(block, FileBackedBlock) else None
 
     def fresh(self, first: int, count: int) -> bool:
@@ -75,6 +79,16 @@ class Target:
         """Pages from *first* on hold what the source sent."""
         self.received[first : first + count] = True
         self.untouched[first : first + count] = False
+        if self.marks is not None:
+            self.marks.mark(self.name, first, count)
+
+    def arrived_each(self, indices: NDArray[np.int64], *, touched: bool = True) -> None:
+        """The same for pages in any order; *touched* is False for pages that are zero and may have no memory."""
+        self.received[indices] = True
+        if touched:
+            self.untouched[indices] = False
+        if self.marks is not None:
+            self.marks.mark_each(self.name, indices)
 
 
 class Placer:

@@ -16,7 +16,7 @@ from typing import Final
 import trio
 
 from ..errors import GuestFailed, RemoteProtocolError, TransportFailed, TrimigError
-from ..guest import DeviceSection, DiscardableBlock, Guest, LazyGuest, MissingMemory, OpaqueGuest, Pages, RamBlock, Wait
+from ..guest import DeviceSection, DiscardableBlock, Guest, LazyGuest, MissingMemory, OpaqueGuest
 from ..memory import MemoryUnavailable, MissingPages
 from ..status import Status
 from ..wire import Command, Decoder, Section
@@ -28,6 +28,7 @@ from ..wire.refusals import command_name
 from ..wire.return_path import Message, Pong, ReceivedPages, ResumeAck, encode
 from . import guest_calls, teardown
 from .arrival import Arrival
+from .arriving import KeptMemory
 from .channel import AnyStream, Channel
 from .handover import lift_shield, shield
 from .postcopy_in import PostcopyReceiver
@@ -156,33 +157,6 @@ def _decode(
     return sections, commands
 
 
-class KeptMemory:
-    """:class:`trimig.guest.MissingMemory` of a guest that is only kept: nobody waits for anything."""
-
-    def __init__(self, blocks: Sequence[RamBlock]) -> None:
-        self._blocks = tuple(blocks)
-
-    def fileno(self) -> int:
-        """There is nothing to wait for."""
-        raise OSError("nobody touches the memory of a guest that does not run")
-
-    def waits(self) -> Sequence[Wait]:
-        """Nobody."""
-        return ()
-
-    def place(self, block: int, first: int, pages: Pages) -> int:
-        """Copy them."""
-        self._blocks[block].pages[first : first + len(pages)] = pages
-        return len(pages)
-
-    def place_zeros(self, block: int, first: int, count: int) -> int:
-        """The memory was discarded, so they are there."""
-        return count
-
-    def close(self) -> None:
-        """Nothing to do."""
-
-
 class Ahead:
     """A guest that has come before its memory.
 
@@ -250,7 +224,7 @@ class Ahead:
                 with guest_calls.guarded("discarding pages"):
                     block.discard_slice(first, end - first)
             await trio.lowlevel.checkpoint()
-        memory: MissingMemory = KeptMemory(guest.ram)
+        memory: MissingMemory = KeptMemory(guest.ram, self._arrival.storing)
         if isinstance(guest, LazyGuest):
             memory = await open_memory(guest, self._config.handover_timeout)
         names = [block.name for block in guest.ram]
@@ -304,8 +278,7 @@ class Ahead:
         """The last page has come: a guest that is only kept is kept whole now."""
         guest, arrival = self._guest, self._arrival
         assert isinstance(guest, OpaqueGuest)
-        with guest_calls.guarded("keeping the RAM"):
-            await guest.ram_received()
+        await arrival.ram_received()
         await arrival.keep(package.sections)
         keeping = functools.partial(guest.activate, arrival.run_state)
         failure = await teardown.guest_call("kept", keeping, self._config.handover_timeout)

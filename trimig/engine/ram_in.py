@@ -21,6 +21,7 @@ from ..monitor import Counters
 from ..wire import Decoder
 from ..wire.events import PageRun, RamList, ZeroRun
 from ..wire.postcopy import Discard
+from .arriving import MarkedPages
 from .channel import Channel
 from .placement import Placer, Target
 from .zeros import zero_pages
@@ -81,6 +82,13 @@ class RamReceiver:
         """The pages that have come, by the block's name; the order says nothing."""
         return {name: target.received for name, target in self._targets.items()}
 
+    def watch(self) -> MarkedPages:
+        """From here on each page that has come is marked in what this returns."""
+        marks = MarkedPages({name: len(target.pages) * PAGE_SIZE for name, target in self._targets.items()})
+        for target in self._targets.values():
+            target.marks = marks
+        return marks
+
     def forget(self, discard: Discard) -> None:
         """Those pages have changed at the source since they came."""
         received = self._targets[discard.block].received
@@ -102,8 +110,7 @@ class RamReceiver:
                 target.put(first + start, run.data[start : start + _SLICE_PAGES])
         else:
             target.pages[indices] = run.data
-            target.received[indices] = True
-            target.untouched[indices] = False
+            target.arrived_each(indices)
         self._counters.normal += count
 
     async def zeros(self, run: ZeroRun) -> None:
@@ -113,11 +120,10 @@ class RamReceiver:
         """
         target = self._targets[run.block]
         indices = run.offsets // PAGE_SIZE
-        target.received[indices] = True
         self._counters.duplicate += len(indices)
         if run.fills.any():
             target.pages[indices] = run.fills[:, None]
-            target.untouched[indices] = False
+            target.arrived_each(indices)
             return
         look = indices[~target.untouched[indices]]
         for start in range(0, len(look), _LOOK_PAGES):
@@ -127,6 +133,7 @@ class RamReceiver:
             zero = zero_pages(target.pages, part)
             if not zero.all():
                 target.pages[part[~zero]] = 0
+        target.arrived_each(indices, touched=False)
 
     async def place_run(self, channel: Channel, decoder: Decoder) -> bool:
         """Let the kernel place the predicted continuation of the open run; False if nothing can be predicted.

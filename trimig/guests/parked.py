@@ -17,11 +17,21 @@ import trio
 
 from ..config import PeerProfile
 from ..errors import GuestFailed, RemoteProtocolError, StateError
-from ..guest import PAGE_SIZE, ConfigSubsection, Device, DeviceSection, DirtyTracker, PageBitmap, RamBlock
+from ..guest import (
+    PAGE_SIZE,
+    ArrivingPages,
+    ConfigSubsection,
+    Device,
+    DeviceSection,
+    DirtyTracker,
+    PageBitmap,
+    RamBlock,
+)
 from ..memory import MemfdBlock, NullTracker
 from ..wire import globalstate
 from ..wire.postcopy import runs_of
-from . import savefile
+from . import savefile, saving
+from .newfile import check_target
 
 _ORDINARY: Final = PeerProfile()
 
@@ -67,7 +77,9 @@ class ParkedGuest:
         self._description: bytes | None = None
         self._run_state = "inmigrate"
         self._purpose: str | None = None
-        self._file: savefile.SaveFile | None = None
+        self._file: saving.SaveFile | None = None
+        self._arriving: ArrivingPages | None = None
+        self._failure: OSError | None = None  # of the writing while it arrived
         self._warnings: tuple[str, ...] = ()
         self._holes: Holes = {}
 
@@ -172,14 +184,26 @@ class ParkedGuest:
     ) -> None:
         file = None
         try:
-            file = savefile.SaveFile(target, replace=replace, peer=self._peer)
-            await file.write_ram(self, absent)
-            await file.finish(self, sections)
+            file = saving.SaveFile(target, self, self._ram, replace=replace, peer=self._peer)
+            await file.write_ram(absent=absent)
+            await file.finish(sections)
         except OSError as error:
-            raise savefile.failed("the guest cannot be saved to", target, error) from error
+            raise saving.failed("the guest cannot be saved to", target, error) from error
         finally:
             if file is not None:
                 file.discard()
+
+    def check_save(self) -> None:
+        """Find out whether the file ``save_to`` could be made now: its directory and its name. Nothing is left behind.
+
+        Raises:
+            GuestFailed: it could not, and why.
+        """
+        if self._save_to is not None:
+            try:
+                check_target(self._save_to, replace=self._replace)
+            except OSError as error:
+                raise saving.failed("the guest cannot be saved to", self._save_to, error) from error
 
     @property
     def saved_to(self) -> Path | None:
@@ -307,9 +331,9 @@ class ParkedGuest:
                 if self._file is None:
                     await self.ram_received()
                 assert self._file is not None
-                await self._file.finish(self, self.sections)
+                await self._file.finish(self.sections)
             except OSError as error:
-                raise savefile.failed("the guest cannot be saved to", self._save_to, error) from error
+                raise saving.failed("the guest cannot be saved to", self._save_to, error) from error
             finally:
                 self._discard_file()
         self._run_state = "paused"
@@ -325,6 +349,7 @@ class ParkedGuest:
         """
         self.close()
         self._description = None
+        self._failure = None
         self._warnings = ()
         self._holes = {}
         for name in (machine, *(name for name, _ in blocks)):
@@ -339,32 +364,58 @@ class ParkedGuest:
         try:
             for name, length in blocks:
                 self._ram.append(MemfdBlock(name, length))
-            if self._save_to is not None:
-                self._file = savefile.SaveFile(self._save_to, replace=self._replace, peer=self._peer)
         except OSError as error:
-            what = "there is no memory for the guest" if error.filename is None else "the guest cannot be saved to"
-            raise savefile.failed(what, self._save_to if error.filename is not None else None, error) from error
+            raise saving.failed("there is no memory for the guest", None, error) from error
         self._name = machine
         self._subsections = tuple(subsections)
+        if self._save_to is not None:
+            try:
+                self._file = self._new_file(self._save_to)
+            except OSError as error:
+                raise saving.failed("the guest cannot be saved to", self._save_to, error) from error
 
-    async def ram_received(self) -> None:
-        """Write RAM to ``save_to``, if there is one.
+    def _new_file(self, path: Path) -> saving.SaveFile:
+        return saving.SaveFile(path, self, self._ram, replace=self._replace, peer=self._peer)
+
+    async def store(self, pages: ArrivingPages) -> None:
+        """Write RAM to ``save_to`` while it arrives, if there is one.
 
         Raises:
-            GuestFailed: the file cannot be written.
+            GuestFailed: the file cannot be written. Nothing is left of it.
+
+        **Cancellation:** what was written counts; :meth:`ram_received` writes the rest.
+        """
+        await trio.lowlevel.checkpoint()
+        self._arriving = pages
+        if self._file is None:
+            return
+        try:
+            await self._file.write_arriving(pages)
+        except OSError as error:
+            self._discard_file()
+            self._failure = error
+            raise saving.failed("the guest cannot be saved to", self._save_to, error) from error
+
+    async def ram_received(self) -> None:
+        """Write what is left of RAM to ``save_to``, if there is one.
+
+        Raises:
+            GuestFailed: the file cannot be written, or :meth:`store` has failed.
 
         **Cancellation:** :meth:`release` removes what was written.
         """
         await trio.lowlevel.checkpoint()
         if self._save_to is None:
             return
+        if self._failure is not None:
+            raise saving.failed("the guest cannot be saved to", self._save_to, self._failure) from self._failure
         try:
             if self._file is None:
-                self._file = savefile.SaveFile(self._save_to, replace=self._replace, peer=self._peer)
-            await self._file.write_ram(self)
+                self._file = self._new_file(self._save_to)
+            await self._file.write_ram(self._arriving)
         except OSError as error:
             self._discard_file()
-            raise savefile.failed("the guest cannot be saved to", self._save_to, error) from error
+            raise saving.failed("the guest cannot be saved to", self._save_to, error) from error
 
     async def load_opaque(self, sections: Sequence[DeviceSection], description: bytes | None) -> None:
         """Keep them. **Cancellation:** nothing was taken."""
@@ -374,6 +425,7 @@ class ParkedGuest:
 
     def _discard_file(self) -> None:
         file, self._file = self._file, None
+        self._arriving = None
         if file is not None:
             file.discard()
 

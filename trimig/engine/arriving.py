@@ -1,0 +1,196 @@
+"""Pages on their way from the stream to a guest that writes itself out while it arrives.
+
+The engine marks a page when its content is in memory; the guest takes the mark away before it reads the page. Both happen in
+the run loop, only the reading in a thread. So a page that changes while it is read is marked again, and read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from ..errors import GuestFailed
+from ..guest import PAGE_SIZE, Pages, RamBlock, StoringGuest, Wait
+from ..monitor import Monitor
+from ..status import Status
+from .guest_calls import guarded
+
+#: Pages with one bit in the coarse map, which spares looking at every page to find a few.
+_PART: Final = 1024
+#: Marked pages above which the stream is not read on: so a disk that is slower than the network slows the source down while
+#: its guest still runs, instead of having a backlog when it stands still.
+MOST_MARKED: Final = 16384
+
+
+class MarkedPages:
+    """Implements :class:`trimig.guest.ArrivingPages`.
+
+    Args:
+        lengths: bytes of each block, by its name.
+    """
+
+    def __init__(self, lengths: Mapping[str, int]) -> None:
+        self._marks = {name: np.zeros(length // PAGE_SIZE, np.bool_) for name, length in lengths.items()}
+        self._parts = {name: np.zeros(-(-len(marks) // _PART), np.bool_) for name, marks in self._marks.items()}
+        self._came = trio.Event()
+        self._went = trio.Event()
+        #: Pages that are marked.
+        self.count = 0
+
+    def mark(self, name: str, first: int, count: int) -> None:
+        """Pages from *first* on hold what has come."""
+        if not count:
+            return
+        marks = self._marks[name][first : first + count]
+        self._parts[name][first // _PART : (first + count - 1) // _PART + 1] = True
+        self._add(count - int(np.count_nonzero(marks)))
+        marks[:] = True
+
+    def mark_each(self, name: str, indices: NDArray[np.int64]) -> None:
+        """The same for pages in any order."""
+        marks = self._marks[name]
+        self._parts[name][indices // _PART] = True
+        new = np.unique(indices[~marks[indices]])
+        marks[new] = True
+        self._add(len(new))
+
+    def _add(self, count: int) -> None:
+        self.count += count
+        if count and not self._came.is_set():
+            self._came.set()
+
+    def take(self, most: int) -> tuple[str, NDArray[np.int64]] | None:
+        """Take marks away. They are of one part of one block."""
+        for name, parts in self._parts.items():
+            while parts[part := int(parts.argmax())]:
+                first = part * _PART
+                marks = self._marks[name][first : first + _PART]
+                indices = np.flatnonzero(marks)
+                taken = indices[:most]
+                marks[taken] = False
+                parts[part] = len(taken) < len(indices)
+                if len(taken):
+                    self._subtract(len(taken))
+                    return name, taken + first
+        return None
+
+    def _subtract(self, count: int) -> None:
+        self.count -= count
+        if not self.count:
+            self._came = trio.Event()
+        self.wake()
+
+    def wake(self) -> None:
+        """Let :meth:`wait_taken` return."""
+        self._went.set()
+        self._went = trio.Event()
+
+    async def wait(self) -> None:
+        """Wait until a page is marked.
+
+        **Cancellation:** no effect.
+        """
+        await self._came.wait()
+
+    async def wait_taken(self) -> None:
+        """Wait until a page is taken, or :meth:`wake` is called.
+
+        **Cancellation:** no effect.
+        """
+        await self._went.wait()
+
+
+class Storing:
+    """A guest writes itself out while it arrives.
+
+    Args:
+        guest: its RAM blocks are there.
+        pages: what has come.
+    """
+
+    def __init__(self, guest: StoringGuest, pages: MarkedPages, monitor: Monitor) -> None:
+        self._guest = guest
+        #: What has come.
+        self.pages = pages
+        self._monitor = monitor
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+        self._writes = True
+
+    async def run(self) -> None:
+        """The task. It ends with :meth:`end`, or when the guest has nothing to write.
+
+        Raises:
+            GuestFailed: it cannot write, and the source can still keep its guest. Behind the switch to postcopy it can not:
+                then all pages are taken into memory first, and :meth:`trimig.guest.OpaqueGuest.ram_received` fails.
+
+        **Cancellation:** a piece that is being written is finished.
+        """
+        try:
+            with self._scope, guarded("keeping the RAM"):
+                await self._guest.store(self.pages)
+        except GuestFailed as error:
+            if self._monitor.status is Status.ACTIVE:
+                raise
+            self._monitor.warn(f"{error}; the rest of the guest's memory is still being received")
+        finally:
+            self._writes = False
+            self._ended.set()
+            self.pages.wake()
+
+    async def wait_room(self) -> None:
+        """Wait while too many pages have not been written.
+
+        **Cancellation:** no effect.
+        """
+        while self._writes and self.pages.count > MOST_MARKED:
+            await self.pages.wait_taken()
+
+    async def end(self) -> None:
+        """End the task; what it has not written is left to the guest.
+
+        **Cancellation:** it may go on, and ends with the nursery it is in.
+        """
+        self._scope.cancel("all pages have come")
+        await self._ended.wait()
+
+
+class KeptMemory:
+    """:class:`trimig.guest.MissingMemory` of a guest that is only kept: nothing waits for a page.
+
+    Args:
+        storing: writes what comes, if the guest does that.
+    """
+
+    def __init__(self, blocks: Sequence[RamBlock], storing: Storing | None) -> None:
+        self._blocks = tuple(blocks)
+        self._marks = None if storing is None else storing.pages
+
+    def fileno(self) -> int:
+        """There is nothing to wait for."""
+        raise OSError("the memory of a guest that does not run is touched by nothing")
+
+    def waits(self) -> Sequence[Wait]:
+        """None."""
+        return ()
+
+    def place(self, block: int, first: int, pages: Pages) -> int:
+        """Copy them."""
+        self._blocks[block].pages[first : first + len(pages)] = pages
+        return self._came(block, first, len(pages))
+
+    def place_zeros(self, block: int, first: int, count: int) -> int:
+        """The memory was discarded, so they are there."""
+        return self._came(block, first, count)
+
+    def _came(self, block: int, first: int, count: int) -> int:
+        if self._marks is not None:
+            self._marks.mark(self._blocks[block].name, first, count)
+        return count
+
+    def close(self) -> None:
+        """Nothing to do."""

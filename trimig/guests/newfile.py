@@ -1,0 +1,195 @@
+"""A file that gets its name only when it is whole and on the disk.
+
+Where the file system can, it has no name at all until then (``O_TMPFILE``), so that nothing is left of it however the
+process ends. Elsewhere it grows under a hidden name in the same directory, and only SIGKILL or a loss of power leaves that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import stat
+import tempfile
+from pathlib import Path
+from typing import Final
+
+#: What :func:`os.open` says where a file without a name cannot be made: the file system, or the kernel, does not know it.
+_NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS})
+
+_SYNC_FILE_RANGE_WRITE: Final = 2
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_sync_file_range: Final = getattr(_libc, "sync_file_range", None)
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    _sync_file_range.restype = ctypes.c_int
+
+
+def check_target(path: Path, *, replace: bool) -> None:
+    """Whether a new file may get the name *path*, as far as that can be told now. Nothing is left behind.
+
+    Args:
+        replace: a file of that name may be replaced. A symbolic link counts as a file of its own: the link is replaced, and
+            not the file that it names.
+
+    Raises:
+        OSError: there is no such directory, it cannot be written to, or the name is taken; with its path.
+    """
+    NewFile(path, replace=replace).discard()
+
+
+class NewFile:
+    """A file that is being written, readable by its owner only.
+
+    Args:
+        path: its final name.
+        replace: as for :func:`check_target`. Without it a file that comes up under this name meanwhile is not replaced.
+
+    Attributes:
+        fd: open for reading and writing, at the file's beginning.
+
+    Raises:
+        OSError: as :func:`check_target`.
+    """
+
+    def __init__(self, path: Path, *, replace: bool) -> None:
+        self.path = path
+        self.fd = -1
+        self._replace = replace
+        self._hidden: str | None = None
+        self._check_name()
+        self._directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._open()
+        except BaseException:
+            os.close(self._directory)
+            raise
+
+    def _check_name(self) -> None:
+        try:
+            found = os.lstat(self.path)
+        except FileNotFoundError:
+            return
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self.path))
+        if self._replace:
+            return
+        if stat.S_ISLNK(found.st_mode) and not self.path.exists():
+            text = f"File exists (a symbolic link to {os.readlink(self.path)}, which does not)"
+            raise FileExistsError(errno.EEXIST, text, str(self.path))
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.path))
+
+    def _open(self) -> None:
+        parent = self.path.parent
+        try:
+            self.fd = os.open(parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno not in _NO_TMPFILE:
+                raise
+        else:
+            if os.path.exists(self._by_descriptor()):
+                return
+            os.close(self.fd)  # without /proc it could not be given a name
+        self.fd, self._hidden = tempfile.mkstemp(prefix=f".{self.path.name[:100]}.", suffix=".part", dir=parent)
+
+    def _by_descriptor(self) -> str:
+        return f"/proc/self/fd/{self.fd}"
+
+    def write_at(self, position: int, data: bytes) -> None:
+        """Write all of *data* there. OSError."""
+        os.lseek(self.fd, position, os.SEEK_SET)
+        view = memoryview(data)
+        while len(view):
+            view = view[os.write(self.fd, view) :]
+
+    def start_writing_back(self, start: int, length: int) -> None:
+        """Let the kernel begin to bring these bytes to the disk. That is not waited for, and :meth:`sync` is still needed.
+
+        Raises:
+            OSError: the disk has failed.
+        """
+        if _sync_file_range is None:
+            return
+        if _sync_file_range(self.fd, start, length, _SYNC_FILE_RANGE_WRITE) < 0:
+            code = ctypes.get_errno()
+            if code not in (errno.ENOSYS, errno.ESPIPE, errno.EINVAL):  # only a hint
+                raise OSError(code, os.strerror(code))
+
+    def sync(self) -> None:
+        """What has been written is on the disk when this returns. OSError."""
+        os.fdatasync(self.fd)
+
+    def finish(self) -> None:
+        """Give it its name. When this returns, the file and its name survive a loss of power, and it is closed.
+
+        Raises:
+            OSError: the disk failed, or there is a file of that name. Nothing has that name through us then.
+        """
+        os.fsync(self.fd)
+        self._take_name()
+        try:
+            os.fsync(self._directory)
+        except OSError:
+            # The caller will say that the file is not there, so it must not be found there.
+            os.unlink(self.path)
+            raise
+        with contextlib.suppress(OSError):  # all of it is on the disk
+            self._close()
+
+    def _take_name(self) -> None:
+        if self._hidden is None:
+            try:
+                self._link_descriptor(self.path.name)
+                return
+            except FileExistsError:
+                if not self._replace:
+                    raise
+            # A link never replaces a file; a rename does.
+            hidden = f".{self.path.name[:100]}.{secrets.token_hex(6)}.part"
+            self._link_descriptor(hidden)
+            self._hidden = str(self.path.with_name(hidden))
+        if self._replace:
+            os.rename(self._hidden, self.path)
+        else:
+            _rename_new(self._hidden, self.path)
+        self._hidden = None
+
+    def _link_descriptor(self, name: str) -> None:
+        # With a directory's descriptor Python calls linkat(2), which follows the link in /proc; link(2) would not.
+        directory = self._directory
+        os.link(self._by_descriptor(), name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=True)
+
+    def discard(self) -> None:
+        """Leave nothing of it, unless it has got its final name. Idempotent."""
+        if self.fd < 0:
+            return
+        if self._hidden is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._hidden)
+        self._close()
+
+    def _close(self) -> None:
+        fd, self.fd = self.fd, -1
+        directory, self._directory = self._directory, -1
+        try:
+            os.close(fd)
+        finally:
+            os.close(directory)
+
+
+def _rename_new(temporary: str, path: Path) -> None:
+    """Give the file its name unless another one has it."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links; then the look and the rename cannot be one step
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.rename(temporary, path)
+    else:
+        with contextlib.suppress(OSError):  # a second name that stays behind is no reason to disown the file
+            os.unlink(temporary)
