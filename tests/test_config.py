@@ -18,7 +18,7 @@ from trimig.config import (
     LEGACY_2_3,
     PEERS,
     QEMU_7_2,
-    QEMU_8_0,
+    QEMU_10_0,
     Capabilities,
     Config,
     GiB,
@@ -28,6 +28,7 @@ from trimig.config import (
     Parameters,
     PeerProfile,
     parse_size,
+    profile_for_machine,
 )
 from trimig.errors import ConfigError
 
@@ -42,21 +43,98 @@ def refusal(call: Callable[[], object]) -> ConfigError:
 # Peer profiles
 
 
+#: newer.md part 1 and stream.md part 11: configuration, footers, run state, no description, early second connection,
+#: SWITCHOVER_START, ACKs of a destination without devices that need them, multifd.
+PROFILES = {
+    "legacy-2.2": (False, False, False, True, True, False, 1, "7.2"),
+    "legacy-2.3": (False, False, False, False, True, False, 1, "7.2"),
+    "qemu-7.2": (True, True, True, False, True, False, 1, "7.2"),
+    "qemu-8.0": (True, True, True, False, False, False, 1, "7.2"),
+    "qemu-8.1": (True, True, True, False, False, False, 1, "8.1"),
+    "qemu-9.0": (True, True, True, False, False, False, 1, "9.0"),
+    "qemu-10.0": (True, True, True, False, False, True, 1, "9.0"),
+    "qemu-11.1": (True, True, True, False, False, True, 0, "9.0"),
+}
+
+
 def test_peer_profiles_are_those_of_the_machine_types() -> None:
-    assert dict(PEERS) == {
-        "qemu-7.2": QEMU_7_2, "qemu-8.0": QEMU_8_0, "legacy-2.3": LEGACY_2_3, "legacy-2.2": LEGACY_2_2
-    }  # fmt: skip
-    switches = [dataclasses.astuple(profile)[1:] for profile in (QEMU_7_2, LEGACY_2_3, LEGACY_2_2)]
-    assert switches == [
-        (True, True, True, False, True), (False, False, False, False, True), (False, False, False, True, True)
-    ]  # fmt: skip
-    assert dataclasses.replace(QEMU_8_0, name="qemu-7.2", preempt_pre_7_2=True) == QEMU_7_2
-    assert Config().peer is QEMU_7_2
+    assert set(PEERS) == {*PROFILES, "by-machine"}
+    for name, row in PROFILES.items():
+        p = PEERS[name]
+        assert p.name == name
+        assert row == (
+            p.send_configuration, p.send_section_footer, p.store_global_state, p.suppress_vmdesc, p.preempt_pre_7_2,
+            p.send_switchover_start, p.switchover_acks, p.multifd_scheme,
+        )  # fmt: skip
+        assert p.for_machine("pc-q35-11.1") is p, "a profile that was named wins"
+    assert Config().peer is PEERS["by-machine"]
+
+
+@pytest.mark.parametrize(
+    ("machine", "profile"),
+    [
+        ("pc-i440fx-2.2", "legacy-2.2"),
+        ("pc-0.14", "legacy-2.2"),
+        ("pc-q35-2.3", "legacy-2.3"),
+        ("pc-i440fx-2.4", "qemu-7.2"),
+        ("pc-i440fx-2.12", "qemu-7.2"),
+        ("pseries-2.12-sxxm", "qemu-7.2"),
+        ("pc-q35-7.2", "qemu-7.2"),
+        ("pc-q35-8.0", "qemu-8.0"),
+        ("virt-8.1", "qemu-8.1"),
+        ("s390-ccw-virtio-8.2", "qemu-8.1"),
+        ("pseries-9.0", "qemu-9.0"),
+        ("pc-i440fx-9.2", "qemu-9.0"),
+        ("pc-i440fx-10.0", "qemu-10.0"),
+        ("pc-q35-10.2", "qemu-10.0"),
+        ("virt-11.0", "qemu-10.0"),
+        ("pc-q35-11.1", "qemu-11.1"),
+        ("some-board-12.3", "qemu-11.1"),
+    ],
+)
+def test_the_version_of_the_machine_type_decides(machine: str, profile: str) -> None:
+    for arriving in (False, True):
+        assert profile_for_machine(machine, arriving=arriving) is PEERS[profile]
+    found = Config().peer.for_machine(machine)
+    assert (found.send_configuration, found.send_section_footer, found.store_global_state) == (True, True, True)
+    if not profile.startswith("legacy"):
+        assert found is PEERS[profile]
+    assert found.suppress_vmdesc is PEERS[profile].suppress_vmdesc
+
+
+@pytest.mark.parametrize(
+    "machine", ["", "none", "q35", "microvm", "pc-i440fx-jammy", "pc-q35-rhel9.4.0", "10.0", "pc-10", "a\n-10.0.1"]
+)
+def test_where_no_version_can_be_told_every_program_can_read_it(machine: str) -> None:
+    """A source does what 7.2 does, which all take; a destination waits for no early second connection."""
+    source, destination = profile_for_machine(machine), profile_for_machine(machine, arriving=True)
+    same = {"name": source.name, "preempt_pre_7_2": True}
+    assert dataclasses.replace(destination, **same) == source == dataclasses.replace(QEMU_7_2, name=source.name)  # type: ignore[arg-type]
+    assert destination.preempt_pre_7_2 is False
+
+
+def test_a_guest_of_ones_own_has_no_machine_type_whatever_its_name() -> None:
+    found = Config().peer.for_machine(None)
+    assert dataclasses.replace(found, name="qemu-7.2") == QEMU_7_2
+
+
+def test_single_switches_stand_and_the_machine_type_decides_the_others() -> None:
+    peer = Config.from_toml("[peer]\nsuppress-vmdesc = true\npreempt-pre-7-2 = true").peer
+    found = peer.for_machine("pc-q35-10.0")
+    assert (found.suppress_vmdesc, found.preempt_pre_7_2) == (True, True)
+    assert (found.send_switchover_start, found.multifd_scheme) == (True, "9.0")
+    assert found.name == "qemu-10.0 with suppress-vmdesc on, preempt-pre-7-2 on"
+    # A switch that says what the machine type says anyway changes nothing.
+    assert Config.from_toml("[peer]\nsend-switchover-start = true").peer.for_machine("pc-q35-10.0") is QEMU_10_0
+    changed = dataclasses.replace(Config().peer, send_section_footer=False)
+    assert changed.for_machine("virt-9.0").send_section_footer is False
+    assert "one of 7.2, 8.1, 9.0" in str(refusal(lambda: Config.from_toml('[peer]\nmultifd-scheme = "7.1"')))
+    assert "there is no peer switch 'explicit'" in str(refusal(lambda: Config.from_toml("[peer]\nexplicit = true")))
 
 
 def test_peer_profile_is_found_by_name_or_refused() -> None:
     assert PeerProfile.named("legacy-2.3") is LEGACY_2_3
-    assert "did you mean qemu-7.2" in str(refusal(lambda: PeerProfile.named("qemu-7.1")))
+    assert "did you mean qemu-" in str(refusal(lambda: PeerProfile.named("qemu-7.1")))
     assert refusal(lambda: PeerProfile(send_configuration=3)).name == (  # type: ignore[arg-type]  # the point
         "send-configuration"
     )

@@ -1,6 +1,6 @@
 """Settings: capabilities, parameters, the peer's profile and the engine's options; frozen, and valid once they exist.
 
-Names, ranges, defaults and rules are those of QEMU 7.2 (config.md), in Python spelling: ``downtime-limit`` is
+Names, ranges, defaults and rules are those of QEMU 7.2 to 11.1 (config.md, newer.md), in Python spelling: ``downtime-limit`` is
 ``Parameters.downtime_limit``. The single difference is ``return-path``, which is on by default. What reads QMP, TOML or
 a command line returns a new object or raises :class:`~trimig.errors.ConfigError`; nothing is ever changed half.
 
@@ -34,9 +34,15 @@ from .options import ENGINE_OPTIONS as ENGINE_OPTIONS
 from .options import Config as Config
 from .parameters import PARAMETER_NAMES as PARAMETER_NAMES
 from .parameters import Parameters as Parameters
+from .peer import BY_MACHINE as BY_MACHINE
 from .peer import LEGACY_2_2 as LEGACY_2_2
 from .peer import LEGACY_2_3 as LEGACY_2_3
 from .peer import PEERS as PEERS
 from .peer import QEMU_7_2 as QEMU_7_2
 from .peer import QEMU_8_0 as QEMU_8_0
+from .peer import QEMU_8_1 as QEMU_8_1
+from .peer import QEMU_9_0 as QEMU_9_0
+from .peer import QEMU_10_0 as QEMU_10_0
+from .peer import QEMU_11_1 as QEMU_11_1
 from .peer import PeerProfile as PeerProfile
+from .peer import profile_for_machine as profile_for_machine

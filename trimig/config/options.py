@@ -31,7 +31,7 @@ from .kinds import (
 )
 from .objects import ConfigObject, TlsX509, check_objects, parse_object, read_object, with_objects
 from .parameters import PARAMETER_ALIASES, Parameters, read_parameters
-from .peer import QEMU_7_2, PeerProfile, read_peer
+from .peer import BY_MACHINE, PeerProfile, read_peer
 
 
 @final
@@ -45,8 +45,8 @@ class Config:
 
     capabilities: Annotated[Capabilities, Instance(Capabilities)] = dataclasses.field(default_factory=Capabilities)
     parameters: Annotated[Parameters, Instance(Parameters)] = dataclasses.field(default_factory=Parameters)
-    #: What the other side expects of the stream.
-    peer: Annotated[PeerProfile, Instance(PeerProfile)] = QEMU_7_2
+    #: What the other side expects of the stream; by default the guest's machine type decides it.
+    peer: Annotated[PeerProfile, Instance(PeerProfile)] = BY_MACHINE
     #: What ``tls-creds`` and ``tls-authz`` name; each id once. That a named one is missing is seen when it is used.
     objects: tuple[ConfigObject, ...] = ()
 
@@ -90,8 +90,8 @@ class Config:
     def from_toml(cls, source: str | os.PathLike[str]) -> Config:
         """A configuration from TOML: a string is the text itself, a path object names a file, which is read here.
 
-        Tables: ``[capabilities]`` and ``[parameters]`` in QMP spelling, ``[peer]`` with ``profile = "qemu-7.2"`` or
-        single switches, ``[[objects]]`` with ``qom-type`` and ``id``, ``[engine]`` for the rest (these may also stand
+        Tables: ``[capabilities]`` and ``[parameters]`` in QMP spelling, ``[peer]`` with ``profile = "by-machine"``
+        or single switches, ``[[objects]]`` with ``qom-type`` and ``id``, ``[engine]`` for the rest (these may also stand
         before the first table). Underscores serve for dashes everywhere; sizes are integers or strings such as "32M". What is absent keeps its default.
 
         Raises:

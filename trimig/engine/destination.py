@@ -7,6 +7,7 @@ life (or safely to disk) in a bounded shield, and only then the source is told s
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import uuid
 
@@ -201,6 +202,9 @@ class _Arrival(Arrival):
 
     def _configured(self, event: ev.Configuration) -> None:
         self.configuration = event
+        opaque = isinstance(self.guest, OpaqueGuest)
+        peer = self.config.peer.for_machine(event.machine if opaque else None, arriving=True)
+        self.config = dataclasses.replace(self.config, peer=peer)
         if not isinstance(self.guest, OpaqueGuest) and event.machine != self.guest.name:
             raise RemoteProtocolError(
                 f"the stream is of a machine {event.machine!r}, this one is {self.guest.name!r}",

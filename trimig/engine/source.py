@@ -8,6 +8,7 @@ of file) and the answer. DESIGN.md part 5 argues the handover; states.md part 14
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -35,7 +36,7 @@ from .limiter import Limiter
 from .postcopy_source import PING_DISCARDED, PING_FOLLOWED, PING_LOADED, Following
 from .ram_out import RamSender
 from .reader import ReturnPathReader
-from .stream_out import UUID_SUBSECTION, DeviceSender, opening
+from .stream_out import UUID_SUBSECTION, DeviceSender, opening, profile_of
 
 #: PING values: 1 is QEMU's, directly behind OPEN_RETURN_PATH; ours asks for the proof of prepare.
 PING_OPENED = 1
@@ -67,6 +68,7 @@ async def migrate_stream(
     """
     guest.claim("an outgoing migration")
     try:
+        config = dataclasses.replace(config, peer=profile_of(guest, config.peer))
         blockers.check_outgoing(guest)
         monitor.begin(Role.SOURCE, config, guest)
         return await _Attempt(guest, connections, config, monitor, commit, fence).run()
@@ -282,6 +284,7 @@ class _Attempt(Departure):
         await self._stand_still(channel, watch)
         self.limiter.lift()
         last = await self._last_pages()
+        await self._announce(channel)
         await sender.end([(b, snapshot_of(self.tracker, b), d) for b, d in zip(self.guest.ram, last, strict=True)])
         self.parts["ram"] = watch.lap()
         devices = DeviceSender(self.guest, self._run_state, self.config.peer)
@@ -313,6 +316,7 @@ class _Attempt(Departure):
         await self._stand_still(channel, watch)
         blocks = list(self.guest.ram)
         unsent = await self._last_pages()
+        await self._announce(channel)
         for block, bitmap in zip(blocks, unsent, strict=True):
             await channel.send(b"".join(postcopy.discards(block.name, bitmap)))
         self.parts["ram"] = watch.lap()
@@ -361,6 +365,11 @@ class _Attempt(Departure):
         if hold:
             await self._hold()
             self.parts["held"] = watch.lap()
+
+    async def _announce(self, channel: Channel) -> None:
+        """Say that the last pages are next, to whoever knows the word."""
+        if self.config.peer.send_switchover_start:
+            await channel.send(wire.command(Command.SWITCHOVER_START))
 
     async def _last_pages(self) -> list[PageBitmap]:
         """What of each block has not been sent, or has changed since; the guest stands still."""

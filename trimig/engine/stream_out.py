@@ -23,6 +23,11 @@ FIRST_DEVICE_ID = 4
 UUID_SUBSECTION: Final = "configuration/uuid"
 
 
+def profile_of(guest: Guest, peer: PeerProfile) -> PeerProfile:
+    """How the stream of *guest* is written: its machine type decides, unless *peer* does, or the guest is trimig's own."""
+    return peer.for_machine(guest.name if isinstance(guest, OpaqueGuest) else None)
+
+
 def opening(guest: Guest, peer: PeerProfile, *, validate_uuid: bool = False) -> bytes:
     """File header and configuration section.
 
