@@ -243,3 +243,32 @@ async def test_cancel_in_the_pause_before_postcopy(autojump_clock: trio.testing.
 async def _again(source: ScriptedGuest, other: Pair) -> Any:
     other.referee = OwnerReferee(source=source, destination=other.target)
     return (await other.both())[0]
+
+
+# -- how long its processors waited ------------------------------------------------------------------------------------
+
+
+class FourProcessors(LazyScriptedGuest):
+    """Says how long each has waited."""
+
+    async def memory_is_whole(self) -> Sequence[float]:
+        """Nothing is missing. **Cancellation:** no effect."""
+        await trio.lowlevel.checkpoint()
+        return (0.5, 0.25, 1.0, 0.75)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+async def test_blocktime_of_several_processors(autojump_clock: trio.testing.MockClock, *, asked: bool) -> None:
+    """G11, P13: each one's own in order; all of them at once waited no longer than the one that waited least."""
+    pair = going()
+    pair.target = FourProcessors(blocks={"ram": 64}, run_state="inmigrate", devices=[FakeDevice("clock", size=8)])
+    pair.referee = OwnerReferee(source=pair.source, destination=pair.target)
+    capabilities = trimig.Capabilities(postcopy_ram=True, postcopy_blocktime=asked)
+    pair.config_there = dataclasses.replace(pair.config_here, capabilities=capabilities)
+    await switched(pair)
+    info = pair.there.info()
+    if asked:
+        assert info["postcopy-vcpu-blocktime"] == [500, 250, 1000, 750]
+        assert info["postcopy-blocktime"] == 250
+    else:
+        assert "blocktime" not in " ".join(info)
