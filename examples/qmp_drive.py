@@ -6,7 +6,7 @@
 The script knows nothing of trimig: it drives two QEMUs as well as two `trimig run`, unchanged. The source must be a
 running guest; the destination must have been started with `-incoming defer` (`--incoming defer`). It sets capabilities,
 asks for what must be refused, migrates to a sink and cancels that, migrates for good with a pause before the switchover,
-and continues it. On the way it writes down the class of each error, the members of `query-migrate` in each status, and
+and continues it (without a pause with `--no-pause`). On the way it writes down the class of each error, the members of `query-migrate` in each status, and
 the order of the events on both sides. Two programs that speak the same protocol give the same transcript.
 
 Needs `pip install qemu.qmp`.
@@ -48,6 +48,7 @@ class Side:
         self.client = QMPClient(name)
         self.events: list[str] = []
         self.passes = 0
+        self.stopped = False
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """The answer to a command; underscores in names stand for dashes."""
@@ -87,15 +88,17 @@ class Side:
         return f"{info.get('status', 'none')}: {' '.join(sorted(names)) or '-'}"
 
     async def listen(self, listener: EventListener) -> None:
-        """Write events down. Of the passes only the first of each migration: how many follow depends on the machine."""
+        """Write events down. Of the passes only the first, and that of the stopped guest: the rest depends on the machine."""
         async for event in listener:
             name = str(event["event"])
             data = event.get("data", {})
             word = f"{name} {data['status']}" if isinstance(data, dict) and "status" in data else name
             if word == "MIGRATION setup":
                 self.passes = 0
+                self.stopped = False
+            self.stopped = self.stopped or name == "STOP"
             self.passes += name == "MIGRATION_PASS"
-            if name != "MIGRATION_PASS" or self.passes == 1:
+            if name != "MIGRATION_PASS" or self.passes == 1 or self.stopped:
                 self.events.append(word)
 
 
@@ -165,16 +168,14 @@ async def refusals(side: Side) -> None:
         say("error", side, f"{command}{words and ' '}{words}: {await side.refused(command, arguments)}")
 
 
-async def drive(source: Side, destination: Side) -> None:
+async def drive(source: Side, destination: Side, *, pause: bool) -> None:
     """The whole story."""
+    on = {"events": True, "return-path": True, "pause-before-switchover": pause, "postcopy-ram": False}
     for side in (source, destination):
         say("members", side, await side.members())
         await side.execute(
             "migrate-set-capabilities",
-            capabilities=[
-                {"capability": name, "state": name != "postcopy-ram"}
-                for name in ("events", "return-path", "pause-before-switchover", "postcopy-ram")
-            ],
+            capabilities=[{"capability": name, "state": state} for name, state in on.items()],
         )
     await source.execute("migrate_cancel")  # harmless without a migration
     await refusals(source)
@@ -208,9 +209,10 @@ async def drive(source: Side, destination: Side) -> None:
         "migrate-incoming again: " + await destination.refused("migrate-incoming", {"uri": "tcp:127.0.0.1:0"}),
     )
     await source.execute("migrate", uri=await address_of(destination))
-    await source.wait("pre-switchover")
-    say("members", source, await source.members())
-    await source.execute("migrate-continue", state="pre-switchover")
+    if pause:
+        await source.wait("pre-switchover")
+        say("members", source, await source.members())
+        await source.execute("migrate-continue", state="pre-switchover")
     await source.wait("completed")
     await destination.wait("completed")
     await destination.wait_run_state("running")
@@ -254,7 +256,7 @@ async def hosts() -> AsyncIterator[tuple[str, str]]:
                 await process.wait()
 
 
-async def main(addresses: tuple[str, str] | None) -> None:
+async def main(addresses: tuple[str, str] | None, *, pause: bool) -> None:
     """Connect both, and tell the story."""
     async with contextlib.AsyncExitStack() as stack:
         source, destination = Side("source"), Side("destination")
@@ -262,13 +264,14 @@ async def main(addresses: tuple[str, str] | None) -> None:
         for side, address in zip((source, destination), found, strict=True):
             await stack.enter_async_context(connected(side, address))
         async with asyncio.timeout(40):
-            await drive(source, destination)
+            await drive(source, destination, pause=pause)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Drive a migration over QMP, and print a transcript.")
     parser.add_argument("addresses", nargs="*", metavar="ADDRESS", help="QMP of the source, and of the destination")
-    given = parser.parse_args().addresses
-    if len(given) not in (0, 2):
+    parser.add_argument("--no-pause", action="store_true", help="without a pause before the switchover")
+    given = parser.parse_args()
+    if len(given.addresses) not in (0, 2):
         parser.error("give both addresses, or none")
-    asyncio.run(main((given[0], given[1]) if given else None))
+    asyncio.run(main(tuple(given.addresses) or None, pause=not given.no_pause))

@@ -141,6 +141,8 @@ class Counters:
     earlier: int = 0
     #: Pages that a guest in postcopy was found waiting for.
     page_requests: int = 0
+    #: Source: the guest goes before its memory.
+    ahead: bool = False
     iteration: int = 0
     dirty_sync_count: int = 0
     bandwidth: float = 0.0

@@ -283,19 +283,19 @@ async def test_nobody_behind_the_socket(tmp_path: Path) -> None:
 # -- one script, two programs ------------------------------------------------------------------------------------------
 
 
-async def transcript(*addresses: str) -> list[str]:
+async def transcript(*arguments: str) -> list[str]:
     """What examples/qmp_drive.py prints; without addresses it starts two ``trimig run``."""
-    code, out, err = await command(*addresses, program=(str(DRIVE),))
+    code, out, err = await command(*arguments, program=(str(DRIVE),))
     assert (code, err) == (0, "")
     return out.splitlines()
 
 
-async def qemu_transcript(tmp_path: Path) -> list[str]:
+async def qemu_transcript(tmp_path: Path, *options: str) -> list[str]:
     async with (
         controlled(tmp_path / "a", "pc", "32M", boot=boot_sector()) as (_, source),
         controlled(tmp_path / "b", "pc", "32M", boot=boot_sector(), incoming="defer") as (_, destination),
     ):
-        return await transcript(source, destination)
+        return await transcript(source, destination, *options)
 
 
 async def test_script_of_an_independent_client_drives_two_qemus(tmp_path: Path) -> None:
@@ -320,7 +320,20 @@ def shape(lines: list[str]) -> list[str]:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trimig.cli.run") is None, reason="trimig run is not built yet")
-async def test_transcripts_of_qemu_and_trimig_agree(tmp_path: Path) -> None:
-    """Members per status, order of events, classes of errors: a client cannot tell them apart."""
+@pytest.mark.parametrize("pause", [True, False], ids=["paused", "at once"])
+async def test_transcripts_of_qemu_and_trimig_agree(tmp_path: Path, *, pause: bool) -> None:
+    """H1, H4: members per status, order of events, classes of errors: a client cannot tell them apart."""
+    options = () if pause else ("--no-pause",)
     with trio.fail_after(LIMIT):
-        assert shape(await transcript()) == shape(await qemu_transcript(tmp_path))
+        ours = shape(await transcript(*options))
+        assert ours == shape(await qemu_transcript(tmp_path, *options))
+    told = [line.removeprefix("event source ") for line in ours if line.startswith("event source ")]
+    last = told[len(told) - told[::-1].index("MIGRATION setup") :]
+    held = ["MIGRATION pre-switchover", "MIGRATION device"] if pause else []
+    assert [word for word in last if word != "MIGRATION_PASS"] == [
+        "MIGRATION active",
+        "STOP",
+        *held,
+        "MIGRATION completed",
+    ]
+    assert last[last.index("STOP") :].count("MIGRATION_PASS") == 1

@@ -26,7 +26,6 @@ async def test_order_of_a_migration(tmp_path: Path) -> None:
         assert [name for name in names if name != "MIGRATION_PASS"] == [
             "setup",
             "active",
-            "device",
             "STOP",
             "completed",
         ]

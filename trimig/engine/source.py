@@ -310,6 +310,7 @@ class _Attempt(Departure):
         if not self.two_way:
             raise TransportFailed("postcopy needs a return path, and nobody answers on this one")
         await self.open_urgent()
+        c.ahead = True
         # What waits in the destination's buffers is read while the guest still runs here, or it would stand still for it.
         await self._ping(channel, PING_QUEUED)
         watch = _Stopwatch()

@@ -99,6 +99,7 @@ class Machine:
         self._version = version
         self._subscribers: dict[object, Callable[[Mapping[str, Any]], None]] = {}
         self._told: str | None = None
+        self._resumed = False  # an arrived guest runs, and clients have not been told
         self._jobs: set[trio.Event] = set()
         self._departing = False
         self._resuming = 0
@@ -159,6 +160,8 @@ class Machine:
     def _migration_event(self, monitor: Monitor, event: Event) -> None:
         wanted = self.config.capabilities.events
         match event.name:
+            case "RESUME" if monitor is self.incoming:
+                self._resumed = True  # told with the next status, in QEMU's order
             case "STOP" | "RESUME":
                 self.emit(event.name)
             case "MIGRATION_PASS" if wanted:
@@ -166,11 +169,22 @@ class Machine:
             case "MIGRATION":
                 # What clients are shown has fewer statuses than there are; none is told twice in a row.
                 status = Status(event.data["status"]).qmp
-                # The beginning of an arrival was told when it was asked for, and `device` is a word of the source.
-                silent = monitor is self.incoming and status in ("setup", "device")
-                if wanted and not silent and status != self._told:
+                resumed, self._resumed = self._resumed, False
+                if resumed and status != "postcopy-active":
+                    self.emit("RESUME")
+                if wanted and status != self._told and not self._untold(monitor, status):
                     self.emit("MIGRATION", status=status)
+                if resumed and status == "postcopy-active":
+                    self.emit("RESUME")
                 self._told = status
+
+    def _untold(self, monitor: Monitor, status: str) -> bool:
+        """Whether a QEMU 7.2 would not tell its clients of that status."""
+        if monitor is self.incoming:
+            # The beginning of an arrival was told when it was asked for, and `device` is a word of the source.
+            return status in ("setup", "device")
+        # `device` follows the pause of precopy, and nothing else.
+        return status == "device" and (self._told != "pre-switchover" or monitor.counters.ahead)
 
     def shut_down(self, reason: str) -> None:
         """Say that the machine ends, once; :attr:`ended` says when.
