@@ -27,7 +27,6 @@ from trimig.stream import (
     record_path,
     write_record,
 )
-from trimig.wire.description import OPENING
 
 
 def write(path: Path, data: bytes) -> Path:
@@ -79,7 +78,7 @@ async def test_a_stream_that_is_cut_is_reported_as_far_as_it_goes(tmp_path: Path
 async def test_damage_of_one_device_does_not_hide_the_others(tmp_path: Path) -> None:
     """Q2: a size mismatch is told of that device."""
     data = stream()
-    at = data.index(OPENING)
+    at = data.index(b'{"page_size"')
     text = data[at:].replace(b'"size": 24', b'"size": 23')
     report = await inspect_stream(write(tmp_path / "in", data[:at] + text))
     assert report.error is None

@@ -12,17 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimig.errors import RemoteProtocolError
+from trimig.wire.decoding import Node, decode_payload, measure_payload, uncertain_fields
 from trimig.wire.description import (
     JsonObject,
     Limits,
-    Node,
     build,
-    decode_payload,
     dump,
-    measure_payload,
     parse,
     section_name,
-    uncertain_fields,
 )
 from trimig.wire.vmstate import Field, Subsection, VMState
 

@@ -14,13 +14,11 @@ from trimig.errors import LocalProtocolError, RemoteProtocolError
 from trimig.guest import DeviceSection
 from trimig.wire.description import Limits, build, parse
 from trimig.wire.devices import (
-    Location,
-    TailBuffer,
     Undelimited,
-    find_description,
     join_sections,
     split_tail,
 )
+from trimig.wire.tail import Location, TailBuffer
 
 # The stream of a machine without devices (stream.md part 12), from its first FULL section on.
 NONE_JSON = (
@@ -147,7 +145,7 @@ def test_footer_before_a_command_or_the_end_is_found() -> None:
         (b"\0", "no description"),
         (ending(NASTY)[:-1], "cut short"),
         (ending(NASTY)[: 6 + 13], "cut short"),
-        (ending(NASTY)[:9], "no description"),
+        (ending(NASTY)[:9], "cut short"),
         (ending(NASTY)[:3], "no description"),
         (b'\0\x06\0\0\0\x11{"page_size": 42}', "no list of devices"),
     ],
@@ -209,10 +207,16 @@ def test_endless_list_of_commands_is_refused() -> None:
         split_tail(bytes.fromhex("08 0001 0000") * 65_600 + ending([]))
 
 
-def test_description_is_found_from_behind() -> None:
+def filled(tail: bytes) -> TailBuffer:
+    buffer = TailBuffer()
+    buffer.feed(tail)
+    return buffer
+
+
+def test_description_is_found_behind_what_looks_like_one() -> None:
     fake = section("fake", ending([])[:-1], 1)
     tail = tail_of([fake, NASTY[0]])
-    found = find_description(tail)
+    found = filled(tail).location
     text = tail.rindex(b'{"page_size"')
     assert found == Location(eof_offset=text - 6, text_offset=text, text_length=len(tail) - text, complete=True)
     assert split_tail(tail).sections[0] == fake
@@ -222,7 +226,7 @@ def test_description_is_found_from_behind() -> None:
     "tail", [b"", b'{"page_size"', b'\0\x06\0\0\0\x05{"page_size": 1}', b'\0\x07\0\0\0\x12{"page_size": 1}']
 )
 def test_text_without_a_fitting_header_is_no_description(tail: bytes) -> None:
-    assert find_description(tail) is None
+    assert filled(tail).location is None
 
 
 @pytest.mark.parametrize(
@@ -251,7 +255,7 @@ def test_buffer_is_complete_with_the_last_byte_and_not_before(tail: bytes, step:
         assert not buffer.complete
         buffer.feed(memoryview(tail)[start : start + step])
     assert buffer.complete
-    assert (buffer.finish(), buffer.excess, len(buffer)) == (tail, 0, len(tail))
+    assert (bytes(buffer.finish()), buffer.excess, len(buffer)) == (tail, 0, len(tail))
 
 
 @pytest.mark.parametrize("step", [1, 5, 10_000])
@@ -260,7 +264,7 @@ def test_bytes_behind_the_description_are_counted_and_not_kept(step: int) -> Non
     data = NONE_TAIL + b"junk"
     for start in range(0, len(data), step):
         buffer.feed(data[start : start + step])
-    assert (buffer.complete, buffer.finish(), buffer.excess) == (True, NONE_TAIL, 4)
+    assert (buffer.complete, bytes(buffer.finish()), buffer.excess) == (True, NONE_TAIL, 4)
 
 
 @pytest.mark.parametrize("step", [1, 13, 10_000])
@@ -294,10 +298,10 @@ def test_buffer_has_an_upper_limit() -> None:
         buffer.feed(b"x")
 
 
-def test_description_above_its_limit_is_not_waited_for() -> None:
+def test_description_above_its_limit_is_refused_at_once() -> None:
     buffer = TailBuffer(limits=Limits(max_bytes=100))
-    buffer.feed(NONE_TAIL)
-    assert not buffer.complete
+    with pytest.raises(RemoteProtocolError, match="a description of the devices of 486 bytes, at most 100"):
+        buffer.feed(NONE_TAIL[:400])
 
 
 def test_ordinary_stream_asks_nothing() -> None:

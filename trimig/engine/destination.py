@@ -30,13 +30,13 @@ from ..info import Summary
 from ..monitor import Monitor
 from ..status import Role, Status
 from ..wire import Command, Decoder, Section, globalstate, postcopy
-from ..wire import description as json_text
 from ..wire import events as ev
-from ..wire.devices import TailBuffer, Undelimited, find_description, split_tail
+from ..wire.devices import Undelimited
 from ..wire.postcopy import Runs
 from ..wire.refusals import check_kept_command, command_name
 from ..wire.return_path import Pong, encode
-from . import guest_calls
+from ..wire.tail import TailBuffer
+from . import guest_calls, tail_in
 from .arrival import Arrival
 from .arriving import Storing
 from .channel import Channel
@@ -120,7 +120,7 @@ class _Arrival(Arrival):
                     await trio.lowlevel.checkpoint()
                 if isinstance(event, ev.TailBytes):
                     if tail is None:
-                        tail = TailBuffer(footers=config.peer.send_section_footer, max_bytes=config.max_device_bytes)
+                        tail = tail_in.buffer(config, footers=config.peer.send_section_footer)
                         tail_at = event.at
                         await self._ram_received(event.at)
                     await self._tail_bytes(tail, event)
@@ -318,7 +318,7 @@ class _Arrival(Arrival):
         assert self.channel is not None
         footers = self.config.peer.send_section_footer
         measure = None if isinstance(self.guest, OpaqueGuest) else self._measure
-        package = take_apart(event, decoder, measure, footers=footers)
+        package = await take_apart(event, decoder, measure, footers=footers)
         assert self.urgent is not None
         await self.urgent.wait()
         self._ahead = Ahead(self, self._nursery, self.channel, decoder, self.urgent)
@@ -382,13 +382,13 @@ class _Arrival(Arrival):
             return
         if isinstance(event, ev.Description):
             if event.complete:
-                json_text.parse(event.text, json_text.Limits(max_bytes=self.config.max_description_bytes))
+                await tail_in.check_description(event.text, self.config)
             else:
                 self.monitor.warn("the connection ended inside the description; the guest was complete before it")
 
     async def _tail_bytes(self, tail: TailBuffer, event: ev.TailBytes) -> None:
         """Devices of an unknown machine: they can be told apart only by the description at the very end."""
-        tail.feed(event.data)
+        await tail_in.feed(tail, event.data)
         if self.return_path and (value := tail.prepare_ping()) is not None:
             assert self.channel is not None
             await self.channel.send(encode(Pong(value=value)))
@@ -403,20 +403,19 @@ class _Arrival(Arrival):
 
     async def _take_tail(self, tail: TailBuffer, at: int, *, ended: bool) -> None:
         assert isinstance(self.guest, OpaqueGuest)
-        data = tail.finish()
         try:
-            split = split_tail(data, footers=self.config.peer.send_section_footer, offset=at)
+            split = await tail_in.split(tail, at)
         except Undelimited as error:
-            if ended and find_description(data) is None:
+            if ended and tail.location is None:
                 raise TransportFailed(
-                    f"the stream ends at byte {at + len(data)}, before the guest was complete ({error.reason})"
+                    f"the stream ends at byte {at + len(tail)}, before the guest was complete ({error.reason})"
                 ) from error
             raise RemoteProtocolError(
                 f"the devices cannot be told apart: {error.reason}", offset=error.offset, section=error.section
             ) from error
         for number, payload, where in split.commands:
             check_kept_command(number, len(payload), where)
-        for problem in split.problems:
+        for problem in tail_in.first_problems(split):
             self.monitor.warn(problem)
         await self.keep(split.sections, split.description_text)
         await self.activate()

@@ -22,11 +22,10 @@ from ..status import Status
 from ..wire import Command, Decoder, Section
 from ..wire import events as ev
 from ..wire.decoder import Measure
-from ..wire.devices import split_tail
 from ..wire.postcopy import Runs, runs_of
 from ..wire.refusals import command_name
 from ..wire.return_path import Message, Pong, ReceivedPages, ResumeAck, encode
-from . import guest_calls, teardown
+from . import guest_calls, tail_in, teardown
 from .arrival import Arrival
 from .arriving import KeptMemory
 from .channel import AnyStream, Channel
@@ -84,7 +83,7 @@ class Package:
     pings: Sequence[int]
 
 
-def take_apart(package: ev.Package, decoder: Decoder, measure: Measure | None, *, footers: bool) -> Package:
+async def take_apart(package: ev.Package, decoder: Decoder, measure: Measure | None, *, footers: bool) -> Package:
     """Read a package: LISTEN, device sections and PINGs, RUN.
 
     Args:
@@ -93,13 +92,15 @@ def take_apart(package: ev.Package, decoder: Decoder, measure: Measure | None, *
 
     Raises:
         RemoteProtocolError: it is anything else.
+
+    **Cancellation:** no effect.
     """
     if package.data[: len(_LISTEN)] != _LISTEN:
         raise RemoteProtocolError("the package does not begin with LISTEN", offset=package.at, section="package")
     rest = package.data[len(_LISTEN) :]
     at = package.at + len(_LISTEN)
     if measure is None:
-        split = split_tail(rest + bytes((Section.EOF,)), footers=footers, offset=at)
+        split = await tail_in.split_package(rest, at, footers=footers)
         sections: Sequence[DeviceSection] = split.sections
         commands = [(number, payload, where) for number, payload, where in split.commands]
     else:

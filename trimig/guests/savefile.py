@@ -12,6 +12,7 @@ from typing import Final
 import trio
 
 from ..config import PeerProfile
+from ..engine import tail_in
 from ..engine.offload import offload
 from ..engine.ram_in import RamReceiver
 from ..errors import RemoteProtocolError, TransportFailed
@@ -19,8 +20,9 @@ from ..guest import ConfigSubsection, OpaqueGuest, PageBitmap
 from ..monitor import Counters
 from ..wire import Decoder, Section
 from ..wire import events as ev
-from ..wire.devices import TailBuffer, Undelimited, split_tail
+from ..wire.devices import Undelimited
 from ..wire.refusals import check_kept_command
+from ..wire.tail import TailBuffer
 
 #: Bytes read at once: copying them into memory that is still cold takes about a millisecond.
 _READ: Final = 512 << 10
@@ -92,7 +94,7 @@ async def _read(fd: int, guest: OpaqueGuest, *, partial: bool) -> Read:
     )
     decoder.feed(prefix)
     ram = RamReceiver(Counters())
-    tail = TailBuffer(footers=peer.send_section_footer)
+    tail = tail_in.buffer(footers=peer.send_section_footer)
     machine = ""
     subsections: tuple[ConfigSubsection, ...] = ()
     tail_at = None
@@ -117,7 +119,7 @@ async def _read(fd: int, guest: OpaqueGuest, *, partial: bool) -> Read:
                     check_kept_command(event.number, len(event.payload), event.at)
                 case ev.TailBytes():
                     tail_at = event.at if tail_at is None else tail_at
-                    tail.feed(event.data)
+                    await tail_in.feed(tail, event.data)
         if ended or tail.complete:
             break
         count = await offload(os.readv, fd, [decoder.writable()[:_READ]])
@@ -130,7 +132,7 @@ async def _read(fd: int, guest: OpaqueGuest, *, partial: bool) -> Read:
     problems = [f"{count} pages of RAM block {name!r} are not in the stream" for name, count in ram.missing().items()]
     if problems and not partial:
         raise RemoteProtocolError(f"{problems[0]} (what a lost postcopy has left is completed by trimig merge)")
-    problems += await _take_tail(guest, tail.finish(), tail_at, peer)
+    problems += await _take_tail(guest, tail, tail_at)
     return Read(peer=peer, problems=problems, received=ram.received())
 
 
@@ -143,11 +145,11 @@ def _read_prefix(fd: int) -> bytes:
     return b"".join(parts)
 
 
-async def _take_tail(guest: OpaqueGuest, data: bytes, at: int, peer: PeerProfile) -> Sequence[str]:
+async def _take_tail(guest: OpaqueGuest, tail: TailBuffer, at: int) -> Sequence[str]:
     try:
-        split = split_tail(data, footers=peer.send_section_footer, offset=at)
+        split = await tail_in.split(tail, at)
     except Undelimited as error:
-        if error.offset == at + len(data):
+        if error.offset == at + len(tail):
             raise TransportFailed(
                 f"the stream ends at byte {error.offset} (0x{error.offset:x}), before the guest was complete"
             ) from error
@@ -156,4 +158,4 @@ async def _take_tail(guest: OpaqueGuest, data: bytes, at: int, peer: PeerProfile
         check_kept_command(number, len(payload), where)
     await guest.ram_received()
     await guest.load_opaque(split.sections, split.description_text)
-    return split.problems
+    return tail_in.first_problems(split)

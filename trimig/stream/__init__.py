@@ -3,11 +3,6 @@
 from .export import FORMATS as FORMATS
 from .export import Exported as Exported
 from .export import export_raw as export_raw
-from .inspect import BlockInfo as BlockInfo
-from .inspect import CommandInfo as CommandInfo
-from .inspect import DeviceInfo as DeviceInfo
-from .inspect import SectionInfo as SectionInfo
-from .inspect import StreamReport as StreamReport
 from .inspect import inspect_stream as inspect_stream
 from .merge import Merged as Merged
 from .merge import keep_partial as keep_partial
@@ -18,3 +13,8 @@ from .owner import read_record as read_record
 from .owner import record_decision as record_decision
 from .owner import record_path as record_path
 from .owner import write_record as write_record
+from .report import BlockInfo as BlockInfo
+from .report import CommandInfo as CommandInfo
+from .report import DeviceInfo as DeviceInfo
+from .report import SectionInfo as SectionInfo
+from .report import StreamReport as StreamReport

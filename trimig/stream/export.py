@@ -21,8 +21,8 @@ from ..guest import PAGE_SIZE
 from ..guests.savefile import peer_of
 from ..wire import Decoder
 from ..wire import events as ev
-from ..wire.postcopy import runs_of
 from .files import reading
+from .pages import PageSet
 
 #: What can be written now.
 FORMATS: Final = ("raw",)
@@ -125,8 +125,8 @@ class _BlockCopy:
         self.name = name
         self.fd = fd
         self.length = -1
-        self.received = np.zeros(0, np.bool_)
-        self.written = np.zeros(0, np.bool_)
+        self.received = PageSet(0)
+        self.written = PageSet(0)
 
     def take(self, event: ev.Event) -> None:
         """Write what belongs to the block."""
@@ -140,21 +140,21 @@ class _BlockCopy:
                     )
                 self.length = lengths[self.name]
                 os.ftruncate(self.fd, self.length)
-                self.received = np.zeros(self.length // PAGE_SIZE, np.bool_)
-                self.written = self.received.copy()
+                self.received = PageSet(self.length // PAGE_SIZE)
+                self.written = PageSet(self.length // PAGE_SIZE)
             case ev.PageRun(block=self.name):
                 self._write(event.offsets, event.data)
             case ev.ZeroRun(block=self.name):
                 index = event.offsets // PAGE_SIZE
-                self.received[index] = True
+                self.received.add(index)
                 # A page that is a hole still is zero already.
-                do = self.written[index] | (event.fills != 0)
+                do = self.written.contains(index) | (event.fills != 0)
                 if do.any():
                     self._write(event.offsets[do], np.repeat(event.fills[do, None], PAGE_SIZE, axis=1))
 
     def _write(self, offsets: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
-        self.received[offsets // PAGE_SIZE] = True
-        self.written[offsets // PAGE_SIZE] = True
+        self.received.add(offsets // PAGE_SIZE)
+        self.written.add(offsets // PAGE_SIZE)
         borders = np.flatnonzero(np.diff(offsets) != PAGE_SIZE) + 1
         for run, pages in zip(np.split(offsets, borders), np.split(data, borders), strict=True):
             view = np.ascontiguousarray(pages).data.cast("B")
@@ -167,16 +167,14 @@ class _BlockCopy:
         """RemoteProtocolError if it is not whole, and must be."""
         if self.length < 0:
             raise RemoteProtocolError("the stream has no RAM")
-        missing = len(self.received) - int(np.count_nonzero(self.received))
+        missing = self.received.missing
         if missing and not partial:
             raise RemoteProtocolError(
                 f"{missing} pages of RAM block {self.name!r} are not in the stream: export it with --partial, or complete "
                 "it with trimig merge"
             )
-        runs = runs_of(~self.received).tolist()
-        return Exported(
-            length=self.length, holes=[(first * PAGE_SIZE, (end - first) * PAGE_SIZE) for first, end in runs]
-        )
+        holes = [(first * PAGE_SIZE, (end - first) * PAGE_SIZE) for first, end in self.received.holes()]
+        return Exported(length=self.length, holes=holes)
 
 
 async def _to_stdout(fd: int, length: int) -> None:

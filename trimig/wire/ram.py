@@ -218,9 +218,11 @@ class RecordReader:
     def _named(
         self, array: NDArray[np.uint8], pos: int, have: int, offset: int, word: int, kind: RamFlag
     ) -> tuple[Event | None, int]:
-        if have < 9 or have < 9 + array[pos + 8]:
+        if have < 9:
             return None, 0
-        head = 9 + int(array[pos + 8])
+        head = 9 + int(array[pos + 8])  # as an int: with the array's own type the sum would wrap at 256
+        if have < head:
+            return None, 0
         size = head + (PAGE_SIZE if kind is RamFlag.PAGE else 1)
         name = array[pos + 9 : pos + head].tobytes().decode("utf-8", "surrogateescape")
         if name not in self._blocks:

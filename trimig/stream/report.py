@@ -1,0 +1,177 @@
+"""What was found in a stream: the records that :func:`trimig.stream.inspect_stream` returns, and their JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import TrimigError
+from ..guest import ConfigSubsection
+from ..wire.decoding import Node
+from ..wire.refusals import Unsupported
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class SectionInfo:
+    """One section. Offsets and sizes in bytes; the size includes header and footer, and is None if it has no end."""
+
+    kind: str
+    section_id: int
+    idstr: str
+    instance_id: int
+    version_id: int
+    offset: int
+    size: int | None = None
+    #: RAM sections: PAGE and ZERO records in it.
+    pages: int = 0
+    zero_pages: int = 0
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class BlockInfo:
+    """One RAM block, and the records of its pages; a page that was sent twice counts twice."""
+
+    name: str
+    length: int
+    pages: int = 0
+    zero_pages: int = 0
+    #: Pages that are not in the stream; None if the stream could not be read to the end of its RAM.
+    missing: int | None = None
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class CommandInfo:
+    """One command."""
+
+    number: int
+    name: str
+    payload: bytes
+    offset: int
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class DeviceInfo:
+    """The state of one device."""
+
+    idstr: str
+    instance_id: int
+    section_id: int
+    version_id: int
+    #: Of the section, and the bytes of its payload.
+    offset: int
+    size: int
+    payload: bytes
+    #: Decoded by the description; None if that is not possible.
+    fields: tuple[Node, ...] | None = None
+    #: Why not.
+    problem: str | None = None
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class StreamReport:
+    """All that was found. ``error`` is None for a stream that is sound."""
+
+    #: Bytes read, and the offset behind the last byte that was understood.
+    size: int = 0
+    good: int = 0
+    version: int | None = None
+    machine: str | None = None
+    subsections: Sequence[ConfigSubsection] = ()
+    #: The stream has a configuration section, and footers.
+    configuration: bool = True
+    footers: bool = True
+    sections: list[SectionInfo] = dataclasses.field(default_factory=list)
+    commands: list[CommandInfo] = dataclasses.field(default_factory=list)
+    #: Sections and commands that are not listed, because there are too many.
+    unlisted: int = 0
+    blocks: list[BlockInfo] = dataclasses.field(default_factory=list)
+    devices: list[DeviceInfo] = dataclasses.field(default_factory=list)
+    #: From ``globalstate``.
+    run_state: str | None = None
+    #: The end-of-file byte, or None.
+    eof_offset: int | None = None
+    #: The text of the description; None if there is none.
+    description: bytes | None = None
+    #: Bytes behind the end.
+    trailing: int = 0
+    #: What is odd, but not damage.
+    problems: list[str] = dataclasses.field(default_factory=list)
+    error: TrimigError | None = None
+
+    @property
+    def sound(self) -> bool:
+        """Whole, and without damage."""
+        return self.error is None
+
+    @property
+    def damaged(self) -> bool:
+        """Something is wrong with it; not only something in it that trimig does not read."""
+        return self.error is not None and not isinstance(self.error, Unsupported)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON: bytes in hexadecimal."""
+        error = self.error
+        return {
+            "sound": self.sound,
+            "damaged": self.damaged,
+            "size": self.size,
+            "good": self.good,
+            "version": self.version,
+            "configuration": {
+                "machine": self.machine,
+                "subsections": [
+                    {"name": s.name, "version": s.version, "payload": s.payload.hex()} for s in self.subsections
+                ],
+            }
+            if self.machine is not None
+            else None,
+            "footers": self.footers,
+            "run_state": self.run_state,
+            "blocks": [dataclasses.asdict(block) for block in self.blocks],
+            "sections": [dataclasses.asdict(section) for section in self.sections],
+            "commands": [dataclasses.asdict(c) | {"payload": c.payload.hex()} for c in self.commands],
+            "unlisted": self.unlisted,
+            "devices": [_device_record(device) for device in self.devices],
+            "eof_offset": self.eof_offset,
+            "description": None if self.description is None else {"size": len(self.description)},
+            "trailing": self.trailing,
+            "problems": self.problems,
+            "error": None
+            if error is None
+            else {
+                "kind": type(error).__name__,
+                "message": str(error),
+                "offset": getattr(error, "offset", None),
+                "section": getattr(error, "section", None),
+            },
+        }
+
+
+def _device_record(device: DeviceInfo) -> dict[str, Any]:
+    return {
+        "idstr": device.idstr,
+        "instance_id": device.instance_id,
+        "section_id": device.section_id,
+        "version_id": device.version_id,
+        "offset": device.offset,
+        "size": device.size,
+        "payload": device.payload.hex(),
+        "fields": None if device.fields is None else [node_record(node) for node in device.fields],
+        "problem": device.problem,
+    }
+
+
+def node_record(node: Node) -> dict[str, Any]:
+    """A field as JSON: with ``value``, ``raw`` (hexadecimal) or ``children``."""
+    record: dict[str, Any] = {"name": node.name, "type": node.type, "offset": node.offset, "size": node.size}
+    for name in ("index", "vmsd_name", "version"):
+        if (value := getattr(node, name)) is not None:
+            record[name] = value
+    if node.children:
+        record["children"] = [node_record(child) for child in node.children]
+    elif node.value is not None:
+        record["value"] = node.value
+    else:
+        record["raw"] = node.raw.hex()
+    return record
