@@ -439,7 +439,7 @@ def test_words_that_do_not_go_together_are_wrong_usage(invoke: Invoke, words: li
 
 def test_progress_never_steps_back() -> None:
     """Passes, the share of the first copy and the bytes only grow, whatever order the answers come in."""
-    tracker = Tracker(0.3)
+    tracker = Tracker({"downtime-limit": 300, "max-bandwidth": 0})
     infos = [
         step("setup"),
         step("active", ram=ram(sync=1, pages=10000, remaining=50 * MB)),
@@ -490,7 +490,7 @@ def test_dry_run_predicts_and_leaves_everything_as_it_was(invoke: Invoke) -> Non
     assert result.exit_code == 0, result.stderr
     record = json.loads(result.stdout)
     assert record["verdict"] == "converges"
-    assert record["total_time"]["low"] <= record["total_time"]["likely"] <= record["total_time"]["high"]
+    assert record["total_time_ms"]["low"] <= record["total_time_ms"]["likely"] <= record["total_time_ms"]["high"]
     assert len(record["measured"]["passes"]) == 3
     # Locked while it ran, and nothing of it is left.
     capabilities, parameters = guest.locked

@@ -120,7 +120,7 @@ def test_progress_never_runs_backwards() -> None:
     assert code == 0
     pictures = [message for line in err.splitlines() if (message := json.loads(line))["event"] == "progress"]
     assert {"first copy", "chase", "completed"} <= {picture["phase"] for picture in pictures}
-    for key in ("iteration", "copied", "sent", "elapsed"):
+    for key in ("iteration", "copied_bytes", "sent_bytes", "elapsed_ms"):
         values = [picture[key] for picture in pictures]
         assert values == sorted(values), key
     order = ["connecting", "first copy", "chase", "switchover", "completed"]

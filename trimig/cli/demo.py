@@ -45,6 +45,7 @@ from .common import (
 from .demo_host import MAX_PACKET, pack_config
 from .guest_spec import default_hot
 from .output import say, write_json
+from .picture import Picture
 
 #: Seconds beyond the limits of the migration itself that a host may take to report after something went wrong.
 _PATIENCE: Final = 10.0
@@ -365,9 +366,11 @@ class Demo:
             case "listening":
                 await host.ask("cancel")
             case "progress":
-                now = display.Picture(**message["picture"])
+                now = Picture.of(message["picture"])
                 self._status = trimig.Status(now.status)
                 self._view.show(now)
+            case "warning":
+                self._view.note(f"warning: {message['text']}", warning=message["text"])
             case "interrupt":
                 # The source knows whether it can still be taken back; a destination without it waits for nobody.
                 await (self.source if self.source in self._pending else self.destination).ask("cancel")

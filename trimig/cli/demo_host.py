@@ -32,8 +32,9 @@ import trio
 import trimig
 from trimig.status import IN_POSTCOPY
 
-from . import display, postcopy
+from . import postcopy
 from .common import alongside, error_record, summary_record
+from .picture import Picture, Pictures, follow
 
 #: No packet is longer.
 MAX_PACKET: Final = 1 << 16
@@ -168,13 +169,21 @@ class Host:
             recoveries += event.name == "MIGRATION" and event.data["status"] == "postcopy-recover"
 
         monitor.add_listener(count)
-        summary = await alongside(migrate, functools.partial(display.follow, monitor, self._tell_picture))
+        pictures = Pictures(monitor)
+        warnings: list[str] = []
+
+        async def tell(now: Picture) -> None:
+            while warnings:
+                await self._tell(event="warning", op="migrate", text=warnings.pop(0))
+            await self._tell_picture(now)
+
+        summary = await alongside(migrate, functools.partial(follow, pictures, monitor, tell, warnings.append))
         # Whoever follows may have been cancelled before it had told the last one.
-        await self._tell_picture(display.picture(monitor))
+        await tell(pictures.now())
         self.end_guest()
         return {"summary": summary_record(summary), "recoveries": recoveries}
 
-    async def _tell_picture(self, now: display.Picture) -> None:
+    async def _tell_picture(self, now: Picture) -> None:
         await self._tell(event="progress", op="migrate", picture=dataclasses.asdict(now))
 
     async def do_settle(self, owner: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from trimig.policy import forecast as policy
 from . import display
 from .common import CANCELLED, DONE, alongside
 from .output import write_json
+from .picture import EVERY
 from .remote import CANCEL_LIMIT, ENDED, Refused, Remote, Settings, State, Tracker
 from .stop import Stop
 
@@ -169,14 +170,14 @@ async def _measure(
 ) -> None:
     """Until enough passes were seen, or time is up, or it ended, or somebody wants it to stop."""
     hurried = not goal
-    tracker = Tracker(0.0)
+    tracker = Tracker({"downtime-limit": 0, "max-bandwidth": goal})
     shown = -math.inf
     marks = _Marks()
     seen.started = trio.current_time()
     while len(seen.samples) < PASSES and trio.current_time() - seen.started < seconds and not stop.asked:
         state = await remote.state()
         now = trio.current_time()
-        if now - shown >= display.EVERY:
+        if now - shown >= EVERY:
             shown = now
             for picture in tracker.pictures(state):
                 view.show(picture)
@@ -342,20 +343,35 @@ def _range(interval: policy.Interval) -> str:
 
 
 def _record(found: policy.Forecast, seen: _Measurement) -> dict[str, Any]:
-    """For JSON: seconds, bytes; null for what has no end or is not known."""
+    """For JSON: the unit is in the name; null for what has no end or is not known."""
 
-    def plain(value: Any) -> Any:
+    def times(value: policy.Interval | float | None) -> Any:
         if isinstance(value, policy.Interval):
-            return {name: plain(getattr(value, name)) for name in ("low", "likely", "high")}
-        return None if isinstance(value, float) and math.isinf(value) else value
+            return {name: times(getattr(value, name)) for name in ("low", "likely", "high")}
+        return None if value is None or math.isinf(value) else formats.ms(value)
 
-    record = {field.name: plain(getattr(found, field.name)) for field in dataclasses.fields(found)}
-    record["verdict"] = found.verdict.value
-    return record | {
+    return {
+        "verdict": found.verdict.value,
+        "total_time_ms": times(found.total_time),
+        "downtime_ms": times(found.downtime),
+        "passes": found.passes,
+        "first_copy_ms": times(found.first_copy),
+        "bandwidth_bytes_per_s": {name: round(getattr(found.bandwidth, name)) for name in ("low", "likely", "high")},
+        "dirty_rate_bytes_per_s": None if found.dirty_rate is None else round(found.dirty_rate),
+        "floor_ms": times(found.floor),
+        "reason": found.reason,
+        "advice": list(found.advice),
         "measured": {
-            "seconds": seen.seconds,
+            "total_ms": formats.ms(seen.seconds),
             "transferred_bytes": seen.transferred,
-            "passes": [dataclasses.asdict(sample) for sample in seen.samples],
+            "passes": [
+                {
+                    "sent_bytes": round(sample.sent),
+                    "pass_ms": formats.ms(sample.seconds),
+                    "dirty_rate_bytes_per_s": round(sample.dirty_rate),
+                }
+                for sample in seen.samples
+            ],
             "guest_stopped": seen.stopped,
-        }
+        },
     }

@@ -20,6 +20,7 @@ from . import display
 from .common import CANCELLED, DONE, FAILED, PERCENT, debug_option, json_option, run
 from .dry_run import dry_run
 from .output import write_json
+from .picture import EVERY
 from .remote import (
     CANCEL_LIMIT,
     POLL,
@@ -115,14 +116,13 @@ def migrate(
         raise click.UsageError("--dry-run and --wait exclude each other: a dry run is waited for in any case")
     stop = Stop()
 
-    async def begin(remote: Remote, present: Settings, changes: Settings) -> float:
-        """Its downtime limit in seconds."""
+    async def begin(remote: Remote, present: Settings, changes: Settings) -> Tracker:
         assert uri is not None
         if not resume or parameters:
             await remote.apply(changes, present)
         await remote.execute("migrate", uri=uri, **({"resume": True} if resume else {}))
-        limit: float = changes.over(present).parameters.get("downtime-limit", 300) / 1000
-        return limit
+        now = changes.over(present)
+        return Tracker(now.parameters, postcopy=now.capabilities.get("postcopy-ram", False))
 
     async def job() -> int:
         with contextlib.ExitStack() as stack:
@@ -133,17 +133,17 @@ def migrate(
                 if dry:
                     return await dry_run(remote, changes, present, seconds, stop, as_json=as_json)
                 assert uri is not None
-                limit = await begin(remote, present, changes)
+                tracker = await begin(remote, present, changes)
                 if not wait:
                     return await _begun(remote, uri, as_json=as_json)
                 view = stack.enter_context(display.open_view(as_json=as_json))
                 view.begin(f"migrating to {uri}", destination=uri)
-                watch = _Watch(view, Tracker(limit), stop, timeout=timeout, postcopy=None if resume else share)
+                watch = _Watch(view, tracker, stop, timeout=timeout, postcopy=None if resume else share)
                 state = await watch.follow(remote)
             while state.migration == "postcopy-paused" and not stop.asked:
                 state = await watch.look_again(address, state)
             code, text = _outcome(state, address, uri, stop)
-            view.end(text)
+            view.end(text, told=code == DONE)
         if code == DONE:
             _report(state, uri, text, as_json)
         elif as_json:
@@ -201,6 +201,9 @@ class _Watch:
             if state.migration != "pre-switchover" or not paused:  # where nothing moves, once is enough
                 for picture in self._tracker.pictures(state):
                     self._view.show(picture)
+                while self._tracker.warnings:
+                    text = self._tracker.warnings.pop(0)
+                    self._view.note(f"warning: {text}", warning=text)
             if state.migration == "pre-switchover" and not paused:
                 paused = True
                 self._view.note(f"waiting in pre-switchover; trimig continue --qmp {remote.address} lets it go on")
@@ -225,7 +228,7 @@ class _Watch:
             if asked:
                 await trio.sleep(POLL)
             else:
-                await self._pass(display.EVERY)
+                await self._pass(EVERY)
 
     async def look_again(self, address: str, state: State) -> State:
         """A while after the migration was found paused in *state*, look whether it still is, and follow it if not.

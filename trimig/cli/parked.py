@@ -20,7 +20,8 @@ from trimig.errors import Ownership
 
 from . import display, postcopy
 from .common import DONE, alongside, debug_option, json_option, migration_options, run, summary_record
-from .output import say, write_json
+from .output import out, same_terminal, say, write_json
+from .picture import watched
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -70,8 +71,9 @@ async def _receive(
     ):
         begun = functools.partial(_announce, monitor, view, as_json)
         call = functools.partial(trimig.receive, guest, uri, config, monitor=monitor)
+        view.begin(f"receiving into {file}", file=str(file))
         try:
-            summary = await display.watched(functools.partial(alongside, call, begun), monitor, view)
+            summary = await watched(functools.partial(alongside, call, begun), monitor, view)
         finally:
             # Whatever ends it, a cancellation too: there is no second chance to keep this.
             if monitor.status is trimig.Status.POSTCOPY_LOST:
@@ -82,17 +84,24 @@ async def _receive(
             f"received {guest.name or 'a guest'} with {formats.size(summary.ram_bytes)} of RAM and {len(guest.sections)} "
             f"devices in {formats.duration(summary.total_time)}; it is in {file} ({guest.guest_run_state} when it is resumed)"
         )
+        view.end(text, told=True)
         if as_json:
-            view.end(text)
             write_json(_received(guest, file, summary))
             return DONE
-        view.end(text)
-        print(f"received {guest.name or 'a guest'} into {file}", flush=True)
-        print(f"  RAM: {', '.join(f'{block.name} {formats.size(block.length)}' for block in guest.ram)}")
-        print(f"  devices: {', '.join(_device_name(s) for s in guest.sections)}")
-        for warning in summary.warnings:
-            print(f"  warning: {warning}")
+        out(
+            f"received {guest.name or 'a guest'} into {file}\n"
+            f"  RAM: {', '.join(f'{block.name} {formats.size(block.length)}' for block in guest.ram)}\n"
+            f"  devices: {', '.join(_device_name(s) for s in guest.sections)}"
+        )
+        _print_warnings(summary)
     return DONE
+
+
+def _print_warnings(summary: trimig.Summary) -> None:
+    """What was shown as it happened, for who keeps the result."""
+    if not same_terminal():
+        for warning in summary.warnings:
+            out(f"  warning: {warning}")
 
 
 async def _keep_partial(guest: trimig.ParkedGuest, file: Path, monitor: trimig.Monitor, view: display.View) -> None:
@@ -142,9 +151,7 @@ async def _announce(monitor: trimig.Monitor, view: display.View, as_json: bool) 
     async for event in monitor.events():
         if event.name == "LISTENING":
             for address in event.data["addresses"]:
-                view.note(f"listening on {address}", address=address)
-                if not as_json:
-                    print(f"listening on {address}", flush=True)
+                display.note_and_print(view, f"listening on {address}", as_json=as_json, address=address)
 
 
 @click.command()
@@ -215,6 +222,7 @@ async def _send(
         for warning in guest.warnings:
             view.note(f"warning: {warning}")
         profile = guest.peer
+        view.begin(f"sending {file} to {uri}", file=str(file), destination=uri)
         call = functools.partial(
             trimig.migrate, guest, uri, _as_the_file(config, profile), monitor=monitor, commit=commit
         )
@@ -222,7 +230,7 @@ async def _send(
             steered = (
                 call if plan is None else functools.partial(alongside, call, functools.partial(plan.follow, monitor))
             )
-            summary = await display.watched(steered, monitor, view)
+            summary = await watched(steered, monitor, view)
             sent = True
         except trimig.HandoverUncertain as error:
             uncertain = error
@@ -237,13 +245,12 @@ async def _send(
         text = f"sent {guest.name or 'the guest'} to {uri} in {formats.duration(summary.total_time)}"
         if not summary.confirmed:
             text += "; nobody has confirmed that it arrived, because there was no return path"
-        view.end(text)
+        view.end(text, told=True)
     if as_json:
         write_json({"file": str(file), "destination": uri, "machine": guest.name, **summary_record(summary)})
         return DONE
-    print(f"{text}: {formats.size(summary.bytes_transferred)} at {formats.rate(summary.throughput)}", flush=True)
-    for warning in summary.warnings:
-        print(f"  warning: {warning}")
+    out(f"{text}: {formats.size(summary.bytes_transferred)} at {formats.rate(summary.throughput)}")
+    _print_warnings(summary)
     return DONE
 
 
@@ -305,5 +312,5 @@ def settle(file: Path, owner: str, as_json: bool) -> int:
     if as_json:
         write_json({"file": str(file), "owner": owner, "destination": record.destination})
     else:
-        print(text, flush=True)
+        out(text)
     return DONE

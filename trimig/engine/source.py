@@ -23,6 +23,7 @@ from ..info import Summary
 from ..memory import snapshot_of
 from ..monitor import Monitor
 from ..policy import convergence
+from ..policy.eta import Stall
 from ..policy.rate import WINDOW
 from ..status import Role, Status
 from ..wire import Command, postcopy
@@ -90,7 +91,7 @@ class _Attempt(Departure):
     ) -> None:
         super().__init__(guest, connections, config, monitor, commit, fence)
         self._todo: Sequence[PageBitmap] = ()  # what the last pass left, by block
-        self._least: int | None = None  # the smallest rest so far
+        self._stall = Stall()
         self._run_state = ""  # what the destination brings the guest into
 
     # -- setup -----------------------------------------------------------------------------------------------------
@@ -245,7 +246,7 @@ class _Attempt(Departure):
             elapsed=now - c.started,
             dirty_rate=c.dirty_rate,
             queued=self.channel.backlog() if self.channel is not None else 0,
-            least=self._least,
+            least=self._stall.least,
             switchover_bandwidth=config.parameters.avail_switchover_bandwidth,
         )
         bounds = convergence.Bounds(
@@ -256,7 +257,6 @@ class _Attempt(Departure):
             switch_over=config.on_bound == "switchover",
             postcopy=config.capabilities.postcopy_ram,
         )
-        self._least = c.remaining if self._least is None else min(self._least, c.remaining)
         c.expected_downtime = convergence.expected_downtime(progress)
         if c.dirty_rate and moved > TELLING_BYTES:
             c.shown_downtime = c.expected_downtime
@@ -267,6 +267,8 @@ class _Attempt(Departure):
             "PASS", iteration=c.iteration, sent=c.transferred, remaining=c.remaining, dirty_rate=c.dirty_rate,
             bandwidth=c.bandwidth, expected_downtime=c.expected_downtime,
         )  # fmt: skip
+        if self._stall.passed(c.remaining) and decision is convergence.Decision.ITERATE and not why.converging:
+            self.monitor.warn(convergence.stalled(why))
         if decision is convergence.Decision.GIVE_UP:
             bound = convergence.reached(progress, bounds)
             raise NotConverging(

@@ -13,6 +13,7 @@ from typing import Final
 
 from .. import formats
 from ..info import Convergence
+from .eta import NEARER, STALLED_PASSES
 
 
 class Decision(enum.Enum):
@@ -66,14 +67,12 @@ class Progress:
     elapsed: float
     dirty_rate: float = 0.0
     queued: int = 0
-    least: int | None = None
+    least: float | None = None
     switchover_bandwidth: int = 0
 
 
 #: From this share of the bandwidth limit on, the limit is what binds, and not the link.
 _BINDS: Final = 0.9
-#: A pass that leaves more than this share of the best one before it has not come nearer.
-_NEARER: Final = 0.95
 #: What is advised exceeds what is needed by this much, so that it does not fail by a hair.
 _MARGIN: Final = 1.1
 #: The largest downtime-limit there is, in seconds.
@@ -135,7 +134,7 @@ def explain(progress: Progress, bounds: Bounds) -> Convergence:
     if floor <= bounds.downtime_limit:
         return Convergence(converging=True, reason=figures)
     nearer = progress.dirty_rate < progress.bandwidth and (
-        progress.least is None or progress.remaining <= progress.least * _NEARER
+        progress.least is None or progress.remaining <= progress.least * NEARER
     )
     if not nearer:
         return Convergence(converging=False, reason=figures, advice=_advice(progress, bounds, floor))
@@ -149,6 +148,14 @@ def explain(progress: Progress, bounds: Bounds) -> Convergence:
 def sentence(convergence: Convergence) -> str:
     """Reason and advice as one sentence."""
     return f"{convergence.reason}; {' or '.join(convergence.advice)}" if convergence.advice else convergence.reason
+
+
+def stalled(convergence: Convergence) -> str:
+    """What is said once :class:`trimig.policy.eta.Stall` has noticed that it comes no nearer."""
+    return (
+        f"the migration does not converge: {STALLED_PASSES} passes in a row have left no less than those before them. "
+        f"{sentence(convergence)}"
+    )
 
 
 def _advice(progress: Progress, bounds: Bounds, floor: float) -> tuple[str, ...]:

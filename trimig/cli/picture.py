@@ -1,0 +1,307 @@
+"""A moment of a migration, as the displays show it, and where it comes from: a monitor in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import trio
+
+import trimig
+from trimig import formats
+from trimig.policy import eta
+from trimig.status import TERMINAL
+
+from .common import alongside
+
+if TYPE_CHECKING:
+    from .display import View
+
+T = TypeVar("T")
+
+#: The guest is at the destination, and memory is not.
+FOLLOWING: Final = frozenset({"postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-uncertain"})
+#: Seconds between two pictures of a running migration.
+EVERY: Final = 0.2
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """A moment of a migration; sizes in bytes, times in seconds, rates in bytes per second."""
+
+    role: str
+    status: str
+    #: The pass that this is about, from 1 on; 0 before the first, and always on a destination.
+    iteration: int
+    #: The pass is over, and the figures are its outcome.
+    passed: bool
+    total: int
+    #: Of the first copy of all memory.
+    copied: int
+    sent: int
+    remaining: int
+    bandwidth: float
+    #: None in postcopy: what the guest writes at the destination is not measured here.
+    dirty_rate: float | None
+    #: What the bandwidth is limited to; 0 for no limit.
+    max_bandwidth: int
+    #: None while it cannot be told.
+    expected_downtime: float | None
+    #: What the expected downtime must come down to.
+    downtime_limit: float
+    elapsed: float
+    #: In postcopy, where it is known: pages that the guest was found waiting for.
+    requests: int | None = None
+    #: None where it cannot be told, infinite where no end is in sight.
+    eta: float | None = None
+    #: It takes so long at least.
+    eta_at_least: bool = False
+    #: Whether the passes come to an end, why, and what would help; None before the first is over.
+    converging: bool | None = None
+    reason: str = ""
+    advice: tuple[str, ...] = ()
+
+    @property
+    def phase(self) -> str:
+        """What is going on: ``connecting``, ``first copy``, ``chase``, ``switchover`` or how it ended."""
+        if self.status in ("none", "setup"):
+            return "connecting"
+        if self.status == "active":
+            if self.role == "destination":
+                return "receiving"
+            return "first copy" if self.iteration <= 1 and not self.passed else "chase"
+        if self.status in ("device", "handover"):
+            return "switchover"
+        return self.status
+
+    @property
+    def limit(self) -> str:
+        """What is sent a second, and what it is limited to."""
+        speed = f"{formats.rate(self.bandwidth)} sent" if self.bandwidth else "no rate measured yet"
+        return f"{speed} ({formats.bandwidth_limit(self.max_bandwidth)})"
+
+    @property
+    def time_left(self) -> str:
+        """In words."""
+        return formats.remaining_time(self.eta, at_least=self.eta_at_least)
+
+    @property
+    def sentence(self) -> str:
+        """One plain line."""
+        if self.role == "destination":
+            speed = f" at {formats.rate(self.bandwidth)}" if self.bandwidth and self.phase == "receiving" else ""
+            return f"{self.phase}: {formats.size(self.sent)} received{speed}"
+        if self.status in FOLLOWING:
+            text = (
+                f"{self.phase}: the guest is at the destination, {formats.size(self.remaining)} of its memory are here"
+            )
+            if self.status != "postcopy-active":
+                return text
+            asked = "" if self.requests is None else f", {formats.counted(self.requests, 'page')} asked for"
+            return f"{text}, {self.limit}{asked}, time left: {self.time_left}"
+        if self.phase == "first copy":
+            share = self.copied / self.total if self.total else 0.0
+            return f"first copy: {formats.percent(share)}, {self.limit}, time left: {self.time_left}"
+        if self.phase == "chase":
+            return self._chase
+        return self.phase
+
+    @property
+    def _chase(self) -> str:
+        expected = "not known yet" if self.expected_downtime is None else formats.duration(self.expected_downtime)
+        text = (
+            f"chase, pass {self.iteration}: {formats.size(self.remaining)} left, {formats.rate(self.dirty_rate or 0)} "
+            f"dirtied, {self.limit}, expected downtime {expected} (limit {formats.duration(self.downtime_limit)}), time "
+            f"left: {self.time_left}"
+        )
+        if self.converging is False:
+            text += f"; it does not converge, what would help: {' or '.join(self.advice)}"
+        return text
+
+    def record(self) -> dict[str, Any]:
+        """For JSON: the unit is in the name. ``eta_ms`` is null while it is not known, and where no end is in sight
+        (``converging`` is false then)."""
+        return {
+            "phase": self.phase,
+            "role": self.role,
+            "status": self.status,
+            "iteration": self.iteration,
+            "passed": self.passed,
+            "total_bytes": self.total,
+            "copied_bytes": self.copied,
+            "sent_bytes": self.sent,
+            "remaining_bytes": self.remaining,
+            "bandwidth_bytes_per_s": round(self.bandwidth),
+            "max_bandwidth_bytes_per_s": self.max_bandwidth,
+            "dirty_rate_bytes_per_s": None if self.dirty_rate is None else round(self.dirty_rate),
+            "expected_downtime_ms": _finite_ms(self.expected_downtime),
+            "downtime_limit_ms": formats.ms(self.downtime_limit),
+            "elapsed_ms": formats.ms(self.elapsed),
+            "eta_ms": _finite_ms(self.eta),
+            "eta_at_least": self.eta_at_least,
+            "page_requests": self.requests,
+            "converging": self.converging,
+            "reason": self.reason,
+            "advice": list(self.advice),
+        }
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Picture:
+        """From what :func:`dataclasses.asdict` made of one, after JSON."""
+        return cls(**{**fields, "advice": tuple(fields["advice"])})
+
+
+def _finite_ms(seconds: float | None) -> float | None:
+    return None if seconds is None or math.isinf(seconds) else formats.ms(seconds)
+
+
+def with_estimate(now: Picture, outlook: eta.Outlook) -> Picture:
+    """*now* with the time that is left."""
+    if now.role != "source":
+        return now
+    stage, left = now.phase, now.total - now.copied
+    if now.status == "postcopy-active":
+        stage, left = "following", now.remaining
+    elif stage not in ("first copy", "chase"):
+        return now
+    estimate = outlook.look(now.elapsed, stage, left)
+    return dataclasses.replace(now, eta=estimate.seconds, eta_at_least=estimate.at_least)
+
+
+class Pictures:
+    """Takes pictures of the migration of a monitor that has not been used before."""
+
+    def __init__(self, monitor: trimig.Monitor) -> None:
+        self._monitor = monitor
+        self._outlook = eta.Outlook()
+        self._received = _Rate()
+
+    def now(self) -> Picture:
+        """As it stands."""
+        return with_estimate(self._taken(), self._outlook)
+
+    def _taken(self) -> Picture:
+        monitor = self._monitor
+        s, parameters = monitor.statistics(), monitor.config.parameters
+        role = monitor.role or trimig.Role.SOURCE
+        following = s.status.value in FOLLOWING
+        moved = (s.normal_pages + s.zero_pages) * 4096
+        copied = min(moved, s.total) if s.iteration <= 1 else s.total
+        if following or role is trimig.Role.DESTINATION:
+            bandwidth = self._received.of(s.elapsed, s.transferred)
+        else:
+            bandwidth = s.bandwidth
+        why = s.convergence
+        return Picture(
+            role=role.value,
+            status=s.status.value,
+            iteration=s.iteration,
+            passed=False,
+            total=s.total,
+            copied=copied,
+            sent=s.transferred,
+            remaining=s.total - copied if s.iteration <= 1 and not following else s.remaining,
+            bandwidth=bandwidth,
+            dirty_rate=None if following else s.dirty_rate,
+            max_bandwidth=parameters.max_postcopy_bandwidth if following else parameters.max_bandwidth,
+            expected_downtime=s.expected_downtime,
+            downtime_limit=parameters.downtime_limit / 1000,
+            elapsed=s.elapsed,
+            requests=monitor.counters.page_requests if following and role is trimig.Role.SOURCE else None,
+            converging=None if why is None or following else why.converging,
+            reason="" if why is None or following else why.reason,
+            advice=() if why is None or following else why.advice,
+        )
+
+    def passed(self, event: trimig.Event) -> Picture:
+        """The outcome of the pass of a PASS event; by now the next one may have begun."""
+        now, data = self._taken(), event.data
+        seconds = math.inf
+        if now.converging is not False:
+            seconds = eta.chase_seconds(
+                ahead=data["remaining"],
+                bandwidth=data["bandwidth"],
+                dirty_rate=data["dirty_rate"],
+                downtime_limit=now.downtime_limit,
+            )
+        self._outlook.passed(now.elapsed, seconds)
+        over = dataclasses.replace(
+            now,
+            status="active",
+            passed=True,
+            iteration=data["iteration"],
+            copied=now.total,
+            sent=data["sent"],
+            remaining=data["remaining"],
+            dirty_rate=data["dirty_rate"],
+            bandwidth=data["bandwidth"],
+            expected_downtime=data["expected_downtime"],
+        )
+        return with_estimate(over, self._outlook)
+
+
+class _Rate:
+    """How fast something grows at present."""
+
+    def __init__(self) -> None:
+        self._falling = eta.Falling()
+
+    def of(self, now: float, count: int) -> float:
+        """Per second, now that it is *count*; 0 where too little has been seen."""
+        # What falls is told by its speed, so this is how it is seen; a count that never shrinks has no end to reach.
+        self._falling.see(now, -float(count))
+        return self._falling.per_second or 0.0
+
+
+async def follow(
+    pictures: Pictures, monitor: trimig.Monitor, tell: Callable[[Picture], Awaitable[None]], warn: Callable[[str], None]
+) -> None:
+    """Tell a picture every so often, at each change of status, and for each pass that is over, and warnings at once; ends
+    with the attempt.
+
+    **Cancellation:** ends it.
+    """
+
+    told = 0  # the last pass whose end has been told
+
+    async def happenings() -> None:
+        nonlocal told
+        async for event in monitor.events():
+            if event.name == "PASS":
+                told = event.data["iteration"]
+                await tell(pictures.passed(event))
+            elif event.name == "WARNING":
+                warn(event.data["text"])
+
+    last: Picture | None = None
+    async with trio.open_nursery(strict_exception_groups=True) as nursery:
+        nursery.start_soon(happenings)
+        async for _ in monitor.watch(every=EVERY):
+            last = pictures.now()
+            # Not before the end of the pass before it has been told: what is shown never steps back.
+            due = last.iteration - 1 if monitor.status is trimig.Status.ACTIVE else last.iteration
+            if told >= due and monitor.status not in TERMINAL:
+                await tell(last)
+    if last is not None:
+        await tell(last)
+
+
+async def watched(call: Callable[[], Awaitable[T]], monitor: trimig.Monitor, view: View) -> T:
+    """The result of *call*, a migration with a *monitor* that has not been used before, with *view* showing it.
+
+    An error of *call* leaves as itself.
+
+    **Cancellation:** as for *call*.
+    """
+
+    async def tell(now: Picture) -> None:
+        view.show(now)
+        await trio.lowlevel.checkpoint()
+
+    def warn(text: str) -> None:
+        view.note(f"warning: {text}", warning=text)
+
+    return await alongside(call, functools.partial(follow, Pictures(monitor), monitor, tell, warn))
