@@ -273,6 +273,13 @@ class ArrivingPages(Protocol):
 class StoringGuest(OpaqueGuest, Protocol):
     """A guest that keeps itself in a place of its own, and writes its RAM there while it arrives."""
 
+    def check_store(self) -> None:
+        """Find out whether there is such a place, before anything comes.
+
+        Raises:
+            GuestFailed: it can be told now that there is none.
+        """
+
     async def store(self, pages: ArrivingPages) -> None:
         """Write RAM out while it arrives. The engine calls it in a task of its own once the RAM blocks are there.
 

@@ -207,6 +207,10 @@ async def test_a_signal_while_waiting_leaves_no_file(tmp_path: Path) -> None:
     [
         (("receive", LISTEN, "--save", "guest"), 2, "guest exists; --force replaces it"),
         (("receive", LISTEN, "--save", "no/where"), 2, "there is no directory no"),
+        (("receive", LISTEN, "--save", "dangling"), 2, "dangling is a symbolic link; --force replaces it"),
+        (("receive", LISTEN, "--save", "folder"), 2, "is a directory"),
+        (("receive", LISTEN, "--save", "folder", "--force"), 2, "is a directory"),
+        (("receive", LISTEN, "--save", "n" * 256), 2, "File name too long"),
         (("receive", "carrier:pigeon", "--save", "x"), 2, "unknown protocol"),
         (("receive", LISTEN, "--save", "x", "-c", "no-such"), 2, "no-such"),
         (("send", "missing", "tcp:127.0.0.1:1"), 1, "No such file"),
@@ -218,8 +222,10 @@ async def test_wrong_use_is_one_sentence(
 ) -> None:
     monkeypatch.chdir(saved.parent)
     (saved.parent / "junk").write_bytes(b"GIF89a")
+    (saved.parent / "dangling").symlink_to("nothing")
+    (saved.parent / "folder").mkdir()
     got, out, err = await trimig_command(*arguments)
     assert (got, out) == (code, "")
     assert words in err
     assert len(err.splitlines()) == 1
-    assert sorted(await trio.to_thread.run_sync(os.listdir, saved.parent)) == ["guest", "junk"]
+    assert sorted(await trio.to_thread.run_sync(os.listdir, saved.parent)) == ["dangling", "folder", "guest", "junk"]

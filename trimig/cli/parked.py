@@ -53,10 +53,13 @@ def _check_target(file: Path, *, force: bool) -> None:
     """Find out before anybody connects."""
     if not file.parent.is_dir():
         raise click.BadParameter(f"there is no directory {file.parent}", param_hint="--save")
-    if not os.access(file.parent, os.W_OK | os.X_OK):
-        raise click.BadParameter(f"the directory {file.parent} cannot be written to", param_hint="--save")
-    if file.exists() and not force:
-        raise click.BadParameter(f"{file} exists; --force replaces it", param_hint="--save")
+    if os.path.lexists(file) and not force:
+        what = "is a symbolic link" if file.is_symlink() else "exists"
+        raise click.BadParameter(f"{file} {what}; --force replaces it", param_hint="--save")
+    try:
+        trimig.ParkedGuest(file, replace=force).check_store()
+    except trimig.GuestFailed as error:
+        raise click.BadParameter(str(error), param_hint="--save") from error
     record = stream.read_record(file)
     if record is not None and record.owner is Ownership.UNKNOWN:
         raise _unsettled(file, record)

@@ -69,6 +69,8 @@ async def receive_stream(guest: Guest, connections: Connections, config: Config,
         blockers.check_incoming(guest)
         if config.capabilities.postcopy_ram:
             check_guest(guest)
+        if isinstance(guest, StoringGuest):
+            guest.check_store()
         monitor.begin(Role.DESTINATION, config, guest)
         return await _Arrival(guest, connections, config, monitor).run()
     finally:

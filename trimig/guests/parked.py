@@ -193,7 +193,7 @@ class ParkedGuest:
             if file is not None:
                 file.discard()
 
-    def check_save(self) -> None:
+    def check_store(self) -> None:
         """Find out whether the file ``save_to`` could be made now: its directory and its name. Nothing is left behind.
 
         Raises:

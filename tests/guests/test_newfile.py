@@ -1,0 +1,199 @@
+"""Files that get their name when they are whole: what is refused at once, and what is left behind by anything else."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimig.guests.newfile import NewFile, check_target
+
+
+@pytest.fixture(params=["without a name", "hidden name"])
+def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One that can keep a file without a name, and one that cannot."""
+    if request.param == "hidden name":
+        real = os.open
+
+        def refuse(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+            if flags & os.O_TMPFILE == os.O_TMPFILE:
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), path)
+            return real(path, flags, *rest, **more)
+
+        monkeypatch.setattr(os, "open", refuse)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_the_name_appears_with_the_whole_content(tmp_path: Path, file_system: str, *, replace: bool) -> None:
+    file = NewFile(tmp_path / "out", replace=replace)
+    file.write_at(0, b"content")
+    names = os.listdir(tmp_path)
+    assert (names == []) is (file_system == "without a name")
+    assert "out" not in names
+    file.start_writing_back(0, 7)
+    file.sync()
+    file.finish()
+    file.discard()
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out").read_bytes() == b"content"
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o600
+
+
+def test_a_discarded_file_leaves_nothing(tmp_path: Path, file_system: str) -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    file = NewFile(tmp_path / "out", replace=False)
+    file.write_at(0, b"content")
+    file.discard()
+    file.discard()
+    assert os.listdir(tmp_path) == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_file_that_comes_up_meanwhile(tmp_path: Path, file_system: str, *, replace: bool) -> None:
+    file = NewFile(tmp_path / "out", replace=replace)
+    file.write_at(0, b"content")
+    (tmp_path / "out").write_bytes(b"precious")
+    if replace:
+        file.finish()
+    else:
+        with pytest.raises(FileExistsError):
+            file.finish()
+    file.discard()
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out").read_bytes() == (b"content" if replace else b"precious")
+
+
+def test_a_link_is_replaced_and_not_what_it_names(tmp_path: Path, file_system: str) -> None:
+    (tmp_path / "named").write_bytes(b"precious")
+    for target in ("named", "nothing"):
+        (tmp_path / "out").unlink(missing_ok=True)
+        (tmp_path / "out").symlink_to(target)
+        file = NewFile(tmp_path / "out", replace=True)
+        file.write_at(0, b"content")
+        file.finish()
+        assert not (tmp_path / "out").is_symlink()
+        assert (tmp_path / "out").read_bytes() == b"content"
+    assert (tmp_path / "named").read_bytes() == b"precious"
+    assert sorted(os.listdir(tmp_path)) == ["named", "out"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "link", "rename"])
+def test_a_file_that_cannot_be_finished_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_system: str, call: str
+) -> None:
+    (tmp_path / "out").write_bytes(b"precious")
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    file = NewFile(tmp_path / "out", replace=True)
+    file.write_at(0, b"content")
+    if call == "link" and file_system == "hidden name":
+        call = "rename"  # there it needs no link
+    monkeypatch.setattr(os, call, broken)
+    with pytest.raises(OSError, match="Input/output"):
+        file.finish()
+    monkeypatch.undo()
+    file.discard()
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out").read_bytes() == b"precious"
+
+
+def test_a_directory_that_cannot_be_synced_does_not_keep_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_system: str
+) -> None:
+    real = os.fsync
+
+    def broken(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(fd)
+
+    file = NewFile(tmp_path / "out", replace=False)
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        file.finish()
+    file.discard()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "replace", "error", "words"),
+    [
+        ("directory", False, IsADirectoryError, "Is a directory"),
+        ("directory", True, IsADirectoryError, "Is a directory"),
+        ("file", False, FileExistsError, "File exists"),
+        ("dangling", False, FileExistsError, "a symbolic link to nothing"),
+        ("link", False, FileExistsError, "File exists"),
+        ("no/where", False, FileNotFoundError, "No such file"),
+        ("file/below", True, NotADirectoryError, "Not a directory"),
+        ("n" * 256, True, OSError, "name too long"),
+        ("..", True, IsADirectoryError, "Is a directory"),
+    ],
+)
+def test_a_name_that_will_not_do_is_refused_at_once(
+    tmp_path: Path, file_system: str, name: str, error: type[OSError], words: str, *, replace: bool
+) -> None:
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "file").write_bytes(b"precious")
+    (tmp_path / "dangling").symlink_to("nothing")
+    (tmp_path / "link").symlink_to("file")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(error, match=words):
+        check_target(tmp_path / name, replace=replace)
+    assert sorted(os.listdir(tmp_path)) == before
+    check_target(tmp_path / "new", replace=replace)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_directory_without_permission_is_refused_at_once(tmp_path: Path) -> None:
+    """In a process of its own, because root may write everywhere."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    closed.chmod(0o555)
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom trimig.guests.newfile import check_target\n"
+        "if os.geteuid() == 0: os.setgroups([]); os.setegid(65534); os.seteuid(65534)\n"
+        "os.chdir('closed')\n"
+        "check_target(Path('out'), replace=False)"
+    )
+    tmp_path.chmod(0o755)
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stderr=subprocess.PIPE,
+    )
+    assert done.returncode == 1
+    assert b"PermissionError" in done.stderr
+    assert b"out" in done.stderr or b"'.'" in done.stderr
+
+
+def test_a_killed_process_leaves_nothing(tmp_path: Path) -> None:
+    """Where the file system can keep a file without a name, as the usual ones of Linux can."""
+    try:
+        os.close(os.open(tmp_path, os.O_TMPFILE | os.O_RDWR, 0o600))
+    except OSError as error:
+        pytest.skip(f"this file system cannot: {error.strerror}")
+    code = (
+        "import os, signal\nfrom pathlib import Path\nfrom trimig.guests.newfile import NewFile\n"
+        "file = NewFile(Path('out'), replace=False)\nfile.write_at(0, bytes(1 << 20))\nfile.sync()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert os.listdir(tmp_path) == []
