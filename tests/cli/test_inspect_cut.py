@@ -28,7 +28,7 @@ def test_cut_anywhere(tmp_path: Path, json_too: bool) -> None:
     for cut in CUTS:
         path.write_bytes(WHOLE[:cut])
         result = CliRunner().invoke(main, ["inspect", str(path), *(["--json"] if json_too else [])])
-        assert result.exception is None or isinstance(result.exception, SystemExit), (cut, result.exception)
+        assert isinstance(result.exception, SystemExit | None), (cut, result.exception)
         whole = cut == EOF_AT + 1
         assert result.exit_code == (0 if whole else 1), cut
         if json_too:
@@ -42,7 +42,8 @@ def test_cut_anywhere(tmp_path: Path, json_too: bool) -> None:
             ("machine 'toy-1.0'", len(LONG["header"] + LONG["configuration"]) + 1),
             ("RAM blocks", HEAD),
         ):
-            assert (words in result.stdout) or cut < place, (cut, words)
+            if cut >= place:
+                assert words in result.stdout, (cut, words)
 
 
 def test_sections_of_ram_that_are_left_out_are_counted(tmp_path: Path) -> None:

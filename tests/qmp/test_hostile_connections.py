@@ -79,7 +79,8 @@ async def test_control_websocket_survives_any_handshake() -> None:
         await negotiated(good, packed=False)
         for data in inputs:
             answer = await throw(address, data)
-            assert not answer or answer.startswith(b"HTTP/1.1 ")
+            if answer:
+                assert answer.startswith(b"HTTP/1.1 ")
         # The instance that ended a process.
         assert b" 400 " in await throw(address, REQUEST.replace(b"Host: ", b"Host: x\xf0").replace(b"?a=b", b""))
         await still_good(good)

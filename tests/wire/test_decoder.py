@@ -30,7 +30,8 @@ def test_bytes_of_a_case_give_its_events(case: Case) -> None:
     got = read(case.before + case.data, eof=False)
     assert got.error is None
     assert flat(got.found) == flat([*case.before_events, *case.found])
-    assert got.decoder.offset == len(case.before + case.data) or isinstance(case.found[-1], events.EndOfStream)
+    if not isinstance(case.found[-1], events.EndOfStream):
+        assert got.decoder.offset == len(case.before + case.data)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
