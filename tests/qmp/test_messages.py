@@ -142,9 +142,50 @@ def test_where_the_bytes_are_cut_decides_nothing(chunks: list[bytes]) -> None:
 def test_a_good_line_after_anything_and_a_fresh_line_is_read(chunks: list[bytes]) -> None:
     """Only if what came before is not the beginning of something that goes on over the end of its line."""
     reader = MessageReader()
-    read(reader, b"".join(chunks), b"\n")
-    if not reader.partial:
+    found = read(reader, b"".join(chunks), b"\n")
+    closed = any(isinstance(one, str) and "is closed" in one for one in found)
+    if not reader.partial and not closed:
         assert read(reader, b'{"execute":"stop"}\n') == [{"execute": "stop"}]
+
+
+COMMAND = b'{"execute":"qmp_capabilities"}{"execute":"migrate","arguments":{"uri":"exec:id"}}'
+REQUESTS = {
+    "POST": b"POST / HTTP/1.1\r\nHost: 127.0.0.1:4444\r\nContent-Type: text/plain\r\n\r\n" + COMMAND,
+    "GET": b"GET /?" + COMMAND + b" HTTP/1.1\r\n\r\n",
+    "PUT": b"PUT /x HTTP/1.1\r\n\r\n" + COMMAND,
+    "OPTIONS": b"OPTIONS * HTTP/1.1\r\n\r\n" + COMMAND,
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + COMMAND,
+    "CONNECT": b"CONNECT localhost:80 HTTP/1.1\r\n\r\n" + COMMAND,
+    "through a proxy": b"GET http://localhost/ HTTP/1.0\r\n\r\n" + COMMAND,
+    "a method of its own": b"x-y /{} HTTP/1.1\r\n\r\n" + COMMAND,
+    "two blanks": b"POST  / HTTP/1.1\r\n\r\n" + COMMAND,
+    "empty lines first": b"\r\n\r\nPOST / HTTP/1.1\r\n\r\n" + COMMAND,
+    "HTTP/0.9": b"GET /\r\n" + COMMAND,
+    "TLS": b"\x16\x03\x01\x02\x00\x01\n" + COMMAND,
+}
+
+
+@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
+def test_what_begins_like_another_protocol_is_the_end_however_it_is_cut(request_: bytes) -> None:
+    """One fatal mistake and no message, in one piece, byte by byte, and cut at every place."""
+    pieces = [(request_,), tuple(request_[at : at + 1] for at in range(len(request_)))]
+    pieces += [(request_[:at], request_[at:]) for at in range(1, len(request_))]
+    for chunks in pieces:
+        reader = MessageReader()
+        (desc,) = read(reader, *chunks)
+        assert desc.startswith(("this is HTTP", "this is TLS"))
+        assert read(reader, b"\n", COMMAND) == []
+        assert (reader.partial, reader.held) == (False, 0)
+
+
+def test_a_request_in_the_middle_ends_it_too() -> None:
+    assert read(MessageReader(), b'{"a":1}\nPOST / HTTP/1.1\r\n\r\n' + COMMAND)[0] == {"a": 1}
+    assert len(read(MessageReader(), b'{"a":1}\nPOST / HTTP/1.1\r\n\r\n' + COMMAND)) == 2
+
+
+@pytest.mark.parametrize("text", ["POST", "GET /", "POST / HTTP/1.1"])
+def test_a_string_that_says_http_is_a_string(text: str) -> None:
+    assert read(MessageReader(), encode({"id": text}), encode(text)) == [{"id": text}, text]
 
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -293,6 +294,33 @@ async def test_a_huge_line_is_answered_and_the_connection_ended(where: str) -> N
         nursery.start_soon(much)
         assert await raw.read() == error(f"a message of more than {MAX_MESSAGE} bytes")
         assert await raw.read() is None
+
+
+@pytest.mark.parametrize("first", ["POST", "GET", "OPTIONS", "PUT"])
+@pytest.mark.parametrize("negotiated", [False, True])
+async def test_a_request_of_a_web_page_executes_nothing_and_is_logged(
+    where: str, first: str, caplog: pytest.LogCaptureFixture, *, negotiated: bool
+) -> None:
+    """The whole of it in one packet, and with its body behind; the connection is closed at once, others go on."""
+    head = f"{first} / HTTP/1.1\r\nHost: x\r\nContent-Length: 200\r\n\r\n".encode()
+    body = NEGOTIATE + line("stop")
+    for pieces in ([head + body], [head, body], [head[:2], head[2:] + body]):
+        async with serving(where) as (fake, address):
+            async with talking(address) as other:
+                raw = await dial(address)
+                async with raw.stream:
+                    await raw.read()
+                    if negotiated:
+                        await raw.ask(NEGOTIATE)
+                    for piece in pieces:
+                        with contextlib.suppress(trio.BrokenResourceError):
+                            await raw.send(piece)
+                    answer = await raw.read()
+                    assert answer is None or "this is HTTP" in answer["error"]["desc"]
+                    assert answer is None or await raw.read() is None
+                assert await other.ask(line("query-status")) == {"return": STATUS}
+            assert [name for name, _ in fake.executed] == ["query-status"]
+    assert "was sent away: this is HTTP" in caplog.text
 
 
 # -- descriptors ---------------------------------------------------------------------------------------------------

@@ -82,6 +82,10 @@ def nested(depth: int) -> bytes:
         msgpack.packb({"execute": "echo", "arguments": {"a": b"\xff\xfe"}}),
         msgpack.packb({"execute": "echo", "arguments": {"a": msgpack.ExtType(5, b"x")}}),
         msgpack.packb({"execute": "echo", "arguments": {1: 2}}),
+        b"\x82\xa7execute\xa4echo\xa7execute\xa4stop",
+        b"\x82\xa7execute\xa4echo\xa9arguments\x82\xa1a\x01\xa1a\x02",
+        '{"execute": "echo", "execute": "stop"}',
+        '{"execute": "echo", "arguments": {"a": 1, "a": 2}}',
         msgpack.packb(5),
         msgpack.packb([1, 2]),
         b"\xdd\xff\xff\xff\xff",
@@ -115,6 +119,7 @@ async def test_hostile_frame_gets_an_error_and_the_connection_lives(frame: str |
         assert answer["error"]["desc"]
         await still_good(connection)
         await still_good(other)
+        assert all(name == "echo" and given.get("a") != 2 for name, given in fake.executed)
         assert all(not isinstance(value, bytes | float) for _, given in fake.executed for value in given.values())
 
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 #: The guest is at the destination, and memory is not.
-FOLLOWING: Final = frozenset({"postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-uncertain"})
+FOLLOWING: Final = frozenset(
+    {"postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup", "postcopy-uncertain"}
+)
 #: Seconds between two pictures of a running migration.
 EVERY: Final = 0.2
 

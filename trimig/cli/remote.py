@@ -34,10 +34,18 @@ CONNECT_LIMIT: Final = 5.0
 CANCEL_LIMIT: Final = 20.0
 #: Seconds between two looks at what cannot notify us.
 POLL: Final = 0.05
-#: Statuses of a migration that is over, or never was.
+#: Statuses of a migration that is over, or never was. All others go on, also those that a newer QEMU has invented.
 ENDED: Final = frozenset({"none", "completed", "failed", "cancelled"})
 #: From here on the guest can run at the destination only.
-_GIVEN_AWAY: Final = frozenset({"completed", "postcopy-active", "postcopy-paused", "postcopy-recover"})
+_GIVEN_AWAY: Final = frozenset(
+    {"completed", "postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup"}
+)
+#: The decision has been sent, and is not answered.
+_DECIDING: Final = frozenset({"device", "postcopy-device"})
+#: The guest stays: nothing was sent that could give it away, or the migration is over, or a QEMU takes its guest back.
+_KEPT: Final = frozenset(
+    {"none", "setup", "wait-unplug", "cancelling", "cancelled", "failing", "failed", "pre-switchover"}
+)
 
 
 class Refused(click.ClickException):
@@ -129,7 +137,9 @@ class State:
             return str(self.info["owner"])
         if self.migration in _GIVEN_AWAY:
             return "destination"
-        if self.migration == "device" or (self.migration == "active" and self.run_state == "finish-migrate"):
+        # An `active` migration, or one in a status of a newer QEMU, whose guest is stopped for the switchover.
+        stopped = self.migration not in _KEPT and self.run_state == "finish-migrate"
+        if self.migration in _DECIDING or stopped:
             return "unknown"
         return "source"
 

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, Final
 
 #: The largest message that is accepted, in bytes. A list of all parameters has about one KiB.
@@ -24,6 +25,13 @@ _OUTSIDE: Final = re.compile(rb'[{}\[\]"\n]')
 #: Inside a string: its end, an escape, or a character that a string may not contain.
 _INSIDE: Final = re.compile(rb'["\\\x00-\x1f]')
 _SOLID: Final = re.compile(rb"[^ \t\r\n]")
+#: How a request of HTTP begins: a method, a blank, and what is asked for. A page on any web site can have a browser send
+#: one to a port of this machine, with a QMP command as its body.
+_HTTP: Final = re.compile(
+    rb"CONNECT +[^ \t\r\n{}\[\]\"]|[A-Za-z0-9!#$%&'*+.^_`|~-]+ +(?:[/*]|[A-Za-z][A-Za-z0-9+.-]*://)"
+)
+#: How a TLS handshake begins.
+_TLS: Final = b"\x16\x03"
 #: A surrogate, as JSON can spell it; a lone one is no character, and no later step could encode it.
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -54,6 +62,7 @@ class MessageReader:
         self._depth = 0
         self._string = False
         self._skipping = False
+        self._dead = False
 
     @property
     def partial(self) -> bool:
@@ -67,21 +76,34 @@ class MessageReader:
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """More bytes have come."""
-        self._buffer += data
+        if not self._dead:
+            self._buffer += data
 
     def next_message(self) -> tuple[Any] | Malformed | None:
-        """The next message as a tuple of one, or what is wrong with it; None: more bytes are needed."""
-        while True:
+        """The next message as a tuple of one, or what is wrong with it; None: more bytes are needed.
+
+        Behind what is fatal there is none.
+        """
+        while not self._dead:
             if self._skipping and not self._skip():
                 return None
             if self._at == 0 and not self._begin():
                 return None
+            if (stranger := self._stranger()) is not None:
+                return self._end(f"this is {stranger}, and not QMP: the connection is closed, nothing was executed")
             found = self._scan()
             if found is not None:
                 return found
             if self._skipping:
                 continue
             return self._too_long() if len(self._buffer) > self._max else None
+        return None
+
+    def _stranger(self) -> str | None:
+        """The protocol that the other side speaks, if the beginning of the message shows that it is another one."""
+        if _HTTP.match(self._buffer):
+            return "HTTP"
+        return "TLS" if self._buffer.startswith(_TLS) else None
 
     def _skip(self) -> bool:
         """Throw away everything up to the end of the line."""
@@ -140,7 +162,7 @@ class MessageReader:
         self._forget(self._at)
         try:
             message = json.loads(
-                text.decode("utf-8"), parse_constant=_no_constant, parse_float=_number, object_pairs_hook=_object
+                text.decode("utf-8"), parse_constant=_no_constant, parse_float=_number, object_pairs_hook=unique_members
             )
             if _SURROGATE.search(text):
                 json.dumps(message, ensure_ascii=False).encode()
@@ -162,8 +184,12 @@ class MessageReader:
         return Malformed(f"JSON parse error, {what}")
 
     def _too_long(self) -> Malformed:
+        return self._end(f"a message of more than {self._max} bytes")
+
+    def _end(self, desc: str) -> Malformed:
         self._forget(len(self._buffer))
-        return Malformed(f"a message of more than {self._max} bytes", fatal=True)
+        self._dead = True
+        return Malformed(desc, fatal=True)
 
     def _forget(self, count: int) -> None:
         del self._buffer[:count]
@@ -181,7 +207,9 @@ def _number(text: str) -> float:
     return number
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_members(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """An object of its members; ValueError if two have the same name, for readers would disagree on which one counts."""
+    pairs = list(pairs)
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("duplicate key")

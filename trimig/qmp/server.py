@@ -161,6 +161,7 @@ async def _read(
             for call in await conversation.hear(message):
                 outbox.put(call, 0)
             if isinstance(message, Malformed) and message.fatal:
+                log.warning("a QMP client was sent away: %s", message.desc)
                 with trio.move_on_after(_FAREWELL_SECONDS):
                     await outbox.wait_empty()
                 return

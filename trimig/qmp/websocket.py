@@ -25,7 +25,7 @@ from ..transport import tcp
 from ..transport._messages import Gone, MessageStream
 from ..transport._opening import NotUnderstood, from_a_page, welcome
 from .interface import Dispatcher
-from .messages import MAX_DEPTH, MAX_MESSAGE, Malformed, MessageReader
+from .messages import MAX_DEPTH, MAX_MESSAGE, Malformed, MessageReader, unique_members
 from .server import accept
 from .session import Conversation, Outbox
 
@@ -192,7 +192,9 @@ def _messages(frame: str | bytes) -> list[tuple[Any] | Malformed]:
     """The messages in one frame; a binary one has one."""
     if isinstance(frame, bytes):
         try:
-            message = msgpack.unpackb(frame, max_array_len=_MAX_MEMBERS, max_map_len=_MAX_MEMBERS)
+            message = msgpack.unpackb(
+                frame, max_array_len=_MAX_MEMBERS, max_map_len=_MAX_MEMBERS, object_pairs_hook=unique_members
+            )
             _check(message)
         except (ValueError, msgpack.UnpackException, RecursionError) as error:
             return [Malformed(f"msgpack error, {type(error).__name__}: {error}")]

@@ -1,0 +1,38 @@
+"""What the commands with ``--qmp`` conclude from the statuses of any QEMU."""
+
+from __future__ import annotations
+
+import pytest
+
+from trimig.cli.remote import State
+
+
+@pytest.mark.parametrize(
+    ("status", "run_state", "ended", "owner"),
+    [
+        ("none", "running", True, "source"),
+        ("setup", "running", False, "source"),
+        ("active", "running", False, "source"),
+        ("active", "finish-migrate", False, "unknown"),
+        ("pre-switchover", "finish-migrate", False, "source"),
+        ("device", "finish-migrate", False, "unknown"),
+        ("cancelling", "finish-migrate", False, "source"),
+        ("failing", "finish-migrate", False, "source"),
+        ("failing", "running", False, "source"),
+        ("postcopy-device", "finish-migrate", False, "unknown"),
+        ("postcopy-active", "finish-migrate", False, "destination"),
+        ("postcopy-paused", "finish-migrate", False, "destination"),
+        ("postcopy-recover-setup", "finish-migrate", False, "destination"),
+        ("postcopy-recover", "finish-migrate", False, "destination"),
+        ("colo", "running", False, "source"),
+        ("a-status-of-tomorrow", "running", False, "source"),
+        ("a-status-of-tomorrow", "finish-migrate", False, "unknown"),
+        ("completed", "postmigrate", True, "destination"),
+        ("failed", "running", True, "source"),
+        ("cancelled", "running", True, "source"),
+    ],
+)
+def test_only_four_statuses_are_final(status: str, run_state: str, owner: str, *, ended: bool) -> None:
+    state = State(run_state=run_state, info={"status": status})
+    assert state.ended is ended
+    assert state.owner == owner
