@@ -32,6 +32,7 @@ Postcopy, on either side behind handover::
       |       ^
       v       |
     postcopy-paused <-> postcopy-recover       from each of the three: -> postcopy-lost
+    postcopy-paused -> completed                                                      (destination only)
     postcopy-uncertain -> postcopy-active | postcopy-paused | failed | uncertain      (source only)
 """
 
@@ -133,6 +134,8 @@ TRANSITIONS: Final = MappingProxyType(
                 _S.ACTIVE: frozenset({_S.HANDOVER, _S.FAILED, _S.CANCELLING}),
                 _S.HANDOVER: frozenset({_S.COMPLETED, _S.FAILED, _S.POSTCOPY_ACTIVE}),
                 **_POSTCOPY,
+                # The connection was lost behind the last page, and the guest has everything.
+                _S.POSTCOPY_PAUSED: _POSTCOPY[_S.POSTCOPY_PAUSED] | {_S.COMPLETED},
                 _S.CANCELLING: frozenset({_S.CANCELLED, _S.FAILED}),
                 _S.COMPLETED: frozenset({_S.SETUP}),
                 _S.FAILED: frozenset({_S.SETUP}),

@@ -100,6 +100,12 @@ class Peer:
             while data := await self.stream.receive_some():
                 self.heard += self.decoder.feed(data)
 
+    async def hear_end(self) -> None:
+        """Everything, of a stream that is not a return path."""
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while await self.stream.receive_some():
+                pass
+
     async def hear_that_it_lives(self) -> None:
         """The answer to the PING inside the package."""
         while Pong(value=3) not in self.heard:
@@ -197,7 +203,7 @@ async def refusal(stream: bytes, target: trimig.Guest | None = None, config: tri
         (OPENING + pc.packaged(LISTEN + devices()), "does not end with RUN"),
         (OPENING + pc.packaged(LISTEN + devices() + RUN + wire.ping(3)), "goes on behind RUN"),
         (OPENING + pc.packaged(LISTEN + devices()[:-3]), "ends inside an element"),
-        (OPENING + pc.packaged(LISTEN + wire.command(Command.ENABLE_COLO) + RUN), "ENABLE_COLO in the middle"),
+        (OPENING + pc.packaged(LISTEN + wire.command(Command.ENABLE_COLO) + RUN), "wants COLO"),
         (OPENING + pc.packaged(LISTEN + part(1) + devices() + RUN), "in a package"),
         (OPENING + pc.packaged(LISTEN + RUN), "'clock' .* was never received"),
         (OPENING + PACKAGE[:30], "ends"),
@@ -267,10 +273,10 @@ async def test_advised_but_finished_in_precopy() -> None:
         (part(3) + part(3), "came a second time"),
         (part(2), "came a second time"),  # it came before the switch
         (END, "6 pages are missing"),
-        (discard(1), "POSTCOPY_RAM_DISCARD behind the switch"),
-        (PACKAGE, "PACKAGED behind the switch"),
-        (wire.command(Command.POSTCOPY_RESUME), "POSTCOPY_RESUME without a pause"),
-        (wire.command(Command.RECV_BITMAP, b"\x03ram"), "RECV_BITMAP without a pause"),
+        (discard(1), "POSTCOPY_RAM_DISCARD has no place behind the switch"),
+        (PACKAGE, "PACKAGED has no place behind the switch"),
+        (wire.command(Command.POSTCOPY_RESUME), "POSTCOPY_RESUME has no place behind the switch"),
+        (wire.command(Command.RECV_BITMAP, b"\x03ram"), "RECV_BITMAP has no place behind the switch"),
         (START, "in postcopy"),
         (b"\x7f", "unknown section type"),
         (part(3)[:100], "ends"),

@@ -234,15 +234,22 @@ class Arrival(abc.ABC):
         with guest_calls.guarded("keeping the RAM"):
             await self.guest.ram_received()
 
+    def check_kept(self, sections: Sequence[DeviceSection]) -> None:
+        """What can be wrong with the devices of a guest that is only kept. RemoteProtocolError."""
+        for section in sections:
+            if section.idstr == globalstate.IDSTR:
+                try:
+                    self.run_state = globalstate.decode(section.payload, section.version_id)
+                except RemoteProtocolError as error:
+                    raise RemoteProtocolError(error.reason, section=section.idstr) from None
+
     async def keep(self, sections: Sequence[DeviceSection], description: bytes | None = None) -> None:
         """Let an opaque guest keep its devices. GuestFailed.
 
         **Cancellation:** as for :meth:`load`.
         """
         assert isinstance(self.guest, OpaqueGuest)
-        for section in sections:
-            if section.idstr == globalstate.IDSTR:
-                self.run_state = globalstate.decode(section.payload, section.version_id)
+        self.check_kept(sections)
         keeping = functools.partial(self.guest.load_opaque, sections, description)
         await guest_calls.call("keeping the devices", keeping, self.config.handover_timeout)
 

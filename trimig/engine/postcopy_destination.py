@@ -15,7 +15,7 @@ from typing import Final
 
 import trio
 
-from ..errors import GuestFailed, RemoteProtocolError, TransportFailed, TrimigError
+from ..errors import GuestFailed, PostcopyLost, RemoteProtocolError, TransportFailed, TrimigError
 from ..guest import DeviceSection, DiscardableBlock, Guest, LazyGuest, MissingMemory, OpaqueGuest
 from ..memory import MemoryUnavailable, MissingPages
 from ..status import Status
@@ -30,8 +30,9 @@ from .arrival import Arrival
 from .arriving import KeptMemory
 from .channel import AnyStream, Channel
 from .handover import lift_shield, shield
+from .order import Place, check_place
 from .postcopy_in import PostcopyReceiver
-from .recovery import wait_for_connection
+from .recovery import Search
 from .urgent_in import UrgentArrival
 
 #: Events handled before other tasks get a turn.
@@ -108,7 +109,8 @@ async def take_apart(package: ev.Package, decoder: Decoder, measure: Measure | N
     if not commands or commands[-1][0] != Command.POSTCOPY_RUN:
         raise RemoteProtocolError("the package does not end with RUN", offset=package.at, section="package")
     for number, _, where in commands[:-1]:
-        if number not in (Command.PING, Command.SWITCHOVER_START):
+        check_place(number, Place.PACKAGE, where, "package")
+        if number in (Command.POSTCOPY_LISTEN, Command.POSTCOPY_RUN):
             raise RemoteProtocolError(
                 f"command {command_name(number)} in the middle of a package", offset=where, section="package"
             )
@@ -187,6 +189,12 @@ class Ahead:
         self._receiver: PostcopyReceiver | None = None
         self._package: Package | None = None
         self._lives = trio.Event()
+        #: Pages may come on this connection: it is the first, or RESUME has been read.
+        self._resumed = trio.Event()
+        self._resumed.set()
+        self._search = Search(self._monitor, self._config, arrival.connections.again, listens=True)
+        self._least = math.inf  # pages that were missing at the last RESUME
+        self._finished = False  # the guest knows that it is whole
 
     async def run(self, package: Package) -> None:
         """Until the guest is whole and lives. Losing the connection does not undo what is in the package.
@@ -205,9 +213,12 @@ class Ahead:
             # With the package the guest has come: the source does not take it back unless it is told to.
             await self._lives.wait()
             await self._lost(why)
-            await self._recover()
+            if not await self._recover(receiver):
+                break
         await self._lives.wait()
-        await self._whole(package)
+        await self._finish(package)
+        self._counters.error = None
+        self._monitor.advance(Status.COMPLETED)
 
     # -- the switch ------------------------------------------------------------------------------------------------
 
@@ -236,7 +247,8 @@ class Ahead:
         """Bring the guest to life. The PING inside the package is answered when it does: then nobody gives it back."""
         arrival = self._arrival
         if isinstance(self._guest, OpaqueGuest):
-            # It is kept, and nothing of it can fail, until it is whole.
+            # It is kept: what can be wrong with it is looked at now, and then nothing of it can fail until it is whole.
+            arrival.check_kept(package.sections)
             await trio.lowlevel.checkpoint_if_cancelled()
             shield(self._nursery, math.inf)
             self._monitor.advance(Status.HANDOVER)
@@ -255,8 +267,12 @@ class Ahead:
         for value in package.pings:
             await self._say(Pong(value=value))
 
-    async def _whole(self, package: Package) -> None:
+    async def _finish(self, package: Package) -> None:
+        """The last page has come, and the guest is told so. Idempotent."""
         assert self._receiver is not None
+        if self._finished:
+            return
+        self._finished = True
         self._receiver.close()
         if isinstance(self._guest, LazyGuest):
             waited = await self._told_whole(self._guest)
@@ -264,7 +280,6 @@ class Ahead:
                 self._counters.blocktime = tuple(waited)
         else:
             await self._keep(package)
-        self._monitor.advance(Status.COMPLETED)
 
     async def _told_whole(self, guest: LazyGuest) -> Sequence[float]:
         """Seconds that each worker has waited. The guest is whole and runs, whatever it says to that."""
@@ -295,6 +310,8 @@ class Ahead:
         self._monitor.interrupt(self._interrupted)
         try:
             with trio.CancelScope() as self._scope:
+                if not self._resumed.is_set():
+                    self._scope.deadline = self._search.deadline
                 why = await self._take_both(receiver)
         finally:
             self._scope = None
@@ -306,14 +323,17 @@ class Ahead:
         why: str | None = None
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
             if self._urgent.wanted:
-                urgent = functools.partial(self._urgent.take_pages, receiver, self._decoder, self._interrupted)
-                nursery.start_soon(urgent, name="trimig.urgent")
+                nursery.start_soon(self._take_urgent, receiver, name="trimig.urgent")
             try:
                 await self._take_pages(receiver)
             except (TransportFailed, RemoteProtocolError) as error:
                 why = str(error)
             nursery.cancel_scope.cancel("nothing more comes on the main connection")
         return why
+
+    async def _take_urgent(self, receiver: PostcopyReceiver) -> None:
+        await self._resumed.wait()
+        await self._urgent.take_pages(receiver, self._decoder, self._interrupted)
 
     def _interrupted(self, why: str) -> None:
         self._why = why
@@ -330,6 +350,10 @@ class Ahead:
                 handled += 1
                 if handled % _SLICE_EVENTS == 0:
                     await trio.lowlevel.checkpoint()
+                if not self._resumed.is_set() and not isinstance(event, ev.CommandElement):
+                    raise RemoteProtocolError(
+                        f"{type(event).__name__} in a recovery, before RESUME", offset=event.at, section="postcopy"
+                    )
                 match event:
                     case ev.PageRun():
                         if self._urgent.wanted:
@@ -361,28 +385,27 @@ class Ahead:
                     raise TransportFailed("the connection ended before the guest's memory was complete")
 
     async def _command(self, event: ev.CommandElement, receiver: PostcopyReceiver) -> None:
-        recovering = self._monitor.status is Status.POSTCOPY_RECOVER
+        place = Place.FOLLOWING if self._resumed.is_set() else Place.RECOVERING
+        check_place(event.number, place, event.at, "postcopy")
         match event.number:
             case Command.PING:
                 await self._say(Pong(value=int.from_bytes(event.payload)))
             case Command.SWITCHOVER_START:
                 pass  # announces the switch, which has been
-            case Command.RECV_BITMAP if recovering:
+            case Command.RECV_BITMAP:
                 await self._say(self._bitmap(event, receiver))
-            case Command.POSTCOPY_RESUME if recovering:
+            case Command.POSTCOPY_RESUME:
                 await self._urgent.wait()
                 self._counters.error = None
+                if receiver.missing < self._least:
+                    self._least = receiver.missing
+                    self._search.gained()
                 self._monitor.advance(Status.POSTCOPY_ACTIVE)
+                self._resumed.set()
+                if self._scope is not None:
+                    self._scope.deadline = math.inf
                 await self._say(ResumeAck())
                 await receiver.ask_again()
-            case Command.RECV_BITMAP | Command.POSTCOPY_RESUME:
-                raise RemoteProtocolError(
-                    f"{command_name(event.number)} without a pause before it", offset=event.at, section="postcopy"
-                )
-            case number:
-                raise RemoteProtocolError(
-                    f"command {command_name(number)} behind the switch to postcopy", offset=event.at, section="postcopy"
-                )
 
     def _bitmap(self, event: ev.CommandElement, receiver: PostcopyReceiver) -> ReceivedPages:
         payload = event.payload
@@ -422,14 +445,34 @@ class Ahead:
         self._counters.earlier += self._channel.received
         self._counters.error = why
         self._monitor.advance(Status.POSTCOPY_PAUSED)
+        self._search.paused()
 
-    async def _recover(self) -> None:
-        """Wait for another connection; what it says is read by :meth:`_read`."""
-        lift_shield(self._nursery)
-        stream: AnyStream = await wait_for_connection(
-            self._monitor, self._config, self._arrival.connections.again, trio.current_time()
-        )
-        shield(self._nursery, math.inf)
+    async def _recover(self, receiver: PostcopyReceiver) -> bool:
+        """Wait for another connection; what it says is read by :meth:`_read`.
+
+        Returns:
+            False if none came and none is needed: the guest has all of its memory, and only the source does not know it.
+
+        Raises:
+            PostcopyLost: none came, and pages are missing.
+        """
+        if receiver.missing:
+            lift_shield(self._nursery)
+            stream = await self._search.connection()
+            shield(self._nursery, math.inf)
+        else:
+            if not self._finished:
+                assert self._package is not None
+                await self._finish(self._package)
+                self._search.shorten(self._config.handover_timeout if self._search.tries else 0.0)
+            try:
+                stream = await self._search.connection()
+            except PostcopyLost:
+                return False
+        await self._take_up(stream)
+        return True
+
+    async def _take_up(self, stream: AnyStream) -> None:
         self._monitor.listening()
         async with self._sending:
             self._channel = self._arrival.channel = Channel(stream, stall_timeout=self._config.stall_timeout)
@@ -442,6 +485,7 @@ class Ahead:
             continues=self._decoder,
         )
         self._urgent.expect()
+        self._resumed = trio.Event()
         self._monitor.advance(Status.POSTCOPY_RECOVER)
 
     def missing(self) -> dict[str, Runs]:

@@ -11,12 +11,10 @@ strikes where the migration is paused (G7, G8).
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-import numpy as np
 import trio
 
 from ..errors import Ownership, PostcopyLost, RemoteProtocolError, TransportFailed
@@ -36,11 +34,13 @@ from .limiter import Limiter
 from .postcopy_out import PostcopySender
 from .ram_out import RamSender
 from .reader import ReturnPathReader
-from .recovery import wait_for_connection
+from .recovery import Search
 
 #: PING values, QEMU's: behind the discards, inside the package behind the devices, behind the package.
 PING_DISCARDED: Final = 2
 PING_LOADED: Final = 3
+#: The same, for what a QEMU from 11.1 on waits for before it gives its guest up (newer.md part 4).
+PING_RUNS: Final = 0x42
 PING_FOLLOWED: Final = 4
 
 
@@ -76,17 +76,20 @@ class Following:
         self._records = records
         self._limiter = limiter
         self._blocks = tuple(blocks)
-        self._connections = connections
+        self._search = Search(self._monitor, self._config, connections.again, listens=False)
         self._scope: trio.CancelScope | None = None
         self._why: str | None = None
         self._all_sent = False
         self._once_sent = False  # over this connection or an earlier one
-        self._bitmaps: dict[str, PageBitmap] = {}
-        self._resumed = False
+        self._release = False  # what was sent may have been given back to the host
+        self._handshake = _Handshake(())
+        self._handshake.resumed = True  # the first connection begins without
+        self._least = math.inf  # pages that the destination lacked at the last handshake
         self._news = trio.Event()
         self._sender = self._sender_of(PageOrder([bitmap.copy() for bitmap in unsent]))
 
     def _sender_of(self, order: PageOrder) -> PostcopySender:
+        self._order = order
         urgent = self._departure.urgent
         return PostcopySender(self._channel, self._records, self._limiter, self._blocks, order, self._counters, urgent)
 
@@ -107,7 +110,7 @@ class Following:
         """
         while (why := await self._send()) is not None:
             await self._lost(why)
-            if self._sender.release:
+            if self._release and not self._once_sent:
                 raise PostcopyLost(f"{why}; it cannot be recovered, because release-ram has given the sent memory back")
             await self._recover()
         c, departure = self._counters, self._departure
@@ -126,7 +129,7 @@ class Following:
             await self._sender.run()
             await self._records.end([])
             await self._channel.send(wire.end_of_stream())
-            self._all_sent = self._once_sent = True
+            self._all_sent = True
             self._monitor.interrupt(None)  # nothing is left to be taken up again: only the last word is to come
             scope.deadline = trio.current_time() + config.handover_timeout
             await self._reader.wait_answer()
@@ -167,16 +170,18 @@ class Following:
             self._scope.cancel(why)
 
     def _heard(self, message: Message | None) -> None:
+        """Take what the destination says. RemoteProtocolError if it is not its time for that: then it is paused."""
         match message:
             case PageRequest():
+                self._handshake.check_request()
                 self._sender.request(message)
-            case Pong(value=value) if value == PING_LOADED:
+            case Pong(value=value) if value in (PING_LOADED, PING_RUNS):
                 self._confirmed()
             case ReceivedPages(block=block, pages=pages):
-                self._bitmaps[block] = pages
+                self._handshake.bitmap(block, pages)
                 self._tell()
             case ResumeAck():
-                self._resumed = True
+                self._handshake.acknowledged()
                 self._tell()
             case Shut() | None:
                 # Where everything was sent, the migration task sees for itself.
@@ -192,7 +197,7 @@ class Following:
         if self._monitor.status is Status.HANDOVER:
             if self._scope is not None and not self._all_sent:
                 self._scope.deadline = math.inf
-            self._sender.release = self._config.capabilities.release_ram
+            self._release = self._sender.release = self._config.capabilities.release_ram
             self._monitor.advance(Status.POSTCOPY_ACTIVE)
             shield(self._nursery, math.inf)
 
@@ -203,6 +208,8 @@ class Following:
         monitor, departure = self._monitor, self._departure
         if self._reader.lost is None:
             self._reader.lost = TransportFailed(why)  # before it sees nothing but its own end closed
+        self._search.paused()
+        self._once_sent = self._once_sent or not self._order.remaining
         self._limiter.rest()
         await teardown.close(self._channel.stream)
         await departure.close_urgent()
@@ -228,10 +235,9 @@ class Following:
     async def _recover(self) -> None:
         """Over as many attempts as it takes, until a connection is there on which memory follows again."""
         lift_shield(self._nursery)
-        connecting = functools.partial(wait_for_connection, self._monitor, self._config, self._connections.again)
         while True:
             try:
-                stream = await connecting(trio.current_time())
+                stream = await self._search.connection()
             except PostcopyLost as error:
                 if self._monitor.status is Status.POSTCOPY_UNCERTAIN:
                     raise TransportFailed(str(error)) from None
@@ -254,7 +260,7 @@ class Following:
         channel = self._channel = self._departure.channel = Channel(stream, stall_timeout=config.stall_timeout)
         reader = ReturnPathReader(channel, {b.name: b.length for b in self._blocks})
         self._reader = self._departure.reader = reader
-        self._bitmaps, self._resumed = {}, False
+        handshake = self._handshake = _Handshake([block.name for block in self._blocks])
         self.begin()
         self._limiter.move_to(channel, parameters.max_postcopy_bandwidth)
         self._records = RamSender(channel, self._limiter, self._counters, footers=config.peer.send_section_footer)
@@ -262,25 +268,79 @@ class Following:
             reader.lost = TransportFailed("this transport has one direction only, and postcopy needs both")
             return str(reader.lost)
         self._nursery.start_soon(reader.run, name="trimig.return_path")
-        with self._connected(config.handover_timeout):
+        seconds = min(config.handover_timeout, self._search.deadline - trio.current_time())
+        with self._connected(seconds):
             if config.peer.preempt_pre_7_2:
                 await self._departure.open_urgent()
             for block in self._blocks:
                 reader.expect_bitmap(block.name)
                 await channel.send(wire.command(Command.RECV_BITMAP, cstr(block.name)))
-            while len(self._bitmaps) < len(self._blocks):
+            while not handshake.complete:
                 await self._news.wait()
             if not config.peer.preempt_pre_7_2:
                 await self._departure.open_urgent()
-            unsent = [~self._bitmaps[block.name] for block in self._blocks]
+            unsent = [~handshake.bitmaps[block.name] for block in self._blocks]
             # A page may be asked for in the same moment as the answer comes.
-            self._sender = self._sender_of(PageOrder(unsent))
-            self._counters.remaining = sum(int(np.count_nonzero(bitmap)) for bitmap in unsent) * PAGE_SIZE
+            order = PageOrder(unsent)
+            missing = order.remaining
+            if self._release and missing:
+                raise PostcopyLost(f"{missing} pages are missing there, and release-ram has given them back here")
+            self._sender = self._sender_of(order)
+            self._counters.remaining = missing * PAGE_SIZE
+            handshake.resuming = True
             await channel.send(wire.command(Command.POSTCOPY_RESUME))
-            while not self._resumed:
+            while not handshake.resumed:
                 await self._news.wait()
-        if not self._resumed or reader.lost is not None:
-            return self._why or str(reader.lost or f"the handshake took longer than {config.handover_timeout:g} s")
+        if not handshake.resumed or reader.lost is not None or reader.shut is not None:
+            return self._why or str(reader.lost or self._no_handshake(seconds))
+        if missing < self._least:
+            self._least = missing
+            self._search.gained()
         monitor.advance(Status.POSTCOPY_ACTIVE)
         self._counters.error = None
         return None
+
+    def _no_handshake(self, seconds: float) -> str:
+        if self._reader.shut is not None:
+            return f"the destination ended the recovery (it sent SHUT {self._reader.shut})"
+        return f"the handshake of the recovery took longer than {seconds:g} s"
+
+
+class _Handshake:
+    """What the destination has said on a recovery connection, and what it may say next.
+
+    Args:
+        blocks: names of the RAM blocks whose bitmaps are asked for.
+    """
+
+    def __init__(self, blocks: Sequence[str]) -> None:
+        self._blocks = tuple(blocks)
+        self.bitmaps: dict[str, PageBitmap] = {}
+        self.resuming = False  # RESUME has been sent
+        self.resumed = False  # and acknowledged
+
+    @property
+    def complete(self) -> bool:
+        """Every bitmap has come."""
+        return len(self.bitmaps) == len(self._blocks)
+
+    def check_request(self) -> None:
+        """RemoteProtocolError if no page may be asked for yet."""
+        if not self.resumed and not self.resuming:
+            raise _out_of_order("the destination asks for a page before RESUME")
+
+    def bitmap(self, block: str, pages: PageBitmap) -> None:
+        """A bitmap of *block* has come. RemoteProtocolError if it was not asked for, or has come before."""
+        if block not in self._blocks or block in self.bitmaps or self.resuming:
+            raise _out_of_order(f"a bitmap of the RAM block {block!r} that was not asked for, or comes a second time")
+        self.bitmaps[block] = pages
+
+    def acknowledged(self) -> None:
+        """RESUME_ACK has come. RemoteProtocolError without a RESUME before it."""
+        if not self.resuming or self.resumed:
+            raise _out_of_order("RESUME_ACK without a RESUME before it, or a second time")
+        self.resumed = True
+
+
+def _out_of_order(what: str) -> RemoteProtocolError:
+    return RemoteProtocolError(what, section="return path")

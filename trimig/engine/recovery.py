@@ -23,39 +23,85 @@ FIRST_DELAY: Final = 0.1
 LONGEST_DELAY: Final = 5.0
 
 
-async def wait_for_connection(monitor: Monitor, config: Config, reopen: Reopen | None, since: float) -> AnyStream:
-    """Another stream to the same peer: when :meth:`Monitor.recover` says where, or at intervals by itself.
+class Search:
+    """Other connections to the same peer, one after the other, until one has brought the migration forward.
+
+    The time for it begins with the pause, and the delays between two attempts grow. A connection on which nothing was
+    gained changes neither: a peer that accepts and closes is no better than one that refuses.
 
     Args:
         reopen: None where no address is known; then only a caller who knows one can help.
-        since: when the wait began, on trio's clock.
-
-    Raises:
-        PostcopyLost: nobody wants to wait any longer.
-
-    **Cancellation:** there is no stream.
+        listens: this side is connected to. It listens again at once when a connection has brought nothing, so that the
+            right one does not come in between.
     """
-    delay = FIRST_DELAY
-    limit = since + config.recovery_timeout
-    with trio.move_on_at(limit):
+
+    def __init__(self, monitor: Monitor, config: Config, reopen: Reopen | None, *, listens: bool) -> None:
+        self._monitor = monitor
+        self._config = config
+        self._reopen = reopen
+        self._listens = listens
+        self._since: float | None = None
+        self._delay = FIRST_DELAY
+        self._most = config.recovery_timeout
+
+    def paused(self) -> None:
+        """The connection is lost. If nothing was gained since the last loss, that one counts."""
+        if self._since is None:
+            self._since = trio.current_time()
+
+    def gained(self) -> None:
+        """The migration has got further than it ever was: the next loss begins a new search."""
+        self._since = None
+        self._delay = FIRST_DELAY
+
+    @property
+    def deadline(self) -> float:
+        """When it is given up, on trio's clock."""
+        return math.inf if self._since is None else self._since + self._most
+
+    @property
+    def tries(self) -> bool:
+        """It looks for connections without being told to."""
+        return self._config.recovery_retry and self._reopen is not None
+
+    def shorten(self, seconds: float) -> None:
+        """Search for no longer than *seconds* from now on: nothing is missing but the last word."""
+        self._since = trio.current_time()
+        self._most = min(self._most, seconds)
+
+    async def connection(self) -> AnyStream:
+        """Another stream: when :meth:`Monitor.recover` says where, or at intervals by itself.
+
+        Raises:
+            PostcopyLost: the time is over, or the migration was given up.
+
+        **Cancellation:** there is no stream.
+        """
+        with trio.move_on_at(self.deadline):
+            return await self._connection()
+        raise PostcopyLost(f"no connection on which the migration could go on came within {self._most:g} s")
+
+    async def _connection(self) -> AnyStream:
+        monitor, reopen = self._monitor, self._reopen
         while True:
-            retry = trio.current_time() + delay if config.recovery_retry and reopen is not None else math.inf
+            retry = trio.current_time() + self._delay if self.tries else math.inf
             with trio.move_on_at(retry):
                 while (uri := monitor.take_recovery()) is None and monitor.given_up is None:
                     await monitor.wait_changed()
             if (reason := monitor.given_up) is not None:
                 raise PostcopyLost(f"the paused migration was given up: {reason}")
-            delay = min(2 * delay, LONGEST_DELAY)
+            before, self._delay = self._delay, min(2 * self._delay, LONGEST_DELAY)
             try:
                 if reopen is None:
                     raise TransportFailed("this migration was given a stream, so no other can be opened")
                 if (stream := await _unless_told_otherwise(monitor, reopen, uri)) is not None:
+                    if self._listens:
+                        self._delay = before
                     return stream
             except TrimigError as error:
                 log.info("no new connection: %s", error)
                 monitor.counters.error = str(error)
                 monitor.emit("RECOVERY_FAILED", reason=str(error))
-    raise PostcopyLost(f"no new connection came within {config.recovery_timeout:g} s")
 
 
 async def _unless_told_otherwise(monitor: Monitor, reopen: Reopen, uri: str | None) -> AnyStream | None:

@@ -34,7 +34,7 @@ from .connections import Connections
 from .departure import CommitHook, Departure, FenceHook
 from .handover import shield
 from .limiter import Limiter
-from .postcopy_source import PING_DISCARDED, PING_FOLLOWED, PING_LOADED, Following
+from .postcopy_source import PING_DISCARDED, PING_FOLLOWED, PING_LOADED, PING_RUNS, Following
 from .ram_out import RamSender
 from .reader import ReturnPathReader
 from .stream_out import UUID_SUBSECTION, DeviceSender, opening, profile_of
@@ -332,6 +332,7 @@ class _Attempt(Departure):
             wire.command(Command.POSTCOPY_LISTEN)
             + sections
             + wire.ping(PING_LOADED)
+            + wire.ping(PING_RUNS)
             + wire.command(Command.POSTCOPY_RUN)
         )
         if self.commit_hook is not None:
