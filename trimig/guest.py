@@ -294,6 +294,19 @@ class StoringGuest(OpaqueGuest, Protocol):
 
 
 @runtime_checkable
+class FramedGuest(OpaqueGuest, Protocol):
+    """A guest that is written again as it came, also where old machine types leave parts of a stream out."""
+
+    def framed(self, *, configuration: bool, footers: bool) -> None:
+        """Say how its stream is written, before :meth:`OpaqueGuest.adopt`.
+
+        Args:
+            configuration: it has a configuration section.
+            footers: its sections have footers.
+        """
+
+
+@runtime_checkable
 class IdentifiedGuest(Guest, Protocol):
     """A guest whose machine has a UUID, or could have one."""
 

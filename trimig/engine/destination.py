@@ -20,6 +20,7 @@ from ..guest import (
     PAGE_SIZE,
     ConfigSubsection,
     DeviceSection,
+    FramedGuest,
     Guest,
     IdentifiedGuest,
     LazyGuest,
@@ -86,6 +87,7 @@ class _Arrival(Arrival):
         self.loaded = False
         self.between = False  # the last that came was the end of a section
         self.configuration: ev.Configuration | None = None
+        self.announced: ev.RamList | None = None  # until what follows has told how the stream is written
         self.adopted = False
         self.advised = False  # postcopy may follow
         self._ahead: Ahead | None = None
@@ -100,10 +102,12 @@ class _Arrival(Arrival):
         self.monitor.listening()
         channel = self.channel = Channel(stream, stall_timeout=config.stall_timeout)
         self.urgent.expect()
+        opaque = isinstance(guest, OpaqueGuest)
         decoder = Decoder(
-            measure=None if isinstance(guest, OpaqueGuest) else self._measure,
-            configuration=config.peer.send_configuration,
-            footers=config.peer.send_section_footer,
+            measure=None if opaque else self._measure,
+            # What an unknown machine sends is seen from the stream; one that is known is asked for all that it must have.
+            configuration=None if opaque or not config.peer.send_configuration else True,
+            footers=None if opaque or not config.peer.send_section_footer else True,
             description=not config.peer.suppress_vmdesc,
             max_device_bytes=config.max_device_bytes,
             max_description_bytes=config.max_description_bytes,
@@ -122,7 +126,9 @@ class _Arrival(Arrival):
                     await trio.lowlevel.checkpoint()
                 if isinstance(event, ev.TailBytes):
                     if tail is None:
-                        tail = tail_in.buffer(config, footers=config.peer.send_section_footer)
+                        if self.announced is not None:
+                            self._framed(decoder)
+                        tail = tail_in.buffer(self.config, footers=self.config.peer.send_section_footer)
                         tail_at = event.at
                         await self._ram_received(event.at)
                     await self._tail_bytes(tail, event)
@@ -174,6 +180,8 @@ class _Arrival(Arrival):
 
     async def _handle(self, event: ev.Event, decoder: Decoder) -> bool:
         """Take one event; True if the guest has been taken over and nothing more is to be read."""
+        if self.announced is not None and not isinstance(event, ev.RamEnd):
+            self._framed(decoder)
         # A command changes nothing: a source that is going to switch to postcopy sends a PING before it is held.
         if not isinstance(event, ev.CommandElement):
             self.between = isinstance(event, ev.SectionFooter | ev.RamEnd)
@@ -185,7 +193,7 @@ class _Arrival(Arrival):
             case ev.Configuration():
                 self._configured(event)
             case ev.RamList():
-                self._announced(event)
+                self.announced = event
             case ev.SectionHeader(kind=Section.FULL):
                 self.header = event
             case ev.SectionHeader(kind=Section.END):
@@ -231,6 +239,19 @@ class _Arrival(Arrival):
                 offset=at,
                 section="configuration",
             )
+
+    def _framed(self, decoder: Decoder) -> None:
+        """What follows the first section has told how the stream is written; now the blocks can be made."""
+        configuration, footers = decoder.configuration is not False, decoder.footers is not False
+        peer = self.config.peer
+        if (configuration, footers) != (peer.send_configuration, peer.send_section_footer):
+            peer = dataclasses.replace(peer, send_configuration=configuration, send_section_footer=footers)
+            self.config = dataclasses.replace(self.config, peer=peer)
+        if isinstance(self.guest, FramedGuest):
+            self.guest.framed(configuration=configuration, footers=footers)
+        event, self.announced = self.announced, None
+        if event is not None:
+            self._announced(event)
 
     def _announced(self, event: ev.RamList) -> None:
         if isinstance(self.guest, OpaqueGuest) and not self.adopted:

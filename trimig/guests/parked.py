@@ -6,6 +6,7 @@ are kept as the bytes they came in, named through the description, and are sent 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -373,6 +374,13 @@ class ParkedGuest:
                 self._file = self._new_file(self._save_to)
             except OSError as error:
                 raise saving.failed("the guest cannot be saved to", self._save_to, error) from error
+
+    def framed(self, *, configuration: bool, footers: bool) -> None:
+        """A guest of an old machine type is kept, and sent on, without what its stream had not."""
+        if (configuration, footers) != (self._peer.send_configuration, self._peer.send_section_footer):
+            self._peer = dataclasses.replace(
+                self._peer, name="as it came", send_configuration=configuration, send_section_footer=footers
+            )
 
     def _new_file(self, path: Path) -> saving.SaveFile:
         return saving.SaveFile(path, self, self._ram, replace=self._replace, peer=self._peer)

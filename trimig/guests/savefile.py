@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from ..engine.ram_in import RamReceiver
 from ..errors import RemoteProtocolError, TransportFailed
 from ..guest import ConfigSubsection, OpaqueGuest, PageBitmap
 from ..monitor import Counters
-from ..wire import Decoder, Section
+from ..wire import Decoder
 from ..wire import events as ev
 from ..wire.devices import Undelimited
 from ..wire.refusals import check_kept_command
@@ -26,28 +25,17 @@ from ..wire.tail import TailBuffer
 
 #: Bytes read at once: copying them into memory that is still cold takes about a millisecond.
 _READ: Final = 512 << 10
-#: Enough of a stream to see its opening and the end of its first section.
-_SNIFF: Final = 1 << 20
+_BUFFER: Final = 2 << 20
 
 
-def peer_of(prefix: bytes) -> PeerProfile:
-    """How a stream that begins with *prefix* is written: whether with a configuration section, and with footers.
-
-    A stream that cannot be understood is taken for an ordinary one; reading it will say what is wrong.
-    """
-    configuration = prefix[8:9] in (b"", bytes((Section.CONFIGURATION,)))
-    decoder = Decoder(measure=None, configuration=configuration, footers=False, buffer_bytes=2 * max(1, len(prefix)))
-    decoder.feed(prefix)
-    footers = True
-    with contextlib.suppress(RemoteProtocolError):
-        while (event := decoder.next_event()) is not None:
-            if isinstance(event, ev.RamEnd):
-                footers = prefix[event.at + 8 : event.at + 9] in (b"", bytes((Section.FOOTER,)))
-                break
-    if configuration and footers:
-        return PeerProfile(name="as in the file")
+def peer_of(decoder: Decoder) -> PeerProfile:
+    """How the stream of *decoder* is written, as far as it has been read; an ordinary one where that is not known."""
+    configuration, footers = decoder.configuration is not False, decoder.footers is not False
     return PeerProfile(
-        name="as in the file", send_configuration=configuration, send_section_footer=footers, store_global_state=False
+        name="as in the file",
+        send_configuration=configuration,
+        send_section_footer=footers,
+        store_global_state=configuration and footers,
     )
 
 
@@ -84,20 +72,12 @@ async def read_stream(path: Path, guest: OpaqueGuest, *, partial: bool = False) 
 
 
 async def _read(fd: int, guest: OpaqueGuest, *, partial: bool) -> Read:
-    prefix = await offload(_read_prefix, fd)
-    peer = peer_of(prefix)
-    decoder = Decoder(
-        measure=None,
-        configuration=peer.send_configuration,
-        footers=peer.send_section_footer,
-        buffer_bytes=2 * _SNIFF,
-    )
-    decoder.feed(prefix)
+    decoder = Decoder(measure=None, configuration=None, footers=None, buffer_bytes=_BUFFER)
     ram = RamReceiver(Counters())
-    tail = tail_in.buffer(footers=peer.send_section_footer)
+    tail: TailBuffer | None = None
     machine = ""
     subsections: tuple[ConfigSubsection, ...] = ()
-    tail_at = None
+    tail_at = 0
     adopted = False
     ended = False
     while True:
@@ -118,31 +98,24 @@ async def _read(fd: int, guest: OpaqueGuest, *, partial: bool) -> Read:
                 case ev.CommandElement():
                     check_kept_command(event.number, len(event.payload), event.at)
                 case ev.TailBytes():
-                    tail_at = event.at if tail_at is None else tail_at
+                    if tail is None:
+                        tail_at = event.at
+                        tail = tail_in.buffer(footers=decoder.footers is not False)
                     await tail_in.feed(tail, event.data)
-        if ended or tail.complete:
+        if ended or (tail is not None and tail.complete):
             break
         count = await offload(os.readv, fd, [decoder.writable()[:_READ]])
         decoder.received(count)
         if not count:
             decoder.receive_eof()
             ended = True
-    if tail_at is None:
+    if tail is None:
         raise RemoteProtocolError("the stream has no devices", offset=decoder.offset)
     problems = [f"{count} pages of RAM block {name!r} are not in the stream" for name, count in ram.missing().items()]
     if problems and not partial:
         raise RemoteProtocolError(f"{problems[0]} (what a lost postcopy has left is completed by trimig merge)")
     problems += await _take_tail(guest, tail, tail_at)
-    return Read(peer=peer, problems=problems, received=ram.received())
-
-
-def _read_prefix(fd: int) -> bytes:
-    parts: list[bytes] = []
-    have = 0
-    while have < _SNIFF and (part := os.read(fd, _SNIFF - have)):
-        parts.append(part)
-        have += len(part)
-    return b"".join(parts)
+    return Read(peer=peer_of(decoder), problems=problems, received=ram.received())
 
 
 async def _take_tail(guest: OpaqueGuest, tail: TailBuffer, at: int) -> Sequence[str]:

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from ..engine.offload import offload
 from ..errors import ConfigError, RemoteProtocolError
 from ..guest import PAGE_SIZE
-from ..guests.savefile import peer_of
 from ..wire import Decoder
 from ..wire import events as ev
 from .files import reading
@@ -26,7 +25,6 @@ from .pages import PageSet
 
 #: What can be written now.
 FORMATS: Final = ("raw",)
-_PREFIX: Final = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,19 +91,7 @@ def _publish(fd: int, temporary: str, path: Path) -> None:
 
 async def _copy_block(source: str | os.PathLike[str], block: str, fd: int, partial: bool) -> Exported:
     async with reading(source) as read_into:
-        prefix = bytearray(_PREFIX)
-        have = 0
-        while have < _PREFIX and (count := await read_into(memoryview(prefix)[have:])):
-            have += count
-        del prefix[have:]
-        peer = peer_of(bytes(prefix))
-        decoder = Decoder(
-            measure=None,
-            configuration=peer.send_configuration,
-            footers=peer.send_section_footer,
-            buffer_bytes=2 * _PREFIX,
-        )
-        decoder.feed(prefix)
+        decoder = Decoder(measure=None, configuration=None, footers=None)
         copy = _BlockCopy(block, fd)
         while True:
             while (event := decoder.next_event()) is not None:

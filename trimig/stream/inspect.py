@@ -10,7 +10,6 @@ import trio
 from ..engine import tail_in
 from ..errors import RemoteProtocolError, TransportFailed, TrimigError
 from ..guest import PAGE_SIZE, DeviceSection
-from ..guests.savefile import peer_of
 from ..wire import Command, Decoder, Section, decoding, globalstate
 from ..wire import events as ev
 from ..wire.refusals import command_name
@@ -23,7 +22,6 @@ from .report import BlockInfo, CommandInfo, DeviceInfo, SectionInfo, StreamRepor
 MAX_LISTED: Final = 20_000
 #: Fields that are listed of all devices together: so many, and one more for so many bytes of device state.
 _FREE_FIELDS, _BYTES_PER_FIELD = 50_000, 16
-_PREFIX: Final = 1 << 20
 
 
 async def inspect_stream(source: str | os.PathLike[str], *, max_device_bytes: int = 256 << 20) -> StreamReport:
@@ -40,13 +38,8 @@ async def inspect_stream(source: str | os.PathLike[str], *, max_device_bytes: in
     **Cancellation:** there is no result.
     """
     async with reading(source) as read_into:
-        prefix = bytearray(_PREFIX)
-        have = 0
-        while have < _PREFIX and (count := await read_into(memoryview(prefix)[have:])):
-            have += count
-        del prefix[have:]
-        inspector = _Inspector(bytes(prefix), max_device_bytes)
-        while have and not await inspector.step():
+        inspector = _Inspector(max_device_bytes)
+        while not await inspector.step():
             count = await read_into(inspector.decoder.writable())
             inspector.received(count)
             if not count:
@@ -56,15 +49,9 @@ async def inspect_stream(source: str | os.PathLike[str], *, max_device_bytes: in
 
 
 class _Inspector:
-    def __init__(self, prefix: bytes, max_device_bytes: int) -> None:
-        peer = peer_of(prefix)
-        self.report = StreamReport(configuration=peer.send_configuration, footers=peer.send_section_footer)
-        self.decoder = Decoder(
-            measure=None,
-            configuration=peer.send_configuration,
-            footers=peer.send_section_footer,
-            buffer_bytes=2 * _PREFIX,
-        )
+    def __init__(self, max_device_bytes: int) -> None:
+        self.report = StreamReport()
+        self.decoder = Decoder(measure=None, configuration=None, footers=None)
         self.tail: TailBuffer | None = None
         self.tail_at = 0
         self.max_tail = max_device_bytes
@@ -72,8 +59,6 @@ class _Inspector:
         self.blocks: dict[str, BlockInfo] = {}
         self.seen: dict[str, PageSet] = {}
         self.fields_left = _FREE_FIELDS
-        self.decoder.feed(prefix)
-        self.report.size = len(prefix)
 
     def received(self, count: int) -> None:
         self.decoder.received(count)
@@ -88,6 +73,7 @@ class _Inspector:
             return True
         try:
             while (event := self.decoder.next_event()) is not None:
+                self.report.footers = self.decoder.footers is not False
                 if isinstance(event, ev.TailBytes):
                     await self._tail_bytes(event)
                 elif isinstance(event, ev.Package):
@@ -96,6 +82,8 @@ class _Inspector:
                     self._take(event)
         except TrimigError as error:
             report.error = error
+        report.configuration = self.decoder.configuration is not False
+        report.footers = self.decoder.footers is not False
         report.good = self.decoder.offset
         return report.error is not None
 

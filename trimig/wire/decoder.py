@@ -77,8 +77,8 @@ class Decoder:
     Args:
         measure: delimits device payloads. None: from the first FULL section on everything is handed out undivided as
             :class:`TailBytes`, since nothing on the wire tells where an unknown device ends.
-        configuration: the stream has a configuration section (the peer's ``send-configuration``).
-        footers: sections end with a footer (the peer's ``send-section-footer``).
+        configuration: the stream has a configuration section (the peer's ``send-configuration``). None: its first byte tells.
+        footers: sections end with a footer (the peer's ``send-section-footer``). None: what follows the first one tells.
         description: a JSON description may follow the end of file.
         max_device_bytes: longest accepted payload of one device.
         max_description_bytes: longest accepted description.
@@ -95,8 +95,8 @@ class Decoder:
         self,
         *,
         measure: Measure | None,
-        configuration: bool = True,
-        footers: bool = True,
+        configuration: bool | None = True,
+        footers: bool | None = True,
         description: bool = True,
         max_device_bytes: int = 256 << 20,
         max_description_bytes: int = 64 << 20,
@@ -140,6 +140,16 @@ class Decoder:
     def offset(self) -> int:
         """Stream offset of the first byte that no event has consumed."""
         return self._base + self._pos
+
+    @property
+    def configuration(self) -> bool | None:
+        """Whether the stream has a configuration section; None while that is not known."""
+        return self._expect_configuration
+
+    @property
+    def footers(self) -> bool | None:
+        """Whether sections end with a footer; None while that is not known."""
+        return self._footers
 
     @property
     def section(self) -> str | None:
@@ -298,15 +308,22 @@ class Decoder:
             raise self._error("stream version 2 is obsolete and cannot be read; version 3 is needed")
         if version != VERSION:
             raise self._error(f"stream version {version} is not supported; version {VERSION} is needed")
-        self._state = self._read_configuration if self._expect_configuration else self._read_section
+        self._state = self._read_section if self._expect_configuration is False else self._read_configuration
         return FileHeader(version=version, at=self._consume(8))
 
     def _read_configuration(self) -> Event | None:
         if not self._have(1):
             return None
         kind = self._mem[self._pos]
+        if kind != Section.CONFIGURATION and self._expect_configuration is None:
+            self._expect_configuration = False
+            self._state = self._read_section
+            return self._read_section()
         if kind != Section.CONFIGURATION:
-            raise self._error(f"the configuration section is missing: found type {kind:#04x} instead of 0x07")
+            raise self._error(
+                f"the configuration section is missing: found type {kind:#04x} instead of 0x07 (machine types up to 2.3 "
+                "have none; the peer profile legacy-2.3 says so)"
+            )
         if not self._have(5):
             return None
         length = self._be32(1)
@@ -337,6 +354,7 @@ class Decoder:
             subsection, ahead = found
             subsections.append(subsection)
         self._state = self._read_section
+        self._expect_configuration = True
         return Configuration(machine=machine, subsections=tuple(subsections), at=self._consume(ahead))
 
     def _config_subsection(self, name: str, ahead: int) -> tuple[ConfigSubsection, int] | None:
@@ -507,8 +525,8 @@ class Decoder:
         if self._records_only:
             self._state = self._read_nothing
             return
-        self._state = self._read_footer if self._footers else self._read_section
-        if not self._footers:
+        self._state = self._read_section if self._footers is False else self._read_footer
+        if self._footers is False:
             self._section = None
 
     def _read_footer(self) -> Event | None:
@@ -516,6 +534,11 @@ class Decoder:
         if not self._have(1):
             return None
         kind = self._mem[self._pos]
+        if kind != Section.FOOTER and self._footers is None:
+            self._footers = False
+            self._section = None
+            self._state = self._read_section
+            return self._read_section()
         if kind != Section.FOOTER:
             raise self._error(f"missing section footer: found {kind:#04x} instead of 0x7e")
         if not self._have(5):
@@ -524,6 +547,7 @@ class Decoder:
         if section_id != self._section.section_id:
             raise self._error(f"section footer with the id {section_id}, expected {self._section.section_id}")
         self._section = None
+        self._footers = True
         self._state = self._read_section
         return SectionFooter(section_id=section_id, at=self._consume(5))
 
