@@ -108,7 +108,7 @@ async def test_a_guest_goes_from_file_to_file(saved: Path, tmp_path: Path) -> No
     assert record.owner is Ownership.DESTINATION
     assert sorted(await trio.to_thread.run_sync(os.listdir, tmp_path)) == ["guest", "guest.owner", "target"]
     # It may serve as a template, but not silently; and where nobody listens nothing changes.
-    code, _, err = await trimig_command("send", saved, "tcp:127.0.0.1:1")
+    code, _, err = await trimig_command("send", saved, "tcp:127.0.0.1:1", "--force")
     assert code == 1
     assert f"was handed over to {record.destination}" in err
     assert "connection refused" in err

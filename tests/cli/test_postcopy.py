@@ -20,7 +20,8 @@ from tests.cli.test_demo import lives, run
 from tests.cli.test_demo import started as started_demo
 from tests.cli.test_parked import LIMIT, LISTEN, first_line, saved, started, text_of, trimig_command
 from tests.guests.test_parked import check, devices
-from trimig.cli.common import CANCELLED, FAILED, error_record
+from trimig.cli.common import error_record
+from trimig.cli.exit_codes import INCOMPLETE
 from trimig.cli.postcopy import Insistence, recovering
 from trimig.errors import Ownership
 from trimig.status import IN_POSTCOPY
@@ -93,8 +94,8 @@ def test_the_first_signal_behind_the_switch_is_refused_and_the_second_gives_up()
         process.send_signal(signal.SIGINT)
         assert "giving the rest up" in until(process.stderr, "SIGINT")
         result = json.loads(process.stdout.read())
-        assert process.wait(LIMIT) == CANCELLED
-    assert (result["owner"], result["verified"], result["exit_code"]) == ("destination", False, CANCELLED)
+        assert process.wait(LIMIT) == INCOMPLETE
+    assert (result["owner"], result["verified"], result["exit_code"]) == ("destination", False, INCOMPLETE)
     assert result["guest"] == "paused"
     assert "a part of its memory never came" in result["fate"]
     assert not [pid for pid in result["hosts"] if lives(pid)]
@@ -114,8 +115,8 @@ def test_a_host_that_is_killed_behind_the_switch(victim: int, state: str, said: 
         os.kill(hosts[victim], signal.SIGKILL)
         until(process.stderr, "was killed by signal 9")
         result = json.loads(process.stdout.read())
-        assert process.wait(LIMIT) == FAILED
-    assert (result["owner"], result["guest"], result["exit_code"]) == ("destination", state, FAILED)
+        assert process.wait(LIMIT) == INCOMPLETE
+    assert (result["owner"], result["guest"], result["exit_code"]) == ("destination", state, INCOMPLETE)
     assert said in result["fate"]
     assert not [pid for pid in result["hosts"] if lives(pid)]
 
@@ -208,8 +209,8 @@ async def test_a_receiver_that_dies_behind_the_switch_takes_the_guest_with_it(la
                 receiver.kill()
                 await until_line(sender.stderr, '"postcopy-paused"')
                 said = json.loads(await text_of(sender.stdout))
-                assert await sender.wait() == FAILED
-    assert (said["kind"], said["owner"], said["exit_code"]) == ("PostcopyLost", "destination", FAILED)
+                assert await sender.wait() == INCOMPLETE
+    assert (said["kind"], said["owner"], said["exit_code"]) == ("PostcopyLost", "destination", INCOMPLETE)
     assert "no new connection came within 0.5 s" in said["error"]
     record = read_record(large)
     assert record is not None
@@ -235,11 +236,11 @@ async def test_a_sender_that_is_told_twice_gives_the_rest_up(large: Path, tmp_pa
                 await until_line(sender.stderr, '"postcopy-active"')
                 sender.send_signal(signal.SIGINT)
                 assert "giving the rest up" in await until_line(sender.stderr, "SIGINT")
-                assert json.loads(await text_of(sender.stdout))["kind"] == "Cancelled"
-                assert await sender.wait() == CANCELLED
+                assert json.loads(await text_of(sender.stdout))["kind"] == "PostcopyLost"
+                assert await sender.wait() == INCOMPLETE
             kept = json.loads(await until_line(receiver.stderr, "trimig merge makes one guest of both"))
             said = json.loads(await text_of(receiver.stdout))
-            assert await receiver.wait() == FAILED
+            assert await receiver.wait() == INCOMPLETE
     assert (said["kind"], said["owner"]) == ("PostcopyLost", "destination")
     assert kept["partial"] == f"{target}.partial"
     record = read_record(large)
@@ -269,7 +270,7 @@ async def test_a_receiver_that_is_told_twice_keeps_its_half(large: Path, tmp_pat
                     receiver.send_signal(signal.SIGINT)
                     await until_line(receiver.stderr, "SIGINT")
                 await text_of(receiver.stdout)
-                assert await receiver.wait() == CANCELLED
+                assert await receiver.wait() == INCOMPLETE
                 assert json.loads(await text_of(sender.stdout))["kind"] == "PostcopyLost"
     assert sorted(os.listdir(tmp_path)) == ["guest", "guest.owner", "target.partial"]
     with await trimig.ParkedGuest.load(f"{target}.partial", partial=True) as half:
@@ -302,7 +303,7 @@ def test_only_behind_the_switch_a_signal_has_to_insist(status: trimig.Status) ->
 
 def test_a_lost_rest_is_a_failure_whose_guest_is_at_the_destination() -> None:
     code, record = error_record(trimig.PostcopyLost("no new connection came", missing={"ram": [(0, 4)]}))
-    assert (code, record["kind"], record["owner"]) == (FAILED, "PostcopyLost", "destination")
+    assert (code, record["kind"], record["owner"]) == (INCOMPLETE, "PostcopyLost", "destination")
 
 
 def test_recover_for_needs_the_capability_and_goes_over_the_file() -> None:

@@ -17,7 +17,8 @@ import click
 
 import trimig
 
-from .common import CANCELLED, debug_option, report_error
+from .common import debug_option, report_error
+from .exit_codes import CANCELLED, SENTENCE
 from .output import forgiving, open_closed_files
 
 #: Command -> the module that has it, under its own name, in the order of the help.
@@ -133,8 +134,7 @@ class Frame(click.Group):
     cls=Frame,
     name="trimig",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 done; 1 failed, and the guest is still at the source; 2 wrong usage; 3 it is not certain "
-    "which side owns the guest; 130 cancelled by a signal.",
+    epilog=SENTENCE,
 )
 @click.version_option(trimig.__version__, "-V", "--version", prog_name="trimig")
 @debug_option

@@ -32,16 +32,8 @@ import trio
 import trimig
 from trimig import formats
 
+from .exit_codes import CANCELLED, DONE, exit_code
 from .output import say, write_error, write_json
-
-DONE: Final = 0
-#: It failed; the guest is still at the source.
-FAILED: Final = 1
-USAGE: Final = 2
-#: Nobody can tell which side owns the guest.
-UNCERTAIN: Final = 3
-#: Cancelled by a signal.
-CANCELLED: Final = 130
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -195,6 +187,7 @@ def run(
     interrupt: Callable[[str], None] | None = None,
     doing: str = "cancelling; the guest is put back first",
     judge: Callable[[], tuple[str, bool] | None] | None = None,
+    truth: Callable[[], trimig.TrimigError | None] = lambda: None,
 ) -> int:
     """Run *job* in trio and return the exit code: the one it returns, or 130 if a signal cancelled it.
 
@@ -207,8 +200,11 @@ def run(
             exit code is then what the job returns.
         doing: what is said to happen upon the first signal.
         judge: asked at each signal until one is followed: what is said, and whether it is followed; None for *doing*.
+        truth: asked when a signal has cancelled the job: the error that says what became of the guest, where that is not
+            as it was.
     """
-    return trio.run(functools.partial(_run, job, as_json, interrupt, doing, judge), strict_exception_groups=True)
+    call = functools.partial(_run, job, as_json, interrupt, doing, judge, truth)
+    return trio.run(call, strict_exception_groups=True)
 
 
 async def _run(
@@ -217,6 +213,7 @@ async def _run(
     interrupt: Callable[[str], None] | None,
     doing: str,
     judge: Callable[[], tuple[str, bool] | None] | None,
+    truth: Callable[[], trimig.TrimigError | None],
 ) -> int:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         scope = trio.CancelScope()
@@ -232,6 +229,8 @@ async def _run(
         code = await alongside(cancellable, watch)
     if not scope.cancelled_caught:
         return code or DONE
+    if (error := truth()) is not None:
+        raise error
     if as_json:
         write_json({"error": "cancelled by a signal", "kind": "Cancelled", "exit_code": CANCELLED})
     say("cancelled")
@@ -323,16 +322,13 @@ def report_error(error: Exception, *, as_json: bool, debug: bool) -> int:
 def error_record(error: Exception) -> tuple[int, dict[str, Any]]:
     """The exit code for *error*, and what ``--json`` prints: ``error``, ``kind``, ``exit_code``, and, where they apply,
     ``owner`` (source, destination or unknown), ``offset``, ``section``, ``name``, ``code``."""
-    code = FAILED
-    text = str(error)
-    record: dict[str, Any] = {"error": "", "kind": type(error).__name__, "exit_code": FAILED}
+    code, text = exit_code(error), str(error)
+    record: dict[str, Any] = {"error": "", "kind": type(error).__name__, "exit_code": code}
     if isinstance(error, click.ClickException):
-        code, text = error.exit_code, error.format_message()
+        text = error.format_message()
     elif isinstance(error, trimig.ConfigError):
-        code = USAGE
         record["name"] = error.name
     elif isinstance(error, trimig.TrimigError):
-        code = UNCERTAIN if error.owner is trimig.Ownership.UNKNOWN else FAILED
         if error.owner is not None:
             record["owner"] = error.owner.value
         for name in ("offset", "section", "code"):
@@ -343,7 +339,6 @@ def error_record(error: Exception) -> tuple[int, dict[str, Any]]:
         if error.filename is not None:
             text = f"{error.filename}: {text}"
     record["error"] = " ".join(text.split()) or type(error).__name__
-    record["exit_code"] = code
     return code, record
 
 

@@ -12,7 +12,8 @@ import click
 import trimig
 from trimig import formats
 
-from .common import DONE, FAILED, UNCERTAIN, debug_option, json_option, run
+from .common import debug_option, json_option, run
+from .exit_codes import DONE, FAILED, UNCERTAIN
 from .output import write_json
 from .remote import CANCEL_LIMIT, Gone, Refused, Remote, State, connected, qmp_option, read_settings, settings_options
 

@@ -20,21 +20,10 @@ import trimig
 from trimig import formats
 
 from . import demo_figures, display, postcopy
-from .common import (
-    CANCELLED,
-    DONE,
-    FAILED,
-    PERCENT,
-    RAM_SIZE,
-    SIZE,
-    UNCERTAIN,
-    config_options,
-    debug_option,
-    json_option,
-    run,
-)
+from .common import PERCENT, RAM_SIZE, SIZE, config_options, debug_option, json_option, run
 from .demo_host import pack_config
 from .demo_process import HostProcess, Message, adopting
+from .exit_codes import CANCELLED, DONE, FAILED, INCOMPLETE, NOT_RESUMED, UNCERTAIN
 from .guest_spec import default_hot
 from .output import say, write_json
 from .picture import Picture
@@ -123,7 +112,8 @@ class Demo:
         try:
             proof = await self._play()
         except Interrupted:
-            return CANCELLED, await self._after("cancelled by a signal", CANCELLED)
+            code = self._code(CANCELLED)
+            return code, await self._after("cancelled by a signal", code)
         except Broken as error:
             return await self._failed(str(error))
         code = DONE if proof["ok"] else FAILED
@@ -299,9 +289,23 @@ class Demo:
         return None
 
     async def _failed(self, cause: str) -> tuple[int, Message]:
-        owner = self._owner()
-        code = UNCERTAIN if owner is trimig.Ownership.UNKNOWN else FAILED
+        code = self._code(FAILED)
         return code, await self._after(cause, code)
+
+    def _code(self, usual: int) -> int:
+        """The exit code: *usual* where the source has its guest as it was."""
+        owner, migrating = self._owner(), self._migrating
+        if owner is trimig.Ownership.UNKNOWN:
+            return UNCERTAIN
+        if (
+            owner is trimig.Ownership.DESTINATION
+            and migrating
+            and (self.destination.report or {}).get("event") != "done"
+        ):
+            return INCOMPLETE
+        if (self.source.report or {}).get("exit_code") == NOT_RESUMED:
+            return NOT_RESUMED
+        return usual
 
     async def _after(self, cause: str, code: int) -> Message:
         """The report of a demonstration that did not come to its end: who owns the guest, and how is it?"""

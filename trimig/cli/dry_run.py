@@ -25,7 +25,8 @@ from trimig import formats
 from trimig.policy import forecast as policy
 
 from . import display
-from .common import CANCELLED, DONE, alongside
+from .common import alongside
+from .exit_codes import CANCELLED, DONE
 from .output import write_json
 from .picture import EVERY
 from .remote import CANCEL_LIMIT, ENDED, Refused, Remote, Settings, State, Tracker

@@ -14,6 +14,7 @@ import click
 import trio
 
 import trimig
+from trimig import stream
 
 _PARAM: Final = "--guest"
 _SIZES: Final = ("size", "dirty-rate", "hot")
@@ -60,6 +61,18 @@ async def open_guest(
             with trimig.ParkedGuest(path, peer=peer) as parked:
                 yield parked
         else:
+            record = stream.read_record(path)
+            if record is not None:
+                unknown = record.owner is trimig.Ownership.UNKNOWN
+                what = (
+                    f"no answer came: see whether it runs there, then say it with trimig settle {rest}"
+                    if unknown
+                    else "so it is there now; a copy of the file, without its .owner, is another guest"
+                )
+                raise trimig.NotOwner(
+                    f"{rest} was sent to {record.destination} at {record.time}, and {what}",
+                    guest_owner=trimig.Owner.UNKNOWN if unknown else trimig.Owner.ELSEWHERE,
+                )
             with await trimig.ParkedGuest.load(path) as parked:
                 yield parked
     elif kind == "app" and rest:

@@ -11,7 +11,8 @@ import trio
 
 from trimig import formats, stream
 
-from .common import DONE, debug_option, json_option, run
+from .common import debug_option, json_option, run
+from .exit_codes import DONE
 from .output import say, write_json
 
 _PAGE = 4096

@@ -9,7 +9,8 @@ import click
 
 from trimig import formats, stream
 
-from .common import DONE, FAILED, debug_option, json_option, run
+from .common import debug_option, json_option, run
+from .exit_codes import DONE, FAILED
 from .output import say, write_json
 
 #: So many elements of an array are printed.

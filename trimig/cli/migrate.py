@@ -17,8 +17,9 @@ import trimig
 from trimig import formats
 
 from . import display
-from .common import CANCELLED, DONE, FAILED, PERCENT, debug_option, json_option, run
+from .common import PERCENT, debug_option, json_option, run
 from .dry_run import dry_run
+from .exit_codes import CANCELLED, DONE, FAILED
 from .output import write_json
 from .picture import EVERY
 from .remote import (
@@ -310,12 +311,12 @@ def _outcome(state: State, address: str, uri: str, stop: Stop) -> tuple[int, str
             return FAILED, f"the migration was cancelled by somebody else; {here}"
         return FAILED if stop.reason.startswith("--") else CANCELLED, f"cancelled by {stop.reason}; {here}"
     if state.migration == "postcopy-paused":
-        raise Refused(
-            f"{stop.reason}: nobody waits here any more. The guest is at {uri} and lacks memory that is here: {address} "
-            "must stay until trimig recover has brought it there"
+        raise trimig.PostcopyLost(
+            f"{stop.reason}: this command does not wait any more. The guest is at {uri} and lacks memory that is here: "
+            f"{address} must stay until trimig recover has brought it there"
         )
     if state.migration == "failed" and state.owner == "destination":
-        raise Refused(f"the guest is at {uri}, and the rest of its memory did not follow: {state.problem}")
+        raise trimig.PostcopyLost(f"the guest is at {uri}, and the rest of its memory did not follow: {state.problem}")
     if state.migration == "failed":
         raise Refused(f"the migration has failed: {state.problem or 'no reason is given'}; {here}")
     raise Refused(f"the migration was to be cancelled and has not ended, it is {state.migration}; {here}")

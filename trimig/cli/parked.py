@@ -19,7 +19,8 @@ from trimig import formats, stream, transport
 from trimig.errors import Ownership
 
 from . import display, postcopy
-from .common import DONE, alongside, debug_option, json_option, migration_options, run, summary_record
+from .common import alongside, debug_option, json_option, migration_options, run, summary_record
+from .exit_codes import DONE
 from .output import out, same_terminal, say, write_json
 from .picture import watched
 
@@ -46,7 +47,8 @@ def receive(uri: str, file: Path, force: bool, recover_for: float | None, config
     _check_target(file, force=force)
     monitor = trimig.Monitor()
     job = functools.partial(_receive, uri, file, force, config, as_json, monitor)
-    return run(job, as_json=as_json, judge=postcopy.Insistence.of(monitor).judge)
+    truth = functools.partial(postcopy.Insistence.truth, monitor)
+    return run(job, as_json=as_json, judge=postcopy.Insistence.of(monitor).judge, truth=truth)
 
 
 def _check_target(file: Path, *, force: bool) -> None:
@@ -160,12 +162,14 @@ async def _announce(monitor: trimig.Monitor, view: display.View, as_json: bool) 
 @click.command()
 @click.argument("file", type=_FILE)
 @click.argument("uri")
+@click.option("--force", is_flag=True, help="Send it although it was handed over before: there may be two of it then.")
 @postcopy.options
 @postcopy.recover_option
 @migration_options
 def send(
     file: Path,
     uri: str,
+    force: bool,
     postcopy_after: float | None,
     recover_for: float | None,
     config: trimig.Config,
@@ -186,13 +190,14 @@ def send(
         if record is not None and record.owner is Ownership.UNKNOWN:
             raise _unsettled(file, record)
         if record is not None and record.owner is Ownership.DESTINATION:
-            say(
-                f"warning: {file} was handed over to {record.destination} from {record.host} at {record.time}; it is "
-                "sent again, so there may be two of this guest"
-            )
+            handed = f"{file} was handed over to {record.destination} from {record.host} at {record.time}"
+            if not force:
+                raise trimig.NotOwner(f"{handed}; --force sends it again, and there may be two of this guest then")
+            say(f"warning: {handed}; it is sent again, so there may be two of this guest")
         monitor = trimig.Monitor()
         job = functools.partial(_send, file, uri, record, config, plan, as_json, monitor)
-        return run(job, as_json=as_json, judge=postcopy.Insistence.of(monitor).judge)
+        truth = functools.partial(postcopy.Insistence.truth, monitor)
+        return run(job, as_json=as_json, judge=postcopy.Insistence.of(monitor).judge, truth=truth)
 
 
 def _unsettled(file: Path, record: stream.OwnerRecord) -> trimig.HandoverUncertain:

@@ -81,6 +81,15 @@ class Insistence:
         """For a job that is a migration with that monitor."""
         return cls(lambda: monitor.status, functools.partial(drop, monitor))
 
+    @staticmethod
+    def truth(monitor: trimig.Monitor) -> trimig.TrimigError | None:
+        """What became of a guest whose migration a signal has ended, where it is not the source's as before."""
+        if monitor.status is trimig.Status.POSTCOPY_LOST:
+            return trimig.PostcopyLost("the rest was given up: the destination has the guest without all of its memory")
+        if monitor.owner is trimig.Ownership.UNKNOWN:
+            return trimig.HandoverUncertain("it was ended before the answer came: either side may have the guest")
+        return None
+
     def judge(self) -> tuple[str, bool] | None:
         """What is said, and whether the signal is followed; None before the switch and after the end."""
         if self._status() not in IN_POSTCOPY:

@@ -21,7 +21,7 @@ from trimig import formats, qmp
 from trimig.info import Convergence
 from trimig.policy import convergence, eta
 
-from .common import FAILED, UNCERTAIN
+from .exit_codes import FAILED, UNCERTAIN
 from .picture import FOLLOWING, Picture, with_estimate
 
 F = TypeVar("F", bound=Callable[..., Any])

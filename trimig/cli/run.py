@@ -17,8 +17,9 @@ import trimig
 from trimig import blockers, formats, qmp, transport
 from trimig.errors import Ownership
 
-from .common import CANCELLED, DONE, UNCERTAIN, migration_options
+from .common import migration_options
 from .common import run as run_job
+from .exit_codes import CANCELLED, DONE, INCOMPLETE, UNCERTAIN
 from .guest_spec import open_guest
 from .output import say
 
@@ -163,8 +164,12 @@ class _Host:
             self._say(f"the guest {guest.name!r} has ended", owner=machine.outgoing.owner.value)
 
     def _code(self) -> int:
-        if self._machine is not None and self._machine.outgoing.status is trimig.Status.UNCERTAIN:
-            return UNCERTAIN
+        if self._machine is not None:
+            if self._machine.outgoing.owner is Ownership.UNKNOWN:
+                return UNCERTAIN
+            statuses = (self._machine.outgoing.status, self._machine.incoming.status)
+            if trimig.Status.POSTCOPY_LOST in statuses:
+                return INCOMPLETE
         return CANCELLED if self._signal else DONE
 
     # -- telling ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,50 @@
+"""What the exit code of every command says: what became of the guest, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import click
+
+import trimig
+
+DONE: Final = 0
+#: It failed. This side has its guest as it was; of ``receive``: nothing arrived.
+FAILED: Final = 1
+#: Wrong usage, and nothing has happened.
+USAGE: Final = 2
+#: It is not certain which side owns the guest.
+UNCERTAIN: Final = 3
+#: The destination has the guest without all of its memory.
+INCOMPLETE: Final = 4
+#: The guest is here and could not be put back into the run state that it had.
+NOT_RESUMED: Final = 5
+#: Cancelled by a signal; otherwise as FAILED.
+CANCELLED: Final = 130
+
+#: For the help.
+SENTENCE: Final = (
+    "Exit codes: 0 done; 1 failed, and this side has its guest as it was (of receive: nothing arrived); 2 wrong usage; "
+    "3 it is not certain which side owns the guest; 4 the destination has the guest without all of its memory; 5 the "
+    "guest is here and could not be resumed; 130 cancelled by a signal, otherwise as 1."
+)
+
+
+def exit_code(error: Exception) -> int:
+    """The exit code of a command that ends with *error*."""
+    match error:
+        case click.ClickException():
+            return error.exit_code
+        case trimig.ConfigError():
+            return USAGE
+        case trimig.PostcopyLost():
+            return INCOMPLETE
+        case trimig.GuestNotResumed():
+            return NOT_RESUMED
+        case trimig.HandoverUncertain():
+            return UNCERTAIN
+        case trimig.NotOwner(guest_owner=trimig.Owner.UNKNOWN):
+            return UNCERTAIN
+        case trimig.TrimigError(owner=trimig.Ownership.UNKNOWN):
+            return UNCERTAIN
+    return FAILED
