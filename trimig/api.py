@@ -75,8 +75,9 @@ async def receive(
 
     Args:
         guest: what to fill; it must not be running.
-        at: a URI to listen on (for one connection; the address with its real port is in ``monitor.addresses``), or a
-            connected stream, which is owned and closed on every path.
+        at: a URI to listen on (the address with its real port is in ``monitor.addresses``), or a connected stream, which
+            is owned and closed on every path. At a URI the source is known by what it sends: other connections are
+            dropped, or wait in silence, and end nothing. Without TLS who sends a source's first bytes is taken for it.
         config: capabilities, parameters and options; the defaults if None.
         monitor: watches and steers.
 
@@ -134,7 +135,7 @@ class _Caller:
 
 
 class _Acceptor:
-    """Where a receiver waits: for its first connection, for one beside it, and in postcopy for others."""
+    """Where a receiver waits for connections: an address where several may come, or the one way there is."""
 
     def __init__(self, at: str | trio.abc.ReceiveStream, config: Config, monitor: Monitor) -> None:
         self._at = at
@@ -145,13 +146,21 @@ class _Acceptor:
     def connections(self) -> Connections:
         """What the engine calls."""
         several = isinstance(self._at, str) and transport.several(self._at)
-        return Connections(first=self._first, again=self._again, beside=self._beside if several else None)
+        return Connections(first=self._first, again=self._again, entrance=self._open if several else None)
 
     async def _first(self) -> AnyStream:
         if not isinstance(self._at, str):
             await trio.lowlevel.checkpoint()
             return self._at
         return await self._accept(self._at)
+
+    async def _open(self, uri: str | None) -> transport.Entrance:
+        """Listen at *uri*, or for None where the last time."""
+        self.close()
+        listener = self._listener = await transport.listen(uri or _address(self._at), self._config)
+        self._listening(listener.uri)
+        assert isinstance(listener, transport.Entrance)
+        return listener
 
     async def _again(self, uri: str | None) -> AnyStream:
         """One more: at *uri*, or for None where the last one was."""
@@ -164,16 +173,7 @@ class _Acceptor:
             self._listening(listener.uri)
             return await listener.accept()
         finally:
-            if not self._config.capabilities.postcopy_preempt:
-                self.close()  # nobody else is expected
-
-    async def _beside(self) -> AnyStream:
-        """The next one that connects to the same address."""
-        assert self._listener is not None
-        try:
-            return await self._listener.accept()
-        finally:
-            self.close()
+            self.close()  # there is one only
 
     def _listening(self, *addresses: str) -> None:
         if isinstance(self._at, str) and len(addresses) == 1:

@@ -115,10 +115,11 @@ async def test_without_postcopy_it_is_never_used(autojump_clock: trio.testing.Mo
         (bare(3) + bare(3), "came a second time"),
         (RecordWriter().page_records("rom", np.zeros(1, np.int64), np.zeros((1, PAGE_SIZE), np.uint8)), "'rom'"),
         (bare(PAGES), "outside of RAM block"),
-        (bare(3)[:100], "ends at byte 100"),
-        (b"", "ends at byte 0"),
+        (bare(3)[:100], "closed the connection after 100 bytes"),
+        (bare(3) + bare(4)[:100], "ends at byte 4208"),
+        (b"", "closed the connection without sending anything"),
     ],
-    ids=["a section", "twice", "unknown block", "outside", "cut", "closed"],
+    ids=["a section", "twice", "unknown block", "outside", "cut", "cut later", "closed"],
 )
 async def test_what_goes_wrong_on_the_second_pauses_both_and_is_made_good(stream: bytes, message: str) -> None:
     """Row 37, O6: the guest goes on, and two other connections bring the rest."""

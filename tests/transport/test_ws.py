@@ -397,7 +397,10 @@ async def test_cancelled_handshake_leaves_no_task_and_no_connection() -> None:
     for opening in (_websocket.open_client, _websocket.open_server):
         near, far = memory_stream_pair()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(opening, near, *(("h:1", "/", "x") if opening is _websocket.open_client else ("", "x")))
+            if opening is _websocket.open_client:
+                nursery.start_soon(_websocket.open_client, near, "h:1", "/", "x")
+            else:
+                nursery.start_soon(_websocket.open_server, near, "", "x")
             await trio.testing.wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
         while await far.receive_some():

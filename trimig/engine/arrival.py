@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import trio
 
 from ..config import Config
-from ..errors import MigrationCancelled, PostcopyLost, RemoteProtocolError, TrimigError
+from ..errors import MigrationCancelled, PostcopyLost, RemoteProtocolError, TransportFailed, TrimigError
 from ..guest import DeviceSection, Guest, OpaqueGuest
 from ..info import Downtime, Summary
 from ..monitor import Monitor
@@ -25,10 +25,11 @@ from ..wire.postcopy import Runs
 from ..wire.return_path import Shut, encode
 from . import guest_calls, teardown
 from .arriving import Storing
-from .boundary import Outcome, bare, domain_error
+from .boundary import Outcome, add_to_message, bare, domain_error
 from .channel import Channel
 from .connections import Connections
 from .ram_in import RamReceiver
+from .reception import Reception
 from .urgent_in import UrgentArrival
 
 log = logging.getLogger("trimig.destination")
@@ -44,6 +45,7 @@ class Arrival(abc.ABC):
         self.monitor = monitor
         self.counters = monitor.counters
         self.channel: Channel | None = None
+        self.reception: Reception | None = None
         self.urgent: UrgentArrival | None = None
         self.return_path = False  # it was opened, and there is a way back
         self.opened = False  # the source has asked for answers
@@ -124,6 +126,9 @@ class Arrival(abc.ABC):
             monitor.advance(Status.CANCELLED)
             if error is None and monitor.cancel_reason is not None:
                 error = MigrationCancelled(monitor.cancel_reason)
+        hint = self.reception.hint() if self.reception is not None else None
+        if hint is not None and isinstance(error, TransportFailed | RemoteProtocolError | MigrationCancelled):
+            add_to_message(error, hint)
         if monitor.status is Status.POSTCOPY_LOST:
             self.counters.missing = {
                 name: [(first, end) for first, end in runs.tolist()] for name, runs in missing.items()

@@ -120,3 +120,8 @@ def _known(leaf: BaseException) -> TrimigError:
 
 def _rank(error: TrimigError) -> int:
     return next((rank for rank, kind in enumerate(_RANK) if isinstance(error, kind)), len(_RANK))
+
+
+def add_to_message(error: TrimigError, clause: str) -> None:
+    """Let the message of *error* end with *clause*: what else is known of the reason."""
+    error.args = (f"{error}; {clause}", *error.args[1:])

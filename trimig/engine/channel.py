@@ -99,10 +99,12 @@ class Channel:
     Args:
         stream: any trio stream, or only one direction of one. The channel owns it.
         stall_timeout: seconds without progress in a blocked call after which it fails; ``math.inf`` for never.
+        first: bytes that were read from *stream* already; they come before everything else.
     """
 
-    def __init__(self, stream: AnyStream, *, stall_timeout: float = math.inf) -> None:
+    def __init__(self, stream: AnyStream, *, stall_timeout: float = math.inf, first: bytes = b"") -> None:
         self.stream = stream
+        self._first = memoryview(first)
         self._sink = stream if isinstance(stream, trio.abc.SendStream) else None
         self._spring = stream if isinstance(stream, trio.abc.ReceiveStream) else None
         self.stall_timeout = stall_timeout
@@ -135,8 +137,10 @@ class Channel:
 
     @property
     def socket_fd(self) -> int | None:
-        """The descriptor for vectored calls, or None if the stream is not a kernel socket."""
-        return self._socket.fileno() if self._socket is not None else None
+        """The descriptor for vectored calls, or None if the stream is not a kernel socket, or if something that was read
+        before stands in front of what it will bring.
+        """
+        return self._socket.fileno() if self._socket is not None and not self._first else None
 
     def backlog(self) -> int:
         """Bytes that the kernel has taken and the peer's kernel has not acknowledged; 0 where that cannot be told."""
@@ -330,6 +334,12 @@ class Channel:
 
         **Cancellation:** nothing was read.
         """
+        if self._first:
+            await trio.lowlevel.checkpoint()
+            count = min(len(view), len(self._first))
+            view[:count], self._first = self._first[:count], self._first[count:]
+            self.received += count
+            return count
         try:
             with trio.move_on_after(self.stall_timeout if stall_timeout is None else stall_timeout) as limit:
                 if self._socket is not None:

@@ -9,7 +9,10 @@ from typing import TypeAlias
 from ..config import Config
 from ..errors import ConfigError
 from .channel import AnyStream, OpenStream
+from .lobby import Entrance
 
+#: Begins to listen at that address, or for None at the one before.
+OpenEntrance: TypeAlias = Callable[[str | None], Awaitable[Entrance]]
 #: Makes a stream to (or accepts one at) that address, or for None the one before.
 Reopen: TypeAlias = Callable[[str | None], Awaitable[AnyStream]]
 
@@ -24,14 +27,16 @@ class Connections:
     again: Reopen | None = None
     #: One more to the same peer while the last one is there (postcopy-preempt); None where the transport has only one.
     beside: OpenStream | None = None
+    #: For a destination that several may connect to: then none of the others is used.
+    entrance: OpenEntrance | None = None
 
     def for_preempt(self, config: Config) -> OpenStream | None:
-        """What opens the second connection of postcopy-preempt; None without that capability.
+        """What opens the second connection of postcopy-preempt; None without that capability, or with an entrance.
 
         Raises:
             ConfigError: the capability is on, and there is no way to have two.
         """
-        if not config.capabilities.postcopy_preempt:
+        if not config.capabilities.postcopy_preempt or self.entrance is not None:
             return None
         if self.beside is None:
             raise ConfigError(

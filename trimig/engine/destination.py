@@ -40,11 +40,12 @@ from ..wire.tail import TailBuffer
 from . import guest_calls, tail_in
 from .arrival import Arrival
 from .arriving import Storing
-from .channel import Channel
 from .connections import Connections
+from .first_bytes import judge_first
 from .order import Place, check_place
 from .placement import ENOUGH
 from .postcopy_destination import Ahead, check_guest, open_memory, take_apart
+from .reception import Reception
 from .stream_out import UUID_SUBSECTION
 from .urgent_in import UrgentArrival
 
@@ -97,10 +98,10 @@ class _Arrival(Arrival):
     async def _phases(self, nursery: trio.Nursery) -> None:
         config, guest = self.config, self.guest
         self._nursery = nursery
-        self.urgent = UrgentArrival(self.connections, config, self.counters, nursery)
-        stream = await self.connections.first()
+        reception = self.reception = Reception(self.connections, config, self.monitor, nursery)
+        self.urgent = UrgentArrival(reception, config, self.counters)
+        channel = self.channel = await reception.first(judge_first(config, self._acceptable))
         self.monitor.listening()
-        channel = self.channel = Channel(stream, stall_timeout=config.stall_timeout)
         self.urgent.expect()
         opaque = isinstance(guest, OpaqueGuest)
         decoder = Decoder(
@@ -187,6 +188,7 @@ class _Arrival(Arrival):
             self.between = isinstance(event, ev.SectionFooter | ev.RamEnd)
         match event:
             case ev.PageRun():
+                self._settle()
                 await self.ram.pages(event)
             case ev.ZeroRun():
                 await self.ram.zeros(event)
@@ -210,6 +212,20 @@ class _Arrival(Arrival):
                 return True
         return False
 
+    def _settle(self) -> None:
+        """Pages come on the main connection, as they should: no further connection can say anything about this one."""
+        assert self.reception is not None
+        if not self.reception.wants_second:
+            self.reception.close()
+
+    def _acceptable(self, event: ev.Configuration) -> None:
+        """Look at the configuration of a connection that is not chosen yet. RemoteProtocolError if it does not fit."""
+        before = self.config, self.configuration
+        try:
+            self._configured(event)
+        finally:
+            self.config, self.configuration = before
+
     def _configured(self, event: ev.Configuration) -> None:
         self.configuration = event
         opaque = isinstance(self.guest, OpaqueGuest)
@@ -232,7 +248,9 @@ class _Arrival(Arrival):
         theirs = str(uuid.UUID(bytes=subsection.payload))
         ours = self.guest.uuid if isinstance(self.guest, IdentifiedGuest) else None
         if ours is None:
-            self.monitor.warn(f"the stream is of the machine with the UUID {theirs}, this one has none to compare")
+            warning = f"the stream is of the machine with the UUID {theirs}, this one has none to compare"
+            if warning not in self.counters.warnings:  # the lobby has looked at the same section
+                self.monitor.warn(warning)
         elif ours != theirs:
             raise RemoteProtocolError(
                 f"the stream is of the machine with the UUID {theirs}, this one has {ours}",

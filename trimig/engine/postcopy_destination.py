@@ -29,6 +29,8 @@ from . import guest_calls, tail_in, teardown
 from .arrival import Arrival
 from .arriving import KeptMemory
 from .channel import AnyStream, Channel
+from .connections import Reopen
+from .first_bytes import judge_again
 from .handover import lift_shield, shield
 from .order import Place, check_place
 from .postcopy_in import PostcopyReceiver
@@ -192,7 +194,9 @@ class Ahead:
         #: Pages may come on this connection: it is the first, or RESUME has been read.
         self._resumed = trio.Event()
         self._resumed.set()
-        self._search = Search(self._monitor, self._config, arrival.connections.again, listens=True)
+        assert arrival.reception is not None
+        self._reception = arrival.reception
+        self._search = Search(self._monitor, self._config, self._reopen(), listens=True)
         self._least = math.inf  # pages that were missing at the last RESUME
         self._finished = False  # the guest knows that it is whole
 
@@ -472,10 +476,15 @@ class Ahead:
         await self._take_up(stream)
         return True
 
+    def _reopen(self) -> Reopen | None:
+        """What waits for another connection of this source; None where none can come."""
+        judge = judge_again([block.name for block in self._guest.ram])
+        return functools.partial(self._reception.again, judge=judge) if self._reception.can_come_again else None
+
     async def _take_up(self, stream: AnyStream) -> None:
         self._monitor.listening()
         async with self._sending:
-            self._channel = self._arrival.channel = Channel(stream, stall_timeout=self._config.stall_timeout)
+            self._channel = self._arrival.channel = self._reception.channel(stream)
             self._connected = self._channel.sends
         self._decoder = Decoder(
             measure=None,

@@ -1,7 +1,7 @@
 """The destination's second connection (postcopy-preempt): pages that the guest waits for.
 
-It is accepted while the first one is read already; :meth:`UrgentArrival.wait` is where it has to be there. The first
-connection that is accepted is the main one, as in QEMU.
+It has no header, and may be silent for as long as it likes. So every connection that comes beside the main one is kept in
+the lobby until one of them brings a page; :meth:`UrgentArrival.wait` is where at least one has to be there.
 """
 
 from __future__ import annotations
@@ -12,86 +12,73 @@ from collections.abc import Callable
 import trio
 
 from ..config import Config
-from ..errors import RemoteProtocolError, TransportFailed, TrimigError
+from ..errors import RemoteProtocolError, TransportFailed
 from ..monitor import Counters
 from ..wire import Decoder
 from ..wire import events as ev
 from . import teardown
 from .channel import Channel
-from .connections import Connections
+from .first_bytes import judge_second
 from .postcopy_in import PostcopyReceiver
+from .reception import Reception
 
 #: Seconds in which the end word may follow the last page; who sends none closes the connection.
 _LAST_WORD_SECONDS = 1.0
+#: Seconds without any connection beside the main one, before a page came on one, after which the source has none.
+_LONELY_SECONDS = 1.0
 
 
 class UrgentArrival:
-    """The second connection of one attempt, over as many main connections as it takes.
+    """The second connection of one attempt, over as many main connections as it takes."""
 
-    Args:
-        nursery: of the attempt.
-    """
-
-    def __init__(self, connections: Connections, config: Config, counters: Counters, nursery: trio.Nursery) -> None:
-        self._beside = connections.for_preempt(config)
+    def __init__(self, reception: Reception, config: Config, counters: Counters) -> None:
+        self._reception = reception
         self._config = config
         self._counters = counters
-        self._nursery = nursery
-        self._accepting: trio.CancelScope | None = None
         self._channel: Channel | None = None
-        self._failure: TrimigError | None = None
-        self._news = trio.Event()
+        self._there = trio.Event()
         self._ended = trio.Event()
 
     @property
     def wanted(self) -> bool:
         """There is to be one."""
-        return self._beside is not None
+        return self._reception.wants_second
 
     def expect(self) -> None:
-        """The main connection is there: accept this one when it comes."""
-        self._failure = None
-        self._news = trio.Event()
-        if self.wanted:
-            self._accepting = trio.CancelScope()
-            self._nursery.start_soon(self._accept, self._accepting, name="trimig.accept_urgent")
-
-    async def _accept(self, scope: trio.CancelScope) -> None:
-        assert self._beside is not None
-        with scope:
-            try:
-                self._channel = Channel(await self._beside(), stall_timeout=self._config.stall_timeout)
-            except TrimigError as error:
-                self._failure = error
-        self._news.set()
+        """The main connection is there: this one may come."""
+        self._there = trio.Event()
+        self._reception.expect_second()
 
     async def wait(self) -> None:
-        """Wait until it is there, if it is to be.
+        """Wait until one is there that can be it, if it is to be.
 
         Raises:
-            TransportFailed: it cannot be accepted, or did not come within ``handover_timeout``.
+            TransportFailed: none can be accepted, or none came within ``handover_timeout``.
 
         **Cancellation:** no effect.
         """
-        if not self.wanted:
+        lobby = self._reception.lobby
+        if not self.wanted or self._channel is not None:
             return
-        with trio.move_on_after(self._config.handover_timeout):
-            await self._news.wait()
-        if self._failure is not None:
-            raise TransportFailed(f"the second connection, for postcopy-preempt, failed: {self._failure}")
-        if self._channel is None:
+        assert lobby is not None
+        with trio.move_on_after(self._config.handover_timeout) as limit:
+            try:
+                await lobby.wait_visitor()
+            except TransportFailed as error:
+                raise TransportFailed(f"the second connection, for postcopy-preempt, failed: {error}") from error
+        if limit.cancelled_caught:
             raise TransportFailed(
                 f"the second connection, for postcopy-preempt, did not come within {self._config.handover_timeout:g} s: "
                 "the capability must be on at the source, too"
             )
+        self._there.set()
 
     async def close(self) -> None:
         """Close it, or stop waiting for it. Idempotent.
 
         **Cancellation:** held off.
         """
-        if self._accepting is not None:
-            self._accepting.cancel("the main connection has ended")
+        self._reception.close()
         channel, self._channel = self._channel, None
         if channel is not None:
             await teardown.close(channel.stream)
@@ -109,12 +96,19 @@ class UrgentArrival:
         **Cancellation:** stops reading.
         """
         self._ended = trio.Event()
-        await self._news.wait()
-        if self._channel is None:
-            return  # :meth:`wait` says why
+        lobby = self._reception.lobby
+        assert lobby is not None
+        await self._there.wait()
         try:
-            await self._take(receiver, self._channel, main)
+            chosen = await lobby.choose(judge_second(main, self._ended.set), lonely=_LONELY_SECONDS)
+            channel = self._channel = Channel(
+                chosen.stream, stall_timeout=self._config.stall_timeout, first=chosen.first
+            )
+            lobby.close()
+            await self._take(receiver, channel, main)
         except (TransportFailed, RemoteProtocolError) as error:
+            if self._channel is None and (self._ended.is_set() or not receiver.missing):
+                return  # it was not needed
             broke(f"the connection for urgent pages: {error}")
         self._ended.set()
 
@@ -149,8 +143,9 @@ class UrgentArrival:
         if receiver.missing:
             with trio.move_on_after(self._config.stall_timeout):
                 await self._ended_or_whole(receiver)
-        with trio.move_on_after(_LAST_WORD_SECONDS):
-            await self._ended.wait()
+        if self._channel is not None or self._config.peer.preempt_pre_7_2:
+            with trio.move_on_after(_LAST_WORD_SECONDS):
+                await self._ended.wait()
 
     async def _ended_or_whole(self, receiver: PostcopyReceiver) -> None:
         async with trio.open_nursery() as nursery:

@@ -27,11 +27,12 @@ import pkgutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import MappingProxyType
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import trio
 
 from ..config import Config
+from ..engine.channel import AnyStream
 from ..errors import ConfigError
 
 
@@ -50,6 +51,29 @@ class Listener(Protocol):
 
     def close(self) -> None:
         """Stop listening and leave nothing behind. Idempotent."""
+
+
+@runtime_checkable
+class Entrance(Listener, Protocol):
+    """A listener of a transport with ``SEVERAL``: what :meth:`Listener.accept` does, in its two halves.
+
+    So several connections can be in their opening handshakes at a time, see :class:`trimig.engine.lobby.Entrance`.
+    """
+
+    async def meet(self) -> trio.abc.Stream:
+        """The next connection, as it is accepted. OSError where the system refuses it.
+
+        **Cancellation:** nothing was accepted.
+        """
+
+    async def admit(self, stream: AnyStream) -> AnyStream:
+        """*stream* behind the opening handshakes of this address, without a limit of time. *stream* is owned.
+
+        Raises:
+            TransportFailed: they failed.
+
+        **Cancellation:** *stream* is closed.
+        """
 
 
 class _Transport(Protocol):

@@ -9,6 +9,7 @@ and the end that is announced (close_notify) even if there is no time left to wa
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import ssl
@@ -23,7 +24,7 @@ from ..errors import ConfigError, TransportFailed
 from ._credentials import Credentials, distinguished_name
 
 if TYPE_CHECKING:
-    from . import Listener
+    from . import Entrance, Listener
 
 #: Seconds for a handshake: a peer that speaks no TLS may just wait.
 HANDSHAKE_SECONDS: Final = 20.0
@@ -104,8 +105,6 @@ class TlsStream(trio.abc.Stream):
     def __init__(self, transport: trio.abc.Stream, tls: Credentials, name: str | None = None) -> None:
         self._transport = transport
         self._socket = transport.socket if isinstance(transport, trio.SocketStream) else None
-        if self._socket is not None:
-            enlarge(self._socket)
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         server = tls.side == "server"
         self._ssl = tls.context.wrap_bio(self._in, self._out, server_side=server, server_hostname=name)
@@ -121,6 +120,10 @@ class TlsStream(trio.abc.Stream):
         self._closed = False
         self._failure: trio.BrokenResourceError | None = None
         self._verdict = trio.Event()
+
+    def peer_certificate(self) -> bytes | None:
+        """The certificate that the peer has shown and that was verified, in DER; None without one."""
+        return self._ssl.getpeercert(True)
 
     @property
     def ssl_object(self) -> ssl.SSLObject:
@@ -184,6 +187,8 @@ class TlsStream(trio.abc.Stream):
         except trio.BrokenResourceError as error:
             _raise(self._fail(f"{_cause(error)}, in the handshake; {_GUESS}", error))
         self._shaken = True
+        if self._socket is not None:
+            enlarge(self._socket)
 
     def _failed(self, error: ssl.SSLError) -> trio.BrokenResourceError:
         words = reason(error)
@@ -377,12 +382,15 @@ def _cause(error: trio.BrokenResourceError) -> str:
 # -- what the transports use -------------------------------------------------------------------------------------------
 
 
-async def secure(stream: AnyStream, tls: Credentials, where: str, name: str | None = None) -> TlsStream:
+async def secure(
+    stream: AnyStream, tls: Credentials, where: str, name: str | None = None, *, seconds: float = HANDSHAKE_SECONDS
+) -> TlsStream:
     """*stream* with TLS over it, when the handshake is done. *stream* is owned, and closed on every path but success.
 
     Args:
         where: the address, for messages.
         name: of the host in that address, for a client whose configuration names none.
+        seconds: that the handshake may take.
 
     Raises:
         ConfigError: the stream has only one direction, or the name cannot be one.
@@ -404,13 +412,13 @@ async def secure(stream: AnyStream, tls: Credentials, where: str, name: str | No
             secured = TlsStream(stream, tls, name)
         except ValueError as error:
             raise ConfigError(f"{name!r} cannot be the name of a host: {error}", name="tls-hostname") from error
-        with trio.move_on_after(HANDSHAKE_SECONDS) as limit:
+        with trio.move_on_after(seconds) as limit:
             try:
                 await secured.do_handshake()
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise TransportFailed(f"no TLS with {where}: {error}") from error.__cause__
         if limit.cancelled_caught:
-            raise TransportFailed(f"no TLS with {where}: the handshake was not over within {HANDSHAKE_SECONDS:g} s")
+            raise TransportFailed(f"no TLS with {where}: the handshake was not over within {seconds:g} s")
         try:
             who = distinguished_name(secured.ssl_object) if tls.authz is not None else ""
         except ValueError as error:
@@ -449,6 +457,23 @@ class TlsListener:
         **Cancellation:** the connection, if there was one, is closed.
         """
         return await secure(await self._inner.accept(), self._tls, f"the client at {self.uri}")
+
+    async def meet(self) -> trio.abc.Stream:
+        """The next connection, before its handshake. OSError where the system refuses it.
+
+        **Cancellation:** nothing was accepted.
+        """
+        return await cast("Entrance", self._inner).meet()
+
+    async def admit(self, stream: AnyStream) -> TlsStream:
+        """*stream* when its handshake is done, however long it takes.
+
+        Raises:
+            TransportFailed: the handshake failed.
+
+        **Cancellation:** *stream* is closed.
+        """
+        return await secure(stream, self._tls, f"the client at {self.uri}", seconds=math.inf)
 
     def close(self) -> None:
         """Stop listening."""

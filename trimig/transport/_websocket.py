@@ -79,6 +79,10 @@ class WebSocketStream(trio.abc.Stream):
         self._closed = False
         self._failure: str | None = None
 
+    def peer_certificate(self) -> bytes | None:
+        """As for TLS, where that is below; None without it."""
+        return self._transport.peer_certificate() if isinstance(self._transport, TlsStream) else None
+
     # -- frames going out ----------------------------------------------------------------------------------------------
 
     async def _send_frame(self, opcode: Opcode, payload: bytes | memoryview) -> None:
@@ -396,11 +400,14 @@ async def open_client(transport: trio.abc.Stream, host: str, target: str, where:
             await teardown.close(transport)
 
 
-async def open_server(transport: trio.abc.Stream, path: str, where: str) -> WebSocketStream:
+async def open_server(
+    transport: trio.abc.Stream, path: str, where: str, *, seconds: float = HANDSHAKE_SECONDS
+) -> WebSocketStream:
     """A websocket over *transport*, for a client that asks for it.
 
     Args:
         path: what it must ask for; any if empty.
+        seconds: that the handshake may take.
 
     Raises:
         TransportFailed: the client asked for something else, or is none, or took too long. It has been told.
@@ -415,14 +422,14 @@ async def open_server(transport: trio.abc.Stream, path: str, where: str) -> WebS
 
     done = False
     try:
-        with trio.move_on_after(HANDSHAKE_SECONDS):
+        with trio.move_on_after(seconds):
             try:
                 early = await welcome(transport, judge)
             except (trio.BrokenResourceError, NotUnderstood) as error:
                 raise TransportFailed(f"no websocket with the client at {where}: {_words(error)}") from error
             done = True
             return WebSocketStream(transport, client=False, early=early)
-        raise TransportFailed(f"no websocket with the client at {where}: no request within {HANDSHAKE_SECONDS:g} s")
+        raise TransportFailed(f"no websocket with the client at {where}: no request within {seconds:g} s")
     finally:
         if not done:
             await teardown.close(transport)

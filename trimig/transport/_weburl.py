@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
 import trio
 
+from ..engine.channel import AnyStream
 from ..errors import ConfigError
 from . import tcp
 from ._websocket import WebSocketStream, open_client, open_server
 
 if TYPE_CHECKING:
-    from . import Listener
+    from . import Entrance
 
 _PORTS = {"ws": 80, "wss": 443}
 
@@ -72,7 +74,7 @@ class WebSocketListener:
     A client that fails in the opening handshake fails :meth:`accept`; the listener can go on to the next one.
     """
 
-    def __init__(self, inner: Listener, at: Address) -> None:
+    def __init__(self, inner: Entrance, at: Address) -> None:
         self._inner = inner
         self._at = at
 
@@ -91,7 +93,30 @@ class WebSocketListener:
         """
         stream = await self._inner.accept()
         assert isinstance(stream, trio.abc.Stream)
-        return await open_server(stream, self._at.target.partition("?")[0].rstrip("/"), self.uri)
+        return await open_server(stream, self._path, self.uri)
+
+    async def meet(self) -> trio.abc.Stream:
+        """The next connection, before its handshakes. OSError where the system refuses it.
+
+        **Cancellation:** nothing was accepted.
+        """
+        return await self._inner.meet()
+
+    async def admit(self, stream: AnyStream) -> WebSocketStream:
+        """*stream* when its handshakes are done, however long they take.
+
+        Raises:
+            TransportFailed: one of them failed.
+
+        **Cancellation:** *stream* is closed.
+        """
+        below = await self._inner.admit(stream)
+        assert isinstance(below, trio.abc.Stream)
+        return await open_server(below, self._path, self.uri, seconds=math.inf)
+
+    @property
+    def _path(self) -> str:
+        return self._at.target.partition("?")[0].rstrip("/")
 
     def close(self) -> None:
         """Stop listening."""

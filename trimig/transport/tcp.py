@@ -11,6 +11,7 @@ from typing import Final
 import trio
 
 from ..config import Config
+from ..engine.channel import AnyStream
 from ..errors import ConfigError, TransportFailed
 
 log = logging.getLogger("trimig.transport")
@@ -110,6 +111,15 @@ class TcpListener:
             for listener in self._listeners:
                 nursery.start_soon(one, listener)
         return accepted.pop(0)  # a second one, on another address at the same moment, is the next
+
+    meet = accept
+
+    async def admit(self, stream: AnyStream) -> AnyStream:
+        """There is no handshake.
+
+        **Cancellation:** none.
+        """
+        return stream
 
     def close(self) -> None:
         """Stop listening."""

@@ -10,6 +10,7 @@ import stat
 import trio
 
 from ..config import Config
+from ..engine.channel import AnyStream
 from ..errors import ConfigError, TransportFailed
 
 #: There can be several connections to one address at a time.
@@ -77,6 +78,15 @@ class UnixListener:
         sock, _ = await self._socket.accept()
         return trio.SocketStream(sock)
 
+    meet = accept
+
+    async def admit(self, stream: AnyStream) -> AnyStream:
+        """There is no handshake.
+
+        **Cancellation:** none.
+        """
+        return stream
+
     def close(self) -> None:
         """Stop listening and remove the file, unless another one stands in its place by now."""
         if self._socket.fileno() == -1:
@@ -89,7 +99,7 @@ class UnixListener:
             pass
 
 
-async def listen(rest: str, config: Config, *, backlog: int = 1) -> UnixListener:
+async def listen(rest: str, config: Config, *, backlog: int = 128) -> UnixListener:
     """Listen; a socket that nobody listens on any more is replaced, a live one never.
 
     Args:

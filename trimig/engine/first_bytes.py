@@ -1,0 +1,153 @@
+"""What the first bytes of a connection say: the judges of a :class:`.lobby.Lobby`."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Container
+from typing import Final
+
+from ..config import Config
+from ..wire import Command, Decoder, Section
+from ..wire import events as ev
+from .lobby import MOST_READ, Judge, NotTheOne
+
+#: Behind a page record's word and name there is a page; the decoder's buffer holds more than a judge is ever given.
+_BUFFER: Final = 2 * MOST_READ
+_COMMAND: Final = struct.Struct(">BHH")
+#: What trimig's own commands begin at, and how many there are (return_path.md part 9).
+_MARKS: Final = range(0x7401, 0x7404)
+_ATTEMPT: Final = 0x7403
+_MOST_MARK: Final = 512
+
+#: Whether the id of an attempt, 16 bytes, is that of the one that is paused. Raises NotTheOne.
+CheckAttempt = Callable[[bytes], bool]
+
+_HTTP: Final = (b"GET ", b"HEAD", b"POST", b"PUT ", b"OPTI", b"CONN", b"DELE", b"PATC", b"TRAC")
+_MULTIFD: Final = bytes.fromhex("11223344")
+
+
+def known(data: bytes) -> NotTheOne | None:
+    """The verdict on a connection whose first bytes are those of another protocol, if *data* says so."""
+    first = data[:4]
+    if first == _MULTIFD:
+        return NotTheOne(
+            "it is a channel of multifd",
+            "the source has the capability multifd on, which trimig has not: turn multifd off there",
+        )
+    if data[:2] == b"\x16\x03":
+        return NotTheOne(
+            "it begins with a TLS handshake, and TLS is off here",
+            "the source has TLS on, and this side has not: set tls-creds here, or take it away there",
+        )
+    if first in _HTTP:
+        return NotTheOne(
+            "it is an HTTP request", "an HTTP request came; a source that uses a websocket needs a ws: address here"
+        )
+    return None
+
+
+def judge_first(config: Config, check: Callable[[ev.Configuration], None]) -> Judge:
+    """The main connection: the header, and a configuration section that *check* accepts.
+
+    A stream of a machine type without that section is known by its header and the section behind it. A stranger who
+    copies both is taken for the source: only TLS tells them apart.
+
+    Args:
+        check: raises RemoteProtocolError for a configuration that does not fit.
+    """
+
+    def judge(data: bytes) -> bool:
+        if (verdict := known(data)) is not None:
+            raise verdict
+        decoder = Decoder(
+            measure=None,
+            configuration=config.peer.send_configuration,
+            footers=config.peer.send_section_footer,
+            buffer_bytes=_BUFFER,
+        )
+        decoder.feed(data)
+        while (event := decoder.next_event()) is not None:
+            if isinstance(event, ev.Configuration):
+                check(event)
+                return True
+            if not isinstance(event, ev.FileHeader):
+                return True
+        return False
+
+    return judge
+
+
+def judge_second(main: Decoder, ended: Callable[[], None]) -> Judge:
+    """The second connection of postcopy-preempt: a record of a page, with the name of a block and inside of it.
+
+    Args:
+        main: has read the list of blocks.
+        ended: called when the end word comes before any page: a second connection that was never needed.
+    """
+
+    def judge(data: bytes) -> bool:
+        if (verdict := known(data)) is not None:
+            raise verdict
+        decoder = Decoder(measure=None, continues=main, records_only=True, buffer_bytes=_BUFFER)
+        decoder.feed(data)
+        event = decoder.next_event()
+        if isinstance(event, ev.RamEnd):
+            ended()
+            return False
+        return event is not None
+
+    return judge
+
+
+def judge_again(blocks: Container[str], attempt: CheckAttempt | None = None) -> Judge:
+    """A connection in a paused postcopy: it asks which pages of a block are here. PINGs may stand before that.
+
+    Args:
+        blocks: names of the guest's blocks.
+        attempt: looks at the id of the attempt, if the connection tells one; then nothing more is needed to choose it.
+    """
+
+    def judge(data: bytes) -> bool:
+        if (verdict := known(data)) is not None:
+            raise verdict
+        at = 0
+        while len(data) - at >= 1:
+            if data[at] != Section.COMMAND:
+                raise NotTheOne(
+                    f"byte {at} is {data[at]:#04x}: it does not begin as the source of a paused migration does"
+                )
+            if len(data) - at < _COMMAND.size:
+                return False
+            _, number, length = _COMMAND.unpack_from(data, at)
+            payload = data[at + _COMMAND.size : at + _COMMAND.size + length]
+            complete = len(payload) == length
+            if number == Command.RECV_BITMAP:
+                if length > 256:
+                    raise NotTheOne(f"RECV_BITMAP with {length} bytes at byte {at}")
+                if not complete:
+                    return False
+                return _asks_for(payload, blocks, at)
+            if not (number == Command.PING and length == 4) and not (number in _MARKS and length <= _MOST_MARK):
+                raise NotTheOne(
+                    f"command {number:#06x} at byte {at}: it does not begin as the source of a paused migration does"
+                )
+            if not complete:
+                return False
+            if number == _ATTEMPT and attempt is not None and attempt(payload):
+                return True
+            at += _COMMAND.size + length
+        return False
+
+    return judge
+
+
+def _asks_for(payload: bytes, blocks: Container[str], at: int) -> bool:
+    name = payload[1:].decode("utf-8", "surrogateescape")
+    if not payload or payload[0] != len(payload) - 1 or name not in blocks:
+        raise NotTheOne(f"RECV_BITMAP at byte {at} for {name!r}, which is no RAM block of this guest")
+    return True
+
+
+def judge_surplus(data: bytes) -> bool:
+    """No connection is needed any more. That one comes all the same may tell why the migration is going to fail."""
+    raise known(data) or NotTheOne("the migration has its source already")

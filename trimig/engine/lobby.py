@@ -1,0 +1,397 @@
+"""Where connections wait until it is known which of them is the one that is awaited.
+
+A listener's port can be reached by others than the source: port checks, browsers, programs that have another protocol.
+So each connection is a *visitor* in a task of its own, which makes the handshakes of TLS and of a websocket and reads the
+first few KiB. A judge looks at these. Nothing is written to a visitor before it is chosen, but for those handshakes. A
+visitor that is silent is kept: silence is no verdict. It costs a descriptor, and is dropped when its place is taken, or when
+too many wait.
+
+What a judge accepts can be copied by a stranger who has read a stream. To keep that one out is the task of TLS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import math
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final, Protocol, TypeAlias, runtime_checkable
+
+import trio
+
+from ..errors import RemoteProtocolError, TransportFailed, TrimigError
+from . import teardown
+from .channel import AnyStream
+
+log = logging.getLogger("trimig.lobby")
+
+#: Visitors that wait at a time; one more takes the place of the one that has waited longest.
+MOST_WAITING: Final = 64
+#: What is read of a visitor before it is chosen.
+MOST_READ: Final = 16 << 10
+#: Drops that are told one by one; from then on only the 20th, 40th, 80th and so on.
+_TOLD_SINGLY: Final = 10
+#: accept() cannot have a descriptor or memory at the moment.
+_SHORTAGE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_SHORTAGE_SECONDS: Final = 0.1
+#: Linux hands errors of the connection that is accepted to accept() itself; the next one may be good.
+_OF_ONE: Final = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.ECONNRESET,
+        errno.EPERM,
+        errno.EPROTO,
+        errno.ENETDOWN,
+        errno.ENOPROTOOPT,
+        errno.EHOSTDOWN,
+        errno.ENONET,
+        errno.EHOSTUNREACH,
+        errno.EOPNOTSUPP,
+        errno.ENETUNREACH,
+        errno.ETIMEDOUT,
+        errno.EINTR,
+    }
+)
+
+#: Looks at what has come of a visitor: True if it is the one, False if more must come. Raises :class:`NotTheOne`.
+Judge: TypeAlias = Callable[[bytes], bool]
+#: Told of each visitor that is dropped: its address, and why.
+Told: TypeAlias = Callable[[str, str], None]
+
+
+class NotTheOne(Exception):
+    """A judge's verdict: this visitor is dropped, and why.
+
+    Attributes:
+        telling: what its first bytes say about a source that is set up in another way, for the error if the migration
+            fails; None if they say nothing.
+    """
+
+    def __init__(self, reason: str, telling: str | None = None) -> None:
+        super().__init__(reason)
+        self.telling = telling
+
+
+class Entrance(Protocol):
+    """A listener, as far as a lobby needs one."""
+
+    async def meet(self) -> AnyStream:
+        """The next connection, as it is accepted.
+
+        Raises:
+            OSError: accept() failed.
+            TrimigError: there will be none.
+
+        **Cancellation:** nothing was accepted.
+        """
+
+    async def admit(self, stream: AnyStream) -> AnyStream:
+        """*stream* after the opening handshakes of this address, however long they take. *stream* is owned.
+
+        Raises:
+            TrimigError: they failed.
+
+        **Cancellation:** *stream* is closed.
+        """
+
+    def close(self) -> None:
+        """Accept no more. Idempotent."""
+
+
+@runtime_checkable
+class Certified(Protocol):
+    """A stream whose peer may have proved who it is."""
+
+    def peer_certificate(self) -> bytes | None:
+        """The peer's certificate, which was verified; None without one."""
+
+
+def accept_pause(error: OSError) -> float | None:
+    """Seconds after which accept() may be called again; None if the listening socket itself cannot be used any more."""
+    if error.errno in _SHORTAGE:
+        return _SHORTAGE_SECONDS
+    return 0.0 if error.errno in _OF_ONE else None
+
+
+class _Visitor:
+    """One connection that waits.
+
+    Attributes:
+        address: for messages.
+        origins: what it may have in common with the main connection: its address, its user, its certificate.
+        stream: behind the handshakes; None before.
+        data: what was read so far.
+        chosen: its stream belongs to who has chosen it.
+        left: its task does not use the stream any more.
+    """
+
+    def __init__(self, raw: AnyStream) -> None:
+        self.address, self.origins = _origin(raw)
+        self.stream: AnyStream | None = None
+        self.data = bytearray()
+        self.scope = trio.CancelScope()
+        self.chosen = False
+        self.left = trio.Event()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """The connection that was awaited.
+
+    Attributes:
+        stream: the caller's from here on.
+        first: what was read from it; it stands in front of what comes next.
+        origins: see :meth:`Lobby.prefer`.
+    """
+
+    stream: AnyStream
+    first: bytes
+    origins: frozenset[str]
+
+
+class Lobby:
+    """The visitors of one address.
+
+    Args:
+        nursery: of the attempt; the tasks of the visitors are in it.
+        told: of each drop; not of all if there are many.
+    """
+
+    def __init__(self, nursery: trio.Nursery, entrance: Entrance, told: Told) -> None:
+        self._nursery = nursery
+        self._entrance = entrance
+        self._told = told
+        self._scope = trio.CancelScope()
+        self._visitors: list[_Visitor] = []
+        self._judge: Judge | None = None
+        self._found: _Visitor | None = None
+        self._failure: TrimigError | None = None
+        self._changed = trio.Event()
+        self._preferred: frozenset[str] = frozenset()
+        #: Visitors that were dropped.
+        self.dropped = 0
+        #: Why the last one was.
+        self.last_reason: str | None = None
+        #: What the first bytes of dropped ones say about the source, the last that said something.
+        self.telling: str | None = None
+        self._telling_origins: frozenset[str] = frozenset()
+
+    def open(self) -> None:
+        """Begin to accept."""
+        self._nursery.start_soon(self._accept, name="trimig.accept")
+
+    def close(self) -> None:
+        """Accept no more, and close who waits. Idempotent."""
+        self._scope.cancel("the lobby is closed")  # first: accept() of a closed socket is an error
+        self._entrance.close()
+        for waiting in self._visitors:
+            waiting.scope.cancel("its place is taken")
+        self._visitors.clear()
+        self._judge = None
+
+    @property
+    def waiting(self) -> int:
+        """Visitors that are there, their handshakes over or not."""
+        return len(self._visitors)
+
+    def prefer(self, origins: frozenset[str]) -> None:
+        """Visitors that have one of *origins* are dropped last when too many wait."""
+        self._preferred = origins
+
+    def hint(self, origins: frozenset[str] | None = None) -> str | None:
+        """What dropped visitors say about why the migration failed; with *origins*, only those that have one of them."""
+        if origins is not None and not origins & self._telling_origins:
+            return None
+        return self.telling
+
+    # -- who waits -------------------------------------------------------------------------------------------------
+
+    async def wait_visitor(self) -> None:
+        """Wait until there is one, its handshakes over.
+
+        Raises:
+            TransportFailed: there is none, and there will be none.
+
+        **Cancellation:** no effect.
+        """
+        while not any(visitor.stream is not None for visitor in self._visitors):
+            self._check()
+            await self._changed.wait()
+
+    async def choose(self, judge: Judge, *, lonely: float = math.inf) -> Chosen:
+        """The first visitor that *judge* accepts. The others wait on, but for those that it refuses.
+
+        Args:
+            lonely: seconds without any visitor after which it is given up.
+
+        Raises:
+            TransportFailed: there is none, and there will be none, or it was given up; with the reason of the last drop.
+
+        **Cancellation:** nothing was chosen.
+        """
+        self._judge, self._found = judge, None
+        taken = False
+        try:
+            for waiting in tuple(self._visitors):
+                self._look(waiting)
+            while (visitor := self._chosen_one()) is None:
+                self._check()
+                with trio.move_on_after(math.inf if self._visitors else lonely) as alone:
+                    await self._changed.wait()
+                if alone.cancelled_caught and not self._visitors:
+                    raise TransportFailed(self.last_reason or "there is no connection")
+            await visitor.left.wait()
+            assert visitor.stream is not None
+            taken = True
+            return Chosen(stream=visitor.stream, first=bytes(visitor.data), origins=visitor.origins)
+        finally:
+            self._judge = None
+            found, self._found = self._chosen_one(), None
+            if not taken and found is not None and found.stream is not None:
+                await teardown.close(found.stream)
+
+    def _chosen_one(self) -> _Visitor | None:
+        return self._found
+
+    def watch(self, judge: Judge) -> None:
+        """Let *judge* look at visitors that are of no use any more: it may tell why the migration is going to fail."""
+        self._judge = judge
+        for visitor in tuple(self._visitors):
+            self._look(visitor)
+
+    def _check(self) -> None:
+        if self._failure is not None and not self._visitors:
+            raise TransportFailed(str(self._failure)) from self._failure
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def _look(self, visitor: _Visitor) -> None:
+        """Judge what has come of *visitor*."""
+        if self._judge is None or not visitor.data or visitor.chosen:
+            return
+        try:
+            chosen = self._judge(bytes(visitor.data))
+        except NotTheOne as verdict:
+            self._drop(visitor, str(verdict), verdict.telling)
+            return
+        except RemoteProtocolError as error:
+            self._drop(visitor, str(error))
+            return
+        if not chosen:
+            if len(visitor.data) >= MOST_READ:
+                self._drop(visitor, f"{len(visitor.data)} bytes came, and they do not say what it is")
+            return
+        visitor.chosen = True
+        self._judge, self._found = None, visitor
+        self._visitors.remove(visitor)
+        visitor.scope.cancel("it was chosen")
+        self._tell()
+
+    def _drop(self, visitor: _Visitor, reason: str, telling: str | None = None) -> None:
+        if visitor not in self._visitors:
+            return
+        self._visitors.remove(visitor)
+        visitor.scope.cancel(reason)
+        self.last_reason = reason
+        if telling is not None:
+            self.telling, self._telling_origins = telling, visitor.origins
+        self.dropped += 1
+        more, left = divmod(self.dropped, _TOLD_SINGLY)
+        if self.dropped <= _TOLD_SINGLY or (not left and more.bit_count() == 1):
+            so_far = f" ({self.dropped} were dropped so far)" if self.dropped > _TOLD_SINGLY else ""
+            self._told(visitor.address, f"{reason}{so_far}")
+        self._tell()
+
+    # -- tasks -----------------------------------------------------------------------------------------------------
+
+    async def _accept(self) -> None:
+        with self._scope:
+            try:
+                while True:
+                    try:
+                        raw = await self._entrance.meet()
+                    except OSError as error:
+                        await self._rest(error)
+                        continue
+                    self._enter(raw)
+            except TrimigError as error:
+                self._failure = error
+                self._tell()
+            finally:
+                self._entrance.close()
+
+    async def _rest(self, error: OSError) -> None:
+        pause = accept_pause(error)
+        if pause is None:
+            raise TransportFailed(f"no more connections can be accepted: {error.strerror or error}") from error
+        if pause:
+            log.warning("a connection cannot be accepted: %s", error.strerror)
+            oldest = self._oldest() if self._visitors else None
+            if oldest is not None and not oldest.origins & self._preferred:
+                self._drop(oldest, "its descriptor is needed for another connection")
+        await trio.sleep(pause)
+
+    def _enter(self, raw: AnyStream) -> None:
+        if len(self._visitors) >= MOST_WAITING:
+            self._drop(self._oldest(), f"{MOST_WAITING} connections wait, and it has waited longest")
+        visitor = _Visitor(raw)
+        self._visitors.append(visitor)
+        self._nursery.start_soon(self._visit, visitor, raw, name="trimig.visitor")
+
+    def _oldest(self) -> _Visitor:
+        """The visitor that is dropped first."""
+        strange = [visitor for visitor in self._visitors if not visitor.origins & self._preferred]
+        return (strange or self._visitors)[0]
+
+    async def _visit(self, visitor: _Visitor, raw: AnyStream) -> None:
+        handed_over = False  # to the entrance, which closes it if its handshakes fail
+        try:
+            with visitor.scope:
+                await trio.lowlevel.checkpoint_if_cancelled()
+                handed_over = True
+                visitor.stream = await self._entrance.admit(raw)
+                if isinstance(visitor.stream, Certified) and (certificate := visitor.stream.peer_certificate()):
+                    visitor.origins |= {f"certificate {certificate.hex()}"}
+                self._tell()
+                await self._listen(visitor, visitor.stream)
+        except TrimigError as error:
+            self._drop(visitor, str(error), f"the last connection that failed was from {visitor.address}: {error}")
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self._drop(visitor, f"the connection broke: {error.__cause__ or error}")
+        finally:
+            visitor.left.set()
+            if not visitor.chosen and (stream := visitor.stream or (None if handed_over else raw)) is not None:
+                await teardown.close(stream)
+
+    async def _listen(self, visitor: _Visitor, stream: AnyStream) -> None:
+        """Read until it is chosen or dropped; both cancel this."""
+        assert isinstance(stream, trio.abc.ReceiveStream)
+        while len(visitor.data) < MOST_READ:
+            data = await stream.receive_some(min(4096, MOST_READ - len(visitor.data)))
+            if not data:
+                said = f"after {len(visitor.data)} bytes" if visitor.data else "without sending anything"
+                self._drop(visitor, f"it closed the connection {said}")
+                return
+            visitor.data += data
+            self._look(visitor)
+        await trio.sleep_forever()  # until somebody judges it
+
+
+def _origin(raw: AnyStream) -> tuple[str, frozenset[str]]:
+    """Where *raw* comes from, for messages and for :meth:`Lobby.prefer`."""
+    if not isinstance(raw, trio.SocketStream):
+        return "a stream", frozenset()
+    try:
+        if raw.socket.family == socket.AF_UNIX:
+            size = struct.calcsize("3i")
+            pid, user, _ = struct.unpack("3i", raw.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+            return f"process {pid} of user {user}", frozenset({f"user {user}"})
+        host, port = raw.socket.getpeername()[:2]
+    except OSError:
+        return "an unknown address", frozenset()
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}", frozenset({f"address {host}"})

@@ -1,0 +1,152 @@
+"""Which connections a destination takes: the first one, one beside it, and others when they are lost.
+
+Where several can come (a URI that is listened on), a :class:`.lobby.Lobby` tells them apart. A stream that was given, a
+command, a descriptor or a file is the one connection that there is: it is taken as it comes.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from ..config import Config
+from ..monitor import Monitor
+from .channel import AnyStream, Channel, OpenStream
+from .connections import Connections
+from .first_bytes import judge_surplus
+from .lobby import Chosen, Judge, Lobby
+
+log = logging.getLogger("trimig.destination")
+
+
+class Reception:
+    """The connections of one incoming migration.
+
+    Args:
+        nursery: of the attempt.
+
+    Attributes:
+        lobby: where a second connection waits; None where there can be none.
+    """
+
+    def __init__(self, connections: Connections, config: Config, monitor: Monitor, nursery: trio.Nursery) -> None:
+        self._connections = connections
+        self._config = config
+        self._monitor = monitor
+        self._nursery = nursery
+        #: There is to be a second one. ConfigError if there cannot be.
+        self.wants_second = connections.for_preempt(config) is not None or (
+            config.capabilities.postcopy_preempt and connections.entrance is not None
+        )
+        self.lobby: Lobby | None = None
+        self._chosen: Chosen | None = None
+
+    async def first(self, judge: Judge) -> Channel:
+        """The main connection of the migration.
+
+        Raises:
+            TransportFailed: there is none, and there will be none.
+
+        **Cancellation:** as for an error; nothing is left open.
+        """
+        if self._connections.entrance is None:
+            return self.channel(await self._connections.first())
+        return self.channel(await self._meet(None, judge))
+
+    async def again(self, uri: str | None, judge: Judge) -> AnyStream:
+        """Another main connection, at *uri* or where the last one was; :meth:`channel` makes it usable.
+
+        Raises:
+            TransportFailed: as :meth:`first`.
+
+        **Cancellation:** as for an error.
+        """
+        self.close()
+        if self._connections.entrance is not None:
+            return await self._meet(uri, judge)
+        assert self._connections.again is not None
+        return await self._connections.again(uri)
+
+    @property
+    def can_come_again(self) -> bool:
+        """Where another connection would come from is known."""
+        return self._connections.entrance is not None or self._connections.again is not None
+
+    async def _meet(self, uri: str | None, judge: Judge) -> AnyStream:
+        assert self._connections.entrance is not None
+        lobby = self.lobby = Lobby(self._nursery, await self._connections.entrance(uri), self._told)
+        if self._chosen is not None:
+            lobby.prefer(self._chosen.origins)
+        lobby.open()
+        done = False
+        try:
+            self._chosen = await lobby.choose(judge)
+            done = True
+        finally:
+            if not done:
+                lobby.close()
+        lobby.prefer(self._chosen.origins)
+        if not self.wants_second:
+            lobby.watch(judge_surplus)
+        return self._chosen.stream
+
+    def channel(self, stream: AnyStream) -> Channel:
+        """*stream*, with what was read of it standing in front."""
+        known = self._chosen is not None and self._chosen.stream is stream
+        first = self._chosen.first if known and self._chosen is not None else b""
+        return Channel(stream, stall_timeout=self._config.stall_timeout, first=first)
+
+    def expect_second(self) -> None:
+        """The main connection is there, and another one is to come."""
+        beside = self._connections.beside
+        if self.wants_second and self._connections.entrance is None and beside is not None:
+            self.lobby = Lobby(self._nursery, _Beside(beside), self._told)
+            self.lobby.open()
+
+    def close(self) -> None:
+        """Nothing more is expected. Idempotent."""
+        if self.lobby is not None:
+            self.lobby.close()
+
+    def hint(self) -> str | None:
+        """What connections that were dropped say about why the migration failed; None if they say nothing.
+
+        Once there is a main connection, only those from where it came from count.
+        """
+        if self.lobby is None:
+            return None
+        return self.lobby.hint(self._chosen.origins if self._chosen is not None else None)
+
+    def _told(self, address: str, reason: str) -> None:
+        log.warning("a connection from %s was dropped: %s", address, reason)
+        self._monitor.emit("CONNECTION_DROPPED", address=address, reason=reason)
+
+
+class _Beside:
+    """An entrance through which one connection comes."""
+
+    def __init__(self, accept: OpenStream) -> None:
+        self._accept: OpenStream | None = accept
+
+    async def meet(self) -> AnyStream:
+        """The one; from then on none.
+
+        **Cancellation:** it can still come.
+        """
+        if self._accept is None:
+            await trio.sleep_forever()
+        assert self._accept is not None
+        stream = await self._accept()
+        self._accept = None
+        return stream
+
+    async def admit(self, stream: AnyStream) -> AnyStream:
+        """It has no handshake.
+
+        **Cancellation:** no effect.
+        """
+        return stream
+
+    def close(self) -> None:
+        """There is nothing to close."""
