@@ -11,6 +11,7 @@ import trio
 
 from tests.qmp.driver import Talk, hosted
 from trimig.status import Status
+from trimig.wire import encoder as wire
 
 
 async def arrives(source: Talk, destination: Talk, uri: str) -> None:
@@ -71,14 +72,19 @@ async def test_address_that_is_in_use(tmp_path: Path) -> None:
 
 
 async def test_stream_that_is_none(tmp_path: Path) -> None:
-    """Gap G13: a QEMU exits, and its monitor and the reason with it. Here the status says failed and why, and the next
-    attempt may succeed."""
+    """Gap G13: a QEMU exits, and its monitor and the reason with it. Here what does not begin as a source is sent away;
+    a source that goes wrong later fails the attempt with a reason, and the next one may succeed."""
     async with hosted() as source, hosted(waiting=True) as talk:
         await talk.capabilities(events=True)
         await talk.say("migrate-incoming", {"uri": f"unix:{tmp_path}/s"})
         stream = await trio.open_unix_socket(f"{tmp_path}/s")
         async with stream:
             await stream.send_all(b"GET / HTTP/1.1\r\n\r\n")
+            assert await stream.receive_some() == b""
+        assert talk.machine.incoming.status is Status.SETUP
+        stream = await trio.open_unix_socket(f"{tmp_path}/s")
+        async with stream:
+            await stream.send_all(wire.file_header() + wire.configuration(talk.guest.name, ()) + b"\xff")
             await talk.over()
         info = await talk.query()
         assert (info["status"], info["owner"]) == ("failed", "source")
