@@ -10,7 +10,7 @@ import trio
 
 import trimig
 from trimig import errors
-from trimig.errors import HandoverUncertain, Ownership, RemoteProtocolError, StateError
+from trimig.errors import HandoverUncertain, Owner, Ownership, RemoteProtocolError, StateError
 
 ALL = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, Exception)]
 
@@ -84,31 +84,26 @@ def test_errors_without_needed_arguments_can_be_pickled() -> None:
 # -- settle --------------------------------------------------------------------------------------------------------
 
 
-class Guest:
-    """Counts resumes, and fails at some."""
+@pytest.mark.parametrize(
+    ("here", "owner", "told"),
+    [
+        (Ownership.SOURCE, Ownership.SOURCE, Owner.HERE),
+        (Ownership.SOURCE, Ownership.DESTINATION, Owner.ELSEWHERE),
+        (Ownership.DESTINATION, Ownership.DESTINATION, Owner.HERE),
+        (Ownership.DESTINATION, Ownership.SOURCE, Owner.ELSEWHERE),
+    ],
+)
+async def test_settling_tells_the_guest_where_it_is(here: Ownership, owner: Ownership, told: Owner) -> None:
+    heard: list[Owner] = []
 
-    def __init__(self, *failures: Exception) -> None:
-        self.failures = list(failures)
-        self.resumed = 0
+    async def settle(where: Owner) -> None:
+        heard.append(where)
 
-    async def resume(self) -> None:
-        if self.failures:
-            raise self.failures.pop(0)
-        self.resumed += 1
-
-
-async def test_settled_for_the_source_resumes_the_guest() -> None:
-    guest = Guest()
-    error = HandoverUncertain("no answer", resume=guest.resume)
-    await error.settle(Ownership.SOURCE)
-    assert (guest.resumed, error.settled, error.owner) == (1, Ownership.SOURCE, Ownership.SOURCE)
-
-
-async def test_settled_for_the_destination_leaves_the_guest_paused() -> None:
-    guest = Guest()
-    error = HandoverUncertain("no answer", resume=guest.resume)
-    await error.settle(Ownership.DESTINATION)
-    assert (guest.resumed, error.settled, error.owner) == (0, Ownership.DESTINATION, Ownership.DESTINATION)
+    error = HandoverUncertain("no answer", settle=settle, here=here)
+    await error.settle(owner)
+    assert (heard, error.settled, error.owner) == ([told], owner, owner)
+    with pytest.raises(StateError, match=f"already settled: the owner is the {owner.value}"):
+        await error.settle(owner)
 
 
 async def test_settling_needs_a_definite_owner() -> None:
@@ -118,49 +113,22 @@ async def test_settling_needs_a_definite_owner() -> None:
     assert (error.settled, error.owner) == (None, Ownership.UNKNOWN)
 
 
-@pytest.mark.parametrize("again", [Ownership.SOURCE, Ownership.DESTINATION])
-async def test_settled_is_settled(again: Ownership) -> None:
-    guest = Guest()
-    error = HandoverUncertain("no answer", resume=guest.resume)
-    await error.settle(Ownership.DESTINATION)
-    with pytest.raises(StateError, match="already settled: the owner is the destination"):
-        await error.settle(again)
-    assert guest.resumed == 0
+async def test_settled_guest_that_could_not_be_resumed_is_settled_all_the_same() -> None:
+    async def settle(where: Owner) -> None:
+        raise errors.GuestNotResumed("it does not answer")
 
-
-async def test_guest_that_could_not_be_resumed_may_be_tried_again() -> None:
-    guest = Guest(errors.GuestFailed("it does not answer"))
-    error = HandoverUncertain("no answer", resume=guest.resume)
-    with pytest.raises(errors.GuestFailed):
+    error = HandoverUncertain("no answer", settle=settle)
+    with pytest.raises(errors.GuestNotResumed):
         await error.settle(Ownership.SOURCE)
-    assert (error.settled, error.owner) == (None, Ownership.UNKNOWN)
-    await error.settle(Ownership.SOURCE)
-    assert (guest.resumed, error.settled) == (1, Ownership.SOURCE)
-
-
-async def test_two_cannot_settle_differently_at_once() -> None:
-    """Else the guest would be resumed here and given up to the destination."""
-    resuming, go_on = trio.Event(), trio.Event()
-
-    async def resume() -> None:
-        resuming.set()
-        await go_on.wait()
-
-    error = HandoverUncertain("no answer", resume=resume)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(error.settle, Ownership.SOURCE)
-        await resuming.wait()
-        with pytest.raises(StateError, match="somebody else is settling it"):
-            await error.settle(Ownership.DESTINATION)
-        go_on.set()
-    assert error.settled is Ownership.SOURCE
+    assert (error.settled, error.owner) == (Ownership.SOURCE, Ownership.SOURCE)
 
 
 async def test_cancelled_settling_has_not_settled_anything() -> None:
-    error = HandoverUncertain("no answer", resume=trio.sleep_forever)
+    async def settle(where: Owner) -> None:
+        await trio.sleep_forever()
+
+    error = HandoverUncertain("no answer", settle=settle)
     with trio.CancelScope() as scope:
         scope.cancel(reason="the operator thinks again")
         await error.settle(Ownership.SOURCE)
     assert (error.settled, error.owner) == (None, Ownership.UNKNOWN)
-    await error.settle(Ownership.DESTINATION)
-    assert error.owner is Ownership.DESTINATION

@@ -48,6 +48,7 @@ from .guest import Guest as Guest
 from .guest import RamBlock as RamBlock
 from .guests import AppGuest as AppGuest
 from .guests import Device as Device
+from .guests import LazyAppGuest as LazyAppGuest
 from .guests import ParkedGuest as ParkedGuest
 from .guests import ProcessGuest as ProcessGuest
 from .monitor import Convergence as Convergence

@@ -185,51 +185,50 @@ class HandoverUncertain(TrimigError):
     """The decision to hand over was sent, and the answer never came: the destination may be running the guest.
 
     The guest stays paused here on purpose. Find out the truth (ask the destination, or fence it), then say it with
-    :meth:`settle`.
+    :meth:`settle`, or with the guest's own ``settle``.
 
     Attributes:
-        settled: None until :meth:`settle` has succeeded, then the owner that was given.
+        settled: None until :meth:`settle` has been called with success, then the owner that was given.
     """
 
     def __init__(
         self,
         message: str,
         *,
-        resume: Callable[[], Awaitable[None]] | None = None,
-        give_up: Callable[[], None] | None = None,
+        settle: Callable[[Owner], Awaitable[None]] | None = None,
+        here: Ownership = Ownership.SOURCE,
     ) -> None:
+        """
+        Args:
+            settle: the guest's; None where no guest is in this process.
+            here: the side that this process is.
+        """
         super().__init__(message, owner=Ownership.UNKNOWN)
-        self._resume = resume
-        self._give_up = give_up
-        self._settling = False
+        self._settle = settle
+        self._here = here
         self.settled: Ownership | None = None
 
     async def settle(self, owner: Ownership) -> None:
-        """State who owns the guest: SOURCE resumes it here (if it ran before), DESTINATION gives it up.
+        """State who owns the guest. At the source, SOURCE resumes it (if it ran before), DESTINATION gives it up.
 
         Raises:
             ValueError: *owner* is UNKNOWN.
-            StateError: it was settled already, or is being settled by somebody else right now.
-            GuestFailed: the guest could not be resumed; it may be tried again.
+            StateError: it was settled already, or is being settled by another task right now.
+            GuestNotResumed: it is settled, and the guest could not be resumed; ``guest.resume()`` may be tried again.
 
-        **Cancellation:** a cancelled call has not settled anything, but the guest may have been resumed.
+        **Cancellation:** cancelled before anything was done, or not at all.
         """
         if owner is Ownership.UNKNOWN:
             raise ValueError("settle needs a definite owner: Ownership.SOURCE or Ownership.DESTINATION")
         if self.settled is not None:
             raise StateError(f"already settled: the owner is the {self.settled.value}")
-        if self._settling:
-            raise StateError("somebody else is settling it right now")
-        self._settling = True
         try:
-            if owner is Ownership.SOURCE and self._resume is not None:
-                await self._resume()
-            if owner is Ownership.DESTINATION and self._give_up is not None:
-                self._give_up()
-            self.settled = owner
-            self.owner = owner
-        finally:
-            self._settling = False
+            if self._settle is not None:
+                await self._settle(Owner.HERE if owner is self._here else Owner.ELSEWHERE)
+        except GuestNotResumed:
+            self.settled = self.owner = owner
+            raise
+        self.settled = self.owner = owner
 
 
 class PostcopyLost(TrimigError):

@@ -13,6 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import Owner
+from .owner import Settle
+
 #: Bytes of a target page on the wire, on x86 and on every guest trimig brings itself.
 PAGE_SIZE = 4096
 
@@ -150,6 +153,27 @@ class Guest(Protocol):
     def run_state(self) -> str:
         """QEMU's run state name: ``"running"``, ``"paused"``, ``"prelaunch"``, …"""
 
+    @property
+    def owner(self) -> Owner:
+        """Whether it may run here. :class:`trimig.owner.OwnerState` implements this and the next two."""
+
+    def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
+        """For the engine: the owner from now on.
+
+        Args:
+            gone: with ELSEWHERE, it was handed over for certain; else it has not arrived.
+            settle: with UNKNOWN, what :meth:`settle` calls.
+
+        Raises:
+            GuestFailed: it is to be UNKNOWN, and runs or is being started.
+        """
+
+    async def settle(self, owner: Owner) -> None:
+        """State who owns it where that is UNKNOWN. Raises as :meth:`trimig.owner.OwnerState.settle`.
+
+        **Cancellation:** cancelled before anything was done, or not at all.
+        """
+
     def claim(self, purpose: str) -> None:
         """Reserve the guest for one migration; StateError (naming the present purpose) if it has one."""
 
@@ -165,7 +189,8 @@ class Guest(Protocol):
     async def resume(self) -> None:
         """Execute again after :meth:`pause`. Raises GuestFailed; it then does not run, and may be resumed later.
 
-        Must be harmless on a guest that runs already.
+        Must be harmless on a guest that runs already, and raise NotOwner unless :attr:`owner` is HERE, also where that
+        changes while it is being resumed (:meth:`trimig.owner.OwnerState.starting`).
 
         **Cancellation:** as for an error; the engine calls it in a bounded shield only.
         """

@@ -19,7 +19,7 @@ import trio
 from . import blockers
 from . import status as _status
 from .config import Capabilities, Config, Parameters
-from .errors import Ownership, StateError
+from .errors import Owner, Ownership, StateError
 from .guest import Guest
 from .info import Convergence, Counters, Downtime, Event, Statistics, Summary, query_migrate
 from .listeners import Listener, Listeners
@@ -59,6 +59,7 @@ class Monitor:
         self._recover_at: str | None = None
         self._given_up: str | None = None
         self._addresses: tuple[str, ...] = ()
+        self._migrating: Guest | None = None
         self._listeners = Listeners()
         #: Whose blockers :meth:`info` lists. Each attempt sets it; a caller may set it before the first.
         self.guest: Guest | None = None
@@ -357,6 +358,7 @@ class Monitor:
         self._postcopy_wanted = False
         self._recover_at = self._given_up = None
         self._addresses = ()
+        self._migrating = guest
         self.advance(Status.SETUP)
         for text in config.parameters.warnings():
             self.warn(text)
@@ -373,9 +375,18 @@ class Monitor:
             self.emit("LISTENING", addresses=list(addresses))
 
     def advance(self, new: Status) -> None:
-        """For the engine: the next status. Synchronous: checked, stored and told in one go."""
+        """For the engine: the next status. Synchronous: checked, stored and told in one go, the guest's owner with it.
+
+        Raises:
+            StateError: *new* cannot follow the present status.
+            GuestFailed: the guest is to be handed over, and runs.
+        """
         assert self._role is not None
         _status.check(self._role, self._status, new)
+        if self._migrating is not None:
+            owner = _status.guest_owner(self._role, new)
+            gone = owner is Owner.ELSEWHERE and self._role is Role.SOURCE
+            self._migrating.set_owner(owner, gone=gone)
         self._status = new
         if new in TERMINAL:
             self._counters.finished = trio.current_time()

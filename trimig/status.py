@@ -42,7 +42,7 @@ import enum
 from types import MappingProxyType
 from typing import Final
 
-from .errors import Ownership, StateError
+from .errors import Owner, Ownership, StateError
 
 
 class Role(enum.Enum):
@@ -206,6 +206,14 @@ def has_failed(status: Status) -> bool:
 def owner(role: Role, status: Status) -> Ownership:
     """Who may run the guest, as far as the side in *role* can tell."""
     return _OWNERS[role].get(status, _SRC)
+
+
+def guest_owner(role: Role, status: Status) -> Owner:
+    """What the guest in the process of the side in *role* is told."""
+    side = owner(role, status)
+    if side is Ownership.UNKNOWN:
+        return Owner.UNKNOWN
+    return Owner.HERE if side.value == role.value else Owner.ELSEWHERE
 
 
 def check(role: Role, old: Status, new: Status) -> None:

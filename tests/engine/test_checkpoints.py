@@ -110,7 +110,13 @@ async def test_monitor_changes_and_looks_at_once(autojump_clock: trio.testing.Mo
 
 async def test_settling_is_a_checkpoint_where_it_has_something_to_do(autojump_clock: trio.testing.MockClock) -> None:
     guest = running(run_state="paused")
-    error = trimig.HandoverUncertain("who knows", resume=guest.resume)
+
+    async def settle(owner: trimig.Owner) -> None:
+        guest.set_owner(owner)
+        await guest.resume()
+
+    guest.set_owner(trimig.Owner.UNKNOWN, settle=settle)
+    error = trimig.HandoverUncertain("who knows", settle=guest.settle)
     with trio.testing.assert_checkpoints():
         await error.settle(trimig.Ownership.SOURCE)
     assert guest.running

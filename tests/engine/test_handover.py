@@ -367,16 +367,16 @@ async def test_settled_guest_that_stood_still_is_not_started(autojump_clock: tri
 
 
 async def test_settling_may_be_tried_again(autojump_clock: trio.testing.MockClock) -> None:
-    """A guest that could not be resumed leaves the question as open as it was."""
+    """A guest that could not be resumed is this side's all the same, and can be resumed later."""
     guest = running(delays={"resume": 1000})
     pair = Pair(guest)
     error = await doubtful(pair)
     assert isinstance(error, trimig.HandoverUncertain)
     with pytest.raises(trimig.GuestNotResumed, match="could not be resumed"):
         await error.settle(SOURCE)
-    assert pair.here.status is Status.UNCERTAIN
+    assert (pair.here.status, guest.owner, error.settled) == (Status.FAILED, trimig.Owner.HERE, SOURCE)
     guest._delays.clear()
-    await error.settle(SOURCE)
+    await guest.resume()
     assert guest.running
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import trio
 
+import trimig
 from trimig.config import PeerProfile
 from trimig.engine.channel import Channel
 from trimig.engine.limiter import Limiter
@@ -122,6 +123,7 @@ async def move(here: PageBitmap, rate: int) -> tuple[Sending, PostcopyReceiver]:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(sending.run)
             nursery.start_soon(receiver.serve)
+            target.set_owner(trimig.Owner.HERE)
             await target.activate("running")
             await receive(far, receiver)
             await receiver.wait_whole()

@@ -7,6 +7,7 @@ import pytest
 import trio
 import trio.testing
 
+import trimig
 from trimig.errors import ConfigError, GuestFailed, RemoteProtocolError, StateError
 from trimig.guest import DeviceSection, Guest
 from trimig.guests.app import AppGuest
@@ -207,6 +208,7 @@ async def test_wait_running(autojump_clock: trio.testing.MockClock) -> None:
     with trio.move_on_after(5) as scope:
         await guest.wait_running()
     assert scope.cancelled_caught
+    guest.set_owner(trimig.Owner.HERE)
     await guest.activate("running")
     with trio.fail_after(1):
         await guest.wait_running()
@@ -214,6 +216,7 @@ async def test_wait_running(autojump_clock: trio.testing.MockClock) -> None:
 
 async def test_activate_takes_over_the_run_state_of_the_source() -> None:
     guest = AppGuest(running=False)
+    guest.set_owner(trimig.Owner.HERE)
     await guest.activate("paused")
     assert guest.run_state == "paused"
     await guest.activate("running")

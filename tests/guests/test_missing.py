@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import trio
 
+import trimig
 from trimig.errors import GuestFailed
 from trimig.guest import PAGE_SIZE
 from trimig.guests.process import MiB, ProcessGuest
@@ -49,6 +50,7 @@ async def test_a_guest_runs_on_memory_that_follows() -> None:
     with trio.fail_after(LIMIT):
         async with a_pair(700) as (source, target, memory, chosen):
             order = PageOrder([chosen.copy()])
+            target.set_owner(trimig.Owner.HERE)
             await target.activate("running")
             served = 0
             while (run := order.next_batch(4)) is not None:
@@ -77,6 +79,7 @@ async def test_one_that_waits_can_be_paused_asked_and_resumed() -> None:
     """The line to the worker stays open while its guest sleeps in a fault; a pause then holds."""
     with trio.fail_after(LIMIT):
         async with a_pair(PAGES) as (source, target, memory, chosen):
+            target.set_owner(trimig.Owner.HERE)
             await target.activate("running")
             await trio.lowlevel.wait_readable(memory.fileno())
             (wait,) = memory.waits()

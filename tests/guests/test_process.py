@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import trio
 
+import trimig
 from trimig.errors import ConfigError, GuestFailed, RemoteProtocolError, StateError
 from trimig.guest import DeviceSection, Guest
 from trimig.guests import process
@@ -121,6 +122,7 @@ async def test_a_moved_guest_proves_every_write_on_the_other_side() -> None:
         await target.load_devices(sections)
         assert verify(target.state, words_of(target.block.pages)).ok  # from here
         assert (await target.verify()).ok  # and there
+        target.set_owner(trimig.Owner.HERE)
         await target.activate("running")
         assert target.run_state == "running"
         await written(target, 300)
@@ -213,6 +215,7 @@ async def test_an_idle_guest_can_be_moved_too() -> None:
 
 async def test_an_empty_receiver_does_not_run_and_its_memory_stays_absent() -> None:
     async with a_guest(running=False) as guest:
+        guest.set_owner(trimig.Owner.HERE)
         with pytest.raises(GuestFailed, match="has not been loaded"):
             await guest.activate("running")
         assert guest.run_state == "inmigrate"

@@ -21,6 +21,7 @@ from ..errors import (
     GuestNotResumed,
     HandoverUncertain,
     MigrationCancelled,
+    Owner,
     Ownership,
     PeerFailed,
     TransportFailed,
@@ -227,9 +228,9 @@ class Departure(abc.ABC):
         uncertain = HandoverUncertain(
             f"the guest was handed over, but the answer is missing ({why}): the destination may be running it, so it "
             "stays paused here. Look at the destination, then settle who owns the guest",
-            resume=self._settle_here,
-            give_up=functools.partial(monitor.advance, Status.COMPLETED),
+            settle=self.guest.settle,
         )
+        self.guest.set_owner(Owner.UNKNOWN, settle=self._settle)
         uncertain.others = tuple(others)
         self.counters.error = str(uncertain)
         raise uncertain
@@ -264,10 +265,14 @@ class Departure(abc.ABC):
             return f"nothing came for {seconds}"
         return f"the transport could not say within {seconds} that everything is where it was to go"
 
-    async def _settle_here(self) -> None:
+    async def _settle(self, owner: Owner) -> None:
+        """What :meth:`trimig.guest.Guest.settle` comes to."""
+        if owner is Owner.ELSEWHERE:
+            self.monitor.advance(Status.COMPLETED)
+            return
+        self.monitor.advance(Status.FAILED)  # first: a guest that is not this side's is not resumed
         if (failure := await self._resume_here()) is not None:
             raise failure
-        self.monitor.advance(Status.FAILED)
 
     async def _resume_here(self) -> GuestNotResumed | None:
         """Let the guest run again if it was paused for this attempt; returns why it does not."""

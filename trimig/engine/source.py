@@ -22,6 +22,7 @@ from ..guest import PAGE_SIZE, Guest, IdentifiedGuest, OpaqueGuest, PageBitmap
 from ..info import Summary
 from ..memory import snapshot_of
 from ..monitor import Monitor
+from ..owner import check_here
 from ..policy import convergence
 from ..policy.eta import Stall
 from ..policy.rate import WINDOW
@@ -69,6 +70,7 @@ async def migrate_stream(
     """
     guest.claim("an outgoing migration")
     try:
+        check_here(guest)
         config = dataclasses.replace(config, peer=profile_of(guest, config.peer))
         blockers.check_outgoing(guest)
         monitor.begin(Role.SOURCE, config, guest)

@@ -26,10 +26,11 @@ from typing import Self
 
 import trio
 
-from ..errors import ConfigError, GuestFailed
+from ..errors import ConfigError, GuestFailed, Owner
 from ..guest import DirtyTracker
 from ..memory.block import MemfdBlock
 from ..memory.tracking import MarkTracker, check_method, choose_tracker
+from ..owner import OwnerState, Settle
 from .base import GuestBase
 
 Hook = Callable[[], Awaitable[None]]
@@ -68,7 +69,7 @@ class AppGuest(GuestBase):
         self._resume_hook = on_resume
         self._blocks: list[MemfdBlock] = []
         self._marks: MarkTracker | None = None
-        self._gate = Gate(is_open=running)
+        self._gate = Gate(self._owner, is_open=running)
 
     def __enter__(self) -> Self:
         return self
@@ -112,12 +113,19 @@ class AppGuest(GuestBase):
         May be nested within one task. A throttled guest is slowed down here: entering waits, in proportion to the
         time that was spent inside before.
 
+        Raises:
+            NotOwner: on entering; the guest was handed over, also while this waited; or it has not arrived, or its owner
+                is not known, when the wait begins. While the owner is not known, tasks that wait go on waiting.
+
         **Cancellation:** a cancelled entry has not entered. Inside, the block is the caller's.
         """
         return Hold(self._gate)
 
     async def wait_running(self) -> None:
-        """Return when the guest runs. It may be paused again at the caller's next checkpoint.
+        """Return when the guest runs: it may have to arrive first. It may be paused again at the caller's next checkpoint.
+
+        Raises:
+            NotOwner: it was handed over.
 
         **Cancellation:** no effect.
         """
@@ -190,6 +198,7 @@ class AppGuest(GuestBase):
         """Call :meth:`on_resume` and open the gate. Nothing to do if the guest runs.
 
         Raises:
+            NotOwner: the guest is not this side's.
             GuestFailed: ``on_resume`` failed. The guest does not run.
 
         **Cancellation:** the guest does not run.
@@ -197,12 +206,19 @@ class AppGuest(GuestBase):
         if self._run_state == "running":
             await trio.lowlevel.checkpoint()
             return
-        try:
-            await self.on_resume()
-        except Exception as exc:  # the application's own code
-            raise GuestFailed(f"the application refused to resume: {exc!r}") from exc
-        self._run_state = "running"
+        with self._owner.starting():
+            try:
+                await self.on_resume()
+            except Exception as exc:  # the application's own code
+                raise GuestFailed(f"the application refused to resume: {exc!r}") from exc
+            self._run_state = "running"
         self._gate.open()
+
+    def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
+        """For the engine: see :class:`trimig.guest.Guest`. Tasks that wait for a guest that has gone are told."""
+        super().set_owner(owner, gone=gone, settle=settle)
+        if self._owner.gone:
+            self._gate.wake()
 
     async def throttle(self, percent: int) -> None:
         """Make ``running()`` wait so that tasks are inside for at most 100 - *percent* of the time.
@@ -217,7 +233,8 @@ class AppGuest(GuestBase):
 class Gate:
     """Lets tasks in while it is open; can be closed, and waited upon to be empty. All changes are synchronous."""
 
-    def __init__(self, *, is_open: bool) -> None:
+    def __init__(self, owner: OwnerState, *, is_open: bool) -> None:
+        self._owner = owner
         self._holders: dict[trio.lowlevel.Task, int] = {}
         self._opened: trio.Event | None = None if is_open else trio.Event()
         self._emptied = trio.Event()
@@ -237,6 +254,14 @@ class Gate:
         if self._opened is None:
             self._opened = trio.Event()
 
+    def wake(self) -> None:
+        """Let those who wait look again whether the guest is still this side's."""
+        if self._opened is not None:
+            self._opened.set()
+            self._opened = trio.Event()
+        self._changed.set()
+        self._changed = trio.Event()
+
     def throttle(self, percent: int) -> None:
         """From now on; 0 lets those in at once who wait because of it."""
         self._percent = percent
@@ -249,9 +274,11 @@ class Gate:
         return trio.lowlevel.current_task() in self._holders
 
     async def wait_open(self) -> None:
-        """Return while it is open."""
+        """Return while it is open. NotOwner for a guest that has gone."""
         await trio.lowlevel.checkpoint()
         while self._opened is not None:
+            if self._owner.gone:
+                self._owner.check("be waited for")
             await self._opened.wait()
 
     async def wait_empty(self) -> None:
@@ -263,11 +290,15 @@ class Gate:
             await self._emptied.wait()
 
     async def enter(self) -> None:
-        """Wait and go in. No checkpoint follows the going in, so that Cancelled always means outside."""
+        """Wait and go in. No checkpoint follows the going in, so that Cancelled always means outside. NotOwner."""
         task = trio.lowlevel.current_task()
         await trio.lowlevel.checkpoint()
+        if task not in self._holders:
+            self._owner.check("be used")
         # Who is inside already gets in again even if the gate has closed: the pause waits for this task anyway.
         while task not in self._holders:
+            if self._owner.gone:
+                self._owner.check("be used")
             if trio.current_time() < self._not_before:
                 with trio.move_on_at(self._not_before):
                     await self._changed.wait()

@@ -11,8 +11,9 @@ from typing import Final
 import trio
 
 from ..blockers import Blockers
-from ..errors import ConfigError, GuestFailed, RemoteProtocolError, StateError
+from ..errors import ConfigError, GuestFailed, Owner, RemoteProtocolError, StateError
 from ..guest import Device, DeviceSection, DirtyTracker, RamBlock
+from ..owner import OwnerState, Settle
 from .device import device_section
 
 _UUID: Final = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
@@ -26,7 +27,7 @@ class GuestBase(abc.ABC):
 
     Args:
         name: the machine name in the stream; both ends must agree on it.
-        run_state: ``"running"``, or ``"inmigrate"`` for one that waits to be filled.
+        run_state: ``"running"``, or ``"inmigrate"`` for one that waits to be filled, which is not this side's.
 
     Raises:
         ConfigError: the name is empty or longer than 255 bytes.
@@ -42,6 +43,8 @@ class GuestBase(abc.ABC):
         self._purpose: str | None = None
         self._throttle = 0
         self._uuid: str | None = None
+        first = Owner.ELSEWHERE if run_state == "inmigrate" else Owner.HERE
+        self._owner = OwnerState(first, runs=lambda: self._run_state == "running")
         #: Why it cannot be migrated now.
         self.blockers = Blockers(busy=lambda: self._purpose)
 
@@ -87,6 +90,27 @@ class GuestBase(abc.ABC):
     def throttle_percent(self) -> int:
         """What :meth:`throttle` was last set to."""
         return self._throttle
+
+    @property
+    def owner(self) -> Owner:
+        """HERE: it may run in this process. ELSEWHERE: it was handed over, or has not arrived. UNKNOWN: see :meth:`settle`."""
+        return self._owner.owner
+
+    def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
+        """For the engine: see :class:`trimig.guest.Guest`."""
+        self._owner.set(owner, gone=gone, settle=settle)
+
+    async def settle(self, owner: Owner) -> None:
+        """State who owns the guest after :class:`trimig.HandoverUncertain`: HERE resumes it, ELSEWHERE gives it up.
+
+        Raises:
+            ValueError: *owner* is UNKNOWN.
+            StateError: its owner is known, or the answer is still waited for.
+            GuestNotResumed: it is here and could not be resumed; :meth:`resume` may be tried again.
+
+        **Cancellation:** cancelled before anything was done, or not at all.
+        """
+        await self._owner.settle(owner)
 
     def claim(self, purpose: str) -> None:
         """Reserve the guest for one migration. StateError if it is reserved."""

@@ -17,7 +17,7 @@ import numpy as np
 import trio
 
 from ..config import PeerProfile
-from ..errors import GuestFailed, RemoteProtocolError, StateError
+from ..errors import GuestFailed, Owner, RemoteProtocolError, StateError
 from ..guest import (
     PAGE_SIZE,
     ArrivingPages,
@@ -29,6 +29,7 @@ from ..guest import (
     RamBlock,
 )
 from ..memory import MemfdBlock, NullTracker
+from ..owner import OwnerState, Settle
 from ..wire import globalstate
 from ..wire.postcopy import runs_of
 from . import savefile, saving
@@ -48,8 +49,8 @@ Holes: TypeAlias = Mapping[str, Sequence[tuple[int, int]]]
 class ParkedGuest:
     """Implements :class:`trimig.guest.OpaqueGuest`. Use it as a context, or :meth:`close` it: it holds the RAM.
 
-    Filled by :func:`trimig.receive` or :meth:`load`; after that it can be sent by :func:`trimig.migrate`, as often as
-    one likes: a parked guest may serve as a template, and whoever sends it twice has two guests.
+    Filled by :func:`trimig.receive` or :meth:`load`; after that it can be sent by :func:`trimig.migrate`, once. A file is
+    not changed by that: who loads it again and sends that guest, too, has two guests.
 
     Args:
         save_to: keep it in this file too. A receiving side then counts as the owner only when the file is on the disk;
@@ -78,6 +79,7 @@ class ParkedGuest:
         self._description: bytes | None = None
         self._run_state = "inmigrate"
         self._purpose: str | None = None
+        self._owner = OwnerState(Owner.ELSEWHERE, runs=lambda: False)
         self._file: saving.SaveFile | None = None
         self._arriving: ArrivingPages | None = None
         self._failure: OSError | None = None  # of the writing while it arrived
@@ -136,6 +138,7 @@ class ParkedGuest:
             }
             guest._sections = tuple(s for s in guest.sections if s.idstr != PARTIAL_IDSTR)
             guest._run_state = "paused"
+            guest.set_owner(Owner.HERE)
             ok = True
         finally:
             if not ok:
@@ -273,6 +276,22 @@ class ParkedGuest:
 
     # -- Guest -----------------------------------------------------------------------------------------------------
 
+    @property
+    def owner(self) -> Owner:
+        """HERE once it is filled, ELSEWHERE before that and after it was handed over, UNKNOWN: see :meth:`settle`."""
+        return self._owner.owner
+
+    def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
+        """For the engine: see :class:`trimig.guest.Guest`."""
+        self._owner.set(owner, gone=gone, settle=settle)
+
+    async def settle(self, owner: Owner) -> None:
+        """State who owns it after :class:`trimig.HandoverUncertain`. Raises as :meth:`trimig.owner.OwnerState.settle`.
+
+        **Cancellation:** cancelled before anything was done, or not at all.
+        """
+        await self._owner.settle(owner)
+
     def claim(self, purpose: str) -> None:
         """Reserve it. StateError if it is reserved."""
         if self._purpose is not None:
@@ -289,8 +308,9 @@ class ParkedGuest:
         await trio.lowlevel.checkpoint()
 
     async def resume(self) -> None:
-        """It stays parked. **Cancellation:** no effect."""
+        """It stays parked. NotOwner if it is not this side's. **Cancellation:** no effect."""
         await trio.lowlevel.checkpoint()
+        self._owner.check("be resumed")
 
     def dirty_tracker(self) -> DirtyTracker:
         """Nothing is ever dirty."""

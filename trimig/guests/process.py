@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import trio
 
-from ..errors import ConfigError, GuestFailed, StateError
+from ..errors import ConfigError, GuestFailed, Owner, StateError
 from ..guest import PAGE_SIZE, DeviceSection, DirtyTracker, PageBitmap
 from ..memory.block import MemfdBlock
 from ..memory.faults import MissingPages, UffdMemory
@@ -314,6 +314,7 @@ class ProcessGuest(GuestBase):
             await guest._attach()
             if running:
                 await worker.call("initialise", within=size / _SLOWEST, state=dataclasses.asdict(state))
+                guest.set_owner(Owner.HERE)
                 if stopped:
                     guest._run_state = "prelaunch"
                 else:
@@ -377,12 +378,14 @@ class ProcessGuest(GuestBase):
         """The worker goes on. Harmless while it runs.
 
         Raises:
+            NotOwner: it is not this side's.
             GuestFailed: it died, does not answer, or has not been given a state.
 
         **Cancellation:** it may be running; :meth:`pause` it.
         """
-        await self._worker.call("resume")
-        self._run_state = "running"
+        with self._owner.starting():
+            await self._worker.call("resume")
+            self._run_state = "running"
 
     async def throttle(self, percent: int) -> None:
         """Take *percent* of the dirty rate away.

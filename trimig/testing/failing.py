@@ -12,7 +12,9 @@ from typing import Literal, TypeVar, final
 
 import trio
 
+from ..errors import Owner
 from ..guest import Device, DeviceSection, DirtyTracker, Guest, LazyGuest, MissingMemory, PageBitmap, RamBlock
+from ..owner import Settle
 
 T = TypeVar("T")
 
@@ -179,6 +181,19 @@ class FailingGuest:
     def run_state(self) -> str:
         """As the guest behind."""
         return self.guest.run_state
+
+    @property
+    def owner(self) -> Owner:
+        """As the guest behind."""
+        return self.guest.owner
+
+    def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
+        """As the guest behind."""
+        self.guest.set_owner(owner, gone=gone, settle=settle)
+
+    async def settle(self, owner: Owner) -> None:
+        """As the guest behind, the **Cancellation** too."""
+        await self.guest.settle(owner)
 
     def claim(self, purpose: str) -> None:
         """As the guest behind."""

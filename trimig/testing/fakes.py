@@ -17,8 +17,9 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 import trio
 
-from ..errors import RemoteProtocolError, StateError
+from ..errors import Owner, RemoteProtocolError, StateError
 from ..guest import PAGE_SIZE, Device, DeviceSection, PageBitmap, Pages
+from ..owner import OwnerState, Settle
 
 Content = Literal["random", "zero", "mixed"]
 
@@ -233,6 +234,8 @@ class ScriptedGuest:
         self._places = places if working_set is None else places[:working_set]
         self._devices = None if devices is None else {(d.idstr, d.instance_id): d for d in devices}
         self._run_state = run_state
+        first = Owner.ELSEWHERE if run_state == "inmigrate" else Owner.HERE
+        self._owner = OwnerState(first, runs=lambda: self.running)
         self._script = sorted(script)
         self._rate = rate
         self._dirty_per_sync = dirty_per_sync
@@ -319,6 +322,19 @@ class ScriptedGuest:
         """QEMU's run state name."""
         return self._run_state
 
+    @property
+    def owner(self) -> Owner:
+        """Whether it may run here."""
+        return self._owner.owner
+
+    def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
+        """The owner from now on."""
+        self._owner.set(owner, gone=gone, settle=settle)
+
+    async def settle(self, owner: Owner) -> None:
+        """State who owns it. **Cancellation:** cancelled before anything was done, or not at all."""
+        await self._owner.settle(owner)
+
     def claim(self, purpose: str) -> None:
         """Reserve it; StateError if it is reserved."""
         if self.claimed is not None:
@@ -342,9 +358,10 @@ class ScriptedGuest:
 
     async def resume(self) -> None:
         """Go on. **Cancellation:** it may or may not run."""
-        await self._enter("resume")
-        self._note("resume")
-        self._set_run_state("running")
+        with self._owner.starting():
+            await self._enter("resume")
+            self._note("resume")
+            self._set_run_state("running")
         await trio.lowlevel.checkpoint()
 
     async def activate(self, run_state: str) -> None:
