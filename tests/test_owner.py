@@ -39,24 +39,26 @@ def test_a_guest_that_executes_is_not_handed_over() -> None:
 
 def test_nor_one_that_is_being_started() -> None:
     it = state(Owner.HERE)
-    with it.starting():
-        refused = pytest.raises(GuestFailed, it.set, Owner.UNKNOWN)
-    assert refused.match("started in the moment")
+    with it.starting(), pytest.raises(GuestFailed, match="started in the moment"):
+        it.set(Owner.UNKNOWN)
     it.set(Owner.UNKNOWN)
     assert it.owner is Owner.UNKNOWN
 
 
-def test_gone_is_not_the_same_as_not_arrived() -> None:
+@pytest.mark.parametrize(
+    ("steps", "gone"),
+    [
+        ([], False),
+        ([(Owner.HERE, False), (Owner.ELSEWHERE, False)], False),  # it is given to receive()
+        ([(Owner.HERE, False), (Owner.ELSEWHERE, True)], True),
+        ([(Owner.HERE, False), (Owner.ELSEWHERE, True), (Owner.HERE, False)], False),  # it has come back
+    ],
+)
+def test_gone_is_not_the_same_as_not_arrived(steps: list[tuple[Owner, bool]], gone: bool) -> None:
     it = state(Owner.ELSEWHERE)
-    assert not it.gone
-    it.set(Owner.HERE)
-    it.set(Owner.ELSEWHERE)  # it is given to receive()
-    assert not it.gone
-    it.set(Owner.HERE)
-    it.set(Owner.ELSEWHERE, gone=True)
-    assert it.gone
-    it.set(Owner.HERE)  # it has come back
-    assert not it.gone
+    for owner, away in steps:
+        it.set(owner, gone=away)
+    assert it.gone is gone
 
 
 # -- settle ------------------------------------------------------------------------------------------------------------
