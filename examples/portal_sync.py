@@ -46,8 +46,12 @@ def main() -> int:
                 print(f"the receiver was told: {error}")
         receiver = portal.start_receive(successor, "tcp:127.0.0.1:0")
         # Blocks like any other call. Ctrl-C would put the guest back before KeyboardInterrupt is raised here.
-        summary = portal.migrate(mine, receiver.wait_listening()[0])
-        receiver.result()
+        try:
+            summary = portal.migrate(mine, receiver.wait_listening()[0])
+            receiver.result()
+        except trimig.MigrationError as error:
+            print(f"not handed over; the table is {mine.run_state} here: {error}")
+            return 1
         same = bytes(successor.ram[0].pages.data) == bytes(mine.ram[0].pages.data)
         print(
             f"handed over in {summary.total_time:.2f} s, downtime {summary.downtime * 1000:.1f} ms; "

@@ -46,13 +46,16 @@ class Sessions:
         self.ledger.start = int(self.table.sum())
 
     async def work(self) -> None:
-        """Serve requests for ever: each changes 100 rows of the first 4 MiB, but only while the guest runs here."""
+        """Serve requests until the guest has gone: each changes 100 rows of the first 4 MiB, while the guest runs here."""
         random = np.random.default_rng()
         while True:
-            async with self.guest.running():
-                first = random.integers(4 * trimig.MiB // 8 - 100)
-                self.table[first : first + 100] += np.uint64(1)
-                self.ledger.updates += 100
+            try:
+                async with self.guest.running():
+                    first = random.integers(4 * trimig.MiB // 8 - 100)
+                    self.table[first : first + 100] += np.uint64(1)
+                    self.ledger.updates += 100
+            except trimig.NotOwner:
+                return  # it was handed over
             await trio.sleep(0.001)
 
     def is_sound(self) -> bool:
@@ -72,7 +75,12 @@ async def receive(uri: str) -> bool:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(announce)
-        await trimig.receive(sessions.guest, uri, monitor=monitor)
+        try:
+            await trimig.receive(sessions.guest, uri, monitor=monitor)
+        except trimig.MigrationError as error:
+            print(f"successor: nothing has arrived: {error}")
+            nursery.cancel_scope.cancel()
+            return False
     inherited = sessions.ledger.updates
     with trio.move_on_after(0.5):
         await sessions.work()
@@ -94,7 +102,6 @@ async def show() -> bool:
             while not monitor.addresses:
                 await monitor.wait_changed()
             summary = await trimig.migrate(before.guest, monitor.addresses[0])
-        nursery.cancel_scope.cancel()
     print(f"received after {after.ledger.updates} updates; downtime {summary.downtime * 1000:.1f} ms")
     return after.is_sound() and after.guest.run_state == "running"
 
