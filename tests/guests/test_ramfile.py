@@ -44,13 +44,21 @@ def writer(
         yield RamWriter(fd, len(before), blocks, footer), blocks
 
 
-def read(path: Path, *, footers: bool = True) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    """Memory and how often each page is in the file, by block; the file is read to its last byte."""
-    data = path.read_bytes() + wire.end_of_stream() + wire.description(description.build(4096, []))
+def read(
+    path: Path, *, footers: bool = True, ended: bool = False
+) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """Memory and how often each page is in the file, by block; the file is read to its last byte.
+
+    Args:
+        ended: it goes on behind the RAM, up to the description.
+    """
+    data = path.read_bytes()
+    if not ended:
+        data += wire.end_of_stream() + wire.description(description.build(4096, []))
     decoder = Decoder(measure=lambda *_: None, footers=footers, buffer_bytes=2 * len(data))
     decoder.feed(data)
     found: dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
-    ended = False
+    came_to_the_end = False
     while (event := decoder.next_event()) is not None:
         match event:
             case ev.RamList():
@@ -66,8 +74,8 @@ def read(path: Path, *, footers: bool = True) -> dict[str, tuple[np.ndarray[Any,
                 found[event.block][0][indices] = 0
                 np.add.at(found[event.block][1], indices, 1)
             case ev.EndOfStream():
-                ended = True
-    assert ended
+                came_to_the_end = True
+    assert came_to_the_end
     return found
 
 
