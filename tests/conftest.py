@@ -3,6 +3,8 @@
 * A test that leaves a descriptor or a child process behind fails at its teardown, with what was left.
 * Tests marked ``qemu`` are skipped without QEMU, but fail where ``CI`` is set, so that they cannot silently stop running.
   The same holds for each version of QEMU that a test names.
+* The option ``-m`` chooses between some, most and all of the tests (:mod:`tests.tiers`).
+* ``--matrix FILE`` writes what became of each pairing with a QEMU (:mod:`tests.qemu.table`).
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests import tiers
 from tests.qemu import installed
+from tests.qemu.table import Outcomes, written
 
 # The machines that run this are shared and slow now and then: a slow example is no failure. CI draws the same examples
 # each time; elsewhere new ones are welcome.
@@ -24,6 +28,44 @@ hypothesis.settings.register_profile("trimig", deadline=None, derandomize="CI" i
 hypothesis.settings.load_profile("trimig")
 
 _failed = pytest.StashKey[bool]()
+_outcomes = Outcomes()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options that this project adds."""
+    parser.addoption("--matrix", metavar="FILE", type=Path, help="write the table of trimig and QEMU to this file")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config) -> Generator[None]:
+    """Let pytest select the tests of the tier."""
+    given = config.option.markexpr
+    config.option.markexpr = tiers.choose(given, config.args)
+    try:
+        return (yield)
+    finally:
+        config.option.markexpr = given
+
+
+def pytest_report_header() -> str:
+    """What a repetition of this run needs."""
+    return f"trimig: samples of sweeps are drawn with TRIMIG_TEST_SEED={tiers.seed()}"
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Collect what became of the cells of the matrix."""
+    _outcomes.note(report.user_properties, report.outcome)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say it, and write it."""
+    if _outcomes.found:
+        terminalreporter.section("trimig and QEMU")
+        for cell in _outcomes.failed():
+            terminalreporter.line(f"failed: {cell}")
+        terminalreporter.line(_outcomes.counts())
+    if (path := config.getoption("--matrix")) is not None:
+        path.write_text(written(_outcomes.found, installed.versions()), encoding="utf-8")
 
 
 def missing_qemu(found: object | None, environ: Mapping[str, str], version: str | None = None) -> None:

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests import tiers
 from tests.conftest import LeakCheck, missing_qemu
 
 
@@ -72,3 +73,32 @@ def test_missing_qemu_skips_on_a_desk_and_fails_in_ci() -> None:
         missing_qemu(None, {}, "11.1")
     with pytest.raises(pytest.fail.Exception, match=r"no QEMU 11\.1"):
         missing_qemu(None, {"CI": "true"}, "11.1")
+
+
+def test_tier_is_chosen_by_the_marks_and_names_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiers, "_everything", False)
+    for expression, arguments, wanted in (
+        ("", ["tests"], "not full"),
+        ("", ["tests/test_x.py::test_one"], ""),
+        ("smoke", [], "smoke"),
+        ("qemu and full", [], "qemu and full"),
+    ):
+        assert tiers.choose(expression, arguments) == wanted
+        assert not tiers.everything()
+    assert tiers.choose("full", []) == ""
+    assert tiers.everything()
+
+
+def test_samples_are_drawn_by_the_commit_unless_another_number_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMIG_TEST_SEED", "17")
+    tiers.seed.cache_clear()
+    assert tiers.seed() == 17
+    monkeypatch.delenv("TRIMIG_TEST_SEED")
+    tiers.seed.cache_clear()
+    drawn = tiers.seed()
+    tiers.seed.cache_clear()
+    assert tiers.seed() == drawn
+    monkeypatch.setenv("PATH", "/nonexistent")
+    tiers.seed.cache_clear()
+    assert tiers.seed() == 0
+    tiers.seed.cache_clear()

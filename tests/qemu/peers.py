@@ -151,9 +151,10 @@ async def arriving(
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(receive)
-            while not monitor.addresses:
+            # A descriptor is no address that could be told.
+            while not (monitor.addresses or uri.startswith("fd:")):
                 await monitor.wait_changed()
-            arrival.uri = monitor.addresses[0]
+            arrival.uri = monitor.addresses[0] if monitor.addresses else uri
             yield arrival
 
 

@@ -7,8 +7,10 @@ The price: events are collected only while somebody waits; until then QEMU keeps
 
 from __future__ import annotations
 
+import array
 import itertools
 import json
+import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,7 +47,7 @@ class QmpClient:
         events: every event seen so far, oldest first.
     """
 
-    def __init__(self, stream: trio.abc.Stream) -> None:
+    def __init__(self, stream: trio.SocketStream) -> None:
         self.greeting: Message = {}
         self.events: list[Message] = []
         self._stream = stream
@@ -62,8 +64,10 @@ class QmpClient:
         await self._until(lambda: bool(self.greeting), "the greeting")
         await self.execute("qmp_capabilities")
 
-    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None, *, fd: int | None = None) -> Any:
         """Run *command* (arguments in QMP spelling) and return its ``return`` member.
+
+        A copy of the descriptor *fd* goes with it (``getfd``, ``add-fd``); that needs a connection over a unix socket.
 
         Raises:
             QmpError: QEMU refused.
@@ -77,7 +81,11 @@ class QmpClient:
             request["arguments"] = dict(arguments)
         try:
             async with self._sending:
-                await self._stream.send_all(json.dumps(request).encode() + b"\n")
+                data = json.dumps(request).encode() + b"\n"
+                if fd is not None:  # it travels with the first byte
+                    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+                    data = data[await self._stream.socket.sendmsg([data], rights) :]
+                await self._stream.send_all(data)
         except trio.BrokenResourceError as exc:
             raise QmpClosed(f"{command} could not be sent") from exc
         await self._until(lambda: ident in self._answers, command)
