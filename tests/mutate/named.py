@@ -1,0 +1,223 @@
+"""Faults by name, each with the tests that must notice it, and which tests belong to which module.
+
+A change is the text that stands in the file now, once, and the text that stands there then; tests/test_mutate.py says when
+the program has moved on and a line here must follow it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .operators import Change
+from .run import Mutant
+
+#: Where random changes are made: a slip here costs a guest.
+MODULES = ("trimig/status.py", "trimig/wire/*.py", "trimig/engine/*.py")
+
+_ENGINE = (
+    "flow", "handover", "destination", "return_path", "pause", "one_way", "switch", "stream_options", "preempt",
+    "postcopy_bad_input", "convergence", "lifecycle", "order", "block_order", "cut_on_socket", "postcopy",
+)  # fmt: skip
+
+
+def _engine(*first: str) -> tuple[str, ...]:
+    names = (*first, *(name for name in _ENGINE if name not in first))
+    return tuple(f"tests/engine/test_{name}.py" for name in names)
+
+
+#: By a part of the file's name: its tests, the likeliest first.
+_TESTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("trimig/status.py", ("tests/test_status.py", "tests/test_monitor.py", *_engine("handover", "switch"))),
+    (
+        "trimig/wire/return_path",
+        ("tests/wire/test_return_path.py", "tests/wire/test_postcopy.py", *_engine("return_path")),
+    ),
+    ("trimig/wire/postcopy", ("tests/wire/test_postcopy.py", *_engine("switch", "postcopy_bad_input"))),
+    ("trimig/wire/", ("tests/wire", *_engine("stream_options", "destination"))),
+    ("trimig/engine/postcopy", _engine("switch", "postcopy_bad_input", "preempt")),
+    ("trimig/engine/urgent", _engine("preempt", "postcopy")),
+    ("trimig/engine/destination", _engine("destination")),
+    ("trimig/engine/departure", _engine("handover")),
+    ("trimig/engine/", _engine()),
+)
+
+
+def tests_of(file: str) -> tuple[str, ...]:
+    """What must notice a change of *file*."""
+    return next(tests for part, tests in _TESTS if part in file)
+
+
+_SWITCH, _OPTIONS = "tests/engine/test_switch.py", "tests/engine/test_stream_options.py"
+_BAD = "tests/engine/test_postcopy_bad_input.py"
+_HANDOVER, _PAUSE = "tests/engine/test_handover.py", "tests/engine/test_pause.py"
+_CONVERGENCE = "tests/engine/test_convergence.py"
+
+#: (name, file, old text, new text, tests).
+NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
+    (
+        "pause ignored in postcopy", "trimig/engine/source.py",
+        "hold = self.counters, self.config.capabilities.pause_before_switchover",
+        "hold = self.counters, self.config.capabilities.pause_before_switchover and not self.counters.ahead",
+        (_SWITCH,),
+    ),
+    (
+        "store-global-state ignored", "trimig/engine/stream_out.py",
+        "isinstance(self._guest, OpaqueGuest) and self._peer.store_global_state",
+        "isinstance(self._guest, OpaqueGuest)", (_OPTIONS,),
+    ),
+    (
+        "section footers off at the source", "trimig/engine/source.py",
+        "sender = RamSender(channel, limiter, self.counters, footers=config.peer.send_section_footer)",
+        "sender = RamSender(channel, limiter, self.counters, footers=False)", (_SWITCH, _OPTIONS),
+    ),
+    (
+        "blocktime always 0", "trimig/engine/postcopy_destination.py",
+        "self._counters.blocktime = tuple(waited)", "self._counters.blocktime = tuple(0.0 for _ in waited)", (_SWITCH,),
+    ),
+    (
+        "max for min over the processors", "trimig/info.py",
+        "_ms(min(c.blocktime, default=0.0))", "_ms(max(c.blocktime, default=0.0))", (_SWITCH,),
+    ),
+    ("PING 4 left out", "trimig/engine/source.py", "package + wire.ping(PING_FOLLOWED)", "package", (_SWITCH,)),
+    # -- statuses
+    (
+        "an open answer counts as the source's", "trimig/status.py",
+        "{_S.HANDOVER: _UNK, _S.UNCERTAIN", "{_S.HANDOVER: _SRC, _S.UNCERTAIN", ("tests/test_status.py", _HANDOVER),
+    ),
+    (
+        "a cancel is taken behind the decision", "trimig/status.py",
+        "CANCELLABLE: Final = frozenset({_S.SETUP,", "CANCELLABLE: Final = frozenset({_S.HANDOVER, _S.SETUP,",
+        ("tests/test_status.py", "tests/test_monitor.py"),
+    ),
+    (
+        "uncertain is idle", "trimig/status.py",
+        "IDLE: Final = frozenset({_S.NONE,", "IDLE: Final = frozenset({_S.UNCERTAIN, _S.NONE,",
+        ("tests/test_status.py", "tests/test_monitor.py", "tests/engine/test_lifecycle.py"),
+    ),
+    # -- the wire
+    (
+        "thirteen ranges in a discard", "trimig/wire/postcopy.py",
+        "RANGES_PER_COMMAND: Final = 12", "RANGES_PER_COMMAND: Final = 13", ("tests/wire/test_postcopy.py", _SWITCH),
+    ),
+    (
+        "a request may end behind its block", "trimig/wire/return_path.py",
+        "if length == 0 or start + length > self._blocks[block]:", "if length == 0 or start > self._blocks[block]:",
+        ("tests/wire/test_return_path.py",),
+    ),
+    (
+        "bits behind the last page are no error", "trimig/wire/postcopy.py",
+        "if bits[pages:].any():", "if bits[pages + 64 :].any():", ("tests/wire/test_postcopy.py",),
+    ),
+    (
+        "an illegal run state is sent", "trimig/wire/globalstate.py",
+        "    if run_state in ILLEGAL_RUN_STATES:", "    if not run_state:",
+        ("tests/wire/test_globalstate.py", "tests/guests/test_device.py"),
+    ),
+    # -- the source
+    (
+        "what the last pass left is forgotten", "trimig/engine/source.py",
+        "last = [a | b for a, b in zip(last, self._todo, strict=True)]", "last = list(last)", (_SWITCH, _CONVERGENCE),
+    ),
+    ("the limit holds while the guest stands still", "trimig/engine/source.py", "self.limiter.lift()", "pass", (_CONVERGENCE,)),
+    (
+        "a paused guest is resumed after a failure", "trimig/engine/departure.py",
+        "        if not self.touched:\n            return None", "        if False:\n            return None",
+        (_PAUSE, _HANDOVER, "tests/engine/test_flow.py", _SWITCH),
+    ),
+    (
+        "a guest is not resumed after a failure", "trimig/engine/departure.py",
+        "            if monitor.owner is Ownership.SOURCE:\n                guest_failure",
+        "            if monitor.owner is Ownership.UNKNOWN:\n                guest_failure", (_HANDOVER,),
+    ),
+    (
+        "a decision that was begun counts as not sent", "trimig/engine/departure.py",
+        "return channel.sent <= self.undecided and not channel.unsure", "return channel.sent <= self.undecided + 1",
+        ("tests/engine/test_cut_on_socket.py", _HANDOVER, "tests/sweeps/test_precopy.py::test_every_fault_at_every_byte"),
+    ),
+    (
+        "an end of file is sent before the proof", "trimig/engine/source.py",
+        "            await self._prepare(channel, PING_PREPARE)", "            await channel.send(wire.ping(PING_PREPARE))",
+        (_HANDOVER,),
+    ),
+    (
+        "absent pages are looked for in every pass", "trimig/engine/source.py",
+        "absent = block.absent() if first else None", "absent = block.absent()",
+        (_CONVERGENCE, "tests/engine/test_flow.py", "tests/guests/test_app.py", "tests/engine/test_lifecycle.py"),
+    ),
+    # -- postcopy
+    (
+        "a page may come twice behind the switch", "trimig/engine/postcopy_in.py",
+        "        if here.any():\n            raise", "        if False:\n            raise",
+        (_BAD, "tests/engine/test_postcopy.py"),
+    ),
+    (
+        "a new connection is not told the block's name", "trimig/engine/postcopy_in.py",
+        "self._last = None  # the new", "pass  # the new", ("tests/engine/test_postcopy.py",),
+    ),
+    (
+        "release-ram gives nothing back", "trimig/engine/postcopy_source.py",
+        "self._sender.release = self._config.capabilities.release_ram", "self._sender.release = False",
+        ("tests/engine/test_postcopy_guests.py",),
+    ),
+    (
+        "what the destination has is sent again", "trimig/engine/postcopy_source.py",
+        "unsent = [~self._bitmaps[block.name] for block in self._blocks]",
+        "unsent = [self._bitmaps[block.name] | True for block in self._blocks]",
+        ("tests/engine/test_preempt.py", "tests/qmp/test_postcopy.py"),
+    ),
+    # -- guests and memory
+    (
+        "a pause does not wait for tasks inside", "trimig/guests/app.py",
+        "            await self._gate.wait_empty()", "            await trio.lowlevel.checkpoint()", ("tests/guests/test_app.py",),
+    ),
+    (
+        "a cancelled pause leaves the gate closed", "trimig/guests/app.py",
+        "        except BaseException:\n            self._gate.open()\n            raise", "        except BaseException:\n            raise",
+        ("tests/guests/test_app.py",),
+    ),
+    (
+        "a throttle takes too little", "trimig/guests/app.py",
+        "held * self._percent / (100 - self._percent)", "held * self._percent / 100", ("tests/guests/test_app.py",),
+    ),
+    (
+        "pages are given back from the beginning", "trimig/memory/block.py",
+        "self._map.madvise(mmap.MADV_REMOVE, first * PAGE_SIZE, count * PAGE_SIZE)",
+        "self._map.madvise(mmap.MADV_REMOVE, 0, count * PAGE_SIZE)", ("tests/memory/test_block.py",),
+    ),
+    # -- policy
+    (
+        "one iteration more than the bound", "trimig/policy/convergence.py",
+        "progress.iteration >= bounds.max_iterations", "progress.iteration > bounds.max_iterations",
+        ("tests/policy/test_convergence.py", _CONVERGENCE),
+    ),
+    (
+        "the debt of an old limit stays", "trimig/policy/rate.py",
+        "self._used = min(self._used, rate * WINDOW)", "pass", ("tests/policy/test_rate.py",),
+    ),
+    (
+        "what is asked for twice is sent in its old place", "trimig/policy/postcopy.py",
+        "news = self._unsent[block][pages] & ~self._wanted[block][pages]", "news = self._unsent[block][pages]",
+        ("tests/policy/test_postcopy.py",),
+    ),
+    (
+        "pages taken back are not counted", "trimig/policy/postcopy.py",
+        "        self.remaining += len(batch.pages)\n", "", ("tests/policy/test_postcopy.py",),
+    ),
+)  # fmt: skip
+
+
+def mutants(root: Path) -> list[Mutant]:
+    """All of :data:`NAMED`.
+
+    Raises:
+        ValueError: the old text of one does not stand once in its file.
+    """
+    found = []
+    for name, file, old, new, tests in NAMED:
+        source = (root / file).read_text()
+        if source.count(old) != 1:
+            raise ValueError(f"{name}: the text stands {source.count(old)} times in {file}")
+        start = source.index(old)
+        line = source.count("\n", 0, start) + 1
+        found.append(Mutant(Change(file, line, start, start + len(old), old, new), tests, name))
+    return found
