@@ -10,7 +10,7 @@ from trimig.status import CANCELLABLE, IDLE, IN_POSTCOPY, TERMINAL, TRANSITIONS,
 S = Status
 BOTH = [Role.SOURCE, Role.DESTINATION]
 #: What a destination has no use for: it is told, it does not decide.
-SOURCE_ONLY = {S.PRE_SWITCHOVER, S.DEVICE, S.UNCERTAIN, S.POSTCOPY_UNCERTAIN}
+SOURCE_ONLY = {S.PRE_SWITCHOVER, S.DEVICE}
 
 
 def reachable(role: Role, start: Status) -> set[Status]:
@@ -53,6 +53,7 @@ def test_end_of_an_attempt_leads_to_a_new_one_only(role: Role) -> None:
 def test_uncertain_is_left_by_an_answer_only() -> None:
     """Gap G1: never back to running by itself, and no new attempt before it is settled."""
     assert TRANSITIONS[Role.SOURCE][S.UNCERTAIN] == {S.COMPLETED, S.FAILED}
+    assert TRANSITIONS[Role.DESTINATION][S.UNCERTAIN] == {S.COMPLETED, S.POSTCOPY_LOST, S.FAILED}
     assert S.UNCERTAIN not in IDLE
 
 
@@ -100,7 +101,7 @@ OWNERS = {
     S.PRE_SWITCHOVER: (SRC, SRC),
     S.DEVICE: (SRC, SRC),
     S.HANDOVER: (UNKNOWN, DST),
-    S.UNCERTAIN: (UNKNOWN, SRC),
+    S.UNCERTAIN: (UNKNOWN, UNKNOWN),
     S.COMPLETED: (DST, DST),
     S.FAILED: (SRC, SRC),
     S.CANCELLING: (SRC, SRC),
@@ -108,7 +109,7 @@ OWNERS = {
     S.POSTCOPY_ACTIVE: (DST, DST),
     S.POSTCOPY_PAUSED: (DST, DST),
     S.POSTCOPY_RECOVER: (DST, DST),
-    S.POSTCOPY_UNCERTAIN: (UNKNOWN, SRC),
+    S.POSTCOPY_UNCERTAIN: (UNKNOWN, UNKNOWN),
     S.POSTCOPY_LOST: (DST, DST),
 }
 

@@ -88,6 +88,8 @@ async def receive(
         MigrationError: the guest is not here and never ran here: its memory and devices are undefined until the next
             whole migration. The source has been told, where there is a return path.
         PostcopyLost: the guest is here without all of its memory, and stands still.
+        HandoverUncertain: the guest came by postcopy, and its source, a QEMU from 11.1 on, may have taken it back: it
+            stands still here until that is settled.
         StateError, ConfigError: the call was not possible; nothing was done, but a stream given as *at* is closed.
 
     **Cancellation:** up to the decision of the source as for an error. If the decision has been read, the guest is

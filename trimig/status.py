@@ -33,6 +33,7 @@ Postcopy, on either side behind handover::
       v       |
     postcopy-paused <-> postcopy-recover       from each of the three: -> postcopy-lost
     postcopy-paused -> completed                                                      (destination only)
+    postcopy-active -> postcopy-uncertain -> postcopy-recover | uncertain             (destination only)
     postcopy-uncertain -> postcopy-active | postcopy-paused | failed | uncertain      (source only)
 """
 
@@ -74,7 +75,8 @@ class Status(enum.Enum):
     POSTCOPY_PAUSED = "postcopy-paused"
     #: A new connection is there, and the two sides find out what is missing.
     POSTCOPY_RECOVER = "postcopy-recover"
-    #: The connection was lost before the destination had said that it runs the guest.
+    #: The connection was lost before the destination had said that it runs the guest; or, on the destination, before the
+    #: source is known to have read that, where the source takes its guest back without it.
     POSTCOPY_UNCERTAIN = "postcopy-uncertain"
     #: It was given up: the destination has the guest and a part of its memory.
     POSTCOPY_LOST = "postcopy-lost"
@@ -136,6 +138,10 @@ TRANSITIONS: Final = MappingProxyType(
                 **_POSTCOPY,
                 # The connection was lost behind the last page, and the guest has everything.
                 _S.POSTCOPY_PAUSED: _POSTCOPY[_S.POSTCOPY_PAUSED] | {_S.COMPLETED},
+                # A QEMU from 11.1 on takes its guest back if it has not read that the guest runs here (newer.md part 4).
+                _S.POSTCOPY_ACTIVE: _POSTCOPY[_S.POSTCOPY_ACTIVE] | {_S.POSTCOPY_UNCERTAIN},
+                _S.POSTCOPY_UNCERTAIN: frozenset({_S.POSTCOPY_RECOVER, _S.UNCERTAIN}),
+                _S.UNCERTAIN: frozenset({_S.COMPLETED, _S.POSTCOPY_LOST, _S.FAILED}),
                 _S.CANCELLING: frozenset({_S.CANCELLED, _S.FAILED}),
                 _S.COMPLETED: frozenset({_S.SETUP}),
                 _S.FAILED: frozenset({_S.SETUP}),
@@ -153,7 +159,10 @@ _OWNERS: Final = MappingProxyType(
         ),
         # On the destination `handover` begins when the source's decision has been read: nobody else may run the guest
         # from then on, unless this side gives it back with SHUT 1.
-        Role.DESTINATION: MappingProxyType({_S.HANDOVER: _DST, _S.COMPLETED: _DST} | dict.fromkeys(_POSTCOPY, _DST)),
+        Role.DESTINATION: MappingProxyType(
+            {_S.HANDOVER: _DST, _S.COMPLETED: _DST, _S.UNCERTAIN: _UNK, _S.POSTCOPY_UNCERTAIN: _UNK}
+            | dict.fromkeys(_POSTCOPY, _DST)
+        ),
     }
 )
 

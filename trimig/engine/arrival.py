@@ -15,7 +15,17 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import trio
 
 from ..config import Config
-from ..errors import MigrationCancelled, PostcopyLost, RemoteProtocolError, TransportFailed, TrimigError
+from ..errors import (
+    GuestNotResumed,
+    HandoverUncertain,
+    MigrationCancelled,
+    Owner,
+    Ownership,
+    PostcopyLost,
+    RemoteProtocolError,
+    TransportFailed,
+    TrimigError,
+)
 from ..guest import DeviceSection, Guest, OpaqueGuest
 from ..info import Downtime, Summary
 from ..monitor import Monitor
@@ -50,6 +60,8 @@ class Arrival(abc.ABC):
         self.return_path = False  # it was opened, and there is a way back
         self.opened = False  # the source has asked for answers
         self.confirmed = False
+        self.stopped = False  # the guest ran here, and was stopped because perhaps its source runs it
+        self.of_trimig = False  # the source has sent a PING that only a trimig sends
         self.prepared = False  # the source has asked for the proof that everything is loaded, and got it
         self.ram = RamReceiver(self.counters)
         self.ram_ended = False  # the section END of the RAM has come
@@ -91,7 +103,9 @@ class Arrival(abc.ABC):
     async def _unwind(self, failure: BaseException | None) -> None:
         monitor = self.monitor
         ended = monitor.status is not Status.COMPLETED
-        if ended and monitor.status in IN_POSTCOPY:
+        if ended and monitor.status is Status.POSTCOPY_UNCERTAIN:
+            monitor.advance(Status.UNCERTAIN)
+        elif ended and monitor.status in IN_POSTCOPY:
             monitor.advance(Status.POSTCOPY_LOST)
         elif ended and monitor.status is not Status.CANCELLING:
             real = domain_error(failure, monitor.owner) if failure is not None else None
@@ -105,7 +119,7 @@ class Arrival(abc.ABC):
             return
         self.counters.transferred = self.counters.earlier + channel.received
         try:
-            if self.return_path and monitor.status is not Status.POSTCOPY_LOST:
+            if self.return_path and monitor.status not in (Status.POSTCOPY_LOST, Status.UNCERTAIN):
                 await self._answer(channel, Shut(status=1 if ended else 0))
         finally:
             await teardown.close(channel.stream, 0.0 if ended else self.config.teardown_grace)
@@ -129,17 +143,50 @@ class Arrival(abc.ABC):
         hint = self.reception.hint() if self.reception is not None else None
         if hint is not None and isinstance(error, TransportFailed | RemoteProtocolError | MigrationCancelled):
             add_to_message(error, hint)
-        if monitor.status is Status.POSTCOPY_LOST:
+        if monitor.status in (Status.POSTCOPY_LOST, Status.UNCERTAIN):
             self.counters.missing = {
                 name: [(first, end) for first, end in runs.tolist()] for name, runs in missing.items()
             }
         if error is not None and monitor.status is Status.POSTCOPY_LOST:
             error = _lost(error, self.counters.missing)
+        if monitor.status is Status.UNCERTAIN:
+            error = self._uncertain(error)
         if error is not None:
             self.counters.error = str(error)
             raise error
         assert failure is not None
         raise bare(failure)
+
+    def whole(self) -> bool:
+        """All of the guest's memory is here, although the migration has not come to its end."""
+        return False
+
+    def _uncertain(self, error: TrimigError | None) -> HandoverUncertain:
+        """The guest stands still here with its devices, and perhaps its source runs it."""
+        uncertain = HandoverUncertain(
+            f"the guest has come, but the connection was lost ({error or 'no other came'}) before the source is known to have "
+            "read that it runs here: the source may run it, so it stands still here. Look at the source, then settle who "
+            "owns the guest",
+            settle=self.guest.settle,
+            here=Ownership.DESTINATION,
+        )
+        self.guest.set_owner(Owner.UNKNOWN, settle=self._settle_owner)
+        uncertain.others = (error,) if error is not None else ()
+        return uncertain
+
+    async def _settle_owner(self, owner: Owner) -> None:
+        """What :meth:`trimig.guest.Guest.settle` comes to. A guest without all of its memory stands still in any case."""
+        if owner is Owner.ELSEWHERE:
+            self.monitor.advance(Status.FAILED)
+            return
+        whole = self.whole()
+        self.monitor.advance(Status.COMPLETED if whole else Status.POSTCOPY_LOST)
+        if not whole or not self.stopped:
+            return
+        failure = await teardown.guest_call("resumed", self.guest.resume, self.config.teardown_grace)
+        if failure is not None and self.guest.run_state != "running":
+            raise GuestNotResumed(str(failure)) from failure.__cause__
+        self.monitor.emit("RESUME")
 
     async def load(self) -> None:
         """Give the guest its devices. GuestFailed, RemoteProtocolError.

@@ -42,9 +42,10 @@ from .arrival import Arrival
 from .arriving import Storing
 from .connections import Connections
 from .first_bytes import judge_first
-from .order import Place, check_place
+from .order import TRIMIG_PINGS, Place, check_place
+from .package_in import take_apart
 from .placement import ENOUGH
-from .postcopy_destination import Ahead, check_guest, open_memory, take_apart
+from .postcopy_destination import Ahead, check_guest, open_memory
 from .reception import Reception
 from .stream_out import UUID_SUBSECTION
 from .urgent_in import UrgentArrival
@@ -305,7 +306,9 @@ class _Arrival(Arrival):
             case Command.PING:
                 if not self.opened:
                     raise RemoteProtocolError("PING without a return path to answer on", offset=event.at)
-                await self._pong(int.from_bytes(event.payload))
+                value = int.from_bytes(event.payload)
+                self.of_trimig = self.of_trimig or value >> 16 == TRIMIG_PINGS
+                await self._pong(value)
             case Command.SWITCHOVER_START:
                 pass  # the last pages are next; early or repeated, it means nothing (newer.md part 2)
             case Command.POSTCOPY_ADVISE:
@@ -364,6 +367,9 @@ class _Arrival(Arrival):
         await self.urgent.wait()
         self._ahead = Ahead(self, self._nursery, self.channel, decoder, self.urgent)
         await self._ahead.run(package)
+
+    def whole(self) -> bool:
+        return self._ahead is not None and self._ahead.whole
 
     async def _stand_still(self) -> dict[str, Runs]:
         if self._ahead is None:

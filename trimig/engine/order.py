@@ -26,6 +26,13 @@ class Place(enum.Enum):
     RECOVERING = "in a recovery, before RESUME"
 
 
+#: PING values of a QEMU, inside the package: behind the devices; and what a source from 11.1 on waits for before it gives
+#: its guest up (newer.md part 4).
+PING_LOADED: Final = 3
+PING_RUNS: Final = 0x42
+#: The first two bytes of every PING value that only a trimig sends (return_path.md part 9).
+TRIMIG_PINGS: Final = 0x7472
+
 _MAIN: Final = frozenset({Place.HEAD, Place.RAM, Place.DEVICES})
 _PAGES: Final = frozenset({Place.FOLLOWING, Place.RECOVERING})
 

@@ -2,12 +2,11 @@
 
 Three tasks: one reads the stream and places pages, one serves the guest's page faults, and for a moment one brings the
 guest to life. A lost connection is none of their failures: the guest goes on as far as its memory reaches, and a later
-connection brings the rest. The package is taken apart before any of it is acted on.
+connection brings the rest.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -16,31 +15,28 @@ from typing import Final
 import trio
 
 from ..errors import GuestFailed, PostcopyLost, RemoteProtocolError, TransportFailed, TrimigError
-from ..guest import DeviceSection, DiscardableBlock, Guest, LazyGuest, MissingMemory, OpaqueGuest
+from ..guest import DiscardableBlock, Guest, LazyGuest, MissingMemory, OpaqueGuest
 from ..memory import MemoryUnavailable, MissingPages
 from ..status import Status
 from ..wire import Command, Decoder, Section
 from ..wire import events as ev
-from ..wire.decoder import Measure
 from ..wire.postcopy import Runs, runs_of
-from ..wire.refusals import command_name
 from ..wire.return_path import Message, Pong, ReceivedPages, ResumeAck, encode
-from . import guest_calls, tail_in, teardown
+from . import guest_calls, teardown
 from .arrival import Arrival
 from .arriving import KeptMemory
 from .channel import AnyStream, Channel
 from .connections import Reopen
 from .first_bytes import judge_again
 from .handover import lift_shield, shield
-from .order import Place, check_place
+from .order import PING_RUNS, Place, check_place
+from .package_in import Package
 from .postcopy_in import PostcopyReceiver
 from .recovery import Search
 from .urgent_in import UrgentArrival
 
 #: Events handled before other tasks get a turn.
 _SLICE_EVENTS: Final = 32
-
-_LISTEN: Final = bytes((Section.COMMAND, 0, Command.POSTCOPY_LISTEN, 0, 0))
 
 
 def check_guest(guest: Guest) -> None:
@@ -76,90 +72,6 @@ async def open_memory(guest: LazyGuest, seconds: float) -> MissingMemory:
     **Cancellation:** as the guest's method says.
     """
     return await guest_calls.call("watching for absent pages", guest.missing_memory, seconds)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Package:
-    """What was in the package: the devices in their order, and the values of the PINGs."""
-
-    sections: Sequence[DeviceSection]
-    pings: Sequence[int]
-
-
-async def take_apart(package: ev.Package, decoder: Decoder, measure: Measure | None, *, footers: bool) -> Package:
-    """Read a package: LISTEN, device sections and PINGs, RUN.
-
-    Args:
-        decoder: of the stream that the package came in.
-        measure: delimits device payloads; None for a guest whose devices are unknown.
-
-    Raises:
-        RemoteProtocolError: it is anything else.
-
-    **Cancellation:** no effect.
-    """
-    if package.data[: len(_LISTEN)] != _LISTEN:
-        raise RemoteProtocolError("the package does not begin with LISTEN", offset=package.at, section="package")
-    rest = package.data[len(_LISTEN) :]
-    at = package.at + len(_LISTEN)
-    if measure is None:
-        split = await tail_in.split_package(rest, at, footers=footers)
-        sections: Sequence[DeviceSection] = split.sections
-        commands = [(number, payload, where) for number, payload, where in split.commands]
-    else:
-        sections, commands = _decode(rest, at, decoder, measure, footers=footers)
-    if not commands or commands[-1][0] != Command.POSTCOPY_RUN:
-        raise RemoteProtocolError("the package does not end with RUN", offset=package.at, section="package")
-    for number, _, where in commands[:-1]:
-        check_place(number, Place.PACKAGE, where, "package")
-        if number in (Command.POSTCOPY_LISTEN, Command.POSTCOPY_RUN):
-            raise RemoteProtocolError(
-                f"command {command_name(number)} in the middle of a package", offset=where, section="package"
-            )
-    pings = [int.from_bytes(payload) for number, payload, _ in commands if number == Command.PING]
-    return Package(sections=sections, pings=pings)
-
-
-def _decode(
-    data: bytes, at: int, decoder: Decoder, measure: Measure, *, footers: bool
-) -> tuple[list[DeviceSection], list[tuple[int, bytes, int]]]:
-    inner = Decoder(measure=measure, footers=footers, continues=decoder, buffer_bytes=max(len(data), 1))
-    inner.feed(data)
-    sections: list[DeviceSection] = []
-    commands: list[tuple[int, bytes, int]] = []
-    header: ev.SectionHeader | None = None
-    while (event := inner.next_event()) is not None:
-        if commands and commands[-1][0] == Command.POSTCOPY_RUN:
-            raise RemoteProtocolError("the package goes on behind RUN", offset=at + event.at, section="package")
-        match event:
-            case ev.SectionHeader(kind=Section.FULL):
-                header = event
-            case ev.DevicePayload():
-                assert header is not None
-                sections.append(
-                    DeviceSection(
-                        idstr=header.idstr,
-                        instance_id=header.instance_id,
-                        version_id=header.version_id,
-                        payload=event.payload,
-                        section_id=header.section_id,
-                    )
-                )
-            case ev.CommandElement():
-                commands.append((event.number, event.payload, at + event.at))
-            case ev.SectionFooter():
-                pass
-            case _:
-                raise RemoteProtocolError(
-                    f"{type(event).__name__} in a package", offset=at + event.at, section="package"
-                )
-    if inner.offset != len(data):
-        raise RemoteProtocolError(
-            f"the package ends inside an element, {len(data) - inner.offset} bytes of it are there",
-            offset=at + inner.offset,
-            section=inner.section or "package",
-        )
-    return sections, commands
 
 
 class Ahead:
@@ -199,6 +111,8 @@ class Ahead:
         self._search = Search(self._monitor, self._config, self._reopen(), listens=True)
         self._least = math.inf  # pages that were missing at the last RESUME
         self._finished = False  # the guest knows that it is whole
+        #: The source takes its guest back if it has not read the answer to PING_RUNS, and nothing shows yet that it has.
+        self._doubt = False
 
     async def run(self, package: Package) -> None:
         """Until the guest is whole and lives. Losing the connection does not undo what is in the package.
@@ -210,6 +124,7 @@ class Ahead:
         """
         receiver = await self._listen()
         self._package = package
+        self._doubt = PING_RUNS in package.pings and not self._arrival.of_trimig
         if isinstance(self._guest, LazyGuest):
             self._nursery.start_soon(receiver.serve, name="trimig.faults")
         self._nursery.start_soon(self._take_over, package, name="trimig.activation")
@@ -375,7 +290,9 @@ class Ahead:
                                 f"the source ends, and {receiver.missing} pages are missing", offset=event.at
                             )
                         return
-                    case ev.SectionHeader(kind=Section.PART | Section.END) | ev.SectionFooter() | ev.RamEnd():
+                    case ev.SectionHeader(kind=Section.END):
+                        await self._proved()  # it is sent by a source that has read the answer, and by no other
+                    case ev.SectionHeader(kind=Section.PART) | ev.SectionFooter() | ev.RamEnd():
                         pass
                     case _:
                         raise RemoteProtocolError(f"{type(event).__name__} in postcopy", offset=event.at)
@@ -397,9 +314,12 @@ class Ahead:
             case Command.SWITCHOVER_START:
                 pass  # announces the switch, which has been
             case Command.RECV_BITMAP:
-                await self._say(self._bitmap(event, receiver))
+                answer = self._bitmap(event, receiver)
+                await self._proved()  # a source that has taken its guest back does not come again
+                await self._say(answer)
             case Command.POSTCOPY_RESUME:
                 await self._urgent.wait()
+                await self._proved()
                 self._counters.error = None
                 if receiver.missing < self._least:
                     self._least = receiver.missing
@@ -448,8 +368,40 @@ class Ahead:
         await self._urgent.close()
         self._counters.earlier += self._channel.received
         self._counters.error = why
-        self._monitor.advance(Status.POSTCOPY_PAUSED)
         self._search.paused()
+        if not self._doubt:
+            self._monitor.advance(Status.POSTCOPY_PAUSED)
+        elif self._monitor.status is not Status.POSTCOPY_UNCERTAIN:
+            self._arrival.stopped = self._guest.run_state == "running" and not isinstance(self._guest, OpaqueGuest)
+            await self._stop_guest(self._config.teardown_grace)
+            self._monitor.advance(Status.POSTCOPY_UNCERTAIN)
+
+    async def _stop_guest(self, grace: float) -> None:
+        """It stands still from here on, unless it cannot be stopped: then that is a warning.
+
+        **Cancellation:** held off, for at most *grace* seconds.
+        """
+        if self._guest.run_state != "running" or isinstance(self._guest, OpaqueGuest):
+            return
+        failure = await teardown.guest_call("stopped", self._guest.pause, grace)
+        if failure is not None:
+            self._monitor.warn(str(failure))
+        else:
+            self._monitor.emit("STOP")
+
+    async def _proved(self) -> None:
+        """What has come shows that the source knows the guest to be here: nobody else runs it. GuestFailed."""
+        if not self._doubt:
+            return
+        self._doubt = False
+        if self._monitor.status is Status.POSTCOPY_UNCERTAIN:
+            self._monitor.advance(Status.POSTCOPY_RECOVER)
+        if self._arrival.stopped:
+            self._arrival.stopped = False
+            failure = await teardown.guest_call("resumed", self._guest.resume, self._config.handover_timeout)
+            if failure is not None and self._guest.run_state != "running":
+                raise failure
+            self._monitor.emit("RESUME")
 
     async def _recover(self, receiver: PostcopyReceiver) -> bool:
         """Wait for another connection; what it says is read by :meth:`_read`.
@@ -460,7 +412,7 @@ class Ahead:
         Raises:
             PostcopyLost: none came, and pages are missing.
         """
-        if receiver.missing:
+        if receiver.missing or self._doubt:
             lift_shield(self._nursery)
             stream = await self._search.connection()
             shield(self._nursery, math.inf)
@@ -495,7 +447,13 @@ class Ahead:
         )
         self._urgent.expect()
         self._resumed = trio.Event()
-        self._monitor.advance(Status.POSTCOPY_RECOVER)
+        if self._monitor.status is not Status.POSTCOPY_UNCERTAIN:
+            self._monitor.advance(Status.POSTCOPY_RECOVER)
+
+    @property
+    def whole(self) -> bool:
+        """Every page has come."""
+        return self._receiver is not None and not self._receiver.missing
 
     def missing(self) -> dict[str, Runs]:
         """What has not come, by block."""
@@ -517,11 +475,6 @@ class Ahead:
                 failure = await teardown.guest_call("given its devices", keeping, self._config.teardown_grace)
                 if failure is not None:
                     self._monitor.warn(str(failure))
-            if self._guest.run_state == "running" and not isinstance(self._guest, OpaqueGuest):
-                failure = await teardown.guest_call("stopped", self._guest.pause, self._config.teardown_grace)
-                if failure is not None:
-                    self._monitor.warn(str(failure))
-                else:
-                    self._monitor.emit("STOP")
+            await self._stop_guest(self._config.teardown_grace)
         finally:
             receiver.close()

@@ -31,16 +31,14 @@ from .connections import Connections
 from .departure import Departure
 from .handover import lift_shield, shield
 from .limiter import Limiter
+from .order import PING_LOADED, PING_RUNS
 from .postcopy_out import PostcopySender
 from .ram_out import RamSender
 from .reader import ReturnPathReader
 from .recovery import Search
 
-#: PING values, QEMU's: behind the discards, inside the package behind the devices, behind the package.
+#: PING values, QEMU's: behind the discards, behind the package.
 PING_DISCARDED: Final = 2
-PING_LOADED: Final = 3
-#: The same, for what a QEMU from 11.1 on waits for before it gives its guest up (newer.md part 4).
-PING_RUNS: Final = 0x42
 PING_FOLLOWED: Final = 4
 
 

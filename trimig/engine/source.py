@@ -35,7 +35,8 @@ from .connections import Connections
 from .departure import CommitHook, Departure, FenceHook
 from .handover import shield
 from .limiter import Limiter
-from .postcopy_source import PING_DISCARDED, PING_FOLLOWED, PING_LOADED, PING_RUNS, Following
+from .order import PING_LOADED, PING_RUNS
+from .postcopy_source import PING_DISCARDED, PING_FOLLOWED, Following
 from .ram_out import RamSender
 from .reader import ReturnPathReader
 from .stream_out import UUID_SUBSECTION, DeviceSender, opening, profile_of
