@@ -226,7 +226,7 @@ async def drive(source: Side, destination: Side, *, pause: bool) -> None:
 async def address_of(side: Side) -> str:
     """Where it listens, with the port that the kernel chose."""
     address = (await side.execute("query-migrate"))["socket-address"][0]
-    return address if isinstance(address, str) else f"tcp:{address['host']}:{address['port']}"
+    return f"tcp:{address['host']}:{address['port']}"
 
 
 @contextlib.asynccontextmanager

@@ -556,7 +556,8 @@ async def test_info_of_a_destination(status: Status) -> None:
     expected = {} if status is S.NONE else {"status": status.qmp, "owner": monitor.owner.value}
     assert monitor.info() == expected
     monitor.listening("tcp:127.0.0.1:4444")
-    assert monitor.info() == {**expected, "socket-address": ["tcp:127.0.0.1:4444"]}
+    address = {"type": "inet", "host": "127.0.0.1", "port": "4444"}
+    assert monitor.info() == {**expected, "socket-address": [address]}
 
 
 # -- records -------------------------------------------------------------------------------------------------------

@@ -178,6 +178,19 @@ _RUNNING: Final = (
 _EXPLAINED: Final = RECOVERABLE | {Status.FAILED, Status.UNCERTAIN, Status.POSTCOPY_LOST}
 
 
+def socket_address(uri: str) -> dict[str, str]:
+    """QEMU's object for a URI that is listened on; for one of ours that QEMU has no type for, ``x-uri`` and the URI."""
+    scheme, _, rest = uri.partition(":")
+    if scheme == "tcp":
+        host, _, port = rest.rpartition(":")
+        return {"type": "inet", "host": host.removeprefix("[").removesuffix("]"), "port": port}
+    if scheme == "unix":
+        return {"type": "unix", "path": rest}
+    if scheme == "fd":
+        return {"type": "fd", "str": rest}
+    return {"type": "x-uri", "uri": uri}
+
+
 def query_migrate(
     c: Counters,
     *,
@@ -199,7 +212,7 @@ def query_migrate(
     """
     info: dict[str, Any] = {"blocked-reasons": list(blocked)} if blocked else {}
     if addresses and role is not Role.SOURCE:
-        info["socket-address"] = list(addresses)
+        info["socket-address"] = [socket_address(uri) for uri in addresses]
     if status is Status.NONE:
         return info
     info |= {"status": status.qmp, "owner": owner.value}

@@ -56,6 +56,7 @@ class Monitor:
         self._retuned: Callable[[], None] | None = None
         self._postcopy_wanted = False
         self._interrupt: Callable[[str], None] | None = None
+        self._cut: Callable[[], bool] | None = None
         self._recover_at: str | None = None
         self._given_up: str | None = None
         self._addresses: tuple[str, ...] = ()
@@ -242,6 +243,16 @@ class Monitor:
             )
         self._interrupt(reason)
 
+    def yank(self) -> None:
+        """Break the connection at once, as if the network had: before the switch to postcopy the migration fails (with the
+        decision under way its owner may become unknown), behind it it is paused. Without a connection it does nothing.
+
+        Raises:
+            StateError: this kind of connection (``exec:``, ``file:``, a stream of the caller's own) cannot be broken.
+        """
+        if self._cut is not None and not self._cut():
+            raise StateError("this kind of connection cannot be broken from here", status=self._status.value)
+
     def recover(self, uri: str) -> None:
         """Take up a paused postcopy migration: a source connects to *uri*, a destination listens there.
 
@@ -364,9 +375,14 @@ class Monitor:
             self.warn(text)
         return self._counters
 
-    def control(self, cancel: Callable[[str], None] | None, retuned: Callable[[], None] | None) -> None:
-        """For the engine: where cancellation and changed parameters go."""
-        self._cancel, self._retuned = cancel, retuned
+    def control(
+        self,
+        cancel: Callable[[str], None] | None,
+        retuned: Callable[[], None] | None,
+        cut: Callable[[], bool] | None = None,
+    ) -> None:
+        """For the engine: where cancellation and changed parameters go, and what breaks the connections."""
+        self._cancel, self._retuned, self._cut = cancel, retuned, cut
 
     def listening(self, *addresses: str) -> None:
         """For the engine: the receiver waits here."""

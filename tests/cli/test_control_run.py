@@ -13,6 +13,7 @@ from typing import Any
 import trio
 
 from tests.cli.test_parked import first_line, started, trimig_command
+from trimig import qmp
 
 LIMIT = 60
 GUEST = "process:size=32M,dirty-rate=4M,hot=2M"
@@ -46,7 +47,7 @@ async def where(address: str) -> str:
     """The URI at which a receiver waits."""
     while True:
         if found := (await asked("info", "--qmp", address)).get("socket-address"):
-            return found[0] if isinstance(found[0], str) else f"tcp:{found[0]['host']}:{found[0]['port']}"
+            return qmp.uri_of(found[0])
         await trio.sleep(0.05)
 
 

@@ -179,7 +179,8 @@ async def test_from_one_process_to_another(tmp_path: Path, kind: str) -> None:
         hosting(here[1], *uuid, "-S", "--incoming", "defer") as (two, destination),
     ):
         await destination.execute("migrate-incoming", {"uri": here[2]})
-        (to,) = (await destination.execute("query-migrate"))["socket-address"]
+        (address,) = (await destination.execute("query-migrate"))["socket-address"]
+        to = qmp.uri_of(address)
         await source.execute("migrate-set-parameters", {"max-bandwidth": 0})
         await source.execute("migrate", {"uri": to})
         assert (await status(source, "completed", "failed"))["status"] == "completed"

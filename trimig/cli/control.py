@@ -10,7 +10,7 @@ from typing import Any, Final
 import click
 
 import trimig
-from trimig import formats
+from trimig import formats, qmp
 
 from .common import debug_option, json_option, run
 from .exit_codes import DONE, FAILED, UNCERTAIN
@@ -238,12 +238,8 @@ def recover(uri: str, address: str, as_json: bool) -> int:
 
 def _where(state: State, uri: str) -> str:
     """The address that it listens at, with the port that the kernel chose."""
-    for address in state.info.get("socket-address", ()):
-        if isinstance(address, str):
-            return address
-        if address.get("type") == "inet":
-            return f"tcp:{address['host']}:{address['port']}"
-    return uri
+    addresses = state.info.get("socket-address", ())
+    return qmp.uri_of(addresses[0]) if addresses else uri
 
 
 @click.command()

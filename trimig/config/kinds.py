@@ -74,11 +74,17 @@ def dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
+def near(given: object, names: Iterable[str]) -> str:
+    """``; did you mean …?`` with those of *names* that resemble *given*; empty if none does."""
+    found = difflib.get_close_matches(str(given)[:100], list(names), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
 def unknown(what: str, given: object, names: Iterable[str]) -> ConfigError:
     """The refusal of a name that does not exist, with the nearest ones that do."""
     names = list(names)
-    near = difflib.get_close_matches(str(given), names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}"
+    like = difflib.get_close_matches(str(given)[:100], names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(like)}?" if like else f"known are {', '.join(names)}"
     return ConfigError(f"there is no {what} {shown(given)}; {hint}", name=given if isinstance(given, str) else None)
 
 

@@ -18,6 +18,7 @@ from .kinds import (
     Choice,
     Flag,
     Form,
+    Kind,
     MiB,
     OrNone,
     Size,
@@ -172,6 +173,9 @@ class Parameters:
 
 _KINDS: Final = kinds_of(Parameters)
 _DEFAULTS: Final = {field.name: field.default for field in dataclasses.fields(Parameters)}
+
+#: What values each can have, by its name in QMP spelling.
+PARAMETER_KINDS: Final[Mapping[str, Kind]] = {dashed(name): kind for name, kind in _KINDS.items()}
 
 #: All names, in QMP spelling and in the order of config.md part 2.
 PARAMETER_NAMES: Final[tuple[str, ...]] = tuple(dashed(name) for name in _KINDS)

@@ -89,7 +89,7 @@ class Arrival(abc.ABC):
         outcome = Outcome()
         with outcome.watch():
             async with trio.open_nursery(strict_exception_groups=True) as nursery:
-                self.monitor.control(functools.partial(_cancel, nursery), None)
+                self.monitor.control(functools.partial(_cancel, nursery), None, self._cut)
                 if (reason := self.monitor.cancel_reason) is not None:
                     _cancel(nursery, reason)  # by a listener that was told of `setup`, before there was a nursery
                 await self._phases(nursery)
@@ -99,6 +99,10 @@ class Arrival(abc.ABC):
         await self._unwind(outcome.failure)
         self._conclude(outcome.failure, missing)
         return self._summary()
+
+    def _cut(self) -> bool:
+        """Break the main connection, if there is one; False if it cannot be."""
+        return self.channel is None or self.channel.cut()
 
     async def _unwind(self, failure: BaseException | None) -> None:
         monitor = self.monitor

@@ -83,6 +83,15 @@ class PerhapsSilent(Protocol):
 
 
 @runtime_checkable
+class Layered(Protocol):
+    """A stream over another one."""
+
+    @property
+    def transport(self) -> object:
+        """The one below."""
+
+
+@runtime_checkable
 class IntoBuffer(Protocol):
     """A stream that can be received from without a bytes object in between."""
 
@@ -141,6 +150,21 @@ class Channel:
         before stands in front of what it will bring.
         """
         return self._socket.fileno() if self._socket is not None and not self._first else None
+
+    def cut(self) -> bool:
+        """Break the connection in both directions, at once; who waits for it is told as if the network had broken it.
+
+        Returns:
+            Whether there is a kernel socket that can be broken, or was broken before.
+        """
+        stream: object = self.stream
+        while stream is not None and not isinstance(stream, trio.SocketStream):
+            stream = stream.transport if isinstance(stream, Layered) else None
+        if stream is None:
+            return False
+        with contextlib.suppress(OSError):  # it is broken, or closed, already
+            stream.socket.shutdown(socket.SHUT_RDWR)
+        return True
 
     def backlog(self) -> int:
         """Bytes that the kernel has taken and the peer's kernel has not acknowledged; 0 where that cannot be told."""

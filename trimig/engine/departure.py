@@ -96,7 +96,7 @@ class Departure(abc.ABC):
         outcome = Outcome()
         with outcome.watch():
             async with trio.open_nursery(strict_exception_groups=True) as nursery:
-                self.monitor.control(functools.partial(_cancel, nursery), self._retuned)
+                self.monitor.control(functools.partial(_cancel, nursery), self._retuned, self._cut)
                 if (reason := self.monitor.cancel_reason) is not None:
                     _cancel(nursery, reason)  # by a listener that was told of `setup`, before there was a nursery
                 await self._phases(nursery)
@@ -127,6 +127,10 @@ class Departure(abc.ABC):
         urgent, self.urgent = self.urgent, None
         if urgent is not None:
             await teardown.close(urgent.stream)
+
+    def _cut(self) -> bool:
+        """Break the connections there are; False if one of them cannot be."""
+        return all(channel.cut() for channel in (self.channel, self.urgent) if channel is not None)
 
     def _retuned(self) -> None:
         if self.limiter is not None:

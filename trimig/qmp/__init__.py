@@ -6,6 +6,7 @@
 
 from .client import Client as Client
 from .client import connect as connect
+from .client import uri_of as uri_of
 from .interface import CommandFailed as CommandFailed
 from .interface import Dispatcher as Dispatcher
 from .interface import Session as Session

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
+from ..config.kinds import near
 from .interface import CommandFailed
 
 #: JSON type -> (the Python types it arrives as, QEMU's word for it).
@@ -16,22 +17,32 @@ _TYPES: Final[Mapping[str, tuple[tuple[type, ...], str]]] = {
     "number": ((int, float), "number"),
     "list": ((list,), "array"),
     "object": ((dict,), "object"),
+    "any": ((object,), "value"),
+    "str-or-null": ((str, type(None)), "string"),
 }
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Argument:
-    """One argument of a command.
+    """One argument of a command, or a part of its answer.
 
     Args:
-        kind: ``str``, ``bool``, ``int``, ``number``, ``list`` or ``object``.
+        kind: ``str``, ``bool``, ``int``, ``number``, ``list``, ``object``, ``str-or-null`` or ``any``.
         optional: it may be absent.
         choices: the values that a string may have; empty for any.
+        items: of a list: what each of its items is; ``any`` if it is not said. For the schema: :func:`check` looks at
+            the list itself only.
+        members: of an object; for the schema as well.
+        variants: of an object: by the value of the member *tag*, what else it has.
     """
 
     kind: str
     optional: bool = False
     choices: tuple[str, ...] = ()
+    items: Argument | None = None
+    members: Mapping[str, Argument] | None = None
+    tag: str = ""
+    variants: Mapping[str, Mapping[str, Argument]] | None = None
 
 
 Signature = Mapping[str, Argument]
@@ -51,7 +62,7 @@ def check(arguments: Mapping[str, Any], signature: Signature) -> None:
         check_value(name, arguments[name], argument)
     for name in arguments:
         if name not in signature:
-            raise CommandFailed(f"Parameter '{name}' is unexpected")
+            raise CommandFailed(f"Parameter '{name}' is unexpected{near(name, signature)}")
 
 
 def check_value(name: str, value: Any, argument: Argument) -> None:
@@ -61,7 +72,8 @@ def check_value(name: str, value: Any, argument: Argument) -> None:
         CommandFailed: with QEMU's sentence.
     """
     types, word = _TYPES[argument.kind]
-    if not isinstance(value, types) or (isinstance(value, bool) and argument.kind != "bool"):
+    wrong_bool = isinstance(value, bool) and argument.kind not in ("bool", "any")
+    if not isinstance(value, types) or wrong_bool:
         raise CommandFailed(f"Invalid parameter type for '{name}', expected: {word}")
     if argument.choices and value not in argument.choices:
-        raise CommandFailed(f"Parameter '{name}' does not accept value '{value}'")
+        raise CommandFailed(f"Parameter '{name}' does not accept value '{value}'{near(value, argument.choices)}")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any, Final
 
-from .arguments import Argument
+from ..config import Parameters
+from .arguments import Argument, check_value
 from .interface import CommandFailed, Session
 from .machine import Command, Machine
+from .shapes import INT, MAYBE_STR, STATUS_INFO, STR, VERSION
+
+log: Final = logging.getLogger("trimig.qmp")
 
 
 async def query_version(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
@@ -77,16 +82,41 @@ async def closefd(machine: Machine, arguments: Mapping[str, Any], session: Sessi
     return {}
 
 
+async def query_block(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``query-block``: a guest of trimig's has no disks."""
+    return []
+
+
+async def announce_self(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``announce-self``: the arguments are checked; a guest of trimig's has no network cards, so nothing is sent."""
+    values = {f"announce-{name}": arguments[name] for name in ("initial", "max", "rounds", "step")}
+    Parameters.from_qmp(values)
+    for index, name in enumerate(arguments.get("interfaces", ())):
+        check_value(f"interfaces[{index}]", name, STR)
+        raise CommandFailed(f"there is no network interface '{name}': the guest has no network cards")
+    log.info("announce-self: the guest has no network cards, so nothing is announced")
+    return {}
+
+
 _NAME: Final = {"fdname": Argument("str")}
 
 COMMANDS: Final[Mapping[str, Command]] = {
-    "query-version": Command(signature={}, handler=query_version),
-    "query-name": Command(signature={}, handler=query_name),
-    "query-uuid": Command(signature={}, handler=query_uuid),
-    "query-status": Command(signature={}, handler=query_status),
+    "query-version": Command(signature={}, handler=query_version, returns=VERSION),
+    "query-name": Command(signature={}, handler=query_name, returns=Argument("object", members={"name": MAYBE_STR})),
+    "query-uuid": Command(signature={}, handler=query_uuid, returns=Argument("object", members={"UUID": STR})),
+    "query-status": Command(signature={}, handler=query_status, returns=STATUS_INFO),
     "stop": Command(signature={}, handler=stop),
     "cont": Command(signature={}, handler=cont),
     "quit": Command(signature={}, handler=quit_),
     "getfd": Command(signature=_NAME, handler=getfd),
     "closefd": Command(signature=_NAME, handler=closefd),
+    "query-block": Command(signature={}, handler=query_block, returns=Argument("list")),
+    "announce-self": Command(
+        signature={
+            **dict.fromkeys(("initial", "max", "rounds", "step"), INT),
+            "interfaces": Argument("list", optional=True, items=STR),
+            "id": MAYBE_STR,
+        },
+        handler=announce_self,
+    ),
 }

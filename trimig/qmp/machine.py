@@ -19,6 +19,7 @@ import trio
 
 from .. import api, blockers
 from ..config import Config
+from ..config.kinds import near
 from ..errors import HandoverUncertain, Ownership, PostcopyLost, StateError, TransportFailed, TrimigError
 from ..guest import Guest
 from ..info import Event, Summary
@@ -26,6 +27,7 @@ from ..monitor import Monitor
 from ..status import IDLE, IN_POSTCOPY, RECOVERABLE, Status
 from . import arguments as args
 from .interface import CommandFailed, Session
+from .measuring import Measurement
 
 log: Final = logging.getLogger("trimig.qmp")
 
@@ -45,12 +47,30 @@ _LISTEN_SECONDS: Final = 5.0
 _LAST_WORD_SECONDS: Final = 1.0
 
 
+#: The answer of a command that has none.
+NOTHING: Final = args.Argument("object", members={})
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """One command: what it takes and what does it. ``signature`` None: the handler checks its arguments itself."""
+    """One command: what it takes, what does it, and what it answers.
+
+    ``signature`` None: the handler checks its arguments itself. ``takes``: what they are for the schema, where the
+    signature does not say all of it.
+    """
 
     signature: args.Signature | None
     handler: Handler
+    takes: args.Argument | None = None
+    returns: args.Argument = NOTHING
+
+    @property
+    def arguments(self) -> args.Argument:
+        """All arguments as one object, for the schema."""
+        if self.takes is not None:
+            return self.takes
+        assert self.signature is not None, "without a signature there is a description"
+        return args.Argument("object", members=self.signature)
 
 
 class Machine:
@@ -92,6 +112,9 @@ class Machine:
         self.stillborn: str | None = None
         self.uncertain: HandoverUncertain | None = None
         self.summary: Summary | None = None
+        #: Of the dirty rate; None before the first.
+        self.measurement: Measurement | None = None
+        self._measuring: tuple[trio.CancelScope, trio.Event] | None = None
         self.descriptors: dict[str, int] = {}
         #: Set when the machine is to end: by ``quit``.
         self.ended = trio.Event()
@@ -125,7 +148,9 @@ class Machine:
         """See :class:`trimig.qmp.Dispatcher`."""
         command = self._commands.get(name)
         if command is None:
-            raise CommandFailed(f"The command {name} has not been found", error_class="CommandNotFound")
+            raise CommandFailed(
+                f"The command {name} has not been found{near(name, self._commands)}", error_class="CommandNotFound"
+            )
         if command.signature is not None:
             args.check(arguments, command.signature)
         if self.ended.is_set() and name in _BEGINNINGS:
@@ -308,6 +333,42 @@ class Machine:
         if switching and self._resuming:
             self.outgoing.cancel("the guest was resumed in the moment of the switchover")
 
+    def begin_measuring(
+        self,
+        measure: Callable[[Machine, Measurement, float], Awaitable[None]],
+        measurement: Measurement,
+        seconds: float,
+    ) -> None:
+        """Have *measure* called in the background; a migration that begins meanwhile ends it."""
+        self.measurement = measurement
+        self._measuring = trio.CancelScope(), trio.Event()
+        self._nursery.start_soon(
+            self._measure, measure, measurement, seconds, *self._measuring, name="trimig.qmp.dirty"
+        )
+
+    async def _measure(
+        self,
+        measure: Callable[[Machine, Measurement, float], Awaitable[None]],
+        measurement: Measurement,
+        seconds: float,
+        scope: trio.CancelScope,
+        ended: trio.Event,
+    ) -> None:
+        try:
+            with scope:
+                await measure(self, measurement, seconds)
+            if scope.cancelled_caught:
+                measurement.failed("a migration has begun meanwhile")
+        finally:
+            self._measuring = None
+            ended.set()
+
+    async def _end_measuring(self) -> None:
+        if self._measuring is not None:
+            scope, ended = self._measuring
+            scope.cancel("a migration begins")
+            await ended.wait()
+
     # -- migrations ------------------------------------------------------------------------------------------------
 
     def end_at_once(self, reason: str) -> None:
@@ -332,6 +393,7 @@ class Machine:
         **Cancellation:** it goes on in the background.
         """
         self._departing = True  # until it is its turn nobody else may begin
+        await self._end_measuring()
         begun = trio.Event()
         refusals: list[TrimigError] = []
         self._nursery.start_soon(self._depart, uri, leave, begun, refusals, name="trimig.qmp.migrate")

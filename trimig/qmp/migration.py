@@ -13,16 +13,12 @@ from ..status import RECOVERABLE, Status
 from .arguments import Argument, check, check_value
 from .interface import CommandFailed, Session
 from .machine import Command, Machine
+from .shapes import MIGRATION_INFO, STATUSES
 
 _STR: Final = Argument("str")
 _OPTIONAL_BOOL: Final = Argument("bool", optional=True)
 #: Those that somebody has, we or a QEMU.
 _KNOWN_SCHEMES: Final = (*transport.SCHEMES, "rdma", "vsock")
-#: The statuses of QEMU's type MigrationStatus.
-_STATUSES: Final = (
-    "none", "setup", "cancelling", "cancelled", "active", "postcopy-active", "postcopy-paused", "postcopy-recover",
-    "completed", "failed", "colo", "pre-switchover", "device", "wait-unplug",
-)  # fmt: skip
 
 
 async def migrate(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
@@ -226,7 +222,25 @@ async def settle(machine: Machine, arguments: Mapping[str, Any], session: Sessio
     return {}
 
 
-_CHANNELS: Final = {"uri": Argument("str", optional=True), "channels": Argument("list", optional=True)}
+_ADDRESS: Final = Argument(
+    "object",
+    members={"transport": Argument("str", choices=("socket", "exec", "file", "rdma"))},
+    tag="transport",
+    variants={
+        "socket": {
+            "type": Argument("str", choices=("inet", "unix", "fd")),
+            **dict.fromkeys(("host", "port", "path", "str"), Argument("str", optional=True)),
+        },
+        "exec": {"args": Argument("list", items=_STR)},
+        "file": {"filename": _STR, "offset": Argument("int", optional=True)},
+        "rdma": {},
+    },
+)
+_CHANNEL: Final = Argument("object", members={"channel-type": Argument("str", choices=("main",)), "addr": _ADDRESS})
+_CHANNELS: Final = {
+    "uri": Argument("str", optional=True),
+    "channels": Argument("list", optional=True, items=_CHANNEL),
+}
 
 COMMANDS: Final[Mapping[str, Command]] = {
     "migrate": Command(
@@ -240,11 +254,11 @@ COMMANDS: Final[Mapping[str, Command]] = {
         handler=migrate,
     ),
     "migrate_cancel": Command(signature={}, handler=migrate_cancel),
-    "migrate-continue": Command(signature={"state": Argument("str", choices=_STATUSES)}, handler=migrate_continue),
+    "migrate-continue": Command(signature={"state": Argument("str", choices=STATUSES)}, handler=migrate_continue),
     "migrate-incoming": Command(signature=_CHANNELS, handler=migrate_incoming),
     "migrate-start-postcopy": Command(signature={}, handler=start_postcopy),
     "migrate-pause": Command(signature={}, handler=migrate_pause),
     "migrate-recover": Command(signature={"uri": _STR}, handler=migrate_recover),
-    "query-migrate": Command(signature={}, handler=query_migrate),
+    "query-migrate": Command(signature={}, handler=query_migrate, returns=MIGRATION_INFO),
     "x-trimig-settle": Command(signature={"owner": Argument("str", choices=("source", "destination"))}, handler=settle),
 }

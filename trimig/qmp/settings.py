@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ..config import CAPABILITY_NAMES, Capabilities, Parameters
+from ..config.bitmaps import Mappings
+from ..config.kinds import Choice, Flag, Kind, OrNone, Size, Text, Whole, Words
+from ..config.parameters import PARAMETER_KINDS
 from ..engine.postcopy_destination import obstacle
 from ..status import IDLE, Status, check_idle
 from .arguments import Argument, check_value
@@ -100,13 +103,53 @@ async def query_cache_size(machine: Machine, arguments: Mapping[str, Any], sessi
     return machine.config.parameters.xbzrle_cache_size
 
 
+def _described(kind: Kind) -> Argument:
+    """The type of a parameter, for the schema."""
+    match kind:
+        case OrNone():
+            return _described(kind.kind)
+        case Flag():
+            return Argument("bool")
+        case Whole() | Size():
+            return Argument("int")
+        case Text():
+            return Argument("str-or-null")
+        case Choice():
+            return Argument("str", choices=kind.words)
+        case Words():
+            return Argument("list", items=_STR)
+    assert isinstance(kind, Mappings), kind
+    bitmap = Argument(
+        "object",
+        members={
+            "name": _STR,
+            "alias": _STR,
+            "transform": Argument("object", optional=True, members={"persistent": Argument("bool", optional=True)}),
+        },
+    )
+    node = {"node-name": _STR, "alias": _STR, "bitmaps": Argument("list", items=bitmap)}
+    return Argument("list", items=Argument("object", members=node))
+
+
+_PARAMETERS: Final = {
+    name: dataclasses.replace(_described(kind), optional=True) for name, kind in PARAMETER_KINDS.items()
+}
+_CAPABILITY: Final = Argument(
+    "object", members={"capability": Argument("str", choices=CAPABILITY_NAMES), "state": _BOOL}
+)
+_CAPABILITIES: Final = Argument("list", items=_CAPABILITY)
+
 COMMANDS: Final[Mapping[str, Command]] = {
-    "migrate-set-capabilities": Command(signature={"capabilities": Argument("list")}, handler=set_capabilities),
-    "query-migrate-capabilities": Command(signature={}, handler=query_capabilities),
-    "migrate-set-parameters": Command(signature=None, handler=set_parameters),
-    "query-migrate-parameters": Command(signature={}, handler=query_parameters),
+    "migrate-set-capabilities": Command(signature={"capabilities": _CAPABILITIES}, handler=set_capabilities),
+    "query-migrate-capabilities": Command(signature={}, handler=query_capabilities, returns=_CAPABILITIES),
+    "migrate-set-parameters": Command(
+        signature=None, handler=set_parameters, takes=Argument("object", members=_PARAMETERS)
+    ),
+    "query-migrate-parameters": Command(
+        signature={}, handler=query_parameters, returns=Argument("object", members=_PARAMETERS)
+    ),
     "migrate_set_speed": Command(signature={"value": Argument("int")}, handler=set_speed),
     "migrate_set_downtime": Command(signature={"value": Argument("number")}, handler=set_downtime),
     "migrate-set-cache-size": Command(signature={"value": Argument("int")}, handler=set_cache_size),
-    "query-migrate-cache-size": Command(signature={}, handler=query_cache_size),
+    "query-migrate-cache-size": Command(signature={}, handler=query_cache_size, returns=Argument("int")),
 }

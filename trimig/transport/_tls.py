@@ -126,6 +126,11 @@ class TlsStream(trio.abc.Stream):
         return self._ssl.getpeercert(True)
 
     @property
+    def transport(self) -> trio.abc.Stream:
+        """What is below; it must not be used directly."""
+        return self._transport
+
+    @property
     def ssl_object(self) -> ssl.SSLObject:
         """What Python knows of the connection: version, cipher, the peer's certificate."""
         return self._ssl

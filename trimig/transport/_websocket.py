@@ -83,6 +83,11 @@ class WebSocketStream(trio.abc.Stream):
         """As for TLS, where that is below; None without it."""
         return self._transport.peer_certificate() if isinstance(self._transport, TlsStream) else None
 
+    @property
+    def transport(self) -> trio.abc.Stream:
+        """What is below; it must not be used directly."""
+        return self._transport
+
     # -- frames going out ----------------------------------------------------------------------------------------------
 
     async def _send_frame(self, opcode: Opcode, payload: bytes | memoryview) -> None:
