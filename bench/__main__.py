@@ -17,6 +17,9 @@ from bench.errors import BenchError
 from bench.figures import PAIRS, make_rows, make_verdicts, rows_table, verdicts_table
 from bench.measure import machine
 from bench.memory import MEMORY_KINDS, PAGE_PATTERNS, parse_size
+from bench.parking import rows as parking_rows
+from bench.parking import run as run_parking
+from bench.parking import table as parking_table
 from bench.postcopy import rows
 from bench.postcopy import run as run_postcopy
 from bench.postcopy import table as postcopy_table
@@ -181,6 +184,47 @@ def postcopy(size: int, repeat: int, json_file: Path | None, qemu_path: str | No
     print(postcopy_table(found))
     if qemu is None:
         print("not measured: qemu-qemu, there is no QEMU")
+    if json_file is not None:
+        write_json(json_file, {"rows": found, "machine": machine()})
+
+
+class Sizes(click.ParamType[tuple[int, ...]]):
+    """Several sizes, separated by commas."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(parse_size(part.strip()) for part in value.split(","))
+        except BenchError as exc:
+            self.fail(str(exc), param, ctx)
+
+
+@main.command()
+@click.option("--sizes", type=Sizes(), default="256M,1G,4G", show_default=True, help="Guest RAM.")
+@click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds.")
+@click.option(
+    "--directory",
+    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    default="/tmp",
+    show_default=True,
+    help="Where the guest is saved: the disk counts.",
+)
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures there.")
+@click.option("--qemu", "qemu_path", help="The QEMU to use (else qemu-system-x86_64 of PATH).")
+@click.option("--timeout", type=click.FloatRange(min=1), default=200.0, show_default=True, help="Seconds for one run.")
+def parking(
+    sizes: tuple[int, ...], repeat: int, directory: Path, json_file: Path | None, qemu_path: str | None, timeout: float
+) -> None:
+    """How long a QEMU's guest stands still while it is parked in a file."""
+    qemu = find_qemu(qemu_path)
+    if qemu is None:
+        raise click.ClickException("there is no QEMU here; --qemu names one")
+    found = parking_rows(trio.run(run_parking, sizes, repeat, qemu, directory, timeout, _progress))
+    print(f"\nmedians of {repeat} interleaved rounds; files in {directory}\n")
+    print(parking_table(found))
     if json_file is not None:
         write_json(json_file, {"rows": found, "machine": machine()})
 

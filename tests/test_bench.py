@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import types
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import trio
 from click.testing import CliRunner
 
-from bench import postcopy
+from bench import parking, postcopy
 from bench.__main__ import as_json, main
 from bench.cancel import Point, cancel_table, summarise
 from bench.errors import BenchError
@@ -463,3 +464,45 @@ async def test_a_demo_that_does_not_verify_is_no_figure(monkeypatch: pytest.Monk
     monkeypatch.setattr(trio, "run_process", run)
     with pytest.raises(BenchError, match="page 7 is wrong"):
         await postcopy.trimig_run(1 << 20, 0, preempt=True)
+
+
+# -- parking -----------------------------------------------------------------------------------------------------------
+
+
+def parking_result(target: parking.Target, guest: str, pause: float, load: float = 1.0) -> parking.Result:
+    return parking.Result(
+        target=target, guest=guest, size=4 << 30, pause_ms=pause, total_s=2.0, cpu_s=1.0, file_bytes=1 << 20, load=load
+    )
+
+
+def test_pauses_of_parking_are_medians_with_the_worst_and_the_load_beside_them() -> None:
+    save, qemu = parking.TARGETS
+    found = parking.rows(
+        [parking_result(save, "idle", pause, load) for pause, load in ((20.0, 3.0), (90.0, 1.0), (30.0, 2.0))]
+        + [parking_result(qemu, "idle", 200.0), parking_result(save, "used", 400.0)]
+    )
+    assert [(row["guest"], row["target"], row["runs"], row["pause_ms"], row["worst_pause_ms"]) for row in found] == [
+        ("idle", save, 3, 30.0, 90.0),
+        ("idle", qemu, 1, 200.0, 200.0),
+        ("used", save, 1, 400.0, 400.0),
+    ]
+    assert found[0]["load"] == 3.0
+    lines = parking.table(found).splitlines()
+    assert [line for line in lines if "at most" in line] == [
+        "pause of an idle guest of 4096 MiB: 30 ms, at most 300 ms, goal 50 ms: goal reached"
+    ]
+
+
+@pytest.mark.qemu
+async def test_a_qemu_is_parked_and_measured(tmp_path: Path) -> None:
+    qemu = find_qemu(None)
+    assert qemu is not None
+    said: list[str] = []
+    found = await parking.run([16 << 20], 1, qemu, tmp_path, 60, said.append)
+    assert [(r.target, r.guest) for r in found] == [
+        (target, guest) for guest in parking.GUESTS for target in parking.TARGETS
+    ], said
+    assert all(r.cpu_s and r.cpu_s > 0 for r in found if r.target == parking.TARGETS[0])
+    # All pages of an idle guest are zero, 9 bytes each; a sixteenth of the other's is not.
+    assert [r.file_bytes is not None and r.file_bytes < 1 << 17 for r in found] == [True, False, False, False]
+    assert os.listdir(tmp_path) == []

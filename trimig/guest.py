@@ -317,6 +317,17 @@ class StoringGuest(OpaqueGuest, Protocol):
         **Cancellation:** what is written counts, and :meth:`OpaqueGuest.ram_received` writes the rest.
         """
 
+    async def reserve(self, pages: int) -> None:
+        """Set aside the room for *pages* more pages: the source is about to give its guest away before they have come.
+
+        It may be called while :meth:`store` runs.
+
+        Raises:
+            GuestFailed: there is no such room. The source keeps its guest.
+
+        **Cancellation:** no effect, or all of it.
+        """
+
 
 @runtime_checkable
 class FramedGuest(OpaqueGuest, Protocol):

@@ -47,6 +47,28 @@ def test_the_name_appears_with_the_whole_content(tmp_path: Path, file_system: st
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o600
 
 
+def test_room_that_is_set_aside_is_given_back(tmp_path: Path, file_system: str) -> None:
+    file = NewFile(tmp_path / "out", replace=False)
+    file.write_at(0, bytes(10000))
+    file.reserve(10000, 8 << 20)
+    found = os.fstat(file.fd)
+    assert found.st_size == 10000
+    file.finish()
+    assert (tmp_path / "out").stat().st_size == 10000
+    assert (tmp_path / "out").stat().st_blocks * 512 < 1 << 20
+    with pytest.raises(OSError, match=r"File too large|No space left"):
+        check_room(tmp_path / "huge")
+
+
+def check_room(path: Path) -> None:
+    """Set aside more than any disk has."""
+    file = NewFile(path, replace=False)
+    try:
+        file.reserve(0, 1 << 62)
+    finally:
+        file.discard()
+
+
 def test_a_discarded_file_leaves_nothing(tmp_path: Path, file_system: str) -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
     file = NewFile(tmp_path / "out", replace=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -22,6 +23,7 @@ from trimig.engine.arriving import MarkedPages
 from trimig.engine.offload import limiter
 from trimig.engine.vectored import writev
 from trimig.guests import saving
+from trimig.guests.newfile import NewFile
 from trimig.guests.ramfile import GROUP, RamWriter
 from trimig.memory import MemfdBlock
 from trimig.status import Status
@@ -51,12 +53,13 @@ def application(*, random: np.random.Generator | None = None) -> trimig.AppGuest
 
 async def scribble(guest: trimig.AppGuest, random: np.random.Generator) -> None:
     """Write random pages, data over zeros and zeros over data, for as long as the guest runs."""
-    while True:
-        async with guest.running():
-            pages = guest.ram[int(random.integers(2))].pages
-            first, count = int(random.integers(len(pages))), int(random.choice([1, 1, 2, 30]))
-            pages[first : first + count] = int(random.integers(2) * random.integers(1, 256))
-        await trio.lowlevel.checkpoint()
+    with contextlib.suppress(trimig.NotOwner):  # it was handed over
+        while True:
+            async with guest.running():
+                pages = guest.ram[int(random.integers(2))].pages
+                first, count = int(random.integers(len(pages))), int(random.choice([1, 1, 2, 30]))
+                pages[first : first + count] = int(random.integers(2) * random.integers(1, 256))
+            await trio.lowlevel.checkpoint()
 
 
 @asynccontextmanager
@@ -444,6 +447,37 @@ async def test_pages_that_come_behind_the_switch(tmp_path: Path, seed: int) -> N
         assert parking.errors == {}
         await each_page_once(tmp_path / "out", source)
         assert os.listdir(tmp_path) == ["out"]
+    source.close()
+
+
+async def test_the_switch_is_refused_where_the_disk_has_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind it the guest could not be kept and not be given back, so its room is set aside before."""
+    asked: list[int] = []
+
+    def full(_: NewFile, start: int, length: int) -> None:
+        asked.append(start + length)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(NewFile, "reserve", full)
+    random = np.random.default_rng(1)
+    source = application(random=random)
+    with trimig.ParkedGuest(tmp_path / "out") as target:
+        parking = Parking(source, target, by_postcopy())
+        go_ahead(parking)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(scribble, source, random)
+            await parking.run("tcp")
+            nursery.cancel_scope.cancel()
+        assert isinstance(parking.errors["target"], trimig.GuestFailed)
+        assert "No space left" in str(parking.errors["target"])
+        assert isinstance(parking.errors["source"], trimig.PeerFailed)
+        assert parking.here.owner is parking.there.owner is trimig.Ownership.SOURCE
+        assert source.run_state == "running"
+        assert len(asked) == 1
+        assert asked[0] > (RAM + VGA) * 4096 // 4
+    assert os.listdir(tmp_path) == []
     source.close()
 
 

@@ -150,6 +150,17 @@ class Storing:
         while self._writes and self.pages.count > MOST_MARKED:
             await self.pages.wait_taken()
 
+    async def reserve(self, missing: int) -> None:
+        """Let the guest set aside the room for *missing* pages that will come, and for those that it has not written.
+
+        Raises:
+            GuestFailed: there is none.
+
+        **Cancellation:** as for the guest's method.
+        """
+        with guarded("setting room aside"):
+            await self._guest.reserve(missing + self.pages.count)
+
     async def end(self) -> None:
         """End the task; what it has not written is left to the guest.
 

@@ -168,6 +168,9 @@ class Ahead:
         if isinstance(self._guest, OpaqueGuest):
             # It is kept: what can be wrong with it is looked at now, and then nothing of it can fail until it is whole.
             arrival.check_kept(package.sections)
+            assert self._receiver is not None
+            if arrival.storing is not None:
+                await arrival.storing.reserve(self._receiver.missing)
             await trio.lowlevel.checkpoint_if_cancelled()
             shield(self._nursery, math.inf)
             self._monitor.advance(Status.HANDOVER)

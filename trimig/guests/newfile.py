@@ -26,6 +26,11 @@ _sync_file_range: Final = getattr(_libc, "sync_file_range", None)
 if _sync_file_range is not None:
     _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
     _sync_file_range.restype = ctypes.c_int
+_FALLOC_FL_KEEP_SIZE: Final = 1
+_fallocate: Final = getattr(_libc, "fallocate", None)
+if _fallocate is not None:
+    _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    _fallocate.restype = ctypes.c_int
 
 
 def check_target(path: Path, *, replace: bool) -> None:
@@ -118,6 +123,17 @@ class NewFile:
             if code not in (errno.ENOSYS, errno.ESPIPE, errno.EINVAL):  # only a hint
                 raise OSError(code, os.strerror(code))
 
+    def reserve(self, start: int, length: int) -> None:
+        """Set aside room on the disk for *length* bytes from *start* on, where the file system can. Its length stays.
+
+        Raises:
+            OSError: there is no such room.
+        """
+        if _fallocate is not None and _fallocate(self.fd, _FALLOC_FL_KEEP_SIZE, start, length) < 0:
+            code = ctypes.get_errno()
+            if code not in (errno.ENOSYS, errno.EOPNOTSUPP):
+                raise OSError(code, os.strerror(code))
+
     def sync(self) -> None:
         """What has been written is on the disk when this returns. OSError."""
         os.fdatasync(self.fd)
@@ -128,6 +144,7 @@ class NewFile:
         Raises:
             OSError: the disk failed, or there is a file of that name. Nothing has that name through us then.
         """
+        os.ftruncate(self.fd, os.fstat(self.fd).st_size)  # room that was reserved and is not needed
         os.fsync(self.fd)
         self._take_name()
         try:

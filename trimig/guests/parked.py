@@ -445,6 +445,23 @@ class ParkedGuest:
             self._discard_file()
             raise saving.failed("the guest cannot be saved to", self._save_to, error) from error
 
+    async def reserve(self, pages: int) -> None:
+        """Set aside room for *pages* more pages in the file ``save_to``, if there is one.
+
+        Raises:
+            GuestFailed: the disk has no room for them, or :meth:`store` has failed.
+
+        **Cancellation:** no effect, or all of it.
+        """
+        await trio.lowlevel.checkpoint()
+        try:
+            if self._failure is not None:
+                raise self._failure
+            if self._file is not None:
+                await self._file.reserve(pages)
+        except OSError as error:
+            raise saving.failed("there is no room for the guest in", self._save_to, error) from error
+
     async def load_opaque(self, sections: Sequence[DeviceSection], description: bytes | None) -> None:
         """Keep them. **Cancellation:** nothing was taken."""
         await trio.lowlevel.checkpoint()

@@ -35,10 +35,11 @@ Indices = NDArray[np.int64]
 
 _WORD: Final = 8
 _ZERO_RECORD: Final = 9
-_SLOT: Final = _WORD + PAGE_SIZE
+#: Bytes of a slot.
+SLOT: Final = _WORD + PAGE_SIZE
 #: Zero pages whose records fill one slot.
-GROUP: Final = _SLOT // _ZERO_RECORD
-assert GROUP * _ZERO_RECORD == _SLOT
+GROUP: Final = SLOT // _ZERO_RECORD
+assert GROUP * _ZERO_RECORD == SLOT
 
 #: Pages of one gathering write.
 _GATHER: Final = MAX_ELEMENTS // 2
@@ -143,7 +144,7 @@ class RamWriter:
         table, pages = self._tables[number], self._blocks[number].pages
         indices = indices[np.argsort(table[indices])]
         positions = table[indices]
-        cuts = (np.flatnonzero(np.diff(positions) != _SLOT) + 1).tolist()
+        cuts = (np.flatnonzero(np.diff(positions) != SLOT) + 1).tolist()
         for first, end in zip([0, *cuts], [*cuts, len(indices)], strict=True):
             position = int(positions[first])
             if end - first == 1 or position in self._named:  # a slot with a name is longer, so it stands alone
@@ -185,8 +186,8 @@ class RamWriter:
         """The pages of a group, as they stand in the file."""
         skip = self._name_size(number) if position in self._named else 0
         data = b""
-        while len(data) < _SLOT + skip:
-            part = os.pread(self._fd, _SLOT + skip - len(data), position + len(data))
+        while len(data) < SLOT + skip:
+            part = os.pread(self._fd, SLOT + skip - len(data), position + len(data))
             if not part:
                 raise OSError(f"the file that is being written was cut short at byte {position + len(data)}")
             data += part
@@ -205,7 +206,7 @@ class RamWriter:
             self._tables[number][part] = self._slots(len(part), named, len(name))
             os.lseek(self._fd, self.end, os.SEEK_SET)
             self._write_records(number, part, words, name)
-            self.end += len(part) * _SLOT + len(name)
+            self.end += len(part) * SLOT + len(name)
 
     def _append_groups(self, number: int, fresh: Indices) -> None:
         """Zero pages wait until there are enough of them for a slot."""
@@ -235,7 +236,7 @@ class RamWriter:
 
     def _slots(self, count: int, named: bool, name_size: int) -> Indices:
         """Positions of the next *count* slots."""
-        slots = self.end + _SLOT * np.arange(count, dtype=np.int64)
+        slots = self.end + SLOT * np.arange(count, dtype=np.int64)
         if named:
             self._named.add(self.end)
             slots[1:] += name_size

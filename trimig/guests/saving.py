@@ -22,7 +22,7 @@ from ..memory import MemfdBlock
 from ..wire import Section
 from ..wire import encoder as wire
 from .newfile import NewFile
-from .ramfile import Indices, RamWriter
+from .ramfile import SLOT, Indices, RamWriter
 
 #: Pages looked at and written by one call in a thread, which is what a cancellation may have to wait for.
 _SLICE: Final = 2048
@@ -30,6 +30,8 @@ _SLICE: Final = 2048
 _WRITE_BACK: Final = 8 << 20
 #: What is not known to be on the disk, in bytes; with more than that the disk is waited for. It bounds the last sync.
 _UNSYNCED: Final = 64 << 20
+#: Bytes that are set aside beyond those of the pages: for devices, and for what is being written meanwhile.
+_MARGIN: Final = 32 << 20
 #: Seconds without a new page after which what was written is brought to the disk.
 _QUIET: Final = 0.03
 #: The same while pages keep coming: seconds since the last time.
@@ -94,6 +96,16 @@ class SaveFile:
                     await self._sync()
             await pages.wait()
             await trio.sleep(_GATHER)
+
+    async def reserve(self, pages: int) -> None:
+        """Set aside room on the disk for *pages* more pages of data, and for the devices.
+
+        Raises:
+            OSError: there is none.
+
+        **Cancellation:** no effect, or all of it.
+        """
+        await offload(self._file.reserve, self._ram.end, pages * SLOT + _MARGIN)
 
     async def write_ram(
         self, pages: ArrivingPages | None = None, absent: Mapping[str, PageBitmap] | None = None
