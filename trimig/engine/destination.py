@@ -40,6 +40,7 @@ from ..wire.tail import TailBuffer
 from . import guest_calls, tail_in
 from .arrival import Arrival
 from .arriving import Storing
+from .boundary import add_to_message
 from .connections import Connections
 from .first_bytes import judge_first
 from .order import TRIMIG_PINGS, Place, check_place
@@ -52,6 +53,9 @@ from .urgent_in import UrgentArrival
 
 #: How long the description may follow the decision before it is given up: it is only text about what has come.
 DESCRIPTION_SECONDS = 2.0
+
+#: The same where the profile says that none follows: the end is where nothing follows, as far as that can be seen.
+KNOWN_END_SECONDS = 0.05
 
 #: Events handled before other tasks get a turn; one takes up to some tens of microseconds.
 _SLICE_EVENTS = 32
@@ -145,9 +149,15 @@ class _Arrival(Arrival):
                 self.counters.transferred = channel.received
                 continue
             run = decoder.open_run
-            count = await channel.receive_into(
-                decoder.writable(), stall_timeout=self._patience(), bulk=run is not None and run[2] >= ENOUGH
-            )
+            count = None
+            with trio.move_on_after(self._last_wait(tail)):
+                count = await channel.receive_into(
+                    decoder.writable(), stall_timeout=self._patience(), bulk=run is not None and run[2] >= ENOUGH
+                )
+            if count is None:
+                assert tail is not None
+                await self._take_undescribed(tail, tail_at)
+                return
             self.counters.transferred = channel.received
             if count:
                 decoder.received(count)
@@ -447,6 +457,27 @@ class _Arrival(Arrival):
         self.check_ended(at)
         self.problems([f"{n} pages of RAM block {b!r} were never received" for b, n in self.ram.missing().items()])
         await self.ram_received()
+
+    def _last_wait(self, tail: TailBuffer | None) -> float:
+        """Seconds for which something must follow what has come; if nothing does, it was the end of the stream."""
+        if tail is None or not tail.perhaps_ended:
+            return math.inf
+        if not self.config.peer.send_section_footer:
+            return self.config.handover_timeout  # any byte of a device may look like the end
+        return KNOWN_END_SECONDS if self.config.peer.suppress_vmdesc else DESCRIPTION_SECONDS
+
+    async def _take_undescribed(self, tail: TailBuffer, at: int) -> None:
+        """The stream has ended without a description, and its source waits for an answer (suppress-vmdesc)."""
+        try:
+            await self._take_tail(tail, at, ended=False)
+        except RemoteProtocolError as error:
+            if isinstance(error.__cause__, Undelimited):
+                add_to_message(
+                    error,
+                    "nothing follows the end of the stream; start the source with a description of its devices "
+                    "(-M ...,suppress-vmdesc=off, a machine type from 2.3 on) and try again",
+                )
+            raise
 
     async def _take_tail(self, tail: TailBuffer, at: int, *, ended: bool) -> None:
         assert isinstance(self.guest, OpaqueGuest)

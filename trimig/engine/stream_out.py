@@ -79,11 +79,12 @@ class DeviceSender:
         return b"".join(out)
 
     def ending(self) -> bytes:
-        """The end-of-file byte, which is the decision, and the description behind it."""
-        if isinstance(self._guest, OpaqueGuest):
-            text = self._guest.description
-        elif self._peer.suppress_vmdesc:
-            text = None
-        else:
+        """The end-of-file byte, which is the decision, and the description behind it.
+
+        A QEMU waits for one unless its machine type has none, so a guest that came without (by postcopy) gets one of those
+        devices whose objects are known; of none, perhaps.
+        """
+        text = self._guest.description if isinstance(self._guest, OpaqueGuest) else None
+        if text is None and not self._peer.suppress_vmdesc:
             text = description.build(PAGE_SIZE, self._described)
         return wire.end_of_stream() + (wire.description(text) if text is not None else b"")

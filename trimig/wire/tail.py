@@ -174,16 +174,30 @@ class TailBuffer:
         size = len(_PING) + 4
         data = self._data
         at = len(data) - size
-        if self._end is not None or at < 0 or not data.startswith(_PING, at):
+        if self._end is not None or at < 0 or not data.startswith(_PING, at) or not self._behind_a_section(at):
             return None
-        if self.footers:
-            start = at - _FOOTER_SIZE
-            if start < 0 or data[start] != Section.FOOTER:
-                return None
-            # The footer of a section that began in here.
-            if data.find(bytes((Section.FULL,)) + data[start + 1 : at], 0, start) < 0:
-                return None
         return int(_U32.unpack_from(data, at + len(_PING))[0])
+
+    def _behind_a_section(self, at: int) -> bool:
+        """Whether a section may end at *at*: with footers, one that began in here does."""
+        if not self.footers:
+            return True
+        data, start = self._data, at - _FOOTER_SIZE
+        if start < 0 or data[start] != Section.FOOTER:
+            return False
+        return data.find(bytes((Section.FULL,)) + data[start + 1 : at], 0, start) >= 0
+
+    @property
+    def perhaps_ended(self) -> bool:
+        """The last byte may be the end of file, of a stream without description; only silence behind it can show that."""
+        data = self._data
+        at = len(data) - 1
+        if self._end is not None or self._text is not None or at < 0 or data[at] != Section.EOF:
+            return False
+        ping = at - len(_PING) - 4  # perhaps the source has asked whether all was loaded
+        return self._behind_a_section(at) or (
+            ping >= 0 and data.startswith(_PING, ping) and self._behind_a_section(ping)
+        )
 
     def finish(self) -> bytearray:
         """Everything that was fed, up to the end of the description; nothing may be fed any more."""
