@@ -129,7 +129,10 @@ class Counters:
     finished: float | None = None
     total: int = 0
     transferred: int = 0
+    #: What had been sent when the guest stopped; 0 for one that stood still all along; None while it runs.
     transferred_at_pause: int | None = None
+    #: Source: what had been sent when the guest had been handed over to run ahead of its memory; None before that.
+    transferred_at_postcopy: int | None = None
     remaining: int = 0
     normal: int = 0
     duplicate: int = 0
@@ -250,7 +253,8 @@ def query_migrate(
 
 
 def _ram(c: Counters, end: float, *, completed: bool) -> dict[str, Any]:
-    at_pause = c.transferred if c.transferred_at_pause is None else c.transferred_at_pause
+    at_postcopy = c.transferred if c.transferred_at_postcopy is None else min(c.transferred, c.transferred_at_postcopy)
+    at_pause = at_postcopy if c.transferred_at_pause is None else min(at_postcopy, c.transferred_at_pause)
     duration = end - (c.setup_done or c.started)
     rate = c.transferred / duration if completed and duration > 0 else c.bandwidth
     return {
@@ -269,8 +273,8 @@ def _ram(c: Counters, end: float, *, completed: bool) -> dict[str, Any]:
         "multifd-bytes": 0,
         "pages-per-second": round(c.pages_per_second),
         "precopy-bytes": at_pause,
-        "downtime-bytes": c.transferred - at_pause,
-        "postcopy-bytes": 0,
+        "downtime-bytes": at_postcopy - at_pause,
+        "postcopy-bytes": c.transferred - at_postcopy,
         "dirty-sync-missed-zero-copy": 0,
     }
 

@@ -36,3 +36,18 @@ def test_only_four_statuses_are_final(status: str, run_state: str, owner: str, *
     state = State(run_state=run_state, info={"status": status})
     assert state.ended is ended
     assert state.owner == owner
+
+
+@pytest.mark.parametrize(
+    ("info", "words"),
+    [
+        ({}, "a guest is waited for here"),
+        ({"socket-address": [{"type": "inet", "host": "::1", "port": "4"}]}, "a guest is waited for at tcp:[::1]:4"),
+        (
+            {"status": "failed", "error-desc": "it broke"},
+            "nothing listens here until migrate-incoming gives an address",
+        ),
+    ],
+)
+def test_a_side_that_waits_says_whether_it_listens(info: dict[str, object], words: str) -> None:
+    assert words in State(run_state="inmigrate", info=info).sentence

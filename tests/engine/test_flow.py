@@ -141,6 +141,16 @@ async def test_members_of_info_in_every_status_of_a_source(autojump_clock: trio.
     assert (ram["total"], ram["normal-bytes"]) == (64 * 4096, ram["normal"] * 4096)
     assert ram["normal"] + ram["duplicate"] >= 64
     assert ram["transferred"] == pair.link.sent("a->b") == ram["precopy-bytes"] + ram["downtime-bytes"]
+    assert ram["postcopy-bytes"] == 0
+
+
+async def test_all_of_a_guest_that_stands_still_counts_as_downtime(autojump_clock: trio.testing.MockClock) -> None:
+    """config.md part 7, as QEMU counts."""
+    pair = Pair(running(run_state="paused"))
+    await pair.both()
+    ram = pair.here.info()["ram"]
+    assert (ram["precopy-bytes"], ram["postcopy-bytes"]) == (0, 0)
+    assert ram["downtime-bytes"] == ram["transferred"] > 0
 
 
 async def test_members_of_info_after_a_failure_and_a_cancel(autojump_clock: trio.testing.MockClock) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -124,3 +125,27 @@ async def test_guest_goes_on_from_where_it_has_come_to(tmp_path: Path) -> None:
         await arrives(second, third, f"unix:{tmp_path}/t")
         assert [await talk.state() for talk in (first, second, third)] == ["postmigrate", "postmigrate", "running"]
         assert (await second.query())["owner"] == "destination"
+
+
+async def test_after_a_failed_attempt_nothing_listens_until_it_is_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """B13: what is said is what is done: no address, no socket; another migrate-incoming makes one."""
+    async with hosted() as source, hosted(waiting=True) as talk:
+        first, second = f"unix:{tmp_path}/a", f"unix:{tmp_path}/b"
+        await talk.say("migrate-incoming", {"uri": first})
+        stream = await trio.open_unix_socket(f"{tmp_path}/a")
+        async with stream:
+            await stream.send_all(b"QEVM\0\0\0\x03\x07" + (8).to_bytes(4) + b"scripted\x7f" * 40)
+            with contextlib.suppress(trio.BrokenResourceError):
+                await stream.send_eof()
+            await talk.over()
+        assert "nothing listens here until migrate-incoming gives an address" in caplog.text
+        info = await talk.query()
+        assert info["status"] == "failed"
+        assert "socket-address" not in info
+        assert os.listdir(tmp_path) == []
+        await talk.say("migrate-incoming", {"uri": second})
+        assert os.listdir(tmp_path) == ["b"]
+        await source.say("migrate", {"uri": second})
+        assert await source.over() is Status.COMPLETED

@@ -41,7 +41,11 @@ async def test_switch_to_postcopy(tmp_path: Path) -> None:
         await destination.until(Status.POSTCOPY_ACTIVE, incoming=True)
         assert await destination.state() == "running"
         assert await source.over() is Status.COMPLETED
-        assert (await source.query())["ram"]["postcopy-requests"] > 0
+        ram = (await source.query())["ram"]
+        assert ram["postcopy-requests"] > 0
+        assert ram["precopy-bytes"] + ram["downtime-bytes"] + ram["postcopy-bytes"] == ram["transferred"]
+        assert ram["precopy-bytes"] > 0
+        assert 0 < ram["downtime-bytes"] < ram["postcopy-bytes"]
         names = source.names()
         assert [name for name in names if name != "MIGRATION_PASS"] == [
             "setup", "active", "STOP", "postcopy-active", "completed",
@@ -107,6 +111,39 @@ async def test_pause_and_recover(tmp_path: Path) -> None:
         await destination.until(Status.COMPLETED, incoming=True)
         assert destination.names().count("postcopy-recover") == source.names().count("postcopy-recover") == 2
         assert destination.guest.digest() == source.guest.digest()
+
+
+@pytest.mark.parametrize("yanked", ["source", "destination"])
+async def test_a_yank_in_postcopy_pauses_and_loses_nothing(yanked: str, tmp_path: Path) -> None:
+    """On either side; a second one, where there is no connection, does nothing."""
+    async with able(tmp_path, background=1 << 20) as (source, destination, uri):
+        await source.say("migrate", {"uri": uri})
+        await source.say("migrate-start-postcopy")
+        await source.until(Status.POSTCOPY_ACTIVE)
+        await destination.until(Status.POSTCOPY_ACTIVE, incoming=True)
+        talk = source if yanked == "source" else destination
+        for _ in range(2):
+            await talk.say("yank", {"instances": [{"type": "migration"}]})
+            await source.until(Status.POSTCOPY_PAUSED)
+            await destination.until(Status.POSTCOPY_PAUSED, incoming=True)
+        again = f"unix:{tmp_path}/again"
+        await destination.say("migrate-recover", {"uri": again})
+        await source.say("migrate", {"uri": again, "resume": True})
+        await source.until(Status.COMPLETED)
+        await destination.until(Status.COMPLETED, incoming=True)
+        assert destination.guest.digest() == source.guest.digest()
+
+
+async def test_after_the_end_of_an_attempt_a_switch_is_accepted_and_does_nothing(tmp_path: Path) -> None:
+    """F18, as QEMU: however it ended, also where it could not begin."""
+    async with hosted() as talk:
+        await talk.capabilities(postcopy_ram=True)
+        await talk.refused("migrate", {"uri": "tcp:nonsense"})
+        assert (await talk.query())["status"] == "failed"
+        assert await talk.say("migrate-start-postcopy") == {}
+        await talk.say("migrate", {"uri": f"unix:{tmp_path}/nobody"})
+        assert await talk.over() is Status.FAILED
+        assert await talk.say("migrate-start-postcopy") == {}
 
 
 async def test_refused_where_nothing_is_in_postcopy(tmp_path: Path) -> None:

@@ -153,8 +153,16 @@ class State:
         """One line for people."""
         text = f"guest: {self.run_state}; migration: {self.migration}; owner: {self.owner}"
         if self.run_state == "inmigrate" and self.owner == "source":
-            text += ", which is not this side: a guest is waited for here"
+            text += f", which is not this side: {self._awaited}"
         return f"{text}; {self.problem}" if self.problem else text
+
+    @property
+    def _awaited(self) -> str:
+        """What a side whose guest has not come does about it."""
+        if self.migration == "failed":
+            return "the last attempt has failed, and nothing listens here until migrate-incoming gives an address"
+        addresses = self.info.get("socket-address", ())
+        return "a guest is waited for " + (f"at {qmp.uri_of(addresses[0])}" if addresses else "here")
 
     def record(self) -> dict[str, Any]:
         """For JSON."""

@@ -139,6 +139,8 @@ class _Attempt(Departure):
         self.counters.dirty_tracking = tracker.method
         self._synced()
         self.counters.setup_done = trio.current_time()
+        if self.guest.run_state != "running":
+            self.counters.transferred_at_pause = 0  # it stands still all the time, as QEMU counts it
         self.counters.convergence = convergence.FIRST_COPY
         await self._advance(Status.ACTIVE)
         if await self._iterate(sender):
@@ -357,6 +359,7 @@ class _Attempt(Departure):
         assert c.paused_at is not None
         c.downtime = trio.current_time() - c.paused_at
         self.parts["commit"] = watch.lap()
+        c.transferred_at_postcopy = c.earlier + channel.sent
         await following.run()
 
     async def _stand_still(self, channel: Channel, watch: _Stopwatch) -> None:
@@ -368,7 +371,8 @@ class _Attempt(Departure):
             await self._advance(Status.DEVICE)
         await self._stop_guest()
         self.parts["pause"] = watch.lap()
-        c.transferred_at_pause = channel.sent
+        if c.transferred_at_pause is None:
+            c.transferred_at_pause = channel.sent
         if hold:
             await self._hold()
             self.parts["held"] = watch.lap()

@@ -462,7 +462,7 @@ class Machine:
             log.error("%s", error)
         except TrimigError as error:
             self.arrival = "failed"
-            log.warning("nothing has arrived: %s", error)
+            log.warning("nothing has arrived: %s; nothing listens here until migrate-incoming gives an address", error)
             failures.append(error)
         else:
             self.arrival = "none"

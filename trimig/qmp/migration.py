@@ -192,9 +192,10 @@ async def start_postcopy(machine: Machine, arguments: Mapping[str, Any], session
     """``migrate-start-postcopy``: from now on; harmless when the migration is over."""
     if not machine.config.capabilities.postcopy_ram:
         raise CommandFailed("Enable postcopy with migrate_set_capability before the start of migration")
-    if machine.outgoing.status is Status.NONE:
+    if machine.outgoing.status is not Status.NONE:
+        machine.outgoing.start_postcopy()
+    elif machine.stillborn is None:
         raise CommandFailed("Start a migration before postcopy")
-    machine.outgoing.start_postcopy()
     return {}
 
 
