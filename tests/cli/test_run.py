@@ -200,12 +200,16 @@ async def test_uuids_that_differ(tmp_path: Path) -> None:
     to = f"unix:{tmp_path}/m"
     async with (
         hosting(f"unix:{tmp_path}/a", *words, "00112233-4455-6677-8899-aabbccddeeff") as (_, source),
-        hosting(f"unix:{tmp_path}/b", *words, "10112233-4455-6677-8899-aabbccddeeff", "--incoming", to) as (_, other),
+        hosting(f"unix:{tmp_path}/b", *words, "10112233-4455-6677-8899-aabbccddeeff", "--incoming", to) as (two, other),
     ):
         await source.execute("migrate", {"uri": to})
         await status(source, "failed")
-        assert "UUID" in (await status(other, "failed"))["error-desc"]
         assert (await source.execute("query-status"))["status"] == "running"
+        # It was not the source that the other one waits for: that goes on waiting.
+        assert (await other.execute("query-status"))["status"] == "inmigrate"
+        await other.execute("quit")
+        _, text = await ends(two)
+        assert "was dropped: the stream is of the machine with the UUID 00112233" in text
 
 
 async def test_uncertain_end_has_a_code_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

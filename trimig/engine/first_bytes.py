@@ -9,7 +9,7 @@ from typing import Final
 from ..config import Config
 from ..wire import Command, Decoder, Section
 from ..wire import events as ev
-from .lobby import MOST_READ, Judge, NotTheOne
+from .lobby import MOST_READ, Judge, NotTheOne, Verdict
 
 #: Behind a page record's word and name there is a page; the decoder's buffer holds more than a judge is ever given.
 _BUFFER: Final = 2 * MOST_READ
@@ -56,9 +56,9 @@ def judge_first(config: Config, check: Callable[[ev.Configuration], None]) -> Ju
         check: raises RemoteProtocolError for a configuration that does not fit.
     """
 
-    def judge(data: bytes) -> bool:
-        if (verdict := known(data)) is not None:
-            raise verdict
+    def judge(data: bytes) -> Verdict:
+        if (refusal := known(data)) is not None:
+            raise refusal
         decoder = Decoder(
             measure=None,
             configuration=config.peer.send_configuration,
@@ -69,32 +69,37 @@ def judge_first(config: Config, check: Callable[[ev.Configuration], None]) -> Ju
         while (event := decoder.next_event()) is not None:
             if isinstance(event, ev.Configuration):
                 check(event)
-                return True
+                return Verdict.YES
             if not isinstance(event, ev.FileHeader):
-                return True
-        return False
+                return Verdict.YES
+        return Verdict.MORE
 
     return judge
 
 
-def judge_second(main: Decoder, ended: Callable[[], None]) -> Judge:
+def judge_second(main: Decoder, wants: Callable[[str, int], bool], ended: Callable[[], None]) -> Judge:
     """The second connection of postcopy-preempt: a record of a page, with the name of a block and inside of it.
+
+    The source sends a page there because it was asked for. So a connection that brings another one is taken only if no
+    other is there: a stranger can know the names of blocks, but hardly what the guest waits for.
 
     Args:
         main: has read the list of blocks.
+        wants: whether the page at that offset of that block was asked for.
         ended: called when the end word comes before any page: a second connection that was never needed.
     """
 
-    def judge(data: bytes) -> bool:
-        if (verdict := known(data)) is not None:
-            raise verdict
+    def judge(data: bytes) -> Verdict:
+        if (refusal := known(data)) is not None:
+            raise refusal
         decoder = Decoder(measure=None, continues=main, records_only=True, buffer_bytes=_BUFFER)
         decoder.feed(data)
-        event = decoder.next_event()
-        if isinstance(event, ev.RamEnd):
-            ended()
-            return False
-        return event is not None
+        match event := decoder.next_event():
+            case ev.PageRun() | ev.ZeroRun():
+                return Verdict.YES if wants(event.block, int(event.offsets[0])) else Verdict.ALONE
+            case ev.RamEnd():
+                ended()
+        return Verdict.MORE
 
     return judge
 
@@ -107,9 +112,9 @@ def judge_again(blocks: Container[str], attempt: CheckAttempt | None = None) -> 
         attempt: looks at the id of the attempt, if the connection tells one; then nothing more is needed to choose it.
     """
 
-    def judge(data: bytes) -> bool:
-        if (verdict := known(data)) is not None:
-            raise verdict
+    def judge(data: bytes) -> Verdict:
+        if (refusal := known(data)) is not None:
+            raise refusal
         at = 0
         while len(data) - at >= 1:
             if data[at] != Section.COMMAND:
@@ -117,7 +122,7 @@ def judge_again(blocks: Container[str], attempt: CheckAttempt | None = None) -> 
                     f"byte {at} is {data[at]:#04x}: it does not begin as the source of a paused migration does"
                 )
             if len(data) - at < _COMMAND.size:
-                return False
+                return Verdict.MORE
             _, number, length = _COMMAND.unpack_from(data, at)
             payload = data[at + _COMMAND.size : at + _COMMAND.size + length]
             complete = len(payload) == length
@@ -125,29 +130,29 @@ def judge_again(blocks: Container[str], attempt: CheckAttempt | None = None) -> 
                 if length > 256:
                     raise NotTheOne(f"RECV_BITMAP with {length} bytes at byte {at}")
                 if not complete:
-                    return False
+                    return Verdict.MORE
                 return _asks_for(payload, blocks, at)
             if not (number == Command.PING and length == 4) and not (number in _MARKS and length <= _MOST_MARK):
                 raise NotTheOne(
                     f"command {number:#06x} at byte {at}: it does not begin as the source of a paused migration does"
                 )
             if not complete:
-                return False
+                return Verdict.MORE
             if number == _ATTEMPT and attempt is not None and attempt(payload):
-                return True
+                return Verdict.YES
             at += _COMMAND.size + length
-        return False
+        return Verdict.MORE
 
     return judge
 
 
-def _asks_for(payload: bytes, blocks: Container[str], at: int) -> bool:
+def _asks_for(payload: bytes, blocks: Container[str], at: int) -> Verdict:
     name = payload[1:].decode("utf-8", "surrogateescape")
     if not payload or payload[0] != len(payload) - 1 or name not in blocks:
         raise NotTheOne(f"RECV_BITMAP at byte {at} for {name!r}, which is no RAM block of this guest")
-    return True
+    return Verdict.YES
 
 
-def judge_surplus(data: bytes) -> bool:
+def judge_surplus(data: bytes) -> Verdict:
     """No connection is needed any more. That one comes all the same may tell why the migration is going to fail."""
     raise known(data) or NotTheOne("the migration has its source already")

@@ -12,6 +12,7 @@ What a judge accepts can be copied by a stranger who has read a stream. To keep 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import errno
 import logging
 import math
@@ -34,6 +35,8 @@ MOST_WAITING: Final = 64
 MOST_READ: Final = 16 << 10
 #: Drops that are told one by one; from then on only the 20th, 40th, 80th and so on.
 _TOLD_SINGLY: Final = 10
+#: Seconds for which a visitor that is the one unless there is another must be without another.
+_ALONE_SECONDS: Final = 0.2
 #: accept() cannot have a descriptor or memory at the moment.
 _SHORTAGE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _SHORTAGE_SECONDS: Final = 0.1
@@ -56,8 +59,20 @@ _OF_ONE: Final = frozenset(
     }
 )
 
-#: Looks at what has come of a visitor: True if it is the one, False if more must come. Raises :class:`NotTheOne`.
-Judge: TypeAlias = Callable[[bytes], bool]
+
+class Verdict(enum.Enum):
+    """What a judge says of the bytes that have come of a visitor so far, if it does not raise :class:`NotTheOne`."""
+
+    #: More of them must come.
+    MORE = enum.auto()
+    #: It is the one, unless there is another.
+    ALONE = enum.auto()
+    #: It is the one.
+    YES = enum.auto()
+
+
+#: Looks at what has come of a visitor.
+Judge: TypeAlias = Callable[[bytes], Verdict]
 #: Told of each visitor that is dropped: its address, and why.
 Told: TypeAlias = Callable[[str, str], None]
 
@@ -124,6 +139,7 @@ class _Visitor:
         origins: what it may have in common with the main connection: its address, its user, its certificate.
         stream: behind the handshakes; None before.
         data: what was read so far.
+        possible: the judge has said that it is the one, unless there is another.
         chosen: its stream belongs to who has chosen it.
         left: its task does not use the stream any more.
     """
@@ -133,6 +149,7 @@ class _Visitor:
         self.stream: AnyStream | None = None
         self.data = bytearray()
         self.scope = trio.CancelScope()
+        self.possible = False
         self.chosen = False
         self.left = trio.Event()
 
@@ -233,16 +250,23 @@ class Lobby:
         **Cancellation:** nothing was chosen.
         """
         self._judge, self._found = judge, None
+        for waiting in self._visitors:
+            waiting.possible = False
         taken = False
         try:
             for waiting in tuple(self._visitors):
                 self._look(waiting)
             while (visitor := self._chosen_one()) is None:
                 self._check()
-                with trio.move_on_after(math.inf if self._visitors else lonely) as alone:
+                only = self._visitors[0] if len(self._visitors) == 1 and self._visitors[0].possible else None
+                patience = lonely if not self._visitors else math.inf if only is None else _ALONE_SECONDS
+                with trio.move_on_after(patience) as alone:
                     await self._changed.wait()
-                if alone.cancelled_caught and not self._visitors:
+                if not alone.cancelled_caught:
+                    continue
+                if only is None:
                     raise TransportFailed(self.last_reason or "there is no connection")
+                self._choose(only)
             await visitor.left.wait()
             assert visitor.stream is not None
             taken = True
@@ -275,17 +299,22 @@ class Lobby:
         if self._judge is None or not visitor.data or visitor.chosen:
             return
         try:
-            chosen = self._judge(bytes(visitor.data))
-        except NotTheOne as verdict:
-            self._drop(visitor, str(verdict), verdict.telling)
+            verdict = self._judge(bytes(visitor.data))
+        except NotTheOne as refusal:
+            self._drop(visitor, str(refusal), refusal.telling)
             return
         except RemoteProtocolError as error:
             self._drop(visitor, str(error))
             return
-        if not chosen:
-            if len(visitor.data) >= MOST_READ:
-                self._drop(visitor, f"{len(visitor.data)} bytes came, and they do not say what it is")
-            return
+        if verdict is Verdict.YES:
+            self._choose(visitor)
+        elif verdict is Verdict.ALONE:
+            visitor.possible = True
+            self._tell()
+        elif len(visitor.data) >= MOST_READ:
+            self._drop(visitor, f"{len(visitor.data)} bytes came, and they do not say what it is")
+
+    def _choose(self, visitor: _Visitor) -> None:
         visitor.chosen = True
         self._judge, self._found = None, visitor
         self._visitors.remove(visitor)
@@ -374,6 +403,8 @@ class Lobby:
         while len(visitor.data) < MOST_READ:
             data = await stream.receive_some(min(4096, MOST_READ - len(visitor.data)))
             if not data:
+                if visitor.possible:
+                    break  # who takes it finds out
                 said = f"after {len(visitor.data)} bytes" if visitor.data else "without sending anything"
                 self._drop(visitor, f"it closed the connection {said}")
                 return

@@ -63,6 +63,11 @@ class PostcopyReceiver:
         """The pages that are here, by the block's name; not to be changed."""
         return dict(zip(self._names, self._received, strict=True))
 
+    def wants(self, name: str, offset: int) -> bool:
+        """The page at *offset* of block *name* was asked for, and is not here yet."""
+        block, page = self._numbers[name], offset // PAGE_SIZE
+        return bool(self._asked[block][page]) and not self._received[block][page]
+
     async def wait_whole(self) -> None:
         """Wait until nothing is missing.
 

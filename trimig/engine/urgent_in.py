@@ -100,7 +100,7 @@ class UrgentArrival:
         assert lobby is not None
         await self._there.wait()
         try:
-            chosen = await lobby.choose(judge_second(main, self._ended.set), lonely=_LONELY_SECONDS)
+            chosen = await lobby.choose(judge_second(main, receiver.wants, self._ended.set), lonely=_LONELY_SECONDS)
             channel = self._channel = Channel(
                 chosen.stream, stall_timeout=self._config.stall_timeout, first=chosen.first
             )

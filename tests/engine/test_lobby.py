@@ -1,0 +1,678 @@
+"""A receiver among strangers: who is taken for the source, who waits, who is dropped, and what is told of it.
+
+The lobby itself is tried with streams in memory, on a virtual clock; whole receivers with sockets, while a source migrates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import random
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trio
+import trio.testing
+
+import trimig
+from tests.engine.test_postcopy_bad_input import HEAD
+from tests.transport.pki import Pki, secure
+from tests.transport.test_hostile_handshakes import client_hello
+from trimig import transport
+from trimig.engine.channel import AnyStream
+from trimig.engine.first_bytes import judge_again, judge_first, judge_surplus, known
+from trimig.engine.lobby import MOST_READ, MOST_WAITING, Lobby, NotTheOne, Verdict, accept_pause
+from trimig.errors import RemoteProtocolError, TransportFailed
+from trimig.guests import LazyAppGuest
+from trimig.status import Status
+from trimig.wire import Command, Section
+from trimig.wire import encoder as wire
+
+LIMIT = 60
+SIZE = 4 << 20
+HTTP = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+MULTIFD = bytes.fromhex("1122334400000001") + bytes(56)
+
+
+# -- the lobby ---------------------------------------------------------------------------------------------------------
+
+
+class Door:
+    """An entrance through which a test sends streams."""
+
+    def __init__(self) -> None:
+        self._send, self._taken = trio.open_memory_channel[AnyStream | Exception](1000)
+        self.handshake: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        self.closed = False
+
+    async def meet(self) -> AnyStream:
+        found = await self._taken.receive()
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    async def admit(self, stream: AnyStream) -> AnyStream:
+        try:
+            await self.handshake()
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
+        return stream
+
+    def close(self) -> None:
+        self.closed = True
+
+    def fail(self, error: Exception) -> None:
+        self._send.send_nowait(error)
+
+    def connect(self, data: bytes = b"") -> trio.abc.HalfCloseableStream:
+        ours, theirs = trio.testing.memory_stream_pair()
+        theirs.receive_stream.put_data(data)
+        self._send.send_nowait(theirs)
+        return ours
+
+
+class Tried:
+    """A lobby, its door, and what was told of it."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.door = Door()
+        self.told: list[str] = []
+        self.lobby = Lobby(nursery, self.door, lambda _address, reason: self.told.append(reason))
+
+
+@contextlib.asynccontextmanager
+async def lobby() -> AsyncIterator[Tried]:
+    with trio.fail_after(3600):  # mostly virtual ones
+        async with trio.open_nursery() as nursery:
+            tried = Tried(nursery)
+            tried.lobby.open()
+            yield tried
+            nursery.cancel_scope.cancel("the test is over")
+
+
+def wants(word: bytes) -> Callable[[bytes], Verdict]:
+    """A judge for a word."""
+
+    def judge(data: bytes) -> Verdict:
+        if data[: len(word)] != word[: len(data)]:
+            raise NotTheOne(f"{data[:8]!r} is not {word!r}")
+        return Verdict.YES if len(data) >= len(word) else Verdict.MORE
+
+    return judge
+
+
+async def open_still(stream: trio.abc.Stream) -> bool:
+    with trio.move_on_after(0.01):
+        try:
+            return bool(await stream.receive_some(1))
+        except trio.BrokenResourceError:
+            return False
+    return True
+
+
+async def test_the_right_one_is_chosen_whatever_came_before(autojump_clock: trio.testing.MockClock) -> None:
+    """Silent ones wait, wrong ones are sent away at once, and what was read is handed over."""
+    async with lobby() as tried:
+        silent = [tried.door.connect() for _ in range(5)]
+        slow = tried.door.connect(b"wo")
+        wrong = [tried.door.connect(source) for source in (HTTP, b"\xff", b"worx")]
+        async with trio.open_nursery() as nursery:
+
+            async def later() -> None:
+                await trio.sleep(600)
+                assert not any([await open_still(stream) for stream in wrong])
+                await slow.send_all(b"rd and more")
+
+            nursery.start_soon(later)
+            chosen = await tried.lobby.choose(wants(b"word"))
+        assert chosen.first == b"word and more"
+        assert isinstance(chosen.stream, trio.abc.Stream)
+        await chosen.stream.send_all(b"hello")
+        assert await slow.receive_some() == b"hello"
+        assert all([await open_still(stream) for stream in silent])
+        assert len(tried.told) == 3
+        tried.lobby.close()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not any([await open_still(stream) for stream in silent])
+        assert tried.door.closed
+        await trio.aclose_forcefully(chosen.stream)
+
+
+async def test_who_waits_is_judged_again_for_another_place() -> None:
+    async with lobby() as tried:
+        second = tried.door.connect(b"second")
+        first = tried.door.connect(b"first")
+        await trio.testing.wait_all_tasks_blocked()
+        chosen = await tried.lobby.choose(lambda data: Verdict.YES if data == b"first" else Verdict.MORE)
+        assert chosen.first == b"first"
+        other = await tried.lobby.choose(lambda data: Verdict.YES if data == b"second" else Verdict.MORE)
+        assert other.first == b"second"
+        for stream in (first, second, chosen.stream, other.stream):
+            await trio.aclose_forcefully(stream)
+
+
+async def test_a_place_that_one_may_have_who_is_alone(autojump_clock: trio.testing.MockClock) -> None:
+    """Not at the side of a silent one; and one that is certain comes first."""
+
+    def judge(data: bytes) -> Verdict:
+        return {b"perhaps": Verdict.ALONE, b"certain": Verdict.YES}.get(data, Verdict.MORE)
+
+    async with lobby() as tried:
+        silent = tried.door.connect()
+        tried.door.connect(b"perhaps")
+        with trio.move_on_after(100) as limit:
+            await tried.lobby.choose(judge)
+        assert limit.cancelled_caught
+        await silent.aclose()
+        chosen = await tried.lobby.choose(judge)
+        assert chosen.first == b"perhaps"
+        tried.door.connect(b"perhaps")
+        tried.door.connect(b"certain")
+        other = await tried.lobby.choose(judge)
+        assert other.first == b"certain"
+        await trio.aclose_forcefully(chosen.stream)
+        await trio.aclose_forcefully(other.stream)
+
+
+async def test_the_oldest_silent_one_makes_room(autojump_clock: trio.testing.MockClock) -> None:
+    """More than can wait cost no more descriptors, and the right one is found among a thousand."""
+    async with lobby() as tried:
+        async with trio.open_nursery() as nursery:
+            streams: list[trio.abc.Stream] = []
+
+            async def flood() -> None:
+                for _ in range(1000):
+                    streams.append(tried.door.connect())
+                    await trio.sleep(0.001)
+                    assert tried.lobby.waiting <= MOST_WAITING
+                streams.append(tried.door.connect(b"word"))
+
+            nursery.start_soon(flood)
+            chosen = await tried.lobby.choose(wants(b"word"))
+        still = [await open_still(stream) for stream in streams[:-1]]
+        assert still == [False] * (1000 - MOST_WAITING + 1) + [True] * (MOST_WAITING - 1)
+        assert tried.lobby.dropped == 1000 - MOST_WAITING + 1
+        assert len(tried.told) < 20, "so many drops are not told one by one"
+        assert "(640 were dropped so far)" in tried.told[-1]
+        await trio.aclose_forcefully(chosen.stream)
+
+
+async def test_where_one_comes_from_is_known(tmp_path: Path) -> None:
+    """By address, user or certificate; here by the user of a unix socket."""
+    async with trio.open_nursery() as nursery:
+        entrance = await transport.listen(f"unix:{tmp_path}/s")
+        assert isinstance(entrance, transport.Entrance)
+        waiting = Lobby(nursery, entrance, lambda *_: None)
+        waiting.open()
+        async with await trio.open_unix_socket(f"{tmp_path}/s") as stream:
+            await stream.send_all(b"word")
+            with trio.fail_after(LIMIT):
+                chosen = await waiting.choose(wants(b"word"))
+            (origin,) = chosen.origins
+            assert origin.startswith("user ")
+            await trio.aclose_forcefully(chosen.stream)
+        nursery.cancel_scope.cancel("the test is over")
+
+
+async def test_of_many_that_wait_a_preferred_one_stays() -> None:
+    async with lobby() as tried:
+        tried.lobby.prefer(frozenset({"address of the source"}))
+        first = tried.door.connect()
+        await trio.testing.wait_all_tasks_blocked()
+        tried.lobby._visitors[0].origins |= {"address of the source"}
+        for _ in range(2 * MOST_WAITING):
+            tried.door.connect()
+        await trio.testing.wait_all_tasks_blocked()
+        assert await open_still(first)
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN])
+async def test_accept_that_fails_once_is_tried_again(code: int, autojump_clock: trio.testing.MockClock) -> None:
+    """No descriptors for a while, or a connection that is gone before it is accepted."""
+    async with lobby() as tried:
+        for _ in range(50):
+            tried.door.fail(OSError(code, "no"))
+        tried.door.connect(b"word")
+        chosen = await tried.lobby.choose(wants(b"word"))
+        await trio.aclose_forcefully(chosen.stream)
+
+
+async def test_a_listener_that_is_broken_is_an_error() -> None:
+    assert accept_pause(OSError(errno.EBADF, "")) is None
+    async with lobby() as tried:
+        tried.door.fail(OSError(errno.EBADF, "Bad file descriptor"))
+        with pytest.raises(TransportFailed, match="no more connections can be accepted: Bad file descriptor"):
+            await tried.lobby.choose(wants(b"word"))
+        with pytest.raises(TransportFailed):
+            await tried.lobby.wait_visitor()
+
+
+async def test_handshakes_do_not_wait_for_each_other() -> None:
+    async with lobby() as tried:
+        tried.door.handshake = trio.sleep_forever
+        for _ in range(5):
+            tried.door.connect(b"word")
+        await trio.testing.wait_all_tasks_blocked()
+        tried.door.handshake = trio.lowlevel.checkpoint
+        tried.door.connect(b"word")
+        chosen = await tried.lobby.choose(wants(b"word"))
+        await trio.aclose_forcefully(chosen.stream)
+
+
+async def test_failed_handshake_is_kept_for_the_error() -> None:
+    async def fail() -> None:
+        await trio.lowlevel.checkpoint()
+        raise TransportFailed("no TLS with it")
+
+    async with lobby() as tried:
+        tried.door.handshake = fail
+        stream = tried.door.connect()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not await open_still(stream)
+        assert tried.told == ["no TLS with it"]
+        assert "no TLS with it" in (tried.lobby.hint() or "")
+        assert tried.lobby.hint(frozenset({"address of another"})) is None
+
+
+async def test_who_says_nothing_of_use_is_read_no_further() -> None:
+    async with lobby() as tried:
+        stream = tried.door.connect(bytes(10 * MOST_READ))
+        with trio.move_on_after(0.05):
+            await tried.lobby.choose(lambda _: Verdict.MORE)
+        assert not await open_still(stream)
+        assert f"{MOST_READ} bytes came" in tried.told[0]
+
+
+@pytest.mark.parametrize("handshake", [trio.lowlevel.checkpoint, trio.sleep_forever])
+async def test_cancelled_lobby_leaves_nothing_open(handshake: Callable[[], Awaitable[None]]) -> None:
+    """C4, T3: the listener, those in their handshakes, those that wait, and one that was chosen in that moment."""
+    before = trio.lowlevel.current_statistics().tasks_living
+    async with lobby() as tried:
+        tried.door.handshake = handshake
+        streams = [tried.door.connect(data) for data in (b"", b"wo", b"word")]
+        with trio.CancelScope() as scope:
+
+            def judge(data: bytes) -> Verdict:
+                verdict = wants(b"word")(data)
+                if verdict is Verdict.YES or handshake is trio.sleep_forever:
+                    scope.cancel("in the moment of the choice")
+                return verdict
+
+            if handshake is trio.sleep_forever:
+                scope.cancel("before any handshake is over")
+            await tried.lobby.choose(judge)
+        assert scope.cancelled_caught
+        await trio.testing.wait_all_tasks_blocked()
+        if handshake is trio.lowlevel.checkpoint:
+            assert not await open_still(streams[2]), "the chosen one that was not taken"
+    assert tried.door.closed
+    assert not any([await open_still(stream) for stream in streams])
+    assert trio.lowlevel.current_statistics().tasks_living == before
+
+
+# -- the judges --------------------------------------------------------------------------------------------------------
+
+
+def verdicts(judge: Callable[[bytes], Verdict], data: bytes) -> list[Verdict]:
+    """Of each beginning of *data*."""
+    return [judge(data[:end]) for end in range(1, len(data) + 1)]
+
+
+def check_scripted(event: object) -> None:
+    machine = getattr(event, "machine", None)
+    if machine != "scripted":
+        raise RemoteProtocolError(f"the stream is of a machine {machine!r}")
+
+
+def test_main_is_known_when_its_configuration_has_come() -> None:
+    judge = judge_first(trimig.Config(), check_scripted)
+    found = verdicts(judge, HEAD[: HEAD.index(wire.ping(1))])
+    at = found.index(Verdict.YES)
+    assert set(found[:at]) == {Verdict.MORE}
+    assert set(found[at:]) == {Verdict.YES}
+    assert at + 1 == len(wire.file_header() + wire.configuration("scripted", ())) + 1
+    for wrong in (wire.file_header() + wire.configuration("other", ()) + b"\x08", b"QEVN", b"QEVM\0\0\0\2", b"\0"):
+        with pytest.raises(RemoteProtocolError):
+            judge(wrong)
+
+
+def test_main_of_a_type_without_a_configuration_is_known_by_the_next_section() -> None:
+    config = trimig.Config(peer=trimig.PeerProfile(send_configuration=False))
+    judge = judge_first(config, check_scripted)
+    assert judge(wire.file_header()) is Verdict.MORE
+    assert judge(wire.file_header() + wire.section_start(Section.START, 2, "ram", 0, 4)) is Verdict.YES
+    assert judge(wire.file_header() + wire.command(Command.OPEN_RETURN_PATH)) is Verdict.YES
+    with pytest.raises(RemoteProtocolError):
+        judge(wire.file_header() + b"\x55")
+
+
+RECV = wire.command(Command.RECV_BITMAP, b"\x03ram")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        RECV,
+        wire.ping(1) + RECV,
+        wire.ping(0x74726D01) + wire.ping(2) + RECV,
+        struct.pack(">BHH", 8, 0x7401, 5) + b"hello" + struct.pack(">BHH", 8, 0x7403, 16) + bytes(16) + RECV,
+    ],
+)
+def test_recovery_is_known_by_a_bitmap_of_a_block(data: bytes) -> None:
+    found = verdicts(judge_again(["rom", "ram"]), data)
+    assert found == [Verdict.MORE] * (len(data) - 1) + [Verdict.YES]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        wire.command(Command.RECV_BITMAP, b"\x04ram2"),
+        wire.command(Command.RECV_BITMAP, b"\x02ram"),
+        wire.command(Command.RECV_BITMAP, b""),
+        struct.pack(">BHH", 8, Command.RECV_BITMAP, 60000),
+        wire.command(Command.POSTCOPY_RESUME),
+        wire.command(Command.OPEN_RETURN_PATH),
+        struct.pack(">BHH", 8, Command.PING, 5),
+        struct.pack(">BHH", 8, 0x7404, 4),
+        struct.pack(">BHH", 8, 0x7401, 513),
+        wire.file_header(),
+        b"\x02",
+        HTTP,
+        MULTIFD,
+    ],
+)
+def test_what_begins_in_another_way_is_no_recovery(data: bytes) -> None:
+    with pytest.raises(NotTheOne):
+        judge_again(["ram"])(data)
+
+
+def test_attempt_is_looked_at_before_the_bitmap() -> None:
+    seen: list[bytes] = []
+
+    def check(payload: bytes) -> bool:
+        seen.append(payload)
+        if payload != b"r" * 16:
+            raise NotTheOne("it belongs to another migration")
+        return True
+
+    head = wire.ping(0x74726D01) + struct.pack(">BHH", 8, 0x7403, 16)
+    judge = judge_again(["ram"], check)
+    assert judge(head + b"r" * 15) is Verdict.MORE
+    assert judge(head + b"r" * 16) is Verdict.YES
+    with pytest.raises(NotTheOne, match="another migration"):
+        judge(head + b"x" * 16 + RECV)
+    assert seen == [b"r" * 16, b"x" * 16]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"), [(MULTIFD, "multifd off there"), (client_hello(), "set tls-creds here"), (HTTP, "HTTP request")]
+)
+def test_first_bytes_that_are_known_say_what_is_wrong(data: bytes, words: str) -> None:
+    for judge in (judge_surplus, judge_first(trimig.Config(), check_scripted), judge_again(["ram"])):
+        with pytest.raises(NotTheOne) as caught:
+            judge(data)
+        assert words in str(caught.value.telling)
+    assert known(HEAD) is None
+    with pytest.raises(NotTheOne, match="has its source already"):
+        judge_surplus(HEAD)
+
+
+def test_judges_never_fail_in_another_way() -> None:
+    source = random.Random(20)
+    recover, first = judge_again(["ram"]), judge_first(trimig.Config(), check_scripted)
+    for good, judge in ((HEAD, first), (wire.ping(1) + RECV, recover)):
+        for _ in range(3000):
+            data = bytearray(good[: source.randint(1, len(good))])
+            for _ in range(source.randint(0, 4)):
+                data[source.randrange(len(data))] = source.randrange(256)
+            with contextlib.suppress(NotTheOne, RemoteProtocolError):
+                judge(bytes(data))
+
+
+# -- whole receivers ---------------------------------------------------------------------------------------------------
+
+
+class Strangers:
+    """Connections of all kinds to one address, before and while a source migrates."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.kept: list[trio.SocketStream] = []
+        self.thrown = 0
+
+    async def dial(self) -> trio.SocketStream:
+        kind, _, rest = self.uri.partition(":")
+        if kind == "unix":
+            return await trio.open_unix_socket(rest)
+        host, _, port = rest.strip("/").partition("/")[0].rpartition(":")
+        return await trio.open_tcp_stream(host, int(port))
+
+    async def throw(self, data: bytes) -> None:
+        """Connect, send, and go when it is closed, or at once when nothing was sent."""
+        stream = await self.dial()
+        self.thrown += 1
+        async with stream:
+            with contextlib.suppress(trio.BrokenResourceError), trio.move_on_after(1):
+                await stream.send_all(data)
+                while data and await stream.receive_some():
+                    pass
+
+    async def sit(self) -> None:
+        """Connect, and be silent."""
+        self.kept.append(await self.dial())
+
+    async def crowd(self) -> None:
+        """100 probes, and some of everything else."""
+        source = random.Random(20)
+        for _ in range(20):
+            await self.sit()
+        async with trio.open_nursery() as nursery:
+            for _ in range(100):
+                nursery.start_soon(self.throw, b"")
+            for data in (
+                HTTP,
+                MULTIFD,
+                client_hello(),
+                b"QEVM\0\0\0\2",
+                HEAD,
+                b"\x16",
+                *map(source.randbytes, [9] * 5),
+            ):
+                nursery.start_soon(self.throw, data)
+        for _ in range(20):
+            await self.sit()
+
+    async def go_on(self) -> None:
+        """Until cancelled."""
+        source = random.Random(21)
+        while True:
+            with contextlib.suppress(OSError):  # the listener is closed when all have come
+                await self.throw(source.choice((b"", HTTP, MULTIFD, client_hello(), source.randbytes(20))))
+            await trio.sleep(0.005)
+
+    def close(self) -> None:
+        for stream in self.kept:
+            stream.socket.close()
+
+
+class Moved:
+    """A guest that was migrated among strangers."""
+
+    def __init__(self, config: trimig.Config, there: trimig.Config | None = None) -> None:
+        self.config = config
+        self.there = there or config
+        self.lazy = config.capabilities.postcopy_ram
+        self.sender, self.taker = trimig.Monitor(), trimig.Monitor()
+        self.dropped: list[str] = []
+        self.statuses: list[str] = []
+        self.taker.add_listener(lambda event: self.statuses.append(str(event.data.get("status", ""))))
+        self.taker.add_listener(
+            lambda event: self.dropped.append(event.data["reason"]) if event.name == "CONNECTION_DROPPED" else None
+        )
+
+    async def run(self, uri: str) -> Strangers:
+        source = trimig.AppGuest("g", running=True)
+        source.add_ram("ram", SIZE).pages[:] = np.random.default_rng(1).integers(0, 256, (SIZE >> 12, 4096), np.uint8)
+        target = (LazyAppGuest if self.lazy else trimig.AppGuest)("g", running=False)
+        target.add_ram("ram", SIZE)
+        with trio.fail_after(LIMIT), source, target:
+            async with trio.open_nursery() as nursery:
+                async with trio.open_nursery() as both:
+
+                    async def receive() -> None:
+                        await trimig.receive(target, uri, self.there, monitor=self.taker)
+
+                    both.start_soon(receive)
+                    while not self.taker.addresses:
+                        await self.taker.wait_changed()
+                    address = self.taker.addresses[0]
+                    strangers = Strangers(address)
+                    await strangers.crowd()
+                    nursery.start_soon(strangers.go_on)
+                    if self.lazy:
+                        self.sender.add_listener(
+                            lambda event: self.sender.start_postcopy() if event.data.get("status") == "setup" else None
+                        )
+                        nursery.start_soon(self._ask, target)
+                    summary = await trimig.migrate(source, address, self.config, monitor=self.sender)
+                nursery.cancel_scope.cancel("it has moved")
+            strangers.close()
+            assert summary.confirmed
+            assert target.run_state == "running"
+            np.testing.assert_array_equal(source.ram[0].pages, target.ram[0].pages)
+        return strangers
+
+    async def _ask(self, target: trimig.AppGuest) -> None:
+        """What the guest touches once it runs: some of it comes on the second connection."""
+        assert isinstance(target, LazyAppGuest)
+        await self.taker.wait_status(Status.POSTCOPY_ACTIVE)
+        for page in range(SIZE // 4096 - 1, 0, -100):
+            await target.reach("ram", page * 4096, 4096)
+
+
+def slow(**capabilities: bool) -> trimig.Config:
+    profile = capabilities.pop("newer", False)
+    peer = trimig.PeerProfile.named("qemu-8.0" if profile else "qemu-7.2")
+    parameters = trimig.Parameters(max_bandwidth=8 << 20, downtime_limit=1000, max_postcopy_bandwidth=4 << 20)
+    return trimig.Config(capabilities=trimig.Capabilities(**capabilities), parameters=parameters, peer=peer)
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix", "ws", "tls", "wss"])
+async def test_receiver_survives_strangers(kind: str, tmp_path: Path) -> None:
+    """REVIEW C4: by each transport that several can connect to."""
+    near = there = trimig.Config(parameters=trimig.Parameters(max_bandwidth=8 << 20))
+    if kind in ("tls", "wss"):
+        pki = Pki(tmp_path / "pki")
+        directory = pki.make("server")
+        pki.write(directory, "client", common_name="host-a")
+        near = there = secure(directory)
+    uri = {"unix": f"unix:{tmp_path}/s", "ws": "ws://127.0.0.1:0/", "wss": "wss://127.0.0.1:0/"}
+    moved = Moved(near, there)
+    strangers = await moved.run(uri.get(kind, "tcp:127.0.0.1:0"))
+    assert strangers.thrown >= 100
+    assert moved.dropped
+
+
+@pytest.mark.parametrize("newer", [False, True], ids=["7.2", "8.0"])
+async def test_second_connection_is_found_among_strangers(*, newer: bool) -> None:
+    """REVIEW C4: postcopy-preempt, with strangers that are silent from before to the end, and others all the time."""
+    moved = Moved(slow(postcopy_ram=True, postcopy_preempt=True, newer=newer))
+    await moved.run("tcp:127.0.0.1:0")
+    assert moved.sender.status is moved.taker.status is Status.COMPLETED
+    assert "postcopy-paused" not in moved.statuses
+
+
+@pytest.mark.parametrize("preempt", [False, True], ids=["one", "two"])
+async def test_recovery_with_a_silent_stranger(*, preempt: bool) -> None:
+    """REVIEW C4: the stranger is there before the source, and stays; nothing waits for it."""
+    moved = Moved(slow(postcopy_ram=True, postcopy_preempt=preempt))
+    statuses: list[str] = []
+    silent: list[Strangers] = []
+
+    async def sit(uri: str) -> None:
+        strangers = Strangers(uri)
+        silent.append(strangers)
+        for _ in range(3):
+            await strangers.sit()
+        await strangers.throw(HTTP)
+        await strangers.throw(wire.command(Command.RECV_BITMAP, b"\x05other"))
+        moved.sender.recover(uri)
+
+    async with trio.open_nursery() as nursery:
+
+        def follow(event: trimig.Event) -> None:
+            statuses.append(str(event.data.get("status", "")))
+            if statuses.count("postcopy-paused") == 1 and event.name == "LISTENING":
+                nursery.start_soon(sit, event.data["addresses"][0])
+
+        def recover() -> None:
+            if moved.taker.status is Status.POSTCOPY_PAUSED:
+                moved.taker.recover("tcp:127.0.0.1:0")
+
+        moved.taker.add_listener(follow)
+        moved.taker.add_listener(lambda event: recover() if event.data.get("status") == "postcopy-paused" else None)
+        moved.taker.add_listener(
+            lambda event: nursery.start_soon(cut) if event.data.get("status") == "postcopy-active" else None
+        )
+
+        async def cut() -> None:
+            if "postcopy-paused" not in statuses:
+                await moved.sender.wait_status(Status.POSTCOPY_ACTIVE)
+                moved.taker.pause("the test")
+
+        await moved.run("tcp:127.0.0.1:0")
+    for strangers in silent:
+        strangers.close()
+    assert statuses.count("postcopy-recover") == 1
+    assert any("'other'" in reason for reason in moved.dropped)
+    assert moved.taker.status is Status.COMPLETED
+
+
+@pytest.mark.parametrize(
+    ("data", "words"), [(MULTIFD, "multifd off there"), (client_hello(), "set tls-creds here"), (HTTP, "HTTP request")]
+)
+async def test_likely_reason_is_in_the_error(data: bytes, words: str) -> None:
+    """REVIEW A8: a source that is set up in another way. The receiver waits on; who ends it reads why nothing came."""
+    target, monitor = trimig.AppGuest("g", running=False), trimig.Monitor()
+    target.add_ram("ram", 4096)
+    with trio.fail_after(LIMIT), target:
+        async with trio.open_nursery() as nursery:
+
+            async def receive() -> None:
+                with pytest.raises(trimig.MigrationCancelled) as caught:
+                    await trimig.receive(target, "tcp:127.0.0.1:0", monitor=monitor)
+                assert words in str(caught.value)
+
+            nursery.start_soon(receive)
+            while not monitor.addresses:
+                await monitor.wait_changed()
+            await Strangers(monitor.addresses[0]).throw(data)
+            assert monitor.status is Status.SETUP
+            monitor.cancel("enough")
+
+
+async def test_multifd_at_the_source_is_named_when_its_main_connection_ends() -> None:
+    """REVIEW A8: main first, data channels beside it; the source gives up when these are closed."""
+    target, monitor = trimig.AppGuest("g", running=False), trimig.Monitor()
+    target.add_ram("ram", 4096)
+    with trio.fail_after(LIMIT), target:
+        async with trio.open_nursery() as nursery:
+
+            async def receive() -> None:
+                with pytest.raises(
+                    trimig.MigrationError, match=r"; the source has the capability multifd on.*turn multifd off there"
+                ):
+                    await trimig.receive(target, "tcp:127.0.0.1:0", monitor=monitor)
+
+            nursery.start_soon(receive)
+            while not monitor.addresses:
+                await monitor.wait_changed()
+            strangers = Strangers(monitor.addresses[0])
+            async with await strangers.dial() as main:
+                await main.send_all(wire.file_header() + wire.configuration("g", ()) + wire.command(1) + wire.ping(1))
+                await monitor.wait_status(Status.ACTIVE)
+                await strangers.throw(MULTIFD)
