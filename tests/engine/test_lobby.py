@@ -1,6 +1,6 @@
-"""A receiver among strangers: who is taken for the source, who waits, who is dropped, and what is told of it.
+"""The lobby of a receiver, with streams in memory on a virtual clock: who is taken, who waits, who is dropped, what is told.
 
-The lobby itself is tried with streams in memory, on a virtual clock; whole receivers with sockets, while a source migrates.
+And its judges, byte by byte. Whole receivers, with sockets, while a source migrates, are in ``test_strangers``.
 """
 
 from __future__ import annotations
@@ -12,27 +12,22 @@ import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import trio
 import trio.testing
 
 import trimig
 from tests.engine.test_postcopy_bad_input import HEAD
-from tests.transport.pki import Pki, secure
 from tests.transport.test_hostile_handshakes import client_hello
 from trimig import transport
 from trimig.engine.channel import AnyStream
 from trimig.engine.first_bytes import judge_again, judge_first, judge_surplus, known
 from trimig.engine.lobby import MOST_READ, MOST_WAITING, Lobby, NotTheOne, Verdict, accept_pause
 from trimig.errors import RemoteProtocolError, TransportFailed
-from trimig.guests import LazyAppGuest
-from trimig.status import Status
 from trimig.wire import Command, Section
 from trimig.wire import encoder as wire
 
 LIMIT = 60
-SIZE = 4 << 20
 HTTP = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 MULTIFD = bytes.fromhex("1122334400000001") + bytes(56)
 
@@ -431,248 +426,3 @@ def test_judges_never_fail_in_another_way() -> None:
                 data[source.randrange(len(data))] = source.randrange(256)
             with contextlib.suppress(NotTheOne, RemoteProtocolError):
                 judge(bytes(data))
-
-
-# -- whole receivers ---------------------------------------------------------------------------------------------------
-
-
-class Strangers:
-    """Connections of all kinds to one address, before and while a source migrates."""
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-        self.kept: list[trio.SocketStream] = []
-        self.thrown = 0
-
-    async def dial(self) -> trio.SocketStream:
-        kind, _, rest = self.uri.partition(":")
-        if kind == "unix":
-            return await trio.open_unix_socket(rest)
-        host, _, port = rest.strip("/").partition("/")[0].rpartition(":")
-        return await trio.open_tcp_stream(host, int(port))
-
-    async def throw(self, data: bytes) -> None:
-        """Connect, send, and go when it is closed, or at once when nothing was sent."""
-        stream = await self.dial()
-        self.thrown += 1
-        async with stream:
-            with contextlib.suppress(trio.BrokenResourceError), trio.move_on_after(1):
-                await stream.send_all(data)
-                while data and await stream.receive_some():
-                    pass
-
-    async def sit(self) -> None:
-        """Connect, and be silent."""
-        self.kept.append(await self.dial())
-
-    async def crowd(self) -> None:
-        """100 probes, and some of everything else."""
-        source = random.Random(20)
-        for _ in range(20):
-            await self.sit()
-        async with trio.open_nursery() as nursery:
-            for _ in range(100):
-                nursery.start_soon(self.throw, b"")
-            for data in (
-                HTTP,
-                MULTIFD,
-                client_hello(),
-                b"QEVM\0\0\0\2",
-                HEAD,
-                b"\x16",
-                *map(source.randbytes, [9] * 5),
-            ):
-                nursery.start_soon(self.throw, data)
-        for _ in range(20):
-            await self.sit()
-
-    async def go_on(self) -> None:
-        """Until cancelled."""
-        source = random.Random(21)
-        while True:
-            with contextlib.suppress(OSError):  # the listener is closed when all have come
-                await self.throw(source.choice((b"", HTTP, MULTIFD, client_hello(), source.randbytes(20))))
-            await trio.sleep(0.005)
-
-    def close(self) -> None:
-        for stream in self.kept:
-            stream.socket.close()
-
-
-class Moved:
-    """A guest that was migrated among strangers."""
-
-    def __init__(self, config: trimig.Config, there: trimig.Config | None = None) -> None:
-        self.config = config
-        self.there = there or config
-        self.lazy = config.capabilities.postcopy_ram
-        self.sender, self.taker = trimig.Monitor(), trimig.Monitor()
-        self.dropped: list[str] = []
-        self.statuses: list[str] = []
-        self.taker.add_listener(lambda event: self.statuses.append(str(event.data.get("status", ""))))
-        self.taker.add_listener(
-            lambda event: self.dropped.append(event.data["reason"]) if event.name == "CONNECTION_DROPPED" else None
-        )
-
-    async def run(self, uri: str) -> Strangers:
-        source = trimig.AppGuest("g", running=True)
-        source.add_ram("ram", SIZE).pages[:] = np.random.default_rng(1).integers(0, 256, (SIZE >> 12, 4096), np.uint8)
-        target = (LazyAppGuest if self.lazy else trimig.AppGuest)("g", running=False)
-        target.add_ram("ram", SIZE)
-        with trio.fail_after(LIMIT), source, target:
-            async with trio.open_nursery() as nursery:
-                async with trio.open_nursery() as both:
-
-                    async def receive() -> None:
-                        await trimig.receive(target, uri, self.there, monitor=self.taker)
-
-                    both.start_soon(receive)
-                    while not self.taker.addresses:
-                        await self.taker.wait_changed()
-                    address = self.taker.addresses[0]
-                    strangers = Strangers(address)
-                    await strangers.crowd()
-                    nursery.start_soon(strangers.go_on)
-                    if self.lazy:
-                        self.sender.add_listener(
-                            lambda event: self.sender.start_postcopy() if event.data.get("status") == "setup" else None
-                        )
-                        nursery.start_soon(self._ask, target)
-                    summary = await trimig.migrate(source, address, self.config, monitor=self.sender)
-                nursery.cancel_scope.cancel("it has moved")
-            strangers.close()
-            assert summary.confirmed
-            assert target.run_state == "running"
-            np.testing.assert_array_equal(source.ram[0].pages, target.ram[0].pages)
-        return strangers
-
-    async def _ask(self, target: trimig.AppGuest) -> None:
-        """What the guest touches once it runs: some of it comes on the second connection."""
-        assert isinstance(target, LazyAppGuest)
-        await self.taker.wait_status(Status.POSTCOPY_ACTIVE)
-        for page in range(SIZE // 4096 - 1, 0, -100):
-            await target.reach("ram", page * 4096, 4096)
-
-
-def slow(**capabilities: bool) -> trimig.Config:
-    profile = capabilities.pop("newer", False)
-    peer = trimig.PeerProfile.named("qemu-8.0" if profile else "qemu-7.2")
-    parameters = trimig.Parameters(max_bandwidth=8 << 20, downtime_limit=1000, max_postcopy_bandwidth=4 << 20)
-    return trimig.Config(capabilities=trimig.Capabilities(**capabilities), parameters=parameters, peer=peer)
-
-
-@pytest.mark.parametrize("kind", ["tcp", "unix", "ws", "tls", "wss"])
-async def test_receiver_survives_strangers(kind: str, tmp_path: Path) -> None:
-    """REVIEW C4: by each transport that several can connect to."""
-    near = there = trimig.Config(parameters=trimig.Parameters(max_bandwidth=8 << 20))
-    if kind in ("tls", "wss"):
-        pki = Pki(tmp_path / "pki")
-        directory = pki.make("server")
-        pki.write(directory, "client", common_name="host-a")
-        near = there = secure(directory)
-    uri = {"unix": f"unix:{tmp_path}/s", "ws": "ws://127.0.0.1:0/", "wss": "wss://127.0.0.1:0/"}
-    moved = Moved(near, there)
-    strangers = await moved.run(uri.get(kind, "tcp:127.0.0.1:0"))
-    assert strangers.thrown >= 100
-    assert moved.dropped
-
-
-@pytest.mark.parametrize("newer", [False, True], ids=["7.2", "8.0"])
-async def test_second_connection_is_found_among_strangers(*, newer: bool) -> None:
-    """REVIEW C4: postcopy-preempt, with strangers that are silent from before to the end, and others all the time."""
-    moved = Moved(slow(postcopy_ram=True, postcopy_preempt=True, newer=newer))
-    await moved.run("tcp:127.0.0.1:0")
-    assert moved.sender.status is moved.taker.status is Status.COMPLETED
-    assert "postcopy-paused" not in moved.statuses
-
-
-@pytest.mark.parametrize("preempt", [False, True], ids=["one", "two"])
-async def test_recovery_with_a_silent_stranger(*, preempt: bool) -> None:
-    """REVIEW C4: the stranger is there before the source, and stays; nothing waits for it."""
-    moved = Moved(slow(postcopy_ram=True, postcopy_preempt=preempt))
-    statuses: list[str] = []
-    silent: list[Strangers] = []
-
-    async def sit(uri: str) -> None:
-        strangers = Strangers(uri)
-        silent.append(strangers)
-        for _ in range(3):
-            await strangers.sit()
-        await strangers.throw(HTTP)
-        await strangers.throw(wire.command(Command.RECV_BITMAP, b"\x05other"))
-        moved.sender.recover(uri)
-
-    async with trio.open_nursery() as nursery:
-
-        def follow(event: trimig.Event) -> None:
-            statuses.append(str(event.data.get("status", "")))
-            if statuses.count("postcopy-paused") == 1 and event.name == "LISTENING":
-                nursery.start_soon(sit, event.data["addresses"][0])
-
-        def recover() -> None:
-            if moved.taker.status is Status.POSTCOPY_PAUSED:
-                moved.taker.recover("tcp:127.0.0.1:0")
-
-        moved.taker.add_listener(follow)
-        moved.taker.add_listener(lambda event: recover() if event.data.get("status") == "postcopy-paused" else None)
-        moved.taker.add_listener(
-            lambda event: nursery.start_soon(cut) if event.data.get("status") == "postcopy-active" else None
-        )
-
-        async def cut() -> None:
-            if "postcopy-paused" not in statuses:
-                await moved.sender.wait_status(Status.POSTCOPY_ACTIVE)
-                moved.taker.pause("the test")
-
-        await moved.run("tcp:127.0.0.1:0")
-    for strangers in silent:
-        strangers.close()
-    assert statuses.count("postcopy-recover") == 1
-    assert any("'other'" in reason for reason in moved.dropped)
-    assert moved.taker.status is Status.COMPLETED
-
-
-@pytest.mark.parametrize(
-    ("data", "words"), [(MULTIFD, "multifd off there"), (client_hello(), "set tls-creds here"), (HTTP, "HTTP request")]
-)
-async def test_likely_reason_is_in_the_error(data: bytes, words: str) -> None:
-    """REVIEW A8: a source that is set up in another way. The receiver waits on; who ends it reads why nothing came."""
-    target, monitor = trimig.AppGuest("g", running=False), trimig.Monitor()
-    target.add_ram("ram", 4096)
-    with trio.fail_after(LIMIT), target:
-        async with trio.open_nursery() as nursery:
-
-            async def receive() -> None:
-                with pytest.raises(trimig.MigrationCancelled) as caught:
-                    await trimig.receive(target, "tcp:127.0.0.1:0", monitor=monitor)
-                assert words in str(caught.value)
-
-            nursery.start_soon(receive)
-            while not monitor.addresses:
-                await monitor.wait_changed()
-            await Strangers(monitor.addresses[0]).throw(data)
-            assert monitor.status is Status.SETUP
-            monitor.cancel("enough")
-
-
-async def test_multifd_at_the_source_is_named_when_its_main_connection_ends() -> None:
-    """REVIEW A8: main first, data channels beside it; the source gives up when these are closed."""
-    target, monitor = trimig.AppGuest("g", running=False), trimig.Monitor()
-    target.add_ram("ram", 4096)
-    with trio.fail_after(LIMIT), target:
-        async with trio.open_nursery() as nursery:
-
-            async def receive() -> None:
-                with pytest.raises(
-                    trimig.MigrationError, match=r"; the source has the capability multifd on.*turn multifd off there"
-                ):
-                    await trimig.receive(target, "tcp:127.0.0.1:0", monitor=monitor)
-
-            nursery.start_soon(receive)
-            while not monitor.addresses:
-                await monitor.wait_changed()
-            strangers = Strangers(monitor.addresses[0])
-            async with await strangers.dial() as main:
-                await main.send_all(wire.file_header() + wire.configuration("g", ()) + wire.command(1) + wire.ping(1))
-                await monitor.wait_status(Status.ACTIVE)
-                await strangers.throw(MULTIFD)
