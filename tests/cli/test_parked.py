@@ -202,6 +202,30 @@ async def test_a_signal_while_waiting_leaves_no_file(tmp_path: Path) -> None:
     assert await trio.to_thread.run_sync(os.listdir, tmp_path) == []
 
 
+async def test_a_killed_receiver_leaves_no_file(saved: Path, tmp_path: Path) -> None:
+    """SIGKILL while pages are being written: on a file system that keeps files without a name, as ext4 and tmpfs do."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with trio.fail_after(LIMIT):
+        async with started("receive", LISTEN, "--save", folder / "target", "--json") as receiver:
+            assert receiver.stderr is not None
+            note: dict[str, Any] = {}
+            while "address" not in note:
+                note = json.loads(await first_line(receiver.stderr))
+            host, port = note["address"].removeprefix("tcp:").rsplit(":", 1)
+            async with await trio.open_tcp_stream(host, int(port)) as source:
+                await source.send_all(stream()[:15000])
+                descriptors = Path(f"/proc/{receiver.pid}/fd")
+                while not any(  # noqa: ASYNC110 - another process
+                    os.readlink(entry).startswith(str(folder)) and entry.stat().st_size > 4096
+                    for entry in await trio.to_thread.run_sync(lambda: list(descriptors.iterdir()))
+                ):
+                    await trio.sleep(0.01)
+                receiver.kill()
+                await receiver.wait()
+    assert await trio.to_thread.run_sync(os.listdir, folder) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
