@@ -112,7 +112,7 @@ def test_random_writes_in_random_order(tmp_path: Path, seed: int, *, footers: bo
                 pages[indices] = mixed[:, None] * random.integers(1, 256, (len(indices), 1), np.uint8)
             ram.write(number, indices)
         for number in range(2):
-            ram.write(number, ram.unwritten(number))
+            ram.write(number, ram.unwritten(number, 0, 5 * GROUP))
         ram.finish()
         assert ram.end == (tmp_path / "out").stat().st_size
         check(tmp_path / "out", blocks, footers=footers)
@@ -146,7 +146,7 @@ def test_a_page_that_comes_often_does_not_make_the_file_longer(tmp_path: Path) -
 def test_memory_that_is_absent_stays_so(tmp_path: Path) -> None:
     with writer(tmp_path / "out", {"ram": 8 * GROUP}) as (ram, blocks):
         blocks[0].pages[1000] = 7
-        ram.write(0, ram.unwritten(0))
+        ram.write(0, ram.unwritten(0, 0, 8 * GROUP))
         ram.finish()
         assert np.flatnonzero(~blocks[0].absent()).tolist() == [1000]
         assert (tmp_path / "out").stat().st_size < 8 * GROUP * 9 + 5000

@@ -111,9 +111,9 @@ class RamWriter:
         self._append_groups(number, fresh)
         return (len(again) + len(data)) * PAGE_SIZE
 
-    def unwritten(self, number: int) -> Indices:
-        """The pages of a block of which nothing was written yet, rising."""
-        return np.flatnonzero(self._tables[number] == _NONE)
+    def unwritten(self, number: int, first: int, count: int) -> Indices:
+        """Which of *count* pages of a block from *first* on were not written yet, rising. The block may end before."""
+        return np.flatnonzero(self._tables[number][first : first + count] == _NONE) + first
 
     def finish(self) -> None:
         """Write the zero pages that do not fill a slot, and the end of RAM. OSError."""

@@ -17,7 +17,7 @@ from ..engine.offload import offload
 from ..engine.ram_out import RAM_SECTION
 from ..engine.stream_out import DeviceSender, opening
 from ..errors import GuestFailed
-from ..guest import ArrivingPages, DeviceSection, OpaqueGuest, PageBitmap
+from ..guest import PAGE_SIZE, ArrivingPages, DeviceSection, OpaqueGuest, PageBitmap
 from ..memory import MemfdBlock
 from ..wire import Section
 from ..wire import encoder as wire
@@ -26,6 +26,8 @@ from .ramfile import SLOT, Indices, RamWriter
 
 #: Pages looked at and written by one call in a thread, which is what a cancellation may have to wait for.
 _SLICE: Final = 2048
+#: Pages of which it is found at once which were never written: a millisecond.
+_LOOK: Final = 1 << 20
 #: The kernel is asked to begin writing back after so many new bytes.
 _WRITE_BACK: Final = 8 << 20
 #: What is not known to be on the disk, in bytes; with more than that the disk is waited for. It bounds the last sync.
@@ -34,7 +36,9 @@ _UNSYNCED: Final = 64 << 20
 _MARGIN: Final = 32 << 20
 #: Seconds without a new page after which what was written is brought to the disk.
 _QUIET: Final = 0.03
-#: The same while pages keep coming: seconds since the last time.
+#: At least so many seconds lie between two times, or a trickle of pages would keep the disk busy.
+_SYNC_AT_MOST: Final = 0.25
+#: While pages keep coming, seconds after which it is time again.
 _SYNC_EVERY: Final = 1.0
 #: Seconds in which pages gather, so that few of them do not need a call in a thread each.
 _GATHER: Final = 0.01
@@ -90,7 +94,8 @@ class SaveFile:
                     await self._sync()
                 continue
             if self._unsynced:
-                with trio.move_on_after(_QUIET) as quiet:
+                since = trio.current_time() - self._synced_at
+                with trio.move_on_after(max(_QUIET, _SYNC_AT_MOST - since)) as quiet:
                     await pages.wait()
                 if quiet.cancelled_caught:
                     await self._sync()
@@ -124,13 +129,14 @@ class SaveFile:
         while pages is not None and await self._write_taken(pages):
             pass
         for number, block in enumerate(self._ram.blocks):
-            missing = await offload(self._ram.unwritten, number)
-            if absent is not None and block.name in absent:
-                missing = missing[~absent[block.name][missing]]
-            for first in range(0, len(missing), _SLICE):
-                self._unsynced += await offload(self._write_batch, [(number, missing[first : first + _SLICE])])
-                if self._unsynced > _UNSYNCED:
-                    await self._sync()
+            for start in range(0, block.length // PAGE_SIZE, _LOOK):
+                missing = await offload(self._ram.unwritten, number, start, _LOOK)
+                if absent is not None and block.name in absent:
+                    missing = missing[~absent[block.name][missing]]
+                for first in range(0, len(missing), _SLICE):
+                    self._unsynced += await offload(self._write_batch, [(number, missing[first : first + _SLICE])])
+                    if self._unsynced > _UNSYNCED:
+                        await self._sync()
         await offload(self._ram.finish)
         await self._sync()
 
