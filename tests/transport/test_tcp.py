@@ -317,3 +317,18 @@ async def test_connecting_to_a_silent_host_can_be_cancelled(autojump_clock: trio
         assert factory.closed == 1
     finally:
         trio.socket.set_custom_socket_factory(previous)
+
+
+async def test_both_ends_notice_a_host_that_is_gone() -> None:
+    """Keepalive: silence is allowed to a source that is held, so nothing else would tell."""
+    listener = await tcp.listen("127.0.0.1:0", Config())
+    try:
+        stream = await tcp.connect(listener.uri.removeprefix("tcp:"), Config())
+        accepted = await listener.accept()
+        async with stream, accepted:
+            for end in (stream, accepted):
+                assert isinstance(end, trio.SocketStream)
+                assert end.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                assert end.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+    finally:
+        listener.close()

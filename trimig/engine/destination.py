@@ -170,11 +170,11 @@ class _Arrival(Arrival):
     def _patience(self) -> float | None:
         """How long the source may be silent now; None for the usual time.
 
-        One that is held before the switchover sends nothing for as long as somebody likes. That is behind a section of
-        RAM, or a command behind one, and nowhere else.
+        A source that is held before the switchover (pause-before-switchover) sends nothing for as long as its user likes,
+        and only the source needs that capability, so nothing here tells whether it is held. It is behind a section of
+        RAM, or a command behind one, and nowhere else. A host that is gone is noticed by the transport (keepalive).
         """
-        held = self.between and not self.ram_ended and self.monitor.config.capabilities.pause_before_switchover
-        return math.inf if held else None
+        return math.inf if self.between and not self.ram_ended else None
 
     def _measure(self, idstr: str, instance_id: int, version_id: int, data: memoryview) -> int | None:
         if idstr == globalstate.IDSTR:

@@ -66,15 +66,27 @@ async def connect(rest: str, config: Config) -> trio.SocketStream:
     """
     host, port = parse(rest)
     try:
-        return await trio.open_tcp_stream(host or "localhost", port)
+        stream = await trio.open_tcp_stream(host or "localhost", port)
     except OSError as error:
         raise TransportFailed(f"cannot connect to {_uri(host, port)}: {_reason(error)}") from error
+    _keep_alive(stream.socket)
+    return stream
+
+
+def _keep_alive(socket: trio.socket.SocketType) -> None:
+    """A host that is gone is noticed within two minutes, also where silence is allowed. Accepted sockets inherit it."""
+    socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_KEEPALIVE, 1)
+    socket.setsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_KEEPIDLE, 60)
+    socket.setsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_KEEPINTVL, 10)
+    socket.setsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_KEEPCNT, 6)
 
 
 class TcpListener:
     """Listens on every address of one name, with one port."""
 
     def __init__(self, listeners: list[trio.SocketListener]) -> None:
+        for listener in listeners:
+            _keep_alive(listener.socket)
         self._listeners = listeners
         self._next = listeners[0]
         self._surplus: list[trio.abc.Stream] = []
