@@ -19,6 +19,7 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
+from tests.guests.test_parked import stream
 from trimig import cli, qmp
 from trimig.cli import remote
 from trimig.cli.remote import Settings, State, Tracker, read_settings
@@ -93,6 +94,8 @@ class Scripted:
     before: Callable[[str, int], None] = lambda name, count: None
     feed: Sequence[Mapping[str, Any]] = ()
     executed: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
+    #: How often a client has connected.
+    connections: int = 0
 
     async def execute(self, name: str, arguments: Mapping[str, Any] | None = None) -> Any:
         await trio.lowlevel.checkpoint()
@@ -148,6 +151,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch) -> Invoke:
         @contextlib.asynccontextmanager
         async def connect(address: str) -> AsyncIterator[Scripted]:
             assert address == ADDRESS
+            guest.connections += 1
             yield guest
 
         monkeypatch.setattr(qmp, "connect", connect, raising=False)
@@ -567,3 +571,45 @@ def test_dry_run_needs_a_running_guest_that_is_not_being_migrated(invoke: Invoke
     guest = Scripted(run_state=run_state, info={"status": status})
     assert invoke(guest, "migrate", "--dry-run").exit_code == 1
     assert not any("set" in name or name == "migrate" for name in guest.names)
+
+
+# -- held before the switchover ----------------------------------------------------------------------------------------
+
+
+HELD = step("pre-switchover", ram=ram(sync=2, pages=TOTAL // PAGE, remaining=0))
+
+
+def test_socket_is_free_for_who_lets_it_go_on(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A QEMU serves one client at a time: while nothing moves, the socket is left to the one that continues it."""
+    monkeypatch.setattr("trimig.cli.migrate._PAUSED_EVERY", 0.01)
+    guest = Scripted(script=[step("setup"), ACTIVE, HELD, HELD, HELD, HELD, DONE])
+    result = invoke(guest, "migrate", "tcp:b:4444", "--wait", "-c", "pause-before-switchover")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("waiting in pre-switchover; trimig continue --qmp") == 1
+    assert guest.connections > 2
+
+
+def test_signal_cancels_what_is_held(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimig.cli.migrate._PAUSED_EVERY", 60.0)
+
+    def before(name: str, count: int) -> None:
+        if guest.info.get("status") == "pre-switchover" and "migrate_cancel" not in guest.names:
+            signal.raise_signal(signal.SIGINT)
+
+    guest = Scripted(script=[step("setup"), ACTIVE, HELD], before=before)
+    result = invoke(guest, "migrate", "tcp:b:4444", "--wait", "-c", "pause-before-switchover")
+    assert result.exit_code == 130, result.stderr
+    assert "migrate_cancel" in guest.names
+
+
+@pytest.mark.parametrize("command", [["send", "{file}", "tcp:127.0.0.1:1"], ["demo", "--size", "1M"]])
+def test_pause_that_nothing_could_end_is_refused(command: list[str], tmp_path: Path) -> None:
+    """Also where it comes from a file; off is as good as not there."""
+    (tmp_path / "guest").write_bytes(stream())
+    (tmp_path / "c.toml").write_text("[capabilities]\npause-before-switchover = true\n")
+    words = [word.format(file=tmp_path / "guest") for word in command]
+    for options in (["-c", "pause-before-switchover"], ["--config", str(tmp_path / "c.toml")]):
+        result = CliRunner().invoke(cli.main, [*words, *options])
+        assert (result.exit_code, "trimig continue" in result.stderr) == (2, True), result.stderr
+    result = CliRunner().invoke(cli.main, [*words, "-c", "pause-before-switchover=off"])
+    assert "trimig continue" not in result.stderr

@@ -441,6 +441,7 @@ def demo(
     The figures go to stdout, progress to stderr. With --json there is one object on stdout, and progress is one object
     on each line of stderr.
     """
+    postcopy.refuse_pause(config, "demo")
     if hot is None:
         hot = default_hot(size)
     if hot > size:

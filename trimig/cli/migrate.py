@@ -141,7 +141,7 @@ def migrate(
                 view.begin(f"migrating to {uri}", destination=uri)
                 watch = _Watch(view, tracker, stop, timeout=timeout, postcopy=None if resume else share)
                 state = await watch.follow(remote)
-            while state.migration == "postcopy-paused" and not stop.asked:
+            while state.migration == "pre-switchover" or (state.migration == "postcopy-paused" and not stop.asked):
                 state = await watch.look_again(address, state)
             code, text = _outcome(state, address, uri, stop)
             view.end(text, told=code == DONE)
@@ -163,7 +163,7 @@ async def _begun(remote: Remote, uri: str, *, as_json: bool) -> int:
 
 
 class _Watch:
-    """Stays with a migration, shows it and stops it; over more than one connection, if it is paused meanwhile."""
+    """Stays with a migration, shows it and stops it; over more than one connection, if it rests meanwhile."""
 
     def __init__(
         self,
@@ -186,28 +186,29 @@ class _Watch:
         self._timer = math.inf if timeout is None else trio.current_time() + timeout
         self._postcopy = postcopy
         self._last = "setup"
+        self._held = False  # the note about pre-switchover has been shown
+        self._busy = False
 
     async def follow(self, remote: Remote) -> State:
-        """Until the migration has ended, or cannot be told any more to have, or is paused in postcopy.
+        """Until the migration has ended, or cannot be told any more to have, or rests: paused in postcopy, or held
+        before the switchover.
 
         **Cancellation:** the migration goes on.
         """
-        end, asked, paused = math.inf, False, False
+        end, asked = math.inf, False
         while True:
             try:
                 state = await remote.state()
             except Gone as error:
                 raise _lost(remote.address, self._last, error) from error
             self._last = state.migration
-            if state.migration != "pre-switchover" or not paused:  # where nothing moves, once is enough
-                for picture in self._tracker.pictures(state):
-                    self._view.show(picture)
-                while self._tracker.warnings:
-                    text = self._tracker.warnings.pop(0)
-                    self._view.note(f"warning: {text}", warning=text)
-            if state.migration == "pre-switchover" and not paused:
-                paused = True
-                self._view.note(f"waiting in pre-switchover; trimig continue --qmp {remote.address} lets it go on")
+            self._show(state)
+            if state.migration == "pre-switchover" and not self._stop.asked:
+                if not self._held:
+                    self._view.note(f"waiting in pre-switchover; trimig continue --qmp {remote.address} lets it go on")
+                self._held = True
+                return state
+            self._held = False
             if self._postcopy is not None and state.migration == "active" and _sent(state) >= self._postcopy:
                 self._postcopy = None
                 await remote.execute("migrate-start-postcopy")
@@ -231,23 +232,36 @@ class _Watch:
             else:
                 await self._pass(EVERY)
 
-    async def look_again(self, address: str, state: State) -> State:
-        """A while after the migration was found paused in *state*, look whether it still is, and follow it if not.
+    def _show(self, state: State) -> None:
+        if self._held and state.migration == "pre-switchover":
+            return  # where nothing moves, once is enough
+        for picture in self._tracker.pictures(state):
+            self._view.show(picture)
+        while self._tracker.warnings:
+            text = self._tracker.warnings.pop(0)
+            self._view.note(f"warning: {text}", warning=text)
 
-        The QMP socket is left alone meanwhile: a QEMU serves one client at a time, and somebody has to recover it.
+    async def look_again(self, address: str, state: State) -> State:
+        """A while after the migration was found at rest in *state*, look whether it still is, and follow it if not.
+
+        The QMP socket is left alone meanwhile: a QEMU serves one client at a time, and another one has to recover it, or
+        to let it go on.
 
         **Cancellation:** the migration is as it was.
         """
         await self._pass(_PAUSED_EVERY)
         self._check_timer()
-        if self._stop.asked:
+        if self._stop.asked and state.migration == "postcopy-paused":
             return state
         try:
             async with connected(address) as remote:
                 now = await remote.state()
                 return now if now.migration == "postcopy-paused" else await self.follow(remote)
         except Busy:
-            return state  # with who recovers it, perhaps
+            if self._stop.asked and not self._busy:
+                self._busy = True
+                self._view.note(f"{address} serves another client; the migration is cancelled as soon as it is free")
+            return state  # the other client recovers it, or lets it go on, perhaps
         except Refused as error:
             raise _lost(address, self._last, error) from error
 

@@ -182,6 +182,7 @@ def send(
 
     --postcopy turns the capability postcopy-ram on, which the destination must have too.
     """
+    postcopy.refuse_pause(config, "send")
     plan = None if postcopy_after is None else postcopy.Plan(after=postcopy_after)
     config = postcopy.recovering(config, recover_for)
     transport.check(uri)

@@ -153,6 +153,20 @@ recover_option: Final = click.option(
 )
 
 
+def refuse_pause(config: trimig.Config, command: str) -> None:
+    """pause-before-switchover needs someone who lets the migration go on, and *command* has no socket for that.
+
+    Raises:
+        ConfigError: the capability is on.
+    """
+    if config.capabilities.pause_before_switchover:
+        raise trimig.ConfigError(
+            f"trimig {command} cannot be told to go on after pause-before-switchover, so it would wait for ever; host the "
+            "guest with trimig run --qmp ADDR, and use trimig migrate and trimig continue with that ADDR",
+            name="pause-before-switchover",
+        )
+
+
 def recovering(config: trimig.Config, seconds: float | None) -> trimig.Config:
     """*config* with a connection lost in postcopy tried again for so long (60 s for None)."""
     if not config.capabilities.postcopy_ram or (seconds is None and config.recovery_retry):
