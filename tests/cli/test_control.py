@@ -295,9 +295,64 @@ def test_continue_and_postcopy_are_the_commands_of_qmp(invoke: Invoke) -> None:
     assert ("migrate-continue", {"state": "pre-switchover"}) in guest.executed
     assert invoke(guest, "postcopy").exit_code == 0
     assert "migrate-start-postcopy" in guest.names
-    refusing = Scripted(refuses={"migrate-continue": "Migration not in expected state: active"})
+    refusing = Scripted(
+        info=step("pre-switchover"), refuses={"migrate-continue": "Migration not in expected state: active"}
+    )
     result = invoke(refusing, "continue")
     assert (result.exit_code, "not in expected state: active" in result.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("command", ["continue", "postcopy", "pause"])
+@pytest.mark.parametrize(
+    "status", ["none", "failed", "cancelled", "completed", "cancelling", "device", "postcopy-paused"]
+)
+def test_word_that_comes_too_late_or_too_soon_is_an_error(invoke: Invoke, command: str, status: str) -> None:
+    """A QEMU accepts some of these in any status, and nothing comes of it."""
+    guest = Scripted(info={} if status == "none" else {"status": status})
+    result = invoke(guest, command)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "there is no migration" in result.stderr
+    assert f"migration: {status}" in result.stderr
+    assert set(guest.names) == {"query-status", "query-migrate"}
+
+
+@pytest.mark.parametrize(
+    ("command", "statuses"),
+    [
+        ("continue", ["pre-switchover"]),
+        ("postcopy", ["setup", "active"]),
+        ("pause", ["postcopy-active", "postcopy-recover"]),
+    ],
+)
+def test_word_in_its_time_is_passed_on(invoke: Invoke, command: str, statuses: list[str]) -> None:
+    for status in statuses:
+        guest = Scripted(info={"status": status})
+        result = invoke(guest, command)
+        assert result.exit_code == 0, result.stderr
+        assert len(guest.names) == len({"query-status", "query-migrate"}) * 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("info", "words"),
+    [
+        ({}, "a guest is to come here"),
+        ({"status": "setup"}, "a guest is waited for here"),
+        ({"status": "active"}, "a guest is waited for here"),
+        ({"status": "failed"}, "nothing has arrived, and nothing is waited for"),
+        ({"status": "cancelled"}, "nothing has arrived, and nothing is waited for"),
+    ],
+)
+def test_status_of_who_waits_for_a_guest_is_true(invoke: Invoke, info: dict[str, Any], words: str) -> None:
+    assert words in invoke(Scripted(run_state="inmigrate", info=info), "status").stdout
+
+
+def test_status_says_that_it_does_not_converge(invoke: Invoke) -> None:
+    why = {"converging": False, "reason": "55 MiB/s are dirtied", "advice": ["throttle the guest", "start postcopy"]}
+    said = invoke(Scripted(info={**ACTIVE, "convergence": why}), "status").stdout
+    assert "it does not converge: 55 MiB/s are dirtied; what would help: throttle the guest or start postcopy" in said
+    assert (
+        "converge" not in invoke(Scripted(info={**ACTIVE, "convergence": {**why, "converging": True}}), "status").stdout
+    )
 
 
 def event(name: str, **data: Any) -> dict[str, Any]:
@@ -319,6 +374,15 @@ def test_events_end_with_the_guest(invoke: Invoke) -> None:
     assert invoke(Scripted(feed=[event("SHUTDOWN", guest=False)]), "events").exit_code == 0
     result = invoke(Scripted(feed=[event("STOP")]), "events")
     assert (result.exit_code, "has closed the connection" in result.stderr) == (1, True)
+
+
+def test_events_say_that_they_are_off(invoke: Invoke) -> None:
+    result = invoke(Scripted(feed=[event("SHUTDOWN", guest=False)]), "events")
+    assert result.exit_code == 0
+    assert "the capability 'events' is off" in result.stderr
+    assert "trimig set -c events" in result.stderr
+    on = Scripted(capabilities={"events": True}, feed=[event("SHUTDOWN", guest=False)])
+    assert invoke(on, "events").stderr == ""
 
 
 def test_events_until_the_end_need_the_capability(invoke: Invoke) -> None:

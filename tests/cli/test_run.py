@@ -17,6 +17,7 @@ import trio
 import trimig
 from tests.cli.test_parked import first_line, started, text_of, trimig_command
 from trimig import qmp
+from trimig.cli import guest_spec
 from trimig.testing import ScriptedGuest
 
 LIMIT = 60
@@ -261,3 +262,12 @@ async def test_guest_that_dies(tmp_path: Path) -> None:
         code, text = await ends(process)
         assert (code, "killed by signal 9" in text) == (1, True)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("size", ["4K", "1M", "16M", "100M", "256M", "2G"])
+def test_hot_memory_fits_whatever_the_size(size: str) -> None:
+    """A size alone is enough: how much of it is written again and again follows from it."""
+    options = guest_spec._process_options(f"size={size}")
+    assert options["hot"] <= options["size"]
+    assert options["hot"] == min(32 << 20, options["size"] // 8)
+    assert guest_spec._process_options(f"size={size},hot=4K")["hot"] == 4096

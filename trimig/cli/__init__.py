@@ -17,6 +17,7 @@ import click
 
 import trimig
 
+from . import signals
 from .common import debug_option, report_error
 from .exit_codes import CANCELLED, SENTENCE
 from .output import forgiving, open_closed_files
@@ -105,6 +106,7 @@ class Frame(click.Group):
         open_closed_files()
         with forgiving():
             code = self._code(words, prog_name or "trimig", complete_var, **extra)
+        signals.current().ending()
         sys.exit(code)
 
     def _code(self, words: list[str], prog_name: str, complete_var: str | None, **extra: Any) -> int:

@@ -32,6 +32,7 @@ import trio
 import trimig
 from trimig import formats
 
+from . import signals
 from .exit_codes import CANCELLED, DONE, exit_code
 from .output import say, write_error, write_json
 
@@ -185,7 +186,7 @@ def run(
     *,
     as_json: bool = False,
     interrupt: Callable[[str], None] | None = None,
-    doing: str = "cancelling; the guest is put back first",
+    doing: Callable[[], str] = lambda: "ending",
     judge: Callable[[], tuple[str, bool] | None] | None = None,
     truth: Callable[[], trimig.TrimigError | None] = lambda: None,
 ) -> int:
@@ -198,24 +199,28 @@ def run(
     Args:
         interrupt: called with the name of the first signal instead, for a job that has to ask others to stop; the
             exit code is then what the job returns.
-        doing: what is said to happen upon the first signal.
-        judge: asked at each signal until one is followed: what is said, and whether it is followed; None for *doing*.
+        doing: asked upon the first signal what it leads to, in words.
+        judge: asked at each signal until one is followed: what is said, and whether it is followed; None for
+            *doing*.
         truth: asked when a signal has cancelled the job: the error that says what became of the guest, where that is not
             as it was.
     """
-    call = functools.partial(_run, job, as_json, interrupt, doing, judge, truth)
+    life = signals.current()
+    call = functools.partial(_run, job, life, as_json, interrupt, doing, judge, truth)
+    life.hold()
     return trio.run(call, strict_exception_groups=True)
 
 
 async def _run(
     job: Callable[[], Awaitable[int | None]],
+    life: signals.ProcessSignals,
     as_json: bool,
     interrupt: Callable[[str], None] | None,
-    doing: str,
+    doing: Callable[[], str],
     judge: Callable[[], tuple[str, bool] | None] | None,
     truth: Callable[[], trimig.TrimigError | None],
 ) -> int:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
         scope = trio.CancelScope()
 
         async def cancellable() -> int | None:
@@ -224,9 +229,13 @@ async def _run(
             return None
 
         async def watch() -> None:
-            await _first_signal(signals, interrupt or scope.cancel, doing, judge)
+            await _first_signal(received, interrupt or scope.cancel, doing, judge)
 
-        code = await alongside(cancellable, watch)
+        life.watched()
+        try:
+            code = await alongside(cancellable, watch)
+        finally:
+            life.decided()
     if not scope.cancelled_caught:
         return code or DONE
     if (error := truth()) is not None:
@@ -240,19 +249,19 @@ async def _run(
 async def _first_signal(
     signals: AsyncIterator[int],
     cancel: Callable[[str], None],
-    doing: str,
+    doing: Callable[[], str],
     judge: Callable[[], tuple[str, bool] | None] | None,
 ) -> None:
     asked = False
     async for number in signals:
         name = signal.Signals(number).name
         if not asked:
-            text, asked = (judge() if judge is not None else None) or (doing, True)
+            text, asked = (judge() if judge is not None else None) or (doing(), True)
             say(f"{name}: {text}")
             if asked:
                 cancel(name)
         else:
-            say(f"{name}: that is being done already; it cannot be hurried without endangering the guest")
+            say(f"{name}: that is being done already")
 
 
 async def alongside(call: Callable[[], Awaitable[T]], other: Callable[[], Awaitable[None]]) -> T:

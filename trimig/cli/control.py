@@ -1,4 +1,4 @@
-"""``trimig status``, ``info``, ``cancel``, ``set``, ``continue``, ``postcopy`` and ``events``: one word to a guest behind
+"""``trimig status``, ``info``, ``cancel``, ``set``, ``continue``, ``postcopy``, ``events`` and their like: one word to a guest behind
 a QMP socket, a ``trimig run`` as well as a QEMU."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from trimig import formats, qmp
 
 from .common import debug_option, json_option, run
 from .exit_codes import DONE, FAILED, UNCERTAIN
-from .output import write_json
+from .output import say, write_json
 from .remote import CANCEL_LIMIT, Gone, Refused, Remote, State, connected, qmp_option, read_settings, settings_options
 
 
@@ -165,13 +165,36 @@ def set_(address: str, capabilities: tuple[str, ...], parameters: tuple[str, ...
     return _run(address, as_json, job)
 
 
-def _command(name: str, text: str, arguments: Mapping[str, Any], address: str, as_json: bool) -> int:
+def _command(
+    name: str,
+    text: str,
+    arguments: Mapping[str, Any],
+    address: str,
+    as_json: bool,
+    *,
+    only_in: frozenset[str],
+    wanted: str,
+) -> int:
+    """One QMP command, and *text* if it was accepted.
+
+    A QEMU accepts some commands in any status and does nothing then, so the status is looked at first: another one than
+    *only_in* is an error, because there is nothing that is *wanted*.
+    """
+
     async def job(remote: Remote) -> int:
+        before = await remote.state()
+        if before.migration not in only_in:
+            raise Refused(f"there is {wanted} ({before.sentence})")
         await remote.execute(name, **arguments)
         _tell(text, {"command": name, **(await remote.state()).record()}, as_json)
         return DONE
 
     return _run(address, as_json, job)
+
+
+_PRECOPY: Final = frozenset({"setup", "active", "pre-switchover"})
+_HELD: Final = frozenset({"pre-switchover"})
+_FOLLOWS: Final = frozenset({"postcopy-active", "postcopy-recover", "postcopy-recover-setup"})
 
 
 @click.command("continue")
@@ -180,7 +203,10 @@ def _command(name: str, text: str, arguments: Mapping[str, Any], address: str, a
 @debug_option
 def continue_(address: str, as_json: bool) -> int:
     """Let a migration that waits in pre-switchover go on to the switchover."""
-    return _command("migrate-continue", "the switchover goes on", {"state": "pre-switchover"}, address, as_json)
+    return _command(
+        "migrate-continue", "the switchover goes on", {"state": "pre-switchover"}, address, as_json,
+        only_in=_HELD, wanted="no migration that waits before its switchover",
+    )  # fmt: skip
 
 
 @click.command()
@@ -192,7 +218,10 @@ def postcopy(address: str, as_json: bool) -> int:
 
     The capability postcopy-ram must have been set on both sides before the migration.
     """
-    return _command("migrate-start-postcopy", "postcopy will start with the next pass", {}, address, as_json)
+    return _command(
+        "migrate-start-postcopy", "the switch to postcopy has been asked for", {}, address, as_json,
+        only_in=_PRECOPY, wanted="no migration that could switch to postcopy",
+    )  # fmt: skip
 
 
 @click.command()
@@ -204,7 +233,10 @@ def pause(address: str, as_json: bool) -> int:
 
     The guest goes on running at the destination, as far as its memory reaches.
     """
-    return _command("migrate-pause", "paused", {}, address, as_json)
+    return _command(
+        "migrate-pause", "the connection is being dropped", {}, address, as_json,
+        only_in=_FOLLOWS, wanted="no migration in postcopy to pause",
+    )  # fmt: skip
 
 
 @click.command()
@@ -252,16 +284,17 @@ def _where(state: State, uri: str) -> str:
 def events(address: str, until_end: bool, as_json: bool) -> int:
     """Follow what happens to a guest: one line for each event, with --json as one JSON object.
 
-    A guest tells of its migration only while its capability "events" is on: trimig set -c events.
+    A guest tells of its migration only while its capability "events" is on: trimig set -c events. If it is off, that is said.
     """
 
     async def job(remote: Remote) -> int:
         feed = remote.client.events()  # from now on, so that nothing is missed while the settings are read
-        if until_end and not (await remote.settings()).capabilities.get("events", True):
-            raise Refused(
-                f"the capability 'events' is off at {remote.address}, so it would not tell when a migration ends; "
-                f"turn it on first: trimig set -c events --qmp {remote.address}"
-            )
+        if not (await remote.settings()).capabilities.get("events", True):
+            off = f"the capability 'events' is off at {remote.address}"
+            how = f"trimig set -c events --qmp {remote.address}"
+            if until_end:
+                raise Refused(f"{off}, so it would not tell when a migration ends; turn it on first: {how}")
+            say(f"{off}, so it tells nothing of its migration; {how} turns it on")
         return await _follow(feed, remote, until_end=until_end, as_json=as_json)
 
     return _run(address, as_json, job)

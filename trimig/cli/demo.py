@@ -86,6 +86,10 @@ class Demo:
     def __exit__(self, *_exc: object) -> None:
         self._stack.close()
 
+    def doing(self) -> str:
+        """What a first signal leads to."""
+        return "ending; the migration under way is cancelled first" if self._migrating else "ending"
+
     @property
     def pids(self) -> list[int]:
         """Process ids of the hosts."""
@@ -467,7 +471,7 @@ def demo(
             results.append(result)
             return code
 
-        code = run(job, as_json=as_json, interrupt=stage.interrupt, judge=stage.insistence.judge)
+        code = run(job, as_json=as_json, interrupt=stage.interrupt, doing=stage.doing, judge=stage.insistence.judge)
     return _tell(code, results[0], as_json=as_json)
 
 

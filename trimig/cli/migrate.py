@@ -151,7 +151,12 @@ def migrate(
             write_json({"error": text, "kind": "Cancelled", **state.record(), "exit_code": code})
         return code
 
-    return run(job, as_json=as_json, interrupt=stop.ask if wait or dry else None)
+    def doing() -> str:
+        if dry:
+            return "ending; every setting is put back first"
+        return "the migration is to be cancelled" if wait else "ending; what was asked for may have been accepted"
+
+    return run(job, as_json=as_json, interrupt=stop.ask if wait or dry else None, doing=doing)
 
 
 async def _begun(remote: Remote, uri: str, *, as_json: bool) -> int:

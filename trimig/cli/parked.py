@@ -23,6 +23,7 @@ from .common import alongside, debug_option, json_option, migration_options, run
 from .exit_codes import DONE
 from .output import out, same_terminal, say, write_json
 from .picture import watched
+from .stop import words_for
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -48,7 +49,8 @@ def receive(uri: str, file: Path, force: bool, recover_for: float | None, config
     monitor = trimig.Monitor()
     job = functools.partial(_receive, uri, file, force, config, as_json, monitor)
     truth = functools.partial(postcopy.Insistence.truth, monitor)
-    return run(job, as_json=as_json, judge=postcopy.Insistence.of(monitor).judge, truth=truth)
+    doing = functools.partial(words_for, monitor, file)
+    return run(job, as_json=as_json, doing=doing, judge=postcopy.Insistence.of(monitor).judge, truth=truth)
 
 
 def _check_target(file: Path, *, force: bool) -> None:
@@ -198,7 +200,8 @@ def send(
         monitor = trimig.Monitor()
         job = functools.partial(_send, file, uri, record, config, plan, as_json, monitor)
         truth = functools.partial(postcopy.Insistence.truth, monitor)
-        return run(job, as_json=as_json, judge=postcopy.Insistence.of(monitor).judge, truth=truth)
+        doing = functools.partial(words_for, monitor, file)
+        return run(job, as_json=as_json, doing=doing, judge=postcopy.Insistence.of(monitor).judge, truth=truth)
 
 
 def _unsettled(file: Path, record: stream.OwnerRecord) -> trimig.HandoverUncertain:

@@ -154,13 +154,20 @@ class State:
         text = f"guest: {self.run_state}; migration: {self.migration}; owner: {self.owner}"
         if self.run_state == "inmigrate" and self.owner == "source":
             text += f", which is not this side: {self._awaited}"
+        why = self.info.get("convergence")
+        if isinstance(why, Mapping) and not why.get("converging", True):
+            text += (
+                f"; it does not converge: {why.get('reason')}; what would help: {' or '.join(why.get('advice', ()))}"
+            )
         return f"{text}; {self.problem}" if self.problem else text
 
     @property
     def _awaited(self) -> str:
         """What a side whose guest has not come does about it."""
-        if self.migration == "failed":
+        if self.migration in ("failed", "cancelled"):
             return "the last attempt has failed, and nothing listens here until migrate-incoming gives an address"
+        if self.migration == "none":
+            return "a guest is to come here"
         addresses = self.info.get("socket-address", ())
         return "a guest is waited for " + (f"at {qmp.uri_of(addresses[0])}" if addresses else "here")
 

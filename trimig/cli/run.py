@@ -16,6 +16,7 @@ import trio
 import trimig
 from trimig import blockers, formats, qmp, transport
 from trimig.errors import Ownership
+from trimig.status import is_idle
 
 from .common import migration_options
 from .common import run as run_job
@@ -76,8 +77,7 @@ def run(
         config = dataclasses.replace(config, autostart=False)
     host = _Host(config=config, as_json=as_json)
     job = functools.partial(host.run, spec, incoming, addresses, controls, name, uuid, stopped, only_migratable)
-    doing = "ending; a migration under way is cancelled first, and the guest is paused"
-    return run_job(job, as_json=as_json, interrupt=host.interrupt, doing=doing)
+    return run_job(job, as_json=as_json, interrupt=host.interrupt, doing=host.doing)
 
 
 def _only_migratable(guest: trimig.Guest) -> None:
@@ -97,6 +97,15 @@ class _Host:
         self._machine: qmp.Machine | None = None
         self._signal = ""
         self._starting = trio.CancelScope()
+
+    def doing(self) -> str:
+        """What a first signal leads to."""
+        machine = self._machine
+        if machine is None:
+            return "ending; the guest has not been started"
+        if is_idle(machine.outgoing.status) and is_idle(machine.incoming.status):
+            return "ending"
+        return "ending; the migration under way is cancelled first, if that is still possible"
 
     def interrupt(self, signal: str) -> None:
         """SIGINT or SIGTERM: end in order."""
@@ -187,11 +196,22 @@ class _Host:
                 for address in event.data["addresses"]:
                     self._listening(address, "incoming migration")
             case "MIGRATION" if not self._as_json:
-                say(f"migration: {event.data['status']}")
+                say(f"migration: {event.data['status']}{self._why(event)}")
                 if event.data["status"] == "completed":
                     self._report()
             case "WARNING":
                 self._say(f"warning: {event.data['text']}", warning=event.data["text"])
+
+    def _why(self, event: trimig.Event) -> str:
+        """The reason of a failure, and what is left of it."""
+        machine = self._machine
+        if machine is None or event.data["status"] != "failed":
+            return ""
+        arriving = machine.incoming.status is trimig.Status.FAILED and machine.outgoing.role is None
+        monitor = machine.incoming if arriving else machine.outgoing
+        reason = monitor.info().get("error-desc")
+        text = f", {reason}" if reason else ""
+        return f"{text}; nothing is waited for until migrate-incoming is asked for" if arriving else text
 
     def _report(self) -> None:
         machine = self._machine

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import trio
 
+import trimig
+from trimig.status import TERMINAL
+
 
 class Stop:
     """Asked for once, by a signal or a time limit; give :meth:`ask` to :func:`trimig.cli.common.run` as *interrupt*."""
@@ -14,7 +17,7 @@ class Stop:
 
     @property
     def asked(self) -> bool:
-        """Somebody wants it to end."""
+        """It is to end."""
         return bool(self.reason)
 
     def ask(self, reason: str) -> None:
@@ -33,3 +36,17 @@ class Stop:
         if self.asked:
             self._event.set()
         await self._event.wait()
+
+
+def words_for(monitor: trimig.Monitor, file: object) -> str:
+    """What a first signal leads to in a command that migrates the guest in *file* away, or receives it there."""
+    status, arriving = monitor.status, monitor.role is trimig.Role.DESTINATION
+    if status in TERMINAL:
+        return "it is over already"
+    if status is trimig.Status.HANDOVER:
+        return "it is too late to cancel: " + (
+            "the guest is being taken over" if arriving else "the decision has been sent, and its answer is waited for"
+        )
+    if status in (trimig.Status.NONE, trimig.Status.SETUP):
+        return "ending; no memory has been sent yet"
+    return "cancelling; " + ("the source keeps its guest" if arriving else f"the guest stays in {file}")
