@@ -5,162 +5,22 @@ The same commands against real processes are in ``tests/qemu/test_control.py``.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
 import signal
 import socket
 import stat
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
-from tests.guests.test_parked import stream
+from tests.cli.scripted import ACTIVE, ADDRESS, DONE, MB, PAGE, TOTAL, Invoke, Scripted, ram, step
 from trimig import cli, qmp
 from trimig.cli import remote
 from trimig.cli.remote import Settings, State, Tracker, read_settings
-
-ADDRESS = "unix:/run/scripted"
-MB = 1_000_000
-TOTAL = 100 * MB
-PAGE = 4096
-
-
-def ram(*, sync: int, pages: int, remaining: int, **more: Any) -> dict[str, Any]:
-    """A ``ram`` member: so many pages were sent, in passes up to number *sync*."""
-    return {
-        "total": TOTAL,
-        "transferred": pages * PAGE,
-        "remaining": remaining,
-        "normal": pages,
-        "duplicate": 0,
-        "dirty-sync-count": sync,
-        "dirty-pages-rate": 0,
-        "mbps": 800.0,
-        "page-size": PAGE,
-        **more,
-    }
-
-
-def step(status: str, **more: Any) -> dict[str, Any]:
-    return {"status": status, "total-time": 1000, "setup-time": 2, "expected-downtime": 300, **more}
-
-
-ACTIVE = step("active", ram=ram(sync=1, pages=5000, remaining=TOTAL - 5000 * PAGE))
-DONE = step("completed", downtime=45, ram=ram(sync=3, pages=30000, remaining=0))
-
-
-class Feed:
-    """An asynchronous iterator that needs no closing."""
-
-    def __init__(self, events: Iterator[Mapping[str, Any]]) -> None:
-        self._events = events
-
-    def __aiter__(self) -> Feed:
-        return self
-
-    async def __anext__(self) -> Mapping[str, Any]:
-        await trio.lowlevel.checkpoint()
-        for event in self._events:
-            return event
-        raise StopAsyncIteration
-
-
-@dataclasses.dataclass
-class Scripted:
-    """Answers as a QEMU would; ``query-migrate`` goes through *script* from ``migrate`` on, and stays at its end."""
-
-    script: Sequence[Mapping[str, Any]] = ()
-    run_state: str = "running"
-    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    capabilities: dict[str, bool] = dataclasses.field(
-        default_factory=lambda: {
-            "events": False, "pause-before-switchover": False, "return-path": True, "auto-converge": True
-        }
-    )  # fmt: skip
-    parameters: dict[str, Any] = dataclasses.field(
-        default_factory=lambda: {
-            "max-bandwidth": 1 << 27, "downtime-limit": 300, "tls-creds": "", "cpu-throttle-tailslow": False
-        }
-    )  # fmt: skip
-    #: Where ``migrate_cancel`` leads, and what is refused: command -> desc.
-    cancelled: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"status": "cancelled"})
-    refuses: dict[str, str] = dataclasses.field(default_factory=dict)
-    #: Called with each command and the number of times it was called, before it is executed.
-    before: Callable[[str, int], None] = lambda name, count: None
-    feed: Sequence[Mapping[str, Any]] = ()
-    executed: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
-    #: How often a client has connected.
-    connections: int = 0
-
-    async def execute(self, name: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        await trio.lowlevel.checkpoint()
-        self.executed.append((name, dict(arguments or {})))
-        self.before(name, self.names.count(name))
-        if name in self.refuses:
-            raise qmp.CommandFailed(self.refuses[name])
-        return getattr(self, name.replace("-", "_"), lambda **_: {})(**(arguments or {}))
-
-    def events(self) -> AsyncIterator[Mapping[str, Any]]:
-        return Feed(iter(self.feed))
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name, _ in self.executed]
-
-    def query_status(self) -> Any:
-        return {"status": self.run_state, "running": self.run_state == "running"}
-
-    def query_migrate(self) -> Any:
-        if self.script:
-            self.info, self.script = self.script[0], self.script[1:]
-        return self.info
-
-    def migrate(self, uri: str) -> Any:
-        self.info = {"status": "setup"}
-
-    def migrate_cancel(self) -> Any:
-        if self.info.get("status") not in (None, "completed", "failed", "cancelled"):
-            self.info, self.script = self.cancelled, ()
-
-    def query_migrate_capabilities(self) -> Any:
-        return [{"capability": name, "state": state} for name, state in self.capabilities.items()]
-
-    def query_migrate_parameters(self) -> Any:
-        return dict(self.parameters)
-
-    def migrate_set_capabilities(self, capabilities: Any) -> Any:
-        self.capabilities |= {row["capability"]: row["state"] for row in capabilities}
-
-    def migrate_set_parameters(self, **values: Any) -> Any:
-        self.parameters |= values
-
-
-Invoke = Callable[..., Result]
-
-
-@pytest.fixture
-def invoke(monkeypatch: pytest.MonkeyPatch) -> Invoke:
-    """``invoke(guest, "status", …)`` runs the command against that guest."""
-
-    def call(guest: Scripted, *words: str) -> Result:
-        @contextlib.asynccontextmanager
-        async def connect(address: str) -> AsyncIterator[Scripted]:
-            assert address == ADDRESS
-            guest.connections += 1
-            yield guest
-
-        monkeypatch.setattr(qmp, "connect", connect, raising=False)
-        result = CliRunner().invoke(cli.main, [*words, "--qmp", ADDRESS])
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
-        return result
-
-    return call
-
 
 # -- one word ----------------------------------------------------------------------------------------------------------
 
@@ -300,59 +160,6 @@ def test_continue_and_postcopy_are_the_commands_of_qmp(invoke: Invoke) -> None:
     )
     result = invoke(refusing, "continue")
     assert (result.exit_code, "not in expected state: active" in result.stderr) == (1, True)
-
-
-@pytest.mark.parametrize("command", ["continue", "postcopy", "pause"])
-@pytest.mark.parametrize(
-    "status", ["none", "failed", "cancelled", "completed", "cancelling", "device", "postcopy-paused"]
-)
-def test_word_that_comes_too_late_or_too_soon_is_an_error(invoke: Invoke, command: str, status: str) -> None:
-    """A QEMU accepts some of these in any status, and nothing comes of it."""
-    guest = Scripted(info={} if status == "none" else {"status": status})
-    result = invoke(guest, command)
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert "there is no migration" in result.stderr
-    assert f"migration: {status}" in result.stderr
-    assert set(guest.names) == {"query-status", "query-migrate"}
-
-
-@pytest.mark.parametrize(
-    ("command", "statuses"),
-    [
-        ("continue", ["pre-switchover"]),
-        ("postcopy", ["setup", "active"]),
-        ("pause", ["postcopy-active", "postcopy-recover"]),
-    ],
-)
-def test_word_in_its_time_is_passed_on(invoke: Invoke, command: str, statuses: list[str]) -> None:
-    for status in statuses:
-        guest = Scripted(info={"status": status})
-        result = invoke(guest, command)
-        assert result.exit_code == 0, result.stderr
-        assert len(guest.names) == len({"query-status", "query-migrate"}) * 2 + 1
-
-
-@pytest.mark.parametrize(
-    ("info", "words"),
-    [
-        ({}, "a guest is to come here"),
-        ({"status": "setup"}, "a guest is waited for here"),
-        ({"status": "active"}, "a guest is waited for here"),
-        ({"status": "failed"}, "nothing has arrived, and nothing is waited for"),
-        ({"status": "cancelled"}, "nothing has arrived, and nothing is waited for"),
-    ],
-)
-def test_status_of_who_waits_for_a_guest_is_true(invoke: Invoke, info: dict[str, Any], words: str) -> None:
-    assert words in invoke(Scripted(run_state="inmigrate", info=info), "status").stdout
-
-
-def test_status_says_that_it_does_not_converge(invoke: Invoke) -> None:
-    why = {"converging": False, "reason": "55 MiB/s are dirtied", "advice": ["throttle the guest", "start postcopy"]}
-    said = invoke(Scripted(info={**ACTIVE, "convergence": why}), "status").stdout
-    assert "it does not converge: 55 MiB/s are dirtied; what would help: throttle the guest or start postcopy" in said
-    assert (
-        "converge" not in invoke(Scripted(info={**ACTIVE, "convergence": {**why, "converging": True}}), "status").stdout
-    )
 
 
 def event(name: str, **data: Any) -> dict[str, Any]:
@@ -635,45 +442,3 @@ def test_dry_run_needs_a_running_guest_that_is_not_being_migrated(invoke: Invoke
     guest = Scripted(run_state=run_state, info={"status": status})
     assert invoke(guest, "migrate", "--dry-run").exit_code == 1
     assert not any("set" in name or name == "migrate" for name in guest.names)
-
-
-# -- held before the switchover ----------------------------------------------------------------------------------------
-
-
-HELD = step("pre-switchover", ram=ram(sync=2, pages=TOTAL // PAGE, remaining=0))
-
-
-def test_socket_is_free_for_who_lets_it_go_on(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A QEMU serves one client at a time: while nothing moves, the socket is left to the one that continues it."""
-    monkeypatch.setattr("trimig.cli.migrate._PAUSED_EVERY", 0.01)
-    guest = Scripted(script=[step("setup"), ACTIVE, HELD, HELD, HELD, HELD, DONE])
-    result = invoke(guest, "migrate", "tcp:b:4444", "--wait", "-c", "pause-before-switchover")
-    assert result.exit_code == 0, result.stderr
-    assert result.stderr.count("waiting in pre-switchover; trimig continue --qmp") == 1
-    assert guest.connections > 2
-
-
-def test_signal_cancels_what_is_held(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trimig.cli.migrate._PAUSED_EVERY", 60.0)
-
-    def before(name: str, count: int) -> None:
-        if guest.info.get("status") == "pre-switchover" and "migrate_cancel" not in guest.names:
-            signal.raise_signal(signal.SIGINT)
-
-    guest = Scripted(script=[step("setup"), ACTIVE, HELD], before=before)
-    result = invoke(guest, "migrate", "tcp:b:4444", "--wait", "-c", "pause-before-switchover")
-    assert result.exit_code == 130, result.stderr
-    assert "migrate_cancel" in guest.names
-
-
-@pytest.mark.parametrize("command", [["send", "{file}", "tcp:127.0.0.1:1"], ["demo", "--size", "1M"]])
-def test_pause_that_nothing_could_end_is_refused(command: list[str], tmp_path: Path) -> None:
-    """Also where it comes from a file; off is as good as not there."""
-    (tmp_path / "guest").write_bytes(stream())
-    (tmp_path / "c.toml").write_text("[capabilities]\npause-before-switchover = true\n")
-    words = [word.format(file=tmp_path / "guest") for word in command]
-    for options in (["-c", "pause-before-switchover"], ["--config", str(tmp_path / "c.toml")]):
-        result = CliRunner().invoke(cli.main, [*words, *options])
-        assert (result.exit_code, "trimig continue" in result.stderr) == (2, True), result.stderr
-    result = CliRunner().invoke(cli.main, [*words, "-c", "pause-before-switchover=off"])
-    assert "trimig continue" not in result.stderr

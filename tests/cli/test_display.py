@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_control import PAGE, TOTAL, ram, step
+from tests.cli.scripted import PAGE, TOTAL, ram, step
 from trimig.cli import display
 from trimig.cli.display import LiveView, open_view
 from trimig.cli.output import out, say

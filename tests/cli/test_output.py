@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import pytest
 
-from tests.cli.test_control import ACTIVE, ADDRESS, Scripted
-from tests.cli.test_control import DONE as COMPLETED
+from tests.cli.scripted import ACTIVE, ADDRESS, Scripted
+from tests.cli.scripted import DONE as COMPLETED
 from tests.guests.test_parked import stream
 from trimig import cli, qmp
 

@@ -1,0 +1,109 @@
+"""Words to a guest behind a QMP socket are passed on only where they mean something, and what is said is true."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from tests.cli.scripted import ACTIVE, DONE, PAGE, TOTAL, Invoke, Scripted, ram, step
+from tests.guests.test_parked import stream
+from trimig import cli
+
+
+@pytest.mark.parametrize("command", ["continue", "postcopy", "pause"])
+@pytest.mark.parametrize(
+    "status", ["none", "failed", "cancelled", "completed", "cancelling", "device", "postcopy-paused"]
+)
+def test_word_that_comes_too_late_or_too_soon_is_an_error(invoke: Invoke, command: str, status: str) -> None:
+    """A QEMU accepts some of these in any status, and nothing comes of it."""
+    guest = Scripted(info={} if status == "none" else {"status": status})
+    result = invoke(guest, command)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "there is no migration" in result.stderr
+    assert f"migration: {status}" in result.stderr
+    assert set(guest.names) == {"query-status", "query-migrate"}
+
+
+@pytest.mark.parametrize(
+    ("command", "statuses"),
+    [
+        ("continue", ["pre-switchover"]),
+        ("postcopy", ["setup", "active"]),
+        ("pause", ["postcopy-active", "postcopy-recover"]),
+    ],
+)
+def test_word_in_its_time_is_passed_on(invoke: Invoke, command: str, statuses: list[str]) -> None:
+    for status in statuses:
+        guest = Scripted(info={"status": status})
+        result = invoke(guest, command)
+        assert result.exit_code == 0, result.stderr
+        assert len(guest.names) == len({"query-status", "query-migrate"}) * 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("info", "words"),
+    [
+        ({}, "a guest is to come here"),
+        ({"status": "setup"}, "a guest is waited for here"),
+        ({"status": "active"}, "a guest is waited for here"),
+        ({"status": "failed"}, "nothing has arrived, and nothing is waited for"),
+        ({"status": "cancelled"}, "nothing has arrived, and nothing is waited for"),
+    ],
+)
+def test_status_of_who_waits_for_a_guest_is_true(invoke: Invoke, info: dict[str, Any], words: str) -> None:
+    assert words in invoke(Scripted(run_state="inmigrate", info=info), "status").stdout
+
+
+def test_status_says_that_it_does_not_converge(invoke: Invoke) -> None:
+    why = {"converging": False, "reason": "55 MiB/s are dirtied", "advice": ["throttle the guest", "start postcopy"]}
+    said = invoke(Scripted(info={**ACTIVE, "convergence": why}), "status").stdout
+    assert "it does not converge: 55 MiB/s are dirtied; what would help: throttle the guest or start postcopy" in said
+    assert (
+        "converge" not in invoke(Scripted(info={**ACTIVE, "convergence": {**why, "converging": True}}), "status").stdout
+    )
+
+
+# -- held before the switchover ----------------------------------------------------------------------------------------
+
+
+HELD = step("pre-switchover", ram=ram(sync=2, pages=TOTAL // PAGE, remaining=0))
+
+
+def test_socket_is_free_for_who_lets_it_go_on(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A QEMU serves one client at a time: while nothing moves, the socket is left to the one that continues it."""
+    monkeypatch.setattr("trimig.cli.migrate._PAUSED_EVERY", 0.01)
+    guest = Scripted(script=[step("setup"), ACTIVE, HELD, HELD, HELD, HELD, DONE])
+    result = invoke(guest, "migrate", "tcp:b:4444", "--wait", "-c", "pause-before-switchover")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("waiting in pre-switchover; trimig continue --qmp") == 1
+    assert guest.connections > 2
+
+
+def test_signal_cancels_what_is_held(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimig.cli.migrate._PAUSED_EVERY", 60.0)
+
+    def before(name: str, count: int) -> None:
+        if guest.info.get("status") == "pre-switchover" and "migrate_cancel" not in guest.names:
+            signal.raise_signal(signal.SIGINT)
+
+    guest = Scripted(script=[step("setup"), ACTIVE, HELD], before=before)
+    result = invoke(guest, "migrate", "tcp:b:4444", "--wait", "-c", "pause-before-switchover")
+    assert result.exit_code == 130, result.stderr
+    assert "migrate_cancel" in guest.names
+
+
+@pytest.mark.parametrize("command", [["send", "{file}", "tcp:127.0.0.1:1"], ["demo", "--size", "1M"]])
+def test_pause_that_nothing_could_end_is_refused(command: list[str], tmp_path: Path) -> None:
+    """Also where it comes from a file; off is as good as not there."""
+    (tmp_path / "guest").write_bytes(stream())
+    (tmp_path / "c.toml").write_text("[capabilities]\npause-before-switchover = true\n")
+    words = [word.format(file=tmp_path / "guest") for word in command]
+    for options in (["-c", "pause-before-switchover"], ["--config", str(tmp_path / "c.toml")]):
+        result = CliRunner().invoke(cli.main, [*words, *options])
+        assert (result.exit_code, "trimig continue" in result.stderr) == (2, True), result.stderr
+    result = CliRunner().invoke(cli.main, [*words, "-c", "pause-before-switchover=off"])
+    assert "trimig continue" not in result.stderr
