@@ -47,11 +47,11 @@ def test_word_in_its_time_is_passed_on(invoke: Invoke, command: str, statuses: l
 @pytest.mark.parametrize(
     ("info", "words"),
     [
-        ({}, "a guest is to come here"),
-        ({"status": "setup"}, "a guest is waited for here"),
-        ({"status": "active"}, "a guest is waited for here"),
-        ({"status": "failed"}, "nothing has arrived, and nothing is waited for"),
-        ({"status": "cancelled"}, "nothing has arrived, and nothing is waited for"),
+        ({}, "a guest is waited for"),
+        ({"status": "setup"}, "a guest is waited for"),
+        ({"status": "active"}, "a guest is waited for"),
+        ({"status": "failed"}, "the last attempt has failed, and nothing listens here"),
+        ({"status": "cancelled"}, "the last attempt has failed, and nothing listens here"),
     ],
 )
 def test_status_of_who_waits_for_a_guest_is_true(invoke: Invoke, info: dict[str, Any], words: str) -> None:

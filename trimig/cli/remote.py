@@ -166,8 +166,6 @@ class State:
         """What a side whose guest has not come does about it."""
         if self.migration in ("failed", "cancelled"):
             return "the last attempt has failed, and nothing listens here until migrate-incoming gives an address"
-        if self.migration == "none":
-            return "a guest is to come here"
         addresses = self.info.get("socket-address", ())
         return "a guest is waited for " + (f"at {qmp.uri_of(addresses[0])}" if addresses else "here")
 
