@@ -190,9 +190,9 @@ async def refusal(stream: bytes, target: trimig.Guest | None = None, config: tri
     [
         (HEAD + ADVISE + ADVISE, "second time"),
         (HEAD + START + ADVISE, "POSTCOPY_ADVISE has no place between"),
-        (HEAD + wire.command(Command.POSTCOPY_ADVISE), "disk bitmaps only"),
+        (HEAD + wire.command(Command.POSTCOPY_ADVISE), "turn the capability dirty-bitmaps off"),
         (HEAD + pc.advise(pc.Advice(page_sizes=0x201000)), "0x201000"),
-        (HEAD + pc.advise(pc.Advice(target_page=8192)), "0x2000"),
+        (HEAD + pc.advise(pc.Advice(target_page=8192)), "pages of 8192 bytes"),
         (HEAD + START + discard(1), "has not announced postcopy"),
         (HEAD + START + PACKAGE, "has not announced postcopy"),
         (OPENING + LISTEN, "POSTCOPY_LISTEN has no place"),

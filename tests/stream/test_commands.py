@@ -100,7 +100,7 @@ def test_inspect_does_not_call_a_newer_command_damage(tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(with_before(elements(), "part", NEWER))
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "in")])
     assert shown.exit_code == 1
-    assert "NOT READ ANY FURTHER: command 0x000c" in shown.stdout
+    assert "CANNOT BE READ ANY FURTHER: command 0x000c" in shown.stdout
     assert "damaged" not in (shown.stdout + shown.stderr).lower()
 
 

@@ -288,9 +288,9 @@ CASES: Final = [
     ),
     _configuration(
         "capabilities and uuid",
-        '07 00000002 "pc" 05 1a "configuration/capabilities" 00000001 00000002 0f "x-ignore-shared" 06 "xbzrle"'
+        '07 00000002 "pc" 05 1a "configuration/capabilities" 00000001 00000002 0d "auto-converge" 06 "events"'
         '05 12 "configuration/uuid" 00000001 00112233445566778899aabbccddeeff',
-        ("configuration/capabilities", '00000002 0f "x-ignore-shared" 06 "xbzrle"'),
+        ("configuration/capabilities", '00000002 0d "auto-converge" 06 "events"'),
         ("configuration/uuid", "00112233445566778899aabbccddeeff"),
     ),
     _first("open return path", hexed("08 0001 0000"), events.CommandElement(number=1)),

@@ -53,8 +53,12 @@ async def _inspect(file: str, names: tuple[str, ...], fields: bool, as_json: boo
         _print_report(file, report, fields=fields)
     if report.error is None:
         return DONE
-    say(f"{file} {'is damaged' if report.damaged else 'cannot be read any further'}: {report.error}")
+    say(f"{file} {'is damaged' if report.damaged else _unread(report)}: {report.error}")
     return FAILED
+
+
+def _unread(report: stream.StreamReport) -> str:
+    return "cannot be read any further" if report.good else "cannot be read"
 
 
 def _name(device: stream.DeviceInfo) -> str:
@@ -94,7 +98,7 @@ def _print_report(file: str, report: stream.StreamReport, *, fields: bool) -> No
     for problem in report.problems:
         print(f"note: {problem}")
     if report.error is not None:
-        print(f"{'DAMAGED' if report.damaged else 'NOT READ ANY FURTHER'}: {report.error}")
+        print(f"{'DAMAGED' if report.damaged else _unread(report).upper()}: {report.error}")
         print(f"understood up to byte {report.good} (0x{report.good:x})")
 
 

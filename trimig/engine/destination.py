@@ -33,8 +33,9 @@ from ..status import Role, Status
 from ..wire import Command, Decoder, Section, globalstate, postcopy
 from ..wire import events as ev
 from ..wire.devices import Undelimited
+from ..wire.page_size import wrong_page_size
 from ..wire.postcopy import Runs
-from ..wire.refusals import check_kept_command, command_name
+from ..wire.refusals import bitmaps_only, check_kept_command, command_name
 from ..wire.return_path import Pong, encode
 from ..wire.tail import TailBuffer
 from . import guest_calls, tail_in
@@ -97,6 +98,7 @@ class _Arrival(Arrival):
         self.adopted = False
         self.advised = False  # postcopy may follow
         self._ahead: Ahead | None = None
+        self._decoder: Decoder | None = None
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -119,6 +121,7 @@ class _Arrival(Arrival):
             max_description_bytes=config.max_description_bytes,
             reorder=True,
         )
+        self._decoder = decoder
         self.counters.setup_done = trio.current_time()
         await trio.lowlevel.checkpoint_if_cancelled()  # a cancel may have come since the last checkpoint
         self.monitor.advance(Status.ACTIVE)
@@ -342,19 +345,20 @@ class _Arrival(Arrival):
         advice = postcopy.decode_advise(event.payload, offset=event.at)
         if self.advised:
             raise RemoteProtocolError("POSTCOPY_ADVISE a second time", offset=event.at)
+        if advice is None:
+            raise bitmaps_only(event.at)
         if not self.monitor.config.capabilities.postcopy_ram:
             raise RemoteProtocolError(
                 "the source announces postcopy, and the capability postcopy-ram is off here: turn it on on both sides",
                 offset=event.at,
             )
-        if advice is None:
-            raise RemoteProtocolError("the source announces postcopy of disk bitmaps only", offset=event.at)
         # A guest that is only kept takes the pages as they come: nobody looks at a host page before it is whole.
         fits = advice.page_sizes == PAGE_SIZE or isinstance(self.guest, OpaqueGuest)
-        if advice.target_page != PAGE_SIZE or not fits:
+        if advice.target_page != PAGE_SIZE:
+            raise wrong_page_size(advice.target_page, offset=event.at)
+        if not fits:
             raise RemoteProtocolError(
-                f"the source has host pages of {advice.page_sizes:#x} and tracks pages of {advice.target_page:#x} bytes; "
-                f"here both are {PAGE_SIZE:#x}",
+                f"the source has host pages of {advice.page_sizes:#x} bytes, here they have {PAGE_SIZE:#x}",
                 offset=event.at,
             )
         check_guest(self.guest)
@@ -448,6 +452,7 @@ class _Arrival(Arrival):
         await tail_in.feed(tail, event.data)
         if self.return_path and (value := tail.prepare_ping()) is not None:
             assert self.channel is not None
+            self._check_missing()
             await self.channel.send(encode(Pong(value=value)))
             self.prepared = True
 
@@ -455,7 +460,7 @@ class _Arrival(Arrival):
         """The first device section: RAM is complete, and a guest that lives on disk can be written out already."""
         assert isinstance(self.guest, OpaqueGuest)
         self.check_ended(at)
-        self.problems([f"{n} pages of RAM block {b!r} were never received" for b, n in self.ram.missing().items()])
+        self._check_page_size()
         await self.ram_received()
 
     def _last_wait(self, tail: TailBuffer | None) -> float:
@@ -479,6 +484,21 @@ class _Arrival(Arrival):
                 )
             raise
 
+    def _check_page_size(self) -> None:
+        """Pages of another size are not taken for memory with holes. Unsupported."""
+        if self._decoder is not None and (size := self._decoder.page_size) is not None:
+            raise wrong_page_size(size, section="ram")
+
+    def check_complete(self, *, ram: bool = True) -> None:
+        """As in the frame; pages of another size are told first."""
+        if ram:
+            self._check_page_size()
+        super().check_complete(ram=ram)
+
+    def _check_missing(self) -> None:
+        """Whether all of RAM has come. RemoteProtocolError."""
+        self.problems([f"{n} pages of RAM block {b!r} were never received" for b, n in self.ram.missing().items()])
+
     async def _take_tail(self, tail: TailBuffer, at: int, *, ended: bool) -> None:
         assert isinstance(self.guest, OpaqueGuest)
         try:
@@ -491,6 +511,7 @@ class _Arrival(Arrival):
             raise RemoteProtocolError(
                 f"the devices cannot be told apart: {error.reason}", offset=error.offset, section=error.section
             ) from error
+        self._check_missing()
         for number, payload, where in split.commands:
             check_kept_command(number, len(payload), where)
         for problem in tail_in.first_problems(split):

@@ -13,10 +13,12 @@ import trio
 
 from ..config import Config
 from ..errors import RemoteProtocolError
+from ..guest import PAGE_SIZE
 from ..wire import Section
 from ..wire.decoding import Pieces
 from ..wire.description import Description, Limits, parse
 from ..wire.devices import SplitTail, TailSplitter
+from ..wire.page_size import wrong_page_size
 from ..wire.tail import TailBuffer
 from .offload import offload
 
@@ -95,6 +97,8 @@ async def split(tail: TailBuffer, at: int, *, damaged: bool = False) -> SplitTai
     **Cancellation:** the tail must be given up.
     """
     splitter = TailSplitter(tail, offset=at, damaged=damaged)
+    if tail.description is not None and tail.description.page_size != PAGE_SIZE and not damaged:
+        raise wrong_page_size(tail.description.page_size)
     while not splitter.step():
         await trio.lowlevel.checkpoint()
     return splitter.result()

@@ -19,8 +19,9 @@ from ..guest import ConfigSubsection, OpaqueGuest, PageBitmap
 from ..monitor import Counters
 from ..wire import Decoder
 from ..wire import events as ev
-from ..wire.devices import Undelimited
-from ..wire.refusals import check_kept_command
+from ..wire.devices import SplitTail, Undelimited
+from ..wire.page_size import wrong_page_size
+from ..wire.refusals import Unsupported, check_kept_command
 from ..wire.tail import TailBuffer
 
 #: Bytes read at once: copying them into memory that is still cold takes about a millisecond.
@@ -107,28 +108,32 @@ async def _read(fd: int, guest: OpaqueGuest, *, partial: bool) -> Read:
         count = await offload(os.readv, fd, [decoder.writable()[:_READ]])
         decoder.received(count)
         if not count:
+            if not decoder.offset and not decoder.pending:
+                raise Unsupported("the file is empty")
             decoder.receive_eof()
             ended = True
     if tail is None:
         raise RemoteProtocolError("the stream has no devices", offset=decoder.offset)
+    if (size := decoder.page_size) is not None:
+        raise wrong_page_size(size, section="ram")
+    split = await _split(tail, tail_at)
     problems = [f"{count} pages of RAM block {name!r} are not in the stream" for name, count in ram.missing().items()]
     if problems and not partial:
         raise RemoteProtocolError(f"{problems[0]} (what a lost postcopy has left is completed by trimig merge)")
-    problems += await _take_tail(guest, tail, tail_at)
+    for number, payload, where in split.commands:
+        check_kept_command(number, len(payload), where)
+    await guest.ram_received()
+    await guest.load_opaque(split.sections, split.description_text)
+    problems += tail_in.first_problems(split)
     return Read(peer=peer_of(decoder), problems=problems, received=ram.received())
 
 
-async def _take_tail(guest: OpaqueGuest, tail: TailBuffer, at: int) -> Sequence[str]:
+async def _split(tail: TailBuffer, at: int) -> SplitTail:
     try:
-        split = await tail_in.split(tail, at)
+        return await tail_in.split(tail, at)
     except Undelimited as error:
         if error.offset == at + len(tail):
             raise TransportFailed(
                 f"the stream ends at byte {error.offset} (0x{error.offset:x}), before the guest was complete"
             ) from error
         raise
-    for number, payload, where in split.commands:
-        check_kept_command(number, len(payload), where)
-    await guest.ram_received()
-    await guest.load_opaque(split.sections, split.description_text)
-    return tail_in.first_problems(split)

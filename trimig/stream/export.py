@@ -20,6 +20,8 @@ from ..errors import ConfigError, RemoteProtocolError
 from ..guest import PAGE_SIZE
 from ..wire import Decoder
 from ..wire import events as ev
+from ..wire.page_size import wrong_page_size
+from ..wire.refusals import Unsupported
 from .files import reading
 from .pages import PageSet
 
@@ -96,12 +98,16 @@ async def _copy_block(source: str | os.PathLike[str], block: str, fd: int, parti
         while True:
             while (event := decoder.next_event()) is not None:
                 if isinstance(event, ev.TailBytes | ev.EndOfStream):
-                    # No RAM follows a device section; what does is not ours to judge.
+                    # No RAM follows a device section.
+                    if (size := decoder.page_size) is not None:
+                        raise wrong_page_size(size, section="ram")
                     return copy.finish(partial=partial)
                 copy.take(event)
             count = await read_into(decoder.writable())
             decoder.received(count)
             if not count:
+                if not decoder.offset and not decoder.pending:
+                    raise Unsupported("the file is empty")
                 decoder.receive_eof()
             await trio.lowlevel.checkpoint()
 

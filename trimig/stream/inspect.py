@@ -12,7 +12,8 @@ from ..errors import RemoteProtocolError, TransportFailed, TrimigError
 from ..guest import PAGE_SIZE, DeviceSection
 from ..wire import Command, Decoder, Section, decoding, globalstate
 from ..wire import events as ev
-from ..wire.refusals import command_name
+from ..wire.page_size import wrong_page_size
+from ..wire.refusals import Unsupported, command_name
 from ..wire.tail import TailBuffer
 from .files import reading
 from .pages import PageSet
@@ -45,7 +46,11 @@ async def inspect_stream(source: str | os.PathLike[str], *, max_device_bytes: in
             if not count:
                 break
             await trio.lowlevel.checkpoint()
-        return await inspector.finish()
+        report = await inspector.finish()
+    if source != "-":
+        # Where reading has ended early, the file is still as large as it is.
+        report.size = max(report.size, (await trio.Path(source).stat()).st_size)
+    return report
 
 
 class _Inspector:
@@ -59,11 +64,14 @@ class _Inspector:
         self.blocks: dict[str, BlockInfo] = {}
         self.seen: dict[str, PageSet] = {}
         self.fields_left = _FREE_FIELDS
+        self.page_size: int | None = None  # that the description names, if it is not the usual one
 
     def received(self, count: int) -> None:
         self.decoder.received(count)
         self.report.size += count
         if not count:
+            if not self.report.size:
+                self.report.error = Unsupported("the file is empty")
             self.decoder.receive_eof()
 
     async def step(self) -> bool:
@@ -94,8 +102,12 @@ class _Inspector:
             await self.step()
         if self.tail is not None and (report.error is None or len(self.tail)):
             await self._take_tail(self.tail)
-        for name, seen in self.seen.items():
-            self.blocks[name].missing = seen.missing
+        size = self.decoder.page_size or self.page_size
+        if report.error is None and size is not None:
+            report.error = wrong_page_size(size)
+        if not isinstance(report.error, Unsupported):
+            for name, seen in self.seen.items():
+                self.blocks[name].missing = seen.missing
         for block in report.blocks:
             if block.missing:
                 report.problems.append(f"{block.missing} pages of RAM block {block.name!r} are not in the stream")
@@ -193,6 +205,8 @@ class _Inspector:
 
     async def _take_tail(self, tail: TailBuffer) -> None:
         report, at = self.report, self.tail_at
+        if tail.description is not None and tail.description.page_size != PAGE_SIZE:
+            self.page_size = tail.description.page_size
         split = await tail_in.split(tail, at, damaged=True)
         report.good = at + split.eof_offset
         self.fields_left += len(tail) // _BYTES_PER_FIELD

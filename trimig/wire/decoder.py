@@ -22,7 +22,8 @@ from typing import Final, Protocol
 import numpy as np
 
 from ..errors import RemoteProtocolError, TransportFailed
-from ..guest import PAGE_SIZE, ConfigSubsection
+from ..guest import PAGE_SIZE
+from .configuration import read_configuration
 from .constants import MAGIC, VERSION, Command, Section
 from .events import (
     CommandElement,
@@ -38,8 +39,10 @@ from .events import (
     SectionHeader,
     TailBytes,
 )
+from .formats import LOOK, may_become_known, what_is
+from .page_size import wrong_page_size
 from .ram import RecordReader
-from .refusals import unknown_command
+from .refusals import Unsupported, unknown_command, unknown_section
 
 _BE32 = struct.Struct(">I")
 
@@ -54,11 +57,6 @@ _COMMAND_LENGTH: Final = {
     Command.POSTCOPY_RESUME: 0,
     Command.SWITCHOVER_START: 0,
 }
-
-#: A machine type name is an identifier of a few dozen characters; the wire would allow 4 GiB.
-MAX_MACHINE_NAME: Final = 255
-#: QEMU 7.2 knows 21 capabilities.
-MAX_CAPABILITIES: Final = 256
 
 
 class Measure(Protocol):
@@ -150,6 +148,16 @@ class Decoder:
     def footers(self) -> bool | None:
         """Whether sections end with a footer; None while that is not known."""
         return self._footers
+
+    @property
+    def pending(self) -> int:
+        """Bytes in the buffer that no event has consumed."""
+        return self._end - self._pos
+
+    @property
+    def page_size(self) -> int | None:
+        """The size in bytes of the guest's pages, if the places of those that came show that it is not the usual one."""
+        return self._records.sizes.of_places(self._records.blocks)
 
     @property
     def section(self) -> str | None:
@@ -244,6 +252,8 @@ class Decoder:
         try:
             event = self._state()
         except RemoteProtocolError as error:
+            if not isinstance(error, Unsupported) and (size := self._records.sizes.of_content()) is not None:
+                error = wrong_page_size(size, section="ram")
             if error.offset is None:
                 error = type(error)(error.reason, offset=self.offset, section=error.section or self.section)
             self._failure = error
@@ -299,8 +309,15 @@ class Decoder:
     def _read_file_header(self) -> Event | None:
         have = min(self._end - self._pos, 4)
         if bytes(self._mem[self._pos : self._pos + have]) != MAGIC[:have]:
-            got = bytes(self._mem[self._pos : self._pos + have])
-            raise self._error(f"not a migration stream: it starts with {got!r} instead of {MAGIC!r}")
+            first = bytes(self._mem[self._pos : min(self._end, self._pos + LOOK)])
+            what = what_is(first)
+            if what is not None:
+                raise Unsupported(f"not a migration stream but {what}", offset=self.offset)
+            if may_become_known(first) and not self._eof:
+                return None
+            raise Unsupported(
+                f"not a migration stream: it starts with {first[:4]!r} instead of {MAGIC!r}", offset=self.offset
+            )
         if not self._have(8):
             return None
         version = self._be32(4)
@@ -324,70 +341,13 @@ class Decoder:
                 f"the configuration section is missing: found type {kind:#04x} instead of 0x07 (machine types up to 2.3 "
                 "have none; the peer profile legacy-2.3 says so)"
             )
-        if not self._have(5):
+        found = read_configuration(self._mem[self._pos : self._end], self.offset)
+        if found is None:
             return None
-        length = self._be32(1)
-        if length > MAX_MACHINE_NAME:
-            raise self._error(f"machine name of {length} bytes, at most {MAX_MACHINE_NAME} are accepted")
-        if not self._have(5 + length):
-            return None
-        machine = bytes(self._mem[self._pos + 5 : self._pos + 5 + length]).decode("utf-8", "surrogateescape")
-        subsections: list[ConfigSubsection] = []
-        ahead = 5 + length
-        while True:
-            # One byte of the next element decides whether the configuration goes on.
-            if not self._have(ahead + 1):
-                return None
-            if self._mem[self._pos + ahead] != Section.SUBSECTION:
-                break
-            name = self._cstr(ahead + 1)
-            if name is None:
-                return None
-            if not name.startswith("configuration"):
-                break
-            if any(name == other.name for other in subsections):
-                # Twice means nothing, and without end would be read into memory without end.
-                raise self._error(f"the configuration subsection {name!r} comes twice")
-            found = self._config_subsection(name, ahead + 2 + self._mem[self._pos + ahead + 1])
-            if found is None:
-                return None
-            subsection, ahead = found
-            subsections.append(subsection)
+        machine, subsections, used = found
         self._state = self._read_section
         self._expect_configuration = True
-        return Configuration(machine=machine, subsections=tuple(subsections), at=self._consume(ahead))
-
-    def _config_subsection(self, name: str, ahead: int) -> tuple[ConfigSubsection, int] | None:
-        if not self._have(ahead + 4):
-            return None
-        version = self._be32(ahead)
-        if version > 1:
-            raise self._error(f"subsection {name!r} has version {version}, 1 is the newest known")
-        ahead += 4
-        start = ahead
-        match name:
-            case "configuration/target-page-bits":
-                ahead += 4
-            case "configuration/uuid":
-                ahead += 16
-            case "configuration/capabilities":
-                if not self._have(ahead + 4):
-                    return None
-                count = self._be32(ahead)
-                if count > MAX_CAPABILITIES:
-                    raise self._error(f"{count} capabilities announced, at most {MAX_CAPABILITIES} are accepted")
-                ahead += 4
-                for _ in range(count):
-                    capability = self._cstr(ahead)
-                    if capability is None:
-                        return None
-                    ahead += 1 + self._mem[self._pos + ahead]
-            case _:
-                raise self._error(f"unknown configuration subsection {name!r}")
-        if not self._have(ahead):
-            return None
-        payload = bytes(self._mem[self._pos + start : self._pos + ahead])
-        return ConfigSubsection(name=name, version=version, payload=payload), ahead
+        return Configuration(machine=machine, subsections=subsections, at=self._consume(used))
 
     def _read_section(self) -> Event | None:
         if not self._have(1):
@@ -423,7 +383,7 @@ class Decoder:
         section_id = self._be32(1)
         if kind is Section.START:
             if idstr != "ram" or instance_id != 0:
-                raise self._error(f"the iterative section {idstr!r} (instance {instance_id}) is not supported")
+                raise unknown_section(idstr, instance_id, self.offset)
             if version_id != 4:
                 raise self._error(f"section 'ram' has version {version_id}, 4 is needed")
             self._state = self._read_records
@@ -497,7 +457,9 @@ class Decoder:
         return Package(data=data, at=self._consume(self._package_bytes))
 
     def _read_records(self) -> Event | None:
-        event, used = self._records.read(self._array, self._pos, self._end, self.offset, self._max_ram_bytes)
+        event, used = self._records.read(
+            self._array, self._pos, self._end, self.offset, self._max_ram_bytes, final=self._eof
+        )
         if event is not None:
             self._pos += used
             if isinstance(event, RamEnd):

@@ -21,9 +21,13 @@ from ..guest import PAGE_SIZE
 from .constants import RamFlag
 from .events import Event, PageRun, RamEnd, RamList, ZeroRun
 from .mixed import read_mixed
+from .page_size import PageSizes, wrong_page_size
+from .refusals import Unsupported
 
 _BE64 = struct.Struct(">Q")
 _FLAGS: Final = PAGE_SIZE - 1
+#: As a number: the complement of a RamFlag has only the bits of flags that have a name.
+_CONTINUE: Final = int(RamFlag.CONTINUE)
 _PAGE_AGAIN: Final = RamFlag.PAGE | RamFlag.CONTINUE
 _ZERO_AGAIN: Final = RamFlag.ZERO | RamFlag.CONTINUE
 _RECORD: Final = 8 + PAGE_SIZE
@@ -37,7 +41,7 @@ _MIXED_LOOK: Final = 2 * _RECORD
 MAX_BLOCKS: Final = 4096
 
 #: Records that exist, and which capability makes a sender use them.
-_NOT_BUILT: Final = MappingProxyType(
+_NOT_BUILT: Final[Mapping[int, str]] = MappingProxyType(
     {
         RamFlag.XBZRLE: "a delta-encoded page (capability xbzrle)",
         RamFlag.COMPRESS_PAGE: "a compressed page (capability compress)",
@@ -60,6 +64,8 @@ class RecordReader:
         self._run_length = 0
         #: The next record must be the size list of a START section.
         self.expect_list = False
+        #: What the places of the pages say of their size.
+        self.sizes = PageSizes()
         #: The host page sizes that ADVISE has announced, or'ed; 0 before it.
         self.page_sizes = 0
 
@@ -83,18 +89,45 @@ class RecordReader:
         """*pages* more pages of the open run were read by other means."""
         self._run_next += pages * PAGE_SIZE
         self._run_length += pages
+        self.sizes.adjoining()
 
     def end_run(self) -> None:
         """Forget the open run: its continuation was seen not to be what was predicted."""
         self._run_length = 0
 
     def read(
-        self, array: NDArray[np.uint8], pos: int, end: int, offset: int, max_ram_bytes: int
+        self,
+        array: NDArray[np.uint8],
+        pos: int,
+        end: int,
+        offset: int,
+        max_ram_bytes: int,
+        *,
+        final: bool = True,
     ) -> tuple[Event | None, int]:
         """The next event from ``array[pos:end]``, which stands at stream *offset*, and how many bytes it used.
 
-        ``(None, 0)``: not enough bytes.
+        ``(None, 0)``: not enough bytes. *final*: no more will come.
         """
+        try:
+            event, used = self._read(array, pos, end, offset, max_ram_bytes)
+        except RemoteProtocolError:
+            size = self.sizes.of_content() or self.sizes.of_lookahead(array, pos, end, offset)
+            if size is None and not final and self.sizes.more_could_tell(offset, end - pos):
+                return None, 0
+            if size is None:
+                raise
+            raise wrong_page_size(size, offset=offset, section="ram") from None
+        if isinstance(event, PageRun | ZeroRun):
+            self.sizes.add(event.offsets)
+            if isinstance(event, PageRun):
+                # Of a run, the first page's record is shorter than all of it; only a record alone may be misread.
+                self.sizes.keep(int(event.offsets[0]), event.data[0], offset + used if len(event.offsets) == 1 else -1)
+        return event, used
+
+    def _read(
+        self, array: NDArray[np.uint8], pos: int, end: int, offset: int, max_ram_bytes: int
+    ) -> tuple[Event | None, int]:
         if self._queued is not None:
             event, self._queued = self._queued, None
             return event, 0
@@ -115,9 +148,9 @@ class RecordReader:
             if flags == _PAGE_AGAIN:
                 return self._page_run(array, pos, have, offset)
             return self._zero_run(array, pos, have, offset)
-        kind = RamFlag(flags & ~RamFlag.CONTINUE)
+        kind = flags & ~_CONTINUE
         if kind in (RamFlag.PAGE, RamFlag.ZERO):
-            return self._named(array, pos, have, offset, word, kind)
+            return self._named(array, pos, have, offset, word, RamFlag(kind))
         if flags == RamFlag.EOS:
             self._run_length = 0
             if self.expect_list:
@@ -125,7 +158,7 @@ class RecordReader:
             return RamEnd(at=offset), 8
         if flags == RamFlag.MEM_SIZE and self.expect_list:
             return self._size_list(array, pos, have, offset, word & ~_FLAGS, max_ram_bytes)
-        raise self._refuse(flags, offset)
+        raise self._refuse(word, offset)
 
     def _alternating(self, array: NDArray[np.uint8], pos: int, end: int, offset: int) -> tuple[Event, int] | None:
         """The records ahead, if they change their kind often; None if a run is ahead, or might be."""
@@ -143,11 +176,14 @@ class RecordReader:
         self._queued = pages
         return zeros, used
 
-    def _refuse(self, flags: int, offset: int) -> RemoteProtocolError:
-        known = _NOT_BUILT.get(RamFlag(flags & ~RamFlag.CONTINUE))
+    def _refuse(self, word: int, offset: int) -> RemoteProtocolError:
+        if (size := self.sizes.of_flags(word)) is not None:
+            return wrong_page_size(size, offset=offset, section="ram")
+        flags = word & _FLAGS
+        known = _NOT_BUILT.get(flags & ~_CONTINUE)
         if known is not None:
-            text = f"{known}, which is not supported yet (flags {flags:#x})"
-        elif flags == RamFlag.MEM_SIZE:
+            return Unsupported(f"{known}, which is not supported yet (flags {flags:#x})", offset=offset, section="ram")
+        if flags == RamFlag.MEM_SIZE:
             text = "a size list outside of RAM START"
         else:
             text = f"unknown combination of RAM flags {flags:#x}"

@@ -1,0 +1,101 @@
+"""The configuration section (stream.md part 4): which machine a stream is of, and what must be known before it is read."""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+from ..errors import RemoteProtocolError
+from ..guest import PAGE_SIZE, ConfigSubsection
+from .constants import Section
+from .page_size import wrong_page_size
+from .refusals import check_capability
+
+_BE32: Final = struct.Struct(">I")
+_PAGE_BITS: Final = PAGE_SIZE.bit_length() - 1
+#: A machine type name is an identifier of a few dozen characters; the wire would allow 4 GiB.
+MAX_MACHINE_NAME: Final = 255
+#: QEMU 7.2 knows 21 capabilities.
+MAX_CAPABILITIES: Final = 256
+
+
+def read_configuration(data: memoryview, offset: int) -> tuple[str, tuple[ConfigSubsection, ...], int] | None:
+    """The machine's name, the subsections, and the bytes that they take.
+
+    Args:
+        data: from the type byte of the section on.
+        offset: where it stands in the stream.
+
+    Returns:
+        None if more bytes are needed.
+
+    Raises:
+        RemoteProtocolError: without an offset, it is malformed.
+        Unsupported: it announces what cannot be read.
+    """
+    if len(data) < 5:
+        return None
+    length = int(_BE32.unpack_from(data, 1)[0])
+    if length > MAX_MACHINE_NAME:
+        raise RemoteProtocolError(f"machine name of {length} bytes, at most {MAX_MACHINE_NAME} are accepted")
+    ahead = 5 + length
+    subsections: list[ConfigSubsection] = []
+    # One byte of the next element decides whether the configuration goes on.
+    while len(data) > ahead:
+        name = _cstr(data, ahead + 1) if data[ahead] == Section.SUBSECTION else ""
+        if name is None:
+            return None
+        if not name.startswith("configuration"):
+            machine = bytes(data[5 : 5 + length]).decode("utf-8", "surrogateescape")
+            return machine, tuple(subsections), ahead
+        if any(name == other.name for other in subsections):
+            # Twice means nothing, and without end would be read into memory without end.
+            raise RemoteProtocolError(f"the configuration subsection {name!r} comes twice")
+        found = _subsection(data, name, ahead + 2 + data[ahead + 1], offset)
+        if found is None:
+            return None
+        subsection, ahead = found
+        subsections.append(subsection)
+    return None
+
+
+def _cstr(data: memoryview, at: int) -> str | None:
+    if len(data) <= at or len(data) < at + 1 + data[at]:
+        return None
+    return bytes(data[at + 1 : at + 1 + data[at]]).decode("utf-8", "surrogateescape")
+
+
+def _subsection(data: memoryview, name: str, ahead: int, offset: int) -> tuple[ConfigSubsection, int] | None:
+    if len(data) < ahead + 4:
+        return None
+    version = int(_BE32.unpack_from(data, ahead)[0])
+    if version > 1:
+        raise RemoteProtocolError(f"subsection {name!r} has version {version}, 1 is the newest known")
+    start = ahead = ahead + 4
+    match name:
+        case "configuration/target-page-bits":
+            ahead += 4
+        case "configuration/uuid":
+            ahead += 16
+        case "configuration/capabilities":
+            if len(data) < ahead + 4:
+                return None
+            count = int(_BE32.unpack_from(data, ahead)[0])
+            if count > MAX_CAPABILITIES:
+                raise RemoteProtocolError(f"{count} capabilities announced, at most {MAX_CAPABILITIES} are accepted")
+            ahead += 4
+            for _ in range(count):
+                capability = _cstr(data, ahead)
+                if capability is None:
+                    return None
+                check_capability(capability, offset)
+                ahead += 1 + data[ahead]
+        case _:
+            raise RemoteProtocolError(f"unknown configuration subsection {name!r}")
+    if len(data) < ahead:
+        return None
+    if name == "configuration/target-page-bits" and (bits := int(_BE32.unpack_from(data, start)[0])) != _PAGE_BITS:
+        if bits > 32:
+            raise RemoteProtocolError(f"target pages of 2^{bits} bytes are announced")
+        raise wrong_page_size(1 << bits, offset=offset, section="configuration")
+    return ConfigSubsection(name=name, version=version, payload=bytes(data[start:ahead])), ahead
