@@ -12,13 +12,14 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 
 import hypothesis
 import pytest
 
 from tests import tiers
+from tests.fuzzed import Fuzzed, Inputs
 from tests.qemu import installed
 from tests.qemu.table import Outcomes, written
 
@@ -29,6 +30,7 @@ hypothesis.settings.load_profile("trimig")
 
 _failed = pytest.StashKey[bool]()
 _outcomes = Outcomes()
+_inputs = Inputs()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,8 +55,9 @@ def pytest_report_header() -> str:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Collect what became of the cells of the matrix."""
+    """Collect what became of the cells of the matrix, and how many inputs were tried."""
     _outcomes.note(report.user_properties, report.outcome)
+    _inputs.note(report.user_properties, report.when)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -64,8 +67,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for cell in _outcomes.failed():
             terminalreporter.line(f"failed: {cell}")
         terminalreporter.line(_outcomes.counts())
+    if _inputs.found:
+        terminalreporter.section("fuzz")
+        for line in _inputs.lines():
+            terminalreporter.line(line)
     if (path := config.getoption("--matrix")) is not None:
         path.write_text(written(_outcomes.found, installed.versions()), encoding="utf-8")
+
+
+@pytest.fixture
+def fuzzed(record_property: Callable[[str, object], None]) -> Fuzzed:
+    """Say how many inputs were tried, and of what: it is printed at the end of the run."""
+
+    def count(subject: str, inputs: int) -> None:
+        record_property("fuzzed", (subject, inputs))
+
+    return count
 
 
 def missing_qemu(found: object | None, environ: Mapping[str, str], version: str | None = None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,8 +74,27 @@ def words(found: list[Element]) -> list[str]:
     return [name for name, before in zip(names, [None, *names], strict=False) if name != before]
 
 
+def reader(data: bytes, devices: Mapping[str, int], seen: Callable[[Page], None], block: str = "") -> _Reader:
+    """Reads *data* from the beginning of a stream, or from where the last record was of *block*.
+
+    Args:
+        seen: hears of each page at once; what it raises ends the reading.
+    """
+    found = _Reader(data, devices, True, seen=seen)
+    found._block = block
+    return found
+
+
 class _Reader:
-    def __init__(self, data: bytes, devices: Mapping[str, int], footers: bool, base: int = 0) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        devices: Mapping[str, int],
+        footers: bool,
+        base: int = 0,
+        seen: Callable[[Page], None] = lambda _: None,
+    ) -> None:
+        self._seen = seen
         self._data = data
         self._devices = {"globalstate": 104, **devices}
         self._footers = footers
@@ -173,7 +192,9 @@ class _Reader:
                 raise Unreadable(f"record with flags {flags:#x} at {at + self._base}")
             zero = bool(flags & 2)
             data = self._take(1) * PAGE if zero else self._take(PAGE)
-            yield Page(self._block, offset // PAGE, zero, data)
+            page = Page(self._block, offset // PAGE, zero, data)
+            self._seen(page)
+            yield page
 
     def _footer(self, number: int) -> None:
         if not self._footers:

@@ -100,7 +100,7 @@ async def test_elements_come_in_the_order_of_the_protocol(autojump_clock: trio.t
         QUEUED, "DISCARD ram", "PING 0x2", "PACKAGED", "PING 0x4", "part ram", "end ram", "eof",
     ]  # fmt: skip
     package = found[where(found, "PACKAGED")]
-    assert words(list(package.inner)) == ["LISTEN", "full clock", "full globalstate", "PING 0x3", "RUN"]
+    assert words(list(package.inner)) == ["LISTEN", "full clock", "full globalstate", "PING 0x3", "PING 0x42", "RUN"]
     assert found[where(found, "ADVISE")].payload == PAGE.to_bytes(8, "big") * 2
 
 

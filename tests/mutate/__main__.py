@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from . import named, operators
-from .run import BrokenBefore, Mutant, Verdict, run
+from .run import Mutant, Verdict, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,17 +46,15 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write(f"{verdict.outcome:8} {verdict.seconds:5.0f} s  {verdict.mutant}\n")
         sys.stdout.flush()
 
-    try:
-        verdicts = run(ROOT, mutants, jobs=given.jobs, limit=given.limit, told=told)
-    except BrokenBefore as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
+    complaints: list[str] = []
+    verdicts = run(ROOT, mutants, jobs=given.jobs, limit=given.limit, told=told, broken=complaints.append)
     if given.json:
         Path(given.json).write_text(json.dumps([verdict.as_json() for verdict in verdicts], indent=1) + "\n")
     survivors = [verdict for verdict in verdicts if verdict.outcome == "survived"]
     sys.stdout.write(f"{len(survivors)} of {len(verdicts)} survived\n")
     sys.stdout.writelines(f"  {verdict.mutant}\n" for verdict in survivors)
-    return 1 if survivors else 0
+    sys.stderr.writelines(f"{complaint}\n" for complaint in complaints)
+    return 2 if complaints else 1 if survivors else 0
 
 
 if __name__ == "__main__":

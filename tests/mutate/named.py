@@ -161,8 +161,8 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ),
     (
         "what the destination has is sent again", "trimig/engine/postcopy_source.py",
-        "unsent = [~self._bitmaps[block.name] for block in self._blocks]",
-        "unsent = [self._bitmaps[block.name] | True for block in self._blocks]",
+        "unsent = [~handshake.bitmaps[block.name] for block in self._blocks]",
+        "unsent = [handshake.bitmaps[block.name] | True for block in self._blocks]",
         ("tests/engine/test_preempt.py", "tests/qmp/test_postcopy.py"),
     ),
     # -- guests and memory

@@ -56,10 +56,6 @@ class Verdict:
         }  # fmt: skip
 
 
-class BrokenBefore(Exception):
-    """The tests fail without any change."""
-
-
 @contextlib.contextmanager
 def copies(root: Path, count: int) -> Iterator[list[Path]]:
     """So many copies of the tree, in a temporary directory."""
@@ -124,11 +120,11 @@ def run(
     jobs: int = 1,
     limit: float = 300.0,
     told: Callable[[Verdict], None] = lambda _: None,
+    broken: Callable[[str], None],
 ) -> list[Verdict]:
     """Judge them all, in *jobs* copies at a time; *told* hears of each as it comes.
 
-    Raises:
-        BrokenBefore: the tests of one of them fail in an unchanged copy.
+    Those whose tests fail twice in an unchanged copy are not judged, and *broken* hears of it.
     """
     with copies(root, jobs) as trees, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         free: queue.SimpleQueue[Path] = queue.SimpleQueue()
@@ -144,8 +140,13 @@ def run(
             told(verdict)
             return verdict
 
+        sound = []
         for tests in dict.fromkeys(mutant.tests for mutant in mutants):
-            code, line = pytest(trees[0], tests, limit)
-            if code != 0:
-                raise BrokenBefore(f"without any change: {' '.join(tests)}: {line}")
-        return list(pool.map(one, mutants))
+            for again in (True, False):
+                code, line = pytest(trees[0], tests, 3 * limit)
+                if code == 0:
+                    sound.append(tests)
+                    break
+                if not again:
+                    broken(f"without any change: {' '.join(tests)}: {line}")
+        return list(pool.map(one, (mutant for mutant in mutants if mutant.tests in sound)))

@@ -1,4 +1,4 @@
-"""C11: what reading a file costs follows from its bytes, not from what it announces."""
+"""What reading a file costs follows from its bytes, not from what it announces."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ def greedy_tail(count: int, pad: int) -> bytes:
 
 @pytest.mark.parametrize("count", [10, 300])
 def test_work_follows_from_the_bytes_and_is_done_in_pieces(count: int) -> None:
-    """C11: what a description claims of one section does not come again for the next."""
+    """What a description claims of one section does not come again for the next."""
     pad = 20_000
     data = greedy_tail(count, pad)
     buffer = TailBuffer()
@@ -242,7 +242,7 @@ def test_long_names_are_not_copied_for_each_element(make: Callable[[str], dict[s
 
 
 def test_nested_structures_share_the_bytes_of_the_payload() -> None:
-    """C11: each of 18 structures around a payload once kept a copy of it."""
+    """Each of 18 structures around a payload once kept a copy of it."""
     field: dict[str, Any] = {"name": "b", "type": "buffer", "size": 1000}
     for _ in range(18):
         field = {"name": "s", "type": "struct", "size": 1000, "struct": {"fields": [field]}}

@@ -91,6 +91,8 @@ class PostcopyReceiver:
                 await trio.lowlevel.wait_readable(self._memory.fileno())
             except trio.ClosedResourceError:
                 return
+            if self.closed:  # by another task, between the wake-up and this
+                return
             try:
                 waits = self._memory.waits()
             except OSError as error:
