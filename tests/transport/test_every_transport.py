@@ -293,3 +293,31 @@ async def test_file_holds_the_whole_of_it_or_nothing_counts(tmp_path: Path) -> N
         assert not summary.confirmed
         await trimig.receive(target, uri, config)
         assert np.array_equal(source.ram[0].pages, target.ram[0].pages)
+
+
+@pytest.mark.parametrize("victim", ["source", "destination"])
+@pytest.mark.parametrize("name", TRANSPORTS)
+async def test_yanked_in_the_middle(tmp_path: Path, name: str, victim: str) -> None:
+    """As a cut: both sides fail, the guest is the source's, the next attempt arrives. What has no socket is refused."""
+    number = 0 if victim == "source" else 1
+    way = Way(name, tmp_path)
+    async with two_guests() as (source, target):
+        attempt = Attempt(way, source, target)
+        refusals: list[str] = []
+
+        def yank() -> None:
+            try:
+                attempt.monitors[number].yank()
+            except trimig.StateError as error:
+                refusals.append(str(error))
+
+        await disturbed(attempt, 0.5, yank)
+        if name == "exec":
+            assert refusals == ["this kind of connection cannot be broken from here"]
+            assert isinstance(attempt.ends[0], trimig.Summary), attempt.ends
+            return
+        assert not refusals
+        is_the_sources(attempt, source, target)
+        assert isinstance(attempt.ends[0], trimig.TransportFailed), attempt.ends
+        attempt.monitors[number].yank()  # without a connection it does nothing
+        await arrives(way, source, target)

@@ -97,7 +97,8 @@ class PeerProfile:
 _KINDS: Final = kinds_of(PeerProfile)
 #: The switches by their Python names, and as they are written.
 _FIELDS: Final = tuple(name for name in _KINDS if name not in ("name", "by_machine"))
-_SWITCHES: Final = tuple(dashed(name) for name in _FIELDS)
+#: How multifd is done comes with the profile only: nothing reads it before the capability is built.
+_SWITCHES: Final = tuple(dashed(name) for name in _FIELDS if name != "multifd_scheme")
 #: What can be told from the stream itself.
 _SEEN: Final = frozenset({"send_configuration", "send_section_footer", "store_global_state"})
 
