@@ -137,6 +137,9 @@ SNAPSHOT_CONFLICTS = [
         ("zero-copy-send multifd", {"tls": True}, "zero-copy-send", "TLS"),
         ("multifd", {"inmigrate": True, "several_channels": False}, "multifd", "several channels"),
         ("postcopy-preempt", {}, "postcopy-preempt", "needs postcopy-ram"),
+        ("postcopy-ram postcopy-preempt", {"listening": True}, "postcopy-preempt", "before the incoming migration"),
+        ("multifd", {"listening": True}, "multifd", "before the incoming migration"),
+        ("", {"listening": True, "before": frozenset({"postcopy-preempt"})}, "postcopy-preempt", "before the incoming"),
         ("postcopy-preempt postcopy-ram compress", {}, "postcopy-preempt", "not compatible with compress"),
         ("multifd compress", {}, "multifd", "not compatible with compress"),
         ("multifd xbzrle", {}, "multifd", "not compatible with xbzrle"),
@@ -183,6 +186,7 @@ def test_contradiction_is_refused_as_such_built_or_not(
         ("switchover-ack return-path", {}),
         ("x-colo return-path", {}),
         ("dirty-limit", {}),
+        ("postcopy-ram postcopy-preempt", {"listening": True, "before": frozenset({"postcopy-preempt"})}),
         ("mapped-ram return-path multifd", {}),  # as QEMU 10.0 and 11.1
         ("xbzrle auto-converge return-path events", {"tls": True, "multifd_compression": "zlib"}),
     ],

@@ -11,7 +11,7 @@ import trio
 from tests.qmp.driver import hosted, pair
 from trimig.config import CAPABILITY_NAMES, PARAMETER_NAMES
 from trimig.status import Status
-from trimig.testing import ScriptedGuest
+from trimig.testing import LazyScriptedGuest, ScriptedGuest
 
 
 async def test_capabilities_are_listed_in_order() -> None:
@@ -150,3 +150,14 @@ async def test_after_a_lost_postcopy_capabilities_may_change(tmp_path: Path) -> 
             monitor._status = Status.POSTCOPY_LOST
         await talk.capabilities(events=True)
         assert talk.machine.config.capabilities.events
+
+
+async def test_a_second_connection_is_asked_for_before_the_first_can_come(tmp_path: Path) -> None:
+    """postcopy-preempt on a side that listens already would be ignored, so it is refused there; off again as well."""
+    target = LazyScriptedGuest(content="zero", run_state="inmigrate")
+    async with hosted(target, waiting=True) as talk:
+        await talk.capabilities(postcopy_ram=True, postcopy_preempt=True)
+        await talk.say("migrate-incoming", {"uri": f"unix:{tmp_path}/s"})
+        rows = {"capabilities": [{"capability": "postcopy-preempt", "state": False}]}
+        assert "before the incoming migration starts" in await talk.refused("migrate-set-capabilities", rows)
+        await talk.capabilities(events=True, postcopy_preempt=True)

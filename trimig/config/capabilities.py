@@ -51,6 +51,8 @@ class Proposal:
     before: frozenset[str] = frozenset()
     #: This side waits for, or is, an incoming migration.
     inmigrate: bool = False
+    #: An address is listened at already, and what comes there is judged by the capabilities it was opened with.
+    listening: bool = False
     #: The incoming address can give more than one channel.
     several_channels: bool = True
     #: Why this host cannot do postcopy, or None if it can.
@@ -119,6 +121,14 @@ def rule_incoming_channels(proposal: Proposal) -> ConfigError | None:
     return None
 
 
+def rule_before_listening(proposal: Proposal) -> ConfigError | None:
+    """What decides how many connections are waited for is set before the first can come (newer.md part 7)."""
+    for name in ("multifd", "postcopy-preempt"):
+        if proposal.listening and name in proposal.enabled ^ proposal.before:
+            return _refused(name, "must be set before the incoming migration starts to listen")
+    return None
+
+
 def rule_preempt_postcopy(proposal: Proposal) -> ConfigError | None:
     """``postcopy-preempt`` is a way of doing postcopy."""
     if "postcopy-preempt" in proposal.enabled and "postcopy-ram" not in proposal.enabled:
@@ -178,6 +188,7 @@ RULES: Final[tuple[Rule, ...]] = (
     rule_snapshot,
     rule_zero_copy,
     rule_incoming_channels,
+    rule_before_listening,
     rule_preempt_postcopy,
     rule_preempt_compress,
     rule_multifd_compress,
@@ -276,6 +287,7 @@ class Capabilities:
         built: AbstractSet[str] = BUILT,
         before: Capabilities | None = None,
         inmigrate: bool = False,
+        listening: bool = False,
         several_channels: bool = True,
         postcopy_obstacle: str | None = None,
         snapshot_obstacle: str | None = None,
@@ -291,6 +303,7 @@ class Capabilities:
             enabled=self.enabled,
             before=frozenset() if before is None else before.enabled,
             inmigrate=inmigrate,
+            listening=listening,
             several_channels=several_channels,
             postcopy_obstacle=postcopy_obstacle,
             snapshot_obstacle=snapshot_obstacle,

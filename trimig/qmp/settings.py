@@ -49,6 +49,7 @@ async def set_capabilities(machine: Machine, arguments: Mapping[str, Any], sessi
     changed.check(
         before=machine.config.capabilities,
         inmigrate=machine.waiting,
+        listening=machine.incoming.status is Status.SETUP,
         postcopy_obstacle=obstacle(machine.guest) if changed.postcopy_ram else None,
     )
     machine.config = dataclasses.replace(machine.config, capabilities=changed)
