@@ -268,6 +268,8 @@ def test_the_older_name_of_multifd_means_multifd() -> None:
 def test_capabilities_survive_qmp(enabled: set[str]) -> None:
     if "postcopy-preempt" in enabled:
         enabled.add("postcopy-ram")  # or it is refused
+    if "switchover-ack" in enabled:
+        enabled.add("return-path")
     capabilities = Capabilities(**{name.replace("-", "_"): name in enabled for name in BUILT})
     assert capabilities.enabled == enabled
     assert Capabilities.from_qmp(capabilities.to_qmp()) == capabilities

@@ -136,7 +136,7 @@ async def move(source: ScriptedGuest, target: trimig.Guest, mode: str) -> None:
 async def test_blocks_in_any_order(
     autojump_clock: trio.testing.MockClock, order: Order, make: Callable[[Order], trimig.Guest], mode: str
 ) -> None:
-    """B12: each page in the block that it belongs to, in every mode."""
+    """Each page in the block that it belongs to, in every mode."""
     source = ScriptedGuest(blocks=PAGES, seed=4)
     target = make(order)
     with contextlib.ExitStack() as stack:
@@ -150,7 +150,7 @@ async def test_blocks_in_any_order(
 async def test_a_source_with_its_blocks_in_any_order(
     autojump_clock: trio.testing.MockClock, order: Order, mode: str
 ) -> None:
-    """B12: the other way round, and with pages that change while they are sent."""
+    """The other way round, and with pages that change while they are sent."""
     source = ScriptedGuest(blocks={name: PAGES[name] for name in order}, seed=4)
     await move(source, scripted(("a", "b", "c")), mode)
 
@@ -162,7 +162,7 @@ def run_of(block: str, page: int, fill: int) -> ev.PageRun:
 
 @pytest.mark.parametrize("announced", [("first", "second"), ("second", "first")])
 async def test_faults_of_a_process_with_several_blocks(announced: Order) -> None:
-    """B12: by userfaultfd, what is waited for is asked for by the right name, and put where it is waited for."""
+    """By userfaultfd, what is waited for is asked for by the right name, and put where it is waited for."""
     names, fills = ("first", "second"), {"first": 1, "second": 2}
     asked: list[bytes] = []
     received: dict[str, PageBitmap] = {name: np.zeros(4, np.bool_) for name in announced}

@@ -50,7 +50,7 @@ async def sent(guest: trimig.ParkedGuest, config: trimig.Config) -> bytes:
 
 
 async def test_a_guest_parked_by_postcopy_is_sent_with_a_description(autojump_clock: trio.testing.MockClock) -> None:
-    """A4: a QEMU reads one, unless its machine type has none; this one has no devices in it, since nobody knows them."""
+    """A QEMU reads one, unless its machine type has none; this one has no devices in it, since nobody knows them."""
     with await parked_by_postcopy() as guest:
         stream = await sent(guest, trimig.Config())
         at = stream.rindex(b"\x00\x06")
@@ -64,7 +64,7 @@ async def test_a_guest_parked_by_postcopy_is_sent_with_a_description(autojump_cl
 
 
 async def test_and_comes_whole_to_another_that_parks_it(autojump_clock: trio.testing.MockClock) -> None:
-    """A4: the devices that the empty description does not name are told apart by their footers, hop for hop."""
+    """The devices that the empty description does not name are told apart by their footers, hop for hop."""
     with await parked_by_postcopy() as guest, trimig.ParkedGuest() as second, trimig.ParkedGuest() as third:
         for here, there in ((guest, second), (second, third)):
             ours, theirs = virtual_link()
@@ -81,7 +81,7 @@ UNDESCRIBED = HEAD + START + part(*ALL) + END + devices()
 @pytest.mark.parametrize("known", [False, True], ids=["unknown", "profile"])
 @pytest.mark.parametrize("asks", [False, True], ids=["", "PING"])
 async def test_an_end_without_a_description(autojump_clock: trio.testing.MockClock, *, known: bool, asks: bool) -> None:
-    """A5: the source waits for its answer and closes nothing; silence behind the end is the end."""
+    """The source waits for its answer and closes nothing; silence behind the end is the end."""
     profile = dataclasses.replace(able().peer, suppress_vmdesc=known)
     with trimig.ParkedGuest() as guest:
         async with destination(guest, dataclasses.replace(able(), peer=profile, stall_timeout=3600.0)) as there:
@@ -97,7 +97,7 @@ async def test_an_end_without_a_description(autojump_clock: trio.testing.MockClo
 
 
 async def test_silence_in_the_middle_is_no_end(autojump_clock: trio.testing.MockClock) -> None:
-    """A5: a source that stands still for longer between two devices, or inside one, goes on."""
+    """A source that stands still for longer between two devices, or inside one, goes on."""
     text = wire.description(description.build(4096, []))
     pieces = [UNDESCRIBED[: -len(devices())] + devices()[:20], devices()[20:50], devices()[50:], EOF + text]
     with trimig.ParkedGuest() as guest:
@@ -111,7 +111,7 @@ async def test_silence_in_the_middle_is_no_end(autojump_clock: trio.testing.Mock
 
 
 async def test_an_end_that_cannot_be_told_apart_names_the_way_out(autojump_clock: trio.testing.MockClock) -> None:
-    """A5: without footers nothing shows where a device ends; one sentence, in seconds, on both sides."""
+    """Without footers nothing shows where a device ends; one sentence, in seconds, on both sides."""
     profile = dataclasses.replace(able().peer, send_section_footer=False)
     bare = (START + part(*ALL) + END + devices()).replace(wire.section_footer(2), b"")
     for number in (4, 5):

@@ -145,7 +145,7 @@ def numbered(number: int) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("number", COMMANDS, ids=numbered)
 async def test_every_command_at_every_place(autojump_clock: trio.testing.MockClock, kind: str, number: int) -> None:
-    """B9, B10: legal and harmless, or refused with its offset."""
+    """Legal and harmless, or refused with its offset."""
     able_here = kind != "application"
     for where in range(len(PARTS)):
         before = b"".join(data for name, data, _ in PARTS[: where + 1] if able_here or name != "advise")
@@ -167,7 +167,7 @@ async def test_every_command_at_every_place(autojump_clock: trio.testing.MockClo
 
 @pytest.mark.parametrize("kind", ABLE)
 async def test_a_package_at_every_place(autojump_clock: trio.testing.MockClock, kind: str) -> None:
-    """B9, B10: where it is not legal, nothing of it is acted on."""
+    """Where it is not legal, nothing of it is acted on."""
     for where, (name, _, place) in enumerate(PARTS):
         before = b"".join(data for _, data, _ in PARTS[: where + 1])
         if place is Place.RAM:
@@ -185,12 +185,12 @@ async def test_a_package_at_every_place(autojump_clock: trio.testing.MockClock, 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("opened", [True, False], ids=["two ways", "one way"])
 async def test_a_guest_without_its_ram(autojump_clock: trio.testing.MockClock, kind: str, *, opened: bool) -> None:
-    """B9: a header, a configuration and an end are no guest, whatever devices come with it."""
+    """A header, a configuration and an end are no guest, whatever devices come with it."""
     await check_without_ram(kind, opened=opened)
 
 
 async def test_a_process_without_its_ram() -> None:
-    """B9: the same, on the real clock, since there is a process."""
+    """The same, on the real clock, since there is a process."""
     await check_without_ram("process", opened=True)
 
 
@@ -220,7 +220,7 @@ async def check_without_ram(kind: str, *, opened: bool) -> None:
 
 
 async def test_a_background_snapshot_has_no_end_of_its_ram(autojump_clock: trio.testing.MockClock) -> None:
-    """B9: a guest that is only kept may come as one, if all of its pages do."""
+    """A guest that is only kept may come as one, if all of its pages do."""
     async with made("parked") as target:
         end, _ = await outcome(target, HEAD + START + part(*ALL) + devices() + EOF)
         assert isinstance(end, trimig.Summary)
@@ -232,7 +232,7 @@ async def test_a_background_snapshot_has_no_end_of_its_ram(autojump_clock: trio.
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_block_of_its_own_that_is_not_announced(autojump_clock: trio.testing.MockClock, kind: str) -> None:
-    """B9: whole is who has all of the blocks of this guest, not all that were announced."""
+    """Whole is who has all of the blocks of this guest, not all that were announced."""
     if kind == "parked":
         return  # it has none of its own
     other = wire.section_start(Section.START, 2, "ram", 0, 4) + wire.ram_list([("rom", PAGE_SIZE)]) + CLOSE
@@ -244,7 +244,7 @@ async def test_a_block_of_its_own_that_is_not_announced(autojump_clock: trio.tes
 
 @pytest.mark.parametrize("kind", ABLE)
 async def test_discarded_and_never_sent_again(autojump_clock: trio.testing.MockClock, kind: str) -> None:
-    """B9: pages that were discarded before an end by precopy are missing."""
+    """Pages that were discarded before an end by precopy are missing."""
     stale = np.zeros(PAGES, np.bool_)
     stale[[1, 5]] = True
     stream = HEAD + ADVISE + START + part(*ALL) + b"".join(pc.discards("ram", stale)) + END + devices() + EOF

@@ -114,7 +114,7 @@ _ILLEGAL: dict[str, bytes] = {
 async def test_what_a_source_may_not_say_before_resume(
     autojump_clock: trio.testing.MockClock, what: str, kind: str
 ) -> None:
-    """B15: refused and paused again, with the guest as it was; the next connection brings the rest."""
+    """Refused and paused again, with the guest as it was; the next connection brings the rest."""
     async with paused(kind) as there:
         await there.monitor.wait_status(Status.POSTCOPY_PAUSED)
         statuses = told(there.monitor)
@@ -138,7 +138,7 @@ async def test_what_a_source_may_not_say_before_resume(
 
 @pytest.mark.parametrize("what", ["RESUME", "RECV_BITMAP", "a page that is here"])
 async def test_what_a_source_may_not_say_behind_resume(autojump_clock: trio.testing.MockClock, what: str) -> None:
-    """B15: a second handshake on the same connection pauses it as well."""
+    """A second handshake on the same connection pauses it as well."""
     second = {"RESUME": RESUME, "RECV_BITMAP": ASK, "a page that is here": part(1)}[what]
     async with paused() as there:
         again = await there.reconnect()
@@ -153,7 +153,7 @@ async def test_what_a_source_may_not_say_behind_resume(autojump_clock: trio.test
 async def test_given_up_behind_an_illegal_recovery_the_guest_stands_still(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    """B15: the status, the error and the guest say the same."""
+    """The status, the error and the guest say the same."""
     async with paused() as there:
         again = await there.reconnect()
         await again.say(part(3, 4, 5, 6, 7) + END)
@@ -177,7 +177,7 @@ async def test_given_up_behind_an_illegal_recovery_the_guest_stands_still(
 async def test_whole_is_whole_however_the_connection_ends(
     autojump_clock: trio.testing.MockClock, kind: str, rest: bytes, *, retry: bool
 ) -> None:
-    """B14: every page is here, and the last word does not come."""
+    """Every page is here, and the last word does not come."""
     config = dataclasses.replace(able(), recovery_retry=retry)
     async with made(kind) as target:
         async with destination(target, config) as there:
@@ -199,7 +199,7 @@ async def test_whole_is_whole_however_the_connection_ends(
 
 
 async def test_a_source_that_comes_again_is_told_that_all_is_here(autojump_clock: trio.testing.MockClock) -> None:
-    """B14: for a moment the destination stays for it; a wrong connection meanwhile changes nothing."""
+    """For a moment the destination stays for it; a wrong connection meanwhile changes nothing."""
     target = guest()
     async with destination(target, dataclasses.replace(able(), recovery_retry=True)) as there:
         peer = await there.connect()
@@ -223,7 +223,7 @@ async def test_a_source_that_comes_again_is_told_that_all_is_here(autojump_clock
 
 
 async def test_an_end_that_comes_too_early_is_none(autojump_clock: trio.testing.MockClock) -> None:
-    """B14: END and the end of the stream do not make a guest whole."""
+    """END and the end of the stream do not make a guest whole."""
     async with paused() as there:
         await bring_the_rest(there)
     async with paused() as there:
@@ -245,7 +245,7 @@ async def test_an_end_that_comes_too_early_is_none(autojump_clock: trio.testing.
 async def test_a_parked_guest_is_looked_at_before_it_is_taken(
     autojump_clock: trio.testing.MockClock, state: bytes
 ) -> None:
-    """B17: the source is refused while it still has its guest, and no PING is answered."""
+    """The source is refused while it still has its guest, and no PING is answered."""
     good = globalstate.section("running")
     bad = dataclasses.replace(good, payload=good.payload[:4] + state.ljust(len(good.payload) - 4, b"\0"))
     package = pc.packaged(
@@ -358,7 +358,7 @@ _ILLEGAL_ANSWERS: dict[str, bytes] = {
 async def test_what_a_destination_may_not_say_before_it_resumes(
     autojump_clock: trio.testing.MockClock, what: str
 ) -> None:
-    """B15: a protocol error, paused again, and tried again; then it goes through."""
+    """A protocol error, paused again, and tried again; then it goes through."""
     told_by = Told(recovery_retry=True)
     with trio.fail_after(3600):
         async with trio.open_nursery() as nursery:
@@ -380,7 +380,7 @@ async def test_what_a_destination_may_not_say_before_it_resumes(
 
 
 async def test_silence_behind_an_early_resume_ack_is_refused_at_once(autojump_clock: trio.testing.MockClock) -> None:
-    """B15: nobody waits for the rest of a handshake that is wrong already."""
+    """Nobody waits for the rest of a handshake that is wrong already."""
     told_by = Told(recovery_retry=True)
     with trio.fail_after(3600):
         async with trio.open_nursery() as nursery:
@@ -401,7 +401,7 @@ async def test_silence_behind_an_early_resume_ack_is_refused_at_once(autojump_cl
 
 @pytest.mark.parametrize("release", [False, True], ids=["", "release-ram"])
 async def test_all_is_sent_and_the_answer_is_lost(autojump_clock: trio.testing.MockClock, *, release: bool) -> None:
-    """B14: paused, and a recovery finds that everything is there, also where sent memory was given back."""
+    """Paused, and a recovery finds that everything is there, also where sent memory was given back."""
     told_by = Told(recovery_retry=True)
     capabilities = dataclasses.replace(told_by.config.capabilities, release_ram=release)
     told_by.config = dataclasses.replace(
@@ -434,7 +434,7 @@ async def answer_until(peer: Peer, end: bytes, *, but: tuple[int, ...] = ()) -> 
 
 
 async def test_all_is_sent_and_nobody_is_found_again(autojump_clock: trio.testing.MockClock) -> None:
-    """B14: the error says that the destination may be complete."""
+    """The error says that the destination may be complete."""
     told_by = Told(recovery_retry=True, recovery_timeout=3.0)
     told_by.config = dataclasses.replace(
         told_by.config, parameters=trimig.Parameters(max_bandwidth=0, downtime_limit=1)
@@ -459,7 +459,7 @@ async def test_all_is_sent_and_nobody_is_found_again(autojump_clock: trio.testin
 async def test_a_peer_that_accepts_and_closes_is_tried_for_no_longer_than_the_bound(
     autojump_clock: trio.testing.MockClock, answer: bytes
 ) -> None:
-    """B16: the time counts from the pause, and the delays grow."""
+    """The time counts from the pause, and the delays grow."""
     told_by = Told(recovery_retry=True, recovery_timeout=30.0)
     with trio.fail_after(3600):
         async with trio.open_nursery() as nursery:
@@ -483,7 +483,7 @@ async def test_a_peer_that_accepts_and_closes_is_tried_for_no_longer_than_the_bo
 
 
 async def test_progress_begins_the_time_anew(autojump_clock: trio.testing.MockClock) -> None:
-    """B16: a connection that has brought the migration forward is one; a handshake that has found the same is none."""
+    """A connection that has brought the migration forward is one; a handshake that has found the same is none."""
     told_by = Told(recovery_retry=True, recovery_timeout=30.0)
     with trio.fail_after(3600):
         async with trio.open_nursery() as nursery:
@@ -511,7 +511,7 @@ async def test_progress_begins_the_time_anew(autojump_clock: trio.testing.MockCl
 
 
 async def test_a_destination_waits_no_longer_than_the_bound(autojump_clock: trio.testing.MockClock) -> None:
-    """B16: whoever connects and says nothing, or closes, does not prolong it."""
+    """Whoever connects and says nothing, or closes, does not prolong it."""
     config = dataclasses.replace(able(), recovery_retry=True, recovery_timeout=20.0, stall_timeout=15.0)
     async with paused(config=config) as there:
         began = trio.current_time()

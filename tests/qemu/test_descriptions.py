@@ -21,7 +21,7 @@ MiB = 1 << 20
 
 @pytest.mark.parametrize("version", versions())
 async def test_parked_by_postcopy_and_sent_on_by_precopy(version: str) -> None:
-    """A4: the QEMU at the end waits for nothing, also where postcopy was possible and not begun."""
+    """The QEMU at the end waits for nothing, also where postcopy was possible and not begun."""
     for able in (False, True):
         with trio.fail_after(LIMIT), trimig.ParkedGuest() as guest:
             async with arriving(guest, config()) as arrival, Qemu.start("none", "64M", version=version) as vm:
@@ -51,7 +51,7 @@ async def test_parked_by_postcopy_and_sent_on_by_precopy(version: str) -> None:
 
 @pytest.mark.parametrize("return_path", [True, False])
 async def test_a_source_that_describes_nothing(*, return_path: bool) -> None:
-    """A5: ``suppress-vmdesc``: taken when nothing follows its end."""
+    """``suppress-vmdesc``: taken when nothing follows its end."""
     with trio.fail_after(LIMIT), trimig.ParkedGuest() as guest:
         async with (
             arriving(guest, settings()) as arrival,

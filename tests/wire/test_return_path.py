@@ -174,7 +174,7 @@ BAD = [
     ("RESUME_ACK of 0", "0006 0000", "RESUME_ACK with 0 bytes of payload, expected 4"),
     ("RESUME_ACK 2", "0006 0004 00000002", "RESUME_ACK with the value 2"),
     ("RESUME_ACK 0", "0006 0004 00000000", "RESUME_ACK with the value 0"),
-    ("SWITCHOVER_ACK", "0007 0000", "SWITCHOVER_ACK was not asked for"),
+    ("SWITCHOVER_ACK of 1", "0007 0001 00", "SWITCHOVER_ACK with 1 bytes of payload, expected 0"),
     ("RECV_BITMAP", '0005 0007 06 "pc.ram"', "'pc.ram' was not asked for"),
     ("REQ_PAGES_ID without a name", "0003 000c 0000000000000000 00001000", "does not fit the name inside it"),
     ("REQ_PAGES_ID too short", '0003 000f 0000000000000000 00001000 03 "ro"', "15 bytes does not fit the name"),

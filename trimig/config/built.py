@@ -20,6 +20,7 @@ BUILT: Final[frozenset[str]] = frozenset(
         "postcopy-ram",
         "release-ram",
         "return-path",
+        "switchover-ack",
         "validate-uuid",
     }
 )

@@ -36,7 +36,7 @@ from ..wire.devices import Undelimited
 from ..wire.page_size import wrong_page_size
 from ..wire.postcopy import Runs
 from ..wire.refusals import bitmaps_only, check_kept_command, command_name
-from ..wire.return_path import Pong, encode
+from ..wire.return_path import Pong, SwitchoverAck, encode
 from ..wire.tail import TailBuffer
 from . import guest_calls, tail_in
 from .arrival import Arrival
@@ -315,7 +315,7 @@ class _Arrival(Arrival):
         check_place(event.number, self._place, event.at)
         match event.number:
             case Command.OPEN_RETURN_PATH:
-                self._open_return_path()
+                await self._open_return_path()
             case Command.PING:
                 if not self.opened:
                     raise RemoteProtocolError("PING without a return path to answer on", offset=event.at)
@@ -392,12 +392,16 @@ class _Arrival(Arrival):
         await self._ahead.end()
         return missing
 
-    def _open_return_path(self) -> None:
+    async def _open_return_path(self) -> None:
         assert self.channel is not None
         if not self.opened and not self.channel.sends:
             self.monitor.warn("the source asks for answers, but this transport has no way back: it gets none")
-        self.opened = True
+        first, self.opened = not self.opened, True
         self.return_path = self.channel.sends
+        if first and self.return_path and self.config.capabilities.switchover_ack:
+            # No device here asks for more time, so all that the source's machine type waits for is said at once. A source
+            # that has the capability off refuses it, and nothing in the stream shows that.
+            await self.channel.send(encode(SwitchoverAck()) * self.config.peer.switchover_acks)
 
     async def _pong(self, value: int) -> None:
         # A PING behind the devices asks whether all of it is loaded, so that is what must be done first.

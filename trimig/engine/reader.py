@@ -16,7 +16,16 @@ from collections.abc import Callable, Mapping
 import trio
 
 from ..errors import PeerFailed, RemoteProtocolError, TransportFailed
-from ..wire.return_path import Message, PageRequest, Pong, ReceivedPages, ResumeAck, ReturnPathDecoder, Shut
+from ..wire.return_path import (
+    Message,
+    PageRequest,
+    Pong,
+    ReceivedPages,
+    ResumeAck,
+    ReturnPathDecoder,
+    Shut,
+    SwitchoverAck,
+)
 from .channel import Channel
 
 
@@ -26,14 +35,20 @@ class ReturnPathReader:
     Args:
         blocks: used length of the RAM blocks by name.
         perhaps_silent: there may be nobody to answer.
+        acks: the destination may allow the switchover (capability switchover-ack).
     """
 
-    def __init__(self, channel: Channel, blocks: Mapping[str, int], *, perhaps_silent: bool = False) -> None:
+    def __init__(
+        self, channel: Channel, blocks: Mapping[str, int], *, perhaps_silent: bool = False, acks: bool = False
+    ) -> None:
         self._channel = channel
         self._decoder = ReturnPathDecoder(blocks)
         self._pongs: set[int] = set()
         self._news = trio.Event()
         self._perhaps_silent = perhaps_silent
+        self._acks_wanted = acks
+        #: How many SWITCHOVER_ACK have come.
+        self.acks = 0
         #: Somebody has answered.
         self.heard = False
         #: This direction ended before anybody had answered.
@@ -66,6 +81,14 @@ class ReturnPathReader:
         **Cancellation:** no effect.
         """
         while not self.heard and not self.silent:
+            await self._news.wait()
+
+    async def wait_acks(self, count: int) -> None:
+        """Wait until :attr:`acks` is *count* at least.
+
+        **Cancellation:** no effect.
+        """
+        while self.acks < count:
             await self._news.wait()
 
     async def wait_pong(self, value: int) -> None:
@@ -131,6 +154,14 @@ class ReturnPathReader:
                 self._pongs.add(value)
                 if len(self._pongs) > 1024:
                     raise RemoteProtocolError("more than 1024 different PONG values", section="return path")
+            case SwitchoverAck() if self._acks_wanted:
+                self.acks += 1
+                return
+            case SwitchoverAck():
+                raise RemoteProtocolError(
+                    "SWITCHOVER_ACK was not asked for: the capability switchover-ack is off here, and on at the destination",
+                    section="return path",
+                )
             case Shut(status=0) if not self.decided:
                 raise RemoteProtocolError(
                     "the destination claims to have the whole guest before it was sent", section="return path"

@@ -95,6 +95,7 @@ class _Attempt(Departure):
         super().__init__(guest, connections, config, monitor, commit, fence)
         self._todo: Sequence[PageBitmap] = ()  # what the last pass left, by block
         self._stall = Stall()
+        self._acks = 0  # SWITCHOVER_ACK that are waited for
         self._run_state = ""  # what the destination brings the guest into
 
     # -- setup -----------------------------------------------------------------------------------------------------
@@ -114,10 +115,16 @@ class _Attempt(Departure):
             raise ConfigError(
                 "postcopy needs a return path, and this transport has one direction only", name="postcopy-ram"
             )
+        if config.capabilities.switchover_ack and not channel.receives:
+            raise ConfigError(
+                "switchover-ack needs a return path, and this transport has one direction only", name="switchover-ack"
+            )
         if (config.capabilities.return_path or config.capabilities.postcopy_ram) and channel.receives:
             silent = isinstance(stream, PerhapsSilent) and stream.perhaps_silent
             lengths = {b.name: b.length for b in blocks}
-            self.reader = ReturnPathReader(channel, lengths, perhaps_silent=silent)
+            acks = config.capabilities.switchover_ack
+            self._acks = config.peer.switchover_acks if acks else 0
+            self.reader = ReturnPathReader(channel, lengths, perhaps_silent=silent, acks=acks)
             self.two_way = not silent
             nursery.start_soon(self.reader.run, name="trimig.return_path")
         else:
@@ -191,7 +198,7 @@ class _Attempt(Departure):
                 with guest_calls.guarded("looking at the guest's memory"):
                     pages = snapshot_of(self.tracker, block)
                     absent = block.absent() if first else None
-                left.append(await sender.send_pass(block, pages, bitmap, absent, self._postcopy_wanted))
+                left.append(await sender.send_pass(block, pages, bitmap, absent, self._leaves_now))
             moved, busy = self._delivered() - sent, max(trio.current_time() - began, 1e-6)
             if first:
                 first, c.first_copy_done = False, True
@@ -208,12 +215,26 @@ class _Attempt(Departure):
             self._todo = todo
             if self._decide(now, moved) is convergence.Decision.SWITCH_OVER:
                 return False
-            if self._postcopy_wanted():
+            if self._leaves_now():
                 return True
+            await self._wait_allowed()
             await self._drain()
 
-    def _postcopy_wanted(self) -> bool:
-        return self.monitor.postcopy_wanted
+    def _leaves_now(self) -> bool:
+        """The guest is to go before its memory, and may."""
+        return self.monitor.postcopy_wanted and self._allowed
+
+    @property
+    def _allowed(self) -> bool:
+        """The destination has allowed the switchover, or is not asked."""
+        return self.reader is None or self.reader.acks >= self._acks
+
+    async def _wait_allowed(self) -> None:
+        """Where nothing but that is missing: a pass now would find nothing to do."""
+        if not self._allowed and self.counters.convergence is convergence.NOT_ALLOWED:
+            assert self.reader is not None
+            with trio.move_on_after(WINDOW):
+                await self.reader.wait_acks(self._acks)
 
     async def _wait_for_life(self) -> None:
         """Where nobody has answered yet, give him a moment, while the guest still runs."""
@@ -268,6 +289,12 @@ class _Attempt(Departure):
         c.chase = max(c.chase, convergence.chase(progress, bounds))
         why = c.convergence = convergence.explain(progress, bounds)
         decision = convergence.decide(progress, bounds)
+        ready = decision is convergence.Decision.SWITCH_OVER
+        if (ready or self.monitor.postcopy_wanted) and not self._allowed:
+            why = c.convergence = convergence.NOT_ALLOWED
+        if ready and not self._allowed:
+            over = convergence.reached(progress, bounds) is not None
+            decision = convergence.Decision.GIVE_UP if over else convergence.Decision.ITERATE
         self.monitor.emit(
             "PASS", iteration=c.iteration, sent=c.transferred, remaining=c.remaining, dirty_rate=c.dirty_rate,
             bandwidth=c.bandwidth, expected_downtime=c.expected_downtime,

@@ -118,6 +118,14 @@ FIRST_COPY: Final = Convergence(
 )
 
 
+#: What is said where the rest is small enough, and the destination has not allowed the switchover.
+NOT_ALLOWED: Final = Convergence(
+    converging=False,
+    reason="the capability switchover-ack is on, and the destination has not allowed the switchover (no SWITCHOVER_ACK has come)",
+    advice=("turn switchover-ack on at the destination", "turn it off here"),
+)
+
+
 def explain(progress: Progress, bounds: Bounds) -> Convergence:
     """Whether it comes to an end, with the figures that decide it, and what would help."""
     floor = expected_downtime(progress)

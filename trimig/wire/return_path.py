@@ -78,7 +78,12 @@ class ReceivedPages:
     pages: PageBitmap
 
 
-Message = Shut | Pong | PageRequest | ResumeAck | ReceivedPages
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SwitchoverAck:
+    """The destination allows the switchover (capability switchover-ack)."""
+
+
+Message = Shut | Pong | PageRequest | ResumeAck | ReceivedPages | SwitchoverAck
 
 
 def encode(message: Message) -> bytes:
@@ -94,6 +99,8 @@ def encode(message: Message) -> bytes:
             return _HEADER.pack(ReturnPath.PONG, 4) + _BE32.pack(value)
         case ResumeAck(value=value):
             return _HEADER.pack(ReturnPath.RESUME_ACK, 4) + _BE32.pack(value)
+        case SwitchoverAck():
+            return _HEADER.pack(ReturnPath.SWITCHOVER_ACK, 0)
         case ReceivedPages(block=block, pages=pages):
             name = cstr(block)
             return _HEADER.pack(ReturnPath.RECV_BITMAP, len(name)) + name + received_bitmap(pages)
@@ -217,7 +224,9 @@ class ReturnPathDecoder:
                 if self._block is None:
                     raise self._error("REQ_PAGES before any REQ_PAGES_ID: there is no previous block")
                 return self._request(self._block, payload, named=False)
-            case ReturnPath.RECV_BITMAP | ReturnPath.SWITCHOVER_ACK:  # the former is no message without its bitmap
+            case ReturnPath.SWITCHOVER_ACK:
+                return SwitchoverAck()
+            case ReturnPath.RECV_BITMAP:  # it is no message without its bitmap
                 raise self._error(f"{kind.name} was not asked for: this migration does not use it")
 
     def _request(self, block: str, payload: bytes, *, named: bool) -> PageRequest:
