@@ -12,7 +12,8 @@ import trio.testing
 
 from trimig.config import Config
 from trimig.errors import ConfigError, TransportFailed
-from trimig.transport import tcp
+from trimig.transport import _inet, tcp
+from trimig.transport._inet import Families
 
 
 def has_ipv6() -> bool:
@@ -36,6 +37,7 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on the loopback 
         ("[::1]:65535", ("::1", 65535)),
         ("[fe80::1%eth0]:1", ("fe80::1%eth0", 1)),
         (":4444", ("", 4444)),
+        ("[::]:1,ipv6=on,ipv4=off", ("::", 1)),
         ("münchen.example:1", ("münchen.example", 1)),
     ],
 )
@@ -58,6 +60,9 @@ def test_address_is_understood(rest: str, expected: tuple[str, int]) -> None:
         ("::1:4444", r"in brackets: tcp:\[::1\]:4444"),
         ("[::1]", "in brackets|needs HOST:PORT"),
         ("host:1,to=5", "option 'to=5' behind tcp:host:1 is not supported"),
+        ("host:1,ipv4=maybe", "is not on or off"),
+        ("host:1,ipv4,ipv4=on", "comes twice"),
+        ("host:1,ipv4=off,ipv6=off", "both IPv4 and IPv6 off"),
         ("a..b:1", "cannot be the name of a host"),
         ("x" * 64 + ":1", "cannot be the name of a host"),
         ("\udcff:1", "cannot be the name of a host"),
@@ -167,12 +172,15 @@ async def test_of_two_connections_at_once_one_is_kept_and_none_is_leaked() -> No
 class TwoAddresses(trio.abc.HostnameResolver):
     """A name with an address of each family, as "localhost" has on many machines."""
 
-    async def getaddrinfo(self, host: object, port: object, *args: object, **options: object) -> list[Any]:
+    async def getaddrinfo(self, host: object, port: object, family: int = 0, *_: object, **__: object) -> list[Any]:
         await trio.lowlevel.checkpoint()
-        return [
+        found: list[Any] = [
             (socket.AF_INET6, socket.SOCK_STREAM, 0, "", ("::1", port, 0, 0)),
             (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", port)),
         ]
+        if host in ("::1", "127.0.0.1"):
+            found = [entry for entry in found if entry[4][0] == host]
+        return [entry for entry in found if family in (socket.AF_UNSPEC, entry[0])]
 
     async def getnameinfo(self, sockaddr: object, flags: int) -> tuple[str, str]:
         raise NotImplementedError
@@ -199,21 +207,89 @@ async def test_free_port_is_the_same_on_every_address_of_a_name(two_addresses: N
         listener.close()
 
 
+@pytest.mark.parametrize(
+    ("options", "family", "both"),
+    [
+        ("", socket.AF_UNSPEC, True),
+        (",ipv4", socket.AF_INET, False),
+        (",ipv4=on", socket.AF_INET, False),
+        (",ipv6=off", socket.AF_INET, False),
+        (",ipv6", socket.AF_INET6, False),
+        (",ipv4=off", socket.AF_INET6, False),
+        (",ipv4,ipv6", socket.AF_UNSPEC, True),
+        (",ipv6=on,ipv4=off", socket.AF_INET6, False),
+    ],
+)
+def test_families_are_those_of_qemu(options: str, family: int, both: bool) -> None:
+    _, families = _inet.split(f"host:1{options}")
+    assert (families.family, families.both) == (family, both)
+
+
+@needs_ipv6
+@pytest.mark.parametrize(
+    ("at", "reached", "not_reached"),
+    [
+        ("[::]:0", ("127.0.0.1", "[::1]"), ()),
+        (":0", ("127.0.0.1", "[::1]"), ()),
+        (":0,ipv4,ipv6", ("127.0.0.1", "[::1]"), ()),
+        ("0.0.0.0:0", ("127.0.0.1",), ("[::1]",)),
+        ("[::]:0,ipv6", ("[::1]",), ("127.0.0.1",)),
+        (":0,ipv6=off", ("127.0.0.1",), ("[::1]",)),
+        (":0,ipv4=off", ("[::1]",), ("127.0.0.1",)),
+    ],
+)
+async def test_listener_takes_the_families_that_qemu_takes(
+    at: str, reached: tuple[str, ...], not_reached: tuple[str, ...]
+) -> None:
+    """REVIEW A12."""
+    listener = await tcp.listen(at, Config())
+    port = listener.uri.rpartition(":")[2]
+    try:
+        for host in reached:
+            await talk(listener, f"{host}:{port}")
+        for host in not_reached:
+            with pytest.raises(TransportFailed):
+                await tcp.connect(f"{host}:{port}", Config())
+    finally:
+        listener.close()
+
+
+@needs_ipv6
+async def test_port_that_another_has_for_ipv4_is_listened_on_for_ipv6() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as other:
+        port = other.getsockname()[1]
+        listener = await tcp.listen(f"[::]:{port}", Config())
+        await talk(listener, f"[::1]:{port}")
+        listener.close()
+
+
+@needs_ipv6
+@pytest.mark.parametrize("option", ["ipv4", "ipv6"])
+async def test_connection_is_of_the_family_that_was_asked_for(two_addresses: None, option: str) -> None:
+    listener = await tcp.listen("[::]:0", Config())
+    port = listener.uri.rpartition(":")[2]
+    try:
+        async with await tcp.connect(f"name:{port},{option}", Config()) as near, await listener.accept():
+            assert (":" in near.socket.getpeername()[0]) is (option == "ipv6")
+    finally:
+        listener.close()
+
+
 @needs_ipv6
 async def test_port_that_is_free_on_one_address_only_is_not_taken(
     two_addresses: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next one is; and when there is none at all, that is said, and nothing is left open."""
-    real = trio.open_tcp_listeners
+    real = _inet.open_listeners
     taken: list[socket.socket] = []
     most = 2
 
-    async def crowded(port: int, *, host: str | None) -> list[trio.SocketListener]:
+    async def crowded(host: str | None, port: int, families: Families) -> list[trio.SocketListener]:
         if port and len(taken) < most:
             taken.append(socket.create_server(("127.0.0.1", port)))
-        return await real(port, host=host)
+        return await real(host, port, families)
 
-    monkeypatch.setattr(trio, "open_tcp_listeners", crowded)
+    monkeypatch.setattr(tcp, "open_listeners", crowded)
     try:
         listener = await tcp.listen("name:0", Config())
         port = int(listener.uri.rpartition(":")[2])

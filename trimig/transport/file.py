@@ -326,12 +326,30 @@ def _open_to_write(path: str, offset: int) -> tuple[int, int | None]:
     try:
         if not _check_kind(path, fd) or created:
             return fd, None if created else 0
+        _keep_private(path, fd, offset)
         kept = min(offset, os.fstat(fd).st_size)
         os.ftruncate(fd, kept)
         return fd, kept
     except BaseException:
         os.close(fd)
         raise
+
+
+def _keep_private(path: str, fd: int, offset: int) -> None:
+    """The memory of a guest is for its owner: others lose their access to a file that is replaced by it.
+
+    A file with something in front of the stream is another program's: then a warning must do.
+    """
+    mode = stat.S_IMODE(os.fstat(fd).st_mode)
+    if not mode & stat.S_IRWXO:
+        return
+    try:
+        if not offset:
+            os.fchmod(fd, mode & ~stat.S_IRWXO)
+            return
+    except PermissionError:
+        pass  # it belongs to another user
+    log.warning("%s has the mode %04o: every user of this machine has access to the guest's memory", path, mode)
 
 
 def _open_or_create(path: str) -> tuple[int, bool]:
@@ -344,6 +362,11 @@ def _open_or_create(path: str) -> tuple[int, bool]:
             # Exclusive, because only a file that nobody had before may be removed again.
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600), True
         except FileExistsError:
+            if os.path.islink(path):
+                target = os.readlink(path)
+                raise TransportFailed(
+                    f"cannot write file:{path}: it is a symbolic link to {target!r}, which does not exist"
+                ) from None
             if not left:
                 raise
     raise AssertionError("the last try returns or raises")

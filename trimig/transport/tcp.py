@@ -1,7 +1,8 @@
-"""``tcp:HOST:PORT``: IPv4, IPv6 (in brackets) and names."""
+"""``tcp:HOST:PORT[,ipv4[=on|off]][,ipv6[=on|off]]``: IPv4, IPv6 (in brackets) and names."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import logging
@@ -13,6 +14,7 @@ import trio
 from ..config import Config
 from ..engine.channel import AnyStream
 from ..errors import ConfigError, TransportFailed
+from ._inet import Families, addresses, open_listeners, split
 
 log = logging.getLogger("trimig.transport")
 
@@ -24,14 +26,12 @@ _PORT_TRIES: Final = 20
 
 
 def parse(rest: str) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT``; options behind a comma are refused.
+    """Host and port of ``HOST:PORT``; behind it may stand the options of :func:`._inet.split`.
 
     Raises:
         ConfigError: it is not of that form.
     """
-    address, comma, options = rest.partition(",")
-    if comma:
-        raise ConfigError(f"the option {options!r} behind tcp:{address} is not supported", name="uri")
+    address, _ = split(rest)
     host, colon, port = address.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
@@ -66,11 +66,25 @@ async def connect(rest: str, config: Config) -> trio.SocketStream:
     """
     host, port = parse(rest)
     try:
-        stream = await trio.open_tcp_stream(host or "localhost", port)
+        stream = await _dial(host or "localhost", port, split(rest)[1])
     except OSError as error:
         raise TransportFailed(f"cannot connect to {_uri(host, port)}: {_reason(error)}") from error
     _keep_alive(stream.socket)
     return stream
+
+
+async def _dial(host: str, port: int, families: Families) -> trio.SocketStream:
+    """A connection to one of the addresses of *host*. OSError of the last one.
+
+    **Cancellation:** no connection is left.
+    """
+    if families.both:
+        return await trio.open_tcp_stream(host, port)
+    found = await addresses(host, port, families)
+    for address in found[:-1]:
+        with contextlib.suppress(OSError):  # the next one may do
+            return await trio.open_tcp_stream(address, port)
+    return await trio.open_tcp_stream(found[-1], port)
 
 
 def _keep_alive(socket: trio.socket.SocketType) -> None:
@@ -144,9 +158,10 @@ class TcpListener:
 
 
 async def listen(rest: str, config: Config) -> TcpListener:
-    """Listen; an empty host means every address of this machine, port 0 picks one that is free on all of them.
+    """Listen; an empty host means every address of this machine, port 0 picks one that is free on all of them. ``[::]``
+    takes IPv4 as well, unless ``ipv4=off`` or ``ipv6`` stands behind it.
 
-    Without TLS, anybody who can reach the port can read the guest and replace it: unless that is only this machine, one
+    Without TLS a stranger who can reach the port can read the guest and replace it: unless that is only this machine, one
     warning is logged.
 
     Raises:
@@ -157,22 +172,22 @@ async def listen(rest: str, config: Config) -> TcpListener:
     """
     host, port = parse(rest)
     try:
-        listener = TcpListener(await _open(host, port))
+        listener = TcpListener(await _open(host or None, port, split(rest)[1]))
     except OSError as error:
         raise TransportFailed(f"cannot listen on {_uri(host, port)}: {_reason(error)}") from error
     if not config.parameters.tls_creds and not listener.local:
         log.warning(
-            "%s is reachable from other machines and is not encrypted: whoever connects first is taken for the source "
-            "(set tls-creds, or listen on 127.0.0.1)",
+            "%s is reachable from other machines and is not encrypted: who connects there can read what is sent and send "
+            "something else (set tls-creds where there is TLS, or listen on 127.0.0.1)",
             listener.uri,
         )
     return listener
 
 
-async def _open(host: str, port: int) -> list[trio.SocketListener]:
+async def _open(host: str | None, port: int, families: Families) -> list[trio.SocketListener]:
     """Sockets for every address of *host*, all with the same port."""
     for left in reversed(range(_PORT_TRIES)):
-        listeners = await trio.open_tcp_listeners(port, host=host or None)
+        listeners = await open_listeners(host, port, families)
         if port or len(listeners) == 1:
             return listeners
         # The kernel has picked a port for each address. A caller is told one only, so the first one's it shall be.
@@ -180,7 +195,7 @@ async def _open(host: str, port: int) -> list[trio.SocketListener]:
         for listener in listeners:
             listener.socket.close()
         try:
-            return await trio.open_tcp_listeners(chosen, host=host or None)
+            return await open_listeners(host, chosen, families)
         except OSError as error:
             if not left or not _is_taken(error):
                 raise
