@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +95,8 @@ class DeviceSection:
     section_id: int | None = None
     #: Its object in the JSON description (vmstate.md part 6); None if there was none.
     description: Mapping[str, Any] | None = None
+    #: It stands in front of RAM's ``list`` of blocks, or of its first ``pages``; None: behind the RAM.
+    before: Literal["list", "pages"] | None = None
 
 
 class Device(Protocol):
@@ -333,12 +335,13 @@ class StoringGuest(OpaqueGuest, Protocol):
 class FramedGuest(OpaqueGuest, Protocol):
     """A guest that is written again as it came, also where old machine types leave parts of a stream out."""
 
-    def framed(self, *, configuration: bool, footers: bool) -> None:
+    def framed(self, *, configuration: bool, footers: bool, early: Sequence[DeviceSection]) -> None:
         """Say how its stream is written, before :meth:`OpaqueGuest.adopt`.
 
         Args:
             configuration: it has a configuration section.
             footers: its sections have footers.
+            early: device sections in front of its memory.
         """
 
 

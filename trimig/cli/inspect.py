@@ -77,7 +77,8 @@ def _print_report(file: str, report: stream.StreamReport, *, fields: bool) -> No
         print("\nRAM blocks")
         width = max(len(block.name) for block in report.blocks)
         for block in report.blocks:
-            missing = f", {block.missing} MISSING" if block.missing else ""
+            missing = f", {block.unplugged} not plugged in" if block.unplugged else ""
+            missing += f", {block.missing} MISSING" if block.missing else ""
             print(
                 f"  {block.name:{width}}  {formats.size(block.length):>9}  {block.pages} pages, "
                 f"{block.zero_pages} zero pages{missing}"

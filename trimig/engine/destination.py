@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import uuid
+from collections.abc import Sequence
 
+import numpy as np
 import trio
 
 from .. import blockers
@@ -38,6 +40,7 @@ from ..wire.postcopy import Runs
 from ..wire.refusals import bitmaps_only, check_kept_command, command_name
 from ..wire.return_path import Pong, SwitchoverAck, encode
 from ..wire.tail import TailBuffer
+from ..wire.virtio_mem import absent_by_rule
 from . import guest_calls, tail_in
 from .arrival import Arrival
 from .arriving import Storing
@@ -58,8 +61,15 @@ DESCRIPTION_SECONDS = 2.0
 #: The same where the profile says that none follows: the end is where nothing follows, as far as that can be seen.
 KNOWN_END_SECONDS = 0.05
 
+#: What may stand between the list of RAM blocks and the first pages.
+_BEFORE_PAGES = (ev.RamEnd, ev.SectionFooter, ev.DevicePayload)
+
 #: Events handled before other tasks get a turn; one takes up to some tens of microseconds.
 _SLICE_EVENTS = 32
+
+
+def _is_full(event: ev.Event) -> bool:
+    return isinstance(event, ev.SectionHeader) and event.kind is Section.FULL
 
 
 async def receive_stream(guest: Guest, connections: Connections, config: Config, monitor: Monitor) -> Summary:
@@ -95,6 +105,7 @@ class _Arrival(Arrival):
         self.between = False  # the last that came was the end of a section
         self.configuration: ev.Configuration | None = None
         self.announced: ev.RamList | None = None  # until what follows has told how the stream is written
+        self.early: list[DeviceSection] = []  # of an unknown machine, in front of its memory
         self.adopted = False
         self.advised = False  # postcopy may follow
         self._ahead: Ahead | None = None
@@ -195,7 +206,7 @@ class _Arrival(Arrival):
 
     async def _handle(self, event: ev.Event, decoder: Decoder) -> bool:
         """Take one event; True if the guest has been taken over and nothing more is to be read."""
-        if self.announced is not None and not isinstance(event, ev.RamEnd):
+        if self.announced is not None and not isinstance(event, _BEFORE_PAGES) and not _is_full(event):
             self._framed(decoder)
         # A command changes nothing: a source that is going to switch to postcopy sends a PING before it is held.
         if not isinstance(event, ev.CommandElement):
@@ -280,7 +291,7 @@ class _Arrival(Arrival):
             peer = dataclasses.replace(peer, send_configuration=configuration, send_section_footer=footers)
             self.config = dataclasses.replace(self.config, peer=peer)
         if isinstance(self.guest, FramedGuest):
-            self.guest.framed(configuration=configuration, footers=footers)
+            self.guest.framed(configuration=configuration, footers=footers, early=self.early)
         event, self.announced = self.announced, None
         if event is not None:
             self._announced(event)
@@ -307,6 +318,10 @@ class _Arrival(Arrival):
             payload=event.payload,
             section_id=header.section_id,
         )
+        if isinstance(self.guest, OpaqueGuest):
+            listed = self.announced is not None or self.ram.opened
+            self.early.append(dataclasses.replace(section, before="pages" if listed else "list"))
+            return
         if header.idstr != globalstate.IDSTR:
             self.loaded = False
         self.take(section, event.at)
@@ -456,7 +471,8 @@ class _Arrival(Arrival):
         await tail_in.feed(tail, event.data)
         if self.return_path and (value := tail.prepare_ping()) is not None:
             assert self.channel is not None
-            self._check_missing()
+            if not tail.mentions(b"/virtio-mem"):
+                self._check_missing(self.early)
             await self.channel.send(encode(Pong(value=value)))
             self.prepared = True
 
@@ -499,14 +515,22 @@ class _Arrival(Arrival):
             self._check_page_size()
         super().check_complete(ram=ram)
 
-    def _check_missing(self) -> None:
-        """Whether all of RAM has come. RemoteProtocolError."""
-        self.problems([f"{n} pages of RAM block {b!r} were never received" for b, n in self.ram.missing().items()])
+    def _check_missing(self, sections: Sequence[DeviceSection]) -> None:
+        """Whether all of RAM has come that is to come, by what *sections* say. RemoteProtocolError."""
+        if not self.ram.missing():
+            return
+        absent = absent_by_rule({block.name: block.length for block in self.guest.ram}, sections)
+        problems: list[str] = []
+        for name, received in self.ram.received().items():
+            here = received if name not in absent else received | absent[name].bitmap()
+            if count := len(here) - int(np.count_nonzero(here)):
+                problems.append(f"{count} pages of RAM block {name!r} were never received")
+        self.problems(problems)
 
     async def _take_tail(self, tail: TailBuffer, at: int, *, ended: bool) -> None:
         assert isinstance(self.guest, OpaqueGuest)
         try:
-            split = await tail_in.split(tail, at)
+            split = await tail_in.split(tail, at, early=self.early)
         except Undelimited as error:
             if ended and tail.location is None:
                 raise TransportFailed(
@@ -515,10 +539,11 @@ class _Arrival(Arrival):
             raise RemoteProtocolError(
                 f"the devices cannot be told apart: {error.reason}", offset=error.offset, section=error.section
             ) from error
-        self._check_missing()
+        sections = (*split.early, *split.sections)
+        self._check_missing(sections)
         for number, payload, where in split.commands:
             check_kept_command(number, len(payload), where)
         for problem in tail_in.first_problems(split):
             self.monitor.warn(problem)
-        await self.keep(split.sections, split.description_text)
+        await self.keep(sections, split.description_text)
         await self.activate()

@@ -18,7 +18,7 @@ import trio
 from .. import blockers
 from ..config import Config
 from ..errors import ConfigError, NotConverging, TransportFailed, TrimigError
-from ..guest import PAGE_SIZE, Guest, IdentifiedGuest, OpaqueGuest, PageBitmap
+from ..guest import PAGE_SIZE, DeviceSection, Guest, IdentifiedGuest, OpaqueGuest, PageBitmap
 from ..info import Summary
 from ..memory import snapshot_of
 from ..monitor import Monitor
@@ -39,7 +39,7 @@ from .order import PING_LOADED, PING_RUNS
 from .postcopy_source import PING_DISCARDED, PING_FOLLOWED, Following
 from .ram_out import RamSender
 from .reader import ReturnPathReader
-from .stream_out import UUID_SUBSECTION, DeviceSender, opening, profile_of
+from .stream_out import UUID_SUBSECTION, DeviceSender, early_sections, opening, profile_of
 
 #: PING values: 1 is QEMU's, directly behind OPEN_RETURN_PATH; ours asks for the proof of prepare.
 PING_OPENED = 1
@@ -139,7 +139,14 @@ class _Attempt(Departure):
         if config.capabilities.postcopy_ram:
             await channel.send(postcopy.advise(postcopy.Advice()))
         sender = RamSender(channel, limiter, self.counters, footers=config.peer.send_section_footer)
+        early: Sequence[DeviceSection] = ()
+        if isinstance(self.guest, OpaqueGuest):
+            early = await self._call("saving the devices in front of the memory", self.guest.save_devices)
+        if ahead := early_sections(early, "list", config.peer):
+            await channel.send(ahead)
         await sender.start(blocks)
+        if behind := early_sections(early, "pages", config.peer):
+            await channel.send(behind)
         with guest_calls.guarded("preparing dirty tracking"):
             tracker = self.tracker = self.guest.dirty_tracker()
         await self._call("starting dirty tracking", tracker.start)

@@ -45,6 +45,16 @@ def opening(guest: Guest, peer: PeerProfile, *, validate_uuid: bool = False) -> 
     return wire.file_header() + wire.configuration(guest.name, subsections)
 
 
+def early_sections(sections: Sequence[DeviceSection], before: str, peer: PeerProfile) -> bytes:
+    """The FULL sections among *sections* that stand in front of RAM's ``list``, or of its first ``pages``."""
+    footer = peer.send_section_footer
+    return b"".join(
+        wire.device_section(s, s.section_id, footer=footer)
+        for s in sections
+        if s.before == before and s.section_id is not None
+    )
+
+
 class DeviceSender:
     """The FULL sections of one attempt, and what follows them.
 
@@ -59,7 +69,7 @@ class DeviceSender:
         self._described: list[Mapping[str, Any]] = []
 
     def sections(self, saved: Sequence[DeviceSection]) -> bytes:
-        """The FULL sections of the guest's saved devices, with the run state last."""
+        """The FULL sections of the guest's saved devices, with the run state last; without those in front of the memory."""
         sections: list[DeviceSection] = list(saved)
         if not isinstance(self._guest, OpaqueGuest) and self._peer.store_global_state:
             sections.append(globalstate.section(self._run_state))
@@ -67,6 +77,10 @@ class DeviceSender:
         taken = {s.section_id for s in sections}
         number = FIRST_DEVICE_ID
         for section in sections:
+            if section.before is not None:
+                if section.description is not None:
+                    self._described.append(section.description)
+                continue
             section_id = section.section_id
             if section_id is None:
                 while number in taken:

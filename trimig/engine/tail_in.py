@@ -13,7 +13,7 @@ import trio
 
 from ..config import Config
 from ..errors import RemoteProtocolError
-from ..guest import PAGE_SIZE
+from ..guest import PAGE_SIZE, DeviceSection
 from ..wire import Section
 from ..wire.decoding import Pieces
 from ..wire.description import Description, Limits, parse
@@ -91,12 +91,12 @@ def _parse(text: bytes, limits: Limits) -> Description | RemoteProtocolError:
         return error
 
 
-async def split(tail: TailBuffer, at: int, *, damaged: bool = False) -> SplitTail:
+async def split(tail: TailBuffer, at: int, *, damaged: bool = False, early: Sequence[DeviceSection] = ()) -> SplitTail:
     """Cut up the tail of a stream that begins at byte *at* of it; errors as for :meth:`TailSplitter.result`.
 
     **Cancellation:** the tail must be given up.
     """
-    splitter = TailSplitter(tail, offset=at, damaged=damaged)
+    splitter = TailSplitter(tail, offset=at, damaged=damaged, early=early)
     if tail.description is not None and tail.description.page_size != PAGE_SIZE and not damaged:
         raise wrong_page_size(tail.description.page_size)
     while not splitter.step():

@@ -83,6 +83,7 @@ class ParkedGuest:
         self._file: saving.SaveFile | None = None
         self._arriving: ArrivingPages | None = None
         self._failure: OSError | None = None  # of the writing while it arrived
+        self._early: tuple[DeviceSection, ...] = ()
         self._warnings: tuple[str, ...] = ()
         self._holes: Holes = {}
 
@@ -188,7 +189,7 @@ class ParkedGuest:
     ) -> None:
         file = None
         try:
-            file = saving.SaveFile(target, self, self._ram, replace=replace, peer=self._peer)
+            file = saving.SaveFile(target, self, self._ram, replace=replace, peer=self._peer, early=sections)
             await file.write_ram(absent=absent)
             await file.finish(sections)
         except OSError as error:
@@ -395,15 +396,16 @@ class ParkedGuest:
             except OSError as error:
                 raise saving.failed("the guest cannot be saved to", self._save_to, error) from error
 
-    def framed(self, *, configuration: bool, footers: bool) -> None:
-        """A guest of an old machine type is kept, and sent on, without what its stream had not."""
+    def framed(self, *, configuration: bool, footers: bool, early: Sequence[DeviceSection]) -> None:
+        """A guest of an old machine type is kept, and sent on, without what its stream had not; see :class:`FramedGuest`."""
+        self._early = tuple(early)
         if (configuration, footers) != (self._peer.send_configuration, self._peer.send_section_footer):
             self._peer = dataclasses.replace(
                 self._peer, name="as it came", send_configuration=configuration, send_section_footer=footers
             )
 
     def _new_file(self, path: Path) -> saving.SaveFile:
-        return saving.SaveFile(path, self, self._ram, replace=self._replace, peer=self._peer)
+        return saving.SaveFile(path, self, self._ram, replace=self._replace, peer=self._peer, early=self._early)
 
     async def store(self, pages: ArrivingPages) -> None:
         """Write RAM to ``save_to`` while it arrives, if there is one.

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import trio
 
 from ..config import PeerProfile
@@ -15,14 +16,15 @@ from ..engine import tail_in
 from ..engine.offload import offload
 from ..engine.ram_in import RamReceiver
 from ..errors import RemoteProtocolError, TransportFailed
-from ..guest import ConfigSubsection, OpaqueGuest, PageBitmap
+from ..guest import ConfigSubsection, DeviceSection, OpaqueGuest, PageBitmap
 from ..monitor import Counters
-from ..wire import Decoder
+from ..wire import Decoder, Section
 from ..wire import events as ev
 from ..wire.devices import SplitTail, Undelimited
 from ..wire.page_size import wrong_page_size
 from ..wire.refusals import Unsupported, check_kept_command
 from ..wire.tail import TailBuffer
+from ..wire.virtio_mem import absent_by_rule
 
 #: Bytes read at once: copying them into memory that is still cold takes about a millisecond.
 _READ: Final = 512 << 10
@@ -76,6 +78,8 @@ async def _read(fd: int, guest: OpaqueGuest, *, partial: bool) -> Read:
     decoder = Decoder(measure=None, configuration=None, footers=None, buffer_bytes=_BUFFER)
     ram = RamReceiver(Counters())
     tail: TailBuffer | None = None
+    early: list[DeviceSection] = []
+    header: ev.SectionHeader | None = None
     machine = ""
     subsections: tuple[ConfigSubsection, ...] = ()
     tail_at = 0
@@ -96,6 +100,20 @@ async def _read(fd: int, guest: OpaqueGuest, *, partial: bool) -> Read:
                         guest.adopt(machine, subsections, event.blocks)
                         adopted = True
                     ram.open(event, guest.ram)
+                case ev.SectionHeader(kind=Section.FULL):
+                    header = event
+                case ev.DevicePayload():
+                    assert header is not None
+                    early.append(
+                        DeviceSection(
+                            idstr=header.idstr,
+                            instance_id=header.instance_id,
+                            version_id=header.version_id,
+                            section_id=header.section_id,
+                            payload=event.payload,
+                            before="pages" if adopted else "list",
+                        )
+                    )
                 case ev.CommandElement():
                     check_kept_command(event.number, len(event.payload), event.at)
                 case ev.TailBytes():
@@ -116,21 +134,28 @@ async def _read(fd: int, guest: OpaqueGuest, *, partial: bool) -> Read:
         raise RemoteProtocolError("the stream has no devices", offset=decoder.offset)
     if (size := decoder.page_size) is not None:
         raise wrong_page_size(size, section="ram")
-    split = await _split(tail, tail_at)
-    problems = [f"{count} pages of RAM block {name!r} are not in the stream" for name, count in ram.missing().items()]
+    split = await _split(tail, tail_at, early)
+    sections = (*split.early, *split.sections)
+    absent = absent_by_rule({block.name: block.length for block in guest.ram}, sections)
+    received = {name: here | absent[name].bitmap() if name in absent else here for name, here in ram.received().items()}
+    missing = {name: len(here) - int(np.count_nonzero(here)) for name, here in received.items()}
+    problems = [f"{n} pages of RAM block {name!r} are not in the stream" for name, n in missing.items() if n]
     if problems and not partial:
-        raise RemoteProtocolError(f"{problems[0]} (what a lost postcopy has left is completed by trimig merge)")
+        raise RemoteProtocolError(
+            f"{problems[0]} (what a lost postcopy has left is completed by trimig merge; the option "
+            'completeness = "warn" accepts it as it is)'
+        )
     for number, payload, where in split.commands:
         check_kept_command(number, len(payload), where)
     await guest.ram_received()
-    await guest.load_opaque(split.sections, split.description_text)
+    await guest.load_opaque(sections, split.description_text)
     problems += tail_in.first_problems(split)
-    return Read(peer=peer_of(decoder), problems=problems, received=ram.received())
+    return Read(peer=peer_of(decoder), problems=problems, received=received)
 
 
-async def _split(tail: TailBuffer, at: int) -> SplitTail:
+async def _split(tail: TailBuffer, at: int, early: Sequence[DeviceSection]) -> SplitTail:
     try:
-        return await tail_in.split(tail, at)
+        return await tail_in.split(tail, at, early=early)
     except Undelimited as error:
         if error.offset == at + len(tail):
             raise TransportFailed(

@@ -15,7 +15,7 @@ import trio
 from ..config import PeerProfile
 from ..engine.offload import offload
 from ..engine.ram_out import RAM_SECTION
-from ..engine.stream_out import DeviceSender, opening
+from ..engine.stream_out import DeviceSender, early_sections, opening
 from ..errors import GuestFailed
 from ..guest import PAGE_SIZE, ArrivingPages, DeviceSection, OpaqueGuest, PageBitmap
 from ..memory import MemfdBlock
@@ -52,20 +52,29 @@ class SaveFile:
         replace: a file of that name may be replaced; otherwise it is an error, also if it comes up meanwhile.
         guest: whose RAM blocks are there.
         peer: how the stream is written.
+        early: the device sections in front of the memory; others among them are left out.
 
     Raises:
         OSError: the name is taken, or the directory cannot be written to.
     """
 
     def __init__(
-        self, path: Path, guest: OpaqueGuest, blocks: Sequence[MemfdBlock], *, replace: bool, peer: PeerProfile
-    ):
+        self,
+        path: Path,
+        guest: OpaqueGuest,
+        blocks: Sequence[MemfdBlock],
+        *,
+        replace: bool,
+        peer: PeerProfile,
+        early: Sequence[DeviceSection] = (),
+    ) -> None:
         self._guest = guest
         self._peer = peer
         self._footer = wire.section_footer(RAM_SECTION) if peer.send_section_footer else b""
         start = wire.section_start(Section.START, RAM_SECTION, "ram", 0, wire.RAM_VERSION)
         sizes = wire.ram_list((block.name, block.length) for block in blocks)
-        self._head = opening(guest, peer) + start + sizes + wire.END_WORD + self._footer
+        ahead, behind = (early_sections(early, before, peer) for before in ("list", "pages"))
+        self._head = opening(guest, peer) + ahead + start + sizes + wire.END_WORD + self._footer + behind
         self._numbers = {block.name: number for number, block in enumerate(blocks)}
         self._file = NewFile(path, replace=replace)
         self._ram = RamWriter(self._file.fd, len(self._head), blocks, self._footer)

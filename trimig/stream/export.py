@@ -7,7 +7,7 @@ import dataclasses
 import errno
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -15,13 +15,15 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
+from ..engine import tail_in
 from ..engine.offload import offload
 from ..errors import ConfigError, RemoteProtocolError
-from ..guest import PAGE_SIZE
+from ..guest import PAGE_SIZE, DeviceSection
 from ..wire import Decoder
 from ..wire import events as ev
 from ..wire.page_size import wrong_page_size
 from ..wire.refusals import Unsupported
+from ..wire.virtio_mem import Unplugged, absent_by_rule, overlap
 from .files import reading
 from .pages import PageSet
 
@@ -95,13 +97,28 @@ async def _copy_block(source: str | os.PathLike[str], block: str, fd: int, parti
     async with reading(source) as read_into:
         decoder = Decoder(measure=None, configuration=None, footers=None)
         copy = _BlockCopy(block, fd)
+        early: list[DeviceSection] = []
+        header: ev.SectionHeader | None = None
         while True:
             while (event := decoder.next_event()) is not None:
                 if isinstance(event, ev.TailBytes | ev.EndOfStream):
                     # No RAM follows a device section.
                     if (size := decoder.page_size) is not None:
                         raise wrong_page_size(size, section="ram")
+                    if copy.received.missing and isinstance(event, ev.TailBytes):
+                        await _read_on(event, decoder, read_into, copy, early)
                     return copy.finish(partial=partial)
+                if isinstance(event, ev.SectionHeader):
+                    header = event
+                elif isinstance(event, ev.DevicePayload) and header is not None:
+                    early.append(
+                        DeviceSection(
+                            idstr=header.idstr,
+                            instance_id=header.instance_id,
+                            version_id=header.version_id,
+                            payload=event.payload,
+                        )
+                    )
                 copy.take(event)
             count = await read_into(decoder.writable())
             decoder.received(count)
@@ -112,11 +129,40 @@ async def _copy_block(source: str | os.PathLike[str], block: str, fd: int, parti
             await trio.lowlevel.checkpoint()
 
 
+async def _read_on(
+    event: ev.TailBytes,
+    decoder: Decoder,
+    read_into: Callable[[memoryview], Awaitable[int]],
+    copy: _BlockCopy,
+    early: Sequence[DeviceSection],
+) -> None:
+    """Something is missing: the devices tell whether it is memory that was not plugged in, or pages of another size."""
+    tail = tail_in.buffer(footers=decoder.footers is not False)
+    tail_at, found, ended = event.at, event, False
+    while True:
+        await tail_in.feed(tail, found.data)
+        while not tail.complete and (more := decoder.next_event()) is None and not ended:
+            count = await read_into(decoder.writable())
+            decoder.received(count)
+            ended = not count
+            await trio.lowlevel.checkpoint()
+        if tail.complete or not isinstance(more, ev.TailBytes):
+            break
+        found = more
+    if tail.description is not None and tail.description.page_size != PAGE_SIZE:
+        raise wrong_page_size(tail.description.page_size)
+    split = await tail_in.split(tail, tail_at, damaged=True, early=early)
+    copy.unplugged = absent_by_rule(copy.lengths, (*split.early, *split.sections)).get(copy.name)
+
+
 class _BlockCopy:
     def __init__(self, name: str, fd: int) -> None:
         self.name = name
         self.fd = fd
         self.length = -1
+        self.lengths: dict[str, int] = {}
+        #: Pages that were not plugged in, if that is known.
+        self.unplugged: Unplugged | None = None
         self.received = PageSet(0)
         self.written = PageSet(0)
 
@@ -130,7 +176,7 @@ class _BlockCopy:
                     raise ConfigError(
                         f"there is no RAM block {self.name!r} in the stream; it has {known}", name="block"
                     )
-                self.length = lengths[self.name]
+                self.length, self.lengths = lengths[self.name], lengths
                 os.ftruncate(self.fd, self.length)
                 self.received = PageSet(self.length // PAGE_SIZE)
                 self.written = PageSet(self.length // PAGE_SIZE)
@@ -160,6 +206,8 @@ class _BlockCopy:
         if self.length < 0:
             raise RemoteProtocolError("the stream has no RAM")
         missing = self.received.missing
+        if missing and self.unplugged is not None:
+            missing -= overlap(self.received.holes(), self.unplugged.runs())
         if missing and not partial:
             raise RemoteProtocolError(
                 f"{missing} pages of RAM block {self.name!r} are not in the stream: export it with --partial, or complete "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Final
 
 import trio
@@ -15,6 +16,7 @@ from ..wire import events as ev
 from ..wire.page_size import wrong_page_size
 from ..wire.refusals import Unsupported, command_name
 from ..wire.tail import TailBuffer
+from ..wire.virtio_mem import absent_by_rule, overlap
 from .files import reading
 from .pages import PageSet
 from .report import BlockInfo, CommandInfo, DeviceInfo, SectionInfo, StreamReport
@@ -64,6 +66,10 @@ class _Inspector:
         self.blocks: dict[str, BlockInfo] = {}
         self.seen: dict[str, PageSet] = {}
         self.fields_left = _FREE_FIELDS
+        self.sections: Sequence[DeviceSection] = ()
+        self.header: ev.SectionHeader | None = None
+        self.early: list[DeviceSection] = []  # in front of the memory
+        self.early_at: list[int] = []
         self.page_size: int | None = None  # that the description names, if it is not the usual one
 
     def received(self, count: int) -> None:
@@ -106,8 +112,12 @@ class _Inspector:
         if report.error is None and size is not None:
             report.error = wrong_page_size(size)
         if not isinstance(report.error, Unsupported):
+            lengths = {block.name: block.length for block in report.blocks}
+            absent = absent_by_rule(lengths, self.sections)
             for name, seen in self.seen.items():
-                self.blocks[name].missing = seen.missing
+                lacking = overlap(seen.holes(), absent[name].runs()) if name in absent else 0
+                self.blocks[name].missing = seen.missing - lacking
+                self.blocks[name].unplugged = lacking
         for block in report.blocks:
             if block.missing:
                 report.problems.append(f"{block.missing} pages of RAM block {block.name!r} are not in the stream")
@@ -130,6 +140,9 @@ class _Inspector:
                 self._command(event.number, event.payload, event.at)
             case ev.SectionHeader():
                 self._header(event)
+                self.header = event
+            case ev.DevicePayload():
+                self._early(event)
             case ev.RamEnd():
                 if self.open is not None:
                     self.open.size = event.at + 8 - self.open.offset
@@ -142,6 +155,21 @@ class _Inspector:
                 report.description = event.text if event.complete else None
                 if not event.complete:
                     report.problems.append("the description of the devices is missing or cut short")
+
+    def _early(self, event: ev.DevicePayload) -> None:
+        header = self.header
+        assert header is not None
+        self.early.append(
+            DeviceSection(
+                idstr=header.idstr,
+                instance_id=header.instance_id,
+                version_id=header.version_id,
+                section_id=header.section_id,
+                payload=event.payload,
+                before="pages" if self.blocks else "list",
+            )
+        )
+        self.early_at.append(header.at)
 
     async def _tail_bytes(self, event: ev.TailBytes) -> None:
         if self.tail is None:
@@ -207,9 +235,13 @@ class _Inspector:
         report, at = self.report, self.tail_at
         if tail.description is not None and tail.description.page_size != PAGE_SIZE:
             self.page_size = tail.description.page_size
-        split = await tail_in.split(tail, at, damaged=True)
+        split = await tail_in.split(tail, at, damaged=True, early=self.early)
+        self.early = list(split.early)
         report.good = at + split.eof_offset
         self.fields_left += len(tail) // _BYTES_PER_FIELD
+        for section, offset in zip(self.early, self.early_at, strict=True):
+            await self._device(section, offset)
+        self.sections = (*self.early, *split.sections)
         for section, offset in zip(split.sections, split.offsets, strict=True):
             await self._device(section, offset)
         for number, payload, offset in split.commands:
@@ -252,7 +284,7 @@ class _Inspector:
             payload=section.payload,
         )
         self.report.devices.append(device)
-        if self._room():
+        if section.before is None and self._room():
             self.report.sections.append(
                 SectionInfo(
                     kind=Section.FULL.name.lower(),

@@ -38,6 +38,8 @@ class BlockInfo:
     zero_pages: int = 0
     #: Pages that are not in the stream; None if the stream could not be read to the end of its RAM.
     missing: int | None = None
+    #: Of those that are not in the stream, the pages that a virtio-mem device has not plugged in; they are not missing.
+    unplugged: int = 0
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

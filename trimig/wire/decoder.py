@@ -25,6 +25,7 @@ from ..errors import RemoteProtocolError, TransportFailed
 from ..guest import PAGE_SIZE
 from .configuration import read_configuration
 from .constants import MAGIC, VERSION, Command, Section
+from .early import FooterSearch
 from .events import (
     CommandElement,
     Configuration,
@@ -122,6 +123,8 @@ class Decoder:
         self._started: dict[int, SectionHeader] = {}
         self._section: SectionHeader | None = None
         self._records = RecordReader(reorder=reorder)
+        self._ram_begun = continues is not None
+        self._footer_search = FooterSearch(0)
         self._package_bytes = 0
         if continues is not None:
             self._state = self._read_records if records_only else self._read_section
@@ -357,7 +360,7 @@ class Decoder:
             case Section.START:
                 return self._read_section_start(Section.START)
             case Section.FULL:
-                if self._measure is None:
+                if self._measure is None and (self._ram_begun or self._footers is False):
                     self._state = self._read_tail
                     return self._read_tail()
                 return self._read_section_start(Section.FULL)
@@ -388,7 +391,8 @@ class Decoder:
                 raise self._error(f"section 'ram' has version {version_id}, 4 is needed")
             self._state = self._read_records
         else:
-            self._state = self._read_device
+            self._state = self._read_device if self._measure is not None else self._read_early
+            self._footer_search = FooterSearch(section_id)
         header = SectionHeader(
             kind=kind,
             section_id=section_id,
@@ -412,6 +416,7 @@ class Decoder:
         if started is None:
             raise self._error(f"section {kind.name} with the id {section_id}, which no START has announced")
         self._section = started
+        self._ram_begun = True
         self._state = self._read_records
         return SectionHeader(
             kind=kind,
@@ -465,6 +470,20 @@ class Decoder:
             if isinstance(event, RamEnd):
                 self._end_section()
         return event
+
+    def _read_early(self) -> Event | None:
+        """A device section in front of the memory, of a device that is not known."""
+        data = self._footer_search.data
+        data += self._mem[self._pos + len(data) : self._end]
+        length = self._footer_search.find(self._started, final=self._eof)
+        if length is None:
+            if len(data) >= self._max_device_bytes:
+                raise self._error(f"device state of more than {self._max_device_bytes} bytes")
+            if len(data) > len(self._mem) // 2:
+                self._grow(min(2 * len(self._mem), 2 * self._max_device_bytes))
+            return None
+        self._end_section()
+        return DevicePayload(payload=bytes(data[:length]), at=self._consume(length))
 
     def _read_device(self) -> Event | None:
         assert self._measure is not None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from ..errors import LocalProtocolError, RemoteProtocolError
@@ -57,6 +57,8 @@ class SplitTail:
     description_text: bytes | None
     #: What was not as it should be, in sentences.
     problems: tuple[str, ...]
+    #: Those in front of the memory, which were given, with their objects of the description.
+    early: tuple[DeviceSection, ...] = ()
     #: Why there is nothing more, if a damaged tail was asked for as far as it goes.
     error: RemoteProtocolError | None = None
 
@@ -133,9 +135,13 @@ class TailSplitter:
         buffer: filled; nothing may be fed to it any more.
         offset: where the tail begins in the stream, for messages and commands.
         damaged: give what could be read of a damaged tail instead of raising, with the error in it.
+        early: sections in front of the memory; the description tells whether their ends were found right.
     """
 
-    def __init__(self, buffer: TailBuffer, *, offset: int = 0, damaged: bool = False) -> None:
+    def __init__(
+        self, buffer: TailBuffer, *, offset: int = 0, damaged: bool = False, early: Sequence[DeviceSection] = ()
+    ) -> None:
+        self._early = tuple(early)
         self._tail = tail = buffer.finish()
         self._view = memoryview(tail)
         self._footers = buffer.footers
@@ -190,6 +196,7 @@ class TailSplitter:
         return SplitTail(
             sections=tuple(self._sections),
             commands=tuple(self._commands),
+            early=self._early,
             offsets=tuple(self._offsets),
             eof_offset=self._position,
             description_text=self._text,
@@ -200,6 +207,7 @@ class TailSplitter:
     def _run(self) -> Pieces[None]:
         """Go through the tail, up to its end or to what is wrong with it."""
         try:
+            self._early = yield from self._check_early(self._early)
             elements = 0
             while (yield from self._element()):
                 elements += 1
@@ -211,6 +219,25 @@ class TailSplitter:
         for name, left in self._devices.items():
             if left:
                 self._problems.append(f"section {name[0]!r} ({name[1]}) is described, but not in the stream")
+
+    def _check_early(self, sections: Sequence[DeviceSection]) -> Pieces[tuple[DeviceSection, ...]]:
+        """The early *sections* with their objects of the description, which must have found the same ends."""
+        checked: list[DeviceSection] = []
+        for section in sections:
+            name = section_name({"name": section.idstr, "instance_id": section.instance_id})
+            queue = self._devices[section.idstr, section.instance_id]
+            if not queue:
+                self._problems.append(f"section {name!r} was delimited by looking for its footer: it is not described")
+                checked.append(section)
+                continue
+            description = queue.popleft()
+            size = yield from measuring(description, section.payload, self._allowance, before=len(section.payload))
+            if size != len(section.payload):
+                raise RemoteProtocolError(
+                    f"by its description it has {size} bytes, by its footer {len(section.payload)}", section=name
+                )
+            checked.append(dataclasses.replace(section, description=description))
+        return tuple(checked)
 
     def _element(self) -> Pieces[bool]:
         """Take the next section or command; False at the end-of-file byte."""

@@ -131,6 +131,10 @@ class TailBuffer:
             return None
         return bytes(self._data[slice(*self._text)])
 
+    def mentions(self, text: bytes) -> bool:
+        """Whether *text* stands anywhere in what has come."""
+        return text in self._data
+
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Take the next bytes of the stream.
 
