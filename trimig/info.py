@@ -11,6 +11,12 @@ from .errors import Ownership
 from .guest import PAGE_SIZE
 from .status import IN_POSTCOPY, RECOVERABLE, Role, Status
 
+#: A QEMU that cannot load what came says why in its log only.
+WHY_CLOSED: Final = (
+    "its own log says why. Of a QEMU it is usually another machine type or version, another size of the RAM or of a ROM, or "
+    "a device that one side does not have"
+)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Event:

@@ -92,6 +92,12 @@ class Scripted:
             raise qmp.CommandFailed(self.refuses[name])
         return getattr(self, name.replace("-", "_"), lambda **_: {})(**(arguments or {}))
 
+    async def getfd(self, name: str, fd: int) -> None:
+        await trio.lowlevel.checkpoint()
+        self.executed.append(("getfd", {"fdname": name}))
+        if "getfd" in self.refuses:
+            raise qmp.CommandFailed(self.refuses["getfd"])
+
     def events(self) -> AsyncIterator[Mapping[str, Any]]:
         return Feed(iter(self.feed))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -351,9 +350,7 @@ class Watched(Scripted):
     """Looks at what is set, and where the memory goes, at the moment the stream begins."""
 
     def migrate(self, uri: str) -> Any:
-        sink = Path(uri.removeprefix("unix:"))
-        self.sink = sink
-        self.modes = stat.S_IMODE(sink.parent.stat().st_mode), stat.S_IMODE(sink.stat().st_mode)
+        self.sink = uri
         self.locked = {**self.capabilities}, {**self.parameters}
         return super().migrate(uri)
 
@@ -373,10 +370,20 @@ def test_dry_run_predicts_and_leaves_everything_as_it_was(invoke: Invoke) -> Non
     assert not capabilities["return-path"]
     assert not capabilities["auto-converge"]  # would slow the guest down
     assert (parameters["downtime-limit"], parameters["max-bandwidth"]) == (0, 1 << 27)
-    assert guest.modes == (0o700, 0o600)
     assert (guest.capabilities, guest.parameters) == before
     assert guest.info["status"] == "cancelled"
-    assert not guest.sink.parent.exists()
+    # The sink is handed over, so that it needs no right to any file; what was not used is closed.
+    assert guest.sink == "fd:trimig-dry-run"
+    assert guest.names.index("getfd") < guest.names.index("migrate")
+    assert ("closefd", {"fdname": "trimig-dry-run"}) in guest.executed
+
+
+def test_dry_run_without_descriptors_uses_a_port_of_this_machine(invoke: Invoke) -> None:
+    """A relay of a unix socket passes none."""
+    guest = Watched(script=[{}, *passes(100)], refuses={"getfd": "No file descriptor supplied via SCM_RIGHTS"})
+    result = invoke(guest, "migrate", "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert guest.sink.startswith("tcp:127.0.0.1:")
 
 
 def test_dry_run_predicts_for_the_bandwidth_and_limit_that_are_given(invoke: Invoke) -> None:

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -337,3 +338,27 @@ async def test_transcripts_of_qemu_and_trimig_agree(tmp_path: Path, *, pause: bo
         "MIGRATION completed",
     ]
     assert last[last.index("STOP") :].count("MIGRATION_PASS") == 1
+
+
+async def test_dry_run_of_a_qemu_of_another_user(tmp_path: Path) -> None:
+    """The sink is passed as a descriptor: a QEMU that may open none of our files can write to it all the same."""
+    with trio.fail_after(LIMIT), tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o777)
+        path = f"{directory}/qmp"
+        process = await trio.lowlevel.open_process(
+            ["qemu-system-x86_64", "-M", "none", "-m", "16M", "-display", "none", "-qmp", f"unix:{path},server=on,wait=off"],
+            user=65534, group=65534, extra_groups=[], stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            while not await trio.Path(path).exists():
+                assert process.poll() is None
+                await trio.sleep(0.02)
+            code, out, err = await command("migrate", "--dry-run", "--json", "--qmp", f"unix:{path}")
+            assert code == 0, err
+            assert json.loads(out)["measured"]["transferred_bytes"] > 0
+            code, out, err = await command("status", "--json", "--qmp", f"unix:{path}")
+            assert (json.loads(out)["migration"], json.loads(out)["run_state"]) == ("cancelled", "running")
+        finally:
+            process.kill()
+            with trio.CancelScope(shield=True):
+                await process.wait()

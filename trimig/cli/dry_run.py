@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-import os
 import socket
-import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final
 
 import click
@@ -29,7 +28,7 @@ from .common import alongside
 from .exit_codes import CANCELLED, DONE
 from .output import write_json
 from .picture import EVERY
-from .remote import CANCEL_LIMIT, ENDED, Refused, Remote, Settings, State, Tracker
+from .remote import CANCEL_LIMIT, ENDED, Gone, Refused, Remote, Settings, State, Tracker
 from .stop import Stop
 
 #: Whole passes that are enough: the first copy, and what a chase looks like.
@@ -39,6 +38,8 @@ _LOOK: Final = 0.02
 #: Seconds in which a guest must be in the run state it had, after the stream has been cancelled.
 _BACK_LIMIT: Final = 10.0
 _PAGE: Final = 4096
+#: Of the descriptor, at the other process.
+_NAME: Final = "trimig-dry-run"
 
 #: What must not be on meanwhile, where the other side knows it: what needs an answer from the sink, gives the guest away,
 #: or slows it down.
@@ -108,11 +109,11 @@ async def dry_run(
     wanted = locks.over(changes)
     seen = _Measurement()
     failure: Refused | None = None
-    with display.open_view(as_json=as_json) as view, tempfile.TemporaryDirectory(prefix="trimig-dry-") as directory:
+    with display.open_view(as_json=as_json) as view:
         view.begin("dry run", seconds=seconds)
         try:
             await remote.apply(wanted, present)
-            await _stream(remote, f"{directory}/sink", seconds, goal, seen, stop, view)
+            await _stream(remote, seconds, goal, seen, stop, view)
         except Refused as error:
             failure = error
         # Not in a "finally": nothing cancels this task (a signal only asks for a stop), and errors of the way back
@@ -129,41 +130,67 @@ async def dry_run(
 
 
 async def _stream(
-    remote: Remote, path: str, seconds: float, goal: float, seen: _Measurement, stop: Stop, view: display.View
+    remote: Remote, seconds: float, goal: float, seen: _Measurement, stop: Stop, view: display.View
 ) -> None:
-    async with _sink(path) as serve:
+    async with _sink(remote) as (uri, serve):
 
         async def measure() -> None:
-            await remote.execute("migrate", uri=f"unix:{path}")
+            await remote.execute("migrate", uri=uri)
             await _measure(remote, seconds, goal, seen, stop, view)
             await _end(remote)
 
         await alongside(measure, serve)
     if seen.ended is not None and not seen.samples and seen.first_copy is None:
-        raise Refused(f"the memory could not be sent to the sink {path}: {seen.ended.problem or seen.ended.migration}")
+        raise Refused(f"the memory could not be sent to the sink {uri}: {seen.ended.problem or seen.ended.migration}")
 
 
 @contextlib.asynccontextmanager
-async def _sink(path: str) -> AsyncIterator[Any]:
-    """Listen at *path*; yields the coroutine function that takes everything and keeps nothing."""
-    with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        await listener.bind(path)
-        os.chmod(path, 0o600)
-        listener.listen()
+async def _sink(remote: Remote) -> AsyncIterator[tuple[str, Callable[[], Awaitable[None]]]]:
+    """A sink for the memory; yields its URI for QMP, and the coroutine function that takes everything and keeps nothing.
 
-        async def swallow(connection: trio.socket.SocketType) -> None:
-            buffer = bytearray(1 << 20)
-            with connection, contextlib.suppress(OSError):
-                while await connection.recv_into(buffer):
-                    pass
+    Over a unix socket the other process is given one end of a pair of sockets, so that it may belong to another user and
+    needs no right to any file. Where descriptors cannot be passed, the sink is a port on the loopback device.
+
+    **Cancellation:** nothing is left open.
+    """
+    ours, theirs = socket.socketpair()
+    with trio.socket.from_stdlib_socket(ours) as end:
+        with theirs:
+            passed = await _passed(remote, theirs)
+        if passed:
+            yield f"fd:{_NAME}", functools.partial(_swallow, end)
+            return
+    with trio.socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        await listener.bind(("127.0.0.1", 0))
+        listener.listen()
 
         async def serve() -> None:
             async with trio.open_nursery(strict_exception_groups=True) as nursery:
                 while True:
                     connection, _ = await listener.accept()
-                    nursery.start_soon(swallow, connection)
+                    nursery.start_soon(_swallow, connection)
 
-        yield serve
+        yield f"tcp:127.0.0.1:{listener.getsockname()[1]}", serve
+
+
+async def _passed(remote: Remote, end: socket.socket) -> bool:
+    """Whether the other process has *end* now; it has not over TCP, nor where the unix socket is a relay's."""
+    if not remote.address.startswith("unix:"):
+        return False
+    try:
+        await remote.pass_descriptor(_NAME, end.fileno())
+    except Gone:
+        raise
+    except Refused:
+        return False
+    return True
+
+
+async def _swallow(connection: trio.socket.SocketType) -> None:
+    buffer = bytearray(1 << 20)
+    with connection, contextlib.suppress(OSError):
+        while await connection.recv_into(buffer):
+            pass
 
 
 async def _measure(
@@ -266,6 +293,7 @@ async def _put_back(remote: Remote, settings: Settings, before: State) -> list[s
             await _end(remote)
     except Refused as error:
         problems.append(error.format_message())
+    await remote.forget_descriptor(_NAME)  # it is still there if the migration has not taken it
     try:
         await remote.apply(settings, settings)
     except Refused as error:
@@ -311,7 +339,11 @@ def _tell(seen: _Measurement, settings: Settings, stop: Stop, before: State, as_
         f"measured: {passes} in {formats.duration(seen.seconds)}, {formats.size(seen.transferred)} to a sink on this host"
     )
     stopped = "; it was stopped for a moment, because nothing was left to send" if seen.stopped else ""
-    print(f"the guest is {before.run_state} as before, its settings are as they were{stopped}", flush=True)
+    print(
+        f"the guest is {before.run_state} as before, its settings are as they were{stopped}; query-migrate shows the "
+        "stream to the sink as a migration that was cancelled",
+        flush=True,
+    )
     return code
 
 

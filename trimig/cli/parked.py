@@ -17,6 +17,7 @@ import click
 import trimig
 from trimig import formats, stream, transport
 from trimig.errors import Ownership
+from trimig.info import WHY_CLOSED
 
 from . import display, postcopy
 from .common import alongside, debug_option, json_option, migration_options, run, summary_record
@@ -249,6 +250,10 @@ async def _send(
             sent = True
         except trimig.HandoverUncertain as error:
             uncertain = error
+        except trimig.TransportFailed as error:
+            if not monitor.counters.transferred or WHY_CLOSED in str(error):
+                raise
+            raise trimig.TransportFailed(f"{error}; if the destination has ended, {WHY_CLOSED}") from error
         finally:
             # Synchronous, because this may be the way out of a cancellation.
             if sent or monitor.owner is Ownership.DESTINATION:

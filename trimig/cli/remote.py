@@ -71,6 +71,12 @@ class Client(Protocol):
         **Cancellation:** the command may have been executed.
         """
 
+    async def getfd(self, name: str, fd: int) -> None:
+        """Pass a descriptor; it stays ours as well.
+
+        **Cancellation:** it may have been passed.
+        """
+
     def events(self) -> AsyncIterator[Mapping[str, Any]]:
         """Events from now on, as they came."""
 
@@ -244,6 +250,30 @@ class Remote:
         raise Gone(
             f"{self.address} has not answered {name} within {formats.duration(ANSWER_LIMIT)}; does the process still run?"
         )
+
+    async def pass_descriptor(self, name: str, descriptor: int) -> None:
+        """Give the other side *descriptor* under *name*; a migration to ``fd:NAME`` uses it up.
+
+        Raises:
+            Refused: the other side says no.
+            Gone: the connection has ended.
+
+        **Cancellation:** it may have been passed.
+        """
+        try:
+            await self.client.getfd(name, descriptor)
+        except qmp.CommandFailed as error:
+            raise Refused(f"{self.address} refuses getfd: {error.desc}") from error
+        except (OSError, trimig.TrimigError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise Gone(f"the QMP connection to {self.address} is gone: {error}") from error
+
+    async def forget_descriptor(self, name: str) -> None:
+        """Have the other side close what it was given, if it still has it.
+
+        **Cancellation:** it may have been closed.
+        """
+        with contextlib.suppress(Refused):
+            await self.execute("closefd", fdname=name)
 
     async def state(self) -> State:
         """How it stands now.

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 import trio
 
 from ..errors import PeerFailed, RemoteProtocolError, TransportFailed
+from ..info import WHY_CLOSED
 from ..wire.return_path import (
     Message,
     PageRequest,
@@ -143,7 +144,7 @@ class ReturnPathReader:
 
     def _ended(self) -> str:
         inside = f" in the middle of a message ({self._decoder.pending} bytes of it)" if self._decoder.pending else ""
-        return f"the destination closed the connection{inside} without an answer"
+        return f"the destination closed the connection{inside} without an answer; {WHY_CLOSED}"
 
     def _take(self, message: Message) -> None:
         match message:
