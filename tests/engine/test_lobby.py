@@ -407,11 +407,14 @@ def test_attempt_is_looked_at_before_the_bitmap() -> None:
     ("data", "words"), [(MULTIFD, "multifd off there"), (client_hello(), "set tls-creds here"), (HTTP, "HTTP request")]
 )
 def test_first_bytes_that_are_known_say_what_is_wrong(data: bytes, words: str) -> None:
-    for judge in (judge_surplus, judge_first(trimig.Config(), check_scripted), judge_again(["ram"])):
+    for judge in (judge_first(trimig.Config(), check_scripted), judge_again(["ram"])):
         with pytest.raises(NotTheOne) as caught:
             judge(data)
         assert words in str(caught.value.telling)
     assert known(HEAD) is None
+    with pytest.raises(NotTheOne) as surplus:
+        judge_surplus(data)
+    assert (surplus.value.telling is not None) is (data is MULTIFD), "beside the source that has come"
     with pytest.raises(NotTheOne, match="has its source already"):
         judge_surplus(HEAD)
 

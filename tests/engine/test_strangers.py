@@ -52,23 +52,20 @@ class Strangers:
         """Connect, and be silent."""
         self.kept.append(await self.dial())
 
-    async def crowd(self) -> None:
-        """100 probes, and some of everything else."""
+    async def crowd(self, *, opaque: bool = False) -> None:
+        """100 probes, and some of everything else.
+
+        Args:
+            opaque: the receiver keeps any machine: who sends a header and a configuration is its source, and no stranger.
+        """
         source = random.Random(20)
         for _ in range(20):
             await self.sit()
         async with trio.open_nursery() as nursery:
             for _ in range(100):
                 nursery.start_soon(self.throw, b"")
-            for data in (
-                HTTP,
-                MULTIFD,
-                client_hello(),
-                b"QEVM\0\0\0\2",
-                HEAD,
-                b"\x16",
-                *map(source.randbytes, [9] * 5),
-            ):
+            others = (HTTP, MULTIFD, client_hello(), b"QEVM\0\0\0\2", b"\x16", *map(source.randbytes, [9] * 5))
+            for data in others if opaque else (*others, HEAD):
                 nursery.start_soon(self.throw, data)
         for _ in range(20):
             await self.sit()

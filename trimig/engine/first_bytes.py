@@ -155,4 +155,7 @@ def _asks_for(payload: bytes, blocks: Container[str], at: int) -> Verdict:
 
 def judge_surplus(data: bytes) -> Verdict:
     """No connection is needed any more. That one comes all the same may tell why the migration is going to fail."""
-    raise known(data) or NotTheOne("the migration has its source already")
+    refusal = known(data)
+    if refusal is None or data[:4] == _MULTIFD:
+        raise refusal or NotTheOne("the migration has its source already")
+    raise NotTheOne(str(refusal))  # it has nothing to do with a source that has come

@@ -7,17 +7,22 @@ command, a descriptor or a file is the one connection that there is: it is taken
 from __future__ import annotations
 
 import logging
+from typing import Final
 
 import trio
 
 from ..config import Config
+from ..errors import TransportFailed
 from ..monitor import Monitor
 from .channel import AnyStream, Channel, OpenStream
 from .connections import Connections
 from .first_bytes import judge_surplus
-from .lobby import Chosen, Judge, Lobby
+from .lobby import Chosen, Judge, Lobby, Verdict
 
 log = logging.getLogger("trimig.destination")
+
+#: Seconds of silence after which a source is given up that another connection has told to be set up in another way.
+_SUSPICION_SECONDS: Final = 5.0
 
 
 class Reception:
@@ -41,6 +46,8 @@ class Reception:
         )
         self.lobby: Lobby | None = None
         self._chosen: Chosen | None = None
+        self._look = trio.Event()  # a connection that is of no use has said something
+        self._suspicion = trio.CancelScope()
 
     async def first(self, judge: Judge) -> Channel:
         """The main connection of the migration.
@@ -52,7 +59,35 @@ class Reception:
         """
         if self._connections.entrance is None:
             return self.channel(await self._connections.first())
-        return self.channel(await self._meet(None, judge))
+        channel = self.channel(await self._meet(None, judge))
+        if not self.wants_second:
+            assert self.lobby is not None
+            self._suspicion = trio.CancelScope()
+            self._nursery.start_soon(self._suspect, channel, self._suspicion, name="trimig.suspicion")
+            self.lobby.watch(self._surplus)
+        return channel
+
+    def _surplus(self, data: bytes) -> Verdict:
+        try:
+            return judge_surplus(data)
+        finally:
+            self._look.set()
+
+    async def _suspect(self, channel: Channel, scope: trio.CancelScope) -> None:
+        """A source that is set up in another way may wait for what it will never get. Nothing else would end that soon.
+
+        Raises:
+            TransportFailed: a connection from where the main one came has told so, and the main one is silent.
+        """
+        with scope:
+            while True:
+                await self._look.wait()
+                self._look = trio.Event()
+                while self.hint() is not None:
+                    before = channel.received
+                    await trio.sleep(_SUSPICION_SECONDS)
+                    if channel.received == before:
+                        raise TransportFailed(f"the source sent nothing for {_SUSPICION_SECONDS:g} s")
 
     async def again(self, uri: str | None, judge: Judge) -> AnyStream:
         """Another main connection, at *uri* or where the last one was; :meth:`channel` makes it usable.
@@ -87,8 +122,6 @@ class Reception:
             if not done:
                 lobby.close()
         lobby.prefer(self._chosen.origins)
-        if not self.wants_second:
-            lobby.watch(judge_surplus)
         return self._chosen.stream
 
     def channel(self, stream: AnyStream) -> Channel:
@@ -106,6 +139,7 @@ class Reception:
 
     def close(self) -> None:
         """Nothing more is expected. Idempotent."""
+        self._suspicion.cancel("nothing more is expected")
         if self.lobby is not None:
             self.lobby.close()
 

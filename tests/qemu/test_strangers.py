@@ -1,0 +1,110 @@
+"""A receiver among strangers while a real QEMU migrates to it, and multifd at one side only (REVIEW C4, A8)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+import trio
+
+import trimig
+from tests.engine.test_strangers import Strangers
+from tests.qemu import peers
+from tests.qemu.harness import Qemu, random_ram
+from tests.qemu.test_postcopy import MiB
+from tests.qemu.test_postcopy_preempt import PREEMPT, preempt
+
+pytestmark = pytest.mark.qemu
+
+SIZE = 16 * MiB
+MULTIFD = {"multifd": True, "return-path": True}
+
+
+@asynccontextmanager
+async def among_strangers(uri: str, *, opaque: bool = False) -> AsyncIterator[None]:
+    """Strangers that are there before the block, and go on all the time; *opaque* as for :meth:`Strangers.crowd`."""
+    strangers = Strangers(uri)
+    try:
+        await strangers.crowd(opaque=opaque)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(strangers.go_on)
+            yield
+            nursery.cancel_scope.cancel("the test is over")
+    finally:
+        strangers.close()
+
+
+async def test_precopy_among_strangers() -> None:
+    async with Qemu.start("none", "16M") as vm:
+        vm.ram[:] = random_ram(SIZE, seed=4)
+        with peers.machine(SIZE, running=False) as guest:
+            async with peers.arriving(guest) as arrival, among_strangers(arrival.uri):
+                await vm.migrate(
+                    arrival.uri, capabilities={"return-path": True}, parameters={"max-bandwidth": 20 * MiB}
+                )
+                assert (await arrival.summary()).confirmed
+            assert np.array_equal(vm.ram, peers.memory(guest))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+async def test_preempt_among_strangers(*, cut: bool) -> None:
+    """Both connections are found, and after a cut both again."""
+    parameters = {"max-bandwidth": 10 * MiB, "downtime-limit": 1, "max-postcopy-bandwidth": 4 * MiB}
+    with trimig.ParkedGuest() as guest:
+        async with peers.arriving(guest, preempt()) as arrival, Qemu.start("none", "16M") as vm:
+            vm.ram[:] = random_ram(SIZE, seed=4)
+            async with among_strangers(arrival.uri, opaque=True):
+                await vm.migrate(arrival.uri, capabilities=PREEMPT, parameters=parameters, wait=False)
+                await arrival.wait_pages(300)
+                await vm.qmp.execute("migrate-start-postcopy")
+                if cut:
+                    await vm.wait_migration_status("postcopy-active")
+                    await arrival.monitor.wait_status(trimig.Status.POSTCOPY_ACTIVE)
+                    arrival.monitor.pause("the test cuts it")
+                    await vm.wait_migration_status("postcopy-paused")
+                    await arrival.monitor.wait_status(trimig.Status.POSTCOPY_PAUSED)
+                    arrival.monitor.recover(peers.LISTEN)
+                    while not arrival.monitor.addresses:
+                        await arrival.monitor.wait_changed()
+                    again = arrival.monitor.addresses[0]
+                    async with among_strangers(again, opaque=True):
+                        await vm.qmp.execute("migrate", {"uri": again, "resume": True})
+                        await vm.wait_migration_status("completed")
+                else:
+                    await vm.wait_migration_status("completed")
+            assert (await arrival.summary()).confirmed
+            assert np.array_equal(np.asarray(guest.ram[0].pages).reshape(-1), vm.ram)
+
+
+async def test_multifd_at_the_source_only_is_said_on_both_sides() -> None:
+    async with Qemu.start("none", "16M") as vm:
+        vm.ram[:] = random_ram(SIZE, seed=4)
+        with peers.machine(SIZE, running=False) as guest:
+            async with peers.arriving(guest) as arrival:
+                await vm.migrate(arrival.uri, capabilities=MULTIFD, wait=False)
+                await vm.wait_migration_status("failed")
+                error = await arrival.error()
+        assert "turn multifd off there" in str(error)
+        assert await vm.query_status() == "running"
+
+
+async def test_multifd_at_the_destination_only_is_said() -> None:
+    """Nothing tells it for certain: the destination reads nothing before further connections have come."""
+    with trio.fail_after(peers.LIMIT), peers.source(SIZE) as guest:
+        async with Qemu.start("none", "16M", incoming="defer") as vm:
+            await vm.set_capabilities({"multifd": True})
+            uri = await vm.incoming(peers.LISTEN)
+            monitor = trimig.Monitor()
+            async with trio.open_nursery() as nursery:
+
+                async def send() -> None:
+                    with pytest.raises(trimig.MigrationCancelled, match="multifd"):
+                        await trimig.migrate(guest, uri, peers.settings(), monitor=monitor)
+
+                nursery.start_soon(send)
+                while not any("multifd" in text for text in monitor.counters.warnings):
+                    await monitor.wait_changed()
+                monitor.cancel("the test has seen the warning")
+        assert guest.run_state == "running"
