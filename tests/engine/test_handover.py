@@ -259,7 +259,7 @@ async def test_fence_that_finds_the_guest_at_the_destination(autojump_clock: tri
         summary = await pair.migrate(fence=fence)
     assert pair.here.status is Status.COMPLETED
     assert pair.here.owner is DESTINATION
-    assert "the fence found the guest at the destination" in summary.warnings[0]
+    assert "the fence found the guest at the destination" in summary.warnings[-1]
     assert summary.downtime == pytest.approx(summary.downtime_parts.total)
     assert pair.source.run_state == "paused"
 

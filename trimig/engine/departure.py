@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import trio
 
@@ -32,7 +32,7 @@ from ..info import Downtime, Summary
 from ..monitor import Monitor
 from ..status import Role, Status
 from . import guest_calls, teardown
-from .boundary import Outcome, bare, domain_error, judged
+from .boundary import Outcome, add_to_message, bare, domain_error, judged
 from .channel import Channel
 from .connections import Connections
 from .limiter import Limiter
@@ -46,6 +46,10 @@ T = TypeVar("T")
 CommitHook = Callable[[], Awaitable[None]]
 #: Finds out, or forces, who owns the guest when the answer did not come.
 FenceHook = Callable[[], Awaitable[Ownership]]
+
+
+#: What may be the matter with a destination that has connected and says nothing at all.
+SILENT_PEER: Final = "with multifd on there it waits for further connections, so turn multifd off there"
 
 
 class Departure(abc.ABC):
@@ -179,6 +183,8 @@ class Departure(abc.ABC):
         """Raise what is to be raised; the final status is set on the way. Returns for a migration that succeeded."""
         monitor = self.monitor
         error = domain_error(failure, monitor.owner) if failure is not None else None
+        if isinstance(error, TransportFailed) and self.two_way and self.reader is not None and not self.reader.heard:
+            add_to_message(error, SILENT_PEER)
         if monitor.status is Status.COMPLETED and error is not None:
             monitor.warn(f"the guest was handed over; behind that: {error}")
             return

@@ -32,7 +32,7 @@ from ..wire import encoder as wire
 from . import guest_calls
 from .channel import Channel, Delivering, PerhapsSilent
 from .connections import Connections
-from .departure import CommitHook, Departure, FenceHook
+from .departure import SILENT_PEER, CommitHook, Departure, FenceHook
 from .handover import shield
 from .limiter import Limiter
 from .order import PING_LOADED, PING_RUNS
@@ -43,6 +43,8 @@ from .stream_out import UUID_SUBSECTION, DeviceSender, early_sections, opening, 
 
 #: PING values: 1 is QEMU's, directly behind OPEN_RETURN_PATH; ours asks for the proof of prepare.
 PING_OPENED = 1
+#: Seconds for the answer to it, which takes a round trip.
+_ANSWER_SECONDS = 5.0
 PING_PREPARE = 0x74726967
 #: The same before a switch to postcopy, about the memory that is on its way.
 PING_QUEUED = 0x74726971
@@ -136,6 +138,8 @@ class _Attempt(Departure):
         await channel.send(opening(self.guest, config.peer, validate_uuid=config.capabilities.validate_uuid))
         if self.reader is not None:
             await channel.send(wire.command(1) + wire.ping(PING_OPENED))
+            if self.two_way:
+                nursery.start_soon(self._await_answer, self.reader, name="trimig.first_answer")
         if config.capabilities.postcopy_ram:
             await channel.send(postcopy.advise(postcopy.Advice()))
         sender = RamSender(channel, limiter, self.counters, footers=config.peer.send_section_footer)
@@ -161,6 +165,13 @@ class _Attempt(Departure):
             await self._go_ahead(nursery, channel, sender)
         else:
             await self._switch_over(nursery, channel, sender)
+
+    async def _await_answer(self, reader: ReturnPathReader) -> None:
+        """Tell it if a destination that has connected does not answer: a QEMU answers the first PING before all else."""
+        with trio.move_on_after(_ANSWER_SECONDS) as limit:
+            await reader.wait_pong(PING_OPENED)
+        if limit.cancelled_caught:
+            self.monitor.warn(f"the destination has answered nothing for {_ANSWER_SECONDS:g} s: {SILENT_PEER}")
 
     def _warn_one_way(self, what: str) -> None:
         self.monitor.warn(f"{what}: the destination cannot confirm that it has the guest, nor refuse it")
