@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -357,3 +358,19 @@ async def test_reader_is_gone_when_the_source_returns(autojump_clock: trio.testi
         summary = await pair.migrate()
     assert summary.confirmed
     assert trio.lowlevel.current_statistics().tasks_living == tasks
+
+
+async def test_pages_without_memory_are_sent_and_get_none(autojump_clock: trio.testing.MockClock) -> None:
+    """A guest that has used little of its memory is not made to need all of it by its migration."""
+    with trimig.AppGuest("scripted", running=True, dirty_tracking="marks") as source, contextlib.ExitStack() as stack:
+        block = source.add_ram("ram", 64 * 4096)
+        block.pages[5] = 7
+        target = stack.enter_context(trimig.AppGuest("scripted", running=False))
+        arrived = target.add_ram("ram", 64 * 4096)
+        link = VirtualLink()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trimig.receive, target, link.b)
+            summary = await trimig.migrate(source, link.a)
+        assert (summary.zero_pages, summary.normal_pages) == (63, 1)
+        assert int(block.absent().sum()) == int(arrived.absent().sum()) == 63
+        assert arrived.pages[5, 0] == 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Callable
@@ -163,3 +164,15 @@ def test_nobody_can_cut_the_file_short(make_block: Make) -> None:
 
 def test_data_extents_of_an_empty_range(make_block: Make) -> None:
     assert list(linux.data_extents(make_block(2).fd, 0, 0)) == []
+
+
+def test_only_the_slice_is_given_back() -> None:
+    """What stands before and behind it keeps its content and its memory."""
+    with contextlib.closing(MemfdBlock("ram", 8 * PAGE_SIZE)) as block:
+        block.pages[:] = np.arange(1, 9, dtype=np.uint8)[:, None]
+        block.discard_slice(2, 3)
+        assert block.pages[:, 0].tolist() == [1, 2, 0, 0, 0, 6, 7, 8]
+        block.discard_slice(7, 1)
+        block.discard_slice(0, 0)
+        assert block.absent()[[0, 1, 5, 6]].tolist() == [False] * 4
+        assert block.absent()[7]
