@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import trio
 
+import trimig
 from tests.qmp.driver import Talk, hosted
-from trimig.status import Status
+from trimig import api
+from trimig.errors import Owner, Ownership
+from trimig.status import Role, Status
 from trimig.wire import encoder as wire
 
 
@@ -149,3 +152,39 @@ async def test_after_a_failed_attempt_nothing_listens_until_it_is_asked_for(
         assert os.listdir(tmp_path) == ["b"]
         await source.say("migrate", {"uri": second})
         assert await source.over() is Status.COMPLETED
+
+
+@pytest.mark.parametrize("owner", ["source", "destination"])
+async def test_a_guest_that_its_source_may_have_taken_back_is_settled(
+    owner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has come, so nothing is waited for; it does not run before somebody has said whose it is."""
+    said: list[Owner] = []
+    statuses = (Status.ACTIVE, Status.HANDOVER, Status.POSTCOPY_ACTIVE, Status.POSTCOPY_UNCERTAIN, Status.UNCERTAIN)
+
+    async def receive(
+        guest: trimig.Guest, uri: str, config: trimig.Config, *, monitor: trimig.Monitor
+    ) -> trimig.Summary:
+        async def settle(which: Owner) -> None:
+            await trio.lowlevel.checkpoint()
+            said.append(which)
+            monitor.advance(Status.COMPLETED if which is Owner.HERE else Status.FAILED)
+
+        monitor.begin(Role.DESTINATION, config, guest)
+        for status in statuses:
+            monitor.advance(status)
+        await trio.lowlevel.checkpoint()
+        raise trimig.HandoverUncertain("perhaps the source runs it", settle=settle, here=Ownership.DESTINATION)
+
+    monkeypatch.setattr(api, "receive", receive)
+    async with hosted(waiting=True) as talk:
+        await talk.say("migrate-incoming", {"uri": f"unix:{tmp_path}/s"})
+        await talk.over()
+        info = await talk.query()
+        assert (info["status"], info["owner"]) == ("failed", "unknown")
+        assert await talk.state() != "inmigrate"
+        assert "not certain which side owns" in await talk.refused("cont")
+        assert "was not specified" in await talk.refused("migrate-incoming", {"uri": f"unix:{tmp_path}/t"})
+        assert await talk.say("x-trimig-settle", {"owner": owner}) == {}
+        assert said == [Owner.HERE if owner == "destination" else Owner.ELSEWHERE]
+        assert "nothing is to be settled" in await talk.refused("x-trimig-settle", {"owner": owner})

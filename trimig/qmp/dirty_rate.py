@@ -6,6 +6,7 @@ GiB. One measurement goes on at a time, and the beginning of a migration ends it
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 from typing import Any, Final
@@ -54,10 +55,10 @@ async def calc_dirty_rate(machine: Machine, arguments: Mapping[str, Any], sessio
         raise CommandFailed("Guest is waiting for an incoming migration")
     if machine.gone:
         raise CommandFailed("the guest was handed over: it does not run here")
-    if machine.measurement is not None and machine.measurement.status == "measuring":
+    if machine.measurer.last is not None and machine.measurer.last.status == "measuring":
         raise CommandFailed("the last measurement has not ended yet")
-    machine.measurement = Measurement(mode=mode, unit=unit, calc_time=arguments["calc-time"], began=int(time.time()))
-    machine.begin_measuring(_measure, machine.measurement, seconds)
+    measurement = Measurement(mode=mode, unit=unit, calc_time=arguments["calc-time"], began=int(time.time()))
+    machine.measurer.begin(measurement, functools.partial(_measure, machine, measurement, seconds))
     return {}
 
 
@@ -87,7 +88,7 @@ async def _measure(machine: Machine, measurement: Measurement, seconds: float) -
 
 async def query_dirty_rate(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
     """``query-dirty-rate``: in MiB per second."""
-    found = machine.measurement
+    found = machine.measurer.last
     wanted = arguments.get("calc-time-unit")
     if found is None:
         return {

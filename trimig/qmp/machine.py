@@ -27,7 +27,7 @@ from ..monitor import Monitor
 from ..status import IDLE, IN_POSTCOPY, RECOVERABLE, Status
 from . import arguments as args
 from .interface import CommandFailed, Session
-from .measuring import Measurement
+from .measuring import Measurer
 
 log: Final = logging.getLogger("trimig.qmp")
 
@@ -111,10 +111,11 @@ class Machine:
         #: Why the last ``migrate`` failed before it had begun; None if it began.
         self.stillborn: str | None = None
         self.uncertain: HandoverUncertain | None = None
+        #: The same where the guest has come from a QEMU that may have taken it back.
+        self.uncertain_arrival: HandoverUncertain | None = None
         self.summary: Summary | None = None
-        #: Of the dirty rate; None before the first.
-        self.measurement: Measurement | None = None
-        self._measuring: tuple[trio.CancelScope, trio.Event] | None = None
+        #: Measurements of the dirty rate.
+        self.measurer = Measurer(nursery)
         self.descriptors: dict[str, int] = {}
         #: Set when the machine is to end: by ``quit``.
         self.ended = trio.Event()
@@ -240,7 +241,8 @@ class Machine:
     @property
     def waiting(self) -> bool:
         """The guest has not come yet."""
-        there = self.incoming.status in IN_POSTCOPY or self.incoming.status in (Status.COMPLETED, Status.POSTCOPY_LOST)
+        status = self.incoming.status
+        there = status in IN_POSTCOPY or status in (Status.COMPLETED, Status.POSTCOPY_LOST, Status.UNCERTAIN)
         return self.arrival != "none" and not there
 
     @property
@@ -273,6 +275,11 @@ class Machine:
         if self.outgoing.status in (Status.UNCERTAIN, Status.POSTCOPY_UNCERTAIN):
             raise StateError(
                 "it is not certain which side owns the guest: look at the destination, then say it with "
+                "x-trimig-settle {'owner': 'source' or 'destination'}"
+            )
+        if self.incoming.status in (Status.UNCERTAIN, Status.POSTCOPY_UNCERTAIN):
+            raise StateError(
+                "it is not certain which side owns the guest: look at the source, then say it with "
                 "x-trimig-settle {'owner': 'source' or 'destination'}"
             )
         if self.outgoing.status in _SWITCHING:
@@ -333,42 +340,6 @@ class Machine:
         if switching and self._resuming:
             self.outgoing.cancel("the guest was resumed in the moment of the switchover")
 
-    def begin_measuring(
-        self,
-        measure: Callable[[Machine, Measurement, float], Awaitable[None]],
-        measurement: Measurement,
-        seconds: float,
-    ) -> None:
-        """Have *measure* called in the background; a migration that begins meanwhile ends it."""
-        self.measurement = measurement
-        self._measuring = trio.CancelScope(), trio.Event()
-        self._nursery.start_soon(
-            self._measure, measure, measurement, seconds, *self._measuring, name="trimig.qmp.dirty"
-        )
-
-    async def _measure(
-        self,
-        measure: Callable[[Machine, Measurement, float], Awaitable[None]],
-        measurement: Measurement,
-        seconds: float,
-        scope: trio.CancelScope,
-        ended: trio.Event,
-    ) -> None:
-        try:
-            with scope:
-                await measure(self, measurement, seconds)
-            if scope.cancelled_caught:
-                measurement.failed("a migration has begun meanwhile")
-        finally:
-            self._measuring = None
-            ended.set()
-
-    async def _end_measuring(self) -> None:
-        if self._measuring is not None:
-            scope, ended = self._measuring
-            scope.cancel("a migration begins")
-            await ended.wait()
-
     # -- migrations ------------------------------------------------------------------------------------------------
 
     def end_at_once(self, reason: str) -> None:
@@ -393,7 +364,7 @@ class Machine:
         **Cancellation:** it goes on in the background.
         """
         self._departing = True  # until it is its turn nobody else may begin
-        await self._end_measuring()
+        await self.measurer.end()
         begun = trio.Event()
         refusals: list[TrimigError] = []
         self._nursery.start_soon(self._depart, uri, leave, begun, refusals, name="trimig.qmp.migrate")
@@ -457,6 +428,12 @@ class Machine:
         forget = self.incoming.add_listener(heard)
         try:
             self.summary = await api.receive(self.guest, uri, self.config, monitor=self.incoming)
+        except HandoverUncertain as error:
+            self.arrival, self.uncertain_arrival = (
+                "none",
+                error,
+            )  # the guest has come, and perhaps its source has it, too
+            log.error("%s", error)
         except PostcopyLost as error:
             self.arrival = "none"  # the guest has come, and stands still
             log.error("%s", error)
@@ -548,13 +525,17 @@ class Machine:
 
         **Cancellation:** as :meth:`trimig.HandoverUncertain.settle`.
         """
-        if self.outgoing.status is Status.POSTCOPY_UNCERTAIN:
-            self.outgoing.abandon("it was settled who owns the guest")
-            for done in tuple(self._jobs):
-                await done.wait()
-        if self.uncertain is None or self.outgoing.status is not Status.UNCERTAIN:
+        for monitor in (self.outgoing, self.incoming):
+            if monitor.status is Status.POSTCOPY_UNCERTAIN:
+                monitor.abandon("it was settled who owns the guest")
+                for done in tuple(self._jobs):
+                    await done.wait()
+        if self.uncertain is not None and self.outgoing.status is Status.UNCERTAIN:
+            await self.uncertain.settle(owner)
+        elif self.uncertain_arrival is not None and self.incoming.status is Status.UNCERTAIN:
+            await self.uncertain_arrival.settle(owner)
+        else:
             raise StateError("nothing is to be settled: it is certain which side owns the guest")
-        await self.uncertain.settle(owner)
 
     def info(self) -> dict[str, Any]:
         """The answer to ``query-migrate``: the incoming part, and over it the outgoing one."""

@@ -1,10 +1,13 @@
-"""The present or last measurement of the dirty rate."""
+"""Measurements of the dirty rate: one at a time, in the background."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Final
+
+import trio
 
 log: Final = logging.getLogger("trimig.qmp")
 
@@ -28,3 +31,51 @@ class Measurement:
         """There is no result: the status is the first one again, and the reason is in the log."""
         self.status = "unstarted"
         log.warning("the dirty rate was not measured: %s", why)
+
+
+class Measurer:
+    """The present or last measurement of one machine.
+
+    Args:
+        nursery: where it goes on.
+
+    Attributes:
+        last: None before the first.
+    """
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.last: Measurement | None = None
+        self._nursery = nursery
+        self._present: tuple[trio.CancelScope, trio.Event] | None = None
+
+    def begin(self, measurement: Measurement, measure: Callable[[], Awaitable[None]]) -> None:
+        """Have *measure* called in the background; it fills *measurement*."""
+        self.last = measurement
+        self._present = trio.CancelScope(), trio.Event()
+        self._nursery.start_soon(self._run, measurement, measure, *self._present, name="trimig.qmp.dirty_rate")
+
+    async def _run(
+        self,
+        measurement: Measurement,
+        measure: Callable[[], Awaitable[None]],
+        scope: trio.CancelScope,
+        ended: trio.Event,
+    ) -> None:
+        try:
+            with scope:
+                await measure()
+            if scope.cancelled_caught:
+                measurement.failed("a migration has begun meanwhile")
+        finally:
+            self._present = None
+            ended.set()
+
+    async def end(self) -> None:
+        """End the present one, if there is one, without a result: a migration begins.
+
+        **Cancellation:** it ends all the same.
+        """
+        if self._present is not None:
+            scope, ended = self._present
+            scope.cancel("a migration begins")
+            await ended.wait()

@@ -210,7 +210,7 @@ async def migrate_pause(machine: Machine, arguments: Mapping[str, Any], session:
 
 async def migrate_recover(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
     """``migrate-recover``: a destination listens again."""
-    if machine.incoming.status is not Status.POSTCOPY_PAUSED:
+    if machine.incoming.status not in RECOVERABLE:
         raise CommandFailed("Migrate recover can only be run when postcopy is paused.")
     to, _ = _resolve(machine, arguments["uri"])
     await machine.recover(to)
