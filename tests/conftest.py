@@ -38,9 +38,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", metavar="FILE", type=Path, help="write the table of trimig and QEMU to this file")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Reading all of the tests would be most of the time of the smallest tier."""
+    return True if tiers.without_use(collection_path, config.option.markexpr) else None
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config) -> Generator[None]:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
     """Let pytest select the tests of the tier."""
+    for item in items:
+        if tiers.smoke(item.nodeid):
+            item.add_marker(pytest.mark.smoke)
     given = config.option.markexpr
     config.option.markexpr = tiers.choose(given, config.args)
     try:

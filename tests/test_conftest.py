@@ -89,6 +89,13 @@ def test_tier_is_chosen_by_the_marks_and_names_that_are_given(monkeypatch: pytes
     assert tiers.everything()
 
 
+def test_files_of_the_smallest_tier_are_there() -> None:
+    missing = [name for name in tiers.SMOKE if not (tiers.ROOT / name.partition("::")[0]).is_file()]
+    assert missing == []
+    assert tiers.smoke("tests/test_status.py::test_one[x]")
+    assert not tiers.smoke("tests/qemu/test_versions.py::test_guest_arrives_whole[7.2-pc-to-precopy]")
+
+
 def test_samples_are_drawn_by_the_commit_unless_another_number_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIMIG_TEST_SEED", "17")
     tiers.seed.cache_clear()

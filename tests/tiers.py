@@ -16,6 +16,36 @@ from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 
+#: What ``-m smoke`` runs: files, and tests of files. Something of every subject; a minute on a busy machine of two cores.
+SMOKE: Final = (
+    "tests/cli/test_exit_codes.py",
+    "tests/cli/test_frame.py::test_the_module_is_the_command",
+    "tests/engine/test_handover.py",
+    "tests/engine/test_lifecycle.py",
+    "tests/engine/test_postcopy.py::test_a_guest_runs_while_its_memory_follows[0.0]",
+    "tests/guests/test_app.py",
+    "tests/guests/test_parked.py",
+    "tests/memory/test_block.py",
+    "tests/policy/test_convergence.py",
+    "tests/qemu/test_table.py",
+    "tests/qemu/test_versions.py::test_guest_arrives_whole[7.2-pc-through-precopy]",
+    "tests/qmp/test_messages.py",
+    "tests/stream/test_commands.py",
+    "tests/test_config.py",
+    "tests/test_conftest.py",
+    "tests/test_errors.py",
+    "tests/test_layers.py",
+    "tests/test_readme.py",
+    "tests/test_status.py",
+    "tests/testing/test_link.py",
+    "tests/transport/test_tcp.py",
+    "tests/transport/test_unix.py",
+    "tests/wire/test_description.py",
+    "tests/wire/test_postcopy.py",
+    "tests/wire/test_ram.py",
+    "tests/wire/test_return_path.py",
+)
+
 #: Set by the option ``-m`` before tests are collected.
 _everything = False
 
@@ -32,6 +62,19 @@ def choose(expression: str, arguments: list[str]) -> str:
     if expression or any("::" in argument for argument in arguments):
         return expression
     return "not full"
+
+
+def smoke(name: str) -> bool:
+    """Whether the test of that id is one of :data:`SMOKE`."""
+    return name in SMOKE or name.partition("::")[0] in SMOKE
+
+
+def without_use(path: Path, expression: str) -> bool:
+    """Whether a file of tests need not even be read, since the expression of marks would leave out all of it."""
+    if expression != "smoke" or path.suffix != ".py" or not path.name.startswith("test_"):
+        return False
+    name = path.relative_to(ROOT).as_posix()
+    return not any(wanted.partition("::")[0] == name for wanted in SMOKE)
 
 
 def everything() -> bool:
