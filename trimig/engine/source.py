@@ -39,7 +39,7 @@ from .order import PING_LOADED, PING_RUNS
 from .postcopy_source import PING_DISCARDED, PING_FOLLOWED, Following
 from .ram_out import RamSender
 from .reader import ReturnPathReader
-from .stream_out import UUID_SUBSECTION, DeviceSender, early_sections, opening, profile_of
+from .stream_out import UUID_SUBSECTION, DeviceSender, coming_state, early_sections, opening, profile_of
 
 #: PING values: 1 is QEMU's, directly behind OPEN_RETURN_PATH; ours asks for the proof of prepare.
 PING_OPENED = 1
@@ -374,7 +374,13 @@ class _Attempt(Departure):
             await channel.send(b"".join(postcopy.discards(block.name, bitmap)))
         self.parts["ram"] = watch.lap()
         devices = DeviceSender(self.guest, self._run_state, config.peer)
-        sections = devices.sections(await self._call("saving the devices", self.guest.save_devices))
+        saved = await self._call("saving the devices", self.guest.save_devices)
+        if (state := coming_state(self.guest, self._run_state, saved)) != "running":
+            self.monitor.warn(
+                f"the run state of the guest is {state}: a QEMU runs it all the same when it comes by postcopy, unless it was "
+                "started with -S"
+            )
+        sections = devices.sections(saved)
         self.parts["devices"] = watch.lap()
         await self._prepare(channel, PING_DISCARDED)
         self.parts["prepare"] = watch.lap()

@@ -55,6 +55,19 @@ def early_sections(sections: Sequence[DeviceSection], before: str, peer: PeerPro
     )
 
 
+def coming_state(guest: Guest, run_state: str, saved: Sequence[DeviceSection]) -> str:
+    """The run state that *guest* is to have at the destination: its own, or that among the sections of one that is kept.
+
+    Args:
+        run_state: its own before it was stopped.
+        saved: its devices.
+    """
+    if not isinstance(guest, OpaqueGuest):
+        return run_state
+    states = [s for s in saved if s.idstr == globalstate.IDSTR]
+    return globalstate.decode(states[-1].payload, states[-1].version_id) if states else "running"
+
+
 class DeviceSender:
     """The FULL sections of one attempt, and what follows them.
 
