@@ -362,7 +362,7 @@ def scenario(**options: object) -> Scenario[Outcome]:
     """The scenario over a link with some latency, a small window and pieces of random size."""
     return Scenario(
         body=functools.partial(migrate_once, **options),  # type: ignore[arg-type]  # passed through as they are
-        link=functools.partial(VirtualLink, window=8192, latency=0.001, chunk=(1, 4096)),
+        link=functools.partial(VirtualLink, window=8192, latency=0.001, chunk=(1, 4096), keepalive=60.0),
         exit_within=HANDOVER_TIMEOUT + TEARDOWN_GRACE + 1e-6,
         limit=600.0,
     )

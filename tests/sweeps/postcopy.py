@@ -35,6 +35,8 @@ from trimig.testing import (
 HANDOVER_TIMEOUT = 2.0
 TEARDOWN_GRACE = 1.0
 STALL_TIMEOUT = 4.0
+#: Virtual seconds after which a host that is gone is noticed: a source may be silent for any time before its switchover.
+KEEPALIVE = 60.0
 #: Virtual seconds for which both sides try to find each other again.
 RECOVERY = 30.0
 
@@ -255,6 +257,6 @@ def scenario(**options: object) -> Scenario[Outcome]:
     """The scenario over a link with some latency, a small window and pieces of random size."""
     return Scenario(
         body=functools.partial(postcopy_once, **options),  # type: ignore[arg-type]  # passed through as they are
-        link=functools.partial(VirtualLink, window=8192, latency=0.001, chunk=(1, 4096), rate=1e6),
+        link=functools.partial(VirtualLink, window=8192, latency=0.001, chunk=(1, 4096), rate=1e6, keepalive=KEEPALIVE),
         limit=600.0,
     )

@@ -137,6 +137,7 @@ class _Pipe:
         self.send_broken = False
         self.receive_broken = False  # raised once the queue is empty
         self.silent = False
+        self.dead_at = math.inf  # the receiver's kernel has found out by then that nothing comes any more
         self.senders = trio.lowlevel.ParkingLot()
         self.receivers = trio.lowlevel.ParkingLot()
 
@@ -206,6 +207,8 @@ class _Pipe:
             self.senders.unpark_all()
             return b"".join(parts)
         if not self.queue:
+            if self.dead_at <= now:
+                raise trio.BrokenResourceError("virtual link: the other end does not answer any more")
             if self.receive_broken:
                 raise trio.BrokenResourceError("virtual link: connection reset")
             if self.eof_at is not None and self.eof_at <= now:
@@ -216,7 +219,7 @@ class _Pipe:
         """When something becomes readable without anybody doing anything; infinity if nothing does."""
         if self.queue:
             return self.queue[0][0]
-        return math.inf if self.eof_at is None else self.eof_at
+        return self.dead_at if self.eof_at is None else min(self.eof_at, self.dead_at)
 
     def end(self) -> None:
         """No more bytes: the receiver reads end of file behind what is on its way, unless the news is swallowed."""
@@ -399,6 +402,7 @@ class VirtualLink:
         reset_on_unread: an end that is closed with unread bytes resets the connection, which also destroys what it
             sent and the other has not read yet. TCP does this, and it has eaten many a last error message.
         record: keep all bytes sent (:meth:`recorded`).
+        keepalive: seconds after a blackhole in which both ends find out that the other does not answer, as TCP does.
 
     With *rate* or *latency* in use, ends must be used inside :func:`trio.run`.
     """
@@ -414,6 +418,7 @@ class VirtualLink:
         faults: Sequence[Fault] = (),
         reset_on_unread: bool = False,
         record: bool = False,
+        keepalive: float = math.inf,
     ) -> None:
         if window < 1 or rate <= 0 or latency < 0:
             raise ValueError("a link needs a window of at least one byte, a rate above 0 and a latency of at least 0")
@@ -424,6 +429,7 @@ class VirtualLink:
         #: Faults that have struck, in order.
         self.struck: list[Fault] = []
         self.reset_on_unread = reset_on_unread
+        self._keepalive = keepalive
         self._pipes: dict[Direction, _Pipe] = {
             direction: _Pipe(
                 self, direction, window=window, rate=rate, latency=latency, chunk=chunk, seed=seed, record=record
@@ -497,6 +503,9 @@ class VirtualLink:
             case "blackhole":
                 pipe.silence(lose=False)
                 back.silence(lose=True)
+                for each in (pipe, back):
+                    each.dead_at = trio.current_time() + self._keepalive
+                    each.wake()
             case "silence":
                 pipe.silence(lose=False)
             case "stall":
