@@ -45,7 +45,8 @@ async def test_eager_guest_makes_the_migration_fail_at_its_bound(autojump_clock:
     assert "MiB/s are dirtied" in text
     assert "against a limit of 50 ms" in text
     assert "pause" not in pair.source.events()
-    assert isinstance(there, trimig.TransportFailed)
+    assert isinstance(there, trimig.PeerFailed)
+    assert str(there) == f"the source ended the migration: {text}"
     assert pair.here.info()["error-desc"] == text
 
 

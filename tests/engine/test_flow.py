@@ -243,7 +243,8 @@ async def test_return_path_is_opened_and_the_prepare_step_proved(autojump_clock:
     assert sent.startswith(opening)
     behind = sent[sent.index(wire.ping(PING_PREPARE)) :]
     assert behind.startswith(wire.ping(PING_PREPARE) + wire.end_of_stream() + b"\x06")
-    assert len(pair.link.recorded("b->a")) == 24
+    # PONG 1, the mark and its answer, the proof of prepare, SHUT.
+    assert len(pair.link.recorded("b->a")) == 8 + 16 + 8 + 8
 
 
 async def test_without_a_return_path_nothing_is_asked_and_a_warning_says_so(

@@ -85,7 +85,8 @@ async def test_commit_hook_that_fails_takes_everything_back(
     assert isinstance(here, trimig.GuestFailed)
     assert str(error) in str(here)
     assert here.owner is SOURCE
-    assert isinstance(there, trimig.TransportFailed)
+    assert isinstance(there, trimig.PeerFailed)
+    assert str(error) in str(there)
     assert pair.source.running
     assert not pair.target.executed
 

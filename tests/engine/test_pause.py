@@ -211,7 +211,9 @@ async def test_paused_guest_is_held_as_well(autojump_clock: trio.testing.MockClo
 
 async def test_decision_that_is_cut_after_the_pause_is_uncertain(autojump_clock: trio.testing.MockClock) -> None:
     """Gap G1: QEMU runs both guests then."""
-    pair = held_pair(link=VirtualLink(latency=0.001, faults=[Fault(direction="b->a", after=17, kind="reset")]))
+    pair = held_pair(
+        link=VirtualLink(latency=0.001, faults=[Fault(direction="b->a", after=8 + 16 + 8 + 1, kind="reset")])
+    )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(go_on, pair)
         here, _ = await pair.both()

@@ -316,7 +316,7 @@ class Told:
             for value in found[pings:]:
                 await peer.say(encode(Pong(value=int.from_bytes(value))))
             pings = len(found)
-            if pings >= 4:
+            if pings >= 5:  # of QEMU: two, of trimig: its mark and two
                 await self.monitor.wait_status(Status.POSTCOPY_ACTIVE)
         await peer.stream.aclose()
 

@@ -20,6 +20,8 @@ from trimig.testing import FakeDevice, LazyScriptedGuest, OwnerReferee, Scripted
 
 CLOCK = {"clock": 8}
 QUEUED = f"PING {PING_QUEUED:#x}"
+MARK = "PING 0x74726d01"
+ATTEMPT = f"command {0x7403}"
 
 
 def able(*, hold: bool = False, bandwidth: int = 0, background: int = 0) -> trimig.Config:
@@ -96,8 +98,8 @@ async def test_elements_come_in_the_order_of_the_protocol(autojump_clock: trio.t
     after_a_pass(pair, written=range(5, 30))
     found = await switched(pair, at_once=False)
     assert words(found) == [
-        "header", "configuration", "OPEN_RETURN_PATH", "PING 0x1", "ADVISE", "start ram", "part ram",
-        QUEUED, "DISCARD ram", "PING 0x2", "PACKAGED", "PING 0x4", "part ram", "end ram", "eof",
+        "header", "configuration", "OPEN_RETURN_PATH", "PING 0x1", MARK, "ADVISE", "start ram", "part ram",
+        QUEUED, ATTEMPT, "DISCARD ram", "PING 0x2", "PACKAGED", "PING 0x4", "part ram", "end ram", "eof",
     ]  # fmt: skip
     package = found[where(found, "PACKAGED")]
     assert words(list(package.inner)) == ["LISTEN", "full clock", "full globalstate", "PING 0x3", "PING 0x42", "RUN"]
@@ -216,7 +218,7 @@ async def test_pause_before_the_switch_to_postcopy(autojump_clock: trio.testing.
         found = await switched(pair)
     assert sizes[0] == sizes[1]
     held = [element.word for element in found if element.at < sizes[0]]
-    assert held[-1] == QUEUED
+    assert held[-2:] == [QUEUED, ATTEMPT]
     middle = statuses[statuses.index("pre-switchover") :]
     assert [s for s in statuses if s.startswith(("pre", "post"))] == ["pre-switchover", "postcopy-active"]
     assert middle[-2:] == ["postcopy-active", "completed"]

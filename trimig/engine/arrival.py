@@ -31,8 +31,9 @@ from ..info import Downtime, Summary
 from ..monitor import Monitor
 from ..status import IN_POSTCOPY, Role, Status
 from ..wire import globalstate
+from ..wire.marks import reason_bytes
 from ..wire.postcopy import Runs
-from ..wire.return_path import Shut, encode
+from ..wire.return_path import Reason, Shut, encode
 from . import guest_calls, teardown
 from .arriving import Storing
 from .boundary import Outcome, add_to_message, bare, domain_error
@@ -59,6 +60,8 @@ class Arrival(abc.ABC):
         self.urgent: UrgentArrival | None = None
         self.return_path = False  # it was opened, and there is a way back
         self.opened = False  # the source has asked for answers
+        self.marked = False  # the source is a trimig, and knows that this side is one
+        self.attempt: bytes | None = None  # the id that the source has given this attempt
         self.confirmed = False
         self.stopped = False  # the guest ran here, and was stopped because perhaps its source runs it
         self.of_trimig = False  # the source has sent a PING that only a trimig sends
@@ -124,12 +127,23 @@ class Arrival(abc.ABC):
         self.counters.transferred = self.counters.earlier + channel.received
         try:
             if self.return_path and monitor.status not in (Status.POSTCOPY_LOST, Status.UNCERTAIN):
-                await self._answer(channel, Shut(status=1 if ended else 0))
+                reason = self._reason(failure) if ended and self.marked else b""
+                await self._answer(channel, Shut(status=1 if ended else 0), reason)
         finally:
             await teardown.close(channel.stream, 0.0 if ended else self.config.teardown_grace)
 
-    async def _answer(self, channel: Channel, answer: Shut) -> None:
-        said = await teardown.farewell(channel, encode(answer), self.config.teardown_grace)
+    def _reason(self, failure: BaseException | None) -> bytes:
+        """The message that tells a trimig why it is refused."""
+        error = domain_error(failure, self.monitor.owner) if failure is not None else None
+        text = (
+            str(error)
+            if error is not None
+            else f"it was cancelled: {self.monitor.cancel_reason or 'no reason was given'}"
+        )
+        return encode(Reason(payload=reason_bytes(text)))
+
+    async def _answer(self, channel: Channel, answer: Shut, reason: bytes) -> None:
+        said = await teardown.farewell(channel, reason + encode(answer), self.config.teardown_grace)
         if answer.status == 0:
             self.confirmed = said
             if not said:

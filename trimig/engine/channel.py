@@ -121,6 +121,8 @@ class Channel:
         self.sent = 0
         self.received = 0
         self.poisoned = False
+        #: What a cancelled write to a socket would have to go on with to reach the end of its element or record.
+        self._unfinished: bytes | None = None
         #: Something may have left although :attr:`sent` does not show it (a write of a stream that is not a socket
         #: ended in an error).
         self.unsure = False
@@ -209,6 +211,19 @@ class Channel:
         if self.poisoned:
             raise LocalProtocolError("write to a channel after a write that failed half way")
 
+    def mend(self) -> bytes | None:
+        """What must be sent before anything else, so that the peer reads a whole element; the channel can then be written
+        again. Nothing of a channel that is not poisoned.
+
+        Returns:
+            None if it stays poisoned: it is not known how much of the last write has left.
+        """
+        if not self.poisoned:
+            return b""
+        unfinished, self._unfinished = self._unfinished, None
+        self.poisoned = unfinished is None
+        return unfinished
+
     def _stalled(self, what: str) -> TransportFailed:
         return TransportFailed(f"the peer {what} for {self.stall_timeout:g} s")
 
@@ -222,9 +237,9 @@ class Channel:
         """
         self._check()
         ok = False
+        view = memoryview(data)
         try:
             if self._socket is not None:
-                view = memoryview(data)
                 while len(view):
                     with trio.move_on_after(self.stall_timeout) as limit:
                         taken = await self._socket.send(view)
@@ -233,8 +248,11 @@ class Channel:
                     self.sent += taken
                     view = view[taken:]
             else:
-                await self._send_pieces(memoryview(data))
+                await self._send_pieces(view)
             ok = True
+        except trio.Cancelled:
+            self._unfinished = bytes(view) if self._socket is not None else None
+            raise
         except (OSError, MemoryError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise TransportFailed(f"the connection broke while sending: {_cause(error)}") from error
         finally:
@@ -320,6 +338,9 @@ class Channel:
                 if self.sent - turn >= _SLICE_BYTES and records.left:
                     await trio.lowlevel.checkpoint()
                     turn = self.sent
+        except trio.Cancelled:
+            self._unfinished = records.rest_of_record()
+            raise
         except (OSError, trio.ClosedResourceError) as error:
             raise TransportFailed(f"the connection broke while sending: {_cause(error)}") from error
         finally:

@@ -31,14 +31,20 @@ from ..guest import DirtyTracker, Guest
 from ..info import Downtime, Summary
 from ..monitor import Monitor
 from ..status import Role, Status
+from ..wire import encoder as wire
+from ..wire.marks import Mark, reason_bytes
 from . import guest_calls, teardown
 from .boundary import Outcome, add_to_message, bare, domain_error, judged
 from .channel import Channel
 from .connections import Connections
 from .limiter import Limiter
+from .ram_out import RamSender
 from .reader import ReturnPathReader
 
 log = logging.getLogger("trimig.source")
+
+#: Seconds in which the last words of a source must be sent; the guest has been resumed before.
+_REASON_SECONDS: Final = 0.25
 
 T = TypeVar("T")
 
@@ -81,6 +87,10 @@ class Departure(abc.ABC):
         self.tracker: DirtyTracker | None = None
         self.limiter: Limiter | None = None
         self.reader: ReturnPathReader | None = None
+        #: Writes the RAM of the first connection.
+        self.records: RamSender | None = None
+        #: The id of this attempt, once the destination has been told it.
+        self.attempt: bytes | None = None
         #: The destination answers. A reader alone does not say that: perhaps there is nobody at the other end of it.
         self.two_way = False
         #: What the transport had taken before the byte that decides was given to it.
@@ -164,11 +174,28 @@ class Departure(abc.ABC):
                 guest_failure = await self._resume_here()
         finally:
             if self.channel is not None:
+                await self._give_reason(self.channel, failure)
                 self.counters.transferred = self.counters.earlier + self.channel.sent
                 await self.close_urgent()
                 in_order = monitor.status is Status.COMPLETED
                 await teardown.close(self.channel.stream, self.config.teardown_grace if in_order else 0.0)
         return guest_failure
+
+    async def _give_reason(self, channel: Channel, failure: BaseException | None) -> None:
+        """Tell a destination that is a trimig why nothing more will come, where the stream can be brought to a boundary."""
+        reader, records = self.reader, self.records
+        if self.monitor.owner is not Ownership.SOURCE or reader is None or not reader.marked or records is None:
+            return
+        error = domain_error(failure, self.monitor.owner) if failure is not None else None
+        if isinstance(error, PeerFailed | TransportFailed) or (rest := channel.mend()) is None:
+            return
+        text = (
+            str(error)
+            if error is not None
+            else f"it was cancelled: {self.monitor.cancel_reason or 'no reason was given'}"
+        )
+        last = rest + records.boundary + wire.command(Mark.REASON, reason_bytes(text))
+        await teardown.farewell(channel, last, min(_REASON_SECONDS, self.config.teardown_grace))
 
     def _stop_tracking(self) -> None:
         if self.tracker is None:
@@ -312,8 +339,9 @@ class Departure(abc.ABC):
             self._complete()
             return None
         self.monitor.advance(Status.FAILED)
+        assert self.reader is not None
         return PeerFailed(
-            f"the destination could not take the guest over (it sent SHUT {code}); its own log says why", code=code
+            f"the destination could not take the guest over (it sent SHUT {code}){self.reader.why}", code=code
         )
 
     def _complete(self) -> None:

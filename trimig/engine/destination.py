@@ -17,7 +17,7 @@ import trio
 
 from .. import blockers
 from ..config import Config
-from ..errors import RemoteProtocolError, StateError, TransportFailed
+from ..errors import PeerFailed, RemoteProtocolError, StateError, TransportFailed
 from ..guest import (
     PAGE_SIZE,
     ConfigSubsection,
@@ -35,10 +35,11 @@ from ..status import Role, Status
 from ..wire import Command, Decoder, Section, globalstate, postcopy
 from ..wire import events as ev
 from ..wire.devices import Undelimited
+from ..wire.marks import PING_MARK, PONG_MARK, REASON_ELEMENT, Mark, is_mark, shown_reason, trailing_reason
 from ..wire.page_size import wrong_page_size
 from ..wire.postcopy import Runs
 from ..wire.refusals import bitmaps_only, check_kept_command, command_name
-from ..wire.return_path import Pong, SwitchoverAck, encode
+from ..wire.return_path import Attempt, Clock, Pong, SwitchoverAck, encode
 from ..wire.tail import TailBuffer
 from ..wire.virtio_mem import absent_by_rule
 from . import guest_calls, tail_in
@@ -122,7 +123,7 @@ class _Arrival(Arrival):
         self.monitor.listening()
         self.urgent.expect()
         opaque = isinstance(guest, OpaqueGuest)
-        decoder = Decoder(
+        decoder = self._decoder = Decoder(
             measure=None if opaque else self._measure,
             # What an unknown machine sends is seen from the stream; one that is known is asked for all that it must have.
             configuration=None if opaque or not config.peer.send_configuration else True,
@@ -328,6 +329,9 @@ class _Arrival(Arrival):
 
     async def _command(self, event: ev.CommandElement) -> None:
         check_place(event.number, self._place, event.at)
+        if is_mark(event.number):
+            await self._mark(Mark(event.number), event.payload)
+            return
         match event.number:
             case Command.OPEN_RETURN_PATH:
                 await self._open_return_path()
@@ -337,6 +341,8 @@ class _Arrival(Arrival):
                 value = int.from_bytes(event.payload)
                 self.of_trimig = self.of_trimig or value >> 16 == TRIMIG_PINGS
                 await self._pong(value)
+                if value == PING_MARK:
+                    await self._answer_mark()
             case Command.SWITCHOVER_START:
                 pass  # the last pages are next; early or repeated, it means nothing (newer.md part 2)
             case Command.POSTCOPY_ADVISE:
@@ -348,6 +354,25 @@ class _Arrival(Arrival):
             case Command.POSTCOPY_RAM_DISCARD:
                 lengths = {block.name: block.length for block in self.guest.ram}
                 self.ram.forget(postcopy.decode_discard(event.payload, lengths, offset=event.at))
+
+    async def _answer_mark(self) -> None:
+        """The source is a trimig: so is this side. Without a way back it is not told, and says nothing of it either."""
+        if self.return_path and not self.marked:
+            assert self.channel is not None
+            assert self._decoder is not None
+            await self.channel.send(encode(Pong(value=PONG_MARK)))
+            self.marked = self._decoder.marks = True
+
+    async def _mark(self, mark: Mark, payload: bytes) -> None:
+        assert self.channel is not None
+        match mark:
+            case Mark.REASON:
+                raise source_ended(shown_reason(payload))
+            case Mark.CLOCK:
+                await self.channel.send(encode(Clock(microseconds=round(trio.current_time() * 1e6))))
+            case Mark.ATTEMPT:
+                self.attempt = payload
+                await self.channel.send(encode(Attempt(id=payload)))
 
     @property
     def _place(self) -> Place:
@@ -532,6 +557,8 @@ class _Arrival(Arrival):
         try:
             split = await tail_in.split(tail, at, early=self.early)
         except Undelimited as error:
+            if ended and self.marked and (reason := trailing_reason(tail.last(REASON_ELEMENT))) is not None:
+                raise source_ended(reason) from error
             if ended and tail.location is None:
                 raise TransportFailed(
                     f"the stream ends at byte {at + len(tail)}, before the guest was complete ({error.reason})"
@@ -547,3 +574,8 @@ class _Arrival(Arrival):
             self.monitor.warn(problem)
         await self.keep(sections, split.description_text)
         await self.activate()
+
+
+def source_ended(reason: str) -> PeerFailed:
+    """The error where the source, a trimig, has said why it ends the migration."""
+    return PeerFailed(f"the source ended the migration: {reason}", code=0)

@@ -9,18 +9,12 @@ from typing import Final
 from ..config import Config
 from ..wire import Command, Decoder, Section
 from ..wire import events as ev
+from ..wire.marks import Mark, is_mark, wrong_length
 from .lobby import MOST_READ, Judge, NotTheOne, Verdict
 
 #: Behind a page record's word and name there is a page; the decoder's buffer holds more than a judge is ever given.
 _BUFFER: Final = 2 * MOST_READ
 _COMMAND: Final = struct.Struct(">BHH")
-#: What trimig's own commands begin at, and how many there are (return_path.md part 9).
-_MARKS: Final = range(0x7401, 0x7404)
-_ATTEMPT: Final = 0x7403
-_MOST_MARK: Final = 512
-
-#: Whether the id of an attempt, 16 bytes, is that of the one that is paused. Raises NotTheOne.
-CheckAttempt = Callable[[bytes], bool]
 
 _HTTP: Final = (b"GET ", b"HEAD", b"POST", b"PUT ", b"OPTI", b"CONN", b"DELE", b"PATC", b"TRAC")
 _MULTIFD: Final = bytes.fromhex("11223344")
@@ -104,12 +98,12 @@ def judge_second(main: Decoder, wants: Callable[[str, int], bool], ended: Callab
     return judge
 
 
-def judge_again(blocks: Container[str], attempt: CheckAttempt | None = None) -> Judge:
+def judge_again(blocks: Container[str]) -> Judge:
     """A connection in a paused postcopy: it asks which pages of a block are here. PINGs may stand before that.
+    Whether it is the same migration's is found out when it has been chosen: a trimig is told why it is refused.
 
     Args:
         blocks: names of the guest's blocks.
-        attempt: looks at the id of the attempt, if the connection tells one; then nothing more is needed to choose it.
     """
 
     def judge(data: bytes) -> Verdict:
@@ -132,14 +126,14 @@ def judge_again(blocks: Container[str], attempt: CheckAttempt | None = None) -> 
                 if not complete:
                     return Verdict.MORE
                 return _asks_for(payload, blocks, at)
-            if not (number == Command.PING and length == 4) and not (number in _MARKS and length <= _MOST_MARK):
+            if not (number == Command.PING and length == 4) and not (
+                is_mark(number) and wrong_length(Mark(number), length) is None
+            ):
                 raise NotTheOne(
                     f"command {number:#06x} at byte {at}: it does not begin as the source of a paused migration does"
                 )
             if not complete:
                 return Verdict.MORE
-            if number == _ATTEMPT and attempt is not None and attempt(payload):
-                return Verdict.YES
             at += _COMMAND.size + length
         return Verdict.MORE
 

@@ -12,6 +12,7 @@ from typing import Final
 
 from ..errors import RemoteProtocolError
 from ..wire import Command
+from ..wire.marks import Mark, is_mark
 from ..wire.refusals import command_name, unknown_command
 
 
@@ -54,8 +55,24 @@ LEGAL: Final = MappingProxyType(
 )
 
 
+#: What a trimig may say behind its mark; without one the decoder does not know these numbers.
+_MARKS: Final = MappingProxyType(
+    {
+        Mark.REASON: _MAIN | _PAGES,
+        Mark.CLOCK: _MAIN | _PAGES,
+        Mark.ATTEMPT: frozenset({Place.HEAD, Place.RAM, Place.RECOVERING}),
+    }
+)
+
+
 def check_place(number: int, place: Place, at: int, section: str | None = None) -> None:
     """RemoteProtocolError if the command *number* is not legal at *place*; *at* is its offset."""
+    if is_mark(number):
+        if place not in _MARKS[Mark(number)]:
+            raise RemoteProtocolError(
+                f"mark {Mark(number).name} has no place {place.value}", offset=at, section=section
+            )
+        return
     if number not in list(Command):
         raise unknown_command(number, 0, offset=at)
     if number == Command.ENABLE_COLO:

@@ -20,8 +20,9 @@ from ..memory import MemoryUnavailable, MissingPages
 from ..status import Status
 from ..wire import Command, Decoder, Section
 from ..wire import events as ev
+from ..wire.marks import PING_MARK, PONG_MARK, Mark, is_mark, reason_bytes, shown_reason
 from ..wire.postcopy import Runs, runs_of
-from ..wire.return_path import Message, Pong, ReceivedPages, ResumeAck, encode
+from ..wire.return_path import Clock, Message, Pong, Reason, ReceivedPages, ResumeAck, encode
 from . import guest_calls, teardown
 from .arrival import Arrival
 from .arriving import KeptMemory
@@ -102,6 +103,9 @@ class Ahead:
         self._why: str | None = None
         self._receiver: PostcopyReceiver | None = None
         self._package: Package | None = None
+        #: The id of the attempt that the present connection has named, in a recovery.
+        self._named: bytes | None = None
+        self._told_unnamed = False
         self._lives = trio.Event()
         #: Pages may come on this connection: it is the first, or RESUME has been read.
         self._resumed = trio.Event()
@@ -311,12 +315,19 @@ class Ahead:
     async def _command(self, event: ev.CommandElement, receiver: PostcopyReceiver) -> None:
         place = Place.FOLLOWING if self._resumed.is_set() else Place.RECOVERING
         check_place(event.number, place, event.at, "postcopy")
+        if is_mark(event.number):
+            await self._mark(Mark(event.number), event)
+            return
         match event.number:
             case Command.PING:
                 await self._say(Pong(value=int.from_bytes(event.payload)))
+                if int.from_bytes(event.payload) == PING_MARK:
+                    await self._say(Pong(value=PONG_MARK))
+                    self._decoder.marks = True
             case Command.SWITCHOVER_START:
                 pass  # announces the switch, which has been
             case Command.RECV_BITMAP:
+                await self._check_attempt(event)
                 answer = self._bitmap(event, receiver)
                 await self._proved()  # a source that has taken its guest back does not come again
                 await self._say(answer)
@@ -333,6 +344,40 @@ class Ahead:
                     self._scope.deadline = math.inf
                 await self._say(ResumeAck())
                 await receiver.ask_again()
+
+    async def _mark(self, mark: Mark, event: ev.CommandElement) -> None:
+        match mark:
+            case Mark.REASON:
+                raise TransportFailed(f"the source ended the connection: {shown_reason(event.payload)}")
+            case Mark.CLOCK:
+                await self._say(Clock(microseconds=round(trio.current_time() * 1e6)))
+            case Mark.ATTEMPT:
+                self._named = event.payload
+
+    async def _check_attempt(self, event: ev.CommandElement) -> None:
+        """Memory of another guest must not come into this one: a source that is a trimig has named its attempt."""
+        expected = self._arrival.attempt
+        if self._named == expected:
+            if expected is None and not self._told_unnamed:
+                self._told_unnamed = True
+                self._monitor.warn(
+                    "the source names no attempt (a QEMU has none to name), so its RAM blocks are all that tells whether it "
+                    "is the source of this guest"
+                )
+            return
+        refusal = RemoteProtocolError(
+            "this connection is of the source of another migration: the id of the attempt is another one"
+            if self._named is not None
+            else "this connection is of the source of another migration: it names no attempt, and this one has an id",
+            offset=event.at,
+            section="postcopy",
+        )
+        if self._decoder.marks:
+            message = encode(Reason(payload=reason_bytes(str(refusal))))
+            async with self._sending:
+                self._connected = False
+                await teardown.farewell(self._channel, message, self._config.teardown_grace)
+        raise refusal
 
     def _bitmap(self, event: ev.CommandElement, receiver: PostcopyReceiver) -> ReceivedPages:
         payload = event.payload
@@ -450,6 +495,7 @@ class Ahead:
         )
         self._urgent.expect()
         self._resumed = trio.Event()
+        self._named = None
         if self._monitor.status is not Status.POSTCOPY_UNCERTAIN:
             self._monitor.advance(Status.POSTCOPY_RECOVER)
 

@@ -24,6 +24,7 @@ from ..status import Status
 from ..wire import Command
 from ..wire import encoder as wire
 from ..wire.encoder import cstr
+from ..wire.marks import PING_MARK, Mark
 from ..wire.return_path import Message, PageRequest, Pong, ReceivedPages, ResumeAck, Shut
 from . import teardown
 from .channel import AnyStream, Channel
@@ -141,7 +142,7 @@ class Following:
             case code:
                 if (refusal := self._departure.take_refusal()) is not None:
                     raise refusal
-                return f"the destination reported an error (it sent SHUT {code}); its own log says why"
+                return f"the destination reported an error (it sent SHUT {code}){self._reader.why}"
         return self._why or str(self._reader.lost or f"no answer came for {config.handover_timeout:g} s")
 
     @contextlib.contextmanager
@@ -270,6 +271,8 @@ class Following:
         with self._connected(seconds):
             if config.peer.preempt_pre_7_2:
                 await self._departure.open_urgent()
+            if (attempt := self._departure.attempt) is not None:
+                await channel.send(wire.ping(PING_MARK) + wire.command(Mark.ATTEMPT, attempt))
             for block in self._blocks:
                 reader.expect_bitmap(block.name)
                 await channel.send(wire.command(Command.RECV_BITMAP, cstr(block.name)))
@@ -300,7 +303,7 @@ class Following:
 
     def _no_handshake(self, seconds: float) -> str:
         if self._reader.shut is not None:
-            return f"the destination ended the recovery (it sent SHUT {self._reader.shut})"
+            return f"the destination ended the recovery (it sent SHUT {self._reader.shut}){self._reader.why}"
         return f"the handshake of the recovery took longer than {seconds:g} s"
 
 

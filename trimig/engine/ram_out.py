@@ -50,6 +50,12 @@ class RamSender(RecordSender):
         self._id = section_id
         self._close = wire.END_WORD + (wire.section_footer(section_id) if footers else b"")
         self._open_since: int | None = None
+        self._inside = False  # a PART or END section has begun, and its end has not
+
+    @property
+    def boundary(self) -> bytes:
+        """What brings the stream to the end of its section, behind a write that was cancelled and mended."""
+        return self._close if self._inside else b""
 
     async def start(self, blocks: Sequence[RamBlock]) -> None:
         """The START section with the size list."""
@@ -109,22 +115,26 @@ class RamSender(RecordSender):
     async def end(self, rest: Sequence[tuple[RamBlock, Pages, PageBitmap]]) -> None:
         """The END section, with the last pages in it: of each block, where to read them and which."""
         await self._part_end()
+        self._inside = True
         await self._channel.send(wire.section_continue(Section.END, self._id))
         self._open_since = None
         for block, pages, todo in rest:
             await self._send_pages(block.name, pages, np.flatnonzero(todo), part=False)
+        self._inside = False
         await self._channel.send(self._close)
 
     async def _part_begin(self) -> None:
         if self._open_since is not None and self._channel.sent - self._open_since > PART_BYTES:
             await self._part_end()
         if self._open_since is None:
+            self._inside = True
             await self._channel.send(wire.section_continue(Section.PART, self._id))
             self._open_since = self._channel.sent
 
     async def _part_end(self) -> None:
         if self._open_since is not None:
             self._open_since = None
+            self._inside = False
             await self._channel.send(self._close)
 
     async def _send_zeros(self, name: str, indices: NDArray[np.int64], *, part: bool = True) -> None:

@@ -17,10 +17,14 @@ import trio
 
 from ..errors import PeerFailed, RemoteProtocolError, TransportFailed
 from ..info import WHY_CLOSED
+from ..wire.marks import shown_reason
 from ..wire.return_path import (
+    Attempt,
+    Clock,
     Message,
     PageRequest,
     Pong,
+    Reason,
     ReceivedPages,
     ResumeAck,
     ReturnPathDecoder,
@@ -43,7 +47,9 @@ class ReturnPathReader:
         self, channel: Channel, blocks: Mapping[str, int], *, perhaps_silent: bool = False, acks: bool = False
     ) -> None:
         self._channel = channel
-        self._decoder = ReturnPathDecoder(blocks)
+        self._decoder = ReturnPathDecoder(blocks, marks=True)
+        #: Why the destination gives the migration up, as it has said; empty if it has not.
+        self.reason = ""
         self._pongs: set[int] = set()
         self._news = trio.Event()
         self._perhaps_silent = perhaps_silent
@@ -142,7 +148,19 @@ class ReturnPathReader:
             if self.listener is not None:
                 self.listener(None)
 
+    @property
+    def marked(self) -> bool:
+        """The destination is a trimig: it has answered the mark."""
+        return self._decoder.marked
+
+    @property
+    def why(self) -> str:
+        """The destination's reason as the end of a sentence; without one, where to look for it."""
+        return f": {self.reason}" if self.reason else "; its own log says why"
+
     def _ended(self) -> str:
+        if self.reason:
+            return f"the destination closed the connection: {self.reason}"
         inside = f" in the middle of a message ({self._decoder.pending} bytes of it)" if self._decoder.pending else ""
         return f"the destination closed the connection{inside} without an answer; {WHY_CLOSED}"
 
@@ -167,13 +185,16 @@ class ReturnPathReader:
                 raise RemoteProtocolError(
                     "the destination claims to have the whole guest before it was sent", section="return path"
                 )
+            case Reason(payload=payload):
+                self.reason = shown_reason(payload)
+            case Attempt() | Clock():
+                pass  # in answer to ours
             case Shut(status=status):
                 if status:
                     self.shut = status
                     if not self.decided:
                         raise PeerFailed(
-                            f"the destination refused the migration (it sent SHUT {status}); its own log says why",
-                            code=status,
+                            f"the destination refused the migration (it sent SHUT {status}){self.why}", code=status
                         )
                 self.shut = status
             case _:

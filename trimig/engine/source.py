@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -29,6 +30,7 @@ from ..policy.rate import WINDOW
 from ..status import Role, Status
 from ..wire import Command, postcopy
 from ..wire import encoder as wire
+from ..wire.marks import ATTEMPT_BYTES, PING_MARK, Mark
 from . import guest_calls
 from .channel import Channel, Delivering, PerhapsSilent
 from .connections import Connections
@@ -137,12 +139,12 @@ class _Attempt(Departure):
             self._warn_unnamed()
         await channel.send(opening(self.guest, config.peer, validate_uuid=config.capabilities.validate_uuid))
         if self.reader is not None:
-            await channel.send(wire.command(1) + wire.ping(PING_OPENED))
+            await channel.send(wire.command(1) + wire.ping(PING_OPENED) + wire.ping(PING_MARK))
             if self.two_way:
                 nursery.start_soon(self._await_answer, self.reader, name="trimig.first_answer")
         if config.capabilities.postcopy_ram:
             await channel.send(postcopy.advise(postcopy.Advice()))
-        sender = RamSender(channel, limiter, self.counters, footers=config.peer.send_section_footer)
+        sender = self.records = RamSender(channel, limiter, self.counters, footers=config.peer.send_section_footer)
         early: Sequence[DeviceSection] = ()
         if isinstance(self.guest, OpaqueGuest):
             early = await self._call("saving the devices in front of the memory", self.guest.save_devices)
@@ -172,6 +174,13 @@ class _Attempt(Departure):
             await reader.wait_pong(PING_OPENED)
         if limit.cancelled_caught:
             self.monitor.warn(f"the destination has answered nothing for {_ANSWER_SECONDS:g} s: {SILENT_PEER}")
+
+    async def _introduce(self, channel: Channel) -> None:
+        """Tell a destination that is a trimig the id of this attempt, once: a recovery must name the same."""
+        if self.attempt is None and self.reader is not None and self.reader.marked:
+            attempt = secrets.token_bytes(ATTEMPT_BYTES)
+            await channel.send(wire.command(Mark.ATTEMPT, attempt))
+            self.attempt = attempt
 
     def _warn_one_way(self, what: str) -> None:
         self.monitor.warn(f"{what}: the destination cannot confirm that it has the guest, nor refuse it")
@@ -365,6 +374,7 @@ class _Attempt(Departure):
         c.ahead = True
         # What waits in the destination's buffers is read while the guest still runs here, or it would stand still for it.
         await self._ping(channel, PING_QUEUED)
+        await self._introduce(channel)
         watch = _Stopwatch()
         await self._stand_still(channel, watch)
         blocks = list(self.guest.ram)

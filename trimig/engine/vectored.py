@@ -81,6 +81,13 @@ class Records:
         """What is not done."""
         return self._vector[self._element :]
 
+    def rest_of_record(self) -> bytes:
+        """What is left of the record that has begun; nothing between two records."""
+        if not self.left or (self._element % 2 == 0 and not self._cut):
+            return b""
+        rest = self._vector[self._element : (self._element | 1) + 1].tolist()
+        return b"".join(ctypes.string_at(address, size) for address, size in rest)
+
     def advance(self, count: int) -> None:
         """*count* more bytes are done."""
         self.done += count

@@ -41,6 +41,7 @@ from .events import (
     TailBytes,
 )
 from .formats import LOOK, may_become_known, what_is
+from .marks import Mark, is_mark, wrong_length
 from .page_size import wrong_page_size
 from .ram import RecordReader
 from .refusals import Unsupported, unknown_command, unknown_section
@@ -131,6 +132,8 @@ class Decoder:
             self._started = dict(continues._started)
             self._records.know(continues.blocks)
         self._records_only = records_only
+        #: The sender is a trimig that may use the commands of :mod:`.marks`. Set by who has seen its mark.
+        self.marks = False
         self._text: bytearray | None = None
         self._text_length = 0
         self._text_at = 0
@@ -431,6 +434,13 @@ class Decoder:
         if not self._have(5):
             return None
         number, length = struct.unpack_from(">HH", self._mem, self._pos + 1)
+        if self.marks and is_mark(number):
+            if (problem := wrong_length(Mark(number), length)) is not None:
+                raise self._error(problem)
+            if not self._have(5 + length):
+                return None
+            payload = bytes(self._mem[self._pos + 5 : self._pos + 5 + length])
+            return CommandElement(number=number, payload=payload, at=self._consume(5 + length))
         try:
             command = Command(number)
         except ValueError:

@@ -15,6 +15,7 @@ from ..errors import RemoteProtocolError
 from ..guest import PAGE_SIZE, PageBitmap
 from .constants import ReturnPath
 from .encoder import cstr
+from .marks import PONG_MARK, Mark, is_mark, wrong_length
 from .postcopy import BITMAP_FRAME, bitmap_bytes, check_bitmap_size, decode_received_bitmap, received_bitmap
 
 #: No message of any version is longer than this; QEMU's own reader has the same bound (return_path.md part 5).
@@ -83,7 +84,28 @@ class SwitchoverAck:
     """The destination allows the switchover (capability switchover-ack)."""
 
 
-Message = Shut | Pong | PageRequest | ResumeAck | ReceivedPages | SwitchoverAck
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Reason:
+    """Why a trimig gives the migration up; SHUT follows. Shown only through :func:`trimig.wire.marks.shown_reason`."""
+
+    payload: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """The id of the attempt, as the source has told it."""
+
+    id: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Clock:
+    """The destination's monotonic clock in microseconds, in answer to the source's."""
+
+    microseconds: int
+
+
+Message = Shut | Pong | PageRequest | ResumeAck | ReceivedPages | SwitchoverAck | Reason | Attempt | Clock
 
 
 def encode(message: Message) -> bytes:
@@ -101,6 +123,12 @@ def encode(message: Message) -> bytes:
             return _HEADER.pack(ReturnPath.RESUME_ACK, 4) + _BE32.pack(value)
         case SwitchoverAck():
             return _HEADER.pack(ReturnPath.SWITCHOVER_ACK, 0)
+        case Reason(payload=payload):
+            return _HEADER.pack(Mark.REASON, len(payload)) + payload
+        case Attempt(id=payload):
+            return _HEADER.pack(Mark.ATTEMPT, len(payload)) + payload
+        case Clock(microseconds=value):
+            return _HEADER.pack(Mark.CLOCK, 8) + value.to_bytes(8)
         case ReceivedPages(block=block, pages=pages):
             name = cstr(block)
             return _HEADER.pack(ReturnPath.RECV_BITMAP, len(name)) + name + received_bitmap(pages)
@@ -116,9 +144,13 @@ class ReturnPathDecoder:
 
     Args:
         blocks: used length in bytes of every RAM block by name, to judge page requests by.
+        marks: the source has sent its mark, so a destination that is a trimig answers it and may use :mod:`.marks`.
     """
 
-    def __init__(self, blocks: Mapping[str, int]) -> None:
+    def __init__(self, blocks: Mapping[str, int], *, marks: bool = False) -> None:
+        self._marks = marks
+        #: The destination has answered the mark.
+        self.marked = False
         self._blocks = dict(blocks)
         self._buffer = bytearray()
         self._offset = 0
@@ -155,6 +187,8 @@ class ReturnPathDecoder:
         if len(self._buffer) < 4:
             return None
         number, length = _HEADER.unpack_from(self._buffer)
+        if self.marked and is_mark(number):
+            return self._mark(Mark(number), length)
         kind = self._check_header(number, length)
         if len(self._buffer) < 4 + length:
             return None
@@ -164,6 +198,21 @@ class ReturnPathDecoder:
         message = self._decode(kind, payload)
         self._drop(4 + length)
         return message
+
+    def _mark(self, mark: Mark, length: int) -> Message | None:
+        if (problem := wrong_length(mark, length)) is not None:
+            raise self._error(problem)
+        if len(self._buffer) < 4 + length:
+            return None
+        payload = bytes(self._buffer[4 : 4 + length])
+        self._drop(4 + length)
+        match mark:
+            case Mark.REASON:
+                return Reason(payload=payload)
+            case Mark.CLOCK:
+                return Clock(microseconds=int.from_bytes(payload))
+            case Mark.ATTEMPT:
+                return Attempt(id=payload)
 
     def _received_pages(self, payload: bytes) -> ReceivedPages | None:
         """The bitmap that follows the RECV_BITMAP message at the front; None if it is not whole yet."""
@@ -209,7 +258,9 @@ class ReturnPathDecoder:
                 self._shut = True
                 return Shut(status=_BE32.unpack(payload)[0])
             case ReturnPath.PONG:
-                return Pong(value=_BE32.unpack(payload)[0])
+                value = _BE32.unpack(payload)[0]
+                self.marked = self.marked or (self._marks and value == PONG_MARK)
+                return Pong(value=value)
             case ReturnPath.RESUME_ACK:
                 value = _BE32.unpack(payload)[0]
                 if value != 1:

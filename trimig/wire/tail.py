@@ -95,6 +95,10 @@ class TailBuffer:
     def __len__(self) -> int:
         return len(self._data)
 
+    def last(self, count: int) -> bytes:
+        """The last *count* bytes, or all there are."""
+        return bytes(self._data[-count:])
+
     @property
     def complete(self) -> bool:
         """Whether end of file and the whole description are there."""
