@@ -1,4 +1,4 @@
-"""A9, A10, C13: what is no damage is not called so: capabilities, page sizes and other files are named, everywhere, with what to do."""
+"""What is no damage is not called so: capabilities, page sizes and other files are named, everywhere, with what to do."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ FILES: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", list(FILES))
 async def test_other_files_are_named(tmp_path: Path, autojump_clock: trio.testing.MockClock, name: str) -> None:
-    """C13: never damage, and with the size that the file has."""
+    """Never damage, and with the size that the file has."""
     data, words = FILES[name]
     reason = await refused_everywhere(data, tmp_path, live=False)
     assert words in reason

@@ -126,7 +126,7 @@ async def test_before_the_offset_nothing_changes(tmp_path: Path, before: bytes) 
 
 @pytest.mark.parametrize(("mode", "after"), [(0o666, 0o660), (0o644, 0o640), (0o640, 0o640), (0o600, 0o600)])
 async def test_file_that_is_replaced_is_closed_to_others(tmp_path: Path, mode: int, after: int) -> None:
-    """REVIEW C14: it holds the memory of a guest from then on."""
+    """It holds the memory of a guest from then on."""
     path = tmp_path / "stream"
     path.write_bytes(b"old")
     path.chmod(mode)
