@@ -194,3 +194,13 @@ def test_data_on_stdout_that_fails_is_a_failure(tmp_path: Path) -> None:
     done = shell('trimig export "$1" --format raw --block ram --out - >/dev/full', tmp_path / "guest")
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert "No space left" in done.stderr
+
+
+@pytest.mark.parametrize("limit", [9, 12, 15])
+def test_demo_with_few_descriptors_ends_at_once(limit: int) -> None:
+    """An error or the proof, but within the time of a short run."""
+    done = shell(f"ulimit -n {limit}; trimig demo --size 1M --json")
+    assert "Traceback" not in done.stderr
+    assert (done.returncode == 0) == ('"verified": true' in done.stdout)
+    if done.returncode:
+        assert "Too many open files" in done.stderr
