@@ -20,7 +20,7 @@ import pytest
 ROOT: Final = Path(__file__).resolve().parent.parent
 FILES: Final = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "trimig").rglob("*.py"))
 
-_RECORDS: Final = frozenset({"errors", "owner", "status", "config", "guest", "formats"})
+_RECORDS: Final = frozenset({"errors", "expected", "owner", "status", "config", "guest", "formats"})
 _BASE: Final = _RECORDS | {"info", "blockers", "listeners", "monitor"}
 _ENGINE: Final = _BASE | {"wire", "policy", "memory", "engine"}
 _TOOLS: Final = _ENGINE | {"transport", "guests"}
@@ -31,7 +31,8 @@ MAY_IMPORT: Final = {
     "errors": frozenset[str](),
     "formats": frozenset[str](),
     "status": frozenset({"errors"}),
-    "config": frozenset({"errors"}),
+    "config": frozenset({"errors", "expected"}),
+    "expected": frozenset[str](),
     "owner": frozenset({"errors"}),
     "guest": frozenset({"errors", "owner"}),
     "info": _RECORDS,

@@ -13,6 +13,7 @@ from .engine.departure import CommitHook, FenceHook
 from .engine.destination import receive_stream
 from .engine.source import migrate_stream
 from .errors import TransportFailed
+from .expected import expect, expect_callable
 from .guest import Guest
 from .info import Summary
 from .monitor import Monitor
@@ -58,6 +59,7 @@ async def migrate(
     attempt may be made at once. From the decision to its answer a cancellation is held off, for at most
     ``handover_timeout`` seconds.
     """
+    check_migrate(guest, to, config, monitor, commit, fence)
     config = config or Config()
     try:
         caller = _Caller(to, config)
@@ -95,6 +97,7 @@ async def receive(
     **Cancellation:** up to the decision of the source as for an error. If the decision has been read, the guest is
     brought to life and the call returns, or fails, within ``handover_timeout`` seconds.
     """
+    check_receive(guest, at, config, monitor)
     monitor, config = monitor or Monitor(), config or Config()
     acceptor = _Acceptor(at, config, monitor)
     try:
@@ -102,6 +105,33 @@ async def receive(
     finally:
         acceptor.close()
         await _dispose(at)
+
+
+def check_migrate(
+    guest: object, to: object, config: object, monitor: object, commit: object = None, fence: object = None
+) -> None:
+    """Raise TypeError, naming the argument, if :func:`migrate` cannot be called with these."""
+    _check_both(guest, config, monitor)
+    _check_way("to", to, trio.abc.SendStream)
+    expect_callable("commit", commit, "an async function without arguments, or None")
+    expect_callable("fence", fence, "an async function that returns a trimig.Ownership, or None")
+
+
+def check_receive(guest: object, at: object, config: object, monitor: object) -> None:
+    """Raise TypeError, naming the argument, if :func:`receive` cannot be called with these."""
+    _check_both(guest, config, monitor)
+    _check_way("at", at, trio.abc.ReceiveStream)
+
+
+def _check_both(guest: object, config: object, monitor: object) -> None:
+    expect("guest", guest, Guest, "a trimig.Guest such as a trimig.AppGuest")
+    expect("config", config, (Config, type(None)), "a trimig.Config, or None for the defaults")
+    expect("monitor", monitor, (Monitor, type(None)), "a trimig.Monitor, or None")
+
+
+def _check_way(name: str, way: object, stream: type[object]) -> None:
+    what = "a URI (a str such as 'tcp:host:4444' or 'unix:/path') or a trio stream"
+    expect(name, way, (str, stream), what)
 
 
 class _Caller:

@@ -99,6 +99,7 @@ class DeviceSection:
     before: Literal["list", "pages"] | None = None
 
 
+@runtime_checkable
 class Device(Protocol):
     """A small piece of state beside the RAM. :class:`trimig.guests.Device` implements it from a declaration."""
 

@@ -175,6 +175,7 @@ class Portal:
         commit: CommitHook | None,
         fence: FenceHook | None,
     ) -> tuple[Handle, Callable[[], object]]:
+        api.check_migrate(guest, to, config, monitor, commit, fence)
         monitor = monitor or Monitor()
         call = functools.partial(
             api.migrate, guest, to, config, monitor=monitor, commit=_trio_hook(commit), fence=_trio_hook(fence)
@@ -184,6 +185,7 @@ class Portal:
     def _reception(
         self, guest: Guest, at: str | trio.abc.ReceiveStream, config: Config | None, monitor: Monitor | None
     ) -> tuple[Handle, Callable[[], object]]:
+        api.check_receive(guest, at, config, monitor)
         monitor = monitor or Monitor()
         return self._prepare(functools.partial(api.receive, guest, at, config, monitor=monitor), monitor)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar, final
 
 from ..errors import ConfigError
+from ..expected import expect
 from .capabilities import CAPABILITY_ALIASES, Capabilities, read_capabilities
 from .kinds import (
     Choice,
@@ -97,6 +98,7 @@ class Config:
         Raises:
             ConfigError: unreadable, not TOML, or a setting that is unknown or illegal, named as ``table.key``.
         """
+        expect("source", source, (str, os.PathLike), "TOML text (a str) or a path object")
         if isinstance(source, str):
             return _from_tables(_parse_toml(source))
         path = Path(source)

@@ -27,6 +27,7 @@ from typing import Self
 import trio
 
 from ..errors import ConfigError, GuestFailed, Owner
+from ..expected import expect
 from ..guest import DirtyTracker
 from ..memory.block import MemfdBlock
 from ..memory.tracking import MarkTracker, check_method, choose_tracker
@@ -96,6 +97,8 @@ class AppGuest(GuestBase):
             ConfigError: the name is taken or does not fit the wire; the length is not a multiple of 4096.
             StateError: a migration is under way.
         """
+        expect("name", name, str, "a str")
+        expect("length", length, int, "an int, in bytes")
         self._check_unclaimed("RAM cannot be added")
         if any(block.name == name for block in self._blocks):
             raise ConfigError(f"guest {self._name!r} has a RAM block {name!r} already")

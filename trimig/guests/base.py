@@ -12,6 +12,7 @@ import trio
 
 from ..blockers import Blockers
 from ..errors import ConfigError, GuestFailed, Owner, RemoteProtocolError, StateError
+from ..expected import expect
 from ..guest import Device, DeviceSection, DirtyTracker, RamBlock
 from ..owner import OwnerState, Settle
 from .device import device_section
@@ -34,6 +35,7 @@ class GuestBase(abc.ABC):
     """
 
     def __init__(self, name: str, *, run_state: str) -> None:
+        expect("name", name, str, "a str")
         if not 1 <= len(name.encode()) <= 255:
             raise ConfigError(f"a guest's name has 1 to 255 bytes, {name!r} has {len(name.encode())}")
         self._name = name
@@ -130,6 +132,7 @@ class GuestBase(abc.ABC):
                 migrated although :attr:`blockers` demand that.
             StateError: a migration is under way.
         """
+        expect("device", device, Device, "a trimig.Device")
         self._check_unclaimed("a device cannot be added")
         if not 1 <= len(device.idstr.encode()) <= 255:
             raise ConfigError(f"a device id has 1 to 255 bytes, {device.idstr!r} has {len(device.idstr.encode())}")

@@ -18,6 +18,7 @@ import trio
 
 from ..config import PeerProfile
 from ..errors import GuestFailed, Owner, RemoteProtocolError, StateError
+from ..expected import expect
 from ..guest import (
     PAGE_SIZE,
     ArrivingPages,
@@ -68,6 +69,9 @@ class ParkedGuest:
         peer: PeerProfile = _ORDINARY,
         max_ram: int | None = None,
     ) -> None:
+        expect("save_to", save_to, (str, os.PathLike, type(None)), "a path, or None")
+        expect("peer", peer, PeerProfile, "a trimig.PeerProfile")
+        expect("max_ram", max_ram, (int, type(None)), "an int, in bytes, or None")
         self._save_to = None if save_to is None else Path(save_to)
         self._replace = replace
         self._peer = peer

@@ -1,0 +1,26 @@
+"""Arguments of the wrong kind are refused by name, where they are given and not where they are first used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def expect(name: str, value: object, kind: type[Any] | tuple[type[Any], ...], what: str) -> None:
+    """Raise TypeError unless *value* is of *kind*.
+
+    Args:
+        name: of the argument.
+        what: the kind in words, as the end of the sentence "... must be".
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {what}, not {_article(type(value).__name__)}")
+
+
+def expect_callable(name: str, value: object, what: str) -> None:
+    """Raise TypeError unless *value* is None or can be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be {what}, not {_article(type(value).__name__)}")
+
+
+def _article(kind: str) -> str:
+    return f"an {kind}" if kind[0].lower() in "aeiou" else f"a {kind}"
