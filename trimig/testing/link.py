@@ -402,7 +402,7 @@ class VirtualLink:
         reset_on_unread: an end that is closed with unread bytes resets the connection, which also destroys what it
             sent and the other has not read yet. TCP does this, and it has eaten many a last error message.
         record: keep all bytes sent (:meth:`recorded`).
-        keepalive: seconds after a blackhole in which both ends find out that the other does not answer, as TCP does.
+        keepalive: seconds after a blackhole, or silence, in which whoever hears nothing finds that out, as TCP does.
 
     With *rate* or *latency* in use, ends must be used inside :func:`trio.run`.
     """
@@ -508,6 +508,8 @@ class VirtualLink:
                     each.wake()
             case "silence":
                 pipe.silence(lose=False)
+                pipe.dead_at = trio.current_time() + self._keepalive  # its receiver's probes are not answered either
+                pipe.wake()
             case "stall":
                 pipe.free_at = max(pipe.free_at, trio.current_time()) + fault.seconds
 
