@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ async def _receive(
         trimig.ParkedGuest(file, replace=force, peer=config.peer) as guest,
         display.open_view(as_json=as_json) as view,
     ):
-        begun = functools.partial(_announce, monitor, view, as_json)
+        begun = functools.partial(_announce, monitor.events(), view, as_json)
         call = functools.partial(trimig.receive, guest, uri, config, monitor=monitor)
         view.begin(f"receiving into {file}", file=str(file))
         try:
@@ -155,8 +156,9 @@ def _received(guest: trimig.ParkedGuest, file: Path, summary: trimig.Summary) ->
     }
 
 
-async def _announce(monitor: trimig.Monitor, view: display.View, as_json: bool) -> None:
-    async for event in monitor.events():
+async def _announce(events: AsyncIterator[trimig.Event], view: display.View, as_json: bool) -> None:
+    # They were asked for before the migration began: this task may get its first turn when the listener is open already.
+    async for event in events:
         if event.name == "LISTENING":
             for address in event.data["addresses"]:
                 display.note_and_print(view, f"listening on {address}", as_json=as_json, address=address)
