@@ -53,6 +53,14 @@ def every_module() -> list[str]:
 PUBLIC: Final = [(place, name) for place in ("trimig", *PLACES) for name in sorted(exported(place))]
 
 
+def test_the_top_level_lists_its_names() -> None:
+    """Nothing else is public there: no helper, no name of another library."""
+    assert set(trimig.__all__) == exported("trimig") | {"__version__"}
+    assert {
+        name for name, thing in vars(trimig).items() if not name.startswith("_") and not inspect.ismodule(thing)
+    } == (exported("trimig"))
+
+
 @pytest.mark.parametrize(("place", "name"), PUBLIC)
 def test_public_name_can_be_imported(place: str, name: str) -> None:
     assert not name.startswith("_")

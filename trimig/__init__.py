@@ -12,7 +12,7 @@ The layers, from the top; imports point downwards only:
 ``trimig.testing`` stands beside them: virtual links, fault injection and sweeps, for your tests as for ours.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata as _metadata
 
 from .api import migrate as migrate
 from .api import receive as receive
@@ -64,6 +64,58 @@ from .wire.vmstate import Subsection as Subsection
 from .wire.vmstate import VMState as VMState
 
 try:
-    __version__ = version("trimig")
-except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = _metadata.version("trimig")
+except _metadata.PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
+
+__all__ = (
+    "AppGuest",
+    "Blocker",
+    "Blockers",
+    "Capabilities",
+    "Config",
+    "ConfigError",
+    "Convergence",
+    "Device",
+    "Downtime",
+    "Event",
+    "Field",
+    "GiB",
+    "Guest",
+    "GuestFailed",
+    "GuestNotResumed",
+    "HandoverUncertain",
+    "InternalError",
+    "KiB",
+    "LazyAppGuest",
+    "LocalProtocolError",
+    "MiB",
+    "MigrationCancelled",
+    "MigrationError",
+    "Monitor",
+    "NotConverging",
+    "NotOwner",
+    "Owner",
+    "Ownership",
+    "Parameters",
+    "ParkedGuest",
+    "PeerFailed",
+    "PeerProfile",
+    "PostcopyLost",
+    "ProcessGuest",
+    "RamBlock",
+    "RemoteProtocolError",
+    "Role",
+    "StateError",
+    "Statistics",
+    "Status",
+    "Subsection",
+    "Summary",
+    "TransportFailed",
+    "TrimigError",
+    "VMState",
+    "__version__",
+    "migrate",
+    "parse_size",
+    "receive",
+)

@@ -1,0 +1,77 @@
+"""An argument of the wrong kind is a TypeError that names it, before anything has been done."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trimig
+from trimig.portal import Portal
+
+GUEST = trimig.AppGuest("g")
+WRONG: tuple[Any, ...] = (
+    ("tcp", "host", 4444),
+    Path("/tmp/socket"),
+    {"uri": "tcp:host:4444"},
+    4444,
+    None,
+    b"tcp:host:4444",
+)
+
+
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(("name", "call"), [("to", trimig.migrate), ("at", trimig.receive)])
+async def test_a_way_that_is_none(name: str, call: Callable[..., Awaitable[object]], value: Any) -> None:
+    guest = trimig.AppGuest("g", running=name == "to")
+    with pytest.raises(TypeError, match=rf"^{name} must be a URI .* or a trio stream, not an? {type(value).__name__}$"):
+        await call(guest, value)
+    assert guest.owner is (trimig.Owner.HERE if name == "to" else trimig.Owner.ELSEWHERE)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("guest", {"guest": "g"}),
+        ("config", {"config": {"capabilities": {}}}),
+        ("config", {"config": Path("trimig.toml")}),
+        ("monitor", {"monitor": True}),
+        ("commit", {"commit": "now"}),
+        ("fence", {"fence": trimig.Ownership.SOURCE}),
+    ],
+)
+async def test_other_arguments_of_migrate(name: str, arguments: dict[str, Any]) -> None:
+    given = {"guest": GUEST, "to": "tcp:127.0.0.1:1", **arguments}
+    with pytest.raises(TypeError, match=f"^{name} must be "):
+        await trimig.migrate(**given)
+
+
+def test_through_a_portal() -> None:
+    with Portal() as portal:
+        with pytest.raises(TypeError, match=r"^to must be a URI"):
+            portal.migrate(GUEST, Path("/tmp/socket"))  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"^at must be a URI"):
+            portal.start_receive(GUEST, ("a", "b"))  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"^config must be"):
+            portal.start_migrate(GUEST, "tcp:127.0.0.1:1", {})  # type: ignore[arg-type]
+        assert portal.call(int) == 0  # it is still of use
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("name", lambda: trimig.AppGuest(7)),  # type: ignore[arg-type]
+        ("name", lambda: GUEST.add_ram(b"ram", 4096)),  # type: ignore[arg-type]
+        ("length", lambda: GUEST.add_ram("ram", "64M")),  # type: ignore[arg-type]
+        ("device", lambda: GUEST.add_device("clock")),  # type: ignore[arg-type]
+        ("save_to", lambda: trimig.ParkedGuest(7)),  # type: ignore[arg-type]
+        ("max_ram", lambda: trimig.ParkedGuest(max_ram="1G")),  # type: ignore[arg-type]
+        ("peer", lambda: trimig.ParkedGuest(peer="qemu-7.2")),  # type: ignore[arg-type]
+        ("source", lambda: trimig.Config.from_toml({"engine": {}})),  # type: ignore[arg-type]
+    ],
+)
+def test_what_makes_guests_and_configurations(name: str, call: Callable[[], object]) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be "):
+        call()
