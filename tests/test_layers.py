@@ -21,7 +21,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 FILES: Final = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "trimig").rglob("*.py"))
 
 _RECORDS: Final = frozenset({"errors", "expected", "owner", "status", "config", "guest", "formats"})
-_BASE: Final = _RECORDS | {"info", "blockers", "listeners", "monitor"}
+_BASE: Final = _RECORDS | {"info", "blockers", "listeners", "monitor_core", "monitor"}
 _ENGINE: Final = _BASE | {"wire", "policy", "memory", "engine"}
 _TOOLS: Final = _ENGINE | {"transport", "guests"}
 _API: Final = _TOOLS | {"trimig", "api"}
@@ -38,6 +38,7 @@ MAY_IMPORT: Final = {
     "info": _RECORDS,
     "blockers": _RECORDS,
     "listeners": _RECORDS | {"info"},
+    "monitor_core": _BASE - {"monitor"},
     "monitor": _BASE,
     "wire": _BASE,
     "policy": _BASE,

@@ -11,6 +11,7 @@ import trio.testing
 import trimig
 from tests.engine.pair import Pair
 from trimig import status as predicates
+from trimig.monitor_core import MonitorCore
 from trimig.status import Status
 
 
@@ -102,7 +103,7 @@ async def test_cancel_out_of_a_listener(autojump_clock: trio.testing.MockClock) 
 
 async def test_listener_may_remove_another_one() -> None:
     """Which is then not called any more, not even for the event at hand."""
-    monitor = trimig.Monitor()
+    monitor = MonitorCore()
     heard: list[str] = []
     removers: list[Callable[[], None]] = []
     monitor.add_listener(lambda event: removers[0]())

@@ -12,7 +12,8 @@ import trio.testing
 
 from trimig.config import Capabilities, Config, Parameters
 from trimig.errors import ConfigError, Ownership, StateError
-from trimig.monitor import EVENT_BACKLOG, Downtime, Event, Monitor, Summary
+from trimig.monitor import EVENT_BACKLOG, Downtime, Event, Monitor, Summary, core_of
+from trimig.monitor_core import MonitorCore
 from trimig.status import IDLE, IN_POSTCOPY, TERMINAL, Role, Status
 
 S = Status
@@ -41,9 +42,9 @@ PATHS: dict[Status, tuple[Status, ...]] = {
 ALL = list(Status)
 
 
-def brought_to(status: Status, role: Role = SRC, monitor: Monitor | None = None) -> Monitor:
+def brought_to(status: Status, role: Role = SRC, monitor: MonitorCore | None = None) -> MonitorCore:
     """A monitor in *status*."""
-    monitor = monitor or Monitor()
+    monitor = monitor or MonitorCore()
     path = PATHS[status] if role is SRC else tuple(s for s in PATHS[status] if s is not S.DEVICE)
     for step in path:
         if step is S.SETUP:
@@ -57,7 +58,7 @@ def brought_to(status: Status, role: Role = SRC, monitor: Monitor | None = None)
 
 
 async def test_new_monitor() -> None:
-    monitor = Monitor()
+    monitor = MonitorCore()
     assert (monitor.status, monitor.role, monitor.owner) == (S.NONE, None, Ownership.SOURCE)
     assert (monitor.config, monitor.addresses, monitor.cancel_reason) == (Config(), (), None)
     assert repr(monitor) == "<trimig.Monitor none>"
@@ -179,7 +180,7 @@ async def test_resume_in_every_status(status: Status) -> None:
 
 async def test_postcopy_can_be_asked_for() -> None:
     """F16, F17, F18, F20: not without the capability, not without a migration; kept until it is used, and no longer."""
-    monitor = Monitor()
+    monitor = MonitorCore()
     with pytest.raises(StateError, match="no outgoing migration"):
         monitor.start_postcopy()
     monitor.begin(SRC, Config())
@@ -197,7 +198,7 @@ async def test_postcopy_can_be_asked_for() -> None:
 
 
 async def test_destination_cannot_start_postcopy() -> None:
-    monitor = Monitor()
+    monitor = MonitorCore()
     monitor.begin(DST, Config(capabilities=Capabilities(postcopy_ram=True)))
     with pytest.raises(StateError, match="no outgoing migration"):
         monitor.start_postcopy()
@@ -300,7 +301,7 @@ async def test_watch_of_a_finished_attempt_shows_its_end_once() -> None:
 
 
 async def test_watch_begun_before_the_attempt(autojump_clock: trio.testing.MockClock) -> None:
-    monitor = Monitor()
+    monitor = MonitorCore()
     pictures = monitor.watch(every=10)
     assert (await anext(pictures)).status is S.NONE
     monitor.begin(SRC, Config())
@@ -330,7 +331,7 @@ async def test_elapsed_stands_still_at_the_end(autojump_clock: trio.testing.Mock
 
 @pytest.mark.parametrize("wanted", [S.ACTIVE, S.DEVICE, S.FAILED])
 async def test_wait_status(wanted: Status) -> None:
-    monitor = Monitor()
+    monitor = MonitorCore()
     got: list[Status] = []
 
     async def wait() -> None:
@@ -364,7 +365,7 @@ async def test_wait_status_is_a_checkpoint_even_if_it_is_there() -> None:
 @pytest.mark.parametrize("status", [s for s in ALL if s in TERMINAL])
 async def test_events_are_all_changes_in_order(status: Status) -> None:
     """H1: one event per change, the last of them the end."""
-    monitor = Monitor()
+    monitor = MonitorCore()
     told = monitor.events()
     brought_to(status, monitor=monitor)
     events = [event async for event in told]
@@ -587,3 +588,38 @@ def test_throughput_counts_every_copy_of_a_page(total_time: float, throughput: f
         dirty_tracking="marks",
     )
     assert summary.throughput == throughput
+
+
+# -- what a caller gets ----------------------------------------------------------------------------------------------------
+
+
+def test_the_engines_side_is_not_public() -> None:
+    """A caller cannot move the status of a migration."""
+    engine_only = {name for name in vars(MonitorCore) if not name.startswith("_")} - set(vars(Monitor))
+    assert engine_only == {
+        "advance",
+        "begin",
+        "cancel_reason",
+        "control",
+        "emit",
+        "given_up",
+        "interrupt",
+        "listening",
+        "postcopy_wanted",
+        "recovery_wanted",
+        "take_recovery",
+        "warn",
+    } | (engine_only & {"yanked", "cut"})
+    assert {name for name in vars(Monitor) if not name.startswith("_")} - set(vars(MonitorCore)) == {"guest"}
+
+
+async def test_a_monitor_shows_and_steers_what_the_engine_moves(autojump_clock: trio.testing.MockClock) -> None:
+    monitor = Monitor()
+    core = brought_to(S.ACTIVE, monitor=core_of(monitor))
+    assert (monitor.status, monitor.role, monitor.owner) == (core.status, core.role, core.owner)
+    assert monitor.info() == core.info()
+    assert monitor.statistics() == core.statistics()
+    monitor.counters.normal = 7
+    assert core.counters.normal == 0
+    monitor.cancel("enough")
+    assert (core.status, core.cancel_reason) == (S.CANCELLING, "enough")

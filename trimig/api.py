@@ -16,7 +16,7 @@ from .errors import TransportFailed
 from .expected import expect, expect_callable
 from .guest import Guest
 from .info import Summary
-from .monitor import Monitor
+from .monitor import Monitor, core_of
 
 
 async def migrate(
@@ -64,7 +64,7 @@ async def migrate(
     try:
         caller = _Caller(to, config)
         return await migrate_stream(
-            guest, caller.connections(), config, monitor or Monitor(), commit=commit, fence=fence
+            guest, caller.connections(), config, core_of(monitor or Monitor()), commit=commit, fence=fence
         )
     finally:
         await _dispose(to)
@@ -101,7 +101,7 @@ async def receive(
     monitor, config = monitor or Monitor(), config or Config()
     acceptor = _Acceptor(at, config, monitor)
     try:
-        return await receive_stream(guest, acceptor.connections(), config, monitor)
+        return await receive_stream(guest, acceptor.connections(), config, core_of(monitor))
     finally:
         acceptor.close()
         await _dispose(at)
@@ -210,7 +210,7 @@ class _Acceptor:
     def _listening(self, *addresses: str) -> None:
         if isinstance(self._at, str) and len(addresses) == 1:
             self._at = addresses[0]  # with its real port: a peer that comes again knows no other
-        self._monitor.listening(*addresses)
+        core_of(self._monitor).listening(*addresses)
 
     def close(self) -> None:
         """Do not listen any more. Idempotent."""

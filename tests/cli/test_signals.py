@@ -15,6 +15,7 @@ import trio
 import trimig
 from tests.guests.test_parked import stream
 from trimig.cli.stop import words_for
+from trimig.monitor import core_of
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 
@@ -102,11 +103,12 @@ def test_signal_that_comes_too_late_changes_nothing(tmp_path: Path, number: int,
 )
 async def test_words_for_a_signal_are_true(statuses: list[str], role: str, words: str) -> None:
     monitor = trimig.Monitor()
+    core = core_of(monitor)
     for status in statuses:
         if status == "setup":
-            monitor.begin(trimig.Role(role), trimig.Config())
+            core.begin(trimig.Role(role), trimig.Config())
         else:
-            monitor.advance(trimig.Status(status))
+            core.advance(trimig.Status(status))
     await trio.lowlevel.checkpoint()
     assert words in words_for(monitor, "FILE")
 

@@ -23,6 +23,7 @@ from tests.reading import PAGE, Memory, Page, Unreadable, reader
 from trimig.engine.channel import AnyStream
 from trimig.engine.connections import Connections
 from trimig.engine.destination import receive_stream
+from trimig.monitor_core import MonitorCore
 from trimig.status import Status
 from trimig.testing import FakeDevice, LazyScriptedGuest, VirtualStream, virtual_link
 
@@ -301,7 +302,7 @@ class Fuzzed:
         self.chosen = random.Random(seed)
         self.preempt = preempt
         self.guest = waiting(self.chosen)
-        self.monitor = trimig.Monitor()
+        self.monitor = MonitorCore()
         self.script = Script.made(self.chosen, preempt=preempt)
         if self.chosen.random() < spoiled:
             self.script.spoil(self.chosen)

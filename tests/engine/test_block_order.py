@@ -28,6 +28,7 @@ from trimig.guest import PAGE_SIZE, PageBitmap
 from trimig.guests.lazy_app import LazyAppGuest
 from trimig.info import Counters
 from trimig.memory import MemfdBlock, MissingPages, TrackedRange, UffdMemory
+from trimig.monitor_core import MonitorCore
 from trimig.status import Status
 from trimig.testing import LazyScriptedGuest, ScriptedGuest, VirtualLink
 from trimig.wire import events as ev
@@ -71,7 +72,7 @@ def parked(_: Order) -> trimig.ParkedGuest:
     return trimig.ParkedGuest()
 
 
-async def reach_all(guest: trimig.Guest, expected: Memory, monitor: trimig.Monitor) -> None:
+async def reach_all(guest: trimig.Guest, expected: Memory, monitor: MonitorCore) -> None:
     """An application that looks at its memory while it comes."""
     if isinstance(guest, LazyAppGuest):
         await monitor.wait_status(Status.POSTCOPY_ACTIVE)
@@ -89,7 +90,7 @@ async def move(source: ScriptedGuest, target: trimig.Guest, mode: str) -> None:
         config = dataclasses.replace(config, parameters=trimig.Parameters(max_bandwidth=0), peer=trimig.PeerProfile())
     link = VirtualLink(latency=0.001, window=8192)
     meeting, backlog = Meeting([]), Backlog([])
-    sender, taker = trimig.Monitor(), trimig.Monitor()
+    sender, taker = MonitorCore(), MonitorCore()
     pauses: list[str] = []
 
     def soon(event: trimig.Event) -> None:

@@ -13,6 +13,7 @@ from trimig.engine.channel import Channel
 from trimig.engine.limiter import Limiter
 from trimig.engine.reader import ReturnPathReader
 from trimig.monitor import Counters
+from trimig.monitor_core import MonitorCore
 from trimig.status import Role, Status
 from trimig.testing import VirtualLink
 from trimig.wire.return_path import Pong, Shut, encode
@@ -90,7 +91,7 @@ async def test_guest_calls(autojump_clock: trio.testing.MockClock) -> None:
 
 async def test_monitor_changes_and_looks_at_once(autojump_clock: trio.testing.MockClock) -> None:
     """State changes are synchronous: nobody can come between the test and the change."""
-    monitor = trimig.Monitor()
+    monitor = MonitorCore()
     with trio.testing.assert_no_checkpoints():
         monitor.begin(Role.SOURCE, config())
         monitor.advance(Status.ACTIVE)

@@ -114,13 +114,12 @@ async def test_members_of_info_in_every_status_of_a_source(autojump_clock: trio.
     pair = Pair(running(pages=64, rate=1), link=VirtualLink(rate=1_000_000, window=8192))
     assert pair.here.info() == {}
     seen: dict[str, dict[str, Any]] = {}
-    advance = pair.here.advance
 
-    def noting(new: Status) -> None:
-        advance(new)
-        seen[new.value] = pair.here.info()
+    def noting(event: trimig.Event) -> None:
+        if event.name == "MIGRATION":
+            seen[event.data["status"]] = pair.here.info()
 
-    pair.here.advance = noting  # type: ignore[method-assign]  # to look at the very moment
+    pair.here.add_listener(noting)
     await pair.both()
     running_members = {
         "status", "owner", "dirty-tracking", "total-time", "setup-time", "expected-downtime", "convergence", "ram",
@@ -223,10 +222,11 @@ async def test_setup_time_is_what_comes_before_the_first_page(autojump_clock: tr
 
     from trimig.engine.connections import Connections
     from trimig.engine.source import migrate_stream
+    from trimig.monitor import core_of
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pair.receive)
-        summary = await migrate_stream(pair.source, Connections(first=late), pair.config_here, pair.here)
+        summary = await migrate_stream(pair.source, Connections(first=late), pair.config_here, core_of(pair.here))
     assert summary.setup_time == pytest.approx(3)
     assert pair.here.info()["setup-time"] == 3000
 

@@ -21,6 +21,7 @@ from trimig.engine.connections import Connections
 from trimig.engine.destination import receive_stream
 from trimig.errors import GuestFailed, Ownership, PostcopyLost, RemoteProtocolError
 from trimig.guest import PAGE_SIZE, DeviceSection
+from trimig.monitor_core import MonitorCore
 from trimig.status import Status
 from trimig.testing import FakeDevice, LazyScriptedGuest, ScriptedGuest, virtual_link
 from trimig.wire import Command, RecordWriter, Section, globalstate
@@ -122,7 +123,7 @@ class Destination:
     def __init__(self, target: trimig.Guest, config: trimig.Config | None = None) -> None:
         self.guest = target
         self.config = config or able()
-        self.monitor = trimig.Monitor()
+        self.monitor = MonitorCore()
         self.outcome: trimig.Summary | trimig.TrimigError | None = None
         self._offers, self._taken = trio.open_memory_channel[AnyStream](4)
         self._offers_beside, self._taken_beside = trio.open_memory_channel[AnyStream](4)

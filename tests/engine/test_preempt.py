@@ -33,6 +33,7 @@ from trimig.engine.connections import Connections
 from trimig.engine.source import migrate_stream
 from trimig.errors import ConfigError, Ownership
 from trimig.guest import PAGE_SIZE
+from trimig.monitor_core import MonitorCore
 from trimig.status import Status
 from trimig.testing import FakeDevice, ScriptedGuest, virtual_link
 from trimig.wire import Command, Decoder, RecordWriter, Section
@@ -252,7 +253,7 @@ async def test_what_is_asked_for_goes_on_the_second_connection(
     # A page or two each 100 ms: all of these are asked for before their turn.
     slow = trimig.Parameters(max_bandwidth=0, downtime_limit=1, max_postcopy_bandwidth=64 << 10)
     config = dataclasses.replace(config, parameters=slow)
-    played, monitor = Played(), trimig.Monitor()
+    played, monitor = Played(), MonitorCore()
     monitor.add_listener(lambda event: monitor.start_postcopy() if event.data.get("status") == "setup" else None)
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:

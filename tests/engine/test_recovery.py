@@ -41,6 +41,7 @@ from trimig.engine.recovery import FIRST_DELAY, LONGEST_DELAY
 from trimig.engine.source import migrate_stream
 from trimig.errors import Ownership, PostcopyLost, RemoteProtocolError
 from trimig.guest import PAGE_SIZE
+from trimig.monitor_core import MonitorCore
 from trimig.status import TERMINAL, Status
 from trimig.testing import FakeDevice, ScriptedGuest, virtual_link
 from trimig.wire import Command, Section, globalstate
@@ -52,7 +53,7 @@ RESUME = wire.command(Command.POSTCOPY_RESUME)
 ASK = wire.command(Command.RECV_BITMAP, b"\x03ram")
 
 
-def told(monitor: trimig.Monitor) -> list[str]:
+def told(monitor: MonitorCore) -> list[str]:
     """The statuses from here on."""
     statuses: list[str] = []
     monitor.add_listener(lambda event: statuses.append(event.data["status"]) if event.name == "MIGRATION" else None)
@@ -278,7 +279,7 @@ class Told:
         slow = trimig.Parameters(max_bandwidth=0, downtime_limit=1, max_postcopy_bandwidth=32 << 10)
         self.config = dataclasses.replace(base, parameters=slow, **options)  # type: ignore[arg-type]
         self.guest = ScriptedGuest(blocks={"ram": PAGES}, seed=3, devices=[FakeDevice("clock", size=8)])
-        self.monitor = trimig.Monitor()
+        self.monitor = MonitorCore()
         self.statuses = told(self.monitor)
         self.outcome: trimig.Summary | trimig.TrimigError | None = None
         self.tries: list[float] = []

@@ -17,6 +17,7 @@ from trimig.engine.connections import Connections
 from trimig.engine.destination import receive_stream
 from trimig.engine.source import migrate_stream
 from trimig.errors import ConfigError, RemoteProtocolError, TrimigError
+from trimig.monitor_core import MonitorCore
 from trimig.status import Status
 from trimig.testing import FakeDevice, LazyScriptedGuest, ScriptedGuest, VirtualLink, virtual_link
 from trimig.wire import description
@@ -38,7 +39,7 @@ class Both:
 
     def __init__(self, here: trimig.Config, there: trimig.Config) -> None:
         self.configs = here, there
-        self.sender, self.taker = trimig.Monitor(), trimig.Monitor()
+        self.sender, self.taker = MonitorCore(), MonitorCore()
         self.source = ScriptedGuest(blocks={"ram": 64}, devices=[FakeDevice("clock", size=8)])
         self.target = LazyScriptedGuest(
             blocks={"ram": 64}, run_state="inmigrate", devices=[FakeDevice("clock", size=8)], touches=[63, 1]

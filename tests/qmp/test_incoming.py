@@ -14,6 +14,7 @@ import trimig
 from tests.qmp.driver import Talk, hosted
 from trimig import api
 from trimig.errors import Owner, Ownership
+from trimig.monitor import core_of
 from trimig.status import Role, Status
 from trimig.wire import encoder as wire
 
@@ -165,14 +166,16 @@ async def test_a_guest_that_its_source_may_have_taken_back_is_settled(
     async def receive(
         guest: trimig.Guest, uri: str, config: trimig.Config, *, monitor: trimig.Monitor
     ) -> trimig.Summary:
+        core = core_of(monitor)
+
         async def settle(which: Owner) -> None:
             await trio.lowlevel.checkpoint()
             said.append(which)
-            monitor.advance(Status.COMPLETED if which is Owner.HERE else Status.FAILED)
+            core.advance(Status.COMPLETED if which is Owner.HERE else Status.FAILED)
 
-        monitor.begin(Role.DESTINATION, config, guest)
+        core.begin(Role.DESTINATION, config, guest)
         for status in statuses:
-            monitor.advance(status)
+            core.advance(status)
         await trio.lowlevel.checkpoint()
         raise trimig.HandoverUncertain("perhaps the source runs it", settle=settle, here=Ownership.DESTINATION)
 

@@ -82,10 +82,10 @@ async def test_an_object_in_use_stays(tmp_path: Path) -> None:
         await talk.say("object-add", {"qom-type": "tls-creds-x509", "id": "other", "dir": str(tmp_path)})
         await talk.say("migrate-set-parameters", {"tls-creds": "tls0"})
         monitor = talk.machine.outgoing
-        monitor._config, monitor._status = talk.machine.config, Status.ACTIVE
+        monitor._core._config, monitor._core._status = talk.machine.config, Status.ACTIVE
         assert "in use by a migration" in await talk.refused("object-del", {"id": "tls0"})
         await talk.say("object-del", {"id": "other"})
-        monitor._status = Status.FAILED
+        monitor._core._status = Status.FAILED
         await talk.say("object-del", {"id": "tls0"})
 
 

@@ -147,7 +147,7 @@ async def test_after_a_lost_postcopy_capabilities_may_change(tmp_path: Path) -> 
     """The one table of idle statuses decides, also behind `postcopy-lost`."""
     async with hosted() as talk:
         for monitor in (talk.machine.outgoing, talk.machine.incoming):
-            monitor._status = Status.POSTCOPY_LOST
+            monitor._core._status = Status.POSTCOPY_LOST
         await talk.capabilities(events=True)
         assert talk.machine.config.capabilities.events
 

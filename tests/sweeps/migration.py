@@ -81,10 +81,12 @@ class Watched(trimig.Monitor):
         self._link = link
         self.decided_at: int | None = None
         self.held_at: int | None = None
+        self.add_listener(self._heard)
 
-    def advance(self, new: Status) -> None:
-        """The next status."""
-        super().advance(new)
+    def _heard(self, event: trimig.Event) -> None:
+        if event.name != "MIGRATION":
+            return
+        new = Status(event.data["status"])
         if new is Status.HANDOVER:
             self.decided_at = self._link.sent("a->b")
         if new is Status.SETUP:

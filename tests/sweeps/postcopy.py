@@ -17,6 +17,7 @@ from trimig.engine.connections import Connections
 from trimig.engine.destination import receive_stream
 from trimig.engine.source import migrate_stream
 from trimig.errors import TransportFailed
+from trimig.monitor import core_of
 from trimig.status import TERMINAL, Status
 from trimig.testing import (
     FailingGuest,
@@ -175,7 +176,7 @@ async def postcopy_once(
         stream = FailingStream(ctx.link.a, ctx.calls, label="a")
         try:
             ways = Connections(first=given(stream), again=meeting.connect, beside=backlog.connect)
-            return await migrate_stream(FailingGuest(source, ctx.calls, label="source"), ways, config, sender)
+            return await migrate_stream(FailingGuest(source, ctx.calls, label="source"), ways, config, core_of(sender))
         finally:
             await teardown.close(stream)
 
@@ -187,7 +188,9 @@ async def postcopy_once(
         stream = FailingStream(ctx.link.b, ctx.calls, label="b")
         try:
             ways = Connections(first=given(stream), again=accept_again, beside=backlog.accept)
-            return await receive_stream(FailingLazyGuest(target, ctx.calls, label="destination"), ways, config, taker)
+            return await receive_stream(
+                FailingLazyGuest(target, ctx.calls, label="destination"), ways, config, core_of(taker)
+            )
         finally:
             await teardown.close(stream)
             await backlog.close()

@@ -16,6 +16,7 @@ from trimig.engine.channel import AnyStream
 from trimig.engine.connections import Connections
 from trimig.engine.destination import receive_stream
 from trimig.engine.source import migrate_stream
+from trimig.monitor_core import MonitorCore
 from trimig.testing import FakeDevice, Fault, LazyScriptedGuest, ScriptedGuest, VirtualLink
 
 PAIRS = 50
@@ -43,7 +44,7 @@ class Both:
             for _ in range(2)
         ]
         self.meeting = Meeting(again)
-        self.sender, self.taker = trimig.Monitor(), trimig.Monitor()
+        self.sender, self.taker = MonitorCore(), MonitorCore()
         self.ends: list[object] = []
         self.sender.add_listener(self._soon)
 

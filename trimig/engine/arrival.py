@@ -28,7 +28,7 @@ from ..errors import (
 )
 from ..guest import DeviceSection, Guest, OpaqueGuest
 from ..info import Downtime, Summary
-from ..monitor import Monitor
+from ..monitor_core import MonitorCore
 from ..status import IN_POSTCOPY, Role, Status
 from ..wire import globalstate
 from ..wire.marks import reason_bytes
@@ -49,7 +49,7 @@ log = logging.getLogger("trimig.destination")
 class Arrival(abc.ABC):
     """One incoming migration, but for its reading."""
 
-    def __init__(self, guest: Guest, connections: Connections, config: Config, monitor: Monitor) -> None:
+    def __init__(self, guest: Guest, connections: Connections, config: Config, monitor: MonitorCore) -> None:
         self.guest = guest
         self.connections = connections
         self.config = config

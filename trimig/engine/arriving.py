@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import GuestFailed
 from ..guest import PAGE_SIZE, Pages, RamBlock, StoringGuest, Wait
-from ..monitor import Monitor
+from ..monitor_core import MonitorCore
 from ..status import Status
 from .guest_calls import guarded
 
@@ -112,7 +112,7 @@ class Storing:
         pages: what has come.
     """
 
-    def __init__(self, guest: StoringGuest, pages: MarkedPages, monitor: Monitor) -> None:
+    def __init__(self, guest: StoringGuest, pages: MarkedPages, monitor: MonitorCore) -> None:
         self._guest = guest
         #: What has come.
         self.pages = pages

@@ -29,7 +29,7 @@ from ..errors import (
 )
 from ..guest import DirtyTracker, Guest
 from ..info import Downtime, Summary
-from ..monitor import Monitor
+from ..monitor_core import MonitorCore
 from ..status import Role, Status
 from ..wire import encoder as wire
 from ..wire.marks import Mark, reason_bytes
@@ -66,7 +66,7 @@ class Departure(abc.ABC):
         guest: Guest,
         connections: Connections,
         config: Config,
-        monitor: Monitor,
+        monitor: MonitorCore,
         commit: CommitHook | None,
         fence: FenceHook | None,
     ) -> None:

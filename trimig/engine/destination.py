@@ -30,7 +30,7 @@ from ..guest import (
     StoringGuest,
 )
 from ..info import Summary
-from ..monitor import Monitor
+from ..monitor_core import MonitorCore
 from ..status import Role, Status
 from ..wire import Command, Decoder, Section, globalstate, postcopy
 from ..wire import events as ev
@@ -73,7 +73,7 @@ def _is_full(event: ev.Event) -> bool:
     return isinstance(event, ev.SectionHeader) and event.kind is Section.FULL
 
 
-async def receive_stream(guest: Guest, connections: Connections, config: Config, monitor: Monitor) -> Summary:
+async def receive_stream(guest: Guest, connections: Connections, config: Config, monitor: MonitorCore) -> Summary:
     """Fill *guest* from the first of *connections*, and take it over.
 
     :func:`trimig.receive` is the public form and has the contract.
@@ -99,7 +99,7 @@ async def receive_stream(guest: Guest, connections: Connections, config: Config,
 class _Arrival(Arrival):
     """One incoming migration: what is read, and in which order."""
 
-    def __init__(self, guest: Guest, connections: Connections, config: Config, monitor: Monitor) -> None:
+    def __init__(self, guest: Guest, connections: Connections, config: Config, monitor: MonitorCore) -> None:
         super().__init__(guest, connections, config, monitor)
         self.header: ev.SectionHeader | None = None
         self.loaded = False

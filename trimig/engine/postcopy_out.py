@@ -14,7 +14,7 @@ import trio
 
 from ..errors import TransportFailed
 from ..guest import PAGE_SIZE, DiscardableBlock, RamBlock
-from ..monitor import Counters
+from ..info import Counters
 from ..policy.postcopy import Batch, PageOrder
 from ..wire.postcopy import runs_of
 from ..wire.return_path import PageRequest

@@ -17,7 +17,7 @@ import trio
 
 from ..errors import RemoteProtocolError
 from ..guest import PAGE_SIZE, PageBitmap, RamBlock
-from ..monitor import Counters
+from ..info import Counters
 from ..wire import Decoder
 from ..wire.events import PageRun, RamList, ZeroRun
 from ..wire.postcopy import Discard

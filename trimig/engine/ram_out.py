@@ -12,7 +12,7 @@ import trio
 from numpy.typing import NDArray
 
 from ..guest import PAGE_SIZE, PageBitmap, Pages, RamBlock
-from ..monitor import Counters
+from ..info import Counters
 from ..wire import Section
 from ..wire import encoder as wire
 from .channel import Channel

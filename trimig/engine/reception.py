@@ -13,7 +13,7 @@ import trio
 
 from ..config import Config
 from ..errors import TransportFailed
-from ..monitor import Monitor
+from ..monitor_core import MonitorCore
 from .channel import AnyStream, Channel, OpenStream
 from .connections import Connections
 from .first_bytes import judge_surplus
@@ -35,7 +35,7 @@ class Reception:
         lobby: where a second connection waits; None where there can be none.
     """
 
-    def __init__(self, connections: Connections, config: Config, monitor: Monitor, nursery: trio.Nursery) -> None:
+    def __init__(self, connections: Connections, config: Config, monitor: MonitorCore, nursery: trio.Nursery) -> None:
         self._connections = connections
         self._config = config
         self._monitor = monitor

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..guest import PAGE_SIZE, Pages
-from ..monitor import Counters
+from ..info import Counters
 from ..wire import RamFlag, RecordWriter
 from .channel import BATCH_PAGES, Channel
 from .zeros import zero_pages

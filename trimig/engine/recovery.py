@@ -10,7 +10,7 @@ import trio
 
 from ..config import Config
 from ..errors import PostcopyLost, TransportFailed, TrimigError
-from ..monitor import Monitor
+from ..monitor_core import MonitorCore
 from . import teardown
 from .boundary import leaves
 from .channel import AnyStream
@@ -35,7 +35,7 @@ class Search:
             right one does not come in between.
     """
 
-    def __init__(self, monitor: Monitor, config: Config, reopen: Reopen | None, *, listens: bool) -> None:
+    def __init__(self, monitor: MonitorCore, config: Config, reopen: Reopen | None, *, listens: bool) -> None:
         self._monitor = monitor
         self._config = config
         self._reopen = reopen
@@ -70,7 +70,7 @@ class Search:
         self._most = min(self._most, seconds)
 
     async def connection(self) -> AnyStream:
-        """Another stream: when :meth:`Monitor.recover` says where, or at intervals by itself.
+        """Another stream: when :meth:`trimig.Monitor.recover` says where, or at intervals by itself.
 
         Raises:
             PostcopyLost: the time is over, or the migration was given up.
@@ -104,7 +104,7 @@ class Search:
                 monitor.emit("RECOVERY_FAILED", reason=str(error))
 
 
-async def _unless_told_otherwise(monitor: Monitor, reopen: Reopen, uri: str | None) -> AnyStream | None:
+async def _unless_told_otherwise(monitor: MonitorCore, reopen: Reopen, uri: str | None) -> AnyStream | None:
     """A connection; None if meanwhile somebody has said where else to look, or has given up.
 
     **Cancellation:** there is no stream.

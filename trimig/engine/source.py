@@ -22,7 +22,7 @@ from ..errors import ConfigError, NotConverging, TransportFailed, TrimigError
 from ..guest import PAGE_SIZE, DeviceSection, Guest, IdentifiedGuest, OpaqueGuest, PageBitmap
 from ..info import Summary
 from ..memory import snapshot_of
-from ..monitor import Monitor
+from ..monitor_core import MonitorCore
 from ..owner import check_here
 from ..policy import convergence
 from ..policy.eta import Stall
@@ -61,7 +61,7 @@ async def migrate_stream(
     guest: Guest,
     connections: Connections,
     config: Config,
-    monitor: Monitor,
+    monitor: MonitorCore,
     *,
     commit: CommitHook | None = None,
     fence: FenceHook | None = None,
@@ -92,7 +92,7 @@ class _Attempt(Departure):
         guest: Guest,
         connections: Connections,
         config: Config,
-        monitor: Monitor,
+        monitor: MonitorCore,
         commit: CommitHook | None,
         fence: FenceHook | None,
     ) -> None:
@@ -468,7 +468,7 @@ class _Attempt(Departure):
             self.monitor.emit("STOP")
 
     async def _hold(self) -> None:
-        """pause-before-switchover: nothing is sent until :meth:`Monitor.resume` says so, however long that takes."""
+        """pause-before-switchover: nothing is sent until :meth:`trimig.Monitor.resume` says so, however long that takes."""
         await self._advance(Status.PRE_SWITCHOVER)
         while self.monitor.status is Status.PRE_SWITCHOVER:
             await self.monitor.wait_changed()

@@ -13,7 +13,7 @@ import trio
 
 from ..config import Config
 from ..errors import RemoteProtocolError, TransportFailed
-from ..monitor import Counters
+from ..info import Counters
 from ..wire import Decoder
 from ..wire import events as ev
 from . import teardown

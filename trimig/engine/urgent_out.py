@@ -12,7 +12,7 @@ from typing import Final
 import trio
 
 from ..guest import RamBlock
-from ..monitor import Counters
+from ..info import Counters
 from ..policy.postcopy import Batch, PageOrder
 from ..wire import encoder as wire
 from .channel import Channel

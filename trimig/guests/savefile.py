@@ -17,7 +17,7 @@ from ..engine.offload import offload
 from ..engine.ram_in import RamReceiver
 from ..errors import RemoteProtocolError, TransportFailed
 from ..guest import ConfigSubsection, DeviceSection, OpaqueGuest, PageBitmap
-from ..monitor import Counters
+from ..info import Counters
 from ..wire import Decoder, Section
 from ..wire import events as ev
 from ..wire.devices import SplitTail, Undelimited

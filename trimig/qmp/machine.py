@@ -561,5 +561,5 @@ class Machine:
 
 def _abandon(monitor: Monitor, reason: str, _: Event | None = None) -> None:
     """The process ends, so nobody would take a paused migration up again."""
-    if monitor.status in RECOVERABLE and monitor.given_up is None:
+    if monitor.status in RECOVERABLE:
         monitor.abandon(reason)
