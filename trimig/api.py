@@ -57,7 +57,10 @@ async def migrate(
 
     **Cancellation:** up to the decision the migration never happened: the guest is in the run state it had, and a new
     attempt may be made at once. From the decision to its answer a cancellation is held off, for at most
-    ``handover_timeout`` seconds.
+    ``handover_timeout`` seconds; then the call returns, or raises what is true. In postcopy the switch is the decision.
+    Behind it a cancellation is held off for as long as the memory follows over a connection, however long that takes.
+    While the connection is lost it ends the call: with PostcopyLost, or with HandoverUncertain where the destination had
+    not said yet that it has the guest.
     """
     check_migrate(guest, to, config, monitor, commit, fence)
     config = config or Config()
@@ -94,8 +97,11 @@ async def receive(
             stands still here until that is settled.
         StateError, ConfigError: the call was not possible; nothing was done, but a stream given as *at* is closed.
 
-    **Cancellation:** up to the decision of the source as for an error. If the decision has been read, the guest is
-    brought to life and the call returns, or fails, within ``handover_timeout`` seconds.
+    **Cancellation:** up to the decision of the source as for a MigrationError. If the decision has been read, the guest is
+    brought to life and the call returns, or raises what is true, within ``handover_timeout`` seconds. In postcopy the
+    package is the decision. Behind it a cancellation is held off for as long as the memory follows over a connection,
+    however long that takes. While the connection is lost it ends the call with PostcopyLost, or with HandoverUncertain
+    where the source may have taken its guest back; the guest stands still then.
     """
     check_receive(guest, at, config, monitor)
     monitor, config = monitor or Monitor(), config or Config()

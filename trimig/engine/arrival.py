@@ -36,7 +36,7 @@ from ..wire.postcopy import Runs
 from ..wire.return_path import Reason, Shut, encode
 from . import guest_calls, teardown
 from .arriving import Storing
-from .boundary import Outcome, add_to_message, bare, domain_error
+from .boundary import Outcome, add_to_message, bare, domain_error, lost_by_cancellation
 from .channel import Channel
 from .connections import Connections
 from .ram_in import RamReceiver
@@ -165,6 +165,7 @@ class Arrival(abc.ABC):
             self.counters.missing = {
                 name: [(first, end) for first, end in runs.tolist()] for name, runs in missing.items()
             }
+        error = error or lost_by_cancellation(failure, monitor.status)
         if error is not None and monitor.status is Status.POSTCOPY_LOST:
             error = _lost(error, self.counters.missing)
         if monitor.status is Status.UNCERTAIN:

@@ -76,6 +76,15 @@ def bare(error: BaseException) -> BaseException:
     return next((leaf for leaf in found if not isinstance(leaf, trio.Cancelled)), found[0])
 
 
+def lost_by_cancellation(failure: BaseException | None, status: Status) -> PostcopyLost | None:
+    """The error for a call that was cancelled while it waited for a recovery: Cancelled would say that it never happened."""
+    if status is not Status.POSTCOPY_LOST or failure is None:
+        return None
+    if all(isinstance(leaf, trio.Cancelled) for leaf in leaves(failure)):
+        return PostcopyLost("the call was cancelled while the connection was lost")
+    return None
+
+
 def judged(error: TrimigError, status: Status) -> TrimigError:
     """*error* in the class that the final status demands: a guest that is at the destination without all of its memory
     is never reported by an error that means "as it was"."""

@@ -34,9 +34,10 @@ from ..status import Role, Status
 from ..wire import encoder as wire
 from ..wire.marks import Mark, reason_bytes
 from . import guest_calls, teardown
-from .boundary import Outcome, add_to_message, bare, domain_error, judged
+from .boundary import Outcome, add_to_message, bare, domain_error, judged, lost_by_cancellation
 from .channel import Channel
 from .connections import Connections
+from .handover import lift_shield, shield
 from .limiter import Limiter
 from .ram_out import RamSender
 from .reader import ReturnPathReader
@@ -142,6 +143,24 @@ class Departure(abc.ABC):
         if urgent is not None:
             await teardown.close(urgent.stream)
 
+    async def hand_over_status(self, nursery: trio.Nursery, seconds: float) -> None:
+        """The status `handover`, from which on a cancellation is held off for *seconds* at most.
+
+        The shield is there before anything is told: a listener that cancels in this very moment comes too late.
+
+        Raises:
+            GuestFailed: the guest runs.
+
+        **Cancellation:** the decision has not been made.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        shield(nursery, seconds)
+        try:
+            self.monitor.advance(Status.HANDOVER)
+        except TrimigError:
+            lift_shield(nursery)
+            raise
+
     def _cut(self) -> bool:
         """Break the connections there are; False if one of them cannot be."""
         return all(channel.cut() for channel in (self.channel, self.urgent) if channel is not None)
@@ -238,6 +257,7 @@ class Departure(abc.ABC):
             error = TransportFailed(
                 f"the transport took nothing of the decision within {self.config.handover_timeout:g} s"
             )
+        error = error or lost_by_cancellation(failure, monitor.status)
         if error is not None:
             error = judged(error, monitor.status)
             self.counters.error = str(error)

@@ -35,7 +35,6 @@ from . import guest_calls
 from .channel import Channel, Delivering, PerhapsSilent
 from .connections import Connections
 from .departure import SILENT_PEER, CommitHook, Departure, FenceHook
-from .handover import shield
 from .limiter import Limiter
 from .order import PING_LOADED, PING_RUNS
 from .postcopy_source import PING_DISCARDED, PING_FOLLOWED, Following
@@ -356,9 +355,7 @@ class _Attempt(Departure):
         self.parts["prepare"] = watch.lap()
         if self.commit_hook is not None:
             await self._call("the commit hook", self.commit_hook)
-        await self._advance(Status.HANDOVER)
-        # No checkpoint since the look for a cancel: from here on it is refused.
-        shield(nursery, self.config.handover_timeout)
+        await self.hand_over_status(nursery, self.config.handover_timeout)
         await self._hand_over(channel, devices.ending())
 
     async def _go_ahead(self, nursery: trio.Nursery, channel: Channel, sender: RamSender) -> None:
@@ -406,9 +403,7 @@ class _Attempt(Departure):
         self.in_postcopy = True
         self.limiter.move_to(channel, self.rate)
         following = Following(self, nursery, sender, self.limiter, blocks, unsent, self.connections)
-        await self._advance(Status.HANDOVER)
-        # No checkpoint since the look for a cancel: from here on it is refused.
-        shield(nursery, math.inf)
+        await self.hand_over_status(nursery, math.inf)
         self.undecided = channel.sent + len(package) - 1
         following.begin()
         with trio.move_on_after(config.handover_timeout):
