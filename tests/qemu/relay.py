@@ -37,6 +37,8 @@ class Direction:
         received: bytes that came in.
         delivered: bytes that were handed to the other side's socket.
         ended: the sender has closed this direction.
+        read: all that came in, where :attr:`keep` is set.
+        keep: see there.
     """
 
     def __init__(self) -> None:
@@ -48,6 +50,8 @@ class Direction:
         self.received = 0
         self.delivered = 0
         self.ended = False
+        self.read = bytearray()
+        self.keep = False
         self._passed = 0  # delivered or dropped
         self._buffer = bytearray()
         self._news = trio.lowlevel.ParkingLot()
@@ -79,6 +83,8 @@ class Direction:
             chunk = await source.receive_some(_CHUNK)
             self.received += len(chunk)
             self._buffer += chunk
+            if self.keep:
+                self.read += chunk
             self.ended = not chunk
             self.changed()
 

@@ -11,7 +11,7 @@ import functools
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from tests.conftest import children
 from tests.qemu.relay import exec_relay
 from tests.transport.pki import Pki
 from trimig import MiB, Ownership, Status
+from trimig.engine.limiter import Limiter
+from trimig.guest import PAGE_SIZE
 
 LIMIT = 20
 SIZE = 4 * MiB
@@ -186,24 +188,38 @@ def at(monitor: trimig.Monitor, point: str | float, act: Callable[[], object]) -
     return heard
 
 
-async def when_sent(monitor: trimig.Monitor, share: float, act: Callable[[], object]) -> None:
-    await monitor.wait_status(Status.ACTIVE)
-    while monitor.statistics().transferred < share * SIZE and monitor.status is Status.ACTIVE:  # noqa: ASYNC110 - no event
-        await trio.sleep(0.002)
-    act()
+@contextlib.contextmanager
+def when_sent(share: float, act: Callable[[], object]) -> Iterator[None]:
+    """Call *act* when the source has sent exactly that share of its pages, none of which is zero."""
+    pages = Limiter.pages
+    last = int(share * SIZE) // PAGE_SIZE
+    acted = False
+
+    async def stopped(limiter: Limiter, wanted: int) -> int:
+        nonlocal acted
+        if acted:
+            return await pages(limiter, wanted)
+        if limiter._counters.normal == last:
+            acted = True
+            act()
+            await trio.lowlevel.checkpoint()
+            return await pages(limiter, wanted)
+        return await pages(limiter, min(wanted, last - limiter._counters.normal))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Limiter, "pages", stopped)
+        yield
+    assert acted
 
 
 async def disturbed(attempt: Attempt, point: str | float, act: Callable[[], object]) -> None:
     """Run *attempt*, with *act* called at the point."""
-    monitor = attempt.monitors[0]
     if isinstance(point, str):
-        monitor.add_listener(at(monitor, point, act))
+        attempt.monitors[0].add_listener(at(attempt.monitors[0], point, act))
         await attempt.run()
         return
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(when_sent, monitor, point, act)
+    with when_sent(point, act):
         await attempt.run()
-        nursery.cancel_scope.cancel("it is over")
 
 
 def is_the_sources(attempt: Attempt, source: trimig.AppGuest, target: trimig.AppGuest) -> None:
@@ -280,11 +296,9 @@ async def test_file_holds_the_whole_of_it_or_nothing_counts(tmp_path: Path) -> N
             uri = f"file:{tmp_path}/{index}"
             with trio.CancelScope() as scope:
                 act = functools.partial(scope.cancel, "the test")
-                async with trio.open_nursery() as nursery:
-                    if isinstance(point, str):
-                        monitor.add_listener(at(monitor, point, act))
-                    else:
-                        nursery.start_soon(when_sent, monitor, point, act)
+                if isinstance(point, str):
+                    monitor.add_listener(at(monitor, point, act))
+                with when_sent(point, act) if isinstance(point, float) else contextlib.nullcontext():
                     await trimig.migrate(source, uri, config, monitor=monitor)
             assert scope.cancelled_caught
             assert (monitor.owner, source.run_state) == (Ownership.SOURCE, "running")
