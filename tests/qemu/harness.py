@@ -63,6 +63,7 @@ class Qemu:
         qmp: its monitor.
         pid: its process id.
         installed: which QEMU it is.
+        machine: its machine type, as it was asked for.
         ram: guest memory, shape ``(size,)``, writable and shared with QEMU; None without a memory file.
     """
 
@@ -73,8 +74,10 @@ class Qemu:
         ram: NDArray[np.uint8] | None,
         directory: Path,
         installed: Installed,
+        machine: Machine,
     ) -> None:
         self.qmp = qmp
+        self.machine = machine
         self.installed = installed
         self.pid = process.pid
         self._process = process
@@ -169,7 +172,7 @@ class Qemu:
                     env={**os.environ, **installed.environment},
                 )
             stack.push_async_callback(_kill, process)
-            vm = cls(process, qmp, view, directory, installed)
+            vm = cls(process, qmp, view, directory, installed, machine)
             stack.push(vm._explain)
             try:
                 with trio.fail_after(_START_LIMIT):

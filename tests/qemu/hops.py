@@ -105,8 +105,8 @@ class Hop:
 
     # -- what trimig is told -------------------------------------------------------------------------------------------
 
-    def config(self, *, source: bool) -> trimig.Config:
-        """Of our side."""
+    def config(self, vm: Qemu, *, source: bool) -> trimig.Config:
+        """Of our side, where *vm* is the other one."""
         slow = self.mode in POSTCOPY
         config = trimig.Config(
             capabilities=trimig.Capabilities(return_path=self.mode not in _ONE_WAY),
@@ -120,6 +120,9 @@ class Hop:
         if not source or self.mode == "snapshot":  # these are the source's alone
             names = [name for name in names if name.startswith("postcopy") or name == "switchover-ack"]
         config = config.with_options(capabilities=names)
+        if self.mode == "ack" and vm.machine == "none" and vm.installed.numbers >= (11, 1):
+            # A machine type without a version is as new as the program, which the stream does not tell.
+            config = dataclasses.replace(config, peer=dataclasses.replace(config.peer, switchover_ack_legacy=False))
         if self.mode == "tls":
             config = config.with_options(tls=self.pki.make("client" if source else "server"))
         return config
@@ -186,7 +189,7 @@ async def send(hop: Hop, guest: trimig.Guest, vm: Qemu, spare: Spare) -> None:
     *spare* starts another QEMU like it, for an attempt that is cancelled.
     """
     if hop.mode == "file":
-        await trimig.migrate(guest, f"file:{hop.path}", hop.config(source=True))
+        await trimig.migrate(guest, f"file:{hop.path}", hop.config(vm, source=True))
         await hop.prepare(vm, source=False)
         newer = vm.installed.numbers >= (8, 2)
         await vm.incoming(f"file:{hop.path}" if newer else f"exec:cat {hop.path}")
@@ -204,7 +207,7 @@ async def send(hop: Hop, guest: trimig.Guest, vm: Qemu, spare: Spare) -> None:
         "preempt": functools.partial(_switch, monitor),
         "recovery": functools.partial(_switch_and_cut, monitor, vm),
     }.get(hop.mode, trio.lowlevel.checkpoint)
-    summary = await peers.while_migrating(guest, uri, hop.config(source=True), monitor, steer)
+    summary = await peers.while_migrating(guest, uri, hop.config(vm, source=True), monitor, steer)
     assert summary.confirmed is (hop.mode not in _ONE_WAY)
     await vm.wait_migration_status("completed")
     await vm.wait_status("running")
@@ -248,7 +251,7 @@ async def _send_and_cancel(hop: Hop, guest: trimig.Guest, vm: Qemu) -> None:
     """An attempt that is cancelled while memory is on its way."""
     uri = await hop.opened_at(vm)
     monitor = trimig.Monitor()
-    config = hop.config(source=True)
+    config = hop.config(vm, source=True)
     slow = dataclasses.replace(config, parameters=config.parameters.replace(max_bandwidth=SLOW, downtime_limit=1))
 
     async def cancel() -> None:
@@ -271,7 +274,7 @@ async def receive(hop: Hop, vm: Qemu, make: Callable[[], trimig.ParkedGuest]) ->
     if hop.mode == "again":
         await _receive_and_cancel(hop, vm, make)
     guest = make()
-    async with peers.arriving(guest, hop.config(source=False), uri=hop.listen) as arrival:
+    async with peers.arriving(guest, hop.config(vm, source=False), uri=hop.listen) as arrival:
         await hop.begin(vm, arrival.uri)
         match hop.mode:
             case "pause":
@@ -326,7 +329,7 @@ async def _received_from_a_file(hop: Hop, vm: Qemu, make: Callable[[], trimig.Pa
             break
         await trio.sleep(0.01)
     guest = make()
-    await trimig.receive(guest, f"file:{hop.path}", hop.config(source=False))
+    await trimig.receive(guest, f"file:{hop.path}", hop.config(vm, source=False))
     return guest
 
 
@@ -334,7 +337,7 @@ async def _receive_and_cancel(hop: Hop, vm: Qemu, make: Callable[[], trimig.Park
     """An attempt that is cancelled at the QEMU while memory is on its way; its guest runs on."""
     await vm.set_parameters({"max-bandwidth": SLOW, "downtime-limit": 1})
     with make() as guest:
-        async with peers.arriving(guest, hop.config(source=False)) as arrival:
+        async with peers.arriving(guest, hop.config(vm, source=False)) as arrival:
             await hop.begin(vm, arrival.uri)
             await _moved(arrival.monitor, 1)
             await vm.qmp.execute("migrate_cancel")

@@ -122,7 +122,11 @@ FIRST_COPY: Final = Convergence(
 NOT_ALLOWED: Final = Convergence(
     converging=False,
     reason="the capability switchover-ack is on, and the destination has not allowed the switchover (no SWITCHOVER_ACK has come)",
-    advice=("turn switchover-ack on at the destination", "turn it off here"),
+    advice=(
+        "turn switchover-ack on at the destination",
+        "turn it off here",
+        "set the peer switch switchover-ack-legacy=off for a destination from QEMU 11.1 on whose machine type has no version",
+    ),
 )
 
 
