@@ -12,7 +12,7 @@ import trio.testing
 
 from trimig.config import Capabilities, Config, Parameters
 from trimig.errors import ConfigError, Ownership, StateError
-from trimig.monitor import EVENT_BACKLOG, Downtime, Event, Monitor, Summary, core_of
+from trimig.monitor import EVENT_BACKLOG, Downtime, Event, Summary
 from trimig.monitor_core import MonitorCore
 from trimig.status import IDLE, IN_POSTCOPY, TERMINAL, Role, Status
 
@@ -588,38 +588,3 @@ def test_throughput_counts_every_copy_of_a_page(total_time: float, throughput: f
         dirty_tracking="marks",
     )
     assert summary.throughput == throughput
-
-
-# -- what a caller gets ----------------------------------------------------------------------------------------------------
-
-
-def test_the_engines_side_is_not_public() -> None:
-    """A caller cannot move the status of a migration."""
-    engine_only = {name for name in vars(MonitorCore) if not name.startswith("_")} - set(vars(Monitor))
-    assert engine_only == {
-        "advance",
-        "begin",
-        "cancel_reason",
-        "control",
-        "emit",
-        "given_up",
-        "interrupt",
-        "listening",
-        "postcopy_wanted",
-        "recovery_wanted",
-        "take_recovery",
-        "warn",
-    } | (engine_only & {"yanked", "cut"})
-    assert {name for name in vars(Monitor) if not name.startswith("_")} - set(vars(MonitorCore)) == {"guest"}
-
-
-async def test_a_monitor_shows_and_steers_what_the_engine_moves(autojump_clock: trio.testing.MockClock) -> None:
-    monitor = Monitor()
-    core = brought_to(S.ACTIVE, monitor=core_of(monitor))
-    assert (monitor.status, monitor.role, monitor.owner) == (core.status, core.role, core.owner)
-    assert monitor.info() == core.info()
-    assert monitor.statistics() == core.statistics()
-    monitor.counters.normal = 7
-    assert core.counters.normal == 0
-    monitor.cancel("enough")
-    assert (core.status, core.cancel_reason) == (S.CANCELLING, "enough")
