@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from collections.abc import Awaitable, Callable
 
 import trio
 import trio.testing
@@ -12,16 +14,20 @@ from tests import tiers
 from tests.fuzzed import Fuzzed
 from tests.sweeps.postcopy import Meeting, given, make_config
 from trimig import Owner
+from trimig.engine import teardown
 from trimig.engine.channel import AnyStream
 from trimig.engine.connections import Connections
 from trimig.engine.destination import receive_stream
 from trimig.engine.source import migrate_stream
+from trimig.errors import PostcopyLost, TransportFailed
 from trimig.monitor_core import MonitorCore
 from trimig.testing import FakeDevice, Fault, LazyScriptedGuest, ScriptedGuest, VirtualLink
 
 PAIRS = 50
 #: Of a link that is cut: everything before the switch fits into less.
 BEHIND_THE_SWITCH = 30_000
+#: Virtual seconds for which a pair looks for each other among the others: about 120 tries.
+SEARCH = 600.0
 
 
 class Both:
@@ -94,3 +100,119 @@ def test_fifty_pairs_at_once(fuzzed: Fuzzed) -> None:
         recoveries += trio.run(at_once, seed, clock=trio.testing.MockClock(autojump_threshold=0))
     fuzzed("pairs in postcopy with connections that are cut", rounds * PAIRS)
     assert recoveries > rounds * PAIRS
+
+
+class Crowd:
+    """One place where all destinations wait, and where a source comes to its own or to any other one."""
+
+    def __init__(self, seed: int) -> None:
+        self.chosen = random.Random(f"crowd {seed}")
+        self.waiting: dict[int, list[VirtualLink]] = {}
+        self._comes: dict[int, trio.Event] = {}
+        self.wrong = 0
+        self.links: list[VirtualLink] = []
+
+    def accept(self, number: int) -> Callable[[str | None], Awaitable[AnyStream]]:
+        """Where destination *number* waits."""
+
+        async def opener(_: str | None) -> AnyStream:
+            place = self.waiting[number] = []
+            self._comes[number] = trio.Event()
+            try:
+                await self._comes[number].wait()
+            except trio.Cancelled:
+                self.waiting.pop(number, None)
+                for link in place:
+                    await teardown.close(link.b)
+                raise
+            return place[0].b
+
+        return opener
+
+    def connect(self, number: int) -> Callable[[str | None], Awaitable[AnyStream]]:
+        """Where source *number* comes to: in one of four tries to its own destination, otherwise to any that waits."""
+
+        async def opener(_: str | None) -> AnyStream:
+            await trio.lowlevel.checkpoint()
+            chosen = self.chosen
+            to = number if chosen.random() < 0.25 else chosen.choice(sorted(self.waiting) or [number])
+            if to not in self.waiting:
+                raise TransportFailed("no destination waits there")
+            link = VirtualLink(seed=chosen.randrange(1 << 30), window=8192, latency=0.001, rate=1e6)
+            if chosen.random() < 0.3:
+                way = chosen.choice(("a->b", "b->a"))
+                after = chosen.randrange(10, 40_000 if way == "a->b" else 300)
+                link.add_fault(Fault(direction=way, after=after, kind=chosen.choice(("reset", "eof"))))
+            self.wrong += to != number
+            self.links.append(link)
+            self.waiting.pop(to).append(link)
+            self._comes[to].set()
+            return link.a
+
+        return opener
+
+
+class Lost(Both):
+    """A pair in a crowd."""
+
+    def __init__(self, number: int, seed: int, crowd: Crowd) -> None:
+        super().__init__(number, seed)
+        self.refused = 0
+        self._config = dataclasses.replace(make_config(), recovery_timeout=SEARCH)
+        self._connect, self._accept = crowd.connect(number), crowd.accept(number)
+        self.taker.add_listener(self._paused)
+
+    def _paused(self, event: trimig.Event) -> None:
+        if event.name == "MIGRATION" and event.data["status"] == "postcopy-paused":
+            self.refused += "of the source of another migration" in str(self.taker.counters.error)
+
+    async def send(self) -> None:
+        ways = Connections(first=given(self.link.a), again=self._connect)
+        try:
+            self.ends.append(await migrate_stream(self.source, ways, self._config, self.sender))
+        except PostcopyLost as error:
+            self.ends.append(error)
+
+    async def take(self) -> None:
+        ways = Connections(first=given(self.link.b), again=self._accept)
+        self.ends.append(await receive_stream(self.target, ways, self._config, self.taker))
+
+    def whole(self) -> None:
+        """It has arrived; where only the last word was lost, its source says so."""
+        for end in self.ends:
+            if isinstance(end, PostcopyLost):
+                assert "all memory had been sent, so the destination may be complete" in str(end)
+        self.unheard = sum(isinstance(end, PostcopyLost) for end in self.ends)
+        self.ends = [end for end in self.ends if isinstance(end, trimig.Summary)]
+        assert len(self.ends) == 2 - self.unheard
+        self.ends += self.ends[:1] * self.unheard
+        super().whole()
+
+
+async def in_a_crowd(seed: int) -> tuple[int, int, int]:
+    """All pairs; how many came to a wrong destination, how many were refused, how many sources missed the last word."""
+    crowd = Crowd(seed)
+    pairs = [Lost(number, seed, crowd) for number in range(PAIRS)]
+    with trio.fail_after(10 * SEARCH):
+        async with trio.open_nursery() as nursery:
+            for pair in pairs:
+                nursery.start_soon(pair.send)
+                nursery.start_soon(pair.take)
+    for pair in pairs:
+        pair.whole()
+    assert all(link.closed for link in crowd.links), "a link was left open"
+    return crowd.wrong, sum(pair.refused for pair in pairs), sum(pair.unheard for pair in pairs)
+
+
+def test_fifty_pairs_that_come_to_wrong_destinations(fuzzed: Fuzzed) -> None:
+    """O6, O8: a destination refuses the sources of others, and its own gets in; no page is of another guest."""
+    rounds = 40 if tiers.everything() else 1
+    wrong = refused = unheard = 0
+    for seed in range(rounds):
+        found = trio.run(in_a_crowd, seed, clock=trio.testing.MockClock(autojump_threshold=0))
+        wrong, refused, unheard = wrong + found[0], refused + found[1], unheard + found[2]
+    fuzzed("sources at destinations of other guests", wrong)
+    assert wrong > rounds * PAIRS
+    # The others were cut before they could be refused.
+    assert wrong // 2 < refused <= wrong
+    assert unheard < rounds * PAIRS // 2
