@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Awaitable, Callable
+from typing import Literal
 
 import trio
 import trio.testing
@@ -140,7 +141,7 @@ class Crowd:
                 raise TransportFailed("no destination waits there")
             link = VirtualLink(seed=chosen.randrange(1 << 30), window=8192, latency=0.001, rate=1e6)
             if chosen.random() < 0.3:
-                way = chosen.choice(("a->b", "b->a"))
+                way: Literal["a->b", "b->a"] = chosen.choice(("a->b", "b->a"))
                 after = chosen.randrange(10, 40_000 if way == "a->b" else 300)
                 link.add_fault(Fault(direction=way, after=after, kind=chosen.choice(("reset", "eof"))))
             self.wrong += to != number
