@@ -110,6 +110,22 @@ class Arrival:
     scope: trio.CancelScope
     outcome: trimig.Summary | trimig.TrimigError | None = None
     done: trio.Event = dataclasses.field(default_factory=trio.Event)
+    #: Why connections were dropped, which were not the source's.
+    drops: list[str] = dataclasses.field(default_factory=list)
+    dropping: trio.Event = dataclasses.field(default_factory=trio.Event)
+
+    def heard(self, event: trimig.Event) -> None:
+        """Listens to the monitor."""
+        if event.name == "CONNECTION_DROPPED":
+            self.drops.append(str(event.data["reason"]))
+            self.dropping.set()
+            self.dropping = trio.Event()
+
+    async def dropped(self, count: int = 1) -> str:
+        """Wait until that many connections have been dropped; why the last one was."""
+        while len(self.drops) < count:
+            await self.dropping.wait()
+        return self.drops[count - 1]
 
     async def wait_pages(self, count: int) -> None:
         """Wait until that many pages have come, zero ones not counted."""
@@ -139,6 +155,7 @@ async def arriving(
     """Receive into *guest* while the block runs; it ends when the receiver has."""
     monitor = trimig.Monitor()
     arrival = Arrival("", monitor, trio.CancelScope())
+    monitor.add_listener(arrival.heard)
 
     async def receive() -> None:
         try:

@@ -33,7 +33,8 @@ from trimig import Ownership, Status
 
 pytestmark = pytest.mark.qemu
 
-#: What a QEMU destination sends in a migration with return path: PONG 1, the PONG of the prepare step, SHUT 0.
+#: What a QEMU destination sends in a migration with return path: PONG 1, the
+#: PONG of trimig's mark, the PONG of the prepare step, SHUT 0.
 MESSAGE = 8
 #: How far around the end-of-file byte the connection is cut, in bytes.
 AROUND = 30
@@ -154,7 +155,7 @@ async def test_cut_at_each_byte_behind_the_decision_is_uncertain(outgoing: Shape
         async def cut(point: int) -> None:
             async with peers.relayed() as (vm, relay):
                 with peers.source() as guest:
-                    relay.back.drop_from = 2 * MESSAGE
+                    relay.back.drop_from = 3 * MESSAGE
 
                     async def commit() -> None:
                         await trio.lowlevel.checkpoint()
@@ -222,11 +223,11 @@ async def test_scope_cancelled_during_the_handover_is_too_late() -> None:
     """Rule C7, gap G2: the cancellation is held off until the answer has come, and the answer counts."""
     async with peers.relayed() as (vm, relay):
         with peers.source() as guest:
-            relay.back.hold_from = 2 * MESSAGE
+            relay.back.hold_from = 3 * MESSAGE
             with trio.CancelScope() as scope:
 
                 async def cancel() -> None:
-                    await relay.back.wait_until(lambda d: d.received == 3 * MESSAGE)
+                    await relay.back.wait_until(lambda d: d.received == 4 * MESSAGE)
                     scope.cancel()
                     await vm.wait_status("running")
                     assert guest.run_state == "paused"
@@ -251,13 +252,13 @@ async def test_lost_answer_is_uncertain_while_qemu_runs(silent: str) -> None:
     async with peers.relayed() as (vm, relay):
         with peers.source() as guest:
             if silent == "dropped":
-                relay.back.drop_from = 2 * MESSAGE
+                relay.back.drop_from = 3 * MESSAGE
             else:
-                relay.back.hold_from = 2 * MESSAGE
+                relay.back.hold_from = 3 * MESSAGE
             monitor = trimig.Monitor()
             with pytest.raises(trimig.HandoverUncertain) as caught:
                 await trimig.migrate(guest, relay.uri, peers.settings(handover_timeout=0.5), monitor=monitor)
-            assert relay.back.received == 3 * MESSAGE
+            assert relay.back.received == 4 * MESSAGE
             await vm.wait_status("running")
             assert guest.run_state == "paused"
             with pytest.raises(trimig.StateError):
@@ -268,7 +269,7 @@ async def test_lost_answer_is_uncertain_while_qemu_runs(silent: str) -> None:
             assert guest.run_state == "paused"
 
 
-@pytest.mark.parametrize("drop", range(2 * MESSAGE + 1, 3 * MESSAGE))
+@pytest.mark.parametrize("drop", range(3 * MESSAGE + 1, 4 * MESSAGE))
 async def test_answer_cut_anywhere_is_no_answer(drop: int) -> None:
     """T2: the connection ends inside of SHUT."""
     async with peers.relayed() as (vm, relay):
@@ -289,11 +290,11 @@ async def test_proof_of_prepare(then: str) -> None:
     """The PONG behind the devices: QEMU has everything and waits; until the decision all of it can be taken back."""
     async with peers.relayed() as (vm, relay):
         with peers.source() as guest:
-            relay.back.hold_from = MESSAGE
+            relay.back.hold_from = 2 * MESSAGE
             monitor = trimig.Monitor()
 
             async def act() -> None:
-                await relay.back.wait_until(lambda d: d.received == 2 * MESSAGE)
+                await relay.back.wait_until(lambda d: d.received == 3 * MESSAGE)
                 assert monitor.status is Status.DEVICE
                 assert monitor.owner is Ownership.SOURCE
                 assert (await vm.query_status(), guest.run_state) == ("inmigrate", "paused")
