@@ -67,8 +67,8 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ),
     (
         "section footers off at the source", "trimig/engine/source.py",
-        "sender = RamSender(channel, limiter, self.counters, footers=config.peer.send_section_footer)",
-        "sender = RamSender(channel, limiter, self.counters, footers=False)", (_SWITCH, _OPTIONS),
+        "sender = self.records = RamSender(channel, limiter, self.counters, footers=config.peer.send_section_footer)",
+        "sender = self.records = RamSender(channel, limiter, self.counters, footers=False)", (_SWITCH, _OPTIONS),
     ),
     (
         "blocktime always 0", "trimig/engine/postcopy_destination.py",

@@ -188,12 +188,21 @@ async def test_info_capabilities_and_parameters_show_everything() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["", "info", "info cpus", "migrate tcp:127.0.0.1:1", "quit", "info migrate x", "INFO migrate"]
+    ("line", "words"),
+    [
+        ("", "unknown command"),
+        ("info", "unknown command"),
+        ("info cpus", "unknown command"),
+        ("migrate tcp:127.0.0.1:1", "unknown command"),
+        ("quit", "unknown command"),
+        ("info migrate x", "extraneous characters"),
+        ("INFO migrate", "unknown command"),
+    ],
 )
-async def test_other_lines_say_what_is_known_and_do_nothing(line: str) -> None:
+async def test_other_lines_say_what_is_known_and_do_nothing(line: str, words: str) -> None:
     async with hosted() as talk:
         text = await human(talk, line)
-        assert "unknown command" in text or "extraneous characters" in text
+        assert words in text
         assert not talk.machine.ended.is_set()
         assert talk.machine.outgoing.status is Status.NONE
 
