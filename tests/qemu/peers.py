@@ -172,7 +172,12 @@ async def arriving(
             while not (monitor.addresses or uri.startswith("fd:")):
                 await monitor.wait_changed()
             arrival.uri = monitor.addresses[0] if monitor.addresses else uri
-            yield arrival
+            try:
+                yield arrival
+            except Exception as error:
+                if isinstance(arrival.outcome, trimig.TrimigError):
+                    error.add_note(f"the receiver had ended with {arrival.outcome!r}")
+                raise
 
 
 async def on_status(events: AsyncIterator[trimig.Event], status: str, act: Callable[[], object]) -> None:
