@@ -174,3 +174,26 @@ async def test_either_answer_says_that_the_destination_has_it(
             await peer.stream.aclose()
             await source.bring_to_an_end(await source.accept())
     assert isinstance(source.outcome, trimig.Summary)
+
+
+async def test_the_end_of_the_memory_is_the_proof(autojump_clock: trio.testing.MockClock) -> None:
+    """Only a source that has read the answer sends it: a break behind it pauses, and the guest runs on."""
+    async with made("scripted") as target, destination(target) as there:
+        statuses = told(there.monitor)
+        peer = await there.connect()
+        await peer.say(
+            OPENING + part(0, 1, 2) + PACKAGE + part(*ALL[3:5]) + wire.section_continue(Section.END, 2) + CLOSE
+        )
+        await peer.hear_that_it_lives()
+        await there.monitor.wait_status(Status.POSTCOPY_ACTIVE)
+        await peer.stream.aclose()
+        again = await there.reconnect()
+        assert target.run_state == "running"
+        assert owner_of(there.monitor) is Ownership.DESTINATION
+        again.decoder.expect_bitmap("ram")
+        await again.say(ASK + RESUME)
+        await again.hear_until(ResumeAck)
+        await again.say(part(*ALL[5:]) + END)
+        await again.hear_until(Shut)
+    assert isinstance(there.outcome, trimig.Summary)
+    assert "postcopy-uncertain" not in statuses

@@ -523,3 +523,41 @@ async def test_a_destination_waits_no_longer_than_the_bound(autojump_clock: trio
     assert isinstance(there.outcome, PostcopyLost)
     assert trio.current_time() - began < 20.0 + 7.0 + 1.0
     assert there.guest.run_state == "paused"
+
+
+# -- the caller's cancellation -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("connection", [1, 2])
+async def test_a_cancellation_waits_while_there_is_a_connection(
+    autojump_clock: trio.testing.MockClock, connection: int
+) -> None:
+    """The guest lives here, so its memory comes first, for longer than any time limit of the engine."""
+    outside = trio.CancelScope()
+    async with made("scripted") as target:
+        there = Destination(target, dataclasses.replace(able(), stall_timeout=3600.0))
+
+        async def receive() -> None:
+            with outside:
+                await there.run()
+
+        with trio.fail_after(3600):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(receive)
+                peer = await there.connect()
+                await peer.say(OPENING + part(0, 1, 2) + PACKAGE)
+                await peer.hear_that_it_lives()
+                await there.monitor.wait_status(Status.POSTCOPY_ACTIVE)
+                if connection == 2:
+                    await peer.stream.aclose()
+                    peer = await there.reconnect()
+                    peer.decoder.expect_bitmap("ram")
+                    await peer.say(ASK + RESUME)
+                    await peer.hear_until(ResumeAck)
+                outside.cancel()
+                await trio.sleep(100 * there.config.handover_timeout)
+                await peer.say(part(*ALL[3:]) + END)
+                await peer.hear_until(Shut)
+        assert isinstance(there.outcome, trimig.Summary), there.outcome
+        assert there.monitor.status is Status.COMPLETED
+        assert all((block.pages == 5).all() for block in target.ram)

@@ -1,4 +1,4 @@
-"""Whole receivers among strangers, with sockets, while a real source migrates (REVIEW C4, A8)."""
+"""Whole receivers among strangers, with sockets, while a real source migrates."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def slow(**capabilities: bool) -> trimig.Config:
 
 @pytest.mark.parametrize("kind", ["tcp", "unix", "ws", "tls", "wss"])
 async def test_receiver_survives_strangers(kind: str, tmp_path: Path) -> None:
-    """REVIEW C4: by each transport that several can connect to."""
+    """By each transport that several can connect to."""
     near = there = trimig.Config(parameters=trimig.Parameters(max_bandwidth=8 << 20))
     if kind in ("tls", "wss"):
         pki = Pki(tmp_path / "pki")
@@ -163,7 +163,7 @@ async def test_receiver_survives_strangers(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("newer", [False, True], ids=["7.2", "8.0"])
 async def test_second_connection_is_found_among_strangers(*, newer: bool) -> None:
-    """REVIEW C4: postcopy-preempt, with strangers that are silent from before to the end, and others all the time."""
+    """Postcopy-preempt, with strangers that are silent from before to the end, and others all the time."""
     moved = Moved(slow(postcopy_ram=True, postcopy_preempt=True, newer=newer))
     await moved.run("tcp:127.0.0.1:0")
     assert moved.sender.status is moved.taker.status is Status.COMPLETED
@@ -172,7 +172,7 @@ async def test_second_connection_is_found_among_strangers(*, newer: bool) -> Non
 
 @pytest.mark.parametrize("preempt", [False, True], ids=["one", "two"])
 async def test_recovery_with_a_silent_stranger(*, preempt: bool) -> None:
-    """REVIEW C4: the stranger is there before the source, and stays; nothing waits for it."""
+    """The stranger is there before the source, and stays; nothing waits for it."""
     moved = Moved(slow(postcopy_ram=True, postcopy_preempt=preempt))
     statuses: list[str] = []
     silent: list[Strangers] = []
@@ -220,7 +220,7 @@ async def test_recovery_with_a_silent_stranger(*, preempt: bool) -> None:
     ("data", "words"), [(MULTIFD, "multifd off there"), (client_hello(), "set tls-creds here"), (HTTP, "HTTP request")]
 )
 async def test_likely_reason_is_in_the_error(data: bytes, words: str) -> None:
-    """REVIEW A8: a source that is set up in another way. The receiver waits on; who ends it reads why nothing came."""
+    """A source that is set up in another way. The receiver waits on; who ends it reads why nothing came."""
     target, monitor = trimig.AppGuest("g", running=False), trimig.Monitor()
     target.add_ram("ram", 4096)
     with trio.fail_after(LIMIT), target:
@@ -240,7 +240,7 @@ async def test_likely_reason_is_in_the_error(data: bytes, words: str) -> None:
 
 
 async def test_multifd_at_the_source_is_named_when_its_main_connection_ends() -> None:
-    """REVIEW A8: main first, data channels beside it; the source gives up when these are closed."""
+    """Main first, data channels beside it; the source gives up when these are closed."""
     target, monitor = trimig.AppGuest("g", running=False), trimig.Monitor()
     target.add_ram("ram", 4096)
     with trio.fail_after(LIMIT), target:

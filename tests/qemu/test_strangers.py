@@ -1,4 +1,4 @@
-"""A receiver among strangers while a real QEMU migrates to it, and multifd at one side only (REVIEW C4, A8)."""
+"""A receiver among strangers while a real QEMU migrates to it, and multifd at one side only."""
 
 from __future__ import annotations
 

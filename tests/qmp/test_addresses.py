@@ -20,7 +20,7 @@ from trimig.qmp import uri_of
     ],
 )
 def test_address_is_qemus_object_and_the_uri_again(uri: str, address: dict[str, str]) -> None:
-    """A12: as QEMU, a list of objects; a client makes the URI of either."""
+    """As QEMU, a list of objects; a client makes the URI of either."""
     assert socket_address(uri) == address
     assert uri_of(address) == uri_of(uri) == uri
 

@@ -1,4 +1,4 @@
-"""Devices in front of the memory (newer.md part 2), and memory that virtio-mem has not plugged in (A11)."""
+"""Devices in front of the memory (newer.md part 2), and memory that virtio-mem has not plugged in."""
 
 from __future__ import annotations
 

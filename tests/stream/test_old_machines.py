@@ -1,4 +1,4 @@
-"""A6: streams of machine types up to 2.3, which have no configuration section and no footers, are recognised as they come."""
+"""Streams of machine types up to 2.3, which have no configuration section and no footers, are recognised as they come."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def with_capabilities(*names: str) -> bytes:
 async def test_capabilities_that_change_the_stream_are_refused_by_name(
     tmp_path: Path, autojump_clock: trio.testing.MockClock, name: str, advice: str
 ) -> None:
-    """A9: at the configuration, before anything that they change is misread."""
+    """At the configuration, before anything that they change is misread."""
     reason = await refused_everywhere(with_capabilities("events", name), tmp_path)
     assert name in reason
     assert advice in reason
@@ -168,7 +168,7 @@ def of_pages(size: int, *, zero: bool, length: int = 1 << 18, sections: int = 1,
 async def test_page_sizes_of_other_architectures_are_named(
     tmp_path: Path, autojump_clock: trio.testing.MockClock, size: int, zero: bool, sections: int, named: bool
 ) -> None:
-    """A10: whether pages are zero or not, in one section or several, with the block's name in each record or not."""
+    """Whether pages are zero or not, in one section or several, with the block's name in each record or not."""
     reason = await refused_everywhere(of_pages(size, zero=zero, sections=sections, named=named), tmp_path)
     assert f"target pages of {size} bytes" in reason
 

@@ -241,7 +241,7 @@ def test_families_are_those_of_qemu(options: str, family: int, both: bool) -> No
 async def test_listener_takes_the_families_that_qemu_takes(
     at: str, reached: tuple[str, ...], not_reached: tuple[str, ...]
 ) -> None:
-    """REVIEW A12."""
+    """Both families, one, or the one that the options name."""
     listener = await tcp.listen(at, Config())
     port = listener.uri.rpartition(":")[2]
     try:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimig.errors import RemoteProtocolError
-from trimig.wire.decoding import Node, decode_payload, measure_payload, uncertain_fields
+from trimig.wire.decoding import Node, count, decode_payload, measure_payload, uncertain_fields
 from trimig.wire.description import (
     JsonObject,
     Limits,
@@ -162,6 +162,8 @@ def test_payload_is_decoded_field_by_field() -> None:
         ("real", None, "CPU_Double_U", 29, 8, 1.5),
         ("dev/more", None, "subsection", 37, 22, None),
     ]
+    # 11, the registers' two elements with two fields each, and one field in each of chan, chan, kcs and the subsection.
+    assert count(nodes) == 11 + 2 + 4 + 2 + 1 + 1
     regs = nodes[3]
     assert [(e.index, e.offset, [(f.name, f.offset, f.value) for f in e.children]) for e in regs.children] == [
         (0, 14, [("now", 14, (1, 2)), ("mode", 16, -1)]),

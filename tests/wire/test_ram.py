@@ -7,6 +7,7 @@ import pytest
 
 from tests.wire import cases
 from tests.wire.cases import flat, page, read
+from trimig.errors import RemoteProtocolError
 from trimig.guest import PAGE_SIZE
 from trimig.wire import Decoder, RamFlag, RecordWriter, events
 
@@ -239,3 +240,21 @@ def test_flags_are_disjoint_bits_below_a_page() -> None:
     """ram.md part 2: flags occupy the bits below the page size."""
     assert sum(RamFlag) == 0x3FF
     assert all(0 < flag < PAGE_SIZE for flag in RamFlag)
+
+
+@pytest.mark.parametrize("size", [8192, 16384, 32768])
+@pytest.mark.parametrize("pieces", [100, 1 << 20])
+def test_larger_pages_are_told_by_the_record_behind_the_first(size: int, pieces: int) -> None:
+    """What stands behind its first 4096 bytes is damage, until the next record shows itself where a larger page ends."""
+    rest = b"\xff" * (size - PAGE_SIZE)
+    data = cases.IN_RAM + NAMED + PAGES[1] + rest + (size | 0x28).to_bytes(8, "big") + PAGES[2] + rest
+    decoder = Decoder(measure=None)
+
+    def feed() -> None:
+        for at in range(0, len(data), pieces):
+            decoder.feed(data[at : at + pieces])
+            drain(decoder)
+
+    with pytest.raises(RemoteProtocolError, match=f"target pages of {size} bytes") as error:
+        feed()
+    assert error.value.offset == len(cases.IN_RAM + NAMED) + PAGE_SIZE

@@ -55,7 +55,7 @@ TEXTS: dict[str, str] = {
 
 @pytest.mark.parametrize("name", list(TEXTS))
 def test_every_spelling_is_found_at_every_split(name: str) -> None:
-    """A2, A3: any first key, any white space; complete with the last byte and not before, wherever the bytes are cut."""
+    """Any first key, any white space; complete with the last byte and not before, wherever the bytes are cut."""
     text = TEXTS[name].encode()
     data = join_sections(SECTIONS) + headed(text)
     for cut in range(1, len(data) + 1):
@@ -75,7 +75,7 @@ def test_every_spelling_is_found_at_every_split(name: str) -> None:
 
 @pytest.mark.parametrize("file", ["qemu-10.0-pc-i440fx-7.2.tail.xz"])
 def test_a_real_machine_of_a_newer_qemu(file: str) -> None:
-    """A2: every device is found by its description; none by a guess."""
+    """Every device is found by its description; none by a guess."""
     data = lzma.decompress((DATA / file).read_bytes())
     for step in (997, len(data)):
         buffer = TailBuffer()
