@@ -197,3 +197,23 @@ async def test_the_end_of_the_memory_is_the_proof(autojump_clock: trio.testing.M
         await again.hear_until(Shut)
     assert isinstance(there.outcome, trimig.Summary)
     assert "postcopy-uncertain" not in statuses
+
+
+async def test_a_resume_alone_is_the_proof(autojump_clock: trio.testing.MockClock) -> None:
+    """A source that asks for no bitmap has not taken its guest back either."""
+    async with made("scripted") as target, destination(target) as there:
+        peer = await there.connect()
+        await peer.say(OPENING + part(0, 1, 2) + PACKAGE + part(3))
+        await peer.hear_that_it_lives()
+        await there.monitor.wait_status(Status.POSTCOPY_ACTIVE)
+        await peer.stream.aclose()
+        await there.monitor.wait_status(Status.POSTCOPY_UNCERTAIN)
+        there.monitor.recover("again")
+        again = await there.connect()
+        await again.say(RESUME)
+        await again.hear_until(ResumeAck)
+        assert target.run_state == "running"
+        assert owner_of(there.monitor) is Ownership.DESTINATION
+        await again.say(part(*ALL[4:]) + END)
+        await again.hear_until(Shut)
+    assert isinstance(there.outcome, trimig.Summary)

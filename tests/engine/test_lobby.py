@@ -284,7 +284,7 @@ async def test_who_says_nothing_of_use_is_read_no_further() -> None:
 
 @pytest.mark.parametrize("handshake", [trio.lowlevel.checkpoint, trio.sleep_forever])
 async def test_cancelled_lobby_leaves_nothing_open(handshake: Callable[[], Awaitable[None]]) -> None:
-    """C4, T3: the listener, those in their handshakes, those that wait, and one that was chosen in that moment."""
+    """T3: the listener, those in their handshakes, those that wait, and one that was chosen in that moment."""
     before = trio.lowlevel.current_statistics().tasks_living
     async with lobby() as tried:
         tried.door.handshake = handshake

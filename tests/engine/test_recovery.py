@@ -528,13 +528,14 @@ async def test_a_destination_waits_no_longer_than_the_bound(autojump_clock: trio
 # -- the caller's cancellation -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["scripted", "parked"])
 @pytest.mark.parametrize("connection", [1, 2])
 async def test_a_cancellation_waits_while_there_is_a_connection(
-    autojump_clock: trio.testing.MockClock, connection: int
+    autojump_clock: trio.testing.MockClock, connection: int, kind: str
 ) -> None:
     """The guest lives here, so its memory comes first, for longer than any time limit of the engine."""
     outside = trio.CancelScope()
-    async with made("scripted") as target:
+    async with made(kind) as target:
         there = Destination(target, dataclasses.replace(able(), stall_timeout=3600.0))
 
         async def receive() -> None:
