@@ -17,8 +17,8 @@ import trio.testing
 
 import trimig
 from tests import tiers
-from tests.engine.test_postcopy_bad_input import PAGES, Peer
-from tests.engine.test_recovery import END, Told
+from tests.engine.test_postcopy_bad_input import END, PAGES, Peer
+from tests.engine.test_recovery import Told
 from tests.fuzzed import Fuzzed
 from trimig.guest import PAGE_SIZE
 from trimig.wire.marks import PING_MARK, PONG_MARK, Mark
