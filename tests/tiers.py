@@ -1,8 +1,8 @@
 """Which tests run: ``pytest -m smoke`` some, plain ``pytest`` most, ``pytest -m full`` all.
 
 A test marked ``full`` runs only with ``-m full``. Sweeps over very many points, of which any sample is as good as another, take a
-part of them in the ordinary run: which part, the id of the commit decides. So a failure can be repeated at its commit, and in
-time all points are visited. ``TRIMIG_TEST_SEED`` sets another number.
+part of them in the ordinary run: some points always, and others that the id of the commit decides (:mod:`tests.sweeps.sampled`).
+So a failure can be repeated at its commit, and in time all points are visited. ``TRIMIG_TEST_SEED`` sets another number.
 """
 
 from __future__ import annotations

@@ -7,12 +7,17 @@ impossible; here the run with the fault alone is what the others are compared wi
 from __future__ import annotations
 
 import collections
-import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from tests import tiers
+from tests.sweeps.sampled import SEEDS, some
 from trimig.testing import CancelAt, Fault, FaultKind, Point, Run, Scenario, SweepFailure, replay
+
+#: Faults under one interleaving, and edges under one fault, that a sample takes besides the first and the last.
+FAULTS = 6
+EDGES = 5
 
 
 def around_the_decision(baseline: Run[Any], kinds: Sequence[FaultKind]) -> Iterator[Fault]:
@@ -30,30 +35,40 @@ def sweep_cancels_and_faults(
     faults: Callable[[Run[Any]], Iterator[Fault]],
     *,
     victims: tuple[str, ...],
-    seeds: Sequence[int],
     every: int,
 ) -> int:
     """Cancel *victims* at each so-manyth edge of each run with a fault. Prints and returns the number of runs.
+
+    Without ``-m full`` it is a sample of the faults, and of the edges under each of them.
 
     Raises:
         SweepFailure: a rule was broken, or the schedule was not repeated up to the edge.
     """
     outcomes: collections.Counter[Any] = collections.Counter()
-    for seed in seeds:
-        for fault in faults(replay(scenario, Point(seed=seed))):
+    for seed in SEEDS:
+        # The first fault and the last are always among them.
+        every_fault = list(faults(replay(scenario, Point(seed=seed))))
+        for fault in some(every_fault, FAULTS, scenario, seed, always=(0, -1)):
             broken = replay(scenario, Point(seed=seed, inject=(fault,)))
             outcomes[broken.outcome] += 1
-            for cancel in itertools.islice(_edges(broken, victims), seed % every, None, every):
+            for cancel in _some_edges(broken, victims, every):
                 point = Point(seed=seed, inject=(fault, cancel))
                 run = replay(scenario, point)
                 outcomes[run.outcome] += 1
                 if run.traces[cancel.kind][: cancel.n] != broken.traces[cancel.kind][: cancel.n]:
                     raise SweepFailure(point, "the schedule is not repeatable up to the edge")
     runs = sum(outcomes.values())
-    lines = [f"cancel of {'+'.join(victims)} and fault: {runs} runs, {len(seeds)} seeds"]
+    lines = [f"cancel of {'+'.join(victims)} and fault: {runs} runs, {len(SEEDS)} seeds"]
     lines += [f"  {count:6} x {outcome}" for outcome, count in outcomes.most_common()]
     sys.stdout.write("\n".join(lines) + "\n")
     return runs
+
+
+def _some_edges(run: Run[Any], victims: tuple[str, ...], every: int) -> list[CancelAt]:
+    edges = list(_edges(run, victims))
+    if tiers.everything():
+        return edges[run.point.seed % every :: every]
+    return some(edges, EDGES, run.point, victims, always=(0, -1) if edges else ())
 
 
 def _edges(run: Run[Any], victims: tuple[str, ...]) -> Iterator[CancelAt]:

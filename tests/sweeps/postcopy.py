@@ -10,7 +10,7 @@ from typing import Literal
 import trio
 
 import trimig
-from tests.sweeps.migration import Watched, politely
+from tests.sweeps.migration import KEEPALIVE, ProbedStream, Watched, politely
 from trimig.engine import teardown
 from trimig.engine.channel import AnyStream
 from trimig.engine.connections import Connections
@@ -36,8 +36,6 @@ from trimig.testing import (
 HANDOVER_TIMEOUT = 2.0
 TEARDOWN_GRACE = 1.0
 STALL_TIMEOUT = 4.0
-#: Virtual seconds after which a host that is gone is noticed: a source may be silent for any time before its switchover.
-KEEPALIVE = 60.0
 #: Virtual seconds for which both sides try to find each other again.
 RECOVERY = 30.0
 
@@ -185,7 +183,7 @@ async def postcopy_once(
         return await meeting.accept(uri)
 
     async def take() -> trimig.Summary:
-        stream = FailingStream(ctx.link.b, ctx.calls, label="b")
+        stream = ProbedStream(FailingStream(ctx.link.b, ctx.calls, label="b"), ctx.calls)
         try:
             ways = Connections(first=given(stream), again=accept_again, beside=backlog.accept)
             return await receive_stream(
