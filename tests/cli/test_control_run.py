@@ -88,7 +88,7 @@ async def test_switchover_waits_for_continue(tmp_path: Path) -> None:
     async with hosts(tmp_path) as (source, destination):
         uri = await where(destination)
         code, _, err = await trimig_command("continue", "--qmp", source)
-        assert (code, "not in expected state: none" in err) == (1, True)
+        assert (code, "no migration that waits before its switchover" in err) == (1, True)
         words = ("-c", "pause-before-switchover", "-p", "max-bandwidth=0", "--qmp", source)
         assert (await trimig_command("migrate", uri, *words))[0] == 0
         while (state := await asked("status", "--qmp", source))["migration"] != "pre-switchover":
