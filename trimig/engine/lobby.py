@@ -391,7 +391,11 @@ class Lobby:
         except TrimigError as error:
             self._drop(visitor, str(error), f"the last connection that failed was from {visitor.address}: {error}")
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            self._drop(visitor, f"the connection broke: {error.__cause__ or error}")
+            reason = f"the connection broke: {error.__cause__ or error}"
+            # With TLS 1.3 a client that refuses this side's certificate goes when the handshake is over on this side.
+            refused = isinstance(visitor.stream, Certified) and not visitor.data
+            telling = f"the last connection that failed was from {visitor.address}: {reason}" if refused else None
+            self._drop(visitor, reason, telling)
         finally:
             visitor.left.set()
             if not visitor.chosen and (stream := visitor.stream or (None if handed_over else raw)) is not None:
