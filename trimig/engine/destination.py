@@ -214,7 +214,8 @@ class _Arrival(Arrival):
             self.between = isinstance(event, ev.SectionFooter | ev.RamEnd)
         match event:
             case ev.PageRun():
-                self._settle()
+                assert self.reception is not None
+                self.reception.settle()
                 await self.ram.pages(event)
             case ev.ZeroRun():
                 await self.ram.zeros(event)
@@ -237,12 +238,6 @@ class _Arrival(Arrival):
                 await self._end(event, decoder)
                 return True
         return False
-
-    def _settle(self) -> None:
-        """Pages come on the main connection, as they should: no further connection can say anything about this one."""
-        assert self.reception is not None
-        if not self.reception.wants_second:
-            self.reception.close()
 
     def _acceptable(self, event: ev.Configuration) -> None:
         """Look at the configuration of a connection that is not chosen yet. RemoteProtocolError if it does not fit."""

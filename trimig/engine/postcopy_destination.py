@@ -282,6 +282,7 @@ class Ahead:
                     )
                 match event:
                     case ev.PageRun():
+                        self._reception.settle()
                         if self._urgent.wanted:
                             await receiver.pages_in_turns(event)
                         else:  # what is asked for is behind this

@@ -137,6 +137,11 @@ class Reception:
             self.lobby = Lobby(self._nursery, _Beside(beside), self._told)
             self.lobby.open()
 
+    def settle(self) -> None:
+        """Pages come on the main connection, as they should: without a second one, all connections are there."""
+        if not self.wants_second:
+            self.close()
+
     def close(self) -> None:
         """Nothing more is expected. Idempotent."""
         self._suspicion.cancel("nothing more is expected")
