@@ -153,6 +153,10 @@ class _Visitor:
         self.chosen = False
         self.left = trio.Event()
 
+    def behind_tls(self) -> bool:
+        """The handshake of TLS is over on this side."""
+        return isinstance(self.stream, Certified)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
@@ -393,7 +397,7 @@ class Lobby:
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             reason = f"the connection broke: {error.__cause__ or error}"
             # With TLS 1.3 a client that refuses this side's certificate goes when the handshake is over on this side.
-            refused = isinstance(visitor.stream, Certified) and not visitor.data
+            refused = visitor.behind_tls() and not visitor.data
             telling = f"the last connection that failed was from {visitor.address}: {reason}" if refused else None
             self._drop(visitor, reason, telling)
         finally:
