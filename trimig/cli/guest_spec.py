@@ -16,6 +16,8 @@ import trio
 import trimig
 from trimig import stream
 
+from .output import say
+
 _PARAM: Final = "--guest"
 _SIZES: Final = ("size", "dirty-rate", "hot")
 
@@ -61,8 +63,12 @@ async def open_guest(
             with trimig.ParkedGuest(path, peer=peer) as parked:
                 yield parked
         else:
-            record = stream.read_record(path)
-            if record is not None:
+            with stream.locked(path):
+                record = stream.read_record(path)
+                if record is None:
+                    with await trimig.ParkedGuest.load(path) as parked:
+                        yield parked
+                    return
                 unknown = record.owner is trimig.Ownership.UNKNOWN
                 what = (
                     f"no answer came: see whether it runs there, then say it with trimig settle {rest}"
@@ -73,13 +79,53 @@ async def open_guest(
                     f"{rest} was sent to {record.destination} at {record.time}, and {what}",
                     guest_owner=trimig.Owner.UNKNOWN if unknown else trimig.Owner.ELSEWHERE,
                 )
-            with await trimig.ParkedGuest.load(path) as parked:
-                yield parked
     elif kind == "app" and rest:
         async with _from_python(rest, running=not (waiting or stopped)) as found:
             yield found
     else:
         raise _bad(f"{spec!r} is not process[:size=256M,…], app:pkg.mod:factory or parked:FILE")
+
+
+class OwnerFile:
+    """Keeps the record beside the file of a hosted guest true, while that guest is migrated away.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._destination: str | None = None
+
+    async def decide(self, uri: str) -> None:
+        """The decision to hand the guest over to *uri* is about to be sent: until the answer its owner is not known.
+
+        **Cancellation:** the record may be written; what follows sets it right.
+        """
+        self._destination = uri
+        await stream.record_decision(self._path, uri)
+
+    def heard(self, event: trimig.Event) -> None:
+        """An event of the migration; what it says of the owner behind the decision is written."""
+        if event.name != "MIGRATION" or self._destination is None:
+            return
+        try:
+            if event.data["owner"] == trimig.Ownership.DESTINATION.value:
+                stream.write_record(self._path, stream.OwnerRecord.now(trimig.Ownership.DESTINATION, self._destination))
+            elif event.data["owner"] == trimig.Ownership.SOURCE.value:
+                stream.write_record(self._path, None)
+            else:
+                return
+        except OSError as error:
+            say(f"warning: {stream.record_path(self._path)} could not be written: {error.strerror}")
+            return
+        self._destination = None
+
+
+def owner_file(spec: str, *, waiting: bool) -> OwnerFile | None:
+    """Of the guest of *spec*; None for one that comes from no file."""
+    kind, _, rest = spec.partition(":")
+    return OwnerFile(Path(rest)) if kind == "parked" and rest and not waiting else None
 
 
 def _process_options(text: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from trimig.status import is_idle
 from .common import migration_options
 from .common import run as run_job
 from .exit_codes import CANCELLED, DONE, INCOMPLETE, UNCERTAIN
-from .guest_spec import open_guest
+from .guest_spec import open_guest, owner_file
 from .output import say
 
 DEFER = "defer"
@@ -135,6 +135,7 @@ class _Host:
                     guest.uuid = uuid
                 if only_migratable:
                     _only_migratable(guest)
+                record = owner_file(spec, waiting=incoming is not None)
                 machine = qmp.Machine(
                     guest,
                     nursery,
@@ -143,7 +144,10 @@ class _Host:
                     uuid=uuid,
                     waiting=incoming is not None,
                     version=trimig.__version__,
+                    commit=record.decide if record is not None else None,
                 )
+                if record is not None:
+                    machine.outgoing.add_listener(record.heard)
                 machine.subscribe(self._event)
                 for monitor in (machine.outgoing, machine.incoming):
                     monitor.add_listener(self._happened)

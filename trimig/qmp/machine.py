@@ -83,6 +83,7 @@ class Machine:
         name: of ``query-name``.
         uuid: of ``query-uuid``.
         waiting: the guest waits to be filled (``inmigrate``) instead of running or standing still.
+        commit: called with the address before the decision to hand the guest over is sent there.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Machine:
         uuid: str | None = None,
         waiting: bool = False,
         version: str = "",
+        commit: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
         from .commands import COMMANDS  # the table needs the commands, and they the machine
 
@@ -121,6 +123,7 @@ class Machine:
         self.ended = trio.Event()
         self._nursery = nursery
         self._version = version
+        self._commit = commit
         self._subscribers: dict[object, Callable[[Mapping[str, Any]], None]] = {}
         self._told: str | None = None
         self._resumed = False  # an arrived guest runs, and clients have not been told
@@ -384,7 +387,8 @@ class Machine:
 
         forget = self.outgoing.add_listener(heard)
         try:
-            self.summary = await api.migrate(self.guest, uri, self.config, monitor=self.outgoing)
+            commit = None if self._commit is None else functools.partial(self._commit, uri)
+            self.summary = await api.migrate(self.guest, uri, self.config, monitor=self.outgoing, commit=commit)
         except HandoverUncertain as error:
             self.uncertain = error
             log.error("%s", error)
