@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import trimig
 from tests.cli.test_run import hosting, status
-from tests.guests.test_parked import saved_stream
+from tests.guests.test_parked import stream as saved_stream
 from trimig import cli, stream
 from trimig.errors import Ownership
 
