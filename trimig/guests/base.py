@@ -132,7 +132,8 @@ class GuestBase(abc.ABC):
                 migrated although :attr:`blockers` demand that.
             StateError: a migration is under way.
         """
-        expect("device", device, Device, "a trimig.Device")
+        if not hasattr(device, "idstr"):  # one that lacks another member is told so where that is needed
+            expect("device", device, Device, "a trimig.Device")
         self._check_unclaimed("a device cannot be added")
         if not 1 <= len(device.idstr.encode()) <= 255:
             raise ConfigError(f"a device id has 1 to 255 bytes, {device.idstr!r} has {len(device.idstr.encode())}")
