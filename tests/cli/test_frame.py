@@ -183,7 +183,7 @@ def test_a_signal_cancels_cleanly_and_a_second_one_changes_nothing(capsys: pytes
 
     assert common.run(job) == 130
     assert steps == ["unwound"]
-    assert "SIGINT: cancelling" in capsys.readouterr().err
+    assert "SIGINT: ending" in capsys.readouterr().err
 
 
 def test_a_job_that_finishes_in_spite_of_the_signal_counts_as_finished() -> None:
