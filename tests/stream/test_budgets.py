@@ -164,7 +164,8 @@ async def test_other_tasks_get_their_turn_while_a_tail_is_taken_apart(autojump_c
     finally:
         tail_in.split = real
     assert splits == 1
-    assert turns >= 20_000 // 2000
+    # A turn between two pieces; which of the tasks comes first in the first and the last is chance.
+    assert turns >= 20_000 // 2000 - 2
 
 
 async def test_a_large_text_is_parsed_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
