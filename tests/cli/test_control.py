@@ -37,6 +37,7 @@ from trimig.cli.remote import Settings, State, Tracker, read_settings
         ("finish-migrate", {"status": "postcopy-paused"}, "destination", 0),
         ("running", {"status": "failed", "error-desc": "no route to host"}, "source", 0),
         ("paused", {"status": "failed", "owner": "unknown"}, "unknown", 3),
+        ("postmigrate", {"status": "failed", "owner": "destination"}, "destination", 4),
         ("inmigrate", {"status": "setup"}, "source", 0),
     ],
 )

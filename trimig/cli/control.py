@@ -40,7 +40,7 @@ def _tell(text: str, record: Mapping[str, Any], as_json: bool) -> None:
 def status(address: str, as_json: bool) -> int:
     """Say in one line how a guest stands: its run state, its migration, and who owns it.
 
-    The exit code is 3 if the owner is not certain.
+    The exit code is 3 if the owner is not certain, and 4 if the destination has the guest without all of its memory.
     """
 
     async def job(remote: Remote) -> int:

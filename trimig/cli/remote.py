@@ -21,7 +21,7 @@ from trimig import formats, qmp
 from trimig.info import Convergence
 from trimig.policy import convergence, eta
 
-from .exit_codes import FAILED, UNCERTAIN
+from .exit_codes import FAILED, INCOMPLETE, UNCERTAIN
 from .picture import FOLLOWING, Picture, with_estimate
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -187,7 +187,9 @@ class State:
     @property
     def code(self) -> int:
         """The exit code of a command that has nothing to report but this."""
-        return UNCERTAIN if self.owner == "unknown" else 0
+        if self.owner == "unknown":
+            return UNCERTAIN
+        return INCOMPLETE if (self.migration, self.owner) == ("failed", "destination") else 0  # a lost postcopy
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
