@@ -22,7 +22,8 @@ FILES: Final = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tri
 
 _RECORDS: Final = frozenset({"errors", "expected", "owner", "status", "config", "guest", "formats"})
 _BASE: Final = _RECORDS | {"info", "blockers", "listeners", "monitor_core", "monitor"}
-_ENGINE: Final = _BASE | {"wire", "policy", "memory", "engine"}
+_CHANNEL: Final = _BASE | {"wire", "policy"}
+_ENGINE: Final = _CHANNEL | {"memory", "channel", "engine"}
 _TOOLS: Final = _ENGINE | {"transport", "guests"}
 _API: Final = _TOOLS | {"trimig", "api"}
 
@@ -43,8 +44,9 @@ MAY_IMPORT: Final = {
     "wire": _BASE,
     "policy": _BASE,
     "memory": _BASE,
+    "channel": _CHANNEL,
     "engine": _ENGINE,
-    "transport": _ENGINE,
+    "transport": _CHANNEL | {"channel"},
     "guests": _ENGINE,
     "api": _TOOLS,
     "trimig": _API,
@@ -59,9 +61,9 @@ MAY_IMPORT: Final = {
 ADDRESSES: Final = {
     **dict.fromkeys(
         ("threading", "_thread", "concurrent", "to_thread", "from_thread", "start_thread_soon"),
-        frozenset({"trimig/engine/offload.py", "trimig/portal.py", "trimig/guests/touching.py"}),
+        frozenset({"trimig/channel/offload.py", "trimig/portal.py", "trimig/guests/touching.py"}),
     ),
-    "shield": frozenset({"trimig/engine/teardown.py", "trimig/engine/handover.py"}),
+    "shield": frozenset({"trimig/channel/closing.py", "trimig/engine/guest_calls.py", "trimig/engine/shield.py"}),
     "_ALLOW_DETERMINISTIC_SCHEDULING": frozenset({"trimig/testing/determinism.py"}),
 }
 
@@ -131,14 +133,14 @@ def _names(node: ast.AST) -> Iterator[str]:
     """The dangerous names that *node* itself could bring, and a string that is just one (as for setattr)."""
     match node:
         case ast.Attribute(attr="shield", ctx=ast.Load()) | ast.Name(id="shield"):
-            return  # a shield is made by setting it; the handover's function of that name may be called
+            return  # a shield is made by setting it; the engine's function of that name may be called
         case ast.Name(id=name) | ast.Attribute(attr=name) | ast.keyword(arg=str(name)) | ast.Constant(value=str(name)):
             yield name
         case ast.Import(names=aliases):
             yield from (part for alias in aliases for part in alias.name.split("."))
         case ast.ImportFrom(names=aliases, module=module):
             yield from (alias.name for alias in aliases if alias.name != "shield")
-            yield from (module or "").split(".")
+            yield from (part for part in (module or "").split(".") if part != "shield")
 
 
 def _check_addresses(tree: ast.AST, path: PurePosixPath) -> Iterator[str]:
@@ -160,7 +162,7 @@ def _broad(node: ast.expr | None) -> str | None:
 
 
 #: May keep an exception for later: an attempt unwinds in shields before it raises it.
-KEEPS_EXCEPTIONS: Final = "trimig/engine/boundary.py"
+KEEPS_EXCEPTIONS: Final = "trimig/engine/outcome.py"
 #: May catch whatever a stranger's function raises, and goes on without that function.
 CALLS_STRANGERS: Final = "trimig/listeners.py"
 
@@ -250,10 +252,10 @@ GOOD: Final = [
     ("trimig/engine/x.py", "from ..wire import Decoder\nfrom . import channel\nfrom trimig import errors"),
     ("trimig/__init__.py", "from .api import migrate as migrate\nfrom .guests import AppGuest as AppGuest"),
     ("trimig/cli/x.py", "import trimig\nfrom trimig.guests import ParkedGuest\nfrom ._show import _table"),
-    ("trimig/engine/offload.py", "import trio\ntrio.to_thread.run_sync(f)"),
-    ("trimig/engine/teardown.py", "trio.move_on_after(1, shield=True)"),
-    ("trimig/engine/source.py", "from . import handover\nhandover.shield(nursery, 5)"),
-    ("trimig/engine/source.py", "from .handover import shield\nshield(nursery, 5)\nassert scope.shield"),
+    ("trimig/channel/offload.py", "import trio\ntrio.to_thread.run_sync(f)"),
+    ("trimig/channel/closing.py", "trio.move_on_after(1, shield=True)"),
+    ("trimig/engine/source/__init__.py", "from . import shield\nshield.shield(nursery, 5)"),
+    ("trimig/engine/source/__init__.py", "from .shield import shield\nshield(nursery, 5)\nassert scope.shield"),
     ("trimig/testing/determinism.py", "core._ALLOW_DETERMINISTIC_SCHEDULING = True"),
     ("trimig/engine/x.py", "try: pass\nexcept BaseException:\n    undo()\n    raise"),
     ("trimig/engine/x.py", "try: pass\nexcept Exception as exc: raise GuestFailed() from exc"),

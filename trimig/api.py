@@ -5,13 +5,13 @@ from __future__ import annotations
 import trio
 
 from . import transport
+from .channel import closing
+from .channel.channel import AnyStream
+from .channel.connections import Connections
 from .config import Config
-from .engine import teardown
-from .engine.channel import AnyStream
-from .engine.connections import Connections
-from .engine.departure import CommitHook, FenceHook
 from .engine.destination import receive_stream
 from .engine.source import migrate_stream
+from .engine.source.outgoing import CommitHook, FenceHook
 from .errors import TransportFailed
 from .expected import expect, expect_callable
 from .guest import Guest
@@ -234,4 +234,4 @@ def _address(given: str | AnyStream) -> str:
 async def _dispose(stream: str | AnyStream) -> None:
     """Close a stream that the engine never got hold of; closing twice is harmless."""
     if not isinstance(stream, str):
-        await teardown.close(stream)
+        await closing.close(stream)

@@ -33,8 +33,8 @@ import anyio.from_thread
 import trio
 
 from . import api
+from .channel.offload import offload
 from .config import Config, Parameters
-from .engine.offload import offload
 from .errors import MigrationCancelled, Ownership, TrimigError
 from .guest import Guest
 from .monitor import Monitor, Statistics, Summary

@@ -20,8 +20,8 @@ import trio.testing
 
 import trimig
 from tests.reading import PAGE, Memory, Page, Unreadable, reader
-from trimig.engine.channel import AnyStream
-from trimig.engine.connections import Connections
+from trimig.channel.channel import AnyStream
+from trimig.channel.connections import Connections
 from trimig.engine.destination import receive_stream
 from trimig.monitor_core import MonitorCore
 from trimig.status import Status

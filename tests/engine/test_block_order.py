@@ -19,10 +19,10 @@ import trio
 
 import trimig
 from tests.sweeps.postcopy import Backlog, Meeting, given, make_config
-from trimig.engine.channel import AnyStream
-from trimig.engine.connections import Connections
+from trimig.channel.channel import AnyStream
+from trimig.channel.connections import Connections
 from trimig.engine.destination import receive_stream
-from trimig.engine.postcopy_in import PostcopyReceiver
+from trimig.engine.ram.postcopy_receiver import PostcopyReceiver
 from trimig.engine.source import migrate_stream
 from trimig.guest import PAGE_SIZE, PageBitmap
 from trimig.guests.lazy_app import LazyAppGuest

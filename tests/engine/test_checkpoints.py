@@ -8,10 +8,11 @@ import trio.testing
 
 import trimig
 from tests.engine.pair import Pair, config, running, waiting
-from trimig.engine import guest_calls, teardown
-from trimig.engine.channel import Channel
-from trimig.engine.limiter import Limiter
-from trimig.engine.reader import ReturnPathReader
+from trimig.channel import closing
+from trimig.channel.channel import Channel
+from trimig.channel.limiter import Limiter
+from trimig.channel.return_path import ReturnPathReader
+from trimig.engine import guest_calls
 from trimig.monitor import Counters
 from trimig.monitor_core import MonitorCore
 from trimig.status import Role, Status
@@ -52,7 +53,7 @@ async def test_channel(autojump_clock: trio.testing.MockClock) -> None:
     with trio.testing.assert_no_checkpoints():
         channel.backlog()
     with trio.testing.assert_checkpoints():
-        await teardown.close(link.a)
+        await closing.close(link.a)
 
 
 async def test_limiter_within_its_budget_needs_no_turn(autojump_clock: trio.testing.MockClock) -> None:
@@ -82,10 +83,10 @@ async def test_guest_calls(autojump_clock: trio.testing.MockClock) -> None:
     with trio.testing.assert_checkpoints():
         await guest_calls.call("resuming", guest.resume, 1)
     with trio.testing.assert_checkpoints():
-        assert await teardown.guest_call("resumed", trio.lowlevel.checkpoint, 1) is None
+        assert await guest_calls.bring_back("resumed", trio.lowlevel.checkpoint, 1) is None
     with trio.CancelScope() as scope:
         scope.cancel()
-        assert await teardown.guest_call("resumed", trio.lowlevel.checkpoint, 1) is None, "the shield does not hold"
+        assert await guest_calls.bring_back("resumed", trio.lowlevel.checkpoint, 1) is None, "the shield does not hold"
     assert not scope.cancelled_caught
 
 

@@ -220,7 +220,7 @@ async def test_setup_time_is_what_comes_before_the_first_page(autojump_clock: tr
         await trio.sleep(3)
         return pair.link.a
 
-    from trimig.engine.connections import Connections
+    from trimig.channel.connections import Connections
     from trimig.engine.source import migrate_stream
     from trimig.monitor import core_of
 

@@ -20,9 +20,9 @@ import trimig
 from tests.engine.test_postcopy_bad_input import HEAD
 from tests.transport.test_hostile_handshakes import client_hello
 from trimig import transport
-from trimig.engine.channel import AnyStream
-from trimig.engine.first_bytes import judge_again, judge_first, judge_surplus, known
-from trimig.engine.lobby import MOST_READ, MOST_WAITING, Lobby, NotTheOne, Verdict, accept_pause
+from trimig.channel.channel import AnyStream
+from trimig.channel.first_bytes import judge_again, judge_first, judge_surplus, known
+from trimig.channel.lobby import MOST_READ, MOST_WAITING, Lobby, NotTheOne, Verdict, accept_pause
 from trimig.errors import RemoteProtocolError, TransportFailed
 from trimig.wire import Command, Section
 from trimig.wire import encoder as wire

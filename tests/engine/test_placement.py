@@ -11,9 +11,9 @@ import trio
 import trio.testing
 
 import trimig
-from trimig.engine.arriving import MarkedPages
-from trimig.engine.placement import ENOUGH, Target
-from trimig.engine.zeros import zero_pages
+from trimig.engine.destination.arriving import MarkedPages
+from trimig.engine.ram.placement import ENOUGH, Target
+from trimig.engine.ram.zeros import zero_pages
 from trimig.guest import PAGE_SIZE
 from trimig.memory import MemfdBlock
 from trimig.wire import RecordWriter, Section

@@ -12,13 +12,13 @@ import pytest
 import trio
 
 import trimig
+from trimig.channel.channel import Channel
+from trimig.channel.limiter import Limiter
 from trimig.config import PeerProfile
-from trimig.engine.channel import Channel
-from trimig.engine.limiter import Limiter
-from trimig.engine.postcopy_in import PostcopyReceiver
-from trimig.engine.postcopy_out import PostcopySender
-from trimig.engine.ram_out import RamSender
-from trimig.engine.stream_out import opening
+from trimig.engine.device_writer import opening
+from trimig.engine.ram.postcopy_receiver import PostcopyReceiver
+from trimig.engine.ram.postcopy_sender import PostcopySender
+from trimig.engine.ram.sender import RamSender
 from trimig.errors import RemoteProtocolError
 from trimig.guest import PAGE_SIZE, MissingMemory, PageBitmap
 from trimig.guests.process import MiB, ProcessGuest

@@ -16,8 +16,8 @@ import pytest
 import trio
 
 import trimig
-from trimig.engine.channel import AnyStream
-from trimig.engine.connections import Connections
+from trimig.channel.channel import AnyStream
+from trimig.channel.connections import Connections
 from trimig.engine.destination import receive_stream
 from trimig.errors import GuestFailed, Ownership, PostcopyLost, RemoteProtocolError
 from trimig.guest import PAGE_SIZE, DeviceSection

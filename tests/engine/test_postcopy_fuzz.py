@@ -13,7 +13,7 @@ import trio.testing
 from tests import tiers
 from tests.engine.postcopy_fuzz import fuzz
 from tests.fuzzed import Fuzzed
-from trimig.engine.postcopy_in import PostcopyReceiver
+from trimig.engine.ram.postcopy_receiver import PostcopyReceiver
 from trimig.guest import Wait
 from trimig.info import Counters
 

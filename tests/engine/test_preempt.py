@@ -28,8 +28,8 @@ from tests.engine.test_postcopy_bad_input import (
     guest,
     part,
 )
-from trimig.engine.channel import AnyStream
-from trimig.engine.connections import Connections
+from trimig.channel.channel import AnyStream
+from trimig.channel.connections import Connections
 from trimig.engine.source import migrate_stream
 from trimig.errors import ConfigError, Ownership
 from trimig.guest import PAGE_SIZE

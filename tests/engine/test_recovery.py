@@ -34,8 +34,8 @@ from tests.engine.test_postcopy_bad_input import (
     guest,
     part,
 )
-from trimig.engine.channel import AnyStream
-from trimig.engine.connections import Connections
+from trimig.channel.channel import AnyStream
+from trimig.channel.connections import Connections
 from trimig.engine.order import LEGAL, Place
 from trimig.engine.recovery import FIRST_DELAY, LONGEST_DELAY
 from trimig.engine.source import migrate_stream

@@ -13,7 +13,7 @@ import trimig
 from tests.engine.test_order import END, EOF, made
 from tests.engine.test_postcopy_bad_input import ALL, HEAD, START, destination, devices, part
 from tests.engine.test_recovery import told
-from trimig.engine.connections import Connections
+from trimig.channel.connections import Connections
 from trimig.engine.destination import receive_stream
 from trimig.engine.source import migrate_stream
 from trimig.errors import ConfigError, RemoteProtocolError, TrimigError

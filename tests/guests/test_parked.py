@@ -14,7 +14,7 @@ import pytest
 import trio
 
 import trimig
-from trimig.engine.offload import limiter
+from trimig.channel.offload import limiter
 from trimig.guest import ConfigSubsection, DeviceSection, OpaqueGuest
 from trimig.guests import saving
 from trimig.memory import MemfdBlock

@@ -18,10 +18,10 @@ import trio
 
 import trimig
 from tests.guests.test_ramfile import read
-from trimig.engine import arriving
-from trimig.engine.arriving import MarkedPages
-from trimig.engine.offload import limiter
-from trimig.engine.vectored import writev
+from trimig.channel.offload import limiter
+from trimig.channel.vectored import writev
+from trimig.engine.destination import arriving
+from trimig.engine.destination.arriving import MarkedPages
 from trimig.guests import saving
 from trimig.guests.newfile import NewFile
 from trimig.guests.ramfile import GROUP, RamWriter

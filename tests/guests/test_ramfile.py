@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trimig.engine.ram_out import RAM_SECTION
-from trimig.engine.vectored import writev
+from trimig.channel.vectored import writev
+from trimig.engine.ram.sender import RAM_SECTION
 from trimig.guests.ramfile import GROUP, RamWriter
 from trimig.memory import MemfdBlock
 from trimig.wire import Decoder, Section, description

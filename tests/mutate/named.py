@@ -55,30 +55,30 @@ _CONVERGENCE = "tests/engine/test_convergence.py"
 #: (name, file, old text, new text, tests).
 NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
-        "pause ignored in postcopy", "trimig/engine/source.py",
+        "pause ignored in postcopy", "trimig/engine/source/__init__.py",
         "hold = self.counters, self.config.capabilities.pause_before_switchover",
         "hold = self.counters, self.config.capabilities.pause_before_switchover and not self.counters.ahead",
         (_SWITCH,),
     ),
     (
-        "store-global-state ignored", "trimig/engine/stream_out.py",
+        "store-global-state ignored", "trimig/engine/device_writer.py",
         "isinstance(self._guest, OpaqueGuest) and self._peer.store_global_state",
         "isinstance(self._guest, OpaqueGuest)", (_OPTIONS,),
     ),
     (
-        "section footers off at the source", "trimig/engine/source.py",
+        "section footers off at the source", "trimig/engine/source/__init__.py",
         "sender = self.records = RamSender(channel, limiter, self.counters, footers=config.peer.send_section_footer)",
         "sender = self.records = RamSender(channel, limiter, self.counters, footers=False)", (_SWITCH, _OPTIONS),
     ),
     (
-        "blocktime always 0", "trimig/engine/postcopy_destination.py",
+        "blocktime always 0", "trimig/engine/destination/postcopy.py",
         "self._counters.blocktime = tuple(waited)", "self._counters.blocktime = tuple(0.0 for _ in waited)", (_SWITCH,),
     ),
     (
         "max for min over the processors", "trimig/info.py",
         "_ms(min(c.blocktime, default=0.0))", "_ms(max(c.blocktime, default=0.0))", (_SWITCH,),
     ),
-    ("PING 4 left out", "trimig/engine/source.py", "package + wire.ping(PING_FOLLOWED)", "package", (_SWITCH,)),
+    ("PING 4 left out", "trimig/engine/source/__init__.py", "package + wire.ping(PING_FOLLOWED)", "package", (_SWITCH,)),
     # -- statuses
     (
         "an open answer counts as the source's", "trimig/status.py",
@@ -115,52 +115,52 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ),
     # -- the source
     (
-        "what the last pass left is forgotten", "trimig/engine/source.py",
+        "what the last pass left is forgotten", "trimig/engine/source/__init__.py",
         "last = [a | b for a, b in zip(last, self._todo, strict=True)]", "last = list(last)", (_SWITCH, _CONVERGENCE),
     ),
-    ("the limit holds while the guest stands still", "trimig/engine/source.py", "self.limiter.lift()", "pass", (_CONVERGENCE,)),
+    ("the limit holds while the guest stands still", "trimig/engine/source/__init__.py", "self.limiter.lift()", "pass", (_CONVERGENCE,)),
     (
-        "a paused guest is resumed after a failure", "trimig/engine/departure.py",
+        "a paused guest is resumed after a failure", "trimig/engine/source/outgoing.py",
         "        if not self.touched:\n            return None", "        if False:\n            return None",
         (_PAUSE, _HANDOVER, "tests/engine/test_flow.py", _SWITCH),
     ),
     (
-        "a guest is not resumed after a failure", "trimig/engine/departure.py",
+        "a guest is not resumed after a failure", "trimig/engine/source/outgoing.py",
         "            if monitor.owner is Ownership.SOURCE:\n                guest_failure",
         "            if monitor.owner is Ownership.UNKNOWN:\n                guest_failure", (_HANDOVER,),
     ),
     (
-        "a decision that was begun counts as not sent", "trimig/engine/departure.py",
+        "a decision that was begun counts as not sent", "trimig/engine/source/outgoing.py",
         "return channel.sent <= self.undecided and not channel.unsure", "return channel.sent <= self.undecided + 1",
         ("tests/engine/test_cut_on_socket.py", _HANDOVER),
     ),
     (
-        "an end of file is sent before the proof", "trimig/engine/source.py",
+        "an end of file is sent before the proof", "trimig/engine/source/__init__.py",
         "            await self._prepare(channel, PING_PREPARE)", "            await channel.send(wire.ping(PING_PREPARE))",
         (_HANDOVER,),
     ),
     (
-        "pages without memory are looked at, and get some", "trimig/engine/source.py",
+        "pages without memory are looked at, and get some", "trimig/engine/source/__init__.py",
         "absent = block.absent() if first else None", "absent = None",
         (_CONVERGENCE, "tests/engine/test_flow.py", "tests/guests/test_app.py", "tests/engine/test_lifecycle.py"),
     ),
     # -- postcopy
     (
-        "a page may come twice behind the switch", "trimig/engine/postcopy_in.py",
+        "a page may come twice behind the switch", "trimig/engine/ram/postcopy_receiver.py",
         "        if here.any():\n            raise", "        if False:\n            raise",
         (_BAD, "tests/engine/test_postcopy.py"),
     ),
     (
-        "a new connection is not told the block's name", "trimig/engine/postcopy_in.py",
+        "a new connection is not told the block's name", "trimig/engine/ram/postcopy_receiver.py",
         "self._last = None  # the new", "pass  # the new", ("tests/engine/test_postcopy.py",),
     ),
     (
-        "release-ram gives nothing back", "trimig/engine/postcopy_source.py",
+        "release-ram gives nothing back", "trimig/engine/source/postcopy.py",
         "self._sender.release = self._config.capabilities.release_ram", "self._sender.release = False",
         ("tests/engine/test_postcopy_guests.py",),
     ),
     (
-        "what the destination has is sent again", "trimig/engine/postcopy_source.py",
+        "what the destination has is sent again", "trimig/engine/source/postcopy.py",
         "unsent = [~handshake.bitmaps[block.name] for block in self._blocks]",
         "unsent = [handshake.bitmaps[block.name] | True for block in self._blocks]",
         ("tests/engine/test_preempt.py", "tests/qmp/test_postcopy.py"),

@@ -14,8 +14,8 @@ import trio
 import trimig
 from tests.stream.made import device, elements, joined, received
 from tests.wire.test_tail import greedy, headed
-from trimig.engine import tail_in
-from trimig.engine.offload import offload
+from trimig.channel.offload import offload
+from trimig.engine import device_tail
 from trimig.guest import DeviceSection
 from trimig.stream import export_raw, inspect_stream
 from trimig.stream.pages import PageSet
@@ -144,7 +144,7 @@ async def test_other_tasks_get_their_turn_while_a_tail_is_taken_apart(autojump_c
             turns += inside
 
     inside = 0
-    real = tail_in.split
+    real = device_tail.split
 
     async def split(*args: Any, **options: Any) -> Any:
         nonlocal inside, splits
@@ -154,7 +154,7 @@ async def test_other_tasks_get_their_turn_while_a_tail_is_taken_apart(autojump_c
         finally:
             inside = 0
 
-    tail_in.split = split
+    device_tail.split = split
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(count)
@@ -162,7 +162,7 @@ async def test_other_tasks_get_their_turn_while_a_tail_is_taken_apart(autojump_c
                 await received(data, guest)
             nursery.cancel_scope.cancel()
     finally:
-        tail_in.split = real
+        device_tail.split = real
     assert splits == 1
     # A turn between two pieces; which of the tasks comes first in the first and the last is chance.
     assert turns >= 20_000 // 2000 - 2
@@ -178,7 +178,7 @@ async def test_a_large_text_is_parsed_elsewhere(monkeypatch: pytest.MonkeyPatch,
         calls += 1
         return await real(*args)
 
-    monkeypatch.setattr(tail_in, "offload", counting)
+    monkeypatch.setattr(device_tail, "offload", counting)
     parts = elements()
     text = parts["text"][5:]
     long = text[:-1] + b" " * 300_000 + b"}"

@@ -11,9 +11,9 @@ import trio
 
 import trimig
 from tests.sweeps.migration import KEEPALIVE, ProbedStream, Watched, politely
-from trimig.engine import teardown
-from trimig.engine.channel import AnyStream
-from trimig.engine.connections import Connections
+from trimig.channel import closing
+from trimig.channel.channel import AnyStream
+from trimig.channel.connections import Connections
 from trimig.engine.destination import receive_stream
 from trimig.engine.source import migrate_stream
 from trimig.errors import TransportFailed
@@ -78,7 +78,7 @@ class Meeting:
             if place in self._free:
                 self._free.remove(place)
             for stream in place[1]:
-                await teardown.close(stream)
+                await closing.close(stream)
             raise
         return place[1][0]
 
@@ -131,7 +131,7 @@ class Backlog:
     async def close(self) -> None:
         """As when nobody listens any more: who was not accepted is sent away."""
         while self._waiting:
-            await teardown.close(self._waiting.pop())
+            await closing.close(self._waiting.pop())
 
 
 async def postcopy_once(
@@ -176,7 +176,7 @@ async def postcopy_once(
             ways = Connections(first=given(stream), again=meeting.connect, beside=backlog.connect)
             return await migrate_stream(FailingGuest(source, ctx.calls, label="source"), ways, config, core_of(sender))
         finally:
-            await teardown.close(stream)
+            await closing.close(stream)
 
     async def accept_again(uri: str | None) -> AnyStream:
         await backlog.close()
@@ -190,7 +190,7 @@ async def postcopy_once(
                 FailingLazyGuest(target, ctx.calls, label="destination"), ways, config, core_of(taker)
             )
         finally:
-            await teardown.close(stream)
+            await closing.close(stream)
             await backlog.close()
 
     if polite:

@@ -15,9 +15,9 @@ from tests.fuzzed import Fuzzed
 from tests.sweeps.postcopy import Meeting, given, make_config
 from tests.sweeps.sampled import some
 from trimig import Owner
-from trimig.engine import teardown
-from trimig.engine.channel import AnyStream
-from trimig.engine.connections import Connections
+from trimig.channel import closing
+from trimig.channel.channel import AnyStream
+from trimig.channel.connections import Connections
 from trimig.engine.destination import receive_stream
 from trimig.engine.source import migrate_stream
 from trimig.errors import PostcopyLost, TransportFailed
@@ -124,7 +124,7 @@ class Crowd:
             except trio.Cancelled:
                 self.waiting.pop(number, None)
                 for link in place:
-                    await teardown.close(link.b)
+                    await closing.close(link.b)
                 raise
             return place[0].b
 

@@ -25,7 +25,7 @@ from tests.conftest import children
 from tests.qemu.relay import exec_relay
 from tests.transport.pki import Pki
 from trimig import MiB, Ownership, Status
-from trimig.engine.limiter import Limiter
+from trimig.channel.limiter import Limiter
 from trimig.guest import PAGE_SIZE
 
 LIMIT = 20

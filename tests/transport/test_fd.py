@@ -17,8 +17,8 @@ import trio.testing
 import trimig
 from tests.conftest import LeakCheck
 from trimig import transport
+from trimig.channel.channel import Channel
 from trimig.config import Config
-from trimig.engine.channel import Channel
 from trimig.errors import ConfigError, TransportFailed
 from trimig.testing import ScriptedGuest
 from trimig.transport import fd

@@ -17,9 +17,9 @@ import trio.testing
 import trimig
 from tests.conftest import LeakCheck
 from trimig import transport
+from trimig.channel.channel import Channel, Delivering
+from trimig.channel.offload import limiter
 from trimig.config import Config
-from trimig.engine.channel import Channel, Delivering
-from trimig.engine.offload import limiter
 from trimig.errors import ConfigError, TransportFailed
 from trimig.testing import ScriptedGuest
 from trimig.transport import file

@@ -1,8 +1,7 @@
 """The trio tasks of a migration.
 
-:mod:`.source` and :mod:`.destination` are the two roles, each one function with one nursery that scopes everything it
-starts. Around them, one subject each: :mod:`.channel` (the stream, and who may write it), :mod:`.ram_out` and
-:mod:`.ram_in` (pages in batches), :mod:`.reader` (the return path), :mod:`.limiter` (bandwidth), :mod:`.handover` (the
-shield around the decision), :mod:`.teardown` (everything that must happen on every way out), :mod:`.boundary` (groups of
-exceptions become one error).
+:mod:`.source` and :mod:`.destination` are the two roles. Each is one function with one nursery, which scopes everything
+that it starts. :mod:`.ram` moves pages. What both roles need has one subject each: :mod:`.guest_calls` (calls into the
+guest's code), :mod:`.shield` (around the commit), :mod:`.outcome` (groups of exceptions become one error), :mod:`.order`
+(which command is legal where), :mod:`.device_writer` and :mod:`.device_tail` (what stands around the pages).
 """

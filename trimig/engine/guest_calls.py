@@ -27,6 +27,8 @@ GUEST_ERRORS: Final[tuple[type[Exception], ...]] = (
     trio.BusyResourceError,
 )
 
+_BACK_ERRORS: Final[tuple[type[Exception], ...]] = (TrimigError, *GUEST_ERRORS)
+
 
 @contextmanager
 def guarded(what: str) -> Iterator[None]:
@@ -68,3 +70,20 @@ async def call(what: str, function: Callable[[], Awaitable[T]], seconds: float) 
             return await function()
     assert limit.cancelled_caught
     raise GuestFailed(f"{what} took longer than {seconds:g} s")
+
+
+async def bring_back(what: str, call: Callable[[], Awaitable[None]], grace: float) -> GuestFailed | None:
+    """Make *call*, which brings the guest back, within *grace* seconds; returns the failure instead of raising it.
+
+    **Cancellation:** held off; the call is made in any case.
+    """
+    try:
+        with trio.move_on_after(grace, shield=True) as scope:
+            await call()
+    except _BACK_ERRORS as error:
+        failure = GuestFailed(f"the guest could not be {what}: {error}; it may be tried again")
+        failure.__cause__ = error
+        return failure
+    if scope.cancelled_caught:
+        return GuestFailed(f"the guest could not be {what} within {grace:g} s; it may be tried again")
+    return None

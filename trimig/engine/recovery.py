@@ -8,13 +8,13 @@ from typing import Final
 
 import trio
 
+from ..channel import closing
+from ..channel.channel import AnyStream
+from ..channel.connections import Reopen
 from ..config import Config
 from ..errors import PostcopyLost, TransportFailed, TrimigError
 from ..monitor_core import MonitorCore
-from . import teardown
-from .boundary import leaves
-from .channel import AnyStream
-from .connections import Reopen
+from .outcome import leaves
 
 log = logging.getLogger("trimig.recovery")
 
@@ -125,7 +125,7 @@ async def _unless_told_otherwise(monitor: MonitorCore, reopen: Reopen, uri: str 
     except BaseExceptionGroup as group:
         errors = [leaf for leaf in leaves(group) if isinstance(leaf, TrimigError)]
         if stream is not None:
-            await teardown.close(stream)
+            await closing.close(stream)
         if len(errors) != 1:
             raise
         raise errors[0] from None

@@ -23,9 +23,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engine.ram_out import RAM_SECTION
-from ..engine.vectored import MAX_ELEMENTS, Records, writev
-from ..engine.zeros import zero_pages
+from ..channel.vectored import MAX_ELEMENTS, Records, writev
+from ..engine.ram.sender import RAM_SECTION
+from ..engine.ram.zeros import zero_pages
 from ..guest import PAGE_SIZE, PageBitmap
 from ..memory import MemfdBlock
 from ..wire import RamFlag, RecordWriter, Section

@@ -11,10 +11,10 @@ from typing import Final
 import numpy as np
 import trio
 
+from ..channel.offload import offload
 from ..config import PeerProfile
-from ..engine import tail_in
-from ..engine.offload import offload
-from ..engine.ram_in import RamReceiver
+from ..engine import device_tail
+from ..engine.ram.receiver import RamReceiver
 from ..errors import RemoteProtocolError, TransportFailed
 from ..guest import ConfigSubsection, DeviceSection, OpaqueGuest, PageBitmap
 from ..info import Counters
@@ -119,8 +119,8 @@ async def _read(fd: int, guest: OpaqueGuest, *, partial: bool) -> Read:
                 case ev.TailBytes():
                     if tail is None:
                         tail_at = event.at
-                        tail = tail_in.buffer(footers=decoder.footers is not False)
-                    await tail_in.feed(tail, event.data)
+                        tail = device_tail.buffer(footers=decoder.footers is not False)
+                    await device_tail.feed(tail, event.data)
         if ended or (tail is not None and tail.complete):
             break
         count = await offload(os.readv, fd, [decoder.writable()[:_READ]])
@@ -149,13 +149,13 @@ async def _read(fd: int, guest: OpaqueGuest, *, partial: bool) -> Read:
         check_kept_command(number, len(payload), where)
     await guest.ram_received()
     await guest.load_opaque(sections, split.description_text)
-    problems += tail_in.first_problems(split)
+    problems += device_tail.first_problems(split)
     return Read(peer=peer_of(decoder), problems=problems, received=received)
 
 
 async def _split(tail: TailBuffer, at: int, early: Sequence[DeviceSection]) -> SplitTail:
     try:
-        return await tail_in.split(tail, at, early=early)
+        return await device_tail.split(tail, at, early=early)
     except Undelimited as error:
         if error.offset == at + len(tail):
             raise TransportFailed(

@@ -12,10 +12,10 @@ from typing import Final
 
 import trio
 
+from ..channel.offload import offload
 from ..config import PeerProfile
-from ..engine.offload import offload
-from ..engine.ram_out import RAM_SECTION
-from ..engine.stream_out import DeviceSender, early_sections, opening
+from ..engine.device_writer import DeviceSender, early_sections, opening
+from ..engine.ram.sender import RAM_SECTION
 from ..errors import GuestFailed
 from ..guest import PAGE_SIZE, ArrivingPages, DeviceSection, OpaqueGuest, PageBitmap
 from ..memory import MemfdBlock

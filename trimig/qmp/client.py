@@ -18,8 +18,8 @@ from typing import Any, Final
 
 import trio
 
+from ..channel import closing
 from ..config import Config
-from ..engine import teardown
 from ..errors import ConfigError, TransportFailed
 from ..transport import tcp, unix
 from .interface import CommandFailed
@@ -302,7 +302,7 @@ async def connect(address: str | trio.abc.Stream) -> AsyncIterator[Client]:
         if failure is not None:
             raise failure
     finally:
-        await teardown.close(stream)
+        await closing.close(stream)
 
 
 def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:

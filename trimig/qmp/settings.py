@@ -11,7 +11,7 @@ from ..config import CAPABILITY_NAMES, Capabilities, Parameters
 from ..config.bitmaps import Mappings
 from ..config.kinds import Choice, Flag, Kind, OrNone, Size, Text, Whole, Words
 from ..config.parameters import PARAMETER_KINDS
-from ..engine.postcopy_destination import obstacle
+from ..engine.destination.postcopy import obstacle
 from ..status import IDLE, Status, check_idle
 from .arguments import Argument, check_value
 from .interface import CommandFailed, Session

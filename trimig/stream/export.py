@@ -15,8 +15,8 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from ..engine import tail_in
-from ..engine.offload import offload
+from ..channel.offload import offload
+from ..engine import device_tail
 from ..errors import ConfigError, RemoteProtocolError
 from ..guest import PAGE_SIZE, DeviceSection
 from ..wire import Decoder
@@ -137,10 +137,10 @@ async def _read_on(
     early: Sequence[DeviceSection],
 ) -> None:
     """Something is missing: the devices tell whether it is memory that was not plugged in, or pages of another size."""
-    tail = tail_in.buffer(footers=decoder.footers is not False)
+    tail = device_tail.buffer(footers=decoder.footers is not False)
     tail_at, found, ended = event.at, event, False
     while True:
-        await tail_in.feed(tail, found.data)
+        await device_tail.feed(tail, found.data)
         while not tail.complete and (more := decoder.next_event()) is None and not ended:
             count = await read_into(decoder.writable())
             decoder.received(count)
@@ -151,7 +151,7 @@ async def _read_on(
         found = more
     if tail.description is not None and tail.description.page_size != PAGE_SIZE:
         raise wrong_page_size(tail.description.page_size)
-    split = await tail_in.split(tail, tail_at, damaged=True, early=early)
+    split = await device_tail.split(tail, tail_at, damaged=True, early=early)
     copy.unplugged = absent_by_rule(copy.lengths, (*split.early, *split.sections)).get(copy.name)
 
 

@@ -10,7 +10,7 @@ from typing import Final
 
 import trio
 
-from ..engine.offload import offload
+from ..channel.offload import offload
 
 #: Reads bytes to where the view points; 0 at the end.
 ReadInto = Callable[[memoryview], Awaitable[int]]

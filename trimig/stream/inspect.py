@@ -8,7 +8,7 @@ from typing import Final
 
 import trio
 
-from ..engine import tail_in
+from ..engine import device_tail
 from ..errors import RemoteProtocolError, TransportFailed, TrimigError
 from ..guest import PAGE_SIZE, DeviceSection
 from ..wire import Command, Decoder, Section, decoding, globalstate
@@ -175,9 +175,9 @@ class _Inspector:
         if self.tail is None:
             self.tail_at = event.at
             self.tail = TailBuffer(
-                footers=self.report.footers, max_bytes=self.max_tail, inline_bytes=tail_in.INLINE_BYTES
+                footers=self.report.footers, max_bytes=self.max_tail, inline_bytes=device_tail.INLINE_BYTES
             )
-        await tail_in.feed(self.tail, event.data)
+        await device_tail.feed(self.tail, event.data)
 
     def _header(self, event: ev.SectionHeader) -> None:
         self.open = SectionInfo(
@@ -222,7 +222,7 @@ class _Inspector:
 
     async def _package(self, event: ev.Package) -> None:
         """What postcopy sends at the switch: devices between commands, without a description of them."""
-        inside = await tail_in.split_package(event.data, event.at, footers=self.report.footers, damaged=True)
+        inside = await device_tail.split_package(event.data, event.at, footers=self.report.footers, damaged=True)
         self.fields_left += len(event.data) // _BYTES_PER_FIELD
         for section, offset in zip(inside.sections, inside.offsets, strict=True):
             await self._device(section, offset)
@@ -235,7 +235,7 @@ class _Inspector:
         report, at = self.report, self.tail_at
         if tail.description is not None and tail.description.page_size != PAGE_SIZE:
             self.page_size = tail.description.page_size
-        split = await tail_in.split(tail, at, damaged=True, early=self.early)
+        split = await device_tail.split(tail, at, damaged=True, early=self.early)
         self.early = list(split.early)
         report.good = at + split.eof_offset
         self.fields_left += len(tail) // _BYTES_PER_FIELD
@@ -268,7 +268,7 @@ class _Inspector:
                 if cut
                 else error
             )
-        report.problems += tail_in.first_problems(split)
+        report.problems += device_tail.first_problems(split)
 
     async def _device(self, section: DeviceSection, offset: int) -> None:
         footer = 5 if self.report.footers else 0
@@ -301,7 +301,7 @@ class _Inspector:
         else:
             work = decoding.decoding(section.description, section.payload, max_nodes=self.fields_left)
             try:
-                device.fields = await tail_in.in_pieces(work)
+                device.fields = await device_tail.in_pieces(work)
             except RemoteProtocolError as error:
                 device.problem = error.reason
             else:

@@ -18,8 +18,8 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from ..engine import teardown
-from ..engine.offload import offload
+from ..channel import closing
+from ..channel.offload import offload
 from ..errors import ConfigError, StateError
 from ..guest import PAGE_SIZE, PageBitmap
 from ..guests import ParkedGuest
@@ -48,7 +48,7 @@ async def keep_partial(guest: ParkedGuest, missing: Holes, path: str | os.PathLi
     **Cancellation:** held off until it is written, for at most ten minutes.
     """
     saving = functools.partial(guest.save_partial, path, missing, replace=True)
-    await teardown.bounded(saving, _KEEPING_SECONDS, None)
+    await closing.bounded(saving, _KEEPING_SECONDS, None)
 
 
 async def merge(

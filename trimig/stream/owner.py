@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from ..engine.offload import offload
+from ..channel.offload import offload
 from ..errors import Ownership, StateError
 
 _SUFFIX: Final = ".owner"

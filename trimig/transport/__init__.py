@@ -31,8 +31,8 @@ from typing import Final, Protocol, runtime_checkable
 
 import trio
 
+from ..channel.channel import AnyStream
 from ..config import Config
-from ..engine.channel import AnyStream
 from ..errors import ConfigError
 
 
@@ -57,7 +57,7 @@ class Listener(Protocol):
 class Entrance(Listener, Protocol):
     """A listener of a transport with ``SEVERAL``: what :meth:`Listener.accept` does, in its two halves.
 
-    So several connections can be in their opening handshakes at a time, see :class:`trimig.engine.lobby.Entrance`.
+    So several connections can be in their opening handshakes at a time, see :class:`trimig.channel.lobby.Entrance`.
     """
 
     async def meet(self) -> trio.abc.Stream:

@@ -20,7 +20,7 @@ from typing import Final
 
 import trio
 
-from ..engine import teardown
+from ..channel import closing
 from ..errors import TransportFailed
 
 log = logging.getLogger("trimig.transport")
@@ -218,15 +218,15 @@ class Child:
         self.stdout.close()
         if not self._collected:
             self._signal(signal.SIGTERM)
-            await teardown.bounded(self._quiet, TERM_SECONDS, otherwise=None)
+            await closing.bounded(self._quiet, TERM_SECONDS, otherwise=None)
             # Also when the leader is gone: its group may not be.
             self._signal(signal.SIGKILL)
-            await teardown.bounded(self._quiet, TERM_SECONDS, otherwise=None)
-            await teardown.bounded(self.wait_exit, KILL_SECONDS, otherwise=None)
+            await closing.bounded(self._quiet, TERM_SECONDS, otherwise=None)
+            await closing.bounded(self.wait_exit, KILL_SECONDS, otherwise=None)
             self._collect()
         if not self._silent.is_set():
             self._stderr.close()
-            await teardown.bounded(self._silent.wait, KILL_SECONDS, otherwise=None)
+            await closing.bounded(self._silent.wait, KILL_SECONDS, otherwise=None)
         self._stderr.close()
         await trio.lowlevel.checkpoint()
 

@@ -10,7 +10,7 @@ from typing import Final
 
 import trio
 
-from ..engine import teardown
+from ..channel import closing
 from ._frames import CloseCode, FrameError, Header, Opcode, close_payload, mask, read_close, read_header
 
 _READ: Final = 1 << 14
@@ -167,4 +167,4 @@ class MessageStream:
 
         **Cancellation:** it is closed all the same.
         """
-        await teardown.close(self._transport)
+        await closing.close(self._transport)

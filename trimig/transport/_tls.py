@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Final, NoReturn, cast
 
 import trio
 
-from ..engine import teardown
-from ..engine.buffers import enlarge
-from ..engine.channel import AnyStream
+from ..channel import closing
+from ..channel.channel import AnyStream
+from ..channel.socket_options import enlarge
 from ..errors import ConfigError, TransportFailed
 from ._credentials import Credentials, distinguished_name
 
@@ -435,7 +435,7 @@ async def secure(
     finally:
         if not done:
             # Not in order, which would look as if all was said.
-            await teardown.close(stream)
+            await closing.close(stream)
 
 
 class TlsListener:

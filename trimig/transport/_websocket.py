@@ -15,8 +15,8 @@ from typing import Final
 import trio
 from wsproto.events import Request
 
-from ..engine import teardown
-from ..engine.buffers import enlarge
+from ..channel import closing
+from ..channel.socket_options import enlarge
 from ..errors import TransportFailed
 from ._frames import (
     MAX_HEADER,
@@ -402,7 +402,7 @@ async def open_client(transport: trio.abc.Stream, host: str, target: str, where:
         raise TransportFailed(f"no websocket at {where}: no answer within {HANDSHAKE_SECONDS:g} s")
     finally:
         if not done:
-            await teardown.close(transport)
+            await closing.close(transport)
 
 
 async def open_server(
@@ -437,7 +437,7 @@ async def open_server(
         raise TransportFailed(f"no websocket with the client at {where}: no request within {seconds:g} s")
     finally:
         if not done:
-            await teardown.close(transport)
+            await closing.close(transport)
 
 
 def _words(error: Exception) -> str:

@@ -9,7 +9,7 @@ from urllib.parse import quote, urlsplit
 
 import trio
 
-from ..engine.channel import AnyStream
+from ..channel.channel import AnyStream
 from ..errors import ConfigError
 from . import tcp
 from ._websocket import WebSocketStream, open_client, open_server

@@ -40,7 +40,7 @@ class ExecStream(trio.abc.HalfCloseableStream):
     """The stdin and stdout of a command. Not both directions need to lead anywhere.
 
     Args:
-        silent: nobody may ever answer; see :class:`~trimig.engine.channel.PerhapsSilent`.
+        silent: nobody may ever answer; see :class:`~trimig.channel.channel.PerhapsSilent`.
     """
 
     def __init__(self, child: Child, *, silent: bool) -> None:

@@ -21,9 +21,9 @@ from typing import Final
 
 import trio
 
+from ..channel import closing
+from ..channel.offload import offload
 from ..config import Config, parse_size
-from ..engine import teardown
-from ..engine.offload import offload
 from ..errors import ConfigError, TransportFailed
 
 log = logging.getLogger("trimig.transport")
@@ -151,7 +151,7 @@ class FileSender(trio.abc.SendStream):
         """
         if not self._closed:
             self._closed = True
-            if not await teardown.bounded(self._close_in_thread, _REMOVE_SECONDS, otherwise=False):
+            if not await closing.bounded(self._close_in_thread, _REMOVE_SECONDS, otherwise=False):
                 self._close()
         await trio.lowlevel.checkpoint()
 

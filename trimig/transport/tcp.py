@@ -11,8 +11,8 @@ from typing import Final
 
 import trio
 
+from ..channel.channel import AnyStream
 from ..config import Config
-from ..engine.channel import AnyStream
 from ..errors import ConfigError, TransportFailed
 from ._inet import Families, addresses, open_listeners, split
 

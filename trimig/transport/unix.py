@@ -9,8 +9,8 @@ import stat
 
 import trio
 
+from ..channel.channel import AnyStream
 from ..config import Config
-from ..engine.channel import AnyStream
 from ..errors import ConfigError, TransportFailed
 
 #: There can be several connections to one address at a time.

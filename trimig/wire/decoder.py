@@ -205,7 +205,7 @@ class Decoder:
         """The connection has ended behind the bytes given so far."""
         self._eof = True
 
-    # -- placing pages without the buffer (see trimig.engine.ram_in) ---------------------------------------------------
+    # -- placing pages without the buffer (see trimig.engine.ram.receiver) ---------------------------------------------------
 
     @property
     def open_run(self) -> tuple[str, int, int] | None:

@@ -1,7 +1,7 @@
 """Events -> bytes of the main stream.
 
 RAM is the exception: for pages only the *headers* are made here (an array of words), because the page data goes from
-guest memory to the transport without passing through Python (see :mod:`trimig.engine.ram_out`).
+guest memory to the transport without passing through Python (see :mod:`trimig.engine.ram.sender`).
 """
 
 from __future__ import annotations

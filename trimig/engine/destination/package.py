@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Final
 
-from ..errors import RemoteProtocolError
-from ..guest import DeviceSection
-from ..wire import Command, Decoder, Section
-from ..wire import events as ev
-from ..wire.decoder import Measure
-from ..wire.refusals import command_name
-from . import tail_in
-from .order import Place, check_place
+from ...errors import RemoteProtocolError
+from ...guest import DeviceSection
+from ...wire import Command, Decoder, Section
+from ...wire import events as ev
+from ...wire.decoder import Measure
+from ...wire.refusals import command_name
+from .. import device_tail
+from ..order import Place, check_place
 
 _LISTEN: Final = bytes((Section.COMMAND, 0, Command.POSTCOPY_LISTEN, 0, 0))
 
@@ -43,7 +43,7 @@ async def take_apart(package: ev.Package, decoder: Decoder, measure: Measure | N
     rest = package.data[len(_LISTEN) :]
     at = package.at + len(_LISTEN)
     if measure is None:
-        split = await tail_in.split_package(rest, at, footers=footers)
+        split = await device_tail.split_package(rest, at, footers=footers)
         sections: Sequence[DeviceSection] = split.sections
         commands = [(number, payload, where) for number, payload, where in split.commands]
     else:

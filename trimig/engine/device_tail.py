@@ -11,6 +11,7 @@ from typing import Final, TypeVar
 
 import trio
 
+from ..channel.offload import offload
 from ..config import Config
 from ..errors import RemoteProtocolError
 from ..guest import PAGE_SIZE, DeviceSection
@@ -20,7 +21,6 @@ from ..wire.description import Description, Limits, parse
 from ..wire.devices import SplitTail, TailSplitter
 from ..wire.page_size import wrong_page_size
 from ..wire.tail import TailBuffer
-from .offload import offload
 
 T = TypeVar("T")
 

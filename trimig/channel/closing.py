@@ -1,46 +1,36 @@
-"""What must happen on every way out of an attempt, in bounded time whatever the peer does.
+"""Ends a connection in bounded time, whatever the peer does: a last message, then the close.
 
-The order is fixed (rule C4): first the guest, then a word to the peer, then the connection. Every await is inside a
-shield, because the attempt may be ending by cancellation, and every shield has an end.
+An attempt calls these after its guest has been brought back. Every await is inside a shield, because the attempt may be
+ending by cancellation. Every shield has a time limit.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import trio
 
-from ..errors import GuestFailed, TrimigError
+from ..errors import TrimigError
 from .channel import Channel
-from .guest_calls import GUEST_ERRORS
 
 log = logging.getLogger("trimig.teardown")
 
 T = TypeVar("T")
 
-_BACK_ERRORS: tuple[type[Exception], ...] = (TrimigError, *GUEST_ERRORS)
+#: What a connection may raise that is already of no use.
+CLOSING_ERRORS: Final[tuple[type[Exception], ...]] = (
+    TrimigError,
+    OSError,
+    MemoryError,
+    trio.BrokenResourceError,
+    trio.ClosedResourceError,
+    trio.BusyResourceError,
+)
 
 #: How long a destination that has refused keeps reading, so that the peer gets the refusal and not a reset.
 DRAIN_SECONDS = 0.5
-
-
-async def guest_call(what: str, call: Callable[[], Awaitable[None]], grace: float) -> GuestFailed | None:
-    """Make *call*, which brings the guest back, within *grace* seconds; returns the failure instead of raising it.
-
-    **Cancellation:** held off; the call is made in any case.
-    """
-    try:
-        with trio.move_on_after(grace, shield=True) as scope:
-            await call()
-    except _BACK_ERRORS as error:
-        failure = GuestFailed(f"the guest could not be {what}: {error}; it may be tried again")
-        failure.__cause__ = error
-        return failure
-    if scope.cancelled_caught:
-        return GuestFailed(f"the guest could not be {what} within {grace:g} s; it may be tried again")
-    return None
 
 
 async def farewell(channel: Channel, message: bytes, grace: float) -> bool:
@@ -63,14 +53,7 @@ async def farewell(channel: Channel, message: bytes, grace: float) -> bool:
             with trio.move_on_after(min(DRAIN_SECONDS, grace)):
                 while await channel.receive_into(sink):
                     pass
-        except (
-            TrimigError,
-            OSError,
-            MemoryError,
-            trio.BrokenResourceError,
-            trio.ClosedResourceError,
-            trio.BusyResourceError,
-        ):
+        except CLOSING_ERRORS:
             pass  # the peer is gone: that is its way of knowing
     return said
 
@@ -95,14 +78,7 @@ async def close(resource: trio.abc.AsyncResource, grace: float = 0.0) -> None:
             return
         with trio.CancelScope(shield=True):
             await trio.aclose_forcefully(resource)
-    except (
-        TrimigError,
-        OSError,
-        MemoryError,
-        trio.BrokenResourceError,
-        trio.ClosedResourceError,
-        trio.BusyResourceError,
-    ) as error:
+    except CLOSING_ERRORS as error:
         log.warning("the connection could not be closed in order: %s", error)
 
 

@@ -14,27 +14,28 @@ from typing import Final
 
 import trio
 
-from ..errors import GuestFailed, PostcopyLost, RemoteProtocolError, TransportFailed, TrimigError
-from ..guest import DiscardableBlock, Guest, LazyGuest, MissingMemory, OpaqueGuest
-from ..memory import MemoryUnavailable, MissingPages
-from ..status import Status
-from ..wire import Command, Decoder, Section
-from ..wire import events as ev
-from ..wire.marks import PING_MARK, PONG_MARK, Mark, is_mark, reason_bytes, shown_reason
-from ..wire.postcopy import Runs, runs_of
-from ..wire.return_path import Clock, Message, Pong, Reason, ReceivedPages, ResumeAck, encode
-from . import guest_calls, teardown
-from .arrival import Arrival
+from ...channel import closing
+from ...channel.channel import AnyStream, Channel
+from ...channel.connections import Reopen
+from ...channel.first_bytes import judge_again
+from ...errors import GuestFailed, PostcopyLost, RemoteProtocolError, TransportFailed, TrimigError
+from ...guest import DiscardableBlock, Guest, LazyGuest, MissingMemory, OpaqueGuest
+from ...memory import MemoryUnavailable, MissingPages
+from ...status import Status
+from ...wire import Command, Decoder, Section
+from ...wire import events as ev
+from ...wire.marks import PING_MARK, PONG_MARK, Mark, is_mark, reason_bytes, shown_reason
+from ...wire.postcopy import Runs, runs_of
+from ...wire.return_path import Clock, Message, Pong, Reason, ReceivedPages, ResumeAck, encode
+from .. import guest_calls
+from ..order import PING_RUNS, Place, check_place
+from ..ram.postcopy_receiver import PostcopyReceiver
+from ..ram.preempt_receiver import UrgentArrival
+from ..recovery import Search
+from ..shield import lift_shield, shield
 from .arriving import KeptMemory
-from .channel import AnyStream, Channel
-from .connections import Reopen
-from .first_bytes import judge_again
-from .handover import lift_shield, shield
-from .order import PING_RUNS, Place, check_place
-from .package_in import Package
-from .postcopy_in import PostcopyReceiver
-from .recovery import Search
-from .urgent_in import UrgentArrival
+from .incoming import Arrival
+from .package import Package
 
 #: Events handled before other tasks get a turn.
 _SLICE_EVENTS: Final = 32
@@ -223,7 +224,7 @@ class Ahead:
         await arrival.ram_received()
         await arrival.keep(package.sections)
         keeping = functools.partial(guest.activate, arrival.run_state)
-        failure = await teardown.guest_call("kept", keeping, self._config.handover_timeout)
+        failure = await guest_calls.bring_back("kept", keeping, self._config.handover_timeout)
         if failure is not None:
             raise failure
 
@@ -377,7 +378,7 @@ class Ahead:
             message = encode(Reason(payload=reason_bytes(str(refusal))))
             async with self._sending:
                 self._connected = False
-                await teardown.farewell(self._channel, message, self._config.teardown_grace)
+                await closing.farewell(self._channel, message, self._config.teardown_grace)
         raise refusal
 
     def _bitmap(self, event: ev.CommandElement, receiver: PostcopyReceiver) -> ReceivedPages:
@@ -413,7 +414,7 @@ class Ahead:
 
     async def _lost(self, why: str) -> None:
         self._connected = False
-        await teardown.close(self._channel.stream)
+        await closing.close(self._channel.stream)
         await self._urgent.close()
         self._counters.earlier += self._channel.received
         self._counters.error = why
@@ -432,7 +433,7 @@ class Ahead:
         """
         if self._guest.run_state != "running" or isinstance(self._guest, OpaqueGuest):
             return
-        failure = await teardown.guest_call("stopped", self._guest.pause, grace)
+        failure = await guest_calls.bring_back("stopped", self._guest.pause, grace)
         if failure is not None:
             self._monitor.warn(str(failure))
         else:
@@ -447,7 +448,7 @@ class Ahead:
             self._monitor.advance(Status.POSTCOPY_RECOVER)
         if self._arrival.stopped:
             self._arrival.stopped = False
-            failure = await teardown.guest_call("resumed", self._guest.resume, self._config.handover_timeout)
+            failure = await guest_calls.bring_back("resumed", self._guest.resume, self._config.handover_timeout)
             if failure is not None and self._guest.run_state != "running":
                 raise failure
             self._monitor.emit("RESUME")
@@ -522,7 +523,7 @@ class Ahead:
         try:
             if isinstance(self._guest, OpaqueGuest) and self._package is not None and self._lives.is_set():
                 keeping = functools.partial(self._guest.load_opaque, self._package.sections, None)
-                failure = await teardown.guest_call("given its devices", keeping, self._config.teardown_grace)
+                failure = await guest_calls.bring_back("given its devices", keeping, self._config.teardown_grace)
                 if failure is not None:
                     self._monitor.warn(str(failure))
             await self._stop_guest(self._config.teardown_grace)

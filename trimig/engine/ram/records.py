@@ -7,10 +7,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..guest import PAGE_SIZE, Pages
-from ..info import Counters
-from ..wire import RamFlag, RecordWriter
-from .channel import BATCH_PAGES, Channel
+from ...channel.channel import BATCH_PAGES, Channel
+from ...guest import PAGE_SIZE, Pages
+from ...info import Counters
+from ...wire import RamFlag, RecordWriter
 from .zeros import zero_pages
 
 

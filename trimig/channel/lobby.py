@@ -24,7 +24,7 @@ from typing import Final, Protocol, TypeAlias, runtime_checkable
 import trio
 
 from ..errors import RemoteProtocolError, TransportFailed, TrimigError
-from . import teardown
+from . import closing
 from .channel import AnyStream
 
 log = logging.getLogger("trimig.lobby")
@@ -279,7 +279,7 @@ class Lobby:
             self._judge = None
             found, self._found = self._chosen_one(), None
             if not taken and found is not None and found.stream is not None:
-                await teardown.close(found.stream)
+                await closing.close(found.stream)
 
     def _chosen_one(self) -> _Visitor | None:
         return self._found
@@ -403,7 +403,7 @@ class Lobby:
         finally:
             visitor.left.set()
             if not visitor.chosen and (stream := visitor.stream or (None if handed_over else raw)) is not None:
-                await teardown.close(stream)
+                await closing.close(stream)
 
     async def _listen(self, visitor: _Visitor, stream: AnyStream) -> None:
         """Read until it is chosen or dropped; both cancel this."""

@@ -19,11 +19,11 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from ..guest import PAGE_SIZE, FileBackedBlock, PageBitmap, Pages, RamBlock
-from ..wire import Decoder, RamFlag
-from . import vectored
-from .arriving import MarkedPages
-from .channel import Channel
+from ...channel import vectored
+from ...channel.channel import Channel
+from ...guest import PAGE_SIZE, FileBackedBlock, PageBitmap, Pages, RamBlock
+from ...wire import Decoder, RamFlag
+from ..destination.arriving import MarkedPages
 
 _RECORD = 8 + PAGE_SIZE
 #: Pages predicted at once. Only a few of them are read by one system call; predicting many more spreads the cost of the

@@ -11,13 +11,13 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from ..guest import PAGE_SIZE, PageBitmap, Pages, RamBlock
-from ..info import Counters
-from ..wire import Section
-from ..wire import encoder as wire
-from .channel import Channel
-from .limiter import Limiter
-from .record_out import RecordSender
+from ...channel.channel import Channel
+from ...channel.limiter import Limiter
+from ...guest import PAGE_SIZE, PageBitmap, Pages, RamBlock
+from ...info import Counters
+from ...wire import Section
+from ...wire import encoder as wire
+from .records import RecordSender
 from .zeros import zero_pages
 
 #: The section id of RAM in every QEMU (stream.md part 5.4), and ours.

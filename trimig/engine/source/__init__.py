@@ -16,31 +16,31 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import trio
 
-from .. import blockers
-from ..config import Config
-from ..errors import ConfigError, NotConverging, TransportFailed, TrimigError
-from ..guest import PAGE_SIZE, DeviceSection, Guest, IdentifiedGuest, OpaqueGuest, PageBitmap
-from ..info import Summary
-from ..memory import snapshot_of
-from ..monitor_core import MonitorCore
-from ..owner import check_here
-from ..policy import convergence
-from ..policy.eta import Stall
-from ..policy.rate import WINDOW
-from ..status import Role, Status
-from ..wire import Command, postcopy
-from ..wire import encoder as wire
-from ..wire.marks import ATTEMPT_BYTES, PING_MARK, Mark
-from . import guest_calls
-from .channel import Channel, Delivering, PerhapsSilent
-from .connections import Connections
-from .departure import SILENT_PEER, CommitHook, Departure, FenceHook
-from .limiter import Limiter
-from .order import PING_LOADED, PING_RUNS
-from .postcopy_source import PING_DISCARDED, PING_FOLLOWED, Following
-from .ram_out import RamSender
-from .reader import ReturnPathReader
-from .stream_out import UUID_SUBSECTION, DeviceSender, coming_state, early_sections, opening, profile_of
+from ... import blockers
+from ...channel.channel import Channel, Delivering, PerhapsSilent
+from ...channel.connections import Connections
+from ...channel.limiter import Limiter
+from ...channel.return_path import ReturnPathReader
+from ...config import Config
+from ...errors import ConfigError, NotConverging, TransportFailed, TrimigError
+from ...guest import PAGE_SIZE, DeviceSection, Guest, IdentifiedGuest, OpaqueGuest, PageBitmap
+from ...info import Summary
+from ...memory import snapshot_of
+from ...monitor_core import MonitorCore
+from ...owner import check_here
+from ...policy import convergence
+from ...policy.eta import Stall
+from ...policy.rate import WINDOW
+from ...status import Role, Status
+from ...wire import Command, postcopy
+from ...wire import encoder as wire
+from ...wire.marks import ATTEMPT_BYTES, PING_MARK, Mark
+from .. import guest_calls
+from ..device_writer import UUID_SUBSECTION, DeviceSender, coming_state, early_sections, opening, profile_of
+from ..order import PING_LOADED, PING_RUNS
+from ..ram.sender import RamSender
+from .outgoing import SILENT_PEER, CommitHook, Departure, FenceHook
+from .postcopy import PING_DISCARDED, PING_FOLLOWED, Following
 
 #: PING values: 1 is QEMU's, directly behind OPEN_RETURN_PATH; ours asks for the proof of prepare.
 PING_OPENED = 1

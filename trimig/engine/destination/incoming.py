@@ -14,8 +14,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import trio
 
-from ..config import Config
-from ..errors import (
+from ...channel import closing
+from ...channel.channel import Channel
+from ...channel.connections import Connections
+from ...channel.reception import Reception
+from ...config import Config
+from ...errors import (
     GuestNotResumed,
     HandoverUncertain,
     MigrationCancelled,
@@ -26,22 +30,19 @@ from ..errors import (
     TransportFailed,
     TrimigError,
 )
-from ..guest import DeviceSection, Guest, OpaqueGuest
-from ..info import Downtime, Summary
-from ..monitor_core import MonitorCore
-from ..status import IN_POSTCOPY, Role, Status
-from ..wire import globalstate
-from ..wire.marks import reason_bytes
-from ..wire.postcopy import Runs
-from ..wire.return_path import Reason, Shut, encode
-from . import guest_calls, teardown
+from ...guest import DeviceSection, Guest, OpaqueGuest
+from ...info import Downtime, Summary
+from ...monitor_core import MonitorCore
+from ...status import IN_POSTCOPY, Role, Status
+from ...wire import globalstate
+from ...wire.marks import reason_bytes
+from ...wire.postcopy import Runs
+from ...wire.return_path import Reason, Shut, encode
+from .. import guest_calls
+from ..outcome import Outcome, add_to_message, bare, domain_error, lost_by_cancellation
+from ..ram.preempt_receiver import UrgentArrival
+from ..ram.receiver import RamReceiver
 from .arriving import Storing
-from .boundary import Outcome, add_to_message, bare, domain_error, lost_by_cancellation
-from .channel import Channel
-from .connections import Connections
-from .ram_in import RamReceiver
-from .reception import Reception
-from .urgent_in import UrgentArrival
 
 log = logging.getLogger("trimig.destination")
 
@@ -130,7 +131,7 @@ class Arrival(abc.ABC):
                 reason = self._reason(failure) if ended and self.marked else b""
                 await self._answer(channel, Shut(status=1 if ended else 0), reason)
         finally:
-            await teardown.close(channel.stream, 0.0 if ended else self.config.teardown_grace)
+            await closing.close(channel.stream, 0.0 if ended else self.config.teardown_grace)
 
     def _reason(self, failure: BaseException | None) -> bytes:
         """The message that tells a trimig why it is refused."""
@@ -143,7 +144,7 @@ class Arrival(abc.ABC):
         return encode(Reason(payload=reason_bytes(text)))
 
     async def _answer(self, channel: Channel, answer: Shut, reason: bytes) -> None:
-        said = await teardown.farewell(channel, reason + encode(answer), self.config.teardown_grace)
+        said = await closing.farewell(channel, reason + encode(answer), self.config.teardown_grace)
         if answer.status == 0:
             self.confirmed = said
             if not said:
@@ -202,7 +203,7 @@ class Arrival(abc.ABC):
         self.monitor.advance(Status.COMPLETED if whole else Status.POSTCOPY_LOST)
         if not whole or not self.stopped:
             return
-        failure = await teardown.guest_call("resumed", self.guest.resume, self.config.teardown_grace)
+        failure = await guest_calls.bring_back("resumed", self.guest.resume, self.config.teardown_grace)
         if failure is not None and self.guest.run_state != "running":
             raise GuestNotResumed(str(failure)) from failure.__cause__
         self.monitor.emit("RESUME")
@@ -281,7 +282,7 @@ class Arrival(abc.ABC):
         if state == "running" and not monitor.config.autostart:
             state = "paused"
         began = trio.current_time()
-        failure = await teardown.guest_call("brought to life", functools.partial(self.guest.activate, state), grace)
+        failure = await guest_calls.bring_back("brought to life", functools.partial(self.guest.activate, state), grace)
         if failure is not None:
             if not (state == "running" == self.guest.run_state):
                 raise failure

@@ -12,16 +12,16 @@ from typing import Final
 
 import trio
 
-from ..errors import TransportFailed
-from ..guest import PAGE_SIZE, DiscardableBlock, RamBlock
-from ..info import Counters
-from ..policy.postcopy import Batch, PageOrder
-from ..wire.postcopy import runs_of
-from ..wire.return_path import PageRequest
-from .channel import Channel
-from .limiter import Limiter
-from .ram_out import RamSender
-from .urgent_out import REQUESTED_PAGES, UrgentSender
+from ...channel.channel import Channel
+from ...channel.limiter import Limiter
+from ...errors import TransportFailed
+from ...guest import PAGE_SIZE, DiscardableBlock, RamBlock
+from ...info import Counters
+from ...policy.postcopy import Batch, PageOrder
+from ...wire.postcopy import runs_of
+from ...wire.return_path import PageRequest
+from .preempt_sender import REQUESTED_PAGES, UrgentSender
+from .sender import RamSender
 
 #: Background pages handed over at once: a request that comes meanwhile waits for 128 KiB, less than 0.2 ms.
 _BACKGROUND_PAGES: Final = 32

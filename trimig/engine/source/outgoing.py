@@ -16,8 +16,13 @@ from typing import Final, TypeVar
 
 import trio
 
-from ..config import Config
-from ..errors import (
+from ...channel import closing
+from ...channel.channel import Channel
+from ...channel.connections import Connections
+from ...channel.limiter import Limiter
+from ...channel.return_path import ReturnPathReader
+from ...config import Config
+from ...errors import (
     GuestNotResumed,
     HandoverUncertain,
     MigrationCancelled,
@@ -27,20 +32,16 @@ from ..errors import (
     TransportFailed,
     TrimigError,
 )
-from ..guest import DirtyTracker, Guest
-from ..info import Downtime, Summary
-from ..monitor_core import MonitorCore
-from ..status import Role, Status
-from ..wire import encoder as wire
-from ..wire.marks import Mark, reason_bytes
-from . import guest_calls, teardown
-from .boundary import Outcome, add_to_message, bare, domain_error, judged, lost_by_cancellation
-from .channel import Channel
-from .connections import Connections
-from .handover import lift_shield, shield
-from .limiter import Limiter
-from .ram_out import RamSender
-from .reader import ReturnPathReader
+from ...guest import DirtyTracker, Guest
+from ...info import Downtime, Summary
+from ...monitor_core import MonitorCore
+from ...status import Role, Status
+from ...wire import encoder as wire
+from ...wire.marks import Mark, reason_bytes
+from .. import guest_calls
+from ..outcome import Outcome, add_to_message, bare, domain_error, judged, lost_by_cancellation
+from ..ram.sender import RamSender
+from ..shield import lift_shield, shield
 
 log = logging.getLogger("trimig.source")
 
@@ -141,7 +142,7 @@ class Departure(abc.ABC):
         """
         urgent, self.urgent = self.urgent, None
         if urgent is not None:
-            await teardown.close(urgent.stream)
+            await closing.close(urgent.stream)
 
     async def hand_over_status(self, nursery: trio.Nursery, seconds: float) -> None:
         """The status `handover`, from which on a cancellation is held off for *seconds* at most.
@@ -197,7 +198,7 @@ class Departure(abc.ABC):
                 self.counters.transferred = self.counters.earlier + self.channel.sent
                 await self.close_urgent()
                 in_order = monitor.status is Status.COMPLETED
-                await teardown.close(self.channel.stream, self.config.teardown_grace if in_order else 0.0)
+                await closing.close(self.channel.stream, self.config.teardown_grace if in_order else 0.0)
         return guest_failure
 
     async def _give_reason(self, channel: Channel, failure: BaseException | None) -> None:
@@ -214,7 +215,7 @@ class Departure(abc.ABC):
             else f"it was cancelled: {self.monitor.cancel_reason or 'no reason was given'}"
         )
         last = rest + records.boundary + wire.command(Mark.REASON, reason_bytes(text))
-        await teardown.farewell(channel, last, min(_REASON_SECONDS, self.config.teardown_grace))
+        await closing.farewell(channel, last, min(_REASON_SECONDS, self.config.teardown_grace))
 
     def _stop_tracking(self) -> None:
         if self.tracker is None:
@@ -303,7 +304,7 @@ class Departure(abc.ABC):
         if self.fence_hook is None:
             return Ownership.UNKNOWN
         fence = functools.partial(self._call, "the fence hook", self.fence_hook)
-        return await teardown.bounded(fence, self.config.handover_timeout, Ownership.UNKNOWN)
+        return await closing.bounded(fence, self.config.handover_timeout, Ownership.UNKNOWN)
 
     async def _given_back(self, why: str, others: Sequence[BaseException]) -> TrimigError:
         """The fence says that the destination does not have the guest: resume it here. Returns what is to be raised."""
@@ -335,7 +336,7 @@ class Departure(abc.ABC):
         """Let the guest run again if it was paused for this attempt; returns why it does not."""
         if not self.touched:
             return None
-        failure = await teardown.guest_call("resumed", self.guest.resume, self.config.teardown_grace)
+        failure = await guest_calls.bring_back("resumed", self.guest.resume, self.config.teardown_grace)
         if failure is not None and self.guest.run_state != "running":
             stands = GuestNotResumed(str(failure))
             stands.__cause__ = failure.__cause__

@@ -11,12 +11,12 @@ from typing import Final
 
 import trio
 
-from ..guest import RamBlock
-from ..info import Counters
-from ..policy.postcopy import Batch, PageOrder
-from ..wire import encoder as wire
-from .channel import Channel
-from .record_out import RecordSender
+from ...channel.channel import Channel
+from ...guest import RamBlock
+from ...info import Counters
+from ...policy.postcopy import Batch, PageOrder
+from ...wire import encoder as wire
+from .records import RecordSender
 
 #: Pages of one request handed over at once; QEMU asks for one host page, which may be 2 MiB.
 REQUESTED_PAGES: Final = 512

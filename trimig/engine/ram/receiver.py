@@ -15,14 +15,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import trio
 
-from ..errors import RemoteProtocolError
-from ..guest import PAGE_SIZE, PageBitmap, RamBlock
-from ..info import Counters
-from ..wire import Decoder
-from ..wire.events import PageRun, RamList, ZeroRun
-from ..wire.postcopy import Discard
-from .arriving import MarkedPages
-from .channel import Channel
+from ...channel.channel import Channel
+from ...errors import RemoteProtocolError
+from ...guest import PAGE_SIZE, PageBitmap, RamBlock
+from ...info import Counters
+from ...wire import Decoder
+from ...wire.events import PageRun, RamList, ZeroRun
+from ...wire.postcopy import Discard
+from ..destination.arriving import MarkedPages
 from .placement import Placer, Target
 from .zeros import zero_pages
 

@@ -13,11 +13,11 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from ..errors import GuestFailed
-from ..guest import PAGE_SIZE, Pages, RamBlock, StoringGuest, Wait
-from ..monitor_core import MonitorCore
-from ..status import Status
-from .guest_calls import guarded
+from ...errors import GuestFailed
+from ...guest import PAGE_SIZE, Pages, RamBlock, StoringGuest, Wait
+from ...monitor_core import MonitorCore
+from ...status import Status
+from ..guest_calls import guarded
 
 #: Pages with one bit in the coarse map, which spares looking at every page to find a few.
 _PART: Final = 1024

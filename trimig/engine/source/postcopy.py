@@ -17,26 +17,26 @@ from typing import Final
 
 import trio
 
-from ..errors import Ownership, PostcopyLost, RemoteProtocolError, TransportFailed
-from ..guest import PAGE_SIZE, PageBitmap, RamBlock
-from ..policy.postcopy import PageOrder
-from ..status import Status
-from ..wire import Command
-from ..wire import encoder as wire
-from ..wire.encoder import cstr
-from ..wire.marks import PING_MARK, Mark
-from ..wire.return_path import Message, PageRequest, Pong, ReceivedPages, ResumeAck, Shut
-from . import teardown
-from .channel import AnyStream, Channel
-from .connections import Connections
-from .departure import Departure
-from .handover import lift_shield, shield
-from .limiter import Limiter
-from .order import PING_LOADED, PING_RUNS
-from .postcopy_out import PostcopySender
-from .ram_out import RamSender
-from .reader import ReturnPathReader
-from .recovery import Search
+from ...channel import closing
+from ...channel.channel import AnyStream, Channel
+from ...channel.connections import Connections
+from ...channel.limiter import Limiter
+from ...channel.return_path import ReturnPathReader
+from ...errors import Ownership, PostcopyLost, RemoteProtocolError, TransportFailed
+from ...guest import PAGE_SIZE, PageBitmap, RamBlock
+from ...policy.postcopy import PageOrder
+from ...status import Status
+from ...wire import Command
+from ...wire import encoder as wire
+from ...wire.encoder import cstr
+from ...wire.marks import PING_MARK, Mark
+from ...wire.return_path import Message, PageRequest, Pong, ReceivedPages, ResumeAck, Shut
+from ..order import PING_LOADED, PING_RUNS
+from ..ram.postcopy_sender import PostcopySender
+from ..ram.sender import RamSender
+from ..recovery import Search
+from ..shield import lift_shield, shield
+from .outgoing import Departure
 
 #: PING values, QEMU's: behind the discards, behind the package.
 PING_DISCARDED: Final = 2
@@ -210,7 +210,7 @@ class Following:
         self._search.paused()
         self._once_sent = self._once_sent or not self._order.remaining
         self._limiter.rest()
-        await teardown.close(self._channel.stream)
+        await closing.close(self._channel.stream)
         await departure.close_urgent()
         self._counters.earlier += self._channel.sent
         self._counters.transferred = self._counters.earlier

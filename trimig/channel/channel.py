@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from ..errors import LocalProtocolError, TransportFailed
 from ..guest import PAGE_SIZE
 from . import vectored
-from .buffers import enlarge, shorten, shorten_receiving
+from .socket_options import enlarge, shorten, shorten_receiving
 
 #: Pages that are prepared for sending at once. One system call takes MAX_ELEMENTS // 2 of them; preparing many more
 #: spreads the cost of the arrays.

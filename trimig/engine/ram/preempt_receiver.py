@@ -11,16 +11,16 @@ from collections.abc import Callable
 
 import trio
 
-from ..config import Config
-from ..errors import RemoteProtocolError, TransportFailed
-from ..info import Counters
-from ..wire import Decoder
-from ..wire import events as ev
-from . import teardown
-from .channel import Channel
-from .first_bytes import judge_second
-from .postcopy_in import PostcopyReceiver
-from .reception import Reception
+from ...channel import closing
+from ...channel.channel import Channel
+from ...channel.first_bytes import judge_second
+from ...channel.reception import Reception
+from ...config import Config
+from ...errors import RemoteProtocolError, TransportFailed
+from ...info import Counters
+from ...wire import Decoder
+from ...wire import events as ev
+from .postcopy_receiver import PostcopyReceiver
 
 #: Seconds in which the end word may follow the last page; who sends none closes the connection.
 _LAST_WORD_SECONDS = 1.0
@@ -81,7 +81,7 @@ class UrgentArrival:
         self._reception.close()
         channel, self._channel = self._channel, None
         if channel is not None:
-            await teardown.close(channel.stream)
+            await closing.close(channel.stream)
 
     async def take_pages(self, receiver: PostcopyReceiver, main: Decoder, broke: Callable[[str], None]) -> None:
         """Place what comes, until the end of it.

@@ -15,12 +15,12 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from ..errors import GuestFailed, RemoteProtocolError
-from ..guest import PAGE_SIZE, MissingMemory, PageBitmap, Pages
-from ..info import Counters
-from ..wire.events import PageRun, ZeroRun
-from ..wire.postcopy import Runs, runs_of
-from ..wire.return_path import PageRequest, encode
+from ...errors import GuestFailed, RemoteProtocolError
+from ...guest import PAGE_SIZE, MissingMemory, PageBitmap, Pages
+from ...info import Counters
+from ...wire.events import PageRun, ZeroRun
+from ...wire.postcopy import Runs, runs_of
+from ...wire.return_path import PageRequest, encode
 
 #: Pages placed before other tasks get a turn: a quarter of a millisecond.
 _TURN_PAGES: Final = 64

@@ -15,10 +15,13 @@ from collections.abc import Sequence
 import numpy as np
 import trio
 
-from .. import blockers
-from ..config import Config
-from ..errors import PeerFailed, RemoteProtocolError, StateError, TransportFailed
-from ..guest import (
+from ... import blockers
+from ...channel.connections import Connections
+from ...channel.first_bytes import judge_first
+from ...channel.reception import Reception
+from ...config import Config
+from ...errors import PeerFailed, RemoteProtocolError, StateError, TransportFailed
+from ...guest import (
     PAGE_SIZE,
     ConfigSubsection,
     DeviceSection,
@@ -29,32 +32,29 @@ from ..guest import (
     OpaqueGuest,
     StoringGuest,
 )
-from ..info import Summary
-from ..monitor_core import MonitorCore
-from ..status import Role, Status
-from ..wire import Command, Decoder, Section, globalstate, postcopy
-from ..wire import events as ev
-from ..wire.devices import Undelimited
-from ..wire.marks import PING_MARK, PONG_MARK, REASON_ELEMENT, Mark, is_mark, shown_reason, trailing_reason
-from ..wire.page_size import wrong_page_size
-from ..wire.postcopy import Runs
-from ..wire.refusals import bitmaps_only, check_kept_command, command_name
-from ..wire.return_path import Attempt, Clock, Pong, SwitchoverAck, encode
-from ..wire.tail import TailBuffer
-from ..wire.virtio_mem import absent_by_rule
-from . import guest_calls, tail_in
-from .arrival import Arrival
+from ...info import Summary
+from ...monitor_core import MonitorCore
+from ...status import Role, Status
+from ...wire import Command, Decoder, Section, globalstate, postcopy
+from ...wire import events as ev
+from ...wire.devices import Undelimited
+from ...wire.marks import PING_MARK, PONG_MARK, REASON_ELEMENT, Mark, is_mark, shown_reason, trailing_reason
+from ...wire.page_size import wrong_page_size
+from ...wire.postcopy import Runs
+from ...wire.refusals import bitmaps_only, check_kept_command, command_name
+from ...wire.return_path import Attempt, Clock, Pong, SwitchoverAck, encode
+from ...wire.tail import TailBuffer
+from ...wire.virtio_mem import absent_by_rule
+from .. import device_tail, guest_calls
+from ..device_writer import UUID_SUBSECTION
+from ..order import TRIMIG_PINGS, Place, check_place
+from ..outcome import add_to_message
+from ..ram.placement import ENOUGH
+from ..ram.preempt_receiver import UrgentArrival
 from .arriving import Storing
-from .boundary import add_to_message
-from .connections import Connections
-from .first_bytes import judge_first
-from .order import TRIMIG_PINGS, Place, check_place
-from .package_in import take_apart
-from .placement import ENOUGH
-from .postcopy_destination import Ahead, check_guest, open_memory
-from .reception import Reception
-from .stream_out import UUID_SUBSECTION
-from .urgent_in import UrgentArrival
+from .incoming import Arrival
+from .package import take_apart
+from .postcopy import Ahead, check_guest, open_memory
 
 #: How long the description may follow the decision before it is given up: it is only text about what has come.
 DESCRIPTION_SECONDS = 2.0
@@ -149,7 +149,7 @@ class _Arrival(Arrival):
                     if tail is None:
                         if self.announced is not None:
                             self._framed(decoder)
-                        tail = tail_in.buffer(self.config, footers=self.config.peer.send_section_footer)
+                        tail = device_tail.buffer(self.config, footers=self.config.peer.send_section_footer)
                         tail_at = event.at
                         await self._ram_received(event.at)
                     await self._tail_bytes(tail, event)
@@ -482,13 +482,13 @@ class _Arrival(Arrival):
             return
         if isinstance(event, ev.Description):
             if event.complete:
-                await tail_in.check_description(event.text, self.config)
+                await device_tail.check_description(event.text, self.config)
             else:
                 self.monitor.warn("the connection ended inside the description; the guest was complete before it")
 
     async def _tail_bytes(self, tail: TailBuffer, event: ev.TailBytes) -> None:
         """Devices of an unknown machine: they can be told apart only by the description at the very end."""
-        await tail_in.feed(tail, event.data)
+        await device_tail.feed(tail, event.data)
         if self.return_path and (value := tail.prepare_ping()) is not None:
             assert self.channel is not None
             if not tail.mentions(b"/virtio-mem"):
@@ -550,7 +550,7 @@ class _Arrival(Arrival):
     async def _take_tail(self, tail: TailBuffer, at: int, *, ended: bool) -> None:
         assert isinstance(self.guest, OpaqueGuest)
         try:
-            split = await tail_in.split(tail, at, early=self.early)
+            split = await device_tail.split(tail, at, early=self.early)
         except Undelimited as error:
             if ended and self.marked and (reason := trailing_reason(tail.last(REASON_ELEMENT))) is not None:
                 raise source_ended(reason) from error
@@ -565,7 +565,7 @@ class _Arrival(Arrival):
         self._check_missing(sections)
         for number, payload, where in split.commands:
             check_kept_command(number, len(payload), where)
-        for problem in tail_in.first_problems(split):
+        for problem in device_tail.first_problems(split):
             self.monitor.warn(problem)
         await self.keep(sections, split.description_text)
         await self.activate()

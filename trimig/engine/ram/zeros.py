@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..guest import PageBitmap, Pages
+from ...guest import PageBitmap, Pages
 
 #: Pages looked at to guess whether a run is zero throughout.
 _PROBES = 8
