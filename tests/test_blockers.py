@@ -10,7 +10,7 @@ import trio.testing
 
 import trimig
 from tests.engine.pair import Pair, config, running
-from trimig.blockers import Blockable, Blockers
+from trimig.monitor.blockers import Blockable, Blockers
 from trimig.status import Status
 from trimig.testing import FakeDevice, VirtualLink
 

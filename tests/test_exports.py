@@ -24,7 +24,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 #: Packages with public names beside the top level.
 PLACES: Final = ("trimig.wire", "trimig.guests", "trimig.memory", "trimig.testing", "trimig.config")
 #: Modules that stand in no package and are public as a whole: types of the interfaces, and the table of statuses.
-MODULES: Final = ("trimig.guest", "trimig.status", "trimig.errors", "trimig.monitor")
+MODULES: Final = ("trimig.guest", "trimig.status", "trimig.errors", "trimig.monitor.monitor")
 
 #: Names that the top level takes from a public package on purpose: what every caller needs.
 TWICE: Final = {

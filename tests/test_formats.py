@@ -114,7 +114,9 @@ def test_one_and_many() -> None:
 # -- and no other module -----------------------------------------------------------------------------------------------
 
 #: Where numbers are written for people.
-PEOPLE = [path for name in ("cli", "policy") for path in sorted((ROOT / name).rglob("*.py"))] + [ROOT / "info.py"]
+PEOPLE = [path for name in ("cli", "policy") for path in sorted((ROOT / name).rglob("*.py"))] + [
+    ROOT / "monitor/statistics.py"
+]
 #: A unit that stands behind a value: ``{…} ms``, ``{…}/s``, ``{…} %``.
 _UNIT = re.compile(r"^ ?(?:B|[KMGT]i?B|[kMG]bit|ms|s|min|h|%)(?:/s)?(?![\w-])|^/s(?!\w)")
 #: A format that rounds or makes a percentage.

@@ -21,7 +21,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 FILES: Final = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "trimig").rglob("*.py"))
 
 _RECORDS: Final = frozenset({"errors", "expected", "owner", "status", "config", "guest", "formats"})
-_BASE: Final = _RECORDS | {"info", "blockers", "listeners", "monitor_core", "monitor"}
+_BASE: Final = _RECORDS | {"monitor"}
 _CHANNEL: Final = _BASE | {"wire", "policy"}
 _ENGINE: Final = _CHANNEL | {"memory", "channel", "engine"}
 _TOOLS: Final = _ENGINE | {"transport", "guests"}
@@ -36,11 +36,7 @@ MAY_IMPORT: Final = {
     "expected": frozenset[str](),
     "owner": frozenset({"errors"}),
     "guest": frozenset({"errors", "owner"}),
-    "info": _RECORDS,
-    "blockers": _RECORDS,
-    "listeners": _RECORDS | {"info"},
-    "monitor_core": _BASE - {"monitor"},
-    "monitor": _BASE,
+    "monitor": _RECORDS,
     "wire": _BASE,
     "policy": _BASE,
     "memory": _BASE,
@@ -61,7 +57,7 @@ MAY_IMPORT: Final = {
 ADDRESSES: Final = {
     **dict.fromkeys(
         ("threading", "_thread", "concurrent", "to_thread", "from_thread", "start_thread_soon"),
-        frozenset({"trimig/channel/offload.py", "trimig/portal.py", "trimig/guests/touching.py"}),
+        frozenset({"trimig/channel/offload.py", "trimig/portal.py", "trimig/guests/workload/faults.py"}),
     ),
     "shield": frozenset({"trimig/channel/closing.py", "trimig/engine/guest_calls.py", "trimig/engine/shield.py"}),
     "_ALLOW_DETERMINISTIC_SCHEDULING": frozenset({"trimig/testing/determinism.py"}),
@@ -164,7 +160,7 @@ def _broad(node: ast.expr | None) -> str | None:
 #: May keep an exception for later: an attempt unwinds in shields before it raises it.
 KEEPS_EXCEPTIONS: Final = "trimig/engine/outcome.py"
 #: May catch whatever a stranger's function raises, and goes on without that function.
-CALLS_STRANGERS: Final = "trimig/listeners.py"
+CALLS_STRANGERS: Final = "trimig/monitor/listeners.py"
 
 
 def _check_excepts(tree: ast.AST, path: PurePosixPath) -> Iterator[str]:

@@ -11,7 +11,7 @@ import trio.testing
 import trimig
 from tests.engine.pair import Pair
 from trimig import status as predicates
-from trimig.monitor_core import MonitorCore
+from trimig.monitor.core import MonitorCore
 from trimig.status import Status
 
 
@@ -74,7 +74,7 @@ async def test_listener_that_fails_is_removed_and_hurts_nobody(
 
     pair.here.add_listener(bad)
     pair.here.add_listener(statuses(heard))
-    with caplog.at_level(logging.ERROR, "trimig.monitor"):
+    with caplog.at_level(logging.ERROR, "trimig.monitor.monitor"):
         await pair.both()
     assert calls == ["MIGRATION"]
     assert heard[-1] == "completed"

@@ -12,8 +12,8 @@ import trio.testing
 
 from trimig.config import Capabilities, Config, Parameters
 from trimig.errors import ConfigError, Ownership, StateError
-from trimig.monitor import EVENT_BACKLOG, Downtime, Event, Summary
-from trimig.monitor_core import MonitorCore
+from trimig.monitor.core import MonitorCore
+from trimig.monitor.monitor import EVENT_BACKLOG, Downtime, Event, Summary
 from trimig.status import IDLE, IN_POSTCOPY, TERMINAL, Role, Status
 
 S = Status

@@ -6,8 +6,8 @@ import trio
 import trio.testing
 
 from tests.test_monitor import brought_to
-from trimig.monitor import Monitor, core_of
-from trimig.monitor_core import MonitorCore
+from trimig.monitor.core import MonitorCore
+from trimig.monitor.monitor import Monitor, core_of
 from trimig.status import Status as S
 
 

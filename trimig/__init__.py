@@ -5,9 +5,9 @@ The layers, from the top; imports point downwards only:
 * ``trimig.cli``: the command; uses what stands here and nothing below.
 * ``trimig.api``: the two calls, :func:`migrate` and :func:`receive`.
 * ``trimig.guests``, ``trimig.transport``, ``trimig.stream``: what can be migrated, ways there, tools on streams.
-* ``trimig.engine``: the trio tasks. One nursery per attempt.
+* ``trimig.engine``: the trio tasks. One nursery per attempt. ``trimig.channel``, below it: connections.
 * ``trimig.memory``, ``trimig.policy``, ``trimig.wire``: Linux memory; decisions; bytes. The last two know no clock.
-* ``trimig.guest``, ``trimig.monitor`` (``info``, ``blockers``, ``listeners``), ``trimig.status``, ``trimig.config``, ``trimig.errors``: what all agree on.
+* ``trimig.guest``, ``trimig.monitor``, ``trimig.status``, ``trimig.config``, ``trimig.errors``: what all agree on.
 
 ``trimig.testing`` stands beside them: virtual links, fault injection and sweeps, for your tests as for ours.
 """
@@ -16,8 +16,6 @@ from importlib import metadata as _metadata
 
 from .api import migrate as migrate
 from .api import receive as receive
-from .blockers import Blocker as Blocker
-from .blockers import Blockers as Blockers
 from .config import Capabilities as Capabilities
 from .config import Config as Config
 from .config import GiB as GiB
@@ -51,17 +49,19 @@ from .guests import Device as Device
 from .guests import LazyAppGuest as LazyAppGuest
 from .guests import ParkedGuest as ParkedGuest
 from .guests import ProcessGuest as ProcessGuest
-from .monitor import Convergence as Convergence
-from .monitor import Downtime as Downtime
-from .monitor import Event as Event
-from .monitor import Monitor as Monitor
-from .monitor import Statistics as Statistics
-from .monitor import Summary as Summary
+from .monitor.blockers import Blocker as Blocker
+from .monitor.blockers import Blockers as Blockers
+from .monitor.monitor import Monitor as Monitor
+from .monitor.statistics import Convergence as Convergence
+from .monitor.statistics import Downtime as Downtime
+from .monitor.statistics import Event as Event
+from .monitor.statistics import Statistics as Statistics
+from .monitor.statistics import Summary as Summary
 from .status import Role as Role
 from .status import Status as Status
-from .wire.vmstate import Field as Field
-from .wire.vmstate import Subsection as Subsection
-from .wire.vmstate import VMState as VMState
+from .wire.devices.vmstate import Field as Field
+from .wire.devices.vmstate import Subsection as Subsection
+from .wire.devices.vmstate import VMState as VMState
 
 try:
     __version__ = _metadata.version("trimig")

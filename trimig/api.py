@@ -15,8 +15,8 @@ from .engine.source.outgoing import CommitHook, FenceHook
 from .errors import TransportFailed
 from .expected import expect, expect_callable
 from .guest import Guest
-from .info import Summary
-from .monitor import Monitor, core_of
+from .monitor.monitor import Monitor, core_of
+from .monitor.statistics import Summary
 
 
 async def migrate(

@@ -37,7 +37,7 @@ from .channel.offload import offload
 from .config import Config, Parameters
 from .errors import MigrationCancelled, Ownership, TrimigError
 from .guest import Guest
-from .monitor import Monitor, Statistics, Summary
+from .monitor.monitor import Monitor, Statistics, Summary
 from .status import IDLE, Status
 
 P = ParamSpec("P")

@@ -18,8 +18,8 @@ from click.testing import CliRunner
 
 from tests.cli.scripted import ACTIVE, ADDRESS, DONE, MB, PAGE, TOTAL, Invoke, Scripted, ram, step
 from trimig import cli, qmp
-from trimig.cli import remote
-from trimig.cli.remote import Settings, State, Tracker, read_settings
+from trimig.cli.remote import client as remote
+from trimig.cli.remote.client import Settings, State, Tracker, read_settings
 
 # -- one word ----------------------------------------------------------------------------------------------------------
 

@@ -75,7 +75,7 @@ HELD = step("pre-switchover", ram=ram(sync=2, pages=TOTAL // PAGE, remaining=0))
 
 def test_socket_is_free_for_who_lets_it_go_on(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     """A QEMU serves one client at a time: while nothing moves, the socket is left to the one that continues it."""
-    monkeypatch.setattr("trimig.cli.migrate._PAUSED_EVERY", 0.01)
+    monkeypatch.setattr("trimig.cli.remote.migrate._PAUSED_EVERY", 0.01)
     guest = Scripted(script=[step("setup"), ACTIVE, HELD, HELD, HELD, HELD, DONE])
     result = invoke(guest, "migrate", "tcp:b:4444", "--wait", "-c", "pause-before-switchover")
     assert result.exit_code == 0, result.stderr
@@ -84,7 +84,7 @@ def test_socket_is_free_for_who_lets_it_go_on(invoke: Invoke, monkeypatch: pytes
 
 
 def test_signal_cancels_what_is_held(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trimig.cli.migrate._PAUSED_EVERY", 60.0)
+    monkeypatch.setattr("trimig.cli.remote.migrate._PAUSED_EVERY", 60.0)
 
     def before(name: str, count: int) -> None:
         if guest.info.get("status") == "pre-switchover" and "migrate_cancel" not in guest.names:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import trimig
-from trimig.cli.demo import Demo, Options
+from trimig.cli.demo.command import Demo, Options
 from trimig.cli.display import LineView
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,7 +20,7 @@ from trimig.cli import display
 from trimig.cli.display import LiveView, open_view
 from trimig.cli.output import out, say
 from trimig.cli.picture import Picture
-from trimig.cli.remote import State, Tracker
+from trimig.cli.remote.client import State, Tracker
 from trimig.cli.screen import Screen
 
 MiB = 1 << 20

@@ -26,8 +26,9 @@ from trimig.cli.postcopy import Insistence, recovering
 from trimig.errors import Ownership
 from trimig.status import IN_POSTCOPY
 from trimig.stream import read_record
-from trimig.wire import RecordWriter, Section, description
+from trimig.wire import RecordWriter, Section
 from trimig.wire import encoder as wire
+from trimig.wire.devices import description
 
 __all__ = ["saved"]  # a fixture
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trimig.cli.remote import State
+from trimig.cli.remote.client import State
 
 
 @pytest.mark.parametrize(

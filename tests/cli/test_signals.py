@@ -15,7 +15,7 @@ import trio
 import trimig
 from tests.guests.test_parked import stream
 from trimig.cli.stop import words_for
-from trimig.monitor import core_of
+from trimig.monitor.monitor import core_of
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 

@@ -23,7 +23,7 @@ from tests.reading import PAGE, Memory, Page, Unreadable, reader
 from trimig.channel.channel import AnyStream
 from trimig.channel.connections import Connections
 from trimig.engine.destination import receive_stream
-from trimig.monitor_core import MonitorCore
+from trimig.monitor.core import MonitorCore
 from trimig.status import Status
 from trimig.testing import FakeDevice, LazyScriptedGuest, VirtualStream, virtual_link
 

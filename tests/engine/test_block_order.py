@@ -26,9 +26,9 @@ from trimig.engine.ram.postcopy_receiver import PostcopyReceiver
 from trimig.engine.source import migrate_stream
 from trimig.guest import PAGE_SIZE, PageBitmap
 from trimig.guests.lazy_app import LazyAppGuest
-from trimig.info import Counters
 from trimig.memory import MemfdBlock, MissingPages, TrackedRange, UffdMemory
-from trimig.monitor_core import MonitorCore
+from trimig.monitor.core import MonitorCore
+from trimig.monitor.statistics import Counters
 from trimig.status import Status
 from trimig.testing import LazyScriptedGuest, ScriptedGuest, VirtualLink
 from trimig.wire import events as ev

@@ -13,8 +13,8 @@ from trimig.channel.channel import Channel
 from trimig.channel.limiter import Limiter
 from trimig.channel.return_path import ReturnPathReader
 from trimig.engine import guest_calls
-from trimig.monitor import Counters
-from trimig.monitor_core import MonitorCore
+from trimig.monitor.core import MonitorCore
+from trimig.monitor.monitor import Counters
 from trimig.status import Role, Status
 from trimig.testing import VirtualLink
 from trimig.wire.return_path import Pong, Shut, encode

@@ -14,8 +14,8 @@ from tests.engine.test_postcopy_bad_input import ALL, HEAD, OPENING, PACKAGE, ST
 from tests.engine.test_postcopy_bad_input import END as ENDING
 from trimig.errors import RemoteProtocolError
 from trimig.testing import virtual_link
-from trimig.wire import description
 from trimig.wire import encoder as wire
+from trimig.wire.devices import description
 from trimig.wire.return_path import Shut
 
 

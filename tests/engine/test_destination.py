@@ -16,8 +16,9 @@ from trimig.engine.source import PING_PREPARE
 from trimig.guest import DeviceSection
 from trimig.status import Status
 from trimig.testing import DribbleStream, FakeDevice, ScriptedGuest, VirtualLink
-from trimig.wire import Section, description, globalstate
+from trimig.wire import Section
 from trimig.wire import encoder as wire
+from trimig.wire.devices import description, globalstate
 from trimig.wire.return_path import Pong, encode
 
 OPENED = encode(Pong(value=1))

@@ -24,7 +24,7 @@ from tests.engine.test_postcopy_bad_input import (
 from tests.engine.test_recovery import ASK, RESUME, Told, answer_until, told
 from trimig.engine.source import PING_QUEUED
 from trimig.errors import HandoverUncertain, Ownership
-from trimig.monitor_core import MonitorCore
+from trimig.monitor.core import MonitorCore
 from trimig.status import Status
 from trimig.wire import Command, Section
 from trimig.wire import encoder as wire

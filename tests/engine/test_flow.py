@@ -222,7 +222,7 @@ async def test_setup_time_is_what_comes_before_the_first_page(autojump_clock: tr
 
     from trimig.channel.connections import Connections
     from trimig.engine.source import migrate_stream
-    from trimig.monitor import core_of
+    from trimig.monitor.monitor import core_of
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pair.receive)

@@ -35,9 +35,10 @@ from trimig.errors import Ownership, RemoteProtocolError
 from trimig.guest import PAGE_SIZE
 from trimig.guests.lazy_app import LazyAppGuest
 from trimig.testing import FakeDevice, LazyScriptedGuest
-from trimig.wire import Command, Section, description, globalstate
+from trimig.wire import Command, Section
 from trimig.wire import encoder as wire
 from trimig.wire import postcopy as pc
+from trimig.wire.devices import description, globalstate
 from trimig.wire.return_path import Shut
 
 END = wire.section_continue(Section.END, 2) + CLOSE

@@ -21,10 +21,10 @@ from trimig.engine.ram.postcopy_sender import PostcopySender
 from trimig.engine.ram.sender import RamSender
 from trimig.errors import RemoteProtocolError
 from trimig.guest import PAGE_SIZE, MissingMemory, PageBitmap
-from trimig.guests.process import MiB, ProcessGuest
-from trimig.info import Counters
+from trimig.guests.workload.guest import MiB, ProcessGuest
 from trimig.memory import MemfdBlock, MissingPages, TrackedRange, UffdMemory
-from trimig.policy.postcopy import PageOrder
+from trimig.monitor.statistics import Counters
+from trimig.policy.page_order import PageOrder
 from trimig.wire import Decoder
 from trimig.wire import events as ev
 from trimig.wire.return_path import PageRequest, ReturnPathDecoder, encode

@@ -21,12 +21,13 @@ from trimig.channel.connections import Connections
 from trimig.engine.destination import receive_stream
 from trimig.errors import GuestFailed, Ownership, PostcopyLost, RemoteProtocolError
 from trimig.guest import PAGE_SIZE, DeviceSection
-from trimig.monitor_core import MonitorCore
+from trimig.monitor.core import MonitorCore
 from trimig.status import Status
 from trimig.testing import FakeDevice, LazyScriptedGuest, ScriptedGuest, virtual_link
-from trimig.wire import Command, RecordWriter, Section, globalstate
+from trimig.wire import Command, RecordWriter, Section
 from trimig.wire import encoder as wire
 from trimig.wire import postcopy as pc
+from trimig.wire.devices import globalstate
 from trimig.wire.return_path import Pong, ResumeAck, ReturnPathDecoder, Shut
 
 PAGES = 8

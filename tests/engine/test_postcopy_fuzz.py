@@ -15,7 +15,7 @@ from tests.engine.postcopy_fuzz import fuzz
 from tests.fuzzed import Fuzzed
 from trimig.engine.ram.postcopy_receiver import PostcopyReceiver
 from trimig.guest import Wait
-from trimig.info import Counters
+from trimig.monitor.statistics import Counters
 
 INPUTS = 400
 MANY = 20_000

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 import trimig
-from trimig.guests.process import MiB, ProcessGuest
+from trimig.guests.workload.guest import MiB, ProcessGuest
 from trimig.status import Status
 
 SIZE = 16 * MiB

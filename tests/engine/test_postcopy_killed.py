@@ -19,7 +19,7 @@ import trio
 
 import trimig
 from trimig.errors import Ownership
-from trimig.guests.process import MiB, ProcessGuest
+from trimig.guests.workload.guest import MiB, ProcessGuest
 from trimig.status import Status
 
 SIZE: Final = 8 * MiB

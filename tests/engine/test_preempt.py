@@ -33,7 +33,7 @@ from trimig.channel.connections import Connections
 from trimig.engine.source import migrate_stream
 from trimig.errors import ConfigError, Ownership
 from trimig.guest import PAGE_SIZE
-from trimig.monitor_core import MonitorCore
+from trimig.monitor.core import MonitorCore
 from trimig.status import Status
 from trimig.testing import FakeDevice, ScriptedGuest, virtual_link
 from trimig.wire import Command, Decoder, RecordWriter, Section

@@ -41,12 +41,13 @@ from trimig.engine.recovery import FIRST_DELAY, LONGEST_DELAY
 from trimig.engine.source import migrate_stream
 from trimig.errors import Ownership, PostcopyLost, RemoteProtocolError
 from trimig.guest import PAGE_SIZE
-from trimig.monitor_core import MonitorCore
+from trimig.monitor.core import MonitorCore
 from trimig.status import TERMINAL, Status
 from trimig.testing import FakeDevice, ScriptedGuest, virtual_link
-from trimig.wire import Command, Section, globalstate
+from trimig.wire import Command, Section
 from trimig.wire import encoder as wire
 from trimig.wire import postcopy as pc
+from trimig.wire.devices import globalstate
 from trimig.wire.return_path import PageRequest, Pong, ReceivedPages, ResumeAck, Shut, encode
 
 RESUME = wire.command(Command.POSTCOPY_RESUME)

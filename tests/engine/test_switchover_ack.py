@@ -17,11 +17,11 @@ from trimig.channel.connections import Connections
 from trimig.engine.destination import receive_stream
 from trimig.engine.source import migrate_stream
 from trimig.errors import ConfigError, RemoteProtocolError, TrimigError
-from trimig.monitor_core import MonitorCore
+from trimig.monitor.core import MonitorCore
 from trimig.status import Status
 from trimig.testing import FakeDevice, LazyScriptedGuest, ScriptedGuest, VirtualLink, virtual_link
-from trimig.wire import description
 from trimig.wire import encoder as wire
+from trimig.wire.devices import description
 from trimig.wire.return_path import Pong, ReturnPathDecoder, Shut, SwitchoverAck, encode
 
 

@@ -12,7 +12,7 @@ from trimig.errors import ConfigError, GuestFailed, RemoteProtocolError, StateEr
 from trimig.guest import DeviceSection, Guest
 from trimig.guests.app import AppGuest
 from trimig.guests.device import Device
-from trimig.wire.vmstate import Field, VMState
+from trimig.wire.devices.vmstate import Field, VMState
 
 
 class Clock(Device):

@@ -8,11 +8,11 @@ from trimig import guest as interfaces
 from trimig.errors import LocalProtocolError, RemoteProtocolError
 from trimig.guests.device import Device, device_section
 from trimig.guests.standard import GlobalState, TimerState
-from trimig.wire.description import build
-from trimig.wire.globalstate import ILLEGAL_RUN_STATES, RUN_STATES
-from trimig.wire.globalstate import decode as decode_global_state
-from trimig.wire.globalstate import section as global_state_section
-from trimig.wire.vmstate import Field, VMState
+from trimig.wire.devices.description import build
+from trimig.wire.devices.globalstate import ILLEGAL_RUN_STATES, RUN_STATES
+from trimig.wire.devices.globalstate import decode as decode_global_state
+from trimig.wire.devices.globalstate import section as global_state_section
+from trimig.wire.devices.vmstate import Field, VMState
 
 # stream.md part 12: the whole description of a machine without devices.
 NONE_DESCRIPTION = (

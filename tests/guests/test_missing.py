@@ -12,9 +12,9 @@ import trio
 import trimig
 from trimig.errors import GuestFailed
 from trimig.guest import PAGE_SIZE
-from trimig.guests.process import MiB, ProcessGuest
+from trimig.guests.workload.guest import MiB, ProcessGuest
 from trimig.memory import UffdMemory
-from trimig.policy.postcopy import PageOrder
+from trimig.policy.page_order import PageOrder
 
 SIZE = 4 * MiB
 PAGES = SIZE // PAGE_SIZE

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from trimig.guests.newfile import NewFile, check_target
+from trimig.guests.parked.newfile import NewFile, check_target
 
 
 @pytest.fixture(params=["without a name", "hidden name"])
@@ -183,7 +183,7 @@ def test_a_directory_without_permission_is_refused_at_once(tmp_path: Path) -> No
     closed.mkdir()
     closed.chmod(0o555)
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom trimig.guests.newfile import check_target\n"
+        "import os, sys\nfrom pathlib import Path\nfrom trimig.guests.parked.newfile import check_target\n"
         "if os.geteuid() == 0: os.setgroups([]); os.setegid(65534); os.seteuid(65534)\n"
         "os.chdir('closed')\n"
         "check_target(Path('out'), replace=False)"
@@ -209,7 +209,7 @@ def test_a_killed_process_leaves_nothing(tmp_path: Path) -> None:
     except OSError as error:
         pytest.skip(f"this file system cannot: {error.strerror}")
     code = (
-        "import os, signal\nfrom pathlib import Path\nfrom trimig.guests.newfile import NewFile\n"
+        "import os, signal\nfrom pathlib import Path\nfrom trimig.guests.parked.newfile import NewFile\n"
         "file = NewFile(Path('out'), replace=False)\nfile.write_at(0, bytes(1 << 20))\nfile.sync()\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

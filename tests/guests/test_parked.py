@@ -16,12 +16,13 @@ import trio
 import trimig
 from trimig.channel.offload import limiter
 from trimig.guest import ConfigSubsection, DeviceSection, OpaqueGuest
-from trimig.guests import saving
+from trimig.guests.parked import writer as saving
 from trimig.memory import MemfdBlock
 from trimig.stream import inspect_stream
 from trimig.testing import VirtualLink
-from trimig.wire import RamFlag, RecordWriter, Section, description, globalstate
+from trimig.wire import RamFlag, RecordWriter, Section
 from trimig.wire import encoder as wire
+from trimig.wire.devices import description, globalstate
 
 PAGES = 5
 UUID = ConfigSubsection(name="configuration/uuid", version=1, payload=bytes(range(16)))

@@ -22,9 +22,9 @@ from trimig.channel.offload import limiter
 from trimig.channel.vectored import writev
 from trimig.engine.destination import arriving
 from trimig.engine.destination.arriving import MarkedPages
-from trimig.guests import saving
-from trimig.guests.newfile import NewFile
-from trimig.guests.ramfile import GROUP, RamWriter
+from trimig.guests.parked import writer as saving
+from trimig.guests.parked.newfile import NewFile
+from trimig.guests.parked.ramfile import GROUP, RamWriter
 from trimig.memory import MemfdBlock
 from trimig.status import Status
 from trimig.stream import inspect_stream
@@ -265,7 +265,7 @@ async def test_a_page_that_changes_while_it_is_written_is_written_again(
             trio.from_thread.run_sync(marks.mark, "ram", page, 1)
             return done
 
-        monkeypatch.setattr("trimig.guests.ramfile.writev", tear)
+        monkeypatch.setattr("trimig.guests.parked.ramfile.writev", tear)
         file = saving.SaveFile(tmp_path / "out", guest, [block], replace=False, peer=guest.peer)
         with trio.fail_after(LIMIT):
             async with trio.open_nursery() as nursery:
@@ -294,7 +294,7 @@ class Disk:
         self._fails_at = fails_at
         for name in ("write", "fsync", "fdatasync", "link"):
             monkeypatch.setattr(os, name, self._wrapped(getattr(os, name)))
-        monkeypatch.setattr("trimig.guests.ramfile.writev", self._wrapped(writev))
+        monkeypatch.setattr("trimig.guests.parked.ramfile.writev", self._wrapped(writev))
 
     def _wrapped(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
@@ -399,7 +399,7 @@ async def test_a_slow_disk_slows_the_source_down(tmp_path: Path, monkeypatch: py
         return writev(fd, vector)
 
     monkeypatch.setattr(MarkedPages, "mark", mark)
-    monkeypatch.setattr("trimig.guests.ramfile.writev", slow)
+    monkeypatch.setattr("trimig.guests.parked.ramfile.writev", slow)
     source = application(random=np.random.default_rng(1))
     for block in source.ram:
         block.pages[:, 0] = 1
@@ -503,7 +503,7 @@ async def test_a_disk_that_fails_behind_the_switch_costs_no_page(
         def watch(event: trimig.Event) -> None:
             if event.name == "MIGRATION" and event.data["status"] == "postcopy-active":
                 monkeypatch.setattr(os, "write", broken)
-                monkeypatch.setattr("trimig.guests.ramfile.writev", broken)
+                monkeypatch.setattr("trimig.guests.parked.ramfile.writev", broken)
 
         original = parking._receive
 

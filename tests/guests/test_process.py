@@ -20,9 +20,9 @@ import trio
 import trimig
 from trimig.errors import ConfigError, GuestFailed, RemoteProtocolError, StateError
 from trimig.guest import DeviceSection, Guest
-from trimig.guests import process
-from trimig.guests.process import MiB, ProcessGuest
-from trimig.guests.workload import verify, words_of
+from trimig.guests.workload import guest as process
+from trimig.guests.workload.guest import MiB, ProcessGuest
+from trimig.guests.workload.state import verify, words_of
 from trimig.memory import MemoryUnavailable, snapshot_of
 
 SIZE = 4 * MiB
@@ -336,7 +336,7 @@ async def test_the_worker_ends_by_itself_when_its_line_is_cut() -> None:
 
 HOST = """
 import subprocess, sys, trio
-from trimig.guests.process import ProcessGuest
+from trimig.guests.workload.guest import ProcessGuest
 async def main():
     async with ProcessGuest.open(size=1 << 20, hot=1 << 18) as guest:
         other = 0

@@ -13,11 +13,12 @@ import pytest
 
 from trimig.channel.vectored import writev
 from trimig.engine.ram.sender import RAM_SECTION
-from trimig.guests.ramfile import GROUP, RamWriter
+from trimig.guests.parked.ramfile import GROUP, RamWriter
 from trimig.memory import MemfdBlock
-from trimig.wire import Decoder, Section, description
+from trimig.wire import Decoder, Section
 from trimig.wire import encoder as wire
 from trimig.wire import events as ev
+from trimig.wire.devices import description
 
 NAMES = ("ram", "a much longer name than that of the other block, of 61 bytes")
 
@@ -183,7 +184,7 @@ def test_writes_that_do_not_take_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with writer(tmp_path / "out", {NAMES[1]: 3 * GROUP}) as (ram, blocks):
         monkeypatch.setattr(os, "write", part)
         monkeypatch.setattr(os, "pread", lambda fd, size, at: real_pread(fd, min(size, 1000), at))
-        monkeypatch.setattr("trimig.guests.ramfile.writev", some)
+        monkeypatch.setattr("trimig.guests.parked.ramfile.writev", some)
         ram.write(0, np.arange(3 * GROUP))
         blocks[0].pages[10:40] = 1
         blocks[0].pages[::100] = 2

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimig.errors import RemoteProtocolError
-from trimig.guests import workload
-from trimig.guests.worker import Pacer
-from trimig.guests.workload import (
+from trimig.guests.workload import state as workload
+from trimig.guests.workload.state import (
     WORDS_PER_PAGE,
     Journal,
     Words,
@@ -26,6 +25,7 @@ from trimig.guests.workload import (
     verify_slice,
     write,
 )
+from trimig.guests.workload.worker import Pacer
 
 SMALL = WorkloadState(seed=7, ram_pages=300, hot_pages=40, dirty_rate=1 << 20)
 

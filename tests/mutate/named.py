@@ -75,7 +75,7 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "self._counters.blocktime = tuple(waited)", "self._counters.blocktime = tuple(0.0 for _ in waited)", (_SWITCH,),
     ),
     (
-        "max for min over the processors", "trimig/info.py",
+        "max for min over the processors", "trimig/monitor/statistics.py",
         "_ms(min(c.blocktime, default=0.0))", "_ms(max(c.blocktime, default=0.0))", (_SWITCH,),
     ),
     ("PING 4 left out", "trimig/engine/source/__init__.py", "package + wire.ping(PING_FOLLOWED)", "package", (_SWITCH,)),
@@ -109,7 +109,7 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "if bits[pages:].any():", "if bits[pages + 64 :].any():", ("tests/wire/test_postcopy.py",),
     ),
     (
-        "an illegal run state is sent", "trimig/wire/globalstate.py",
+        "an illegal run state is sent", "trimig/wire/devices/globalstate.py",
         "    if run_state in ILLEGAL_RUN_STATES:", "    if not run_state:",
         ("tests/wire/test_globalstate.py", "tests/guests/test_device.py"),
     ),
@@ -195,12 +195,12 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "self._used = min(self._used, rate * WINDOW)", "pass", ("tests/policy/test_rate.py",),
     ),
     (
-        "what is asked for twice is sent in its old place", "trimig/policy/postcopy.py",
+        "what is asked for twice is sent in its old place", "trimig/policy/page_order.py",
         "news = self._unsent[block][pages] & ~self._wanted[block][pages]", "news = self._unsent[block][pages]",
         ("tests/policy/test_postcopy.py",),
     ),
     (
-        "pages taken back are not counted", "trimig/policy/postcopy.py",
+        "pages taken back are not counted", "trimig/policy/page_order.py",
         "        self.remaining += len(batch.pages)\n", "", ("tests/policy/test_postcopy.py",),
     ),
 )  # fmt: skip

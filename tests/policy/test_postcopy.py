@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimig.guest import PageBitmap
-from trimig.policy.postcopy import PageOrder
+from trimig.policy.page_order import PageOrder
 
 
 def bitmap(text: str) -> PageBitmap:

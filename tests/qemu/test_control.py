@@ -320,7 +320,7 @@ def shape(lines: list[str]) -> list[str]:
     return [" ".join(word for word in line.split() if word not in ours) for line in lines]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trimig.cli.run") is None, reason="trimig run is not built yet")
+@pytest.mark.skipif(importlib.util.find_spec("trimig.cli.commands.run") is None, reason="trimig run is not built yet")
 @pytest.mark.parametrize("pause", [True, False], ids=["paused", "at once"])
 async def test_transcripts_of_qemu_and_trimig_agree(tmp_path: Path, *, pause: bool) -> None:
     """H1, H4: members per status, order of events, classes of errors: a client cannot tell them apart."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trimig.errors import ConfigError
-from trimig.info import socket_address
+from trimig.monitor.statistics import socket_address
 from trimig.qmp import uri_of
 
 

@@ -14,7 +14,7 @@ import trimig
 from tests.qmp.driver import Talk, hosted
 from trimig import api
 from trimig.errors import Owner, Ownership
-from trimig.monitor import core_of
+from trimig.monitor.monitor import core_of
 from trimig.status import Role, Status
 from trimig.wire import encoder as wire
 

@@ -11,8 +11,8 @@ import pytest
 from tests.qmp.driver import hosted
 from trimig.config import CAPABILITY_NAMES, PARAMETER_NAMES, read_object
 from trimig.qmp.commands import COMMANDS, schema
-from trimig.qmp.objects import TYPES
-from trimig.qmp.shapes import EVENTS
+from trimig.qmp.commands.objects import TYPES
+from trimig.qmp.commands.shapes import EVENTS
 
 Entry = Mapping[str, Any]
 

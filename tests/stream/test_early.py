@@ -34,7 +34,7 @@ from trimig.stream import export_raw, inspect_stream
 from trimig.testing import VirtualLink
 from trimig.wire import Decoder, RecordWriter, Section, events
 from trimig.wire import encoder as wire
-from trimig.wire.virtio_mem import absent_by_rule, overlap
+from trimig.wire.devices.virtio_mem import absent_by_rule, overlap
 
 EARLY = device("0000:00:02.0/virtio-mem-device-early", bytes(range(52)), 38)
 NASTY = device("0000:00:03.0/nasty-early", bytes.fromhex("7e00000027 04 7e00000027 00 7e00000027 0100"), 39)

@@ -17,7 +17,7 @@ from trimig.channel.connections import Connections
 from trimig.engine.destination import receive_stream
 from trimig.engine.source import migrate_stream
 from trimig.errors import TransportFailed
-from trimig.monitor import core_of
+from trimig.monitor.monitor import core_of
 from trimig.status import TERMINAL, Status
 from trimig.testing import (
     FailingGuest,

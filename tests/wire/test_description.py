@@ -12,16 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimig.errors import RemoteProtocolError
-from trimig.wire.decoding import Node, count, decode_payload, measure_payload, uncertain_fields
-from trimig.wire.description import (
-    JsonObject,
-    Limits,
-    build,
-    dump,
-    parse,
-    section_name,
-)
-from trimig.wire.vmstate import Field, Subsection, VMState
+from trimig.wire.devices.decoding import Node, count, decode_payload, measure_payload, uncertain_fields
+from trimig.wire.devices.description import JsonObject, Limits, build, dump, parse, section_name
+from trimig.wire.devices.vmstate import Field, Subsection, VMState
 
 NONE = (
     b'{"page_size": 4096, "devices": [{"name": "timer", "instance_id": 0, "vmsd_name": "timer", "version": 2, '

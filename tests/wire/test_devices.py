@@ -12,13 +12,9 @@ from hypothesis import strategies as st
 
 from trimig.errors import LocalProtocolError, RemoteProtocolError
 from trimig.guest import DeviceSection
-from trimig.wire.description import Limits, build, parse
-from trimig.wire.devices import (
-    Undelimited,
-    join_sections,
-    split_tail,
-)
-from trimig.wire.tail import Location, TailBuffer
+from trimig.wire.devices.description import Limits, build, parse
+from trimig.wire.devices.sections import Undelimited, join_sections, split_tail
+from trimig.wire.devices.tail import Location, TailBuffer
 
 # The stream of a machine without devices (stream.md part 12), from its first FULL section on.
 NONE_JSON = (

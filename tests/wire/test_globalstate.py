@@ -6,7 +6,7 @@ import pytest
 
 from tests.wire.cases import EXAMPLE_A
 from trimig.errors import LocalProtocolError, RemoteProtocolError
-from trimig.wire import globalstate
+from trimig.wire.devices import globalstate
 
 PRELAUNCH = EXAMPLE_A.data[0x92:0xFA]
 

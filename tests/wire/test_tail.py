@@ -13,11 +13,11 @@ import pytest
 
 from tests.wire.test_devices import NASTY, described, section, tail_of
 from trimig.errors import RemoteProtocolError
-from trimig.wire import decoding, tail
-from trimig.wire.decoding import decode_payload
-from trimig.wire.description import Limits, parse
-from trimig.wire.devices import TailSplitter, Undelimited, join_sections, split_tail
-from trimig.wire.tail import TailBuffer
+from trimig.wire.devices import decoding, tail
+from trimig.wire.devices.decoding import decode_payload
+from trimig.wire.devices.description import Limits, parse
+from trimig.wire.devices.sections import TailSplitter, Undelimited, join_sections, split_tail
+from trimig.wire.devices.tail import TailBuffer
 
 DATA = Path(__file__).parent.parent / "data"
 SECTIONS = NASTY[:3]

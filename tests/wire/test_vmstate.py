@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimig.errors import LocalProtocolError, RemoteProtocolError
-from trimig.wire.vmstate import Field, Subsection, VMState
+from trimig.wire.devices.vmstate import Field, Subsection, VMState
 
 PCI_BUS = VMState("PCIBUS", fields=(Field("nirq", "int32 equal"), Field("irq_count", "int32", count="nirq")))
 FW_CFG = VMState(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import trio
 
 from ..guest import PAGE_SIZE
-from ..info import Counters
+from ..monitor.statistics import Counters
 from ..policy.rate import WINDOW, Budget
 from .channel import BATCH_PAGES, Channel
 

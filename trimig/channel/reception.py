@@ -13,7 +13,7 @@ import trio
 
 from ..config import Config
 from ..errors import TransportFailed
-from ..monitor_core import MonitorCore
+from ..monitor.core import MonitorCore
 from .channel import AnyStream, Channel, OpenStream
 from .connections import Connections
 from .first_bytes import judge_surplus

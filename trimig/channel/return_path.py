@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 import trio
 
 from ..errors import PeerFailed, RemoteProtocolError, TransportFailed
-from ..info import WHY_CLOSED
+from ..monitor.statistics import WHY_CLOSED
 from ..wire.marks import shown_reason
 from ..wire.return_path import (
     Attempt,

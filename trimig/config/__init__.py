@@ -18,10 +18,8 @@ from .capabilities import RULES as RULES
 from .capabilities import Capabilities as Capabilities
 from .capabilities import Proposal as Proposal
 from .capabilities import check_proposal as check_proposal
-from .kinds import GiB as GiB
-from .kinds import KiB as KiB
-from .kinds import MiB as MiB
-from .kinds import parse_size as parse_size
+from .config import ENGINE_OPTIONS as ENGINE_OPTIONS
+from .config import Config as Config
 from .objects import AuthzList as AuthzList
 from .objects import AuthzRule as AuthzRule
 from .objects import AuthzSimple as AuthzSimple
@@ -30,8 +28,6 @@ from .objects import TlsPsk as TlsPsk
 from .objects import TlsX509 as TlsX509
 from .objects import parse_object as parse_object
 from .objects import read_object as read_object
-from .options import ENGINE_OPTIONS as ENGINE_OPTIONS
-from .options import Config as Config
 from .parameters import PARAMETER_NAMES as PARAMETER_NAMES
 from .parameters import Parameters as Parameters
 from .peer import BY_MACHINE as BY_MACHINE
@@ -46,3 +42,7 @@ from .peer import QEMU_10_0 as QEMU_10_0
 from .peer import QEMU_11_1 as QEMU_11_1
 from .peer import PeerProfile as PeerProfile
 from .peer import profile_for_machine as profile_for_machine
+from .types import GiB as GiB
+from .types import KiB as KiB
+from .types import MiB as MiB
+from .types import parse_size as parse_size

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from ..errors import ConfigError
-from .kinds import Form, Kind, shown
+from .types import Form, Kind, shown
 
 _NAME: Final = "block-bitmap-mapping"
 #: A name travels behind a length of one byte.

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, final
 
 from ..errors import ConfigError
 from .built import BUILT
-from .kinds import Flag, Form, check_fields, check_value, dashed, kinds_of, shown, unknown
+from .types import Flag, Form, check_fields, check_value, dashed, kinds_of, shown, unknown
 
 _Switch = Annotated[bool, Flag()]
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias, final
 
 from ..errors import ConfigError
-from .kinds import Choice, Flag, Form, Kind, OrNone, Text, check_fields, check_value, dashed, kinds_of, shown, unknown
+from .types import Choice, Flag, Form, Kind, OrNone, Text, check_fields, check_value, dashed, kinds_of, shown, unknown
 
 #: QEMU's id_wellformed.
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, final
 from ..errors import ConfigError
 from .bitmaps import Mappings, NodeAlias
 from .built import BUILT_VALUES, UNREAD
-from .kinds import (
+from .types import (
     Choice,
     Flag,
     Form,

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, final
 
 from ..errors import ConfigError
-from .kinds import Choice, Flag, Form, Text, check_fields, check_value, dashed, kinds_of, unknown
+from .types import Choice, Flag, Form, Text, check_fields, check_value, dashed, kinds_of, unknown
 
 
 @final

@@ -16,11 +16,11 @@ from ..config import Config
 from ..errors import RemoteProtocolError
 from ..guest import PAGE_SIZE, DeviceSection
 from ..wire import Section
-from ..wire.decoding import Pieces
-from ..wire.description import Description, Limits, parse
-from ..wire.devices import SplitTail, TailSplitter
-from ..wire.page_size import wrong_page_size
-from ..wire.tail import TailBuffer
+from ..wire.devices.decoding import Pieces
+from ..wire.devices.description import Description, Limits, parse
+from ..wire.devices.sections import SplitTail, TailSplitter
+from ..wire.devices.tail import TailBuffer
+from ..wire.pages.size import wrong_page_size
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from ..config import PeerProfile
 from ..guest import PAGE_SIZE, ConfigSubsection, DeviceSection, Guest, IdentifiedGuest, OpaqueGuest
-from ..wire import description, globalstate
 from ..wire import encoder as wire
+from ..wire.devices import description, globalstate
 
 #: Section ids of devices that have none from a wire before: behind QEMU's timer, block, ram and dirty-bitmap.
 FIRST_DEVICE_ID = 4

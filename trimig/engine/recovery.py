@@ -13,7 +13,7 @@ from ..channel.channel import AnyStream
 from ..channel.connections import Reopen
 from ..config import Config
 from ..errors import PostcopyLost, TransportFailed, TrimigError
-from ..monitor_core import MonitorCore
+from ..monitor.core import MonitorCore
 from .outcome import leaves
 
 log = logging.getLogger("trimig.recovery")

@@ -10,6 +10,6 @@ from .base import GuestBase as GuestBase
 from .device import Device as Device
 from .device import device_section as device_section
 from .lazy_app import LazyAppGuest as LazyAppGuest
-from .parked import ParkedGuest as ParkedGuest
-from .process import ProcessGuest as ProcessGuest
+from .parked.guest import ParkedGuest as ParkedGuest
 from .standard import TimerState as TimerState
+from .workload.guest import ProcessGuest as ProcessGuest

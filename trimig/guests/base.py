@@ -10,10 +10,10 @@ from typing import Final
 
 import trio
 
-from ..blockers import Blockers
 from ..errors import ConfigError, GuestFailed, Owner, RemoteProtocolError, StateError
 from ..expected import expect
 from ..guest import Device, DeviceSection, DirtyTracker, RamBlock
+from ..monitor.blockers import Blockers
 from ..owner import OwnerState, Settle
 from .device import device_section
 

@@ -17,7 +17,7 @@ from ..errors import RemoteProtocolError
 from ..guest import Device as DeviceProtocol
 from ..guest import DeviceSection
 from ..wire.constants import MAX_CSTR
-from ..wire.vmstate import VMState
+from ..wire.devices.vmstate import VMState
 
 
 class Device:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from ..wire.globalstate import GLOBAL_STATE, fields_of, run_state_of
-from ..wire.vmstate import Field, Subsection, VMState
+from ..wire.devices.globalstate import GLOBAL_STATE, fields_of, run_state_of
+from ..wire.devices.vmstate import Field, Subsection, VMState
 from .device import Device
 
 WARP_TIMER: Final = VMState(

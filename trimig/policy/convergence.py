@@ -12,7 +12,7 @@ import math
 from typing import Final
 
 from .. import formats
-from ..info import Convergence
+from ..monitor.statistics import Convergence
 from .eta import NEARER, STALLED_PASSES
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ..config.kinds import near
+from ..config.types import near
 from .interface import CommandFailed
 
 #: JSON type -> (the Python types it arrives as, QEMU's word for it).

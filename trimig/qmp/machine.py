@@ -17,13 +17,14 @@ from typing import Any, Final, TypeAlias
 
 import trio
 
-from .. import api, blockers
+from .. import api
 from ..config import Config
-from ..config.kinds import near
+from ..config.types import near
 from ..errors import HandoverUncertain, Ownership, PostcopyLost, StateError, TransportFailed, TrimigError
 from ..guest import Guest
-from ..info import Event, Summary
-from ..monitor import Monitor
+from ..monitor import blockers
+from ..monitor.monitor import Monitor
+from ..monitor.statistics import Event, Summary
 from ..status import IDLE, IN_POSTCOPY, RECOVERABLE, Status
 from . import arguments as args
 from .interface import CommandFailed, Session

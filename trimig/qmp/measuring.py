@@ -52,7 +52,7 @@ class Measurer:
         """Have *measure* called in the background; it fills *measurement*."""
         self.last = measurement
         self._present = trio.CancelScope(), trio.Event()
-        self._nursery.start_soon(self._run, measurement, measure, *self._present, name="trimig.qmp.dirty_rate")
+        self._nursery.start_soon(self._run, measurement, measure, *self._present, name="trimig.qmp.commands.dirty_rate")
 
     async def _run(
         self,

@@ -21,9 +21,9 @@ from ..errors import ConfigError, RemoteProtocolError
 from ..guest import PAGE_SIZE, DeviceSection
 from ..wire import Decoder
 from ..wire import events as ev
-from ..wire.page_size import wrong_page_size
+from ..wire.devices.virtio_mem import Unplugged, absent_by_rule, overlap
+from ..wire.pages.size import wrong_page_size
 from ..wire.refusals import Unsupported
-from ..wire.virtio_mem import Unplugged, absent_by_rule, overlap
 from .files import reading
 from .pages import PageSet
 

@@ -11,12 +11,13 @@ import trio
 from ..engine import device_tail
 from ..errors import RemoteProtocolError, TransportFailed, TrimigError
 from ..guest import PAGE_SIZE, DeviceSection
-from ..wire import Command, Decoder, Section, decoding, globalstate
+from ..wire import Command, Decoder, Section
 from ..wire import events as ev
-from ..wire.page_size import wrong_page_size
+from ..wire.devices import decoding, globalstate
+from ..wire.devices.tail import TailBuffer
+from ..wire.devices.virtio_mem import absent_by_rule, overlap
+from ..wire.pages.size import wrong_page_size
 from ..wire.refusals import Unsupported, command_name
-from ..wire.tail import TailBuffer
-from ..wire.virtio_mem import absent_by_rule, overlap
 from .files import reading
 from .pages import PageSet
 from .report import BlockInfo, CommandInfo, DeviceInfo, SectionInfo, StreamReport

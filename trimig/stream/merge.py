@@ -23,7 +23,7 @@ from ..channel.offload import offload
 from ..errors import ConfigError, StateError
 from ..guest import PAGE_SIZE, PageBitmap
 from ..guests import ParkedGuest
-from ..guests.parked import Holes
+from ..guests.parked.guest import Holes
 
 #: How long writing a guest to a disk may take.
 _KEEPING_SECONDS: Final = 600.0

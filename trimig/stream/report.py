@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import TrimigError
 from ..guest import ConfigSubsection
-from ..wire.decoding import Node
+from ..wire.devices.decoding import Node
 from ..wire.refusals import Unsupported
 
 

@@ -8,7 +8,7 @@ from typing import Final
 from ..errors import RemoteProtocolError
 from ..guest import PAGE_SIZE, ConfigSubsection
 from .constants import Section
-from .page_size import wrong_page_size
+from .pages.size import wrong_page_size
 from .refusals import check_capability
 
 _BE32: Final = struct.Struct(">I")

@@ -42,8 +42,8 @@ from .events import (
 )
 from .formats import LOOK, may_become_known, what_is
 from .marks import Mark, is_mark, wrong_length
-from .page_size import wrong_page_size
-from .ram import RecordReader
+from .pages.plain import RecordReader
+from .pages.size import wrong_page_size
 from .refusals import Unsupported, unknown_command, unknown_section
 
 _BE32 = struct.Struct(">I")

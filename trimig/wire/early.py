@@ -2,7 +2,7 @@
 
 A device that decides which memory there is (virtio-mem) sends a FULL section before the size list or before the first
 pages. Its end is where its footer stands with something legal behind it. That is a guess until the description comes, which
-says how long it is: :class:`trimig.wire.devices.TailSplitter` compares.
+says how long it is: :class:`trimig.wire.devices.sections.TailSplitter` compares.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 import numpy as np
 import trio
 
-from ... import blockers
 from ...channel.connections import Connections
 from ...channel.first_bytes import judge_first
 from ...channel.reception import Reception
@@ -32,19 +31,21 @@ from ...guest import (
     OpaqueGuest,
     StoringGuest,
 )
-from ...info import Summary
-from ...monitor_core import MonitorCore
+from ...monitor import blockers
+from ...monitor.core import MonitorCore
+from ...monitor.statistics import Summary
 from ...status import Role, Status
-from ...wire import Command, Decoder, Section, globalstate, postcopy
+from ...wire import Command, Decoder, Section, postcopy
 from ...wire import events as ev
-from ...wire.devices import Undelimited
+from ...wire.devices import globalstate
+from ...wire.devices.sections import Undelimited
+from ...wire.devices.tail import TailBuffer
+from ...wire.devices.virtio_mem import absent_by_rule
 from ...wire.marks import PING_MARK, PONG_MARK, REASON_ELEMENT, Mark, is_mark, shown_reason, trailing_reason
-from ...wire.page_size import wrong_page_size
+from ...wire.pages.size import wrong_page_size
 from ...wire.postcopy import Runs
 from ...wire.refusals import bitmaps_only, check_kept_command, command_name
 from ...wire.return_path import Attempt, Clock, Pong, SwitchoverAck, encode
-from ...wire.tail import TailBuffer
-from ...wire.virtio_mem import absent_by_rule
 from .. import device_tail, guest_calls
 from ..device_writer import UUID_SUBSECTION
 from ..order import TRIMIG_PINGS, Place, check_place

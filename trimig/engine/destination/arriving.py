@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ...errors import GuestFailed
 from ...guest import PAGE_SIZE, Pages, RamBlock, StoringGuest, Wait
-from ...monitor_core import MonitorCore
+from ...monitor.core import MonitorCore
 from ...status import Status
 from ..guest_calls import guarded
 

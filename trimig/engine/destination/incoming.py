@@ -31,10 +31,10 @@ from ...errors import (
     TrimigError,
 )
 from ...guest import DeviceSection, Guest, OpaqueGuest
-from ...info import Downtime, Summary
-from ...monitor_core import MonitorCore
+from ...monitor.core import MonitorCore
+from ...monitor.statistics import Downtime, Summary
 from ...status import IN_POSTCOPY, Role, Status
-from ...wire import globalstate
+from ...wire.devices import globalstate
 from ...wire.marks import reason_bytes
 from ...wire.postcopy import Runs
 from ...wire.return_path import Reason, Shut, encode

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ...errors import GuestFailed, RemoteProtocolError
 from ...guest import PAGE_SIZE, MissingMemory, PageBitmap, Pages
-from ...info import Counters
+from ...monitor.statistics import Counters
 from ...wire.events import PageRun, ZeroRun
 from ...wire.postcopy import Runs, runs_of
 from ...wire.return_path import PageRequest, encode

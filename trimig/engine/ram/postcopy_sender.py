@@ -16,8 +16,8 @@ from ...channel.channel import Channel
 from ...channel.limiter import Limiter
 from ...errors import TransportFailed
 from ...guest import PAGE_SIZE, DiscardableBlock, RamBlock
-from ...info import Counters
-from ...policy.postcopy import Batch, PageOrder
+from ...monitor.statistics import Counters
+from ...policy.page_order import Batch, PageOrder
 from ...wire.postcopy import runs_of
 from ...wire.return_path import PageRequest
 from .preempt_sender import REQUESTED_PAGES, UrgentSender

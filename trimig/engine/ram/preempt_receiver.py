@@ -17,7 +17,7 @@ from ...channel.first_bytes import judge_second
 from ...channel.reception import Reception
 from ...config import Config
 from ...errors import RemoteProtocolError, TransportFailed
-from ...info import Counters
+from ...monitor.statistics import Counters
 from ...wire import Decoder
 from ...wire import events as ev
 from .postcopy_receiver import PostcopyReceiver

@@ -13,8 +13,8 @@ import trio
 
 from ...channel.channel import Channel
 from ...guest import RamBlock
-from ...info import Counters
-from ...policy.postcopy import Batch, PageOrder
+from ...monitor.statistics import Counters
+from ...policy.page_order import Batch, PageOrder
 from ...wire import encoder as wire
 from .records import RecordSender
 

@@ -18,7 +18,7 @@ import trio
 from ...channel.channel import Channel
 from ...errors import RemoteProtocolError
 from ...guest import PAGE_SIZE, PageBitmap, RamBlock
-from ...info import Counters
+from ...monitor.statistics import Counters
 from ...wire import Decoder
 from ...wire.events import PageRun, RamList, ZeroRun
 from ...wire.postcopy import Discard

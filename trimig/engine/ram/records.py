@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ...channel.channel import BATCH_PAGES, Channel
 from ...guest import PAGE_SIZE, Pages
-from ...info import Counters
+from ...monitor.statistics import Counters
 from ...wire import RamFlag, RecordWriter
 from .zeros import zero_pages
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ...channel.channel import Channel
 from ...channel.limiter import Limiter
 from ...guest import PAGE_SIZE, PageBitmap, Pages, RamBlock
-from ...info import Counters
+from ...monitor.statistics import Counters
 from ...wire import Section
 from ...wire import encoder as wire
 from .records import RecordSender

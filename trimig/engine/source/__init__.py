@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import trio
 
-from ... import blockers
 from ...channel.channel import Channel, Delivering, PerhapsSilent
 from ...channel.connections import Connections
 from ...channel.limiter import Limiter
@@ -24,9 +23,10 @@ from ...channel.return_path import ReturnPathReader
 from ...config import Config
 from ...errors import ConfigError, NotConverging, TransportFailed, TrimigError
 from ...guest import PAGE_SIZE, DeviceSection, Guest, IdentifiedGuest, OpaqueGuest, PageBitmap
-from ...info import Summary
 from ...memory import snapshot_of
-from ...monitor_core import MonitorCore
+from ...monitor import blockers
+from ...monitor.core import MonitorCore
+from ...monitor.statistics import Summary
 from ...owner import check_here
 from ...policy import convergence
 from ...policy.eta import Stall

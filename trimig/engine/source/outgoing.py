@@ -33,8 +33,8 @@ from ...errors import (
     TrimigError,
 )
 from ...guest import DirtyTracker, Guest
-from ...info import Downtime, Summary
-from ...monitor_core import MonitorCore
+from ...monitor.core import MonitorCore
+from ...monitor.statistics import Downtime, Summary
 from ...status import Role, Status
 from ...wire import encoder as wire
 from ...wire.marks import Mark, reason_bytes

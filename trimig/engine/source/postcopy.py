@@ -24,7 +24,7 @@ from ...channel.limiter import Limiter
 from ...channel.return_path import ReturnPathReader
 from ...errors import Ownership, PostcopyLost, RemoteProtocolError, TransportFailed
 from ...guest import PAGE_SIZE, PageBitmap, RamBlock
-from ...policy.postcopy import PageOrder
+from ...policy.page_order import PageOrder
 from ...status import Status
 from ...wire import Command
 from ...wire import encoder as wire

@@ -1,0 +1,1 @@
+"""The commands that work on guests and streams of this process."""

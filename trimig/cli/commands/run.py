@@ -1,0 +1,234 @@
+"""``trimig run``: host a guest, and let QMP clients drive it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+import uuid as uuids
+from collections.abc import Mapping
+from typing import Any
+
+import click
+import trio
+
+import trimig
+from trimig import formats, qmp, transport
+from trimig.errors import Ownership
+from trimig.monitor import blockers
+from trimig.status import is_idle
+
+from ..common import migration_options
+from ..common import run as run_job
+from ..exit_codes import CANCELLED, DONE, INCOMPLETE, UNCERTAIN
+from ..guest_spec import open_guest, owner_file
+from ..output import say
+
+DEFER = "defer"
+
+
+@click.command()
+@click.option(
+    "--guest",
+    "spec",
+    metavar="SPEC",
+    required=True,
+    help="process[:size=256M,dirty-rate=50M,hot=32M], app:pkg.mod:factory, or parked:FILE.",
+)
+@click.option("--incoming", metavar="URI|defer", help="Wait for a guest at URI, or for migrate-incoming.")
+@click.option("--qmp", "addresses", metavar="ADDR", multiple=True, help="Serve QMP at unix:PATH or tcp:HOST:PORT.")
+@click.option("--control", "controls", metavar="ws://HOST:PORT", multiple=True, help="The same over a websocket.")
+@click.option("--name", default="", help="The machine's name; both ends must agree on it.")
+@click.option("--uuid", metavar="UUID", help="The machine's UUID, for query-uuid and validate-uuid.")
+@click.option("-S", "stopped", is_flag=True, help="Do not start the guest; cont does.")
+@click.option("--only-migratable", is_flag=True, help="Allow nothing that would prevent a migration.")
+@migration_options
+def run(
+    spec: str,
+    incoming: str | None,
+    addresses: tuple[str, ...],
+    controls: tuple[str, ...],
+    name: str,
+    uuid: str | None,
+    stopped: bool,
+    only_migratable: bool,
+    config: trimig.Config,
+    as_json: bool,
+) -> int:
+    """Host a guest until quit, SIGTERM or Ctrl-C, and let QMP clients drive it as they drive a QEMU.
+
+    For example, in two terminals, and then move the guest from one to the other:
+
+    \b
+      trimig run --guest process --qmp unix:a.sock
+      trimig run --guest process --qmp unix:b.sock --incoming tcp:127.0.0.1:4444
+      trimig migrate tcp:127.0.0.1:4444 --qmp unix:a.sock --wait
+    """
+    if uuid is not None:
+        try:
+            uuid = str(uuids.UUID(uuid))
+        except ValueError:
+            raise click.BadParameter(f"{uuid!r} is no UUID", param_hint="--uuid") from None
+    if incoming is not None and incoming != DEFER:
+        transport.check(incoming)
+    if not addresses and not controls and incoming is None:
+        raise click.UsageError("nobody could reach this guest: give --qmp ADDR, --control ws://… or --incoming URI")
+    if stopped:
+        config = dataclasses.replace(config, autostart=False)
+    host = _Host(config=config, as_json=as_json)
+    job = functools.partial(host.run, spec, incoming, addresses, controls, name, uuid, stopped, only_migratable)
+    return run_job(job, as_json=as_json, interrupt=host.interrupt, doing=host.doing)
+
+
+def _only_migratable(guest: trimig.Guest) -> None:
+    """Let nothing prevent a migration of *guest*, from now on and what there is already."""
+    for reason in blockers.reasons(guest):
+        raise click.BadParameter(reason, param_hint="--only-migratable")
+    if isinstance(guest, blockers.Blockable):
+        guest.blockers.only_migratable = True
+
+
+class _Host:
+    """The process around one machine: what it prints, and how it ends."""
+
+    def __init__(self, *, config: trimig.Config, as_json: bool) -> None:
+        self._config = config
+        self._as_json = as_json
+        self._machine: qmp.Machine | None = None
+        self._signal = ""
+        self._starting = trio.CancelScope()
+
+    def doing(self) -> str:
+        """What a first signal leads to."""
+        machine = self._machine
+        if machine is None:
+            return "ending; the guest has not been started"
+        if is_idle(machine.outgoing.status) and is_idle(machine.incoming.status):
+            return "ending"
+        return "ending; the migration under way is cancelled first, if that is still possible"
+
+    def interrupt(self, signal: str) -> None:
+        """SIGINT or SIGTERM: end in order."""
+        self._signal = signal
+        if self._machine is None:
+            self._starting.cancel(signal)
+        else:
+            self._machine.shut_down("host-signal")
+            self._machine.ended.set()
+
+    async def run(
+        self,
+        spec: str,
+        incoming: str | None,
+        addresses: tuple[str, ...],
+        controls: tuple[str, ...],
+        name: str,
+        uuid: str | None,
+        stopped: bool,
+        only_migratable: bool,
+    ) -> int:
+        """Everything, from making the guest to ending it; returns the exit code."""
+        with self._starting:
+            opened = open_guest(spec, waiting=incoming is not None, stopped=stopped, name=name, peer=self._config.peer)
+            async with opened as guest, trio.open_nursery(strict_exception_groups=True) as nursery:
+                if uuid is not None and hasattr(guest, "uuid"):
+                    guest.uuid = uuid
+                if only_migratable:
+                    _only_migratable(guest)
+                record = owner_file(spec, waiting=incoming is not None)
+                machine = qmp.Machine(
+                    guest,
+                    nursery,
+                    self._config,
+                    name=name,
+                    uuid=uuid,
+                    waiting=incoming is not None,
+                    version=trimig.__version__,
+                    commit=record.decide if record is not None else None,
+                )
+                if record is not None:
+                    machine.outgoing.add_listener(record.heard)
+                machine.subscribe(self._event)
+                for monitor in (machine.outgoing, machine.incoming):
+                    monitor.add_listener(self._happened)
+                for address in addresses:
+                    self._listening(await nursery.start(qmp.serve, machine, address), "QMP")
+                for address in controls:
+                    self._listening(await nursery.start(qmp.serve_websocket, machine, address), "control")
+                if incoming is not None and incoming != DEFER:
+                    await machine.arrive(incoming)
+                self._machine = machine
+                await self._until_the_end(machine, guest)
+                nursery.cancel_scope.cancel("the machine has ended")
+        return self._code()
+
+    async def _until_the_end(self, machine: qmp.Machine, guest: trimig.Guest) -> None:
+        try:
+            await machine.ended.wait()
+            await machine.wind_up(f"the process ends ({self._signal or 'quit'})")
+        finally:
+            machine.close()
+        if machine.outgoing.status is trimig.Status.UNCERTAIN:
+            self._say(
+                "it is not certain which side owns the guest: look at the destination before you start it anywhere",
+                owner=Ownership.UNKNOWN.value,
+            )
+        else:
+            self._say(f"the guest {guest.name!r} has ended", owner=machine.outgoing.owner.value)
+
+    def _code(self) -> int:
+        if self._machine is not None:
+            if self._machine.outgoing.owner is Ownership.UNKNOWN:
+                return UNCERTAIN
+            statuses = (self._machine.outgoing.status, self._machine.incoming.status)
+            if trimig.Status.POSTCOPY_LOST in statuses:
+                return INCOMPLETE
+        return CANCELLED if self._signal else DONE
+
+    # -- telling ---------------------------------------------------------------------------------------------------
+
+    def _listening(self, address: str, what: str) -> None:
+        self._say(f"{what} at {address}", listening=address, kind=what)
+
+    def _event(self, event: Mapping[str, Any]) -> None:
+        if self._as_json:
+            print(json.dumps(event), flush=True)
+
+    def _happened(self, event: trimig.Event) -> None:
+        match event.name:
+            case "LISTENING":
+                for address in event.data["addresses"]:
+                    self._listening(address, "incoming migration")
+            case "MIGRATION" if not self._as_json:
+                say(f"migration: {event.data['status']}{self._why(event)}")
+                if event.data["status"] == "completed":
+                    self._report()
+            case "WARNING":
+                self._say(f"warning: {event.data['text']}", warning=event.data["text"])
+
+    def _why(self, event: trimig.Event) -> str:
+        """The reason of a failure, and what is left of it."""
+        machine = self._machine
+        if machine is None or event.data["status"] != "failed":
+            return ""
+        arriving = machine.incoming.status is trimig.Status.FAILED and machine.outgoing.role is None
+        monitor = machine.incoming if arriving else machine.outgoing
+        reason = monitor.info().get("error-desc")
+        text = f", {reason}" if reason else ""
+        return f"{text}; nothing is waited for until migrate-incoming is asked for" if arriving else text
+
+    def _report(self) -> None:
+        machine = self._machine
+        if machine is not None and (machine.outgoing.status is trimig.Status.COMPLETED):
+            figures = machine.outgoing.statistics()
+            say(
+                f"the guest was handed over: {formats.size(figures.transferred)} in {formats.duration(figures.elapsed)}"
+            )
+
+    def _say(self, text: str, **record: Any) -> None:
+        if self._as_json:
+            print(json.dumps({"note": text, **record}), flush=True)
+        else:
+            say(text)
+            sys.stderr.flush()

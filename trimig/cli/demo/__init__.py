@@ -1,0 +1,1 @@
+"""``trimig demo``: one process that supervises two hosts."""

@@ -1,0 +1,268 @@
+"""One of the two hosts of ``trimig demo``: ``python -m trimig.cli.demo.host FD PARENT``.
+
+A process that keeps one guest (whose worker is a process again), sends it away or receives one, and does what the
+demo says over a socket. It never outlives the demo: it ends at the end of file on the socket, and the kernel kills it
+when the thread that started it ends.
+
+Requests and reports are JSON objects, one to a packet (SOCK_SEQPACKET). A request has ``op`` (a method ``do_<op>``
+below, the other members are its arguments). Each is answered by one report with the same ``op`` and the ``event``
+``done`` or ``failed`` (then with what :func:`trimig.cli.common.error_record` says); on the way there may be others:
+``listening`` with the ``uri``, ``progress`` with a picture, ``worker-died``. Two requests are not answered: ``cancel``
+(of the migration that is under way) and ``peer-ended`` (stop waiting for somebody who will not come).
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import json
+import logging
+import os
+import pickle
+import signal
+import socket
+import sys
+from typing import Any, Final
+
+import trio
+
+import trimig
+from trimig.status import IN_POSTCOPY
+
+from .. import postcopy
+from ..common import alongside, error_record, summary_record
+from ..picture import Picture, Pictures, follow
+
+#: No packet is longer.
+MAX_PACKET: Final = 1 << 16
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def pack_config(config: trimig.Config) -> str:
+    """*config* for a request. Pickled, which keeps all of it; the pipe joins two processes of the same program."""
+    return base64.b64encode(pickle.dumps(config)).decode()
+
+
+def _unpack_config(text: str) -> trimig.Config:
+    config = pickle.loads(base64.b64decode(text))
+    assert isinstance(config, trimig.Config)
+    return config
+
+
+class Host:
+    """The state of the process, and one method for each request."""
+
+    def __init__(
+        self, control: trio.socket.SocketType, nursery: trio.Nursery, guests: contextlib.AsyncExitStack
+    ) -> None:
+        self._control = control
+        self._nursery = nursery
+        self._guests = guests
+        self._guest: trimig.ProcessGuest | None = None
+        self._alive = False
+        self._monitor = trimig.Monitor()
+        self._job = trio.CancelScope()
+        self._reason = ""
+        self._uncertain: trimig.HandoverUncertain | None = None
+        self._notes = _Notes()
+
+    async def serve(self) -> None:
+        """Take requests until the end of file. Requests of one demo come one after the other, but for cancelling."""
+        while packet := await self._control.recv(MAX_PACKET):
+            request = json.loads(packet)
+            match request.pop("op"):
+                case "cancel":
+                    self._cancel("cancelled by a signal")
+                case "peer-ended":
+                    # Who has connected is noticed by the connection; in postcopy that would be waited for again.
+                    if self._monitor.addresses or self._monitor.status in IN_POSTCOPY:
+                        self._cancel("the other host has ended before it connected")
+                case "quit":
+                    return
+                case op:
+                    # Made here and not in the task, so that a cancel finds it even if that has not begun to run.
+                    self._job, self._reason = trio.CancelScope(), ""
+                    self._nursery.start_soon(self._do, op, request, self._job)
+
+    def _cancel(self, reason: str) -> None:
+        self._reason = self._reason or reason
+        self._job.cancel(reason)
+        postcopy.drop(self._monitor)  # held off otherwise: the demo asks for it only where it is meant
+
+    async def _do(self, op: str, arguments: dict[str, Any], job: trio.CancelScope) -> None:
+        report: dict[str, Any] = {}
+        try:
+            with job:
+                report = {"event": "done", **await getattr(self, f"do_{op}")(**arguments)}
+        except (trimig.TrimigError, OSError) as error:
+            if isinstance(error, trimig.HandoverUncertain):
+                self._uncertain = error
+            report = {"event": "failed", **error_record(error)[1]}
+        # A cancelled migration has left the guest with its source, but for one in postcopy that was given up; a late
+        # cancel leaves the report as it is.
+        lost = self._monitor.status is trimig.Status.POSTCOPY_LOST
+        owner = trimig.Ownership.DESTINATION if lost else trimig.Ownership.SOURCE
+        report = report or {"event": "failed", "error": self._reason, "kind": "Cancelled", "owner": owner.value}
+        await self._tell(op=op, guest=self._guest_state(), notes=self._notes.take(), **report)
+
+    async def _tell(self, **message: Any) -> None:
+        try:
+            await self._control.send(json.dumps(message).encode())
+        except OSError:
+            # The demo has gone, and with it everything that this process is for.
+            self._nursery.cancel_scope.cancel("the demo has ended")
+
+    def _guest_state(self) -> str | None:
+        if self._guest is None:
+            return None
+        return self._guest.run_state if self._alive else "dead"
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    async def do_open(self, **options: Any) -> dict[str, Any]:
+        """Make a guest; a former one is ended first."""
+        self.end_guest()
+        guest = await self._guests.enter_async_context(trimig.ProcessGuest.open(**options))
+        self._guest, self._alive = guest, True
+        self._nursery.start_soon(self._watch_worker, guest, os.pidfd_open(guest.pid))
+        return {"worker": guest.pid}
+
+    async def do_receive(self, size: int, config: str) -> dict[str, Any]:
+        """Be the destination: make an empty guest, tell where it waits, and fill it."""
+        await self.do_open(size=size, hot=0, dirty_rate=0, running=False)
+        assert self._guest is not None
+        monitor = self._monitor = trimig.Monitor()
+        receive = functools.partial(
+            trimig.receive, self._guest, "tcp:127.0.0.1:0", _unpack_config(config), monitor=monitor
+        )
+        summary = await alongside(receive, functools.partial(self._announce, monitor))
+        times = self._guest.touch_times
+        return {
+            "summary": summary_record(summary),
+            "page_faults": 0 if times is None else times.waits,
+            "fault_median_ms": 0.0 if times is None else round(times.median / 1e6, 3),
+            "fault_p99_ms": 0.0 if times is None else round(times.p99 / 1e6, 3),
+        }
+
+    async def _announce(self, monitor: trimig.Monitor) -> None:
+        while not monitor.addresses:
+            await monitor.wait_changed()
+        await self._tell(event="listening", op="receive", uri=monitor.addresses[0])
+
+    async def do_migrate(
+        self, uri: str, config: str, postcopy_after: float | None = None, cut_after: float | None = None
+    ) -> dict[str, Any]:
+        """Send the guest away, and end what is left of it here once the destination owns it."""
+        assert self._guest is not None
+        monitor = self._monitor = trimig.Monitor()
+        migrate = functools.partial(trimig.migrate, self._guest, uri, _unpack_config(config), monitor=monitor)
+        if postcopy_after is not None:
+            plan = postcopy.Plan(after=postcopy_after, cut_after=cut_after)
+            migrate = functools.partial(alongside, migrate, functools.partial(plan.follow, monitor))
+        recoveries = 0
+
+        def count(event: trimig.Event) -> None:
+            nonlocal recoveries
+            recoveries += event.name == "MIGRATION" and event.data["status"] == "postcopy-recover"
+
+        monitor.add_listener(count)
+        pictures = Pictures(monitor)
+        warnings: list[str] = []
+
+        async def tell(now: Picture) -> None:
+            while warnings:
+                await self._tell(event="warning", op="migrate", text=warnings.pop(0))
+            await self._tell_picture(now)
+
+        summary = await alongside(migrate, functools.partial(follow, pictures, monitor, tell, warnings.append))
+        # Whoever follows may have been cancelled before it had told the last one.
+        await tell(pictures.now())
+        self.end_guest()
+        return {"summary": summary_record(summary), "recoveries": recoveries}
+
+    async def _tell_picture(self, now: Picture) -> None:
+        await self._tell(event="progress", op="migrate", picture=dataclasses.asdict(now))
+
+    async def do_settle(self, owner: str) -> dict[str, Any]:
+        """Say who owns a guest of which this host could not tell."""
+        if self._uncertain is not None:
+            await self._uncertain.settle(trimig.Ownership(owner))
+            self._uncertain = None
+        return {}
+
+    async def do_status(self) -> dict[str, Any]:
+        """Ask the worker itself what it does."""
+        if self._guest is None or not self._alive:
+            return {"state": "none"}
+        stats = await self._guest.stats()
+        return {"state": "running" if stats.running else self._guest.run_state, "writes": stats.writes}
+
+    async def do_verify(self) -> dict[str, Any]:
+        """Pause the guest, and compare every word of every page with what its journal says."""
+        assert self._guest is not None
+        await self._guest.pause()
+        proof = await self._guest.verify()
+        return {"ok": proof.ok, "text": str(proof), "writes": proof.writes, "pages": proof.pages_checked}
+
+    # -- the worker --------------------------------------------------------------------------------------------------
+
+    def end_guest(self) -> None:
+        """End the worker of the present guest, if there is one."""
+        guest, self._guest = self._guest, None
+        if guest is not None:
+            guest.close()
+
+    async def _watch_worker(self, guest: trimig.ProcessGuest, pidfd: int) -> None:
+        try:
+            await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
+        if guest is self._guest:  # not ended by us
+            self._alive = False
+            self._cancel(f"the guest's worker process {guest.pid} has died")
+            await self._tell(event="worker-died", op="open", pid=guest.pid)
+
+
+class _Notes(logging.Handler):
+    """Collects what the library logs as warnings, for the next report."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._texts: list[str] = []
+        logger = logging.getLogger("trimig")
+        logger.addHandler(self)
+        logger.propagate = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._texts.append(record.getMessage())
+
+    def take(self) -> list[str]:
+        """All since the last time."""
+        texts, self._texts = self._texts, []
+        return texts
+
+
+async def _main(control: socket.socket) -> None:
+    async with contextlib.AsyncExitStack() as guests, trio.open_nursery(strict_exception_groups=True) as nursery:
+        host = Host(trio.socket.from_stdlib_socket(control), nursery, guests)
+        with contextlib.suppress(OSError):
+            await host.serve()
+        nursery.cancel_scope.cancel("the demo has ended")
+
+
+def main() -> None:
+    """Set up the ties to the demo, then serve it."""
+    # Ctrl-C in the terminal is for the demo to deal with, and so is being asked to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(sys.argv[2]):  # it died before we could ask to be told
+        return
+    with socket.socket(fileno=int(sys.argv[1])) as control:
+        trio.run(_main, control, strict_exception_groups=True)
+
+
+if __name__ == "__main__":
+    main()

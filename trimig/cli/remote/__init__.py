@@ -1,0 +1,1 @@
+"""The commands that drive a guest of another process over QMP."""

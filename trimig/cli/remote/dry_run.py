@@ -1,0 +1,410 @@
+"""``trimig migrate --dry-run``: what would a migration of this guest be like?
+
+The guest's memory is streamed to a sink on this host, while the guest runs on: at the bandwidth that is to be predicted
+for, or as much faster as it takes to see whole passes in the time there is. The sink throws it
+away. Two locks keep that from becoming a migration: a downtime limit of nothing, which no busy guest meets, and
+pause-before-switchover for one that is not busy. After a few passes the stream is cancelled, every setting is put back,
+and the guest must be in the run state it had. From the passes :mod:`trimig.policy.forecast` says what to expect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, Final
+
+import click
+import trio
+
+from trimig import formats
+from trimig.policy import forecast as policy
+
+from .. import display
+from ..common import alongside
+from ..exit_codes import CANCELLED, DONE
+from ..output import write_json
+from ..picture import EVERY
+from ..stop import Stop
+from .client import CANCEL_LIMIT, ENDED, Gone, Refused, Remote, Settings, State, Tracker
+
+#: Whole passes that are enough: the first copy, and what a chase looks like.
+PASSES: Final = 3
+#: Seconds between two looks; a pass is timed as well as this.
+_LOOK: Final = 0.02
+#: Seconds in which a guest must be in the run state it had, after the stream has been cancelled.
+_BACK_LIMIT: Final = 10.0
+_PAGE: Final = 4096
+#: Of the descriptor, at the other process.
+_NAME: Final = "trimig-dry-run"
+
+#: What must not be on meanwhile, where the other side knows it: what needs an answer from the sink, gives the guest away,
+#: or slows it down.
+_OFF: Final = (
+    "return-path",
+    "postcopy-preempt",
+    "postcopy-ram",
+    "x-colo",
+    "background-snapshot",
+    "auto-converge",
+    "release-ram",
+)
+_ON: Final = ("pause-before-switchover", "events")
+#: No downtime is short enough, and the sink has no certificate.
+_PARAMETERS: Final[Mapping[str, Any]] = {"downtime-limit": 0, "tls-creds": ""}
+#: What is set on the way.
+_TUNED: Final = Settings(parameters={"max-bandwidth": 0})
+#: The share of the time that the first copy may take at most: passes of a length like the real ones show what a guest
+#: dirties in them, but without a chase nothing is seen at all.
+_FIRST_COPY_SHARE: Final = 0.4
+
+
+@dataclasses.dataclass(slots=True)
+class _Measurement:
+    """What was seen. Bytes, seconds."""
+
+    samples: list[policy.Sample] = dataclasses.field(default_factory=list)
+    started: float = 0.0
+    seconds: float = 0.0
+    total: int = 0
+    transferred: int = 0
+    #: What the first copy takes on the transport, whether it came to its end or not; None if nothing was sent.
+    first_copy: float | None = None
+    bandwidth: float | None = None
+    #: It came as far as the second lock, where the guest is stopped.
+    stopped: bool = False
+    ended: State | None = None
+
+
+async def dry_run(
+    remote: Remote, changes: Settings, present: Settings, seconds: float, stop: Stop, *, as_json: bool
+) -> int:
+    """Measure for at most *seconds*, put everything back, and tell what to expect; returns the exit code.
+
+    Args:
+        changes: the settings to predict for; they are not left behind.
+        present: all settings in force, which are there again at the end.
+        stop: ends it early; everything is put back all the same.
+
+    Raises:
+        Refused: it cannot be measured, or something could not be put back (which is then said).
+    """
+    before = await remote.state()
+    # One that does not run dirties nothing, so there is nothing to find out; and a QEMU would call it "postmigrate"
+    # after the cancel, whatever it was before.
+    if before.migration not in ENDED or before.run_state != "running":
+        raise Refused(f"a dry run needs a running guest that is not being migrated ({before.sentence})")
+    locks = Settings(
+        capabilities={name: name in _ON for name in (*_OFF, *_ON) if name in present.capabilities},
+        parameters={name: value for name, value in _PARAMETERS.items() if name in present.parameters},
+    )
+    if "pause-before-switchover" not in locks.capabilities:
+        raise Refused(
+            f"{remote.address} has no pause-before-switchover, without which a dry run could become a real one"
+        )
+    goal = float(changes.over(present).parameters.get("max-bandwidth", 0))
+    wanted = locks.over(changes)
+    seen = _Measurement()
+    failure: Refused | None = None
+    with display.open_view(as_json=as_json) as view:
+        view.begin("dry run", seconds=seconds)
+        try:
+            await remote.apply(wanted, present)
+            await _stream(remote, seconds, goal, seen, stop, view)
+        except Refused as error:
+            failure = error
+        # Not in a "finally": nothing cancels this task (a signal only asks for a stop), and errors of the way back
+        # must not hide the first one.
+        problems = await _put_back(remote, present.of(wanted.over(_TUNED)), before)
+        view.end("dry run over")
+    if failure is not None or problems:
+        texts = ([failure.format_message()] if failure else []) + problems
+        raise Refused("; ".join(texts))
+    return _tell(seen, changes.over(present), stop, before, as_json)
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+async def _stream(
+    remote: Remote, seconds: float, goal: float, seen: _Measurement, stop: Stop, view: display.View
+) -> None:
+    async with _sink(remote) as (uri, serve):
+
+        async def measure() -> None:
+            await remote.execute("migrate", uri=uri)
+            await _measure(remote, seconds, goal, seen, stop, view)
+            await _end(remote)
+
+        await alongside(measure, serve)
+    if seen.ended is not None and not seen.samples and seen.first_copy is None:
+        raise Refused(f"the memory could not be sent to the sink {uri}: {seen.ended.problem or seen.ended.migration}")
+
+
+@contextlib.asynccontextmanager
+async def _sink(remote: Remote) -> AsyncIterator[tuple[str, Callable[[], Awaitable[None]]]]:
+    """A sink for the memory; yields its URI for QMP, and the coroutine function that takes everything and keeps nothing.
+
+    Over a unix socket the other process is given one end of a pair of sockets, so that it may belong to another user and
+    needs no right to any file. Where descriptors cannot be passed, the sink is a port on the loopback device.
+
+    **Cancellation:** nothing is left open.
+    """
+    ours, theirs = socket.socketpair()
+    with trio.socket.from_stdlib_socket(ours) as end:
+        with theirs:
+            passed = await _passed(remote, theirs)
+        if passed:
+            yield f"fd:{_NAME}", functools.partial(_swallow, end)
+            return
+    with trio.socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        await listener.bind(("127.0.0.1", 0))
+        listener.listen()
+
+        async def serve() -> None:
+            async with trio.open_nursery(strict_exception_groups=True) as nursery:
+                while True:
+                    connection, _ = await listener.accept()
+                    nursery.start_soon(_swallow, connection)
+
+        yield f"tcp:127.0.0.1:{listener.getsockname()[1]}", serve
+
+
+async def _passed(remote: Remote, end: socket.socket) -> bool:
+    """Whether the other process has *end* now; it has not over TCP, nor where the unix socket is a relay's."""
+    if not remote.address.startswith("unix:"):
+        return False
+    try:
+        await remote.pass_descriptor(_NAME, end.fileno())
+    except Gone:
+        raise
+    except Refused:
+        return False
+    return True
+
+
+async def _swallow(connection: trio.socket.SocketType) -> None:
+    buffer = bytearray(1 << 20)
+    with connection, contextlib.suppress(OSError):
+        while await connection.recv_into(buffer):
+            pass
+
+
+async def _measure(
+    remote: Remote, seconds: float, goal: float, seen: _Measurement, stop: Stop, view: display.View
+) -> None:
+    """Until enough passes were seen, or time is up, or it ended, or somebody wants it to stop."""
+    hurried = not goal
+    tracker = Tracker({"downtime-limit": 0, "max-bandwidth": goal})
+    shown = -math.inf
+    marks = _Marks()
+    seen.started = trio.current_time()
+    while len(seen.samples) < PASSES and trio.current_time() - seen.started < seconds and not stop.asked:
+        state = await remote.state()
+        now = trio.current_time()
+        if now - shown >= EVERY:
+            shown = now
+            for picture in tracker.pictures(state):
+                view.show(picture)
+        if "ram" in state.info:
+            needed = state.info["ram"]["total"] / (seconds * _FIRST_COPY_SHARE)
+            if not hurried and needed > goal:
+                await remote.execute("migrate-set-parameters", max_bandwidth=round(needed))
+            hurried = True
+            marks.look(state.info, now, seen)
+        if state.migration == "pre-switchover":
+            seen.stopped = True
+            marks.close(now, seen)
+            break
+        if state.migration in ("completed", "failed", "cancelled"):
+            seen.ended = state
+            break
+        with trio.move_on_after(_LOOK):
+            await stop.wait()
+    seen.seconds = trio.current_time() - seen.started
+
+
+class _Marks:
+    """Where the passes begin, found by what grows in steps.
+
+    Pages that were sent plus pages that are still to be sent only change when dirty pages are collected, so each step
+    is what the guest dirtied during one pass; however seldom one looks, nothing of it is missed.
+    """
+
+    def __init__(self) -> None:
+        self._passes = 0
+        self._since = 0.0
+        self._sent = 0
+        self._work = 0
+        self._last: tuple[float, int, int] = (0.0, 0, 0)
+
+    def look(self, info: Mapping[str, Any], now: float, seen: _Measurement) -> None:
+        """Take in one answer to query-migrate."""
+        ram = info["ram"]
+        sent, remaining, total = ram["transferred"], ram["remaining"], ram["total"]
+        work = (ram["normal"] + ram["duplicate"]) * ram.get("page-size", _PAGE) + remaining
+        seen.total, seen.transferred = total, sent
+        passes = ram["dirty-sync-count"]
+        if self._passes == 0:
+            # Where it began; several passes may be over already. The first collection is that of all memory.
+            copied = (info.get("total-time", 0) - info.get("setup-time", 0)) / 1000
+            self._since, self._work, self._passes = now - max(copied, _LOOK / 2), total, 1
+        if passes > self._passes:
+            self._sample(now, sent, work, seen)
+            self._passes = passes
+        elapsed = now - self._since
+        if not seen.samples and elapsed > 0 and 0 < remaining < total:
+            seen.first_copy = sent * total / (total - remaining)
+            seen.bandwidth = sent / elapsed
+        self._last = (now, sent, work)
+
+    def _sample(self, now: float, sent: int, work: int, seen: _Measurement) -> None:
+        seconds = now - self._since
+        if seconds <= 0:
+            return
+        dirtied = max(0, work - self._work)
+        seen.samples.append(
+            policy.Sample(sent=max(0, sent - self._sent), seconds=seconds, dirty_rate=dirtied / seconds)
+        )
+        self._since, self._sent, self._work = now, sent, work
+
+    def close(self, now: float, seen: _Measurement) -> None:
+        """The stream has come to its end with the guest stopped: what went before is a whole pass, too."""
+        if not seen.samples:
+            _, sent, work = self._last
+            self._sample(now, sent, work, seen)
+
+
+async def _end(remote: Remote) -> None:
+    await remote.execute("migrate_cancel")
+    state = await remote.wait_ended(CANCEL_LIMIT)
+    if not state.ended:
+        raise Refused(f"the stream to the sink was cancelled and has not ended, it is {state.migration}")
+
+
+async def _put_back(remote: Remote, settings: Settings, before: State) -> list[str]:
+    """End the stream if it goes on, restore *settings*, and look at the guest; what did not succeed, in sentences."""
+    problems = []
+    try:
+        if not (await remote.state()).ended:
+            await _end(remote)
+    except Refused as error:
+        problems.append(error.format_message())
+    await remote.forget_descriptor(_NAME)  # it is still there if the migration has not taken it
+    try:
+        await remote.apply(settings, settings)
+    except Refused as error:
+        problems.append(
+            f"the settings could not be put back ({error.format_message()}); "
+            f"do it with: trimig set {settings.words} --qmp {remote.address}"
+        )
+    try:
+        now = await remote.wait(lambda state: state.run_state == before.run_state, _BACK_LIMIT)
+        if now.run_state != before.run_state:
+            problems.append(f"the guest was {before.run_state} and is {now.run_state}")
+    except Refused as error:
+        problems.append(f"it is not known how the guest is ({error.format_message()})")
+    return problems
+
+
+# -- telling -----------------------------------------------------------------------------------------------------------
+
+
+def _tell(seen: _Measurement, settings: Settings, stop: Stop, before: State, as_json: bool) -> int:
+    if stop.asked and not seen.samples:
+        if as_json:
+            write_json({"error": f"stopped by {stop.reason}", "kind": "Cancelled", "exit_code": CANCELLED})
+        click.echo("stopped before anything could be measured; everything is as it was", err=True)
+        return CANCELLED
+    found = _forecast(seen, settings)
+    code = CANCELLED if stop.asked else DONE
+    if as_json:
+        write_json({**_record(found, seen), "run_state": before.run_state, "exit_code": code})
+        return code
+    print(f"{found.verdict.value}: {found.reason}")
+    if found.total_time is not None and found.downtime is not None:
+        print(f"  total time   {_range(found.total_time)}")
+        print(f"  downtime     {_range(found.downtime)}")
+    print(f"  first copy   {_range(found.first_copy)}")
+    print(f"  bandwidth    {formats.rate(found.bandwidth.likely)}")
+    if found.dirty_rate is not None:
+        print(f"  dirty rate   {formats.rate(found.dirty_rate)}")
+    for clause in found.advice:
+        print(f"  would help   {clause}")
+    passes = "1 pass" if len(seen.samples) == 1 else f"{len(seen.samples)} passes"
+    print(
+        f"measured: {passes} in {formats.duration(seen.seconds)}, {formats.size(seen.transferred)} to a sink on this host"
+    )
+    stopped = "; it was stopped for a moment, because nothing was left to send" if seen.stopped else ""
+    print(
+        f"the guest is {before.run_state} as before, its settings are as they were{stopped}; query-migrate shows the "
+        "stream to the sink as a migration that was cancelled",
+        flush=True,
+    )
+    return code
+
+
+def _forecast(seen: _Measurement, settings: Settings) -> policy.Forecast:
+    """For the bandwidth in the settings, or what was measured if that is less."""
+    limit = float(settings.parameters.get("max-bandwidth", 0))
+    measured = seen.bandwidth
+    if seen.samples:
+        largest = max(seen.samples, key=lambda s: s.sent)
+        measured = largest.sent / largest.seconds
+    if seen.first_copy is None and seen.samples:
+        seen.first_copy = seen.samples[0].sent
+    if not measured or seen.first_copy is None:
+        raise Refused("nothing was sent that a bandwidth could be told from; measure for longer with --seconds")
+    if seen.samples:
+        seen.first_copy = seen.samples[0].sent
+    given = limit if 0 < limit < measured else (None if seen.samples else measured)
+    return policy.forecast(
+        seen.samples,
+        first_copy=seen.first_copy,
+        total=float(seen.total),
+        downtime_limit=settings.parameters.get("downtime-limit", 300) / 1000,
+        bandwidth=given,
+    )
+
+
+def _range(interval: policy.Interval) -> str:
+    high = "no end" if math.isinf(interval.high) else formats.duration(interval.high)
+    return f"{formats.duration(interval.likely)} ({formats.duration(interval.low)} to {high})"
+
+
+def _record(found: policy.Forecast, seen: _Measurement) -> dict[str, Any]:
+    """For JSON: the unit is in the name; null for what has no end or is not known."""
+
+    def times(value: policy.Interval | float | None) -> Any:
+        if isinstance(value, policy.Interval):
+            return {name: times(getattr(value, name)) for name in ("low", "likely", "high")}
+        return None if value is None or math.isinf(value) else formats.ms(value)
+
+    return {
+        "verdict": found.verdict.value,
+        "total_time_ms": times(found.total_time),
+        "downtime_ms": times(found.downtime),
+        "passes": found.passes,
+        "first_copy_ms": times(found.first_copy),
+        "bandwidth_bytes_per_s": {name: round(getattr(found.bandwidth, name)) for name in ("low", "likely", "high")},
+        "dirty_rate_bytes_per_s": None if found.dirty_rate is None else round(found.dirty_rate),
+        "floor_ms": times(found.floor),
+        "reason": found.reason,
+        "advice": list(found.advice),
+        "measured": {
+            "total_ms": formats.ms(seen.seconds),
+            "transferred_bytes": seen.transferred,
+            "passes": [
+                {
+                    "sent_bytes": round(sample.sent),
+                    "pass_ms": formats.ms(sample.seconds),
+                    "dirty_rate_bytes_per_s": round(sample.dirty_rate),
+                }
+                for sample in seen.samples
+            ],
+            "guest_stopped": seen.stopped,
+        },
+    }

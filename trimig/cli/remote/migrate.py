@@ -1,0 +1,368 @@
+"""``trimig migrate``: have a guest behind a QMP socket migrated, and stay with it until its fate is known.
+
+With ``--wait`` a signal or the end of ``--timeout`` cancels the migration *there*, and the command ends when it has
+seen what became of the guest; so it never leaves somebody guessing who pressed Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import click
+import trio
+
+import trimig
+from trimig import formats
+
+from .. import display
+from ..common import PERCENT, debug_option, json_option, run
+from ..exit_codes import CANCELLED, DONE, FAILED
+from ..output import write_json
+from ..picture import EVERY
+from ..stop import Stop
+from .client import (
+    CANCEL_LIMIT,
+    POLL,
+    Busy,
+    Gone,
+    Refused,
+    Remote,
+    Settings,
+    State,
+    Tracker,
+    connected,
+    qmp_option,
+    read_settings,
+    settings_options,
+)
+from .dry_run import dry_run
+
+#: Seconds after which a migration that cannot be cancelled any more must have ended by itself.
+_DECIDED_LIMIT = 60.0
+#: Seconds between two looks at a migration that is paused in postcopy.
+_PAUSED_EVERY = 1.0
+
+
+@click.command()
+@click.argument("uri", required=False)
+@qmp_option
+@settings_options
+@click.option("--wait", is_flag=True, help="Show progress, and end when the migration has ended. Ctrl-C cancels it.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="With --wait: cancel the migration if it has not ended by then.",
+)
+@click.option(
+    "--postcopy",
+    is_flag=True,
+    help="Switch to postcopy after the first pass over the memory: the guest runs at URI first, and the rest follows. "
+    "The destination must have -c postcopy-ram. Implies --wait.",
+)
+@click.option(
+    "--postcopy-after",
+    type=PERCENT,
+    metavar="PERCENT",
+    help="The same, as soon as that much of the memory has been sent.",
+)
+@click.option("--resume", is_flag=True, help="Take a paused postcopy migration up again, over a connection to URI.")
+@click.option(
+    "--dry-run",
+    "dry",
+    is_flag=True,
+    help="Migrate nothing: send the memory to a sink on this host for a while, and predict time and downtime. URI is "
+    "not contacted.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="With --dry-run: measure for at most so long.",
+)
+@json_option
+@debug_option
+def migrate(
+    uri: str | None,
+    address: str,
+    capabilities: tuple[str, ...],
+    parameters: tuple[str, ...],
+    wait: bool,
+    timeout: float | None,
+    postcopy: bool,
+    postcopy_after: float | None,
+    resume: bool,
+    dry: bool,
+    seconds: float,
+    as_json: bool,
+) -> int:
+    """Have the guest behind a QMP socket migrated to URI.
+
+    Without --wait the command ends as soon as the migration has been accepted. The settings of -c and -p stay in force
+    afterwards, as they do in QEMU; those of a dry run do not: there -p max-bandwidth and -p downtime-limit say what to
+    predict for.
+    """
+    if uri is None and not dry:
+        raise click.UsageError("missing argument 'URI': where to migrate to, for example tcp:host-b:4444")
+    share = postcopy_after if postcopy_after is not None else (1.0 if postcopy else None)
+    wait = wait or share is not None
+    if dry and (share is not None or resume):
+        raise click.UsageError("a dry run moves nothing: --postcopy and --resume have no meaning for it")
+    if timeout is not None and not wait:
+        raise click.UsageError("--timeout needs --wait: nobody would be there to cancel")
+    if dry and wait:
+        raise click.UsageError("--dry-run and --wait exclude each other: a dry run is waited for in any case")
+    stop = Stop()
+
+    async def begin(remote: Remote, present: Settings, changes: Settings) -> Tracker:
+        assert uri is not None
+        if not resume or parameters:
+            await remote.apply(changes, present)
+        await remote.execute("migrate", uri=uri, **({"resume": True} if resume else {}))
+        now = changes.over(present)
+        return Tracker(now.parameters, postcopy=now.capabilities.get("postcopy-ram", False))
+
+    async def job() -> int:
+        with contextlib.ExitStack() as stack:
+            async with connected(address) as remote:
+                present = await remote.settings()
+                implied = ("postcopy-ram",) if share is not None else ()
+                changes = read_settings((*capabilities, *implied), parameters, present)
+                if dry:
+                    return await dry_run(remote, changes, present, seconds, stop, as_json=as_json)
+                assert uri is not None
+                tracker = await begin(remote, present, changes)
+                if not wait:
+                    return await _begun(remote, uri, as_json=as_json)
+                view = stack.enter_context(display.open_view(as_json=as_json))
+                view.begin(f"migrating to {uri}", destination=uri)
+                watch = _Watch(view, tracker, stop, timeout=timeout, postcopy=None if resume else share)
+                state = await watch.follow(remote)
+            while state.migration == "pre-switchover" or (state.migration == "postcopy-paused" and not stop.asked):
+                state = await watch.look_again(address, state)
+            code, text = _outcome(state, address, uri, stop)
+            view.end(text, told=code == DONE)
+        if code == DONE:
+            _report(state, uri, text, as_json)
+        elif as_json:
+            write_json({"error": text, "kind": "Cancelled", **state.record(), "exit_code": code})
+        return code
+
+    def doing() -> str:
+        if dry:
+            return "ending; every setting is put back first"
+        return "the migration is to be cancelled" if wait else "ending; what was asked for may have been accepted"
+
+    return run(job, as_json=as_json, interrupt=stop.ask if wait or dry else None, doing=doing)
+
+
+async def _begun(remote: Remote, uri: str, *, as_json: bool) -> int:
+    if as_json:
+        write_json({"destination": uri, **(await remote.state()).record()})
+    else:
+        print(f"the migration to {uri} has begun; trimig status --qmp {remote.address} says how it stands", flush=True)
+    return DONE
+
+
+class _Watch:
+    """Stays with a migration, shows it and stops it; over more than one connection, if it rests meanwhile."""
+
+    def __init__(
+        self,
+        view: display.View,
+        tracker: Tracker,
+        stop: Stop,
+        *,
+        timeout: float | None = None,
+        postcopy: float | None = None,
+    ) -> None:
+        """
+        Args:
+            timeout: seconds from now until *stop* is asked for; None for never.
+            postcopy: switch to it when that share of the memory has been sent; None for never.
+        """
+        self._view = view
+        self._tracker = tracker
+        self._stop = stop
+        self._timeout = timeout
+        self._timer = math.inf if timeout is None else trio.current_time() + timeout
+        self._postcopy = postcopy
+        self._last = "setup"
+        self._held = False  # the note about pre-switchover has been shown
+        self._busy = False
+
+    async def follow(self, remote: Remote) -> State:
+        """Until the migration has ended, or cannot be told any more to have, or rests: paused in postcopy, or held
+        before the switchover.
+
+        **Cancellation:** the migration goes on.
+        """
+        end, asked = math.inf, False
+        while True:
+            try:
+                state = await remote.state()
+            except Gone as error:
+                raise _lost(remote.address, self._last, error) from error
+            self._last = state.migration
+            self._show(state)
+            if state.migration == "pre-switchover" and not self._stop.asked:
+                if not self._held:
+                    self._view.note(f"waiting in pre-switchover; trimig continue --qmp {remote.address} lets it go on")
+                self._held = True
+                return state
+            self._held = False
+            if self._postcopy is not None and state.migration == "active" and _sent(state) >= self._postcopy:
+                self._postcopy = None
+                await remote.execute("migrate-start-postcopy")
+                self._view.note("switching to postcopy: the guest goes first, and its memory follows")
+            if state.migration == "postcopy-paused":
+                self._view.note(
+                    "the connection is lost, and the guest waits at the destination for its memory: trimig recover there, and then "
+                    f"trimig recover --qmp {remote.address}, take it up again"
+                )
+                return state
+            if state.ended and state.migration != "none":  # none: accepted, and not begun yet
+                return state
+            self._check_timer()
+            if self._stop.asked and not asked:
+                asked = True
+                end = trio.current_time() + await _cancel(remote, self._view)
+            if trio.current_time() >= end:
+                return state
+            if asked:
+                await trio.sleep(POLL)
+            else:
+                await self._pass(EVERY)
+
+    def _show(self, state: State) -> None:
+        if self._held and state.migration == "pre-switchover":
+            return  # where nothing moves, once is enough
+        for picture in self._tracker.pictures(state):
+            self._view.show(picture)
+        while self._tracker.warnings:
+            text = self._tracker.warnings.pop(0)
+            self._view.note(f"warning: {text}", warning=text)
+
+    async def look_again(self, address: str, state: State) -> State:
+        """A while after the migration was found at rest in *state*, look whether it still is, and follow it if not.
+
+        The QMP socket is left alone meanwhile: a QEMU serves one client at a time, and another one has to recover it, or
+        to let it go on.
+
+        **Cancellation:** the migration is as it was.
+        """
+        await self._pass(_PAUSED_EVERY)
+        self._check_timer()
+        if self._stop.asked and state.migration == "postcopy-paused":
+            return state
+        try:
+            async with connected(address) as remote:
+                now = await remote.state()
+                return now if now.migration == "postcopy-paused" else await self.follow(remote)
+        except Busy:
+            if self._stop.asked and not self._busy:
+                self._busy = True
+                self._view.note(f"{address} serves another client; the migration is cancelled as soon as it is free")
+            return state  # the other client recovers it, or lets it go on, perhaps
+        except Refused as error:
+            raise _lost(address, self._last, error) from error
+
+    def _check_timer(self) -> None:
+        if trio.current_time() >= self._timer and not self._stop.asked:
+            self._stop.ask(f"--timeout {formats.plain(self._timeout or 0)}")
+
+    async def _pass(self, seconds: float) -> None:
+        """That long, but not beyond what ends the waiting."""
+        with trio.move_on_after(min(seconds, max(0.0, self._timer - trio.current_time()))):
+            await self._stop.wait()
+
+
+def _sent(state: State) -> float:
+    """The share of the memory that has been sent; 1 behind the first pass."""
+    ram = state.info.get("ram", {})
+    if ram.get("dirty-sync-count", 0) > 1:
+        return 1.0
+    total = ram.get("total", 0)
+    return (ram.get("normal", 0) + ram.get("duplicate", 0)) * ram.get("page-size", 4096) / total if total else 0.0
+
+
+async def _cancel(remote: Remote, view: display.View) -> float:
+    """Ask for it; how long the end may take from now on."""
+    try:
+        await remote.execute("migrate_cancel")
+    except Gone:
+        return 0.0  # the next question finds out, and says it
+    except Refused as error:
+        view.note(error.format_message())
+        return _DECIDED_LIMIT
+    return CANCEL_LIMIT
+
+
+def _lost(address: str, last: str, error: Refused) -> trimig.HandoverUncertain:
+    return trimig.HandoverUncertain(
+        f"{error.format_message()}; the migration was {last}, and goes on without us if the process lives. Ask again: "
+        f"trimig status --qmp {address}; and ask the destination before the guest is started anywhere"
+    )
+
+
+def _outcome(state: State, address: str, uri: str, stop: Stop) -> tuple[int, str]:
+    """Exit code and sentence.
+
+    Raises:
+        HandoverUncertain: nobody can tell who owns the guest.
+        Refused: the migration has failed, or does not end.
+    """
+    here = f"the guest is {state.run_state} at {address}"
+    if state.owner == "unknown":
+        why = f": {state.problem}" if state.problem else ""
+        settle = "; then say it with the QMP command x-trimig-settle" if "owner" in state.info else ""
+        raise trimig.HandoverUncertain(
+            f"it is not certain who owns the guest{why}. Look whether it runs at {uri} before it is started anywhere{settle}"
+        )
+    if state.migration == "completed":
+        late = f" ({stop.reason} came too late)" if stop.asked else ""
+        return DONE, f"migrated to {uri} in {formats.duration(state.info.get('total-time', 0) / 1000)}{late}"
+    if state.migration == "cancelled":
+        if not stop.asked:
+            return FAILED, f"the migration was cancelled by somebody else; {here}"
+        return FAILED if stop.reason.startswith("--") else CANCELLED, f"cancelled by {stop.reason}; {here}"
+    if state.migration == "postcopy-paused":
+        raise trimig.PostcopyLost(
+            f"{stop.reason}: this command does not wait any more. The guest is at {uri} and lacks memory that is here: "
+            f"{address} must stay until trimig recover has brought it there"
+        )
+    if state.migration == "failed" and state.owner == "destination":
+        raise trimig.PostcopyLost(f"the guest is at {uri}, and the rest of its memory did not follow: {state.problem}")
+    if state.migration == "failed":
+        raise Refused(f"the migration has failed: {state.problem or 'no reason is given'}; {here}")
+    raise Refused(f"the migration was to be cancelled and has not ended, it is {state.migration}; {here}")
+
+
+def _report(state: State, uri: str, text: str, as_json: bool) -> None:
+    info = state.info
+    ram = info.get("ram", {})
+    seconds = info.get("total-time", 0) / 1000
+    moved = (ram.get("normal", 0) + ram.get("duplicate", 0)) * ram.get("page-size", 4096)
+    speed = moved / seconds if seconds else 0.0
+    if as_json:
+        record: dict[str, Any] = {
+            "destination": uri,
+            **state.record(),
+            "total_ms": info.get("total-time"),
+            "setup_ms": info.get("setup-time"),
+            "downtime_ms": info.get("downtime"),
+            "iterations": ram.get("dirty-sync-count"),
+            "ram_bytes": ram.get("total"),
+            "transferred_bytes": ram.get("transferred"),
+            "throughput_bytes_per_s": round(speed),
+        }
+        write_json(record)
+        return
+    print(text, flush=True)
+    print(
+        f"  downtime {formats.duration(info.get('downtime', 0) / 1000)}, {formats.counted(ram.get('dirty-sync-count', 0), 'pass', 'passes')} over {formats.size(ram.get('total', 0))}"
+    )
+    print(f"  {formats.size(ram.get('transferred', 0))} sent, {formats.rate(speed)} of guest memory")

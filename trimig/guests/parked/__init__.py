@@ -1,0 +1,1 @@
+"""A guest that is kept in a file and is not run."""

@@ -1,0 +1,486 @@
+"""A guest that is kept and never run here: what was received from a QEMU, to be given to another one.
+
+trimig knows nothing of the machine. RAM lies in memfd blocks; device sections, the configuration and the description
+are kept as the bytes they came in, named through the description, and are sent again exactly as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self, TypeAlias, final
+
+import numpy as np
+import trio
+
+from ...config import PeerProfile
+from ...errors import GuestFailed, Owner, RemoteProtocolError, StateError
+from ...expected import expect
+from ...guest import (
+    PAGE_SIZE,
+    ArrivingPages,
+    ConfigSubsection,
+    Device,
+    DeviceSection,
+    DirtyTracker,
+    PageBitmap,
+    RamBlock,
+)
+from ...memory import MemfdBlock, NullTracker
+from ...owner import OwnerState, Settle
+from ...wire.devices import globalstate
+from ...wire.postcopy import runs_of
+from . import reader as savefile
+from . import writer as saving
+from .newfile import check_target
+
+_ORDINARY: Final = PeerProfile()
+
+#: A section in front of the devices of a guest without all of its memory, so that no QEMU starts it: it knows no such device.
+#: Its payload is the number of pages that are missing, be64.
+PARTIAL_IDSTR: Final = "trimig/partial"
+
+#: Runs of pages: the first, and the one behind the last.
+Holes: TypeAlias = Mapping[str, Sequence[tuple[int, int]]]
+
+
+@final
+class ParkedGuest:
+    """Implements :class:`trimig.guest.OpaqueGuest`. Use it as a context, or :meth:`close` it: it holds the RAM.
+
+    Filled by :func:`trimig.receive` or :meth:`load`; after that it can be sent by :func:`trimig.migrate`, once. A file is
+    not changed by that: who loads it again and sends that guest, too, has two guests.
+
+    Args:
+        save_to: keep it in this file too. A receiving side then counts as the owner only when the file is on the disk;
+            until then nothing has this name. RAM is written out before the source is told that everything arrived.
+        replace: *save_to* may replace an existing file.
+        peer: how the saved file is written; the profile that the migration itself uses.
+        max_ram: the most bytes of RAM that are accepted; None for as much as the machine has.
+    """
+
+    def __init__(
+        self,
+        save_to: str | os.PathLike[str] | None = None,
+        *,
+        replace: bool = False,
+        peer: PeerProfile = _ORDINARY,
+        max_ram: int | None = None,
+    ) -> None:
+        expect("save_to", save_to, (str, os.PathLike, type(None)), "a path, or None")
+        expect("peer", peer, PeerProfile, "a trimig.PeerProfile")
+        expect("max_ram", max_ram, (int, type(None)), "an int, in bytes, or None")
+        self._save_to = None if save_to is None else Path(save_to)
+        self._replace = replace
+        self._peer = peer
+        self._max_ram = max_ram
+        self._name = ""
+        self._ram: list[MemfdBlock] = []
+        self._subsections: tuple[ConfigSubsection, ...] = ()
+        self._sections: tuple[DeviceSection, ...] | None = None
+        self._description: bytes | None = None
+        self._run_state = "inmigrate"
+        self._purpose: str | None = None
+        self._owner = OwnerState(Owner.ELSEWHERE, runs=lambda: False)
+        self._file: saving.SaveFile | None = None
+        self._arriving: ArrivingPages | None = None
+        self._failure: OSError | None = None  # of the writing while it arrived
+        self._early: tuple[DeviceSection, ...] = ()
+        self._warnings: tuple[str, ...] = ()
+        self._holes: Holes = {}
+
+    def __repr__(self) -> str:
+        return f"<ParkedGuest {self._name!r} {self._run_state}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory back, and remove a file that is not finished. Idempotent."""
+        self._discard_file()
+        for block in self._ram:
+            block.close()
+        self._ram = []
+        self._sections = None
+        self._run_state = "inmigrate"
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    async def load(
+        cls, path: str | os.PathLike[str], *, partial: bool = False, max_ram: int | None = None
+    ) -> ParkedGuest:
+        """The guest in a file: one that was saved, or any precopy stream (``migrate "exec:cat > FILE"`` of a QEMU).
+
+        Args:
+            partial: accept a stream without some of the RAM, which is then zero; see :attr:`holes`.
+            max_ram: the most bytes of RAM that are accepted.
+
+        Raises:
+            OSError: the file cannot be read.
+            RemoteProtocolError: it is damaged, or no such stream.
+            TransportFailed: it ends too early.
+            GuestFailed: there is no memory for it.
+
+        **Cancellation:** nothing is left.
+        """
+        guest = cls(max_ram=max_ram)
+        ok = False
+        try:
+            read = await savefile.read_stream(Path(path), guest, partial=partial)
+            guest._peer, guest._warnings = read.peer, tuple(read.problems)
+            guest._holes = {
+                name: [(first, end) for first, end in runs_of(~here).tolist()]
+                for name, here in read.received.items()
+                if not here.all()
+            }
+            guest._sections = tuple(s for s in guest.sections if s.idstr != PARTIAL_IDSTR)
+            guest._run_state = "paused"
+            guest.set_owner(Owner.HERE)
+            ok = True
+        finally:
+            if not ok:
+                guest.close()
+        return guest
+
+    async def save(self, path: str | os.PathLike[str], *, replace: bool = False) -> None:
+        """Write it to a file, which is on the disk when this returns.
+
+        Raises:
+            StateError: there is nothing in it yet.
+            GuestFailed: the file cannot be written, or exists; nothing is left of it.
+
+        **Cancellation:** there is no file, or the whole of it.
+        """
+        await self._save(Path(path), await self.save_devices(), {}, replace=replace)
+
+    async def save_partial(self, path: str | os.PathLike[str], missing: Holes, *, replace: bool = False) -> None:
+        """Write what has come of a guest that will never be whole. No QEMU can load that, and :meth:`load` only if asked.
+
+        Args:
+            missing: :attr:`trimig.PostcopyLost.missing`.
+
+        Raises:
+            StateError: not even its devices have come.
+            ValueError: *missing* does not fit its RAM.
+            GuestFailed: as for :meth:`save`.
+
+        **Cancellation:** there is no file, or the whole of it.
+        """
+        await trio.lowlevel.checkpoint()
+        if self._sections is None:
+            raise StateError("nothing is parked here: receive or load a guest first")
+        lengths = {block.name: block.length // PAGE_SIZE for block in self._ram}
+        absent = {name: np.zeros(length, np.bool_) for name, length in lengths.items()}
+        for name, runs in missing.items():
+            for first, end in runs:
+                if not 0 <= first <= end <= lengths.get(name, -1):
+                    raise ValueError(f"there are no pages {first} to {end} in a RAM block {name!r}")
+                absent[name][first:end] = True
+        count = sum(int(np.count_nonzero(bitmap)) for bitmap in absent.values())
+        mark = DeviceSection(idstr=PARTIAL_IDSTR, instance_id=0, version_id=1, payload=count.to_bytes(8))
+        await self._save(Path(path), (mark, *self._sections), absent, replace=replace)
+
+    async def _save(
+        self, target: Path, sections: Sequence[DeviceSection], absent: Mapping[str, PageBitmap], *, replace: bool
+    ) -> None:
+        file = None
+        try:
+            file = saving.SaveFile(target, self, self._ram, replace=replace, peer=self._peer, early=sections)
+            await file.write_ram(absent=absent)
+            await file.finish(sections)
+        except OSError as error:
+            raise saving.failed("the guest cannot be saved to", target, error) from error
+        finally:
+            if file is not None:
+                file.discard()
+
+    def check_store(self) -> None:
+        """Find out whether the file ``save_to`` could be made now: its directory and its name. Nothing is left behind.
+
+        Raises:
+            GuestFailed: it could not, and why.
+        """
+        if self._save_to is not None:
+            try:
+                check_target(self._save_to, replace=self._replace)
+            except OSError as error:
+                raise saving.failed("the guest cannot be saved to", self._save_to, error) from error
+
+    @property
+    def saved_to(self) -> Path | None:
+        """Where a receiving side keeps it."""
+        return self._save_to
+
+    @property
+    def peer(self) -> PeerProfile:
+        """How its stream is written."""
+        return self._peer
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What was not as it should be in the file it was loaded from."""
+        return self._warnings
+
+    @property
+    def holes(self) -> Holes:
+        """Pages that were not in the file it was loaded from, by the block's name; they are zero."""
+        return self._holes
+
+    # -- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The machine name, ``pc-i440fx-7.2``; empty until it is known."""
+        return self._name
+
+    @property
+    def ram(self) -> Sequence[RamBlock]:
+        """The RAM blocks, in the order in which they were announced."""
+        return tuple(self._ram)
+
+    @property
+    def devices(self) -> Mapping[tuple[str, int], Device] | None:
+        """None: sections are taken as they are."""
+        return None
+
+    @property
+    def sections(self) -> Sequence[DeviceSection]:
+        """The device sections, with their objects of the description; empty until it is filled."""
+        return self._sections or ()
+
+    @property
+    def subsections(self) -> Sequence[ConfigSubsection]:
+        """Of the configuration section."""
+        return self._subsections
+
+    @property
+    def description(self) -> bytes | None:
+        """The JSON text that followed its stream."""
+        return self._description
+
+    @property
+    def run_state(self) -> str:
+        """``inmigrate`` until it is filled, then ``paused``: it never runs here."""
+        return self._run_state
+
+    @property
+    def guest_run_state(self) -> str:
+        """The run state that it is in wherever it is sent, from its section ``globalstate``; ``running`` without one."""
+        for section in self.sections:
+            if section.idstr == globalstate.IDSTR:
+                return globalstate.decode(section.payload, section.version_id)
+        return "running"
+
+    # -- Guest -----------------------------------------------------------------------------------------------------
+
+    @property
+    def owner(self) -> Owner:
+        """HERE once it is filled, ELSEWHERE before that and after it was handed over, UNKNOWN: see :meth:`settle`."""
+        return self._owner.owner
+
+    def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
+        """For the engine: see :class:`trimig.guest.Guest`."""
+        self._owner.set(owner, gone=gone, settle=settle)
+
+    async def settle(self, owner: Owner) -> None:
+        """State who owns it after :class:`trimig.HandoverUncertain`. Raises as :meth:`trimig.owner.OwnerState.settle`.
+
+        **Cancellation:** cancelled before anything was done, or not at all.
+        """
+        await self._owner.settle(owner)
+
+    def claim(self, purpose: str) -> None:
+        """Reserve it. StateError if it is reserved."""
+        if self._purpose is not None:
+            raise StateError(f"the parked guest is busy: {self._purpose}")
+        self._purpose = purpose
+
+    def release(self) -> None:
+        """The end of :meth:`claim`; a file that was not finished is removed. Idempotent."""
+        self._discard_file()
+        self._purpose = None
+
+    async def pause(self) -> None:
+        """It never runs. **Cancellation:** no effect."""
+        await trio.lowlevel.checkpoint()
+
+    async def resume(self) -> None:
+        """It stays parked. NotOwner if it is not this side's. **Cancellation:** no effect."""
+        await trio.lowlevel.checkpoint()
+        self._owner.check("be resumed")
+
+    def dirty_tracker(self) -> DirtyTracker:
+        """Nothing is ever dirty."""
+        return NullTracker(self._ram)
+
+    async def throttle(self, percent: int) -> None:
+        """It never runs. **Cancellation:** no effect."""
+        await trio.lowlevel.checkpoint()
+
+    async def save_devices(self) -> Sequence[DeviceSection]:
+        """The sections as they came.
+
+        Raises:
+            StateError: there is nothing in it yet.
+
+        **Cancellation:** no effect.
+        """
+        await trio.lowlevel.checkpoint()
+        if self._sections is None or self._run_state == "inmigrate":
+            raise StateError("nothing is parked here: receive or load a guest first")
+        return self._sections
+
+    async def load_devices(self, sections: Sequence[DeviceSection]) -> None:
+        """A stream that ends without any device section. **Cancellation:** nothing was taken."""
+        await self.load_opaque(sections, None)
+
+    async def activate(self, run_state: str) -> None:
+        """Safely kept: in memory, or with ``save_to`` on the disk, under its name.
+
+        Raises:
+            GuestFailed: the file cannot be written. There is none then.
+
+        **Cancellation:** as for an error, unless the file has its name already; then it returns.
+        """
+        if self._save_to is None:
+            await trio.lowlevel.checkpoint()
+        else:
+            try:
+                if self._file is None:
+                    await self.ram_received()
+                assert self._file is not None
+                await self._file.finish(self.sections)
+            except OSError as error:
+                raise saving.failed("the guest cannot be saved to", self._save_to, error) from error
+            finally:
+                self._discard_file()
+        self._run_state = "paused"
+
+    # -- OpaqueGuest -----------------------------------------------------------------------------------------------
+
+    def adopt(self, machine: str, subsections: Sequence[ConfigSubsection], blocks: Sequence[tuple[str, int]]) -> None:
+        """Become the guest that is coming, and forget the one that was here.
+
+        Raises:
+            RemoteProtocolError: a name is no text.
+            GuestFailed: there is no memory for it, or its file cannot be made.
+        """
+        self.close()
+        self._description = None
+        self._failure = None
+        self._warnings = ()
+        self._holes = {}
+        for name in (machine, *(name for name, _ in blocks)):
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise RemoteProtocolError(f"the name {name!r} is not UTF-8") from None
+        total = sum(length for _, length in blocks)
+        limit = self._max_ram if self._max_ram is not None else _physical_memory()
+        if total > limit:
+            raise GuestFailed(f"the guest has {total} bytes of RAM, and there is room for {limit} here")
+        try:
+            for name, length in blocks:
+                self._ram.append(MemfdBlock(name, length))
+        except OSError as error:
+            raise saving.failed("there is no memory for the guest", None, error) from error
+        self._name = machine
+        self._subsections = tuple(subsections)
+        if self._save_to is not None:
+            try:
+                self._file = self._new_file(self._save_to)
+            except OSError as error:
+                raise saving.failed("the guest cannot be saved to", self._save_to, error) from error
+
+    def framed(self, *, configuration: bool, footers: bool, early: Sequence[DeviceSection]) -> None:
+        """A guest of an old machine type is kept, and sent on, without what its stream had not; see :class:`FramedGuest`."""
+        self._early = tuple(early)
+        if (configuration, footers) != (self._peer.send_configuration, self._peer.send_section_footer):
+            self._peer = dataclasses.replace(
+                self._peer, name="as it came", send_configuration=configuration, send_section_footer=footers
+            )
+
+    def _new_file(self, path: Path) -> saving.SaveFile:
+        return saving.SaveFile(path, self, self._ram, replace=self._replace, peer=self._peer, early=self._early)
+
+    async def store(self, pages: ArrivingPages) -> None:
+        """Write RAM to ``save_to`` while it arrives, if there is one.
+
+        Raises:
+            GuestFailed: the file cannot be written. Nothing is left of it.
+
+        **Cancellation:** what was written counts; :meth:`ram_received` writes the rest.
+        """
+        await trio.lowlevel.checkpoint()
+        self._arriving = pages
+        if self._file is None:
+            return
+        try:
+            await self._file.write_arriving(pages)
+        except OSError as error:
+            self._discard_file()
+            self._failure = error
+            raise saving.failed("the guest cannot be saved to", self._save_to, error) from error
+
+    async def ram_received(self) -> None:
+        """Write what is left of RAM to ``save_to``, if there is one.
+
+        Raises:
+            GuestFailed: the file cannot be written, or :meth:`store` has failed.
+
+        **Cancellation:** :meth:`release` removes what was written.
+        """
+        await trio.lowlevel.checkpoint()
+        if self._save_to is None:
+            return
+        if self._failure is not None:
+            raise saving.failed("the guest cannot be saved to", self._save_to, self._failure) from self._failure
+        try:
+            if self._file is None:
+                self._file = self._new_file(self._save_to)
+            await self._file.write_ram(self._arriving)
+        except OSError as error:
+            self._discard_file()
+            raise saving.failed("the guest cannot be saved to", self._save_to, error) from error
+
+    async def reserve(self, pages: int) -> None:
+        """Set aside room for *pages* more pages in the file ``save_to``, if there is one.
+
+        Raises:
+            GuestFailed: the disk has no room for them, or :meth:`store` has failed.
+
+        **Cancellation:** no effect, or all of it.
+        """
+        await trio.lowlevel.checkpoint()
+        try:
+            if self._failure is not None:
+                raise self._failure
+            if self._file is not None:
+                await self._file.reserve(pages)
+        except OSError as error:
+            raise saving.failed("there is no room for the guest in", self._save_to, error) from error
+
+    async def load_opaque(self, sections: Sequence[DeviceSection], description: bytes | None) -> None:
+        """Keep them. **Cancellation:** nothing was taken."""
+        await trio.lowlevel.checkpoint()
+        self._sections = tuple(sections)
+        self._description = description
+
+    def _discard_file(self) -> None:
+        file, self._file = self._file, None
+        self._arriving = None
+        if file is not None:
+            file.discard()
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

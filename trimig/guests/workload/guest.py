@@ -1,0 +1,521 @@
+"""A guest in a process of its own: a worker on shared memory that is driven over a socket.
+
+The memory is a memfd that both processes map, so what arrives here is there, and what the worker writes is here. The
+worker's writes are tracked through its page tables, by a userfaultfd that it made and passed to us.
+
+No task runs in the background: requests are answered one at a time, and a call reads the socket only while it waits
+for its own reply. The worker dies with this process (end of file on its socket, and the kernel's parent-death
+signal), and :meth:`ProcessGuest.open` kills it on every way out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from array import array
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from ...errors import ConfigError, GuestFailed, Owner, StateError
+from ...guest import PAGE_SIZE, DeviceSection, DirtyTracker, PageBitmap
+from ...memory.block import MemfdBlock
+from ...memory.faults import MissingPages, UffdMemory
+from ...memory.linux import MemoryUnavailable, probe_tracking
+from ...memory.tracking import CompareTracker, TrackedRange, UffdTracker, log_choice, log_fallback
+from ..base import GuestBase
+from .state import Journal, Verification, WorkloadState
+
+MiB: Final = 1 << 20
+_MAX_PACKET: Final = 1 << 16
+_MAX_FDS: Final = 4
+_FD_SIZE: Final = array("i").itemsize
+#: Bytes per second that initialising and verifying are sure to reach, on a machine that does other things as well.
+_SLOWEST: Final = 20 * MiB
+#: Seconds that a Python may take to start, on top of the time limit of a call.
+_STARTING: Final = 30.0
+#: Seconds from the end of file on the control socket to the end of the process.
+_DYING: Final = 2.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStats:
+    """What :meth:`ProcessGuest.stats` returns."""
+
+    #: Writes since the workload began, here or elsewhere.
+    writes: int
+    running: bool
+    #: Percent.
+    throttle: int
+    #: Its next write is to a page that is missing.
+    waiting: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TouchTimes:
+    """How long the worker waited for its pages while some were missing. All times are in nanoseconds."""
+
+    #: Pages that it touched.
+    touches: int
+    #: Those that it had to wait for; the rest is about them.
+    waits: int
+    median: float
+    #: The 99th percentile.
+    p99: float
+    #: The sum.
+    blocked: float
+
+
+class Worker:
+    """The worker process and the line to it.
+
+    Every request has a number, and replies with other numbers are dropped: a call that was cancelled after its
+    request had been sent leaves its reply behind, and the next call passes over it.
+    """
+
+    def __init__(self, call_timeout: float) -> None:
+        """Start the process. OSError."""
+        self._timeout = call_timeout
+        self._number = 0
+        self._lock = trio.Lock()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # What it says when it fails. In memory, so that nobody has to read along.
+        self._stderr = os.memfd_create("trimig-worker-stderr", os.MFD_CLOEXEC)
+        root = str(Path(__file__).resolve().parents[2])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        try:
+            with theirs:
+                # Not trio.lowlevel.open_process: it starts the process from a pool thread, and the parent-death
+                # signal is tied to the thread, which ends when it has been idle for a while.
+                self._process = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-P",
+                        "-m",
+                        "trimig.guests.workload.worker",
+                        str(theirs.fileno()),
+                        str(os.getpid()),
+                    ],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=self._stderr,
+                    process_group=0,  # Ctrl-C in the terminal goes to the foreground group only
+                    env={
+                        **os.environ,
+                        "PYTHONPATH": os.pathsep.join(paths),
+                        "OPENBLAS_NUM_THREADS": "1",  # NumPy's threads are never used, and start slowly
+                    },
+                )
+        except BaseException:
+            ours.close()
+            os.close(self._stderr)
+            raise
+        self._socket = trio.socket.from_stdlib_socket(ours)
+        self._closed = False
+
+    @property
+    def pid(self) -> int:
+        """Its process id; the process is not reaped before :meth:`close` or its own end."""
+        return self._process.pid
+
+    async def call(self, op: str, *, within: float = 0.0, **arguments: Any) -> dict[str, Any]:
+        """Make a request and return the reply.
+
+        Args:
+            within: seconds beyond the time limit that every call has.
+
+        Raises:
+            GuestFailed: the worker refused, died, or did not answer in time.
+            StateError: it was closed.
+
+        **Cancellation:** the request may have been carried out.
+        """
+        reply, fds = await self._call(op, (), within, arguments)
+        _close_all(fds)
+        return reply
+
+    async def call_sending(self, op: str, fds: Sequence[int], *, within: float, **arguments: Any) -> dict[str, Any]:
+        """As :meth:`call`, and give the worker duplicates of *fds*."""
+        reply, received = await self._call(op, fds, within, arguments)
+        _close_all(received)
+        return reply
+
+    async def call_receiving(self, op: str) -> int:
+        """As :meth:`call`, for a request that is answered with one descriptor, which is then the caller's."""
+        _, fds = await self._call(op, (), 0.0, {})
+        if len(fds) != 1:
+            _close_all(fds)
+            raise GuestFailed(f"the worker answered {op!r} with {len(fds)} descriptors instead of one")
+        return fds[0]
+
+    def close(self) -> None:
+        """Kill and reap the process. Idempotent; takes no longer than the kernel needs to end it."""
+        if self._closed:
+            return
+        self._closed = True
+        self._process.kill()
+        self._process.wait()
+        self._socket.close()
+        os.close(self._stderr)
+
+    async def _call(
+        self, op: str, fds: Sequence[int], within: float, arguments: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[int]]:
+        if self._closed:
+            raise StateError("the guest is closed")
+        limit = self._timeout + within
+        answer: tuple[dict[str, Any], list[int]] | None = None
+        cut: Exception | None = None
+        try:
+            with trio.move_on_after(limit):
+                async with self._lock:
+                    self._number += 1
+                    request = json.dumps({"id": self._number, "op": op, **arguments}).encode()
+                    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+                    await self._socket.sendmsg([request], rights)
+                    answer = await self._reply(self._number)
+        except (OSError, EOFError, trio.ClosedResourceError) as exc:
+            cut = exc
+        if cut is not None:
+            if self._closed:
+                raise StateError("the guest was closed") from cut
+            raise GuestFailed(await self._obituary(op)) from cut
+        if answer is None:
+            raise GuestFailed(f"the guest's worker process {self.pid} did not answer {op!r} within {limit:g} s")
+        reply, received = answer
+        if "error" in reply:
+            _close_all(received)
+            raise GuestFailed(f"the guest's worker process {self.pid} refused {op!r}: {reply['error']}")
+        return reply, received
+
+    async def _reply(self, number: int) -> tuple[dict[str, Any], list[int]]:
+        while True:
+            # A packet is received whole or, if this is cancelled, not at all.
+            data, ancillary, _, _ = await self._socket.recvmsg(
+                _MAX_PACKET, socket.CMSG_SPACE(_MAX_FDS * _FD_SIZE), socket.MSG_CMSG_CLOEXEC
+            )
+            fds = array("i")
+            for level, kind, payload in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    fds.frombytes(payload[: len(payload) - len(payload) % _FD_SIZE])
+            if not data:
+                raise EOFError
+            reply = json.loads(data)
+            if reply["id"] == number:
+                return reply, list(fds)
+            _close_all(fds)
+
+    async def _obituary(self, op: str) -> str:
+        """How the worker ended, for people."""
+        if self._process.poll() is None:
+            pidfd = os.pidfd_open(self.pid)
+            try:
+                with trio.move_on_after(_DYING):
+                    await trio.lowlevel.wait_readable(pidfd)
+            finally:
+                os.close(pidfd)
+        status = None if self._closed else self._process.poll()
+        if status is None:
+            how = "closed its control socket"
+        elif status < 0:
+            how = f"was killed by signal {-status} ({signal.Signals(-status).name})"
+        else:
+            how = f"ended with exit status {status}"
+        said = b"" if self._closed else os.pread(self._stderr, 4096, max(0, os.fstat(self._stderr).st_size - 4096))
+        last = said.decode(errors="replace").strip().rpartition("\n")[2]
+        return f"the guest's worker process {self.pid} {how} (seen at {op!r}){': ' + last if last else ''}"
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+class ProcessGuest(GuestBase):
+    """A worker process that writes memory at a given rate, and can prove that no write was lost or replayed.
+
+    Made by :meth:`open`. Its RAM is one block, ``"ram"``; its one device is the journal ``trimig-workload``
+    (:mod:`trimig.guests.workload.state`).
+    """
+
+    def __init__(self, name: str, worker: Worker, block: MemfdBlock, state: WorkloadState, dirty_tracking: str) -> None:
+        super().__init__(name, run_state="inmigrate")
+        self._worker = worker
+        self._block = block
+        self._ram.append(block)
+        self._journal = Journal(state)
+        self.add_device(self._journal)
+        self._method = dirty_tracking
+        self._range = TrackedRange(name=block.name, address=0, pages=state.ram_pages)
+        #: How it waited for its memory when it last came before it (postcopy).
+        self.touch_times: TouchTimes | None = None
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(
+        cls,
+        *,
+        size: int = 256 * MiB,
+        hot: int = 32 * MiB,
+        dirty_rate: int = 50 * MiB,
+        seed: int | None = None,
+        running: bool = True,
+        stopped: bool = False,
+        name: str = "trimig-workload",
+        dirty_tracking: str = "auto",
+        call_timeout: float = 10.0,
+    ) -> AsyncIterator[ProcessGuest]:
+        """``async with ProcessGuest.open() as guest:`` starts the worker; it is killed and reaped at the end.
+
+        Args:
+            size: bytes of RAM, a multiple of 4096.
+            hot: bytes from the start on that are written again and again; rounded down to whole pages.
+            dirty_rate: bytes per second that the worker writes.
+            seed: of content and order; None takes a random one.
+            running: False for a receiver: memory stays empty, and the run state is ``"inmigrate"``. What the workload
+                does (hot, dirty_rate, seed) comes with the guest then, only *size* must agree.
+            stopped: with *running*: ready, but not started; the run state is ``"prelaunch"`` until :meth:`resume`.
+            name: the machine name in the stream.
+            dirty_tracking: ``"auto"``, ``"userfaultfd"`` or ``"compare"``.
+            call_timeout: seconds after which a worker that does not answer is a GuestFailed.
+
+        Raises:
+            ConfigError: sizes that do not fit together.
+            GuestFailed: the worker could not be started, or does not come up; or userfaultfd was demanded and is not
+                to be had.
+
+        **Cancellation:** nothing is left, on entering as on leaving; leaving does not wait for anything but the kernel.
+        """
+        if dirty_tracking not in ("auto", "userfaultfd", "compare"):
+            raise ConfigError(f"dirty tracking {dirty_tracking!r} is not possible for a process guest")
+        if size <= 0 or size % PAGE_SIZE:
+            raise ConfigError(f"{size} bytes of RAM are not a positive multiple of {PAGE_SIZE}")
+        try:
+            state = WorkloadState(
+                seed=random.getrandbits(64) if seed is None else seed,
+                ram_pages=size // PAGE_SIZE,
+                hot_pages=hot // PAGE_SIZE,
+                dirty_rate=dirty_rate,
+            )
+        except ValueError as exc:
+            raise ConfigError(str(exc)) from exc
+        with contextlib.ExitStack() as stack:
+            try:
+                block = MemfdBlock("ram", size)
+                stack.callback(block.close)
+                worker = Worker(call_timeout)
+            except OSError as exc:
+                raise GuestFailed(f"the guest's worker process could not be started: {exc}") from exc
+            stack.callback(worker.close)
+            guest = cls(name, worker, block, state, dirty_tracking)
+            await guest._attach()
+            if running:
+                await worker.call("initialise", within=size / _SLOWEST, state=dataclasses.asdict(state))
+                guest.set_owner(Owner.HERE)
+                if stopped:
+                    guest._run_state = "prelaunch"
+                else:
+                    await guest.resume()
+            yield guest
+
+    async def _attach(self) -> None:
+        reply = await self._worker.call_sending("attach", [self._block.fd], within=_STARTING, length=self._block.length)
+        self._range = dataclasses.replace(self._range, address=reply["address"])
+        if self._method == "compare":
+            log_choice(CompareTracker.method)
+            return
+        try:
+            if reply["untracked"] is not None:
+                raise MemoryUnavailable(0, reply["untracked"])
+            probe_tracking(self._worker.pid)
+        except MemoryUnavailable as exc:
+            if self._method == "userfaultfd":
+                raise GuestFailed(f"no dirty tracking by userfaultfd: {exc.strerror}") from exc
+            log_fallback(exc)
+            self._method = "compare"
+            return
+        self._method = "userfaultfd"
+        log_choice(UffdTracker.method)
+
+    @property
+    def block(self) -> MemfdBlock:
+        """Its one RAM block."""
+        return self._block
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id."""
+        return self._worker.pid
+
+    @property
+    def state(self) -> WorkloadState:
+        """The journal as it was last saved or loaded here."""
+        return self._journal.state
+
+    def close(self) -> None:
+        """Kill and reap the worker, and give the memory back, before the ``async with`` ends. Idempotent."""
+        self._worker.close()
+        self._block.close()
+
+    # The requests are made whatever the run state is here: after a cancelled call it may be another one there.
+
+    async def pause(self) -> None:
+        """The worker has made its last write when this returns. Harmless while it does not run.
+
+        Raises:
+            GuestFailed: it died or does not answer.
+
+        **Cancellation:** it may be paused; :meth:`resume` it.
+        """
+        await self._worker.call("pause")
+        if self._run_state == "running":
+            self._run_state = "paused"
+
+    async def resume(self) -> None:
+        """The worker goes on. Harmless while it runs.
+
+        Raises:
+            NotOwner: it is not this side's.
+            GuestFailed: it died, does not answer, or has not been given a state.
+
+        **Cancellation:** it may be running; :meth:`pause` it.
+        """
+        with self._owner.starting():
+            await self._worker.call("resume")
+            self._run_state = "running"
+
+    async def throttle(self, percent: int) -> None:
+        """Take *percent* of the dirty rate away.
+
+        Raises:
+            ValueError: not within 0 to 99.
+            GuestFailed: the worker died or does not answer.
+        """
+        self._check_percent(percent)
+        await self._worker.call("throttle", percent=percent)
+        self._throttle = percent
+
+    def dirty_tracker(self) -> DirtyTracker:
+        """A tracker of the worker's writes."""
+        if self._method == "compare":
+            return CompareTracker(self._ram)
+        return WorkerTracker(self._worker, self._range)
+
+    async def missing_memory(self) -> UffdMemory:
+        """From here on the worker waits where it touches a page that has no memory yet; the guest must not run.
+
+        This process must not touch such a page itself: it would become zero for everybody.
+
+        Raises:
+            GuestFailed: userfaultfd is not to be had, or the worker runs, died or does not answer.
+
+        **Cancellation:** the worker may touch pages before it writes them, which is slower and changes nothing else.
+        """
+        missing = MissingPages(await self._worker.call_receiving("missing"))
+        memory = UffdMemory(missing, [self._range])
+        try:
+            memory.open()
+        except BaseException as error:
+            memory.close()
+            if isinstance(error, OSError):
+                raise GuestFailed(f"missing pages cannot be waited for: {error.strerror}") from error
+            raise
+        return memory
+
+    async def memory_is_whole(self) -> Sequence[float]:
+        """No page is missing any more; how long the worker waited for those that were, in seconds (its one processor).
+
+        The details are in :attr:`touch_times` from then on.
+
+        Raises:
+            GuestFailed: the worker died, does not answer, or was not told that pages are missing.
+
+        **Cancellation:** it may have been told; then it cannot be told again.
+        """
+        reply = await self._worker.call("whole")
+        self.touch_times = TouchTimes(**{key: value for key, value in reply.items() if key != "id"})
+        return (self.touch_times.blocked / 1e9,)
+
+    async def save_devices(self) -> Sequence[DeviceSection]:
+        """The journal. GuestFailed if the worker runs.
+
+        **Cancellation:** has no effect on the guest.
+        """
+        reply = await self._worker.call("save")
+        self._journal.state = WorkloadState(**reply["state"])
+        return await super().save_devices()
+
+    async def load_devices(self, sections: Sequence[DeviceSection]) -> None:
+        """Take the journal over, and hand it to the worker."""
+        await super().load_devices(sections)
+        await self._worker.call("load", state=dataclasses.asdict(self._journal.state))
+
+    async def verify(self) -> Verification:
+        """Let the worker compare every word of its memory with its journal; it does nothing else meanwhile.
+
+        Raises:
+            GuestFailed: it died, does not answer, or has no state yet.
+
+        **Cancellation:** the worker compares on, and answers no other call before it is done.
+        """
+        reply = await self._worker.call("verify", within=self._block.length / _SLOWEST)
+        return Verification(**{key: value for key, value in reply.items() if key != "id"})
+
+    async def stats(self) -> WorkerStats:
+        """What the worker does at present. GuestFailed.
+
+        **Cancellation:** has no effect on the worker.
+        """
+        reply = await self._worker.call("stats")
+        return WorkerStats(**{key: value for key, value in reply.items() if key != "id"})
+
+
+class WorkerTracker:
+    """:class:`UffdTracker` over the worker's memory, with a userfaultfd that the worker makes at the start."""
+
+    method: Final = UffdTracker.method
+
+    def __init__(self, worker: Worker, area: TrackedRange) -> None:
+        self._worker = worker
+        self._area = area
+        self._inner: UffdTracker | None = None
+
+    async def start(self) -> None:
+        """See :class:`trimig.guest.DirtyTracker`."""
+        if self._inner is not None:
+            raise StateError("dirty tracking was started already; take a new tracker for a new attempt")
+        uffd = await self._worker.call_receiving("uffd")
+        self._inner = UffdTracker([self._area], pid=self._worker.pid, uffd=uffd)
+        await self._inner.start()
+
+    async def sync(self) -> Mapping[str, PageBitmap]:
+        """See :class:`trimig.guest.DirtyTracker`."""
+        if self._inner is None:
+            raise StateError("dirty tracking is not on")
+        result: Mapping[str, PageBitmap] = {}
+        failure: GuestFailed | None = None
+        try:
+            result = await self._inner.sync()
+        except GuestFailed as exc:
+            failure = exc
+        # A process that has died may look to the kernel like one that has written nothing. An answer after the scan
+        # proves that it lived; if it has not, that is the better error, too.
+        await self._worker.call("stats")
+        if failure is not None:
+            raise failure
+        return result
+
+    def stop(self) -> None:
+        """See :class:`trimig.guest.DirtyTracker`."""
+        if self._inner is not None:
+            self._inner.stop()

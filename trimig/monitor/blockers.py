@@ -1,0 +1,128 @@
+"""Reasons why a guest cannot be migrated now, given by whoever knows them.
+
+A *blocker* is a reason that somebody adds while he needs the guest to stay (a device is passed through, a disk is being
+copied) and deletes afterwards. A device may also say of itself that it cannot be migrated at all. Both refuse a
+migration before anything is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol, runtime_checkable
+
+from ..errors import ConfigError, StateError
+from ..guest import Guest
+
+
+class Blocker:
+    """One reason, while it stands. Made by :meth:`Blockers.add`."""
+
+    def __init__(self, reason: str, delete: Callable[[Blocker], None]) -> None:
+        self._reason = reason
+        self._delete = delete
+
+    def __repr__(self) -> str:
+        return f"<Blocker {self._reason!r}>"
+
+    @property
+    def reason(self) -> str:
+        """The sentence for people."""
+        return self._reason
+
+    def delete(self) -> None:
+        """The reason has gone. Always allowed, also during a migration; idempotent."""
+        self._delete(self)
+
+
+class Blockers:
+    """The blockers of one guest.
+
+    Args:
+        busy: what the guest is reserved for, or None; during a migration no blocker can be added.
+        only_migratable: nothing that prevents a migration is allowed at all: QEMU's ``--only-migratable``. May be
+            changed.
+    """
+
+    def __init__(self, *, busy: Callable[[], str | None] = lambda: None, only_migratable: bool = False) -> None:
+        self._busy = busy
+        self._blockers: list[Blocker] = []
+        self.only_migratable = only_migratable
+
+    def add(self, reason: str) -> Blocker:
+        """Refuse migrations from now on, until the blocker is deleted.
+
+        Raises:
+            ConfigError: ``only_migratable`` is on; its ``name`` is ``only-migratable``.
+            StateError: a migration is under way, and comes too late to be refused.
+        """
+        if self.only_migratable:
+            raise ConfigError(
+                f"no migration blocker is allowed (only-migratable), for: {reason}", name="only-migratable"
+            )
+        if (purpose := self._busy()) is not None:
+            raise StateError(f"no migration blocker can be added now (in progress: {purpose}), for: {reason}")
+        blocker = Blocker(reason, self._remove)
+        self._blockers.append(blocker)
+        return blocker
+
+    def _remove(self, blocker: Blocker) -> None:
+        if blocker in self._blockers:
+            self._blockers.remove(blocker)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """All reasons, the most recent first."""
+        return tuple(blocker.reason for blocker in reversed(self._blockers))
+
+    def check(self) -> None:
+        """Refuse if there is a blocker.
+
+        Raises:
+            StateError: with the most recent reason.
+        """
+        if self._blockers:
+            raise StateError(f"the migration is blocked: {self._blockers[-1].reason}")
+
+
+@runtime_checkable
+class Blockable(Protocol):
+    """A guest that has blockers."""
+
+    @property
+    def blockers(self) -> Blockers:
+        """Why it cannot be migrated now."""
+
+
+def unmigratable(guest: Guest) -> Iterator[str]:
+    """One sentence for each device that says of itself that it cannot be migrated (its attribute ``unmigratable``)."""
+    for (idstr, _), device in (guest.devices or {}).items():
+        reason: object = getattr(device, "unmigratable", None)
+        if reason:
+            yield f"device {idstr!r} cannot be migrated: {reason}"
+
+
+def reasons(guest: Guest) -> tuple[str, ...]:
+    """Everything that refuses a migration of *guest*: QEMU's ``blocked-reasons``."""
+    explicit = guest.blockers.reasons if isinstance(guest, Blockable) else ()
+    return (*explicit, *unmigratable(guest))
+
+
+def check_outgoing(guest: Guest) -> None:
+    """Refuse to migrate a blocked guest.
+
+    Raises:
+        StateError: naming the device, or with the most recent reason.
+    """
+    check_incoming(guest)
+    if isinstance(guest, Blockable):
+        guest.blockers.check()
+
+
+def check_incoming(guest: Guest) -> None:
+    """Refuse to fill a guest with a device that cannot be migrated. Blockers do not matter to what comes.
+
+    Raises:
+        StateError: naming the device.
+    """
+    for reason in unmigratable(guest):
+        raise StateError(reason)

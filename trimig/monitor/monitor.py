@@ -1,0 +1,221 @@
+"""What a caller watches and steers a migration by: :class:`Monitor`, and the records it hands out.
+
+A monitor is a plain object without tasks of its own. The caller makes it and passes it to :func:`trimig.migrate` or
+:func:`trimig.receive`; it may be used for one attempt after another, never for two at once. Everything here happens in
+the trio thread; nothing blocks except the methods that say so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from ..config import Capabilities, Config, Parameters
+from ..errors import Ownership
+from ..guest import Guest
+from ..status import Role, Status
+from .core import EVENT_BACKLOG, MonitorCore
+from .listeners import Listener
+from .statistics import Convergence, Counters, Downtime, Event, Statistics, Summary
+
+__all__ = (
+    "EVENT_BACKLOG",
+    "Convergence",
+    "Counters",
+    "Downtime",
+    "Event",
+    "Monitor",
+    "Statistics",
+    "Summary",
+)
+
+
+class Monitor:
+    """Watches and steers one migration at a time."""
+
+    def __init__(self) -> None:
+        self._core = MonitorCore()
+
+    def __repr__(self) -> str:
+        return repr(self._core)
+
+    # -- watching --------------------------------------------------------------------------------------------------
+
+    @property
+    def guest(self) -> Guest | None:
+        """Whose blockers :meth:`info` lists. Each attempt sets it; a caller may set it before the first."""
+        return self._core.guest
+
+    @guest.setter
+    def guest(self, guest: Guest | None) -> None:
+        self._core.guest = guest
+
+    @property
+    def counters(self) -> Counters:
+        """A picture of what has been counted so far; changing it changes nothing."""
+        return dataclasses.replace(self._core.counters)
+
+    @property
+    def status(self) -> Status:
+        """The status of the present or the last attempt."""
+        return self._core.status
+
+    @property
+    def role(self) -> Role | None:
+        """The side that the present or the last attempt is; None before the first."""
+        return self._core.role
+
+    @property
+    def owner(self) -> Ownership:
+        """Which side may run the guest, as far as this side can tell."""
+        return self._core.owner
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force, live parameter changes included."""
+        return self._core.config
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The URIs that a receiver listens on, port 0 resolved; empty once the peer has connected."""
+        return self._core.addresses
+
+    def statistics(self) -> Statistics:
+        """A picture of now."""
+        return self._core.statistics()
+
+    def info(self) -> dict[str, Any]:
+        """The members of QEMU's ``query-migrate``, present as in its table per status (config.md part 6.1).
+
+        Times are in ms, sizes in bytes. Four members are trimig's own: ``owner`` (``source``, ``destination`` or
+        ``unknown``) wherever there is a migration to speak of, ``warnings`` (a list of sentences) if there are any,
+        ``dirty-tracking`` on the source, and there, while it runs, ``convergence`` with ``converging``, ``reason`` and
+        ``advice`` (a list).
+        """
+        return self._core.info()
+
+    def watch(self, every: float = 1.0) -> AsyncIterator[Statistics]:
+        """Statistics every *every* seconds and at each change of status; ends by itself with the attempt.
+
+        **Cancellation:** nothing is lost; the iterator may be used again.
+        """
+        return self._core.watch(every)
+
+    async def wait_status(self, *statuses: Status) -> Status:
+        """Wait until the status is one of *statuses*, or the attempt has ended; returns the status that it is.
+
+        **Cancellation:** no effect.
+        """
+        return await self._core.wait_status(*statuses)
+
+    async def wait_changed(self) -> None:
+        """Wait for the next event of any kind.
+
+        **Cancellation:** no effect.
+        """
+        await self._core.wait_changed()
+
+    def events(self) -> AsyncIterator[Event]:
+        """All events from now on (at most EVENT_BACKLOG behind); ends by itself with the attempt.
+
+        **Cancellation:** nothing is lost; the iterator may be used again.
+        """
+        return self._core.events()
+
+    def add_listener(self, listener: Listener) -> Callable[[], None]:
+        """Call *listener* with each :class:`Event`, at the very moment; returns what ends it.
+
+        It is called by the engine's own task, synchronously: it must not wait, and should be quick. It may call what
+        steers a migration (:meth:`cancel`, :meth:`resume`). If it raises, that is logged, and it is removed.
+        """
+        return self._core.add_listener(listener)
+
+    # -- steering --------------------------------------------------------------------------------------------------
+
+    def cancel(self, reason: str = "no reason was given") -> None:
+        """Ask for the migration to be undone; it ends with :class:`trimig.MigrationCancelled`.
+
+        Without a migration under way this does nothing, as in QEMU.
+
+        Raises:
+            StateError: the decision to hand over has been sent and cannot be taken back.
+        """
+        self._core.cancel(reason)
+
+    def resume(self) -> None:
+        """Go on with the switchover, out of ``pre-switchover``; the guest stands still there.
+
+        Raises:
+            StateError: the status is another one; nothing was done, and nothing is kept for a later pause.
+        """
+        self._core.resume()
+
+    def start_postcopy(self) -> None:
+        """Switch to postcopy as soon as possible: the guest runs at the destination, and the rest of its memory follows.
+
+        During `setup` it is kept for the first pass. After the end of an attempt it does nothing, as in QEMU.
+
+        Raises:
+            StateError: no migration has begun, it goes in, or the capability ``postcopy-ram`` is off.
+        """
+        self._core.start_postcopy()
+
+    def pause(self, reason: str = "it was paused") -> None:
+        """Drop the connection in postcopy, to take it up again over another one (:meth:`recover`).
+
+        Raises:
+            StateError: the status is not `postcopy-active` or `postcopy-recover`, or everything has been sent.
+        """
+        self._core.pause(reason)
+
+    def yank(self) -> None:
+        """Break the connection at once, as if the network had: before the switch to postcopy the migration fails (with the
+        decision under way its owner may become unknown), behind it it is paused. Without a connection it does nothing.
+
+        Raises:
+            StateError: this kind of connection (``exec:``, ``file:``, a stream of the caller's own) cannot be broken.
+        """
+        self._core.yank()
+
+    def recover(self, uri: str) -> None:
+        """Take up a paused postcopy migration: a source connects to *uri*, a destination listens there.
+
+        The destination first. If it comes to nothing, the status is `postcopy-paused` again, and one may try again.
+
+        Raises:
+            StateError: the status is another one, or this was asked for already.
+        """
+        self._core.recover(uri)
+
+    def abandon(self, reason: str = "no reason was given") -> None:
+        """Give a paused postcopy migration up; it ends with :class:`trimig.PostcopyLost`. A second call changes nothing.
+
+        Raises:
+            StateError: the status is another one.
+        """
+        self._core.abandon(reason)
+
+    def set_parameters(self, **changes: Any) -> Parameters:
+        """Change parameters, all or none, also while a migration runs: the bandwidth limit applies at once, the downtime
+        limit at the next decision.
+
+        Raises:
+            ConfigError: a name or a value is wrong; nothing was changed.
+        """
+        return self._core.set_parameters(**changes)
+
+    def reconfigure(self, *, capabilities: Capabilities | None = None, autostart: bool | None = None) -> None:
+        """Change what a destination has not needed yet: capabilities until somebody has connected, whether the guest is
+        started until it has come. What is None stays. Without an attempt, and on a source, it has no effect.
+
+        Raises:
+            StateError: it comes too late.
+            ConfigError: the capabilities do not go together with the parameters.
+        """
+        self._core.reconfigure(capabilities=capabilities, autostart=autostart)
+
+
+def core_of(monitor: Monitor) -> MonitorCore:
+    """For the engine: what it moves."""
+    return monitor._core

@@ -1,0 +1,289 @@
+"""The figures of a migration: what the engine counts, the records that callers get, and QEMU's ``query-migrate``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from ..errors import Ownership
+from ..guest import PAGE_SIZE
+from ..status import IN_POSTCOPY, RECOVERABLE, Role, Status
+
+#: A QEMU that cannot load what came says why in its log only.
+WHY_CLOSED: Final = (
+    "its own log says why. Of a QEMU it is usually another machine type or version, another size of the RAM or of a ROM, or "
+    "a device that one side does not have"
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened. ``name`` and ``data`` are QMP's where QMP has such an event."""
+
+    name: str
+    data: Mapping[str, Any]
+    #: trio's clock, seconds.
+    time: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Convergence:
+    """Whether the passes come to an end, why, and what would help."""
+
+    converging: bool
+    #: One sentence with the figures that decide it.
+    reason: str
+    #: What would help, one clause each, most effective first; empty where nothing needs to.
+    advice: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """A picture of a migration; bytes, seconds, bytes per second."""
+
+    status: Status
+    owner: Ownership
+    #: All RAM of the guest.
+    total: int
+    #: Sent over the transport so far (source), or received (destination), everything included.
+    transferred: int
+    #: RAM that is still to be sent, as of the last dirty sync.
+    remaining: int
+    normal_pages: int
+    zero_pages: int
+    #: Passes over the memory, the present one included.
+    iteration: int
+    bandwidth: float
+    dirty_rate: float
+    #: None until it can be told.
+    expected_downtime: float | None
+    elapsed: float
+    #: How dirty pages are found: ``userfaultfd-wp``, ``compare``, ``marks``, ``none``; empty on a destination.
+    dirty_tracking: str
+    #: How much of the memory has been copied once, 0 to 1; never falls.
+    first_copy: float = 0.0
+    #: How near the rest has come to what fits into the downtime limit, 0 to 1, after the first copy; never falls.
+    chase: float = 0.0
+    #: None before the first pass, and on a destination.
+    convergence: Convergence | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Downtime:
+    """Where the time went while the guest ran nowhere, in seconds, as this side's clock saw it.
+
+    A source fills all parts but ``resume``; a destination fills ``resume`` alone: what bringing the guest to life took.
+    On the source that time is inside ``commit``.
+    """
+
+    pause: float = 0.0
+    #: In pre-switchover, until somebody let it go on.
+    held: float = 0.0
+    ram: float = 0.0
+    devices: float = 0.0
+    prepare: float = 0.0
+    commit: float = 0.0
+    resume: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """The sum of the parts."""
+        return self.pause + self.held + self.ram + self.devices + self.prepare + self.commit + self.resume
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """How a migration went. Returned only when the destination owns the guest."""
+
+    role: Role
+    #: The destination said so (source), or was told so (destination). False: there was no return path, and the
+    #: transport took the last byte; nobody has confirmed that the guest arrived.
+    confirmed: bool
+    #: The destination proved that it had loaded everything before the decision was sent (needs a return path).
+    prepared: bool
+    total_time: float
+    setup_time: float
+    downtime: float
+    downtime_parts: Downtime
+    iterations: int
+    bytes_transferred: int
+    normal_pages: int
+    zero_pages: int
+    ram_bytes: int
+    dirty_tracking: str
+    #: What went other than it should have, without endangering the guest; one sentence each.
+    warnings: tuple[str, ...] = ()
+    #: What the last pass said; None on a destination.
+    convergence: Convergence | None = None
+
+    @property
+    def throughput(self) -> float:
+        """Guest memory moved (every copy of a page counted) in bytes per second of the total time."""
+        moved = (self.normal_pages + self.zero_pages) * PAGE_SIZE
+        return moved / self.total_time if self.total_time > 0 else 0.0
+
+
+@dataclasses.dataclass(slots=True)
+class Counters:
+    """What the engine counts as it goes. Bytes, seconds; times are trio's clock."""
+
+    started: float = 0.0
+    setup_done: float | None = None
+    paused_at: float | None = None
+    finished: float | None = None
+    total: int = 0
+    transferred: int = 0
+    #: What had been sent when the guest stopped; 0 for one that stood still all along; None while it runs.
+    transferred_at_pause: int | None = None
+    #: Source: what had been sent when the guest had been handed over to run ahead of its memory; None before that.
+    transferred_at_postcopy: int | None = None
+    remaining: int = 0
+    normal: int = 0
+    duplicate: int = 0
+    #: Destination: seconds that each processor has waited for pages, where that is measured.
+    blocktime: tuple[float, ...] | None = None
+    #: Destination: the pages that never came, by block, where postcopy was lost: the first and the one behind the last.
+    missing: Mapping[str, Sequence[tuple[int, int]]] = dataclasses.field(default_factory=dict)
+    #: Bytes that went over other connections than the present main one: lost ones, and the one for urgent pages.
+    earlier: int = 0
+    #: Pages that a guest in postcopy was found waiting for.
+    page_requests: int = 0
+    #: Source: the guest goes before its memory.
+    ahead: bool = False
+    iteration: int = 0
+    dirty_sync_count: int = 0
+    bandwidth: float = 0.0
+    pages_per_second: float = 0.0
+    dirty_rate: float = 0.0
+    #: As it is known after each pass.
+    expected_downtime: float | None = None
+    #: The same as QEMU shows it: not changed by a pass that sent next to nothing, or after which nothing was dirty.
+    shown_downtime: float | None = None
+    downtime: float | None = None
+    dirty_tracking: str = ""
+    #: All memory has been sent once.
+    first_copy_done: bool = False
+    #: 0 to 1, see :class:`Statistics`.
+    chase: float = 0.0
+    convergence: Convergence | None = None
+    error: str | None = None
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def first_copy(self) -> float:
+        """See :class:`Statistics`."""
+        if self.first_copy_done:
+            return 1.0
+        return min(1.0, (self.normal + self.duplicate) * PAGE_SIZE / self.total) if self.total else 0.0
+
+
+#: What a source shows while there is something to show; QEMU's running statuses.
+_RUNNING: Final = (
+    frozenset({Status.ACTIVE, Status.CANCELLING, Status.PRE_SWITCHOVER, Status.DEVICE, Status.HANDOVER}) | IN_POSTCOPY
+)
+#: Where the reason of a failure is shown, if there is one.
+_EXPLAINED: Final = RECOVERABLE | {Status.FAILED, Status.UNCERTAIN, Status.POSTCOPY_LOST}
+
+
+def socket_address(uri: str) -> dict[str, str]:
+    """QEMU's object for a URI that is listened on; for one of ours that QEMU has no type for, ``x-uri`` and the URI."""
+    scheme, _, rest = uri.partition(":")
+    if scheme == "tcp":
+        host, _, port = rest.rpartition(":")
+        return {"type": "inet", "host": host.removeprefix("[").removesuffix("]"), "port": port}
+    if scheme == "unix":
+        return {"type": "unix", "path": rest}
+    if scheme == "fd":
+        return {"type": "fd", "str": rest}
+    return {"type": "x-uri", "uri": uri}
+
+
+def query_migrate(
+    c: Counters,
+    *,
+    role: Role | None,
+    status: Status,
+    owner: Ownership,
+    addresses: Sequence[str],
+    blocked: Sequence[str],
+    downtime_limit: int,
+    now: float,
+) -> dict[str, Any]:
+    """The members of QEMU's ``query-migrate``, present as in its table per status (config.md part 6).
+
+    Args:
+        addresses: where a destination listens.
+        blocked: why a migration would be refused.
+        downtime_limit: the parameter, in ms.
+        now: the present time on the clock of *c*.
+    """
+    info: dict[str, Any] = {"blocked-reasons": list(blocked)} if blocked else {}
+    if addresses and role is not Role.SOURCE:
+        info["socket-address"] = [socket_address(uri) for uri in addresses]
+    if status is Status.NONE:
+        return info
+    info |= {"status": status.qmp, "owner": owner.value}
+    if status in _EXPLAINED and c.error is not None:
+        info["error-desc"] = c.error
+    if c.warnings:
+        info["warnings"] = list(c.warnings)
+    if role is Role.DESTINATION:
+        if c.blocktime is not None and status is Status.COMPLETED:
+            # All of them at once; with one processor that is its own time, with several at most the least.
+            info["postcopy-blocktime"] = _ms(min(c.blocktime, default=0.0))
+            info["postcopy-vcpu-blocktime"] = [_ms(seconds) for seconds in c.blocktime]
+        return info
+    if c.dirty_tracking:
+        info["dirty-tracking"] = c.dirty_tracking
+    running = status in _RUNNING
+    if not running and status is not Status.COMPLETED:
+        return info
+    end = c.finished if c.finished is not None else now
+    info["total-time"] = _ms(end - c.started)
+    info["setup-time"] = _ms((c.setup_done or c.started) - c.started)
+    if running:
+        expected = c.shown_downtime
+        info["expected-downtime"] = downtime_limit if expected is None or math.isinf(expected) else _ms(expected)
+        if c.convergence is not None:
+            info["convergence"] = {
+                "converging": c.convergence.converging,
+                "reason": c.convergence.reason,
+                "advice": list(c.convergence.advice),
+            }
+    else:
+        info["downtime"] = _ms(c.downtime or 0.0)
+    info["ram"] = _ram(c, end, completed=not running)
+    return info
+
+
+def _ram(c: Counters, end: float, *, completed: bool) -> dict[str, Any]:
+    at_postcopy = c.transferred if c.transferred_at_postcopy is None else min(c.transferred, c.transferred_at_postcopy)
+    at_pause = at_postcopy if c.transferred_at_pause is None else min(at_postcopy, c.transferred_at_pause)
+    duration = end - (c.setup_done or c.started)
+    rate = c.transferred / duration if completed and duration > 0 else c.bandwidth
+    return {
+        "transferred": c.transferred,
+        "remaining": 0 if completed else c.remaining,
+        "total": c.total,
+        "duplicate": c.duplicate,
+        "skipped": 0,
+        "normal": c.normal,
+        "normal-bytes": c.normal * PAGE_SIZE,
+        "dirty-pages-rate": 0 if completed else round(c.dirty_rate / PAGE_SIZE),
+        "mbps": rate * 8 / 1e6,
+        "dirty-sync-count": c.dirty_sync_count,
+        "postcopy-requests": c.page_requests,
+        "page-size": PAGE_SIZE,
+        "multifd-bytes": 0,
+        "pages-per-second": round(c.pages_per_second),
+        "precopy-bytes": at_pause,
+        "downtime-bytes": at_postcopy - at_pause,
+        "postcopy-bytes": c.transferred - at_postcopy,
+        "dirty-sync-missed-zero-copy": 0,
+    }
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)

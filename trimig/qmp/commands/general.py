@@ -1,0 +1,122 @@
+"""Commands about the machine itself: what it is, whether it runs, its end, and descriptors for it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any, Final
+
+from ...config import Parameters
+from ..arguments import Argument, check_value
+from ..interface import CommandFailed, Session
+from ..machine import Command, Machine
+from .shapes import INT, MAYBE_STR, STATUS_INFO, STR, VERSION
+
+log: Final = logging.getLogger("trimig.qmp")
+
+
+async def query_version(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``query-version``."""
+    return machine.version
+
+
+async def query_name(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``query-name``: without one, an empty object."""
+    return {"name": machine.name} if machine.name else {}
+
+
+async def query_uuid(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``query-uuid``."""
+    return {"UUID": machine.uuid}
+
+
+async def query_status(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``query-status``."""
+    state = machine.run_state
+    return {"status": state, "singlestep": False, "running": state == "running"}
+
+
+async def stop(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``stop``: harmless on a guest that stands still; refused while it is handed over."""
+    await machine.pause()
+    return {}
+
+
+async def cont(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``cont``: refused where the guest is not, or not certainly, this side's."""
+    await machine.resume()
+    return {}
+
+
+async def quit_(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``quit``: the machine ends when the answer has been written."""
+    machine.shut_down("host-qmp-quit")
+    session.when_answered(machine.ended.set)
+    machine.end_soon()
+    return {}
+
+
+async def getfd(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``getfd``: the descriptor that came with the command gets a name; an older one of that name is closed."""
+    name = arguments["fdname"]
+    fd = session.take_fd()
+    if fd is None:
+        raise CommandFailed("No file descriptor supplied via SCM_RIGHTS")
+    if name[:1].isdigit():
+        os.close(fd)
+        raise CommandFailed("Parameter 'fdname' expects a name not starting with a digit")
+    if (old := machine.descriptors.pop(name, None)) is not None:
+        os.close(old)
+    machine.descriptors[name] = fd
+    return {}
+
+
+async def closefd(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``closefd``."""
+    name = arguments["fdname"]
+    fd = machine.descriptors.pop(name, None)
+    if fd is None:
+        raise CommandFailed(f"File descriptor named '{name}' not found")
+    os.close(fd)
+    return {}
+
+
+async def query_block(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``query-block``: a guest of trimig's has no disks."""
+    return []
+
+
+async def announce_self(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``announce-self``: the arguments are checked; a guest of trimig's has no network cards, so nothing is sent."""
+    values = {f"announce-{name}": arguments[name] for name in ("initial", "max", "rounds", "step")}
+    Parameters.from_qmp(values)
+    for index, name in enumerate(arguments.get("interfaces", ())):
+        check_value(f"interfaces[{index}]", name, STR)
+        raise CommandFailed(f"there is no network interface '{name}': the guest has no network cards")
+    log.info("announce-self: the guest has no network cards, so nothing is announced")
+    return {}
+
+
+_NAME: Final = {"fdname": Argument("str")}
+
+COMMANDS: Final[Mapping[str, Command]] = {
+    "query-version": Command(signature={}, handler=query_version, returns=VERSION),
+    "query-name": Command(signature={}, handler=query_name, returns=Argument("object", members={"name": MAYBE_STR})),
+    "query-uuid": Command(signature={}, handler=query_uuid, returns=Argument("object", members={"UUID": STR})),
+    "query-status": Command(signature={}, handler=query_status, returns=STATUS_INFO),
+    "stop": Command(signature={}, handler=stop),
+    "cont": Command(signature={}, handler=cont),
+    "quit": Command(signature={}, handler=quit_),
+    "getfd": Command(signature=_NAME, handler=getfd),
+    "closefd": Command(signature=_NAME, handler=closefd),
+    "query-block": Command(signature={}, handler=query_block, returns=Argument("list")),
+    "announce-self": Command(
+        signature={
+            **dict.fromkeys(("initial", "max", "rounds", "step"), INT),
+            "interfaces": Argument("list", optional=True, items=STR),
+            "id": MAYBE_STR,
+        },
+        handler=announce_self,
+    ),
+}

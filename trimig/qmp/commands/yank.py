@@ -1,0 +1,68 @@
+"""Commands that break a connection on purpose, where its peer has stopped to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from ...monitor.monitor import Monitor
+from ...status import IDLE, Status
+from ..arguments import Argument, check, check_value
+from ..interface import CommandFailed, Session
+from ..machine import Command, Machine
+from .shapes import STR
+
+#: QEMU's types of instances, and what else names one. A trimig has the last only.
+_INSTANCES: Final[Mapping[str, Mapping[str, Argument]]] = {
+    "block-node": {"node-name": STR},
+    "chardev": {"id": STR},
+    "migration": {},
+}
+_INSTANCE: Final = Argument(
+    "object",
+    members={"type": Argument("str", choices=tuple(_INSTANCES))},
+    tag="type",
+    variants=_INSTANCES,
+)
+
+
+def _connected(machine: Machine) -> list[Monitor]:
+    """The migrations that have a connection, or look for one."""
+    return [
+        monitor
+        for monitor in (machine.outgoing, machine.incoming)
+        if monitor.status not in IDLE and monitor.status is not Status.UNCERTAIN
+    ]
+
+
+async def query_yank(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``query-yank``."""
+    return [{"type": "migration"}] if _connected(machine) else []
+
+
+async def yank(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
+    """``yank``: the connection of a migration breaks at once. In precopy it fails; in postcopy it is paused."""
+    wanted = False
+    for index, instance in enumerate(arguments["instances"]):
+        where = f"instances[{index}]"
+        check_value(where, instance, Argument("object"))
+        kind = Argument("str", choices=tuple(_INSTANCES))
+        check({"type": instance["type"]} if "type" in instance else {}, {"type": kind})
+        rest = {name: value for name, value in instance.items() if name != "type"}
+        check(rest, _INSTANCES[instance["type"]])
+        if instance["type"] != "migration" or not _connected(machine):
+            raise CommandFailed("Instance not found", error_class="DeviceNotFound")
+        wanted = True
+    if wanted:
+        for monitor in _connected(machine):
+            monitor.yank()
+    return {}
+
+
+COMMANDS: Final[Mapping[str, Command]] = {
+    "yank": Command(
+        signature={"instances": Argument("list", items=_INSTANCE)},
+        handler=yank,
+    ),
+    "query-yank": Command(signature={}, handler=query_yank, returns=Argument("list", items=_INSTANCE)),
+}

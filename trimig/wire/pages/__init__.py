@@ -1,0 +1,1 @@
+"""Records of RAM pages inside the sections ``ram``."""
