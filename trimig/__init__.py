@@ -16,14 +16,14 @@ from importlib import metadata as _metadata
 
 from .api import migrate as migrate
 from .api import receive as receive
-from .config import Capabilities as Capabilities
-from .config import Config as Config
-from .config import GiB as GiB
-from .config import KiB as KiB
-from .config import MiB as MiB
-from .config import Parameters as Parameters
-from .config import PeerProfile as PeerProfile
-from .config import parse_size as parse_size
+from .config.capabilities import Capabilities as Capabilities
+from .config.config import Config as Config
+from .config.parameters import Parameters as Parameters
+from .config.peer import PeerProfile as PeerProfile
+from .config.types import GiB as GiB
+from .config.types import KiB as KiB
+from .config.types import MiB as MiB
+from .config.types import parse_size as parse_size
 from .errors import ConfigError as ConfigError
 from .errors import GuestFailed as GuestFailed
 from .errors import GuestNotResumed as GuestNotResumed

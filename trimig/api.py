@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import trio
 
 from . import transport
 from .channel import closing
-from .channel.channel import AnyStream
 from .channel.connections import Connections
-from .config import Config
+from .config.config import Config
 from .engine.destination import receive_stream
 from .engine.source import migrate_stream
-from .engine.source.outgoing import CommitHook, FenceHook
 from .errors import TransportFailed
 from .expected import expect, expect_callable
 from .guest import Guest
 from .monitor.monitor import Monitor, core_of
-from .monitor.statistics import Summary
+
+if TYPE_CHECKING:
+    from .channel.channel import AnyStream
+    from .engine.source.outgoing import CommitHook, FenceHook
+    from .monitor.statistics import Summary
 
 
 async def migrate(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import Owner
-from .owner import Settle
+if TYPE_CHECKING:
+    from .errors import Owner
+    from .owner import Settle
 
 #: Bytes of a target page on the wire, on x86 and on every guest trimig brings itself.
 PAGE_SIZE = 4096

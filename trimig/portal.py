@@ -25,7 +25,7 @@ import functools
 import inspect
 from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
-from typing import Any, Final, ParamSpec, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar, overload
 
 import anyio
 import anyio.abc
@@ -34,11 +34,14 @@ import trio
 
 from . import api
 from .channel.offload import offload
-from .config import Config, Parameters
 from .errors import MigrationCancelled, Ownership, TrimigError
-from .guest import Guest
 from .monitor.monitor import Monitor, Statistics, Summary
 from .status import IDLE, Status
+
+if TYPE_CHECKING:
+    from .config.config import Config
+    from .config.parameters import Parameters
+    from .guest import Guest
 
 P = ParamSpec("P")
 T = TypeVar("T")

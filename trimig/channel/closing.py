@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
 from ..errors import TrimigError
-from .channel import Channel
+
+if TYPE_CHECKING:
+    from .channel import Channel
 
 log = logging.getLogger("trimig.teardown")
 

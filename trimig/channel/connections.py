@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Awaitable, Callable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from ..config import Config
 from ..errors import ConfigError
 from .channel import AnyStream, OpenStream
 from .lobby import Entrance
+
+if TYPE_CHECKING:
+    from ..config.config import Config
 
 #: Begins to listen at that address, or for None at the one before.
 OpenEntrance: TypeAlias = Callable[[str | None], Awaitable[Entrance]]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Container
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from ..config import Config
-from ..wire import Command, Decoder, Section
 from ..wire import events as ev
+from ..wire.constants import Command, Section
+from ..wire.decoder import Decoder
 from ..wire.marks import Mark, is_mark, wrong_length
 from .lobby import MOST_READ, Judge, NotTheOne, Verdict
+
+if TYPE_CHECKING:
+    from ..config.config import Config
 
 #: Behind a page record's word and name there is a page; the decoder's buffer holds more than a judge is ever given.
 _BUFFER: Final = 2 * MOST_READ

@@ -6,12 +6,16 @@ the task also updates bandwidth, dirty rate and the expected downtime, whether t
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import trio
 
 from ..guest import PAGE_SIZE
-from ..monitor.statistics import Counters
 from ..policy.rate import WINDOW, Budget
 from .channel import BATCH_PAGES, Channel
+
+if TYPE_CHECKING:
+    from ..monitor.statistics import Counters
 
 _RECORD = 8 + PAGE_SIZE
 

@@ -19,13 +19,15 @@ import math
 import socket
 import struct
 from collections.abc import Callable
-from typing import Final, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, runtime_checkable
 
 import trio
 
 from ..errors import RemoteProtocolError, TransportFailed, TrimigError
 from . import closing
-from .channel import AnyStream
+
+if TYPE_CHECKING:
+    from .channel import AnyStream
 
 log = logging.getLogger("trimig.lobby")
 

@@ -7,17 +7,19 @@ command, a descriptor or a file is the one connection that there is: it is taken
 from __future__ import annotations
 
 import logging
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
-from ..config import Config
 from ..errors import TransportFailed
-from ..monitor.core import MonitorCore
 from .channel import AnyStream, Channel, OpenStream
-from .connections import Connections
 from .first_bytes import judge_surplus
 from .lobby import Chosen, Judge, Lobby, Verdict
+
+if TYPE_CHECKING:
+    from ..config.config import Config
+    from ..monitor.core import MonitorCore
+    from .connections import Connections
 
 log = logging.getLogger("trimig.destination")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -31,7 +32,9 @@ from ..wire.return_path import (
     Shut,
     SwitchoverAck,
 )
-from .channel import Channel
+
+if TYPE_CHECKING:
+    from .channel import Channel
 
 
 class ReturnPathReader:

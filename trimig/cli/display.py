@@ -13,13 +13,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from trimig import formats
 
 from .output import out, same_terminal, say, write_json
-from .picture import Picture
 from .screen import Screen, wrapped
+
+if TYPE_CHECKING:
+    from .picture import Picture
 
 #: Seconds between two plain lines.
 LINE_EVERY: Final = 1.0

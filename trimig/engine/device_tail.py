@@ -7,20 +7,22 @@ than some ten milliseconds, so a cancellation is never deaf for long.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
 from ..channel.offload import offload
-from ..config import Config
 from ..errors import RemoteProtocolError
 from ..guest import PAGE_SIZE, DeviceSection
-from ..wire import Section
-from ..wire.devices.decoding import Pieces
+from ..wire.constants import Section
 from ..wire.devices.description import Description, Limits, parse
 from ..wire.devices.sections import SplitTail, TailSplitter
 from ..wire.devices.tail import TailBuffer
 from ..wire.pages.size import wrong_page_size
+
+if TYPE_CHECKING:
+    from ..config.config import Config
+    from ..wire.devices.decoding import Pieces
 
 T = TypeVar("T")
 

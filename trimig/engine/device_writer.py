@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from ..config import PeerProfile
 from ..guest import PAGE_SIZE, ConfigSubsection, DeviceSection, Guest, IdentifiedGuest, OpaqueGuest
 from ..wire import encoder as wire
 from ..wire.devices import description, globalstate
+
+if TYPE_CHECKING:
+    from ..config.peer import PeerProfile
 
 #: Section ids of devices that have none from a wire before: behind QEMU's timer, block, ram and dirty-bitmap.
 FIRST_DEVICE_ID = 4

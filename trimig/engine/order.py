@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Final
 
 from ..errors import RemoteProtocolError
-from ..wire import Command
+from ..wire.constants import Command
 from ..wire.marks import Mark, is_mark
 from ..wire.refusals import command_name, unknown_command
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from ..channel import closing
-from ..channel.channel import AnyStream
-from ..channel.connections import Reopen
-from ..config import Config
 from ..errors import PostcopyLost, TransportFailed, TrimigError
-from ..monitor.core import MonitorCore
 from .outcome import leaves
+
+if TYPE_CHECKING:
+    from ..channel.channel import AnyStream
+    from ..channel.connections import Reopen
+    from ..config.config import Config
+    from ..monitor.core import MonitorCore
 
 log = logging.getLogger("trimig.recovery")
 

@@ -22,17 +22,19 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import trio
 
 from ..errors import ConfigError, GuestFailed, Owner
 from ..expected import expect
-from ..guest import DirtyTracker
 from ..memory.block import MemfdBlock
 from ..memory.tracking import MarkTracker, check_method, choose_tracker
-from ..owner import OwnerState, Settle
 from .base import GuestBase
+
+if TYPE_CHECKING:
+    from ..guest import DirtyTracker
+    from ..owner import OwnerState, Settle
 
 Hook = Callable[[], Awaitable[None]]
 

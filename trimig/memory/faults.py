@@ -15,14 +15,16 @@ import dataclasses
 import errno
 import os
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..guest import PAGE_SIZE, Pages, Wait
 from . import linux
-from .tracking import TrackedRange
+
+if TYPE_CHECKING:
+    from .tracking import TrackedRange
 
 #: What postcopy asks of a userfaultfd: faults in shared memory, and who waits.
 FEATURES: Final = linux.FEATURE_MISSING_SHMEM | linux.FEATURE_THREAD_ID

@@ -8,10 +8,12 @@ migration before anything is touched.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ..errors import ConfigError, StateError
-from ..guest import Guest
+
+if TYPE_CHECKING:
+    from ..guest import Guest
 
 
 class Blocker:

@@ -7,18 +7,22 @@ import dataclasses
 import math
 from collections.abc import AsyncIterator, Callable
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from .. import status as _status
-from ..config import Capabilities, Config, Parameters
+from ..config.config import Config
 from ..errors import Owner, Ownership, StateError
-from ..guest import Guest
 from ..status import IDLE, TERMINAL, Role, Status
 from . import blockers
 from .listeners import Listener, Listeners
 from .statistics import Counters, Event, Statistics, query_migrate
+
+if TYPE_CHECKING:
+    from ..config.capabilities import Capabilities
+    from ..config.parameters import Parameters
+    from ..guest import Guest
 
 #: Events kept for a reader that is not reading; the oldest are dropped first, so that nobody can stall a migration.
 EVENT_BACKLOG = 1024

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..config import Capabilities, Config, Parameters
-from ..errors import Ownership
-from ..guest import Guest
-from ..status import Role, Status
 from .core import EVENT_BACKLOG, MonitorCore
-from .listeners import Listener
 from .statistics import Convergence, Counters, Downtime, Event, Statistics, Summary
+
+if TYPE_CHECKING:
+    from ..config.capabilities import Capabilities
+    from ..config.config import Config
+    from ..config.parameters import Parameters
+    from ..errors import Ownership
+    from ..guest import Guest
+    from ..status import Role, Status
+    from .listeners import Listener
 
 __all__ = (
     "EVENT_BACKLOG",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import Ownership
 from ..guest import PAGE_SIZE
 from ..status import IN_POSTCOPY, RECOVERABLE, Role, Status
+
+if TYPE_CHECKING:
+    from ..errors import Ownership
 
 #: A QEMU that cannot load what came says why in its log only.
 WHY_CLOSED: Final = (

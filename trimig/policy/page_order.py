@@ -9,11 +9,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..guest import PageBitmap
+if TYPE_CHECKING:
+    from ..guest import PageBitmap
 
 #: Pages looked at in one step of the search for the next one: few enough to cost microseconds.
 _LOOK = 1 << 14

@@ -19,7 +19,7 @@ from typing import Any, Final
 import trio
 
 from ..channel import closing
-from ..config import Config
+from ..config.config import Config
 from ..errors import ConfigError, TransportFailed
 from ..transport import tcp, unix
 from .interface import CommandFailed

@@ -13,22 +13,24 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import trio
 
 from .. import api
-from ..config import Config
+from ..config.config import Config
 from ..config.types import near
 from ..errors import HandoverUncertain, Ownership, PostcopyLost, StateError, TransportFailed, TrimigError
-from ..guest import Guest
 from ..monitor import blockers
 from ..monitor.monitor import Monitor
-from ..monitor.statistics import Event, Summary
 from ..status import IDLE, IN_POSTCOPY, RECOVERABLE, Status
 from . import arguments as args
 from .interface import CommandFailed, Session
 from .measuring import Measurer
+
+if TYPE_CHECKING:
+    from ..guest import Guest
+    from ..monitor.statistics import Event, Summary
 
 log: Final = logging.getLogger("trimig.qmp")
 

@@ -14,16 +14,18 @@ import logging
 import os
 import socket
 from contextlib import ExitStack
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from ..config import Config
+from ..config.config import Config
 from ..errors import ConfigError
 from ..transport import Listener, tcp, unix
-from .interface import Dispatcher
 from .messages import Malformed, MessageReader, encode
 from .session import Conversation, Outbox
+
+if TYPE_CHECKING:
+    from .interface import Dispatcher
 
 log: Final = logging.getLogger("trimig.qmp")
 

@@ -12,22 +12,24 @@ import json
 import logging
 import math
 from contextlib import ExitStack, suppress
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 import msgpack
 import trio
 from wsproto.events import Request
 
-from ..config import Config
+from ..config.config import Config
 from ..errors import ConfigError
 from ..transport import tcp
 from ..transport._messages import Gone, MessageStream
 from ..transport._opening import NotUnderstood, from_a_page, welcome
-from .interface import Dispatcher
 from .messages import MAX_DEPTH, MAX_MESSAGE, Malformed, MessageReader, unique_members
 from .server import accept
 from .session import Conversation, Outbox
+
+if TYPE_CHECKING:
+    from .interface import Dispatcher
 
 log: Final = logging.getLogger("trimig.qmp")
 

@@ -19,8 +19,8 @@ from ..channel.offload import offload
 from ..engine import device_tail
 from ..errors import ConfigError, RemoteProtocolError
 from ..guest import PAGE_SIZE, DeviceSection
-from ..wire import Decoder
 from ..wire import events as ev
+from ..wire.decoder import Decoder
 from ..wire.devices.virtio_mem import Unplugged, absent_by_rule, overlap
 from ..wire.pages.size import wrong_page_size
 from ..wire.refusals import Unsupported

@@ -11,8 +11,9 @@ import trio
 from ..engine import device_tail
 from ..errors import RemoteProtocolError, TransportFailed, TrimigError
 from ..guest import PAGE_SIZE, DeviceSection
-from ..wire import Command, Decoder, Section
 from ..wire import events as ev
+from ..wire.constants import Command, Section
+from ..wire.decoder import Decoder
 from ..wire.devices import decoding, globalstate
 from ..wire.devices.tail import TailBuffer
 from ..wire.devices.virtio_mem import absent_by_rule, overlap

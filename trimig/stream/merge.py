@@ -12,7 +12,7 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import trio
@@ -23,7 +23,9 @@ from ..channel.offload import offload
 from ..errors import ConfigError, StateError
 from ..guest import PAGE_SIZE, PageBitmap
 from ..guests import ParkedGuest
-from ..guests.parked.guest import Holes
+
+if TYPE_CHECKING:
+    from ..guests.parked.guest import Holes
 
 #: How long writing a guest to a disk may take.
 _KEEPING_SECONDS: Final = 600.0

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..guest import PageBitmap
 from ..wire.postcopy import runs_of
+
+if TYPE_CHECKING:
+    from ..guest import PageBitmap
 
 #: Pages of one piece of the map: a page that comes alone costs so many bytes.
 _PIECE: Final = 512

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import TrimigError
-from ..guest import ConfigSubsection
-from ..wire.devices.decoding import Node
 from ..wire.refusals import Unsupported
+
+if TYPE_CHECKING:
+    from ..errors import TrimigError
+    from ..guest import ConfigSubsection
+    from ..wire.devices.decoding import Node
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

@@ -8,13 +8,14 @@ sweep over n then fails every call once, without knowing their names.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Literal, TypeVar, final
+from typing import TYPE_CHECKING, Literal, TypeVar, final
 
 import trio
 
-from ..errors import Owner
-from ..guest import Device, DeviceSection, DirtyTracker, Guest, LazyGuest, MissingMemory, PageBitmap, RamBlock
-from ..owner import Settle
+if TYPE_CHECKING:
+    from ..errors import Owner
+    from ..guest import Device, DeviceSection, DirtyTracker, Guest, LazyGuest, MissingMemory, PageBitmap, RamBlock
+    from ..owner import Settle
 
 T = TypeVar("T")
 

@@ -6,11 +6,12 @@ The referee hangs on the guests themselves and is deliberately ignorant of the e
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import trio
 
-from .fakes import ScriptedGuest
+if TYPE_CHECKING:
+    from .fakes import ScriptedGuest
 
 
 class Violation(NamedTuple):

@@ -27,13 +27,15 @@ import pkgutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import MappingProxyType
-from typing import Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 import trio
 
-from ..channel.channel import AnyStream
-from ..config import Config
+from ..config.config import Config
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..channel.channel import AnyStream
 
 
 class Listener(Protocol):

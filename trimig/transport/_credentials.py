@@ -10,10 +10,13 @@ import dataclasses
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Final, Literal, NoReturn, cast
 
-from ..config import AuthzList, AuthzSimple, Config, ConfigObject, TlsPsk, TlsX509
+from ..config.objects import AuthzList, AuthzSimple, ConfigObject, TlsPsk, TlsX509
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..config.config import Config
 
 Side = Literal["client", "server"]
 

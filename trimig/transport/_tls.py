@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Final, NoReturn, cast
 import trio
 
 from ..channel import closing
-from ..channel.channel import AnyStream
 from ..channel.socket_options import enlarge
 from ..errors import ConfigError, TransportFailed
 from ._credentials import Credentials, distinguished_name
 
 if TYPE_CHECKING:
+    from ..channel.channel import AnyStream
     from . import Entrance, Listener
 
 #: Seconds for a handshake: a peer that speaks no TLS may just wait.

@@ -9,12 +9,12 @@ from urllib.parse import quote, urlsplit
 
 import trio
 
-from ..channel.channel import AnyStream
 from ..errors import ConfigError
 from . import tcp
 from ._websocket import WebSocketStream, open_client, open_server
 
 if TYPE_CHECKING:
+    from ..channel.channel import AnyStream
     from . import Entrance
 
 _PORTS = {"ws": 80, "wss": 443}

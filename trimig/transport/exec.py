@@ -9,13 +9,15 @@ The command gets no terminal (it leads a session of its own): one that asks for 
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
-from ..config import Config
 from ..errors import ConfigError
 from ._child import PIPE_BYTES, Child
+
+if TYPE_CHECKING:
+    from ..config.config import Config
 
 #: The longest argument that Linux takes (MAX_ARG_STRLEN).
 _MAX_COMMAND: Final = (1 << 17) - 1

@@ -15,12 +15,14 @@ import fcntl
 import os
 import socket
 import stat
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import trio
 
-from ..config import Config
 from ..errors import ConfigError, TransportFailed
+
+if TYPE_CHECKING:
+    from ..config.config import Config
 
 #: What a pipe is enlarged to, if the system lets us.
 _PIPE_BYTES: Final = 1 << 20

@@ -17,14 +17,17 @@ import logging
 import os
 import re
 import stat
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from ..channel import closing
 from ..channel.offload import offload
-from ..config import Config, parse_size
+from ..config.types import parse_size
 from ..errors import ConfigError, TransportFailed
+
+if TYPE_CHECKING:
+    from ..config.config import Config
 
 log = logging.getLogger("trimig.transport")
 

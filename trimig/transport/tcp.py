@@ -7,14 +7,16 @@ import errno
 import ipaddress
 import logging
 import socket
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
-from ..channel.channel import AnyStream
-from ..config import Config
 from ..errors import ConfigError, TransportFailed
 from ._inet import Families, addresses, open_listeners, split
+
+if TYPE_CHECKING:
+    from ..channel.channel import AnyStream
+    from ..config.config import Config
 
 log = logging.getLogger("trimig.transport")
 

@@ -6,12 +6,15 @@ import errno
 import os
 import socket
 import stat
+from typing import TYPE_CHECKING
 
 import trio
 
-from ..channel.channel import AnyStream
-from ..config import Config
 from ..errors import ConfigError, TransportFailed
+
+if TYPE_CHECKING:
+    from ..channel.channel import AnyStream
+    from ..config.config import Config
 
 #: There can be several connections to one address at a time.
 SEVERAL = True

@@ -5,11 +5,15 @@ For ways on which nothing else is let through: proxies and gateways that speak H
 
 from __future__ import annotations
 
-from ..config import Config
+from typing import TYPE_CHECKING
+
 from ..errors import ConfigError
 from . import _weburl, tcp
-from ._websocket import WebSocketStream
 from ._weburl import Address, WebSocketListener, upgrade
+
+if TYPE_CHECKING:
+    from ..config.config import Config
+    from ._websocket import WebSocketStream
 
 #: There is a scheme for TLS; laying it over the messages would be of no use to anybody.
 SECURES_ITSELF = True

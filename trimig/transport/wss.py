@@ -6,11 +6,15 @@ shows no certificate; a server needs them.
 
 from __future__ import annotations
 
-from ..config import Config
+from typing import TYPE_CHECKING
+
 from ..errors import ConfigError
 from . import _credentials, _tls, _weburl, tcp
-from ._websocket import WebSocketStream
 from ._weburl import Address, WebSocketListener, upgrade
+
+if TYPE_CHECKING:
+    from ..config.config import Config
+    from ._websocket import WebSocketStream
 
 #: TLS lies below the websocket, not above it.
 SECURES_ITSELF = True

@@ -5,11 +5,12 @@ from __future__ import annotations
 import struct
 from typing import Final
 
+from ..config.capabilities import CAPABILITY_NAMES
 from ..errors import RemoteProtocolError
 from ..guest import PAGE_SIZE, ConfigSubsection
 from .constants import Section
 from .pages.size import wrong_page_size
-from .refusals import check_capability
+from .refusals import Unsupported
 
 _BE32: Final = struct.Struct(">I")
 _PAGE_BITS: Final = PAGE_SIZE.bit_length() - 1
@@ -17,6 +18,24 @@ _PAGE_BITS: Final = PAGE_SIZE.bit_length() - 1
 MAX_MACHINE_NAME: Final = 255
 #: QEMU 7.2 knows 21 capabilities.
 MAX_CAPABILITIES: Final = 256
+
+#: Capabilities that the configuration section may name and that change nothing in what is read.
+_HARMLESS_CAPABILITIES: Final = frozenset(CAPABILITY_NAMES) - {
+    "x-ignore-shared",
+    "mapped-ram",
+    "multifd",
+    "compress",
+    "xbzrle",
+    "block",
+    "x-colo",
+    "dirty-bitmaps",
+    "background-snapshot",
+}
+#: What to do about some that are not read; about the others: turn them off at the source.
+_INSTEAD: Final = {
+    "x-ignore-shared": "shared memory stays with the source: turn x-ignore-shared off there",
+    "mapped-ram": "its pages stand at fixed places of a file: save it again with mapped-ram off",
+}
 
 
 def read_configuration(data: memoryview, offset: int) -> tuple[str, tuple[ConfigSubsection, ...], int] | None:
@@ -99,3 +118,19 @@ def _subsection(data: memoryview, name: str, ahead: int, offset: int) -> tuple[C
             raise RemoteProtocolError(f"target pages of 2^{bits} bytes are announced")
         raise wrong_page_size(1 << bits, offset=offset, section="configuration")
     return ConfigSubsection(name=name, version=version, payload=bytes(data[start:ahead])), ahead
+
+
+def check_capability(name: str, offset: int) -> None:
+    """Whether a stream whose configuration names the capability *name* can be read.
+
+    Raises:
+        Unsupported: it changes the stream, or is not known; with what to do.
+    """
+    if name in _HARMLESS_CAPABILITIES:
+        return
+    if name in CAPABILITY_NAMES or name in _INSTEAD:
+        instead = _INSTEAD.get(name, f"turn {name} off at the source")
+        text = f"the stream uses the capability {name}, which is not supported: {instead}"
+    else:
+        text = f"the stream uses the capability {name!r:.60}, which is not known here: turn it off at the source"
+    raise Unsupported(text, offset=offset, section="configuration")

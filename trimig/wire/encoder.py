@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import LocalProtocolError
-from ..guest import ConfigSubsection, DeviceSection
 from .constants import MAGIC, RAM_VERSION, VERSION, RamFlag, Section
 from .events import (
     CommandElement,
@@ -32,6 +32,9 @@ from .events import (
     TailBytes,
     ZeroRun,
 )
+
+if TYPE_CHECKING:
+    from ..guest import ConfigSubsection, DeviceSection
 
 _BE16X2 = struct.Struct(">BHH")
 _BE32 = struct.Struct(">I")

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..guest import ConfigSubsection
-from .constants import Section
+if TYPE_CHECKING:
+    from ..guest import ConfigSubsection
+    from .constants import Section
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from ..config import CAPABILITY_NAMES
 from ..errors import RemoteProtocolError
 from .constants import Command
 
@@ -54,45 +53,12 @@ def check_kept_command(number: int, length: int, offset: int) -> None:
         raise RemoteProtocolError(f"a guest cannot be kept behind the command {command_name(number)}", offset=offset)
 
 
-#: Capabilities that the configuration section may name and that change nothing in what is read.
-_HARMLESS_CAPABILITIES: Final = frozenset(CAPABILITY_NAMES) - {
-    "x-ignore-shared",
-    "mapped-ram",
-    "multifd",
-    "compress",
-    "xbzrle",
-    "block",
-    "x-colo",
-    "dirty-bitmaps",
-    "background-snapshot",
-}
-#: What to do about some that are not read; about the others: turn them off at the source.
-_INSTEAD: Final = {
-    "x-ignore-shared": "shared memory stays with the source: turn x-ignore-shared off there",
-    "mapped-ram": "its pages stand at fixed places of a file: save it again with mapped-ram off",
-}
 #: Iterative sections of QEMU beside ``ram``.
 _SECTIONS: Final = {
     "dirty-bitmap": "the source migrates dirty bitmaps of disks: turn the capability dirty-bitmaps off at the source",
     "block": "the source migrates its disks: turn the capability block off at the source, or migrate without -b",
     "pbs-state": "it is the state of a backup of Proxmox VE",
 }
-
-
-def check_capability(name: str, offset: int) -> None:
-    """Whether a stream whose configuration names the capability *name* can be read.
-
-    Raises:
-        Unsupported: it changes the stream, or is not known; with what to do.
-    """
-    if name in _HARMLESS_CAPABILITIES:
-        return
-    if name in CAPABILITY_NAMES or name in _INSTEAD:
-        instead = _INSTEAD.get(name, f"turn {name} off at the source")
-        text = f"the stream uses the capability {name}, which is not supported: {instead}"
-    else:
-        text = f"the stream uses the capability {name!r:.60}, which is not known here: turn it off at the source"
-    raise Unsupported(text, offset=offset, section="configuration")
 
 
 def unknown_section(idstr: str, instance_id: int, offset: int) -> Unsupported:

@@ -15,7 +15,7 @@ import functools
 import math
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 import trio
@@ -28,8 +28,10 @@ from ..common import alongside
 from ..exit_codes import CANCELLED, DONE
 from ..output import write_json
 from ..picture import EVERY
-from ..stop import Stop
 from .client import CANCEL_LIMIT, ENDED, Gone, Refused, Remote, Settings, State, Tracker
+
+if TYPE_CHECKING:
+    from ..stop import Stop
 
 #: Whole passes that are enough: the first copy, and what a chase looks like.
 PASSES: Final = 3

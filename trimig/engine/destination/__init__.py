@@ -11,14 +11,13 @@ import dataclasses
 import math
 import uuid
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import trio
 
-from ...channel.connections import Connections
 from ...channel.first_bytes import judge_first
 from ...channel.reception import Reception
-from ...config import Config
 from ...errors import PeerFailed, RemoteProtocolError, StateError, TransportFailed
 from ...guest import (
     PAGE_SIZE,
@@ -32,18 +31,16 @@ from ...guest import (
     StoringGuest,
 )
 from ...monitor import blockers
-from ...monitor.core import MonitorCore
-from ...monitor.statistics import Summary
 from ...status import Role, Status
-from ...wire import Command, Decoder, Section, postcopy
 from ...wire import events as ev
+from ...wire import postcopy
+from ...wire.constants import Command, Section
+from ...wire.decoder import Decoder
 from ...wire.devices import globalstate
 from ...wire.devices.sections import Undelimited
-from ...wire.devices.tail import TailBuffer
 from ...wire.devices.virtio_mem import absent_by_rule
 from ...wire.marks import PING_MARK, PONG_MARK, REASON_ELEMENT, Mark, is_mark, shown_reason, trailing_reason
 from ...wire.pages.size import wrong_page_size
-from ...wire.postcopy import Runs
 from ...wire.refusals import bitmaps_only, check_kept_command, command_name
 from ...wire.return_path import Attempt, Clock, Pong, SwitchoverAck, encode
 from .. import device_tail, guest_calls
@@ -56,6 +53,14 @@ from .arriving import Storing
 from .incoming import Arrival
 from .package import take_apart
 from .postcopy import Ahead, check_guest, open_memory
+
+if TYPE_CHECKING:
+    from ...channel.connections import Connections
+    from ...config.config import Config
+    from ...monitor.core import MonitorCore
+    from ...monitor.statistics import Summary
+    from ...wire.devices.tail import TailBuffer
+    from ...wire.postcopy import Runs
 
 #: How long the description may follow the decision before it is given up: it is only text about what has come.
 DESCRIPTION_SECONDS = 2.0

@@ -7,7 +7,7 @@ the run loop, only the reading in a thread. So a page that changes while it is r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import trio
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from ...errors import GuestFailed
 from ...guest import PAGE_SIZE, Pages, RamBlock, StoringGuest, Wait
-from ...monitor.core import MonitorCore
 from ...status import Status
 from ..guest_calls import guarded
+
+if TYPE_CHECKING:
+    from ...monitor.core import MonitorCore
 
 #: Pages with one bit in the coarse map, which spares looking at every page to find a few.
 _PART: Final = 1024

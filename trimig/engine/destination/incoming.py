@@ -11,14 +11,11 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import trio
 
 from ...channel import closing
-from ...channel.channel import Channel
-from ...channel.connections import Connections
-from ...channel.reception import Reception
-from ...config import Config
 from ...errors import (
     GuestNotResumed,
     HandoverUncertain,
@@ -31,18 +28,24 @@ from ...errors import (
     TrimigError,
 )
 from ...guest import DeviceSection, Guest, OpaqueGuest
-from ...monitor.core import MonitorCore
 from ...monitor.statistics import Downtime, Summary
 from ...status import IN_POSTCOPY, Role, Status
 from ...wire.devices import globalstate
 from ...wire.marks import reason_bytes
-from ...wire.postcopy import Runs
 from ...wire.return_path import Reason, Shut, encode
 from .. import guest_calls
 from ..outcome import Outcome, add_to_message, bare, domain_error, lost_by_cancellation
-from ..ram.preempt_receiver import UrgentArrival
 from ..ram.receiver import RamReceiver
-from .arriving import Storing
+
+if TYPE_CHECKING:
+    from ...channel.channel import Channel
+    from ...channel.connections import Connections
+    from ...channel.reception import Reception
+    from ...config.config import Config
+    from ...monitor.core import MonitorCore
+    from ...wire.postcopy import Runs
+    from ..ram.preempt_receiver import UrgentArrival
+    from .arriving import Storing
 
 log = logging.getLogger("trimig.destination")
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ...errors import RemoteProtocolError
 from ...guest import DeviceSection
-from ...wire import Command, Decoder, Section
 from ...wire import events as ev
-from ...wire.decoder import Measure
+from ...wire.constants import Command, Section
+from ...wire.decoder import Decoder
 from ...wire.refusals import command_name
 from .. import device_tail
 from ..order import Place, check_place
+
+if TYPE_CHECKING:
+    from ...wire.decoder import Measure
 
 _LISTEN: Final = bytes((Section.COMMAND, 0, Command.POSTCOPY_LISTEN, 0, 0))
 

@@ -10,32 +10,36 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from ...channel import closing
-from ...channel.channel import AnyStream, Channel
-from ...channel.connections import Reopen
 from ...channel.first_bytes import judge_again
 from ...errors import GuestFailed, PostcopyLost, RemoteProtocolError, TransportFailed, TrimigError
 from ...guest import DiscardableBlock, Guest, LazyGuest, MissingMemory, OpaqueGuest
-from ...memory import MemoryUnavailable, MissingPages
+from ...memory.faults import MissingPages
+from ...memory.linux import MemoryUnavailable
 from ...status import Status
-from ...wire import Command, Decoder, Section
 from ...wire import events as ev
+from ...wire.constants import Command, Section
+from ...wire.decoder import Decoder
 from ...wire.marks import PING_MARK, PONG_MARK, Mark, is_mark, reason_bytes, shown_reason
 from ...wire.postcopy import Runs, runs_of
 from ...wire.return_path import Clock, Message, Pong, Reason, ReceivedPages, ResumeAck, encode
 from .. import guest_calls
 from ..order import PING_RUNS, Place, check_place
 from ..ram.postcopy_receiver import PostcopyReceiver
-from ..ram.preempt_receiver import UrgentArrival
 from ..recovery import Search
 from ..shield import lift_shield, shield
 from .arriving import KeptMemory
-from .incoming import Arrival
-from .package import Package
+
+if TYPE_CHECKING:
+    from ...channel.channel import AnyStream, Channel
+    from ...channel.connections import Reopen
+    from ..ram.preempt_receiver import UrgentArrival
+    from .incoming import Arrival
+    from .package import Package
 
 #: Events handled before other tasks get a turn.
 _SLICE_EVENTS: Final = 32

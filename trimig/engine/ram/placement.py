@@ -14,16 +14,20 @@ are read into a small buffer and written to the file (see :mod:`.ram_in`), and a
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 import trio
 from numpy.typing import NDArray
 
 from ...channel import vectored
-from ...channel.channel import Channel
 from ...guest import PAGE_SIZE, FileBackedBlock, PageBitmap, Pages, RamBlock
-from ...wire import Decoder, RamFlag
-from ..destination.arriving import MarkedPages
+from ...wire.constants import RamFlag
+
+if TYPE_CHECKING:
+    from ...channel.channel import Channel
+    from ...wire.decoder import Decoder
+    from ..destination.arriving import MarkedPages
 
 _RECORD = 8 + PAGE_SIZE
 #: Pages predicted at once. Only a few of them are read by one system call; predicting many more spreads the cost of the

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import trio
@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from ...errors import GuestFailed, RemoteProtocolError
 from ...guest import PAGE_SIZE, MissingMemory, PageBitmap, Pages
-from ...monitor.statistics import Counters
-from ...wire.events import PageRun, ZeroRun
 from ...wire.postcopy import Runs, runs_of
 from ...wire.return_path import PageRequest, encode
+
+if TYPE_CHECKING:
+    from ...monitor.statistics import Counters
+    from ...wire.events import PageRun, ZeroRun
 
 #: Pages placed before other tasks get a turn: a quarter of a millisecond.
 _TURN_PAGES: Final = 64

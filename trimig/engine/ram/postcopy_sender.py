@@ -8,20 +8,22 @@ queue is short. With a second one (:mod:`.urgent_out`) the two do not meet.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
-from ...channel.channel import Channel
-from ...channel.limiter import Limiter
 from ...errors import TransportFailed
 from ...guest import PAGE_SIZE, DiscardableBlock, RamBlock
-from ...monitor.statistics import Counters
-from ...policy.page_order import Batch, PageOrder
 from ...wire.postcopy import runs_of
-from ...wire.return_path import PageRequest
 from .preempt_sender import REQUESTED_PAGES, UrgentSender
-from .sender import RamSender
+
+if TYPE_CHECKING:
+    from ...channel.channel import Channel
+    from ...channel.limiter import Limiter
+    from ...monitor.statistics import Counters
+    from ...policy.page_order import Batch, PageOrder
+    from ...wire.return_path import PageRequest
+    from .sender import RamSender
 
 #: Background pages handed over at once: a request that comes meanwhile waits for 128 KiB, less than 0.2 ms.
 _BACKGROUND_PAGES: Final = 32

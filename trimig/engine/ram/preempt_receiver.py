@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import trio
 
 from ...channel import closing
 from ...channel.channel import Channel
 from ...channel.first_bytes import judge_second
-from ...channel.reception import Reception
-from ...config import Config
 from ...errors import RemoteProtocolError, TransportFailed
-from ...monitor.statistics import Counters
-from ...wire import Decoder
 from ...wire import events as ev
-from .postcopy_receiver import PostcopyReceiver
+from ...wire.decoder import Decoder
+
+if TYPE_CHECKING:
+    from ...channel.reception import Reception
+    from ...config.config import Config
+    from ...monitor.statistics import Counters
+    from .postcopy_receiver import PostcopyReceiver
 
 #: Seconds in which the end word may follow the last page; who sends none closes the connection.
 _LAST_WORD_SECONDS = 1.0

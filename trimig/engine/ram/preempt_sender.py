@@ -7,16 +7,18 @@ word; it has no sections and no way back.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
-from ...channel.channel import Channel
-from ...guest import RamBlock
-from ...monitor.statistics import Counters
-from ...policy.page_order import Batch, PageOrder
 from ...wire import encoder as wire
 from .records import RecordSender
+
+if TYPE_CHECKING:
+    from ...channel.channel import Channel
+    from ...guest import RamBlock
+    from ...monitor.statistics import Counters
+    from ...policy.page_order import Batch, PageOrder
 
 #: Pages of one request handed over at once; QEMU asks for one host page, which may be 2 MiB.
 REQUESTED_PAGES: Final = 512

@@ -11,20 +11,23 @@ the copy costs (256 MiB: 0.30 s through the mapping, 0.12 s by pwrite).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import trio
 
-from ...channel.channel import Channel
 from ...errors import RemoteProtocolError
 from ...guest import PAGE_SIZE, PageBitmap, RamBlock
-from ...monitor.statistics import Counters
-from ...wire import Decoder
-from ...wire.events import PageRun, RamList, ZeroRun
-from ...wire.postcopy import Discard
 from ..destination.arriving import MarkedPages
 from .placement import Placer, Target
 from .zeros import zero_pages
+
+if TYPE_CHECKING:
+    from ...channel.channel import Channel
+    from ...monitor.statistics import Counters
+    from ...wire.decoder import Decoder
+    from ...wire.events import PageRun, RamList, ZeroRun
+    from ...wire.postcopy import Discard
 
 #: Pages read at once to see whether they are zero already: half a millisecond.
 _LOOK_PAGES = 1024

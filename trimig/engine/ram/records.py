@@ -4,14 +4,19 @@ gathering write whose headers come from an array and whose pages come straight f
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ...channel.channel import BATCH_PAGES, Channel
 from ...guest import PAGE_SIZE, Pages
-from ...monitor.statistics import Counters
-from ...wire import RamFlag, RecordWriter
+from ...wire.constants import RamFlag
+from ...wire.encoder import RecordWriter
 from .zeros import zero_pages
+
+if TYPE_CHECKING:
+    from ...monitor.statistics import Counters
 
 
 class RecordSender:

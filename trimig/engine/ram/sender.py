@@ -6,19 +6,22 @@ The guest may write meanwhile; what it changes is dirty again and will be sent a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from ...channel.channel import Channel
-from ...channel.limiter import Limiter
 from ...guest import PAGE_SIZE, PageBitmap, Pages, RamBlock
-from ...monitor.statistics import Counters
-from ...wire import Section
 from ...wire import encoder as wire
+from ...wire.constants import Section
 from .records import RecordSender
 from .zeros import zero_pages
+
+if TYPE_CHECKING:
+    from ...channel.channel import Channel
+    from ...channel.limiter import Limiter
+    from ...monitor.statistics import Counters
 
 #: The section id of RAM in every QEMU (stream.md part 5.4), and ours.
 RAM_SECTION = 2

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
-from ...guest import PageBitmap, Pages
+if TYPE_CHECKING:
+    from ...guest import PageBitmap, Pages
 
 #: Pages looked at to guess whether a run is zero throughout.
 _PROBES = 8

@@ -12,28 +12,26 @@ import dataclasses
 import math
 import secrets
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import trio
 
 from ...channel.channel import Channel, Delivering, PerhapsSilent
-from ...channel.connections import Connections
 from ...channel.limiter import Limiter
 from ...channel.return_path import ReturnPathReader
-from ...config import Config
 from ...errors import ConfigError, NotConverging, TransportFailed, TrimigError
 from ...guest import PAGE_SIZE, DeviceSection, Guest, IdentifiedGuest, OpaqueGuest, PageBitmap
-from ...memory import snapshot_of
+from ...memory.tracking import snapshot_of
 from ...monitor import blockers
-from ...monitor.core import MonitorCore
-from ...monitor.statistics import Summary
 from ...owner import check_here
 from ...policy import convergence
 from ...policy.eta import Stall
 from ...policy.rate import WINDOW
 from ...status import Role, Status
-from ...wire import Command, postcopy
 from ...wire import encoder as wire
+from ...wire import postcopy
+from ...wire.constants import Command
 from ...wire.marks import ATTEMPT_BYTES, PING_MARK, Mark
 from .. import guest_calls
 from ..device_writer import UUID_SUBSECTION, DeviceSender, coming_state, early_sections, opening, profile_of
@@ -41,6 +39,12 @@ from ..order import PING_LOADED, PING_RUNS
 from ..ram.sender import RamSender
 from .outgoing import SILENT_PEER, CommitHook, Departure, FenceHook
 from .postcopy import PING_DISCARDED, PING_FOLLOWED, Following
+
+if TYPE_CHECKING:
+    from ...channel.connections import Connections
+    from ...config.config import Config
+    from ...monitor.core import MonitorCore
+    from ...monitor.statistics import Summary
 
 #: PING values: 1 is QEMU's, directly behind OPEN_RETURN_PATH; ours asks for the proof of prepare.
 PING_OPENED = 1

@@ -12,16 +12,12 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
 from ...channel import closing
 from ...channel.channel import Channel
-from ...channel.connections import Connections
-from ...channel.limiter import Limiter
-from ...channel.return_path import ReturnPathReader
-from ...config import Config
 from ...errors import (
     GuestNotResumed,
     HandoverUncertain,
@@ -32,16 +28,22 @@ from ...errors import (
     TransportFailed,
     TrimigError,
 )
-from ...guest import DirtyTracker, Guest
-from ...monitor.core import MonitorCore
 from ...monitor.statistics import Downtime, Summary
 from ...status import Role, Status
 from ...wire import encoder as wire
 from ...wire.marks import Mark, reason_bytes
 from .. import guest_calls
 from ..outcome import Outcome, add_to_message, bare, domain_error, judged, lost_by_cancellation
-from ..ram.sender import RamSender
 from ..shield import lift_shield, shield
+
+if TYPE_CHECKING:
+    from ...channel.connections import Connections
+    from ...channel.limiter import Limiter
+    from ...channel.return_path import ReturnPathReader
+    from ...config.config import Config
+    from ...guest import DirtyTracker, Guest
+    from ...monitor.core import MonitorCore
+    from ..ram.sender import RamSender
 
 log = logging.getLogger("trimig.source")
 

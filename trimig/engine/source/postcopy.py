@@ -13,21 +13,19 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from ...channel import closing
 from ...channel.channel import AnyStream, Channel
-from ...channel.connections import Connections
-from ...channel.limiter import Limiter
 from ...channel.return_path import ReturnPathReader
 from ...errors import Ownership, PostcopyLost, RemoteProtocolError, TransportFailed
 from ...guest import PAGE_SIZE, PageBitmap, RamBlock
 from ...policy.page_order import PageOrder
 from ...status import Status
-from ...wire import Command
 from ...wire import encoder as wire
+from ...wire.constants import Command
 from ...wire.encoder import cstr
 from ...wire.marks import PING_MARK, Mark
 from ...wire.return_path import Message, PageRequest, Pong, ReceivedPages, ResumeAck, Shut
@@ -36,7 +34,11 @@ from ..ram.postcopy_sender import PostcopySender
 from ..ram.sender import RamSender
 from ..recovery import Search
 from ..shield import lift_shield, shield
-from .outgoing import Departure
+
+if TYPE_CHECKING:
+    from ...channel.connections import Connections
+    from ...channel.limiter import Limiter
+    from .outgoing import Departure
 
 #: PING values, QEMU's: behind the discards, behind the package.
 PING_DISCARDED: Final = 2

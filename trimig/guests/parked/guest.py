@@ -16,7 +16,7 @@ from typing import Final, Self, TypeAlias, final
 import numpy as np
 import trio
 
-from ...config import PeerProfile
+from ...config.peer import PeerProfile
 from ...errors import GuestFailed, Owner, RemoteProtocolError, StateError
 from ...expected import expect
 from ...guest import (
@@ -29,7 +29,8 @@ from ...guest import (
     PageBitmap,
     RamBlock,
 )
-from ...memory import MemfdBlock, NullTracker
+from ...memory.block import MemfdBlock
+from ...memory.tracking import NullTracker
 from ...owner import OwnerState, Settle
 from ...wire.devices import globalstate
 from ...wire.postcopy import runs_of

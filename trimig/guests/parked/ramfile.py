@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +27,12 @@ from ...channel.vectored import MAX_ELEMENTS, Records, writev
 from ...engine.ram.sender import RAM_SECTION
 from ...engine.ram.zeros import zero_pages
 from ...guest import PAGE_SIZE, PageBitmap
-from ...memory import MemfdBlock
-from ...wire import RamFlag, RecordWriter, Section
 from ...wire import encoder as wire
+from ...wire.constants import RamFlag, Section
+from ...wire.encoder import RecordWriter
+
+if TYPE_CHECKING:
+    from ...memory.block import MemfdBlock
 
 Indices = NDArray[np.int64]
 

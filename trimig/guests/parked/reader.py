@@ -6,25 +6,28 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import trio
 
 from ...channel.offload import offload
-from ...config import PeerProfile
+from ...config.peer import PeerProfile
 from ...engine import device_tail
 from ...engine.ram.receiver import RamReceiver
 from ...errors import RemoteProtocolError, TransportFailed
 from ...guest import ConfigSubsection, DeviceSection, OpaqueGuest, PageBitmap
 from ...monitor.statistics import Counters
-from ...wire import Decoder, Section
 from ...wire import events as ev
+from ...wire.constants import Section
+from ...wire.decoder import Decoder
 from ...wire.devices.sections import SplitTail, Undelimited
-from ...wire.devices.tail import TailBuffer
 from ...wire.devices.virtio_mem import absent_by_rule
 from ...wire.pages.size import wrong_page_size
 from ...wire.refusals import Unsupported, check_kept_command
+
+if TYPE_CHECKING:
+    from ...wire.devices.tail import TailBuffer
 
 #: Bytes read at once: copying them into memory that is still cold takes about a millisecond.
 _READ: Final = 512 << 10

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from ...channel.offload import offload
-from ...config import PeerProfile
 from ...engine.device_writer import DeviceSender, early_sections, opening
 from ...engine.ram.sender import RAM_SECTION
 from ...errors import GuestFailed
 from ...guest import PAGE_SIZE, ArrivingPages, DeviceSection, OpaqueGuest, PageBitmap
-from ...memory import MemfdBlock
-from ...wire import Section
 from ...wire import encoder as wire
+from ...wire.constants import Section
 from .newfile import NewFile
 from .ramfile import SLOT, Indices, RamWriter
+
+if TYPE_CHECKING:
+    from ...config.peer import PeerProfile
+    from ...memory.block import MemfdBlock
 
 #: Pages looked at and written by one call in a thread, which is what a cancellation may have to wait for.
 _SLICE: Final = 2048

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ..arguments import Argument
-from ..interface import Session
 from ..machine import Command, Machine
 from . import dirty_rate, general, human, migration, objects, settings, yank
 from .schema import Schema
 from .shapes import EVENTS, STR
+
+if TYPE_CHECKING:
+    from ..interface import Session
 
 _NAMES: Final = Argument("list", items=Argument("object", members={"name": STR}))
 #: What the conversation answers itself, for the schema: arguments and answer.

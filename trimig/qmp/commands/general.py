@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ...config import Parameters
+from ...config.parameters import Parameters
 from ..arguments import Argument, check_value
 from ..interface import CommandFailed, Session
 from ..machine import Command, Machine

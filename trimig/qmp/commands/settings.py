@@ -7,9 +7,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ...config import CAPABILITY_NAMES, Capabilities, Parameters
 from ...config.bitmaps import Mappings
-from ...config.parameters import PARAMETER_KINDS
+from ...config.capabilities import CAPABILITY_NAMES, Capabilities
+from ...config.parameters import PARAMETER_KINDS, Parameters
 from ...config.types import Choice, Flag, Kind, OrNone, Size, Text, Whole, Words
 from ...engine.destination.postcopy import obstacle
 from ...status import IDLE, Status, check_idle

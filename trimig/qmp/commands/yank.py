@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from ...monitor.monitor import Monitor
 from ...status import IDLE, Status
 from ..arguments import Argument, check, check_value
 from ..interface import CommandFailed, Session
 from ..machine import Command, Machine
 from .shapes import STR
+
+if TYPE_CHECKING:
+    from ...monitor.monitor import Monitor
 
 #: QEMU's types of instances, and what else names one. A trimig has the last only.
 _INSTANCES: Final[Mapping[str, Mapping[str, Argument]]] = {
