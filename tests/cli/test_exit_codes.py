@@ -19,7 +19,7 @@ from tests.cli.test_output import CALLS
 from tests.cli.test_parked import trimig_command
 from tests.guests.test_parked import stream as saved_stream
 from trimig import cli, errors, stream
-from trimig.cli.common import error_record
+from trimig.cli.errors import error_record
 from trimig.cli.exit_codes import SENTENCE
 from trimig.errors import Ownership
 
@@ -79,7 +79,7 @@ def test_each_error_in_each_command(command: str, guest: Path, monkeypatch: pyte
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr("trimig.cli.common.trio.run", fail)
+            patch.setattr("trimig.cli.runner.trio.run", fail)
             if command == "settle":
                 patch.setattr(stream, "locked", contextlib.contextmanager(fail))
             result = CliRunner().invoke(cli.main, [command, *words, "--json"])

@@ -16,7 +16,7 @@ import trio
 from click.testing import CliRunner, Result
 
 import trimig
-from trimig.cli import Frame, common, main
+from trimig.cli import Frame, main, options, runner, tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,9 +31,9 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> list[trimig.Config]:
     seen: list[trimig.Config] = []
 
     @click.command()
-    @click.option("--size", type=common.RAM_SIZE, default="4K")
+    @click.option("--size", type=options.RAM_SIZE, default="4K")
     @click.option("--fail", type=click.Choice(sorted(FAILURES)))
-    @common.migration_options
+    @options.migration_options
     def demo(size: int, fail: str | None, config: trimig.Config, as_json: bool) -> int:
         seen.append(config)
 
@@ -43,7 +43,7 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> list[trimig.Config]:
                 raise FAILURES[fail]
             return 0
 
-        return common.run(job, as_json=as_json)
+        return runner.run(job, as_json=as_json)
 
     monkeypatch.setattr(Frame, "get_command", lambda self, ctx, name: demo if name == "demo" else None)
     return seen
@@ -181,7 +181,7 @@ def test_a_signal_cancels_cleanly_and_a_second_one_changes_nothing(capsys: pytes
             steps.append("unwound")
         return 0
 
-    assert common.run(job) == 130
+    assert runner.run(job) == 130
     assert steps == ["unwound"]
     assert "SIGINT: ending" in capsys.readouterr().err
 
@@ -193,7 +193,7 @@ def test_a_job_that_finishes_in_spite_of_the_signal_counts_as_finished() -> None
             await trio.lowlevel.cancel_shielded_checkpoint()
         return 0
 
-    assert common.run(job) == 0
+    assert runner.run(job) == 0
 
 
 async def test_alongside_returns_the_result_that_a_late_cancel_finds() -> None:
@@ -204,7 +204,7 @@ async def test_alongside_returns_the_result_that_a_late_cancel_finds() -> None:
 
     result = ""
     with trio.CancelScope() as scope:
-        result = await common.alongside(call, trio.sleep_forever)
+        result = await tasks.alongside(call, trio.sleep_forever)
     assert result == "handed over"
 
 
@@ -216,7 +216,7 @@ async def test_alongside_raises_the_error_itself() -> None:
         raise error
 
     with pytest.raises(trimig.TransportFailed) as caught:
-        await common.alongside(call, trio.sleep_forever)
+        await tasks.alongside(call, trio.sleep_forever)
     assert caught.value is error
     assert not isinstance(error.__context__, BaseExceptionGroup)
 

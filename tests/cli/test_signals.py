@@ -28,8 +28,8 @@ where, number, words = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 def hit():
     signal.raise_signal(number)
 
-import trimig.cli.common as common
-run, real = common.trio.run, importlib.import_module
+import trimig.cli.runner as runner
+run, real = runner.trio.run, importlib.import_module
 if where == "import":
     def import_module(name, *rest):
         if name.startswith("trimig.cli."):
@@ -44,7 +44,7 @@ elif where in ("before", "after"):
         if where == "after":
             hit()
         return code
-    common.trio.run = wrapped
+    runner.trio.run = wrapped
 elif where == "exit":
     atexit.register(hit)
 sys.argv = ["trimig", *words]

@@ -6,6 +6,7 @@ command, a descriptor or a file is the one connection that there is: it is taken
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING, Final
 
@@ -13,7 +14,6 @@ import trio
 
 from ..errors import TransportFailed
 from .channel import AnyStream, Channel, OpenStream
-from .first_bytes import judge_surplus
 from .lobby import Chosen, Judge, Lobby, Verdict
 
 if TYPE_CHECKING:
@@ -51,8 +51,12 @@ class Reception:
         self._look = trio.Event()  # a connection that is of no use has said something
         self._suspicion = trio.CancelScope()
 
-    async def first(self, judge: Judge) -> Channel:
+    async def first(self, judge: Judge, surplus: Judge) -> Channel:
         """The main connection of the migration.
+
+        Args:
+            judge: says which connection that is.
+            surplus: says of any other what it is, where there is to be one only.
 
         Raises:
             TransportFailed: there is none, and there will be none.
@@ -66,12 +70,12 @@ class Reception:
             assert self.lobby is not None
             self._suspicion = trio.CancelScope()
             self._nursery.start_soon(self._suspect, channel, self._suspicion, name="trimig.suspicion")
-            self.lobby.watch(self._surplus)
+            self.lobby.watch(functools.partial(self._surplus, surplus))
         return channel
 
-    def _surplus(self, data: bytes) -> Verdict:
+    def _surplus(self, judge: Judge, data: bytes) -> Verdict:
         try:
-            return judge_surplus(data)
+            return judge(data)
         finally:
             self._look.set()
 

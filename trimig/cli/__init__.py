@@ -1,7 +1,7 @@
 """The command ``trimig``.
 
 This file is the frame: the list of commands, and the one place where errors become a sentence and an exit code. The
-commands are imported when they are asked for; what they share is in :mod:`trimig.cli.common`.
+commands are imported when they are asked for; what they share is in :mod:`trimig.cli.options` and :mod:`trimig.cli.runner`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import click
 import trimig
 
 from . import signals
-from .common import debug_option, report_error
+from .errors import report_error
 from .exit_codes import CANCELLED, SENTENCE
+from .options import debug_option
 from .output import forgiving, open_closed_files
 
 #: Command -> the module that has it, under its own name, in the order of the help.

@@ -6,7 +6,16 @@ from typing import Final
 
 import click
 
-import trimig
+from trimig.errors import (
+    ConfigError,
+    GuestNotResumed,
+    HandoverUncertain,
+    NotOwner,
+    Owner,
+    Ownership,
+    PostcopyLost,
+    TrimigError,
+)
 
 DONE: Final = 0
 #: It failed. This side has its guest as it was; of ``receive``: nothing arrived.
@@ -35,16 +44,16 @@ def exit_code(error: Exception) -> int:
     match error:
         case click.ClickException():
             return error.exit_code
-        case trimig.ConfigError():
+        case ConfigError():
             return USAGE
-        case trimig.PostcopyLost():
+        case PostcopyLost():
             return INCOMPLETE
-        case trimig.GuestNotResumed():
+        case GuestNotResumed():
             return NOT_RESUMED
-        case trimig.HandoverUncertain():
+        case HandoverUncertain():
             return UNCERTAIN
-        case trimig.NotOwner(guest_owner=trimig.Owner.UNKNOWN):
+        case NotOwner(guest_owner=Owner.UNKNOWN):
             return UNCERTAIN
-        case trimig.TrimigError(owner=trimig.Ownership.UNKNOWN):
+        case TrimigError(owner=Ownership.UNKNOWN):
             return UNCERTAIN
     return FAILED

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import trio
 
-import trimig
 from trimig import formats
 from trimig.policy import eta
-from trimig.status import TERMINAL
+from trimig.status import TERMINAL, Role, Status
 
-from .common import alongside
+from .tasks import alongside
 
 if TYPE_CHECKING:
+    from trimig.monitor import Event, Monitor
+
     from .display import View
 
 T = TypeVar("T")
@@ -176,7 +177,7 @@ def with_estimate(now: Picture, outlook: eta.Outlook) -> Picture:
 class Pictures:
     """Takes pictures of the migration of a monitor that has not been used before."""
 
-    def __init__(self, monitor: trimig.Monitor) -> None:
+    def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
         self._outlook = eta.Outlook()
         self._received = _Rate()
@@ -188,11 +189,11 @@ class Pictures:
     def _taken(self) -> Picture:
         monitor = self._monitor
         s, parameters = monitor.statistics(), monitor.config.parameters
-        role = monitor.role or trimig.Role.SOURCE
+        role = monitor.role or Role.SOURCE
         following = s.status.value in FOLLOWING
         moved = (s.normal_pages + s.zero_pages) * 4096
         copied = min(moved, s.total) if s.iteration <= 1 else s.total
-        if following or role is trimig.Role.DESTINATION:
+        if following or role is Role.DESTINATION:
             bandwidth = self._received.of(s.elapsed, s.transferred)
         else:
             bandwidth = s.bandwidth
@@ -212,13 +213,13 @@ class Pictures:
             expected_downtime=s.expected_downtime,
             downtime_limit=parameters.downtime_limit / 1000,
             elapsed=s.elapsed,
-            requests=monitor.counters.page_requests if following and role is trimig.Role.SOURCE else None,
+            requests=monitor.counters.page_requests if following and role is Role.SOURCE else None,
             converging=None if why is None or following else why.converging,
             reason="" if why is None or following else why.reason,
             advice=() if why is None or following else why.advice,
         )
 
-    def passed(self, event: trimig.Event) -> Picture:
+    def passed(self, event: Event) -> Picture:
         """The outcome of the pass of a PASS event; by now the next one may have begun."""
         now, data = self._taken(), event.data
         seconds = math.inf
@@ -259,7 +260,7 @@ class _Rate:
 
 
 async def follow(
-    pictures: Pictures, monitor: trimig.Monitor, tell: Callable[[Picture], Awaitable[None]], warn: Callable[[str], None]
+    pictures: Pictures, monitor: Monitor, tell: Callable[[Picture], Awaitable[None]], warn: Callable[[str], None]
 ) -> None:
     """Tell a picture every so often, at each change of status, and for each pass that is over, and warnings at once; ends
     with the attempt.
@@ -284,14 +285,14 @@ async def follow(
         async for _ in monitor.watch(every=EVERY):
             last = pictures.now()
             # Not before the end of the pass before it has been told: what is shown never steps back.
-            due = last.iteration - 1 if monitor.status is trimig.Status.ACTIVE else last.iteration
+            due = last.iteration - 1 if monitor.status is Status.ACTIVE else last.iteration
             if told >= due and monitor.status not in TERMINAL:
                 await tell(last)
     if last is not None:
         await tell(last)
 
 
-async def watched(call: Callable[[], Awaitable[T]], monitor: trimig.Monitor, view: View) -> T:
+async def watched(call: Callable[[], Awaitable[T]], monitor: Monitor, view: View) -> T:
     """The result of *call*, a migration with a *monitor* that has not been used before, with *view* showing it.
 
     An error of *call* leaves as itself.

@@ -6,14 +6,18 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import click
 
-import trimig
-from trimig.status import IN_POSTCOPY, TERMINAL
+from trimig.errors import ConfigError, HandoverUncertain, Ownership, PostcopyLost, StateError, TrimigError
+from trimig.status import IN_POSTCOPY, TERMINAL, Status
 
-from .common import PERCENT
+from .options import PERCENT
+
+if TYPE_CHECKING:
+    from trimig.config import Config
+    from trimig.monitor import Monitor, Statistics
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,7 +38,7 @@ class Plan:
     #: Of what is left at the switch; None for never.
     cut_after: float | None = None
 
-    async def follow(self, monitor: trimig.Monitor) -> None:
+    async def follow(self, monitor: Monitor) -> None:
         """Do it, once each, while *monitor*'s migration goes on.
 
         **Cancellation:** nothing more is done.
@@ -42,10 +46,10 @@ class Plan:
         async for now in monitor.watch(_EVERY):
             if now.status in TERMINAL:
                 return
-            if now.status is trimig.Status.SETUP and not self.after and self.cut_after is None:
+            if now.status is Status.SETUP and not self.after and self.cut_after is None:
                 monitor.start_postcopy()  # kept for the first pass, which may be over before the next look
                 break
-            if now.total and now.status is trimig.Status.ACTIVE and _sent(now) >= self.after:
+            if now.total and now.status is Status.ACTIVE and _sent(now) >= self.after:
                 if self.cut_after is not None and not monitor.config.parameters.max_postcopy_bandwidth:
                     # The rest in about a second, or it would be there before anybody could cut anything.
                     monitor.set_parameters(max_postcopy_bandwidth=max(now.remaining, _SLOWEST))
@@ -53,13 +57,13 @@ class Plan:
                 break
         if self.cut_after is None:
             return
-        begun: trimig.Statistics | None = None
+        begun: Statistics | None = None
         async for now in monitor.watch(_EVERY):
-            if now.status is not trimig.Status.POSTCOPY_ACTIVE:
+            if now.status is not Status.POSTCOPY_ACTIVE:
                 continue
             begun = begun or now
             if begun.remaining and 1 - now.remaining / begun.remaining >= self.cut_after:
-                with contextlib.suppress(trimig.StateError):  # everything has been sent meanwhile
+                with contextlib.suppress(StateError):  # everything has been sent meanwhile
                     monitor.pause("the connection was cut on purpose (--cut-after)")
                 return
 
@@ -67,27 +71,27 @@ class Plan:
 class Insistence:
     """Signals in postcopy: the first is refused, because the guest needs the rest of its memory; the second gives it up.
 
-    :meth:`judge` is for :func:`trimig.cli.common.run`.
+    :meth:`judge` is for :func:`trimig.cli.runner.run`.
     """
 
-    def __init__(self, statuses: Callable[[], trimig.Status], give_up: Callable[[], None]) -> None:
+    def __init__(self, statuses: Callable[[], Status], give_up: Callable[[], None]) -> None:
         """*statuses* tells the present one; *give_up* is called before the job is cancelled."""
         self._status = statuses
         self._give_up = give_up
         self._warned = False
 
     @classmethod
-    def of(cls, monitor: trimig.Monitor) -> Self:
+    def of(cls, monitor: Monitor) -> Self:
         """For a job that is a migration with that monitor."""
         return cls(lambda: monitor.status, functools.partial(drop, monitor))
 
     @staticmethod
-    def truth(monitor: trimig.Monitor) -> trimig.TrimigError | None:
+    def truth(monitor: Monitor) -> TrimigError | None:
         """What became of a guest whose migration a signal has ended, where it is not the source's as before."""
-        if monitor.status is trimig.Status.POSTCOPY_LOST:
-            return trimig.PostcopyLost("the rest was given up: the destination has the guest without all of its memory")
-        if monitor.owner is trimig.Ownership.UNKNOWN:
-            return trimig.HandoverUncertain("it was ended before the answer came: either side may have the guest")
+        if monitor.status is Status.POSTCOPY_LOST:
+            return PostcopyLost("the rest was given up: the destination has the guest without all of its memory")
+        if monitor.owner is Ownership.UNKNOWN:
+            return HandoverUncertain("it was ended before the answer came: either side may have the guest")
         return None
 
     def judge(self) -> tuple[str, bool] | None:
@@ -104,13 +108,13 @@ class Insistence:
         return "giving the rest up; the guest stays at the destination, with a part of its memory", True
 
 
-def drop(monitor: trimig.Monitor) -> None:
+def drop(monitor: Monitor) -> None:
     """End the connection of a migration in postcopy, so that a cancellation gets through; otherwise do nothing."""
-    with contextlib.suppress(trimig.StateError):
+    with contextlib.suppress(StateError):
         monitor.pause("the rest was given up")
 
 
-def _sent(now: trimig.Statistics) -> float:
+def _sent(now: Statistics) -> float:
     """The share of the memory that has been sent in the first pass; 1 behind it."""
     return 1.0 if now.iteration > 1 else (now.normal_pages + now.zero_pages) * _PAGE / now.total
 
@@ -118,7 +122,7 @@ def _sent(now: trimig.Statistics) -> float:
 def options(command: F, *, also: tuple[str, ...] = ()) -> F:
     """``--postcopy`` and ``--postcopy-after``; the command gets ``postcopy_after: float | None``.
 
-    Stands above :func:`trimig.cli.common.config_options`, because it turns the capability on, too.
+    Stands above :func:`trimig.cli.options.config_options`, because it turns the capability on, too.
 
     Args:
         also: capabilities that postcopy comes with here unless somebody turns them off.
@@ -153,21 +157,21 @@ recover_option: Final = click.option(
 )
 
 
-def refuse_pause(config: trimig.Config, command: str) -> None:
+def refuse_pause(config: Config, command: str) -> None:
     """pause-before-switchover needs someone who lets the migration go on, and *command* has no socket for that.
 
     Raises:
         ConfigError: the capability is on.
     """
     if config.capabilities.pause_before_switchover:
-        raise trimig.ConfigError(
+        raise ConfigError(
             f"trimig {command} cannot be told to go on after pause-before-switchover, so it would wait for ever; host the "
             "guest with trimig run --qmp ADDR, and use trimig migrate and trimig continue with that ADDR",
             name="pause-before-switchover",
         )
 
 
-def recovering(config: trimig.Config, seconds: float | None) -> trimig.Config:
+def recovering(config: Config, seconds: float | None) -> Config:
     """*config* with a connection lost in postcopy tried again for so long (60 s for None)."""
     if not config.capabilities.postcopy_ram or (seconds is None and config.recovery_retry):
         return config  # from a file

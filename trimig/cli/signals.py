@@ -1,7 +1,7 @@
 """SIGINT and SIGTERM of a process that is one command, before and after the time in which the command watches for them.
 
 A signal at the beginning ends the process with 130 and without a traceback. One at the end, when it is decided what became
-of the guest, changes nothing: the exit code must tell that. In between :func:`trimig.cli.common.run` acts on them.
+of the guest, changes nothing: the exit code must tell that. In between :func:`trimig.cli.runner.run` acts on them.
 """
 
 from __future__ import annotations

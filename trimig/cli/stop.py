@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import trio
 
-import trimig
-from trimig.status import TERMINAL
+from trimig.status import TERMINAL, Role, Status
+
+if TYPE_CHECKING:
+    from trimig.monitor import Monitor
 
 
 class Stop:
-    """Asked for once, by a signal or a time limit; give :meth:`ask` to :func:`trimig.cli.common.run` as *interrupt*."""
+    """Asked for once, by a signal or a time limit; give :meth:`ask` to :func:`trimig.cli.runner.run` as *interrupt*."""
 
     def __init__(self) -> None:
         self.reason = ""
@@ -38,15 +42,15 @@ class Stop:
         await self._event.wait()
 
 
-def words_for(monitor: trimig.Monitor, file: object) -> str:
+def words_for(monitor: Monitor, file: object) -> str:
     """What a first signal leads to in a command that migrates the guest in *file* away, or receives it there."""
-    status, arriving = monitor.status, monitor.role is trimig.Role.DESTINATION
+    status, arriving = monitor.status, monitor.role is Role.DESTINATION
     if status in TERMINAL:
         return "it is over already"
-    if status is trimig.Status.HANDOVER:
+    if status is Status.HANDOVER:
         return "it is too late to cancel: " + (
             "the guest is being taken over" if arriving else "the decision has been sent, and its answer is waited for"
         )
-    if status in (trimig.Status.NONE, trimig.Status.SETUP):
+    if status in (Status.NONE, Status.SETUP):
         return "ending; no memory has been sent yet"
     return "cancelling; " + ("the source keeps its guest" if arriving else f"the guest stays in {file}")

@@ -11,9 +11,10 @@ import trio
 
 from trimig import formats, stream
 
-from ..common import debug_option, json_option, run
 from ..exit_codes import DONE
+from ..options import debug_option, json_option
 from ..output import say, write_json
+from ..runner import run
 
 _PAGE = 4096
 _PATH = click.Path(dir_okay=False, path_type=Path)

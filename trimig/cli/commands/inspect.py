@@ -9,9 +9,10 @@ import click
 
 from trimig import formats, stream
 
-from ..common import debug_option, json_option, run
 from ..exit_codes import DONE, FAILED
+from ..options import debug_option, json_option
 from ..output import say, write_json
+from ..runner import run
 
 #: So many elements of an array are printed.
 _SHOWN: Final = 8

@@ -21,11 +21,14 @@ from trimig.errors import Ownership
 from trimig.monitor import WHY_CLOSED
 
 from .. import display, postcopy
-from ..common import alongside, debug_option, json_option, migration_options, run, summary_record
 from ..exit_codes import DONE
+from ..options import debug_option, json_option, migration_options
 from ..output import out, same_terminal, say, write_json
 from ..picture import watched
+from ..runner import run
 from ..stop import words_for
+from ..summary import summary_record
+from ..tasks import alongside
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 

@@ -19,11 +19,11 @@ from trimig.errors import Ownership
 from trimig.monitor import blockers
 from trimig.status import is_idle
 
-from ..common import migration_options
-from ..common import run as run_job
 from ..exit_codes import CANCELLED, DONE, INCOMPLETE, UNCERTAIN
 from ..guest_spec import open_guest, owner_file
+from ..options import migration_options
 from ..output import say
+from ..runner import run as run_job
 
 DEFER = "defer"
 

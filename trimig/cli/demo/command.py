@@ -20,11 +20,12 @@ import trimig
 from trimig import formats
 
 from .. import display, postcopy
-from ..common import PERCENT, RAM_SIZE, SIZE, config_options, debug_option, json_option, run
 from ..exit_codes import CANCELLED, DONE, FAILED, INCOMPLETE, NOT_RESUMED, UNCERTAIN
 from ..guest_spec import default_hot
+from ..options import PERCENT, RAM_SIZE, SIZE, config_options, debug_option, json_option
 from ..output import say, write_json
 from ..picture import Picture
+from ..runner import run
 from . import figures as demo_figures
 from .host import pack_config
 from .process import HostProcess, Message, adopting

@@ -27,7 +27,7 @@ class Hop:
         destination: dict[str, Any],
         postcopy: dict[str, Any],
     ) -> Self:
-        """From the two summaries (:func:`trimig.cli.common.summary_record`), and what the hosts say of *postcopy*.
+        """From the two summaries (:func:`trimig.cli.summary.summary_record`), and what the hosts say of *postcopy*.
 
         Only the destination knows how long it took to resume the guest; that time is inside what the source saw as
         ``commit``.

@@ -6,7 +6,7 @@ when the thread that started it ends.
 
 Requests and reports are JSON objects, one to a packet (SOCK_SEQPACKET). A request has ``op`` (a method ``do_<op>``
 below, the other members are its arguments). Each is answered by one report with the same ``op`` and the ``event``
-``done`` or ``failed`` (then with what :func:`trimig.cli.common.error_record` says); on the way there may be others:
+``done`` or ``failed`` (then with what :func:`trimig.cli.errors.error_record` says); on the way there may be others:
 ``listening`` with the ``uri``, ``progress`` with a picture, ``worker-died``. Two requests are not answered: ``cancel``
 (of the migration that is under way) and ``peer-ended`` (stop waiting for somebody who will not come).
 """
@@ -33,8 +33,10 @@ import trimig
 from trimig.status import IN_POSTCOPY
 
 from .. import postcopy
-from ..common import alongside, error_record, summary_record
+from ..errors import error_record
 from ..picture import Picture, Pictures, follow
+from ..summary import summary_record
+from ..tasks import alongside
 
 #: No packet is longer.
 MAX_PACKET: Final = 1 << 16

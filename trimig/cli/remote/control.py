@@ -12,9 +12,10 @@ import click
 import trimig
 from trimig import formats, qmp
 
-from ..common import debug_option, json_option, run
 from ..exit_codes import DONE, FAILED, UNCERTAIN
+from ..options import debug_option, json_option
 from ..output import say, write_json
+from ..runner import run
 from .client import CANCEL_LIMIT, Gone, Refused, Remote, State, connected, qmp_option, read_settings, settings_options
 
 

@@ -24,10 +24,10 @@ from trimig import formats
 from trimig.policy import forecast as policy
 
 from .. import display
-from ..common import alongside
 from ..exit_codes import CANCELLED, DONE
 from ..output import write_json
 from ..picture import EVERY
+from ..tasks import alongside
 from .client import CANCEL_LIMIT, ENDED, Gone, Refused, Remote, Settings, State, Tracker
 
 if TYPE_CHECKING:

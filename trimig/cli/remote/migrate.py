@@ -17,10 +17,11 @@ import trimig
 from trimig import formats
 
 from .. import display
-from ..common import PERCENT, debug_option, json_option, run
 from ..exit_codes import CANCELLED, DONE, FAILED
+from ..options import PERCENT, debug_option, json_option
 from ..output import write_json
 from ..picture import EVERY
+from ..runner import run
 from ..stop import Stop
 from .client import (
     CANCEL_LIMIT,

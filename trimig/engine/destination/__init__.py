@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import trio
 
-from ...channel.first_bytes import judge_first
+from ...channel.first_bytes import judge_first, judge_surplus
 from ...channel.reception import Reception
 from ...errors import PeerFailed, RemoteProtocolError, StateError, TransportFailed
 from ...guest import (
@@ -125,7 +125,7 @@ class _Arrival(Arrival):
         self._nursery = nursery
         reception = self.reception = Reception(self.connections, config, self.monitor, nursery)
         self.urgent = UrgentArrival(reception, config, self.counters)
-        channel = self.channel = await reception.first(judge_first(config, self._acceptable))
+        channel = self.channel = await reception.first(judge_first(config, self._acceptable), judge_surplus)
         self.monitor.listening()
         self.urgent.expect()
         opaque = isinstance(guest, OpaqueGuest)

@@ -1,0 +1,117 @@
+"""Runs what a command does, and lets a signal cancel it.
+
+A command that moves something looks like this::
+
+    @click.command()
+    @click.argument("uri")
+    @migration_options
+    def send(uri: str, config: trimig.Config, as_json: bool) -> int:
+        async def job() -> int:
+            ...
+            return 0
+
+        return run(job, as_json=as_json)
+
+It raises :class:`trimig.TrimigError`, OSError or click's errors, and the frame makes sentences and exit codes of
+them (:mod:`trimig.cli.errors`). What it returns is its exit code.
+"""
+
+from __future__ import annotations
+
+import functools
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import trio
+
+from . import signals
+from .exit_codes import CANCELLED, DONE
+from .output import say, write_json
+from .tasks import alongside
+
+if TYPE_CHECKING:
+    from trimig.errors import TrimigError
+
+
+def run(
+    job: Callable[[], Awaitable[int | None]],
+    *,
+    as_json: bool = False,
+    interrupt: Callable[[str], None] | None = None,
+    doing: Callable[[], str] = lambda: "ending",
+    judge: Callable[[], tuple[str, bool] | None] | None = None,
+    truth: Callable[[], TrimigError | None] = lambda: None,
+) -> int:
+    """Run *job* in trio and return the exit code: the one it returns, or 130 if a signal cancelled it.
+
+    SIGINT and SIGTERM cancel it, through a cancel scope, so that the guest is put back first. Further signals change
+    nothing: what is still going on by then is bounded in time and must not be cut short. A job that finishes in spite
+    of the signal, because the guest had been handed over already, counts as finished. Errors pass through.
+
+    Args:
+        interrupt: called with the name of the first signal instead, for a job that has to ask others to stop; the
+            exit code is then what the job returns.
+        doing: asked upon the first signal what it leads to, in words.
+        judge: asked at each signal until one is followed: what is said, and whether it is followed; None for
+            *doing*.
+        truth: asked when a signal has cancelled the job: the error that says what became of the guest, where that is not
+            as it was.
+    """
+    life = signals.current()
+    call = functools.partial(_run, job, life, as_json, interrupt, doing, judge, truth)
+    life.hold()
+    return trio.run(call, strict_exception_groups=True)
+
+
+async def _run(
+    job: Callable[[], Awaitable[int | None]],
+    life: signals.ProcessSignals,
+    as_json: bool,
+    interrupt: Callable[[str], None] | None,
+    doing: Callable[[], str],
+    judge: Callable[[], tuple[str, bool] | None] | None,
+    truth: Callable[[], TrimigError | None],
+) -> int:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
+        scope = trio.CancelScope()
+
+        async def cancellable() -> int | None:
+            with scope:
+                return await job()
+            return None
+
+        async def watch() -> None:
+            await _first_signal(received, interrupt or scope.cancel, doing, judge)
+
+        life.watched()
+        try:
+            code = await alongside(cancellable, watch)
+        finally:
+            life.decided()
+    if not scope.cancelled_caught:
+        return code or DONE
+    if (error := truth()) is not None:
+        raise error
+    if as_json:
+        write_json({"error": "cancelled by a signal", "kind": "Cancelled", "exit_code": CANCELLED})
+    say("cancelled")
+    return CANCELLED
+
+
+async def _first_signal(
+    signals: AsyncIterator[int],
+    cancel: Callable[[str], None],
+    doing: Callable[[], str],
+    judge: Callable[[], tuple[str, bool] | None] | None,
+) -> None:
+    asked = False
+    async for number in signals:
+        name = signal.Signals(number).name
+        if not asked:
+            text, asked = (judge() if judge is not None else None) or (doing(), True)
+            say(f"{name}: {text}")
+            if asked:
+                cancel(name)
+        else:
+            say(f"{name}: that is being done already")
