@@ -19,7 +19,9 @@ from click.testing import CliRunner
 from tests.cli.scripted import ACTIVE, ADDRESS, DONE, MB, PAGE, TOTAL, Invoke, Scripted, ram, step
 from trimig import cli, qmp
 from trimig.cli.remote import client as remote
-from trimig.cli.remote.client import Settings, State, Tracker, read_settings
+from trimig.cli.remote.options import read_settings
+from trimig.cli.remote.state import Settings, State
+from trimig.cli.remote.tracker import Tracker
 
 # -- one word ----------------------------------------------------------------------------------------------------------
 

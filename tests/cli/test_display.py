@@ -20,7 +20,8 @@ from trimig.cli import display
 from trimig.cli.display import LiveView, open_view
 from trimig.cli.output import out, say
 from trimig.cli.picture import Picture
-from trimig.cli.remote.client import State, Tracker
+from trimig.cli.remote.state import State
+from trimig.cli.remote.tracker import Tracker
 from trimig.cli.screen import Screen
 
 MiB = 1 << 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trimig.cli.remote.client import State
+from trimig.cli.remote.state import State
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Progress on stderr: a live table on a terminal, plain lines elsewhere, JSON lines for machines.
 
 What is shown comes from :meth:`trimig.Monitor.watch` and :meth:`trimig.Monitor.events`, or from query-migrate of another
-process (:class:`trimig.cli.remote.client.Tracker`), and from nowhere else. Nothing in it runs backwards: the first copy of all
+process (:class:`trimig.cli.remote.tracker.Tracker`), and from nowhere else. Nothing in it runs backwards: the first copy of all
 memory, which has a percentage, and the chase after what the guest writes meanwhile, which has none, are told apart. All
 three say whether the chase comes to an end, why, what would help, what limits the bandwidth, and how long it still takes.
 """

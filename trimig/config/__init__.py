@@ -10,6 +10,7 @@ each, ``objects`` has what parameters name (TLS credentials), ``built`` lists wh
 
 from __future__ import annotations
 
+from .addresses import uri_of as uri_of
 from .bitmaps import BitmapAlias as BitmapAlias
 from .bitmaps import NodeAlias as NodeAlias
 from .built import BUILT as BUILT

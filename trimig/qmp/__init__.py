@@ -4,9 +4,9 @@
 ``websocket``), and the one that does (the machine and its commands). ``client`` is the other end, for a QEMU as well.
 """
 
+from ..config.addresses import uri_of as uri_of
 from .client import Client as Client
 from .client import connect as connect
-from .client import uri_of as uri_of
 from .interface import CommandFailed as CommandFailed
 from .interface import Dispatcher as Dispatcher
 from .interface import Session as Session

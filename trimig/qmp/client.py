@@ -34,26 +34,6 @@ _READ_BYTES: Final = 1 << 16
 Message = dict[str, Any]
 
 
-def uri_of(address: object) -> str:
-    """The URI of one of the ``socket-address`` of query-migrate: an object as QEMU's, or the URI itself.
-
-    Raises:
-        ConfigError: it is of a kind that cannot be connected to.
-    """
-    match address:
-        case str():
-            return address
-        case {"type": "inet", "host": str(host), "port": str(port)}:
-            return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
-        case {"type": "unix", "path": str(path)}:
-            return f"unix:{path}"
-        case {"type": "fd", "str": str(fd)}:
-            return f"fd:{fd}"
-        case {"type": "x-uri", "uri": str(uri)}:
-            return uri
-    raise ConfigError(f"{str(address)[:200]!r} is no address that can be connected to", name="socket-address")
-
-
 class Client:
     """One connection, made by :func:`connect`.
 

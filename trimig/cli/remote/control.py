@@ -16,7 +16,9 @@ from ..exit_codes import DONE, FAILED, UNCERTAIN
 from ..options import debug_option, json_option
 from ..output import say, write_json
 from ..runner import run
-from .client import CANCEL_LIMIT, Gone, Refused, Remote, State, connected, qmp_option, read_settings, settings_options
+from .client import Remote, connected
+from .options import qmp_option, read_settings, settings_options
+from .state import CANCEL_LIMIT, Gone, Refused, State
 
 
 def _run(address: str, as_json: bool, job: Callable[[Remote], Awaitable[int]]) -> int:

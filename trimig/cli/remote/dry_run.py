@@ -28,10 +28,12 @@ from ..exit_codes import CANCELLED, DONE
 from ..output import write_json
 from ..picture import EVERY
 from ..tasks import alongside
-from .client import CANCEL_LIMIT, ENDED, Gone, Refused, Remote, Settings, State, Tracker
+from .state import CANCEL_LIMIT, ENDED, Gone, Refused, Settings, State
+from .tracker import Tracker
 
 if TYPE_CHECKING:
     from ..stop import Stop
+    from .client import Remote
 
 #: Whole passes that are enough: the first copy, and what a chase looks like.
 PASSES: Final = 3

@@ -23,22 +23,11 @@ from ..output import write_json
 from ..picture import EVERY
 from ..runner import run
 from ..stop import Stop
-from .client import (
-    CANCEL_LIMIT,
-    POLL,
-    Busy,
-    Gone,
-    Refused,
-    Remote,
-    Settings,
-    State,
-    Tracker,
-    connected,
-    qmp_option,
-    read_settings,
-    settings_options,
-)
+from .client import Remote, connected
 from .dry_run import dry_run
+from .options import qmp_option, read_settings, settings_options
+from .state import CANCEL_LIMIT, POLL, Busy, Gone, Refused, Settings, State
+from .tracker import Tracker
 
 #: Seconds after which a migration that cannot be cancelled any more must have ended by itself.
 _DECIDED_LIMIT = 60.0

@@ -1,0 +1,127 @@
+"""Pictures for the display from what query-migrate says."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from trimig.monitor import Convergence
+from trimig.policy import convergence, eta
+
+from ..picture import FOLLOWING, Picture, with_estimate
+
+if TYPE_CHECKING:
+    from .state import State
+
+
+class Tracker:
+    """Makes pictures for the display of what query-migrate says. What has been shown never steps back.
+
+    Why it does not converge is what a trimig says of it; of a QEMU, which says nothing, it follows from its figures.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], *, postcopy: bool = False) -> None:
+        """*settings*: the parameters in force; *postcopy*: the rest may be fetched after the switchover."""
+        self._limit = settings.get("downtime-limit", 300) / 1000
+        self._bandwidth = int(settings.get("max-bandwidth", 0))
+        self._postcopy_bandwidth = int(settings.get("max-postcopy-bandwidth", 0))
+        self._postcopy = postcopy
+        self._iteration = 0
+        self._copied = 0
+        self._sent = 0
+        self._elapsed = 0.0
+        self._last: Picture | None = None
+        self._why: Convergence | None = None
+        self._stall = eta.Stall()
+        self._outlook = eta.Outlook()
+        #: What is to be said of the passes, once.
+        self.warnings: list[str] = []
+
+    def pictures(self, state: State) -> list[Picture]:
+        """What is to be shown of *state*: the end of the pass before it, if that is news, and now."""
+        now = self._picture(state)
+        found = []
+        if self._last is not None and 0 < self._last.iteration < now.iteration and now.status not in FOLLOWING:
+            found.append(self._over(self._last, now, state))
+            now = dataclasses.replace(now, **self._judgement(now))
+        self._last = now
+        return [with_estimate(picture, self._outlook) for picture in [*found, now]]
+
+    def _over(self, last: Picture, now: Picture, state: State) -> Picture:
+        """The outcome of the pass before *now*: what was dirtied in it is known when the next one begins."""
+        progress = convergence.Progress(
+            remaining=now.remaining,
+            bandwidth=now.bandwidth or last.bandwidth,
+            iteration=last.iteration,
+            elapsed=now.elapsed,
+            dirty_rate=now.dirty_rate or 0.0,
+            least=self._stall.least,
+        )
+        bounds = convergence.Bounds(downtime_limit=self._limit, max_bandwidth=self._bandwidth, postcopy=self._postcopy)
+        told = state.info.get("convergence")
+        if isinstance(told, Mapping):
+            self._why = Convergence(
+                converging=bool(told["converging"]), reason=str(told["reason"]), advice=tuple(told["advice"])
+            )
+        else:
+            self._why = convergence.explain(progress, bounds)
+        # A trimig at the other end says so itself.
+        if self._stall.passed(now.remaining) and not self._why.converging and "owner" not in state.info:
+            self.warnings.append(convergence.stalled(self._why))
+        seconds = math.inf
+        if self._why.converging:
+            seconds = eta.chase_seconds(
+                ahead=progress.remaining,
+                bandwidth=progress.bandwidth,
+                dirty_rate=progress.dirty_rate,
+                downtime_limit=self._limit,
+            )
+        self._outlook.passed(now.elapsed, seconds)
+        return dataclasses.replace(
+            last,
+            status="active",
+            passed=True,
+            copied=last.total,
+            remaining=now.remaining,
+            dirty_rate=now.dirty_rate,
+            expected_downtime=now.expected_downtime,
+            **self._judgement(now),
+        )
+
+    def _judgement(self, now: Picture) -> dict[str, Any]:
+        if self._why is None or now.status in FOLLOWING:
+            return {}
+        return {"converging": self._why.converging, "reason": self._why.reason, "advice": self._why.advice}
+
+    def _picture(self, state: State) -> Picture:
+        info = state.info
+        ram = info.get("ram", {})
+        total = int(ram.get("total", self._last.total if self._last else 0))
+        remaining = int(ram.get("remaining", 0))
+        following = state.migration in FOLLOWING
+        self._iteration = max(self._iteration, int(ram.get("dirty-sync-count", 0)))
+        self._sent = max(self._sent, int(ram.get("transferred", 0)))
+        self._elapsed = max(self._elapsed, info.get("total-time", 0) / 1000)
+        if ram:
+            self._copied = max(self._copied, total if self._iteration > 1 else total - remaining)
+        expected = info.get("expected-downtime")
+        now = Picture(
+            role="source",
+            status=state.migration,
+            iteration=self._iteration,
+            passed=False,
+            total=total,
+            copied=self._copied,
+            sent=self._sent,
+            remaining=remaining,
+            bandwidth=max(0.0, float(ram.get("mbps", 0))) * 1e6 / 8,
+            dirty_rate=None if following else float(ram.get("dirty-pages-rate", 0) * ram.get("page-size", 4096)),
+            max_bandwidth=self._postcopy_bandwidth if following else self._bandwidth,
+            expected_downtime=None if expected is None else expected / 1000,
+            downtime_limit=self._limit,
+            elapsed=self._elapsed,
+            requests=int(ram.get("postcopy-requests", 0)) if following else None,
+        )
+        return dataclasses.replace(now, **self._judgement(now))
