@@ -56,34 +56,42 @@ async def open_guest(
         async with trimig.ProcessGuest.open(running=not waiting, stopped=stopped, **options) as guest:
             yield guest
     elif kind == "parked" and rest:
-        path = Path(rest)
-        if waiting:
-            if await trio.Path(path).exists():
-                raise _bad(f"{rest} exists; the guest that arrives would replace the one in it")
-            with trimig.ParkedGuest(path, peer=peer) as parked:
-                yield parked
-        else:
-            with stream.locked(path):
-                record = stream.read_record(path)
-                if record is None:
-                    with await trimig.ParkedGuest.load(path) as parked:
-                        yield parked
-                    return
-                unknown = record.owner is trimig.Ownership.UNKNOWN
-                what = (
-                    f"no answer came: see whether it runs there, then say it with trimig settle {rest}"
-                    if unknown
-                    else "so it is there now; a copy of the file, without its .owner, is another guest"
-                )
-                raise trimig.NotOwner(
-                    f"{rest} was sent to {record.destination} at {record.time}, and {what}",
-                    guest_owner=trimig.Owner.UNKNOWN if unknown else trimig.Owner.ELSEWHERE,
-                )
+        async with _from_file(Path(rest), waiting=waiting, peer=peer) as parked:
+            yield parked
     elif kind == "app" and rest:
         async with _from_python(rest, running=not (waiting or stopped)) as found:
             yield found
     else:
         raise _bad(f"{spec!r} is not process[:size=256M,…], app:pkg.mod:factory or parked:FILE")
+
+
+@contextlib.asynccontextmanager
+async def _from_file(path: Path, *, waiting: bool, peer: trimig.PeerProfile) -> AsyncIterator[trimig.Guest]:
+    """The guest in *path*, or the one that will be saved there."""
+    if waiting:
+        if await trio.Path(path).exists():
+            raise _bad(f"{path} exists; the guest that arrives would replace the one in it")
+        with trimig.ParkedGuest(path, peer=peer) as parked:
+            yield parked
+        return
+    with stream.locked(path):
+        if (record := stream.read_record(path)) is not None:
+            raise _sent_away(path, record)
+        with await trimig.ParkedGuest.load(path) as parked:
+            yield parked
+
+
+def _sent_away(path: Path, record: stream.OwnerRecord) -> trimig.NotOwner:
+    unknown = record.owner is trimig.Ownership.UNKNOWN
+    what = (
+        f"no answer came: see whether it runs there, then say it with trimig settle {path}"
+        if unknown
+        else "so it is there now; a copy of the file, without its .owner, is another guest"
+    )
+    return trimig.NotOwner(
+        f"{path} was sent to {record.destination} at {record.time}, and {what}",
+        guest_owner=trimig.Owner.UNKNOWN if unknown else trimig.Owner.ELSEWHERE,
+    )
 
 
 class OwnerFile:

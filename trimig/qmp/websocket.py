@@ -155,13 +155,17 @@ async def _client(dispatcher: Dispatcher, connection: MessageStream) -> None:
                 binary = isinstance(frame, bytes)
                 first, heard = (first if heard else binary), True
                 await outbox.wait_room()
-                for message in _messages(frame):
-                    for call in await conversation.hear(message):
-                        outbox.put(call, 0)
+                await _answer(conversation, frame, outbox)
             nursery.cancel_scope.cancel("the client has gone")
     finally:
         outbox.close()
         conversation.close()
+
+
+async def _answer(conversation: Conversation, frame: str | bytes, outbox: Outbox) -> None:
+    for message in _messages(frame):
+        for call in await conversation.hear(message):
+            outbox.put(call, 0)
 
 
 async def _read(connection: MessageStream, frames: trio.MemorySendChannel[str | bytes]) -> None:

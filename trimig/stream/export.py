@@ -7,12 +7,11 @@ import dataclasses
 import errno
 import os
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-import trio
 from numpy.typing import NDArray
 
 from ..channel.offload import offload
@@ -22,8 +21,8 @@ from ..guest import PAGE_SIZE, DeviceSection
 from ..wire import events as ev
 from ..wire.decoder import Decoder
 from ..wire.devices.virtio_mem import Unplugged, absent_by_rule, overlap
+from ..wire.elements import Elements
 from ..wire.pages.size import wrong_page_size
-from ..wire.refusals import Unsupported
 from .files import reading
 from .pages import PageSet
 
@@ -96,59 +95,46 @@ def _publish(fd: int, temporary: str, path: Path) -> None:
 async def _copy_block(source: str | os.PathLike[str], block: str, fd: int, partial: bool) -> Exported:
     async with reading(source) as read_into:
         decoder = Decoder(measure=None, configuration=None, footers=None)
+        elements = Elements(decoder, read_into)
         copy = _BlockCopy(block, fd)
         early: list[DeviceSection] = []
         header: ev.SectionHeader | None = None
-        while True:
-            while (event := decoder.next_event()) is not None:
-                if isinstance(event, ev.TailBytes | ev.EndOfStream):
-                    # No RAM follows a device section.
-                    if (size := decoder.page_size) is not None:
-                        raise wrong_page_size(size, section="ram")
-                    if copy.received.missing and isinstance(event, ev.TailBytes):
-                        await _read_on(event, decoder, read_into, copy, early)
-                    return copy.finish(partial=partial)
-                if isinstance(event, ev.SectionHeader):
-                    header = event
-                elif isinstance(event, ev.DevicePayload) and header is not None:
-                    early.append(
-                        DeviceSection(
-                            idstr=header.idstr,
-                            instance_id=header.instance_id,
-                            version_id=header.version_id,
-                            payload=event.payload,
-                        )
+        while not isinstance(event := await elements.next(), ev.TailBytes | ev.EndOfStream):
+            assert event is not None, "the decoder takes no stream for ended that has no devices"
+            if isinstance(event, ev.SectionHeader):
+                header = event
+            elif isinstance(event, ev.DevicePayload) and header is not None:
+                early.append(
+                    DeviceSection(
+                        idstr=header.idstr,
+                        instance_id=header.instance_id,
+                        version_id=header.version_id,
+                        payload=event.payload,
                     )
-                copy.take(event)
-            count = await read_into(decoder.writable())
-            decoder.received(count)
-            if not count:
-                if not decoder.offset and not decoder.pending:
-                    raise Unsupported("the file is empty")
-                decoder.receive_eof()
-            await trio.lowlevel.checkpoint()
+                )
+            copy.take(event)
+        # No RAM follows a device section.
+        if (size := decoder.page_size) is not None:
+            raise wrong_page_size(size, section="ram")
+        if copy.received.missing and isinstance(event, ev.TailBytes):
+            await _read_on(event, decoder, elements, copy, early)
+        return copy.finish(partial=partial)
 
 
 async def _read_on(
     event: ev.TailBytes,
     decoder: Decoder,
-    read_into: Callable[[memoryview], Awaitable[int]],
+    elements: Elements,
     copy: _BlockCopy,
     early: Sequence[DeviceSection],
 ) -> None:
     """Something is missing: the devices tell whether it is memory that was not plugged in, or pages of another size."""
     tail = device_tail.buffer(footers=decoder.footers is not False)
-    tail_at, found, ended = event.at, event, False
-    while True:
+    tail_at = event.at
+    found: ev.Event | None = event
+    while isinstance(found, ev.TailBytes):
         await device_tail.feed(tail, found.data)
-        while not tail.complete and (more := decoder.next_event()) is None and not ended:
-            count = await read_into(decoder.writable())
-            decoder.received(count)
-            ended = not count
-            await trio.lowlevel.checkpoint()
-        if tail.complete or not isinstance(more, ev.TailBytes):
-            break
-        found = more
+        found = None if tail.complete else await elements.next()
     if tail.description is not None and tail.description.page_size != PAGE_SIZE:
         raise wrong_page_size(tail.description.page_size)
     split = await device_tail.split(tail, tail_at, damaged=True, early=early)

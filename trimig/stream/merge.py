@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ..channel import closing
 from ..channel.offload import offload
 from ..errors import ConfigError, StateError
-from ..guest import PAGE_SIZE, PageBitmap
+from ..guest import PAGE_SIZE, PageBitmap, RamBlock
 from ..guests import ParkedGuest
 
 if TYPE_CHECKING:
@@ -92,9 +92,7 @@ async def merge(
         if source is not None:
             with await ParkedGuest.load(source, partial=True) as other:
                 _check_same(guest, other)
-                for block in other.ram:
-                    if block.name not in (raw or {}):
-                        await half.take(block.name, block.pages, ~_bitmap(other.holes, block.name, len(block.pages)))
+                await half.take_blocks(other, [block for block in other.ram if block.name not in (raw or {})])
         half.judge(accept_differences=accept_differences)
         await guest.save(out, replace=replace)
         return Merged(machine=guest.name, filled=half.filled, different=half.different)
@@ -124,6 +122,11 @@ class _Half:
         self._missing = {name: _bitmap(guest.holes, name, len(block.pages)) for name, block in self._blocks.items()}
         self.filled: dict[str, int] = {}
         self.different: dict[str, int] = {}
+
+    async def take_blocks(self, other: ParkedGuest, blocks: Sequence[RamBlock]) -> None:
+        """What *other* has of *blocks*, which are its own."""
+        for block in blocks:
+            await self.take(block.name, block.pages, ~_bitmap(other.holes, block.name, len(block.pages)))
 
     async def take_file(self, name: str, path: Path) -> None:
         """The whole of that block is in a file."""

@@ -95,16 +95,9 @@ def migrate(
     afterwards, as they do in QEMU; those of a dry run do not: there -p max-bandwidth and -p downtime-limit say what to
     predict for.
     """
-    if uri is None and not dry:
-        raise click.UsageError("missing argument 'URI': where to migrate to, for example tcp:host-b:4444")
     share = postcopy_after if postcopy_after is not None else (1.0 if postcopy else None)
     wait = wait or share is not None
-    if dry and (share is not None or resume):
-        raise click.UsageError("a dry run moves nothing: --postcopy and --resume have no meaning for it")
-    if timeout is not None and not wait:
-        raise click.UsageError("--timeout needs --wait: nobody would be there to cancel")
-    if dry and wait:
-        raise click.UsageError("--dry-run and --wait exclude each other: a dry run is waited for in any case")
+    _check_usage(uri, share, wait=wait, timeout=timeout, resume=resume, dry=dry)
     stop = Stop()
 
     async def begin(remote: Remote, present: Settings, changes: Settings) -> Tracker:
@@ -147,6 +140,19 @@ def migrate(
         return "the migration is to be cancelled" if wait else "ending; what was asked for may have been accepted"
 
     return run(job, as_json=as_json, interrupt=stop.ask if wait or dry else None, doing=doing)
+
+
+def _check_usage(
+    uri: str | None, share: float | None, *, wait: bool, timeout: float | None, resume: bool, dry: bool
+) -> None:
+    if uri is None and not dry:
+        raise click.UsageError("missing argument 'URI': where to migrate to, for example tcp:host-b:4444")
+    if dry and (share is not None or resume):
+        raise click.UsageError("a dry run moves nothing: --postcopy and --resume have no meaning for it")
+    if timeout is not None and not wait:
+        raise click.UsageError("--timeout needs --wait: without it the command ends before it could cancel")
+    if dry and wait:
+        raise click.UsageError("--dry-run and --wait exclude each other: a dry run is waited for in any case")
 
 
 async def _begun(remote: Remote, uri: str, *, as_json: bool) -> int:

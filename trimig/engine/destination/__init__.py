@@ -33,7 +33,7 @@ from ...guest import (
 from ...monitor import blockers
 from ...status import Role, Status
 from ...wire import events as ev
-from ...wire import postcopy
+from ...wire import postcopy as wire_postcopy
 from ...wire.constants import Command, Section
 from ...wire.decoder import Decoder
 from ...wire.devices import globalstate
@@ -354,7 +354,7 @@ class _Arrival(Arrival):
                 )
             case Command.POSTCOPY_RAM_DISCARD:
                 lengths = {block.name: block.length for block in self.guest.ram}
-                self.ram.forget(postcopy.decode_discard(event.payload, lengths, offset=event.at))
+                self.ram.forget(wire_postcopy.decode_discard(event.payload, lengths, offset=event.at))
 
     async def _answer_mark(self) -> None:
         """The source is a trimig: so is this side. Without a way back it is not told, and says nothing of it either."""
@@ -383,7 +383,7 @@ class _Arrival(Arrival):
 
     async def _advise(self, event: ev.CommandElement) -> None:
         """The source may switch to postcopy: better to find out now whether that is possible here."""
-        advice = postcopy.decode_advise(event.payload, offset=event.at)
+        advice = wire_postcopy.decode_advise(event.payload, offset=event.at)
         if self.advised:
             raise RemoteProtocolError("POSTCOPY_ADVISE a second time", offset=event.at)
         if advice is None:

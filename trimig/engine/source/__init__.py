@@ -30,7 +30,7 @@ from ...policy.eta import Stall
 from ...policy.rate import WINDOW
 from ...status import Role, Status
 from ...wire import encoder as wire
-from ...wire import postcopy
+from ...wire import postcopy as wire_postcopy
 from ...wire.constants import Command
 from ...wire.marks import ATTEMPT_BYTES, PING_MARK, Mark
 from .. import guest_calls
@@ -146,7 +146,7 @@ class _Attempt(Departure):
             if self.two_way:
                 nursery.start_soon(self._await_answer, self.reader, name="trimig.first_answer")
         if config.capabilities.postcopy_ram:
-            await channel.send(postcopy.advise(postcopy.Advice()))
+            await channel.send(wire_postcopy.advise(wire_postcopy.Advice()))
         sender = self.records = RamSender(channel, limiter, self.counters, footers=config.peer.send_section_footer)
         early: Sequence[DeviceSection] = ()
         if isinstance(self.guest, OpaqueGuest):
@@ -382,7 +382,7 @@ class _Attempt(Departure):
         unsent = await self._last_pages()
         await self._announce(channel)
         for block, bitmap in zip(blocks, unsent, strict=True):
-            await channel.send(b"".join(postcopy.discards(block.name, bitmap)))
+            await channel.send(b"".join(wire_postcopy.discards(block.name, bitmap)))
         self.parts["ram"] = watch.lap()
         devices = DeviceSender(self.guest, self._run_state, config.peer)
         saved = await self._call("saving the devices", self.guest.save_devices)
@@ -395,7 +395,7 @@ class _Attempt(Departure):
         self.parts["devices"] = watch.lap()
         await self._prepare(channel, PING_DISCARDED)
         self.parts["prepare"] = watch.lap()
-        package = postcopy.packaged(
+        package = wire_postcopy.packaged(
             wire.command(Command.POSTCOPY_LISTEN)
             + sections
             + wire.ping(PING_LOADED)

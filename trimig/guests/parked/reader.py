@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import trio
 
 from ...channel.offload import offload
 from ...config.peer import PeerProfile
@@ -23,8 +22,9 @@ from ...wire.constants import Section
 from ...wire.decoder import Decoder
 from ...wire.devices.sections import SplitTail, Undelimited
 from ...wire.devices.virtio_mem import absent_by_rule
+from ...wire.elements import Elements
 from ...wire.pages.size import wrong_page_size
-from ...wire.refusals import Unsupported, check_kept_command
+from ...wire.refusals import check_kept_command
 
 if TYPE_CHECKING:
     from ...wire.devices.tail import TailBuffer
@@ -77,62 +77,64 @@ async def read_stream(path: Path, guest: OpaqueGuest, *, partial: bool = False) 
         os.close(fd)
 
 
+class _Reading:
+    """A guest that is being read from a file."""
+
+    def __init__(self, guest: OpaqueGuest, decoder: Decoder) -> None:
+        self._guest = guest
+        self._decoder = decoder
+        self._header: ev.SectionHeader | None = None
+        self._machine = ""
+        self._subsections: tuple[ConfigSubsection, ...] = ()
+        self._adopted = False
+        self.ram = RamReceiver(Counters())
+        self.early: list[DeviceSection] = []
+        self.tail: TailBuffer | None = None
+        self.tail_at = 0
+
+    async def take(self, event: ev.Event) -> None:
+        match event:
+            case ev.PageRun():
+                await self.ram.pages(event)
+            case ev.ZeroRun():
+                await self.ram.zeros(event)
+            case ev.Configuration():
+                self._machine, self._subsections = event.machine, event.subsections
+            case ev.RamList():
+                if not self._adopted:
+                    self._guest.adopt(self._machine, self._subsections, event.blocks)
+                    self._adopted = True
+                self.ram.open(event, self._guest.ram)
+            case ev.SectionHeader(kind=Section.FULL):
+                self._header = event
+            case ev.DevicePayload():
+                assert self._header is not None
+                self.early.append(
+                    DeviceSection(
+                        idstr=self._header.idstr,
+                        instance_id=self._header.instance_id,
+                        version_id=self._header.version_id,
+                        section_id=self._header.section_id,
+                        payload=event.payload,
+                        before="pages" if self._adopted else "list",
+                    )
+                )
+            case ev.CommandElement():
+                check_kept_command(event.number, len(event.payload), event.at)
+            case ev.TailBytes():
+                if self.tail is None:
+                    self.tail_at = event.at
+                    self.tail = device_tail.buffer(footers=self._decoder.footers is not False)
+                await device_tail.feed(self.tail, event.data)
+
+
 async def _read(fd: int, guest: OpaqueGuest, *, partial: bool) -> Read:
     decoder = Decoder(measure=None, configuration=None, footers=None, buffer_bytes=_BUFFER)
-    ram = RamReceiver(Counters())
-    tail: TailBuffer | None = None
-    early: list[DeviceSection] = []
-    header: ev.SectionHeader | None = None
-    machine = ""
-    subsections: tuple[ConfigSubsection, ...] = ()
-    tail_at = 0
-    adopted = False
-    ended = False
-    while True:
-        await trio.lowlevel.checkpoint()
-        while (event := decoder.next_event()) is not None:
-            match event:
-                case ev.PageRun():
-                    await ram.pages(event)
-                case ev.ZeroRun():
-                    await ram.zeros(event)
-                case ev.Configuration():
-                    machine, subsections = event.machine, event.subsections
-                case ev.RamList():
-                    if not adopted:
-                        guest.adopt(machine, subsections, event.blocks)
-                        adopted = True
-                    ram.open(event, guest.ram)
-                case ev.SectionHeader(kind=Section.FULL):
-                    header = event
-                case ev.DevicePayload():
-                    assert header is not None
-                    early.append(
-                        DeviceSection(
-                            idstr=header.idstr,
-                            instance_id=header.instance_id,
-                            version_id=header.version_id,
-                            section_id=header.section_id,
-                            payload=event.payload,
-                            before="pages" if adopted else "list",
-                        )
-                    )
-                case ev.CommandElement():
-                    check_kept_command(event.number, len(event.payload), event.at)
-                case ev.TailBytes():
-                    if tail is None:
-                        tail_at = event.at
-                        tail = device_tail.buffer(footers=decoder.footers is not False)
-                    await device_tail.feed(tail, event.data)
-        if ended or (tail is not None and tail.complete):
-            break
-        count = await offload(os.readv, fd, [decoder.writable()[:_READ]])
-        decoder.received(count)
-        if not count:
-            if not decoder.offset and not decoder.pending:
-                raise Unsupported("the file is empty")
-            decoder.receive_eof()
-            ended = True
+    reading = _Reading(guest, decoder)
+    elements = Elements(decoder, lambda buffer: offload(os.readv, fd, [buffer[:_READ]]))
+    while (reading.tail is None or not reading.tail.complete) and (event := await elements.next()) is not None:
+        await reading.take(event)
+    tail, tail_at, ram, early = reading.tail, reading.tail_at, reading.ram, reading.early
     if tail is None:
         raise RemoteProtocolError("the stream has no devices", offset=decoder.offset)
     if (size := decoder.page_size) is not None:
