@@ -57,7 +57,7 @@ MAY_IMPORT: Final = {
 ADDRESSES: Final = {
     **dict.fromkeys(
         ("threading", "_thread", "concurrent", "to_thread", "from_thread", "start_thread_soon"),
-        frozenset({"trimig/channel/offload.py", "trimig/portal.py", "trimig/guests/workload/faults.py"}),
+        frozenset({"trimig/channel/offload.py", "trimig/portal/portal.py", "trimig/guests/workload/faults.py"}),
     ),
     "shield": frozenset({"trimig/channel/closing.py", "trimig/engine/guest_calls.py", "trimig/engine/shield.py"}),
     "_ALLOW_DETERMINISTIC_SCHEDULING": frozenset({"trimig/testing/determinism.py"}),

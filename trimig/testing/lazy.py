@@ -14,7 +14,8 @@ import numpy as np
 import trio
 
 from ..guest import PageBitmap, Pages, Wait
-from .fakes import FakeBlock, ScriptedGuest
+from .fakes import ScriptedGuest
+from .parts import FakeBlock
 
 
 class LazyBlock(FakeBlock):

@@ -21,7 +21,8 @@ from ..errors import TrimigError
 from .determinism import deterministic_schedule
 from .edges import EdgeInstrument, EdgeKind, InstrumentErrors, StuckInstrument
 from .failing import Calls
-from .link import DIRECTIONS, Direction, Fault, VirtualLink
+from .link import VirtualLink
+from .pipe import DIRECTIONS, Direction, Fault
 
 T = TypeVar("T")
 

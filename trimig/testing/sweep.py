@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
 from .edges import EDGE_KINDS, EdgeKind, first_difference
-from .link import DIRECTIONS, Direction, Fault, FaultKind
+from .pipe import DIRECTIONS, Direction, Fault, FaultKind
 from .scenario import CancelAt, ExpireAt, FailCall, LeapAt, Point, Run, Scenario, SweepFailure, replay
 
 T = TypeVar("T")

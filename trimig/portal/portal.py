@@ -25,23 +25,24 @@ import functools
 import inspect
 from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, overload
 
 import anyio
 import anyio.abc
 import anyio.from_thread
 import trio
 
-from . import api
-from .channel.offload import offload
-from .errors import MigrationCancelled, Ownership, TrimigError
-from .monitor.monitor import Monitor, Statistics, Summary
-from .status import IDLE, Status
+from .. import api
+from ..channel.offload import offload
+from ..errors import MigrationCancelled, Ownership, TrimigError
+from ..monitor.monitor import Monitor, Statistics, Summary
+from ..status import IDLE, Status
 
 if TYPE_CHECKING:
-    from .config.config import Config
-    from .config.parameters import Parameters
-    from .guest import Guest
+    from ..config.config import Config
+    from ..config.parameters import Parameters
+    from ..guest import Guest
+
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,8 +50,6 @@ T = TypeVar("T")
 #: As for :func:`trimig.migrate`, or a plain function, which is then called in a thread.
 CommitHook = Callable[[], Awaitable[None] | None]
 FenceHook = Callable[[], Awaitable[Ownership] | Ownership]
-
-_READ_BYTES: Final = 1 << 16
 
 
 class Portal:
@@ -446,95 +445,3 @@ def _trio_hook(hook: Callable[[], Awaitable[T] | T] | None) -> Callable[[], Awai
 
 
 # -- streams of anyio --------------------------------------------------------------------------------------------------
-
-
-@overload
-def from_anyio(stream: anyio.abc.ByteStream) -> trio.abc.HalfCloseableStream: ...
-@overload
-def from_anyio(stream: anyio.abc.ByteSendStream) -> trio.abc.SendStream: ...
-@overload
-def from_anyio(stream: anyio.abc.ByteReceiveStream) -> trio.abc.ReceiveStream: ...
-def from_anyio(
-    stream: anyio.abc.ByteStream | anyio.abc.ByteSendStream | anyio.abc.ByteReceiveStream,
-) -> trio.abc.HalfCloseableStream | trio.abc.SendStream | trio.abc.ReceiveStream:
-    """A stream of anyio as a channel for :func:`trimig.migrate` and :func:`trimig.receive`, which then own it.
-
-    The application must run anyio on its trio backend: a stream of an asyncio loop cannot be used from trio. A stream
-    of one direction stays one, and has no return path. The end of the stream and its errors become trio's.
-
-    Raises:
-        TypeError: it carries something other than bytes, or is no stream.
-    """
-    sends = isinstance(stream, anyio.abc.ByteSendStream | anyio.abc.ByteStream)
-    receives = isinstance(stream, anyio.abc.ByteReceiveStream | anyio.abc.ByteStream)
-    if sends and receives:
-        return _Both(stream)
-    if sends:
-        return _Sending(stream)
-    if receives:
-        return _Receiving(stream)
-    raise TypeError(f"not a byte stream of anyio: {stream!r}")
-
-
-@contextlib.contextmanager
-def _as_trio() -> Generator[None, None, None]:
-    """Errors of anyio as trio's. The cause is kept: it names the system's own error."""
-    try:
-        yield
-    except anyio.ClosedResourceError as error:
-        raise trio.ClosedResourceError(*error.args) from error
-    except anyio.BusyResourceError as error:
-        raise trio.BusyResourceError(*error.args) from error
-    except (anyio.BrokenResourceError, anyio.EndOfStream) as error:
-        raise trio.BrokenResourceError(*error.args) from (error.__cause__ or error)
-
-
-class _Wrapped(trio.abc.AsyncResource):
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-        self._closed = False
-        self._ended = False
-
-    def _check(self, *, sending: bool = False) -> None:
-        if self._closed or (sending and self._ended):  # anyio does not look in every case
-            raise trio.ClosedResourceError("this stream has been closed")
-
-    async def aclose(self) -> None:
-        self._closed = True
-        with _as_trio():
-            await self._inner.aclose()
-
-
-class _Sending(_Wrapped, trio.abc.SendStream):
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        self._check(sending=True)
-        with _as_trio():
-            # anyio's interface is about bytes; what the engine hands over is a view that it will use again.
-            await self._inner.send(data if isinstance(data, bytes) else bytes(data))
-            if not data:  # for which anyio need not wait at all
-                await trio.lowlevel.checkpoint()
-
-    async def wait_send_all_might_not_block(self) -> None:
-        self._check(sending=True)
-        await trio.lowlevel.checkpoint()  # anyio cannot tell; "might not" is never wrong
-
-
-class _Receiving(_Wrapped, trio.abc.ReceiveStream):
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        if max_bytes is not None and max_bytes < 1:
-            raise ValueError("max_bytes must be at least 1")
-        self._check()
-        with _as_trio():
-            try:
-                return bytes(await self._inner.receive(_READ_BYTES if max_bytes is None else max_bytes))
-            except anyio.EndOfStream:
-                return b""
-
-
-class _Both(_Sending, _Receiving, trio.abc.HalfCloseableStream):
-    async def send_eof(self) -> None:
-        self._check()
-        self._ended = True
-        with _as_trio():
-            await self._inner.send_eof()
-            await trio.lowlevel.checkpoint()  # anyio need not
