@@ -17,19 +17,21 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from typing import Final, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from ..errors import RemoteProtocolError, TransportFailed
 from ..guest import PAGE_SIZE
+from .commands import HEAD as COMMAND_HEAD
+from .commands import read_command
 from .configuration import read_configuration
-from .constants import MAGIC, VERSION, Command, Section
+from .constants import Command, Section
+from .description_text import DescriptionText
 from .early import FooterSearch
 from .events import (
     CommandElement,
     Configuration,
-    Description,
     DevicePayload,
     EndOfStream,
     Event,
@@ -40,25 +42,13 @@ from .events import (
     SectionHeader,
     TailBytes,
 )
-from .formats import LOOK, may_become_known, what_is
-from .marks import Mark, is_mark, wrong_length
+from .header import LENGTH as FILE_HEADER_LENGTH
+from .header import read_file_header
 from .pages.plain import RecordReader
 from .pages.size import wrong_page_size
-from .refusals import Unsupported, unknown_command, unknown_section
+from .refusals import Unsupported, unknown_section
 
 _BE32 = struct.Struct(">I")
-
-#: Command payloads of one possible length (commands.md part 2).
-_COMMAND_LENGTH: Final = {
-    Command.OPEN_RETURN_PATH: 0,
-    Command.PING: 4,
-    Command.POSTCOPY_LISTEN: 0,
-    Command.POSTCOPY_RUN: 0,
-    Command.PACKAGED: 4,
-    Command.ENABLE_COLO: 0,
-    Command.POSTCOPY_RESUME: 0,
-    Command.SWITCHOVER_START: 0,
-}
 
 
 class Measure(Protocol):
@@ -111,7 +101,6 @@ class Decoder:
         self._footers = footers
         self._expect_description = description
         self._max_device_bytes = max_device_bytes
-        self._max_description_bytes = max_description_bytes
         self._max_ram_bytes = max_ram_bytes
         self._array = np.empty(max(buffer_bytes, 2 * PAGE_SIZE), np.uint8)
         self._mem = self._array.data
@@ -134,9 +123,7 @@ class Decoder:
         self._records_only = records_only
         #: The sender is a trimig that may use the commands of :mod:`.marks`. Set by who has seen its mark.
         self.marks = False
-        self._text: bytearray | None = None
-        self._text_length = 0
-        self._text_at = 0
+        self._text = DescriptionText(max_description_bytes)
 
     # -- the buffer ------------------------------------------------------------------------------------------------
 
@@ -313,26 +300,11 @@ class Decoder:
         self._pos, self._end = 0, rest
 
     def _read_file_header(self) -> Event | None:
-        have = min(self._end - self._pos, 4)
-        if bytes(self._mem[self._pos : self._pos + have]) != MAGIC[:have]:
-            first = bytes(self._mem[self._pos : min(self._end, self._pos + LOOK)])
-            what = what_is(first)
-            if what is not None:
-                raise Unsupported(f"not a migration stream but {what}", offset=self.offset)
-            if may_become_known(first) and not self._eof:
-                return None
-            raise Unsupported(
-                f"not a migration stream: it starts with {first[:4]!r} instead of {MAGIC!r}", offset=self.offset
-            )
-        if not self._have(8):
+        version = read_file_header(self._mem[self._pos : self._end], final=self._eof)
+        if version is None:
             return None
-        version = self._be32(4)
-        if version == 2:
-            raise self._error("stream version 2 is obsolete and cannot be read; version 3 is needed")
-        if version != VERSION:
-            raise self._error(f"stream version {version} is not supported; version {VERSION} is needed")
         self._state = self._read_section if self._expect_configuration is False else self._read_configuration
-        return FileHeader(version=version, at=self._consume(8))
+        return FileHeader(version=version, at=self._consume(FILE_HEADER_LENGTH))
 
     def _read_configuration(self) -> Event | None:
         if not self._have(1):
@@ -431,36 +403,20 @@ class Decoder:
         )
 
     def _read_command(self) -> Event | None:
-        if not self._have(5):
+        found = read_command(self._mem[self._pos : self._end], marks=self.marks)
+        if found is None:
             return None
-        number, length = struct.unpack_from(">HH", self._mem, self._pos + 1)
-        if self.marks and is_mark(number):
-            if (problem := wrong_length(Mark(number), length)) is not None:
-                raise self._error(problem)
-            if not self._have(5 + length):
-                return None
-            payload = bytes(self._mem[self._pos + 5 : self._pos + 5 + length])
-            return CommandElement(number=number, payload=payload, at=self._consume(5 + length))
-        try:
-            command = Command(number)
-        except ValueError:
-            raise unknown_command(number, length) from None
-        expected = _COMMAND_LENGTH.get(command)
-        if expected is not None and length != expected:
-            raise self._error(f"command {command.name} with {length} bytes of payload, expected {expected}")
-        if not self._have(5 + length):
-            return None
-        payload = bytes(self._mem[self._pos + 5 : self._pos + 5 + length])
-        if command is Command.PACKAGED:
+        number, payload = found
+        if number == Command.PACKAGED:
             self._package_bytes = int.from_bytes(payload)
             if self._package_bytes > self._max_device_bytes:
                 raise self._error(
                     f"package of {self._package_bytes} bytes, at most {self._max_device_bytes} are accepted"
                 )
             self._state = self._read_package
-        if command is Command.POSTCOPY_ADVISE and length == 16:
+        if number == Command.POSTCOPY_ADVISE and len(payload) == 16:
             self._records.page_sizes = int.from_bytes(payload[:8])
-        return CommandElement(number=number, payload=payload, at=self._consume(5 + length))
+        return CommandElement(number=number, payload=payload, at=self._consume(COMMAND_HEAD + len(payload)))
 
     def _read_package(self) -> Event | None:
         if not self._have(self._package_bytes):
@@ -549,33 +505,17 @@ class Decoder:
         return TailBytes(data=data, at=self._consume(len(data)))
 
     def _read_description(self) -> Event | None:
-        if self._text is None:
-            if not self._have(1):
-                return None
-            kind = self._mem[self._pos]
-            if kind != Section.VMDESCRIPTION:
-                raise self._error(f"expected the description behind the end of file, found type {kind:#04x}")
-            if not self._have(5):
-                return None
-            length = self._be32(1)
-            if length > self._max_description_bytes:
-                raise self._error(f"description of {length} bytes, at most {self._max_description_bytes} are accepted")
-            self._text_length = length
-            self._text_at = self._consume(5)
-            self._text = bytearray()
-        take = min(self._text_length - len(self._text), self._end - self._pos)
-        self._text += self._mem[self._pos : self._pos + take]
-        self._consume(take)
-        if len(self._text) < self._text_length:
-            return None
-        self._state = self._read_nothing
-        return Description(text=bytes(self._text), at=self._text_at)
+        event, used = self._text.take(self._mem[self._pos : self._end], self.offset)
+        self._consume(used)
+        if event is not None:
+            self._state = self._read_nothing
+        return event
 
     def _cut_description(self) -> Event | None:
         self._state = self._read_nothing
-        at = self.offset if self._text is None else self._text_at
+        event = self._text.cut(self.offset)
         self._pos = self._end
-        return Description(text=bytes(self._text or b""), complete=False, at=at)
+        return event
 
     def _read_nothing(self) -> Event | None:
         self._pos = self._end  # bytes behind the description are ignored (stream.md part 7)

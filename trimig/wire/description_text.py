@@ -1,0 +1,55 @@
+"""The description behind the end of a stream, while its text comes in (stream.md part 7)."""
+
+from __future__ import annotations
+
+from ..errors import RemoteProtocolError
+from .constants import Section
+from .events import Description
+
+
+class DescriptionText:
+    """Collects the text.
+
+    Args:
+        longest: bytes that are accepted.
+    """
+
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
+        self._text: bytearray | None = None
+        self._length = 0
+        self._at = 0
+
+    def take(self, data: memoryview, at: int) -> tuple[Description | None, int]:
+        """Take what *data*, which stands at the offset *at*, has of it.
+
+        Returns:
+            The description if that was the last of it; and the bytes that were taken.
+
+        Raises:
+            RemoteProtocolError: without an offset; it is no description, or too long.
+        """
+        used = 0
+        if self._text is None:
+            if not len(data):
+                return None, 0
+            if data[0] != Section.VMDESCRIPTION:
+                raise RemoteProtocolError(f"expected the description behind the end of file, found type {data[0]:#04x}")
+            if len(data) < 5:
+                return None, 0
+            length = int.from_bytes(data[1:5])
+            if length > self._longest:
+                raise RemoteProtocolError(f"description of {length} bytes, at most {self._longest} are accepted")
+            self._length, self._at, self._text, used = length, at, bytearray(), 5
+        more = data[used : used + self._length - len(self._text)]
+        self._text += more
+        used += len(more)
+        if len(self._text) < self._length:
+            return None, used
+        return Description(text=bytes(self._text), at=self._at), used
+
+    def cut(self, at: int) -> Description:
+        """What there is of it at the end of the connection, which is at the offset *at*."""
+        if self._text is None:
+            return Description(text=b"", complete=False, at=at)
+        return Description(text=bytes(self._text), complete=False, at=self._at)
