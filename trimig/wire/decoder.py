@@ -17,48 +17,26 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import RemoteProtocolError, TransportFailed
 from ..guest import PAGE_SIZE
-from .commands import HEAD as COMMAND_HEAD
-from .commands import read_command
+from . import commands, header
+from . import events as ev
 from .configuration import read_configuration
 from .constants import Command, Section
 from .description_text import DescriptionText
 from .early import FooterSearch
-from .events import (
-    CommandElement,
-    Configuration,
-    DevicePayload,
-    EndOfStream,
-    Event,
-    FileHeader,
-    Package,
-    RamEnd,
-    SectionFooter,
-    SectionHeader,
-    TailBytes,
-)
-from .header import LENGTH as FILE_HEADER_LENGTH
-from .header import read_file_header
 from .pages.plain import RecordReader
 from .pages.size import wrong_page_size
 from .refusals import Unsupported, unknown_section
 
+if TYPE_CHECKING:
+    from .measure import Measure
+
 _BE32 = struct.Struct(">I")
-
-
-class Measure(Protocol):
-    """Finds the length of a device's payload."""
-
-    def __call__(self, idstr: str, instance_id: int, version_id: int, data: memoryview, /) -> int | None:
-        """Bytes of the payload at the start of *data*; None if it is not complete yet.
-
-        Raises RemoteProtocolError for an unknown device, a version that is too new, or impossible data.
-        """
 
 
 class Decoder:
@@ -109,9 +87,9 @@ class Decoder:
         self._base = 0  # stream offset of buffer[0]
         self._eof = False
         self._failure: Exception | None = None
-        self._state: Callable[[], Event | None] = self._read_file_header
-        self._started: dict[int, SectionHeader] = {}
-        self._section: SectionHeader | None = None
+        self._state: Callable[[], ev.Event | None] = self._read_file_header
+        self._started: dict[int, ev.SectionHeader] = {}
+        self._section: ev.SectionHeader | None = None
         self._records = RecordReader(reorder=reorder)
         self._ram_begun = continues is not None
         self._footer_search = FooterSearch(0)
@@ -233,7 +211,7 @@ class Decoder:
 
     # -- events ----------------------------------------------------------------------------------------------------
 
-    def next_event(self) -> Event | None:
+    def next_event(self) -> ev.Event | None:
         """The next element, or None: more bytes are needed (or, after the end, none are).
 
         Raises:
@@ -299,14 +277,14 @@ class Decoder:
         self._array, self._mem = array, array.data
         self._pos, self._end = 0, rest
 
-    def _read_file_header(self) -> Event | None:
-        version = read_file_header(self._mem[self._pos : self._end], final=self._eof)
+    def _read_file_header(self) -> ev.Event | None:
+        version = header.read_file_header(self._mem[self._pos : self._end], final=self._eof)
         if version is None:
             return None
         self._state = self._read_section if self._expect_configuration is False else self._read_configuration
-        return FileHeader(version=version, at=self._consume(FILE_HEADER_LENGTH))
+        return ev.FileHeader(version=version, at=self._consume(header.LENGTH))
 
-    def _read_configuration(self) -> Event | None:
+    def _read_configuration(self) -> ev.Event | None:
         if not self._have(1):
             return None
         kind = self._mem[self._pos]
@@ -325,9 +303,9 @@ class Decoder:
         machine, subsections, used = found
         self._state = self._read_section
         self._expect_configuration = True
-        return Configuration(machine=machine, subsections=subsections, at=self._consume(used))
+        return ev.Configuration(machine=machine, subsections=subsections, at=self._consume(used))
 
-    def _read_section(self) -> Event | None:
+    def _read_section(self) -> ev.Event | None:
         if not self._have(1):
             return None
         kind = self._mem[self._pos]
@@ -345,10 +323,10 @@ class Decoder:
                 return self._read_command()
             case Section.EOF:
                 self._state = self._read_description if self._expect_description else self._read_nothing
-                return EndOfStream(at=self._consume(1))
+                return ev.EndOfStream(at=self._consume(1))
         raise self._error(f"unknown section type {kind} (0x{kind:02x})")
 
-    def _read_section_start(self, kind: Section) -> Event | None:
+    def _read_section_start(self, kind: Section) -> ev.Event | None:
         idstr = self._cstr(5)
         if idstr is None:
             return None
@@ -368,7 +346,7 @@ class Decoder:
         else:
             self._state = self._read_device if self._measure is not None else self._read_early
             self._footer_search = FooterSearch(section_id)
-        header = SectionHeader(
+        header = ev.SectionHeader(
             kind=kind,
             section_id=section_id,
             idstr=idstr,
@@ -383,7 +361,7 @@ class Decoder:
         self._section = header
         return header
 
-    def _read_section_continue(self, kind: Section) -> Event | None:
+    def _read_section_continue(self, kind: Section) -> ev.Event | None:
         if not self._have(5):
             return None
         section_id = self._be32(1)
@@ -393,7 +371,7 @@ class Decoder:
         self._section = started
         self._ram_begun = True
         self._state = self._read_records
-        return SectionHeader(
+        return ev.SectionHeader(
             kind=kind,
             section_id=section_id,
             idstr=started.idstr,
@@ -402,8 +380,8 @@ class Decoder:
             at=self._consume(5),
         )
 
-    def _read_command(self) -> Event | None:
-        found = read_command(self._mem[self._pos : self._end], marks=self.marks)
+    def _read_command(self) -> ev.Event | None:
+        found = commands.read_command(self._mem[self._pos : self._end], marks=self.marks)
         if found is None:
             return None
         number, payload = found
@@ -416,28 +394,28 @@ class Decoder:
             self._state = self._read_package
         if number == Command.POSTCOPY_ADVISE and len(payload) == 16:
             self._records.page_sizes = int.from_bytes(payload[:8])
-        return CommandElement(number=number, payload=payload, at=self._consume(COMMAND_HEAD + len(payload)))
+        return ev.CommandElement(number=number, payload=payload, at=self._consume(commands.HEAD + len(payload)))
 
-    def _read_package(self) -> Event | None:
+    def _read_package(self) -> ev.Event | None:
         if not self._have(self._package_bytes):
             if self._package_bytes > len(self._mem) // 2:
                 self._grow(min(2 * len(self._mem), 2 * self._package_bytes))
             return None
         data = bytes(self._mem[self._pos : self._pos + self._package_bytes])
         self._state = self._read_section
-        return Package(data=data, at=self._consume(self._package_bytes))
+        return ev.Package(data=data, at=self._consume(self._package_bytes))
 
-    def _read_records(self) -> Event | None:
+    def _read_records(self) -> ev.Event | None:
         event, used = self._records.read(
             self._array, self._pos, self._end, self.offset, self._max_ram_bytes, final=self._eof
         )
         if event is not None:
             self._pos += used
-            if isinstance(event, RamEnd):
+            if isinstance(event, ev.RamEnd):
                 self._end_section()
         return event
 
-    def _read_early(self) -> Event | None:
+    def _read_early(self) -> ev.Event | None:
         """A device section in front of the memory, of a device that is not known."""
         data = self._footer_search.data
         data += self._mem[self._pos + len(data) : self._end]
@@ -449,9 +427,9 @@ class Decoder:
                 self._grow(min(2 * len(self._mem), 2 * self._max_device_bytes))
             return None
         self._end_section()
-        return DevicePayload(payload=bytes(data[:length]), at=self._consume(length))
+        return ev.DevicePayload(payload=bytes(data[:length]), at=self._consume(length))
 
-    def _read_device(self) -> Event | None:
+    def _read_device(self) -> ev.Event | None:
         assert self._measure is not None
         assert self._section is not None
         section = self._section
@@ -460,7 +438,7 @@ class Decoder:
         if length is not None and self._have(length):
             payload = bytes(self._mem[self._pos : self._pos + length])
             self._end_section()
-            return DevicePayload(payload=payload, at=self._consume(length))
+            return ev.DevicePayload(payload=payload, at=self._consume(length))
         have = self._end - self._pos
         if have >= self._max_device_bytes:
             raise self._error(f"device state of more than {self._max_device_bytes} bytes")
@@ -476,7 +454,7 @@ class Decoder:
         if self._footers is False:
             self._section = None
 
-    def _read_footer(self) -> Event | None:
+    def _read_footer(self) -> ev.Event | None:
         assert self._section is not None
         if not self._have(1):
             return None
@@ -496,27 +474,27 @@ class Decoder:
         self._section = None
         self._footers = True
         self._state = self._read_section
-        return SectionFooter(section_id=section_id, at=self._consume(5))
+        return ev.SectionFooter(section_id=section_id, at=self._consume(5))
 
-    def _read_tail(self) -> Event | None:
+    def _read_tail(self) -> ev.Event | None:
         data = bytes(self._mem[self._pos : self._end])
         if not data:
             return None
-        return TailBytes(data=data, at=self._consume(len(data)))
+        return ev.TailBytes(data=data, at=self._consume(len(data)))
 
-    def _read_description(self) -> Event | None:
+    def _read_description(self) -> ev.Event | None:
         event, used = self._text.take(self._mem[self._pos : self._end], self.offset)
         self._consume(used)
         if event is not None:
             self._state = self._read_nothing
         return event
 
-    def _cut_description(self) -> Event | None:
+    def _cut_description(self) -> ev.Event | None:
         self._state = self._read_nothing
         event = self._text.cut(self.offset)
         self._pos = self._end
         return event
 
-    def _read_nothing(self) -> Event | None:
+    def _read_nothing(self) -> ev.Event | None:
         self._pos = self._end  # bytes behind the description are ignored (stream.md part 7)
         return None

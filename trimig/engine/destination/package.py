@@ -16,7 +16,7 @@ from .. import device_tail
 from ..order import Place, check_place
 
 if TYPE_CHECKING:
-    from ...wire.decoder import Measure
+    from ...wire.measure import Measure
 
 _LISTEN: Final = bytes((Section.COMMAND, 0, Command.POSTCOPY_LISTEN, 0, 0))
 
