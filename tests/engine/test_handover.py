@@ -10,7 +10,7 @@ import trio.testing
 
 import trimig
 from tests.engine.pair import ACCEPTED, REFUSED, Destination, Pair, config, played, running, waiting
-from trimig.engine.source import PING_PREPARE
+from trimig.engine.source import PING_OPENED, PING_PREPARE
 from trimig.status import Status
 from trimig.testing import FakeDevice, Fault, VirtualLink
 from trimig.wire import encoder as wire
@@ -60,6 +60,8 @@ async def test_destination_that_does_not_prove_that_it_is_prepared(autojump_cloc
     pair = Pair(config_here=config(handover_timeout=7.0))
 
     async def script(there: Destination) -> None:
+        await there.until(wire.ping(PING_OPENED))
+        await there.say(Pong(value=PING_OPENED))
         await there.until(wire.ping(PING_PREPARE))
         await there.say(Pong(value=PING_PREPARE + 1))
         await there.until_closed()

@@ -44,8 +44,10 @@ from .stream_out import UUID_SUBSECTION, DeviceSender, coming_state, early_secti
 
 #: PING values: 1 is QEMU's, directly behind OPEN_RETURN_PATH; ours asks for the proof of prepare.
 PING_OPENED = 1
-#: Seconds for the answer to it, which takes a round trip.
+#: Seconds for the answer to it, which takes a round trip: then its absence is told, and then it ends the attempt. A
+#: longer stall timeout lengthens the second one.
 _ANSWER_SECONDS = 5.0
+_ANSWER_MOST_SECONDS = 15.0
 PING_PREPARE = 0x74726967
 #: The same before a switch to postcopy, about the memory that is on its way.
 PING_QUEUED = 0x74726971
@@ -168,11 +170,23 @@ class _Attempt(Departure):
             await self._switch_over(nursery, channel, sender)
 
     async def _await_answer(self, reader: ReturnPathReader) -> None:
-        """Tell it if a destination that has connected does not answer: a QEMU answers the first PING before all else."""
-        with trio.move_on_after(_ANSWER_SECONDS) as limit:
-            await reader.wait_pong(PING_OPENED)
+        """A destination answers the first PING before all else. One that has connected and does not is told of, then given up.
+
+        Raises:
+            TransportFailed: nothing at all came for too long.
+
+        **Cancellation:** no effect.
+        """
+        stall = self.config.stall_timeout
+        most = min(stall, max(_ANSWER_MOST_SECONDS, stall / 4))
+        with trio.move_on_after(most) as limit:
+            with trio.move_on_after(_ANSWER_SECONDS) as patience:
+                await reader.wait_life()
+            if patience.cancelled_caught:
+                self.monitor.warn(f"the destination has answered nothing for {_ANSWER_SECONDS:g} s: {SILENT_PEER}")
+                await reader.wait_life()
         if limit.cancelled_caught:
-            self.monitor.warn(f"the destination has answered nothing for {_ANSWER_SECONDS:g} s: {SILENT_PEER}")
+            raise TransportFailed(f"the destination has answered nothing for {most:g} s")
 
     async def _introduce(self, channel: Channel) -> None:
         """Tell a destination that is a trimig the id of this attempt, once: a recovery must name the same."""
@@ -263,9 +277,12 @@ class _Attempt(Departure):
                 await self.reader.wait_acks(self._acks)
 
     async def _wait_for_life(self) -> None:
-        """Where nobody has answered yet, give him a moment, while the guest still runs."""
-        if self.reader is not None and not self.two_way:
-            with trio.move_on_after(SILENCE_SECONDS):
+        """Where no answer has come yet, give it time, while the guest still runs.
+
+        A destination that must answer and does not ends the attempt (:meth:`_await_answer`); another one is given a moment.
+        """
+        if self.reader is not None:
+            with trio.move_on_after(math.inf if self.two_way else SILENCE_SECONDS):
                 await self.reader.wait_life()
 
     async def _drain(self) -> None:

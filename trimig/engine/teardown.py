@@ -46,14 +46,16 @@ async def guest_call(what: str, call: Callable[[], Awaitable[None]], grace: floa
 async def farewell(channel: Channel, message: bytes, grace: float) -> bool:
     """Send the last message if the channel can still take it, and let the peer read it; False if it cannot be said.
 
+    What a cancelled write has left half sent is finished first, where it is known (:meth:`.channel.Channel.mend`).
+
     **Cancellation:** held off, for at most *grace* seconds.
     """
-    if channel.poisoned:
+    if (rest := channel.mend()) is None:
         return False
     said = False
     with trio.move_on_after(grace, shield=True):
         try:
-            await channel.send(message)
+            await channel.send(rest + message)
             said = True
             # Closing with unread input makes TCP send a reset, which can overtake the message just sent. So the
             # sending side is closed first, and what still comes in is read for a moment.
