@@ -100,7 +100,7 @@ async def test_multifd_at_the_destination_only_is_said(size: int) -> None:
             monitor = trimig.Monitor()
             statuses: list[str] = []
             monitor.add_listener(lambda event: statuses.append(event.name))
-            with pytest.raises(trimig.TransportFailed, match="answered nothing for 15 s; .* turn multifd off there"):
+            with pytest.raises(trimig.TransportFailed, match=r"answered nothing for 15 s; .* turn multifd off there"):
                 await trimig.migrate(guest, uri, peers.settings(), monitor=monitor)
         assert any("multifd" in text for text in monitor.counters.warnings)
         assert "STOP" not in statuses
