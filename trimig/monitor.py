@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, cast
 
 from .config import Capabilities, Config, Parameters
 from .errors import Ownership
+from .expected import expect
 from .guest import Guest
 from .info import Convergence, Counters, Downtime, Event, Statistics, Summary
 from .listeners import Listener
@@ -29,6 +30,10 @@ __all__ = (
     "Statistics",
     "Summary",
 )
+
+
+#: The kind of what can be called, for a check while the program runs.
+_Function: type[Any] = cast("type[Any]", Callable)
 
 
 class Monitor:
@@ -49,6 +54,7 @@ class Monitor:
 
     @guest.setter
     def guest(self, guest: Guest | None) -> None:
+        expect("guest", guest, (Guest, type(None)), "a trimig.Guest such as a trimig.AppGuest, or None")
         self._core.guest = guest
 
     @property
@@ -100,6 +106,7 @@ class Monitor:
 
         **Cancellation:** nothing is lost; the iterator may be used again.
         """
+        expect("every", every, (int, float), "a number of seconds")
         return self._core.watch(every)
 
     async def wait_status(self, *statuses: Status) -> Status:
@@ -107,6 +114,8 @@ class Monitor:
 
         **Cancellation:** no effect.
         """
+        for status in statuses:
+            expect("statuses", status, Status, "of trimig.Status")
         return await self._core.wait_status(*statuses)
 
     async def wait_changed(self) -> None:
@@ -129,6 +138,7 @@ class Monitor:
         It is called by the engine's own task, synchronously: it must not wait, and should be quick. It may call what
         steers a migration (:meth:`cancel`, :meth:`resume`). If it raises, that is logged, and it is removed.
         """
+        expect("listener", listener, _Function, "a function")
         return self._core.add_listener(listener)
 
     # -- steering --------------------------------------------------------------------------------------------------
@@ -141,6 +151,7 @@ class Monitor:
         Raises:
             StateError: the decision to hand over has been sent and cannot be taken back.
         """
+        expect("reason", reason, str, "a str")
         self._core.cancel(reason)
 
     def resume(self) -> None:
@@ -167,6 +178,7 @@ class Monitor:
         Raises:
             StateError: the status is not `postcopy-active` or `postcopy-recover`, or everything has been sent.
         """
+        expect("reason", reason, str, "a str")
         self._core.pause(reason)
 
     def yank(self) -> None:
@@ -186,6 +198,7 @@ class Monitor:
         Raises:
             StateError: the status is another one, or this was asked for already.
         """
+        expect("uri", uri, str, "a URI (a str such as 'tcp:host:4444')")
         self._core.recover(uri)
 
     def abandon(self, reason: str = "no reason was given") -> None:
@@ -194,6 +207,7 @@ class Monitor:
         Raises:
             StateError: the status is another one.
         """
+        expect("reason", reason, str, "a str")
         self._core.abandon(reason)
 
     def set_parameters(self, **changes: Any) -> Parameters:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Final, Protocol
 
 from .errors import GuestFailed, NotOwner, Owner, StateError
+from .expected import expect
 
 #: Says who owns the guest: resumes it here, or gives it up.
 Settle = Callable[[Owner], Awaitable[None]]
@@ -99,12 +100,13 @@ class OwnerState:
         """The guest is being started inside the block: it is this side's, and is not given away meanwhile.
 
         Raises:
-            NotOwner: as :meth:`check`.
+            NotOwner: as :meth:`check`; also at the end of a block in which it has ceased to be this side's.
         """
         self.check(what)
         self._starting += 1
         try:
             yield
+            self.check(what)
         finally:
             self._starting -= 1
 
@@ -112,6 +114,7 @@ class OwnerState:
         """State who owns the guest: HERE resumes it (if it ran before), ELSEWHERE gives it up.
 
         Raises:
+            TypeError: *owner* is no :class:`trimig.Owner`.
             ValueError: *owner* is UNKNOWN.
             StateError: its owner is known, the answer is still waited for, or it is being settled by another task.
             GuestNotResumed: it is here and could not be resumed; ``guest.resume()`` may be tried again.
@@ -119,6 +122,7 @@ class OwnerState:
         **Cancellation:** cancelled before anything was done, or not at all: the resume is bounded by
         ``teardown_grace``.
         """
+        expect("owner", owner, Owner, "trimig.Owner.HERE or trimig.Owner.ELSEWHERE")
         if owner is Owner.UNKNOWN:
             raise ValueError("settle needs a definite owner: Owner.HERE or Owner.ELSEWHERE")
         if self._owner is not Owner.UNKNOWN:

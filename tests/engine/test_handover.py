@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 import trio
@@ -304,6 +305,20 @@ async def unknown() -> trimig.Ownership:
 async def broken() -> trimig.Ownership:
     """The way to the destination is broken too."""
     raise OSError("no route to host")
+
+
+@pytest.mark.parametrize("answer", [trimig.Owner.HERE, trimig.Owner.ELSEWHERE, "source", None, True], ids=str)
+async def test_a_fence_that_answers_something_else(autojump_clock: trio.testing.MockClock, answer: Any) -> None:
+    """T3: it is not taken for an answer, and the error says what it was."""
+    pair = Pair()
+
+    async def fence() -> Any:
+        return answer
+
+    error = await doubtful(pair, fence=fence)
+    assert isinstance(error, trimig.HandoverUncertain)
+    assert f"the fence hook must return a trimig.Ownership, not {answer!r}" in str(error)
+    assert pair.source.owner is trimig.Owner.UNKNOWN
 
 
 @pytest.mark.parametrize("fence", [unknown, broken, trio.sleep_forever])

@@ -8,7 +8,7 @@ import trio
 import trio.testing
 
 import trimig
-from trimig.errors import ConfigError, GuestFailed, RemoteProtocolError, StateError
+from trimig.errors import ConfigError, GuestFailed, NotOwner, Owner, RemoteProtocolError, StateError
 from trimig.guest import DeviceSection, Guest
 from trimig.guests.app import AppGuest
 from trimig.guests.device import Device
@@ -124,6 +124,66 @@ async def test_a_cancelled_pause_leaves_the_guest_running(autojump_clock: trio.t
             pass
         await guest.pause()
     assert paused == [1]
+
+
+async def test_a_cancelled_pause_does_not_open_what_another_one_has_closed(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """rule C7: the application's own pause gives up while a migration pauses the guest, in either order."""
+    for first in (True, False):
+        guest = AppGuest()
+        scopes = (trio.CancelScope(), trio.CancelScope())
+
+        async def pausing(guest: AppGuest, scope: trio.CancelScope) -> None:
+            with scope:
+                await guest.pause()
+
+        async with trio.open_nursery() as nursery, guest.running():
+            for scope in scopes:
+                nursery.start_soon(pausing, guest, scope)
+                await trio.testing.wait_all_tasks_blocked()
+            scopes[0 if first else 1].cancel()
+            await trio.testing.wait_all_tasks_blocked()
+        assert guest.run_state == "paused"
+        with trio.move_on_after(1) as scope:
+            async with guest.running():
+                pytest.fail("it is paused")
+        assert scope.cancelled_caught
+
+
+async def test_one_resume_after_the_other(autojump_clock: trio.testing.MockClock) -> None:
+    """Nobody is inside while the hook runs, and a pause waits for it."""
+    calls: list[str] = []
+
+    async def on_resume() -> None:
+        calls.append("resume")
+        await trio.sleep(1)
+        calls.append("resumed")
+
+    guest = AppGuest(on_resume=on_resume)
+    await guest.pause()
+    async with trio.open_nursery() as nursery:
+        for call in (guest.resume, guest.resume, guest.pause):
+            nursery.start_soon(call)
+            await trio.testing.wait_all_tasks_blocked()
+    assert calls == ["resume", "resumed"]
+    assert guest.run_state == "paused"
+
+
+async def test_a_guest_that_goes_while_it_is_being_resumed_does_not_run(autojump_clock: trio.testing.MockClock) -> None:
+    """The destination's guest has been refused meanwhile: its source runs it."""
+
+    async def on_resume() -> None:
+        guest.set_owner(Owner.ELSEWHERE)
+
+    guest = AppGuest(running=False, on_resume=on_resume)
+    guest.set_owner(Owner.HERE)
+    with pytest.raises(NotOwner):
+        await guest.resume()
+    assert guest.run_state == "inmigrate"
+    with pytest.raises(NotOwner):
+        async with guest.running():
+            pytest.fail("it is not here")
 
 
 async def test_a_cancelled_entry_has_not_entered(autojump_clock: trio.testing.MockClock) -> None:

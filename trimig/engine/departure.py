@@ -20,6 +20,7 @@ from ..config import Config
 from ..errors import (
     GuestNotResumed,
     HandoverUncertain,
+    LocalProtocolError,
     MigrationCancelled,
     Owner,
     Ownership,
@@ -303,7 +304,10 @@ class Departure(abc.ABC):
         if self.fence_hook is None:
             return Ownership.UNKNOWN
         fence = functools.partial(self._call, "the fence hook", self.fence_hook)
-        return await teardown.bounded(fence, self.config.handover_timeout, Ownership.UNKNOWN)
+        found: object = await teardown.bounded(fence, self.config.handover_timeout, Ownership.UNKNOWN)
+        if not isinstance(found, Ownership):
+            raise LocalProtocolError(f"the fence hook must return a trimig.Ownership, not {found!r}")
+        return found
 
     async def _given_back(self, why: str, others: Sequence[BaseException]) -> TrimigError:
         """The fence says that the destination does not have the guest: resume it here. Returns what is to be raised."""

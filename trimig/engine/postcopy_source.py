@@ -17,7 +17,7 @@ from typing import Final
 
 import trio
 
-from ..errors import Ownership, PostcopyLost, RemoteProtocolError, TransportFailed
+from ..errors import Ownership, PostcopyLost, RemoteProtocolError, TransportFailed, TrimigError
 from ..guest import PAGE_SIZE, PageBitmap, RamBlock
 from ..policy.postcopy import PageOrder
 from ..status import Status
@@ -224,7 +224,11 @@ class Following:
             monitor.advance(Status.POSTCOPY_PAUSED)
 
     async def _ask_fence(self, why: str) -> None:
-        owner = await self._departure.fenced()
+        try:
+            owner = await self._departure.fenced()
+        except TrimigError as error:  # it knows no more than we do: a recovery may still answer the question
+            self._monitor.warn(str(error))
+            return
         if owner is Ownership.SOURCE:
             self._monitor.advance(Status.FAILED)
             raise TransportFailed(f"the answer was lost ({why}); the fence gave the guest back")

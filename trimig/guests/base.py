@@ -106,6 +106,7 @@ class GuestBase(abc.ABC):
         """State who owns the guest after :class:`trimig.HandoverUncertain`: HERE resumes it, ELSEWHERE gives it up.
 
         Raises:
+            TypeError: *owner* is no :class:`trimig.Owner`.
             ValueError: *owner* is UNKNOWN.
             StateError: its owner is known, or the answer is still waited for.
             GuestNotResumed: it is here and could not be resumed; :meth:`resume` may be tried again.

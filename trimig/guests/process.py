@@ -3,8 +3,7 @@
 The memory is a memfd that both processes map, so what arrives here is there, and what the worker writes is here. The
 worker's writes are tracked through its page tables, by a userfaultfd that it made and passed to us.
 
-No task runs in the background: requests are answered one at a time, and a call reads the socket only while it waits
-for its own reply. The worker dies with this process (end of file on its socket, and the kernel's parent-death
+The worker dies with this process (end of file on its socket, and the kernel's parent-death
 signal), and :meth:`ProcessGuest.open` kills it on every way out.
 """
 
@@ -12,19 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
+import logging
 import random
-import signal
-import socket
-import subprocess
-import sys
-from array import array
 from collections.abc import AsyncIterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Final
-
-import trio
+from typing import Final
 
 from ..errors import ConfigError, GuestFailed, Owner, StateError
 from ..guest import PAGE_SIZE, DeviceSection, DirtyTracker, PageBitmap
@@ -32,19 +22,18 @@ from ..memory.block import MemfdBlock
 from ..memory.faults import MissingPages, UffdMemory
 from ..memory.linux import MemoryUnavailable, probe_tracking
 from ..memory.tracking import CompareTracker, TrackedRange, UffdTracker, log_choice, log_fallback
+from ..owner import OwnerState, Settle
 from .base import GuestBase
+from .line import Refusal, Worker
 from .workload import Journal, Verification, WorkloadState
 
+log = logging.getLogger("trimig.guests")
+
 MiB: Final = 1 << 20
-_MAX_PACKET: Final = 1 << 16
-_MAX_FDS: Final = 4
-_FD_SIZE: Final = array("i").itemsize
 #: Bytes per second that initialising and verifying are sure to reach, on a machine that does other things as well.
 _SLOWEST: Final = 20 * MiB
 #: Seconds that a Python may take to start, on top of the time limit of a call.
 _STARTING: Final = 30.0
-#: Seconds from the end of file on the control socket to the end of the process.
-_DYING: Final = 2.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,165 +64,6 @@ class TouchTimes:
     blocked: float
 
 
-class Worker:
-    """The worker process and the line to it.
-
-    Every request has a number, and replies with other numbers are dropped: a call that was cancelled after its
-    request had been sent leaves its reply behind, and the next call passes over it.
-    """
-
-    def __init__(self, call_timeout: float) -> None:
-        """Start the process. OSError."""
-        self._timeout = call_timeout
-        self._number = 0
-        self._lock = trio.Lock()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # What it says when it fails. In memory, so that nobody has to read along.
-        self._stderr = os.memfd_create("trimig-worker-stderr", os.MFD_CLOEXEC)
-        root = str(Path(__file__).resolve().parents[2])
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        try:
-            with theirs:
-                # Not trio.lowlevel.open_process: it starts the process from a pool thread, and the parent-death
-                # signal is tied to the thread, which ends when it has been idle for a while.
-                self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "trimig.guests.worker", str(theirs.fileno()), str(os.getpid())],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=self._stderr,
-                    process_group=0,  # Ctrl-C in the terminal goes to the foreground group only
-                    env={
-                        **os.environ,
-                        "PYTHONPATH": os.pathsep.join(paths),
-                        "OPENBLAS_NUM_THREADS": "1",  # NumPy's threads are never used, and start slowly
-                    },
-                )
-        except BaseException:
-            ours.close()
-            os.close(self._stderr)
-            raise
-        self._socket = trio.socket.from_stdlib_socket(ours)
-        self._closed = False
-
-    @property
-    def pid(self) -> int:
-        """Its process id; the process is not reaped before :meth:`close` or its own end."""
-        return self._process.pid
-
-    async def call(self, op: str, *, within: float = 0.0, **arguments: Any) -> dict[str, Any]:
-        """Make a request and return the reply.
-
-        Args:
-            within: seconds beyond the time limit that every call has.
-
-        Raises:
-            GuestFailed: the worker refused, died, or did not answer in time.
-            StateError: it was closed.
-
-        **Cancellation:** the request may have been carried out.
-        """
-        reply, fds = await self._call(op, (), within, arguments)
-        _close_all(fds)
-        return reply
-
-    async def call_sending(self, op: str, fds: Sequence[int], *, within: float, **arguments: Any) -> dict[str, Any]:
-        """As :meth:`call`, and give the worker duplicates of *fds*."""
-        reply, received = await self._call(op, fds, within, arguments)
-        _close_all(received)
-        return reply
-
-    async def call_receiving(self, op: str) -> int:
-        """As :meth:`call`, for a request that is answered with one descriptor, which is then the caller's."""
-        _, fds = await self._call(op, (), 0.0, {})
-        if len(fds) != 1:
-            _close_all(fds)
-            raise GuestFailed(f"the worker answered {op!r} with {len(fds)} descriptors instead of one")
-        return fds[0]
-
-    def close(self) -> None:
-        """Kill and reap the process. Idempotent; takes no longer than the kernel needs to end it."""
-        if self._closed:
-            return
-        self._closed = True
-        self._process.kill()
-        self._process.wait()
-        self._socket.close()
-        os.close(self._stderr)
-
-    async def _call(
-        self, op: str, fds: Sequence[int], within: float, arguments: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], list[int]]:
-        if self._closed:
-            raise StateError("the guest is closed")
-        limit = self._timeout + within
-        answer: tuple[dict[str, Any], list[int]] | None = None
-        cut: Exception | None = None
-        try:
-            with trio.move_on_after(limit):
-                async with self._lock:
-                    self._number += 1
-                    request = json.dumps({"id": self._number, "op": op, **arguments}).encode()
-                    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
-                    await self._socket.sendmsg([request], rights)
-                    answer = await self._reply(self._number)
-        except (OSError, EOFError, trio.ClosedResourceError) as exc:
-            cut = exc
-        if cut is not None:
-            if self._closed:
-                raise StateError("the guest was closed") from cut
-            raise GuestFailed(await self._obituary(op)) from cut
-        if answer is None:
-            raise GuestFailed(f"the guest's worker process {self.pid} did not answer {op!r} within {limit:g} s")
-        reply, received = answer
-        if "error" in reply:
-            _close_all(received)
-            raise GuestFailed(f"the guest's worker process {self.pid} refused {op!r}: {reply['error']}")
-        return reply, received
-
-    async def _reply(self, number: int) -> tuple[dict[str, Any], list[int]]:
-        while True:
-            # A packet is received whole or, if this is cancelled, not at all.
-            data, ancillary, _, _ = await self._socket.recvmsg(
-                _MAX_PACKET, socket.CMSG_SPACE(_MAX_FDS * _FD_SIZE), socket.MSG_CMSG_CLOEXEC
-            )
-            fds = array("i")
-            for level, kind, payload in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    fds.frombytes(payload[: len(payload) - len(payload) % _FD_SIZE])
-            if not data:
-                raise EOFError
-            reply = json.loads(data)
-            if reply["id"] == number:
-                return reply, list(fds)
-            _close_all(fds)
-
-    async def _obituary(self, op: str) -> str:
-        """How the worker ended, for people."""
-        if self._process.poll() is None:
-            pidfd = os.pidfd_open(self.pid)
-            try:
-                with trio.move_on_after(_DYING):
-                    await trio.lowlevel.wait_readable(pidfd)
-            finally:
-                os.close(pidfd)
-        status = None if self._closed else self._process.poll()
-        if status is None:
-            how = "closed its control socket"
-        elif status < 0:
-            how = f"was killed by signal {-status} ({signal.Signals(-status).name})"
-        else:
-            how = f"ended with exit status {status}"
-        said = b"" if self._closed else os.pread(self._stderr, 4096, max(0, os.fstat(self._stderr).st_size - 4096))
-        last = said.decode(errors="replace").strip().rpartition("\n")[2]
-        return f"the guest's worker process {self.pid} {how} (seen at {op!r}){': ' + last if last else ''}"
-
-
-def _close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)
-
-
 class ProcessGuest(GuestBase):
     """A worker process that writes memory at a given rate, and can prove that no write was lost or replayed.
 
@@ -250,6 +80,9 @@ class ProcessGuest(GuestBase):
         self.add_device(self._journal)
         self._method = dirty_tracking
         self._range = TrackedRange(name=block.name, address=0, pages=state.ram_pages)
+        #: It was told to run and has not answered: it may run at any time.
+        self._perhaps_runs = False
+        self._owner = OwnerState(Owner.ELSEWHERE, runs=lambda: self._run_state == "running" or self._perhaps_runs)
         #: How it waited for its memory when it last came before it (postcopy).
         self.touch_times: TouchTimes | None = None
 
@@ -371,6 +204,7 @@ class ProcessGuest(GuestBase):
         **Cancellation:** it may be paused; :meth:`resume` it.
         """
         await self._worker.call("pause")
+        self._perhaps_runs = False
         if self._run_state == "running":
             self._run_state = "paused"
 
@@ -384,8 +218,24 @@ class ProcessGuest(GuestBase):
         **Cancellation:** it may be running; :meth:`pause` it.
         """
         with self._owner.starting():
-            await self._worker.call("resume")
-            self._run_state = "running"
+            self._perhaps_runs = True
+            try:
+                await self._worker.call("resume")
+            except Refusal:
+                self._perhaps_runs = False
+                raise
+        self._perhaps_runs = False
+        self._run_state = "running"
+
+    def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
+        """For the engine: see :class:`trimig.guest.Guest`.
+
+        A worker that was told to run and has not answered would run later: if it is not this side's any more, it is killed.
+        """
+        super().set_owner(owner, gone=gone, settle=settle)
+        if owner is not Owner.HERE and self._perhaps_runs:
+            log.warning("the guest's worker process %d was killed: it did not answer whether it runs", self._worker.pid)
+            self._worker.close()
 
     async def throttle(self, percent: int) -> None:
         """Take *percent* of the dirty rate away.
