@@ -58,6 +58,7 @@ class OwnerState:
         self._settle: Settle | None = None
         self._settling = False
         self._starting = 0
+        self._starts = 0
         self._gone = False
 
     @property
@@ -69,6 +70,11 @@ class OwnerState:
     def gone(self) -> bool:
         """It was this side's, and is the other side's for certain."""
         return self._gone
+
+    @property
+    def starts(self) -> int:
+        """Rises when the guest begins to be started, and again when that has come to its end."""
+        return self._starts
 
     def set(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
         """For the engine: the owner from now on.
@@ -104,11 +110,13 @@ class OwnerState:
         """
         self.check(what)
         self._starting += 1
+        self._starts += 1
         try:
             yield
             self.check(what)
         finally:
             self._starting -= 1
+            self._starts += 1
 
     async def settle(self, owner: Owner) -> None:
         """State who owns the guest: HERE resumes it (if it ran before), ELSEWHERE gives it up.

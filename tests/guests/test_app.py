@@ -12,6 +12,7 @@ from trimig.errors import ConfigError, GuestFailed, NotOwner, Owner, RemoteProto
 from trimig.guest import DeviceSection, Guest
 from trimig.guests.app import AppGuest
 from trimig.guests.device import Device
+from trimig.testing import virtual_link
 from trimig.wire.vmstate import Field, VMState
 
 
@@ -184,6 +185,47 @@ async def test_a_guest_that_goes_while_it_is_being_resumed_does_not_run(autojump
     with pytest.raises(NotOwner):
         async with guest.running():
             pytest.fail("it is not here")
+
+
+@pytest.mark.parametrize("postcopy", [False, True])
+async def test_a_guest_that_has_run_since_it_was_stopped_is_not_handed_over(*, postcopy: bool) -> None:
+    """Its writes since then have not been sent: it stands still again, and yet the migration is taken back."""
+    source, target = AppGuest("g"), trimig.LazyAppGuest("g", running=False)
+    for guest in (source, target):
+        guest.add_ram("ram", 64 * 4096)
+    config = trimig.Config(capabilities=trimig.Capabilities(postcopy_ram=postcopy))
+    monitor = trimig.Monitor()
+
+    def switch(event: trimig.Event) -> None:
+        if postcopy and event.data.get("status") == "setup":
+            monitor.start_postcopy()
+
+    async def commit() -> None:
+        await source.resume()
+        async with source.running():
+            source.ram[0].pages[5, 0] = 9
+        await source.pause()
+
+    async def receive() -> None:
+        with pytest.raises(trimig.MigrationError):
+            await trimig.receive(target, other, config)
+
+    monitor.add_listener(switch)
+    for hook in (commit, None):
+        one, other = virtual_link()
+        async with trio.open_nursery() as nursery:
+            if hook is not None:
+                nursery.start_soon(receive)
+                with pytest.raises(GuestFailed, match="was resumed while its last pages"):
+                    await trimig.migrate(source, one, config, monitor=monitor, commit=hook)
+                assert (source.owner, source.run_state) == (Owner.HERE, "running")
+            else:
+                nursery.start_soon(trimig.receive, target, other, config)
+                await trimig.migrate(source, one, config, monitor=monitor)
+    assert (source.owner, target.owner) == (Owner.ELSEWHERE, Owner.HERE)
+    assert target.ram[0].pages[5, 0] == 9
+    source.close()
+    target.close()
 
 
 async def test_a_cancelled_entry_has_not_entered(autojump_clock: trio.testing.MockClock) -> None:

@@ -18,6 +18,7 @@ import trio
 
 from ..config import Config
 from ..errors import (
+    GuestFailed,
     GuestNotResumed,
     HandoverUncertain,
     LocalProtocolError,
@@ -28,7 +29,7 @@ from ..errors import (
     TransportFailed,
     TrimigError,
 )
-from ..guest import DirtyTracker, Guest
+from ..guest import CountingGuest, DirtyTracker, Guest
 from ..info import Downtime, Summary
 from ..monitor_core import MonitorCore
 from ..status import Role, Status
@@ -89,6 +90,8 @@ class Departure(abc.ABC):
         self.tracker: DirtyTracker | None = None
         self.limiter: Limiter | None = None
         self.reader: ReturnPathReader | None = None
+        #: How often it had been started when it was stopped, if it counts that.
+        self.starts = 0
         #: Writes the RAM of the first connection.
         self.records: RamSender | None = None
         #: The id of this attempt, once the destination has been told it.
@@ -150,17 +153,26 @@ class Departure(abc.ABC):
         The shield is there before anything is told: a listener that cancels in this very moment comes too late.
 
         Raises:
-            GuestFailed: the guest runs.
+            GuestFailed: the guest runs, or has run since it was stopped.
 
         **Cancellation:** the decision has not been made.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
+        if self.count_starts() != self.starts:
+            raise GuestFailed(
+                "the guest was resumed while its last pages and devices were sent, and what it wrote since would be lost; "
+                "do not resume it before the migration is over"
+            )
         shield(nursery, seconds)
         try:
             self.monitor.advance(Status.HANDOVER)
         except TrimigError:
             lift_shield(nursery)
             raise
+
+    def count_starts(self) -> int:
+        """How often the guest has been started; 0 if it does not count that."""
+        return self.guest.starts if isinstance(self.guest, CountingGuest) else 0
 
     def _cut(self) -> bool:
         """Break the connections there are; False if one of them cannot be."""

@@ -18,7 +18,7 @@ import trio
 
 from .. import blockers
 from ..config import Config
-from ..errors import ConfigError, NotConverging, TransportFailed, TrimigError
+from ..errors import ConfigError, GuestFailed, NotConverging, TransportFailed, TrimigError
 from ..guest import PAGE_SIZE, DeviceSection, Guest, IdentifiedGuest, OpaqueGuest, PageBitmap
 from ..info import Summary
 from ..memory import snapshot_of
@@ -449,6 +449,9 @@ class _Attempt(Departure):
         if hold:
             await self._hold()
             self.parts["held"] = watch.lap()
+        self.starts = self.count_starts()
+        if self.guest.run_state == "running":
+            raise GuestFailed("the guest was resumed while it was being stopped for the switchover")
 
     async def _announce(self, channel: Channel) -> None:
         """Say that the last pages are next, to whoever knows the word."""

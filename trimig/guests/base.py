@@ -98,6 +98,11 @@ class GuestBase(abc.ABC):
         """HERE: it may run in this process. ELSEWHERE: it was handed over, or has not arrived. UNKNOWN: see :meth:`settle`."""
         return self._owner.owner
 
+    @property
+    def starts(self) -> int:
+        """See :class:`trimig.guest.CountingGuest`."""
+        return self._owner.starts
+
     def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
         """For the engine: see :class:`trimig.guest.Guest`."""
         self._owner.set(owner, gone=gone, settle=settle)
