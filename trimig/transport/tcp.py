@@ -120,6 +120,10 @@ class TcpListener:
     async def accept(self) -> trio.abc.Stream:
         """The next connection on any address.
 
+        Raises:
+            OSError: accept() failed on one of them.
+            trio.ClosedResourceError: the listener was closed, perhaps in the moment in which a connection came.
+
         **Cancellation:** nothing was accepted.
         """
         if len(self._listeners) == 1:
@@ -128,15 +132,21 @@ class TcpListener:
         if accepted:
             await trio.lowlevel.checkpoint()
             return accepted.pop(0)
+        failed: list[OSError | trio.ClosedResourceError] = []
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
 
             async def one(listener: trio.SocketListener) -> None:
-                accepted.append(await listener.accept())
-                nursery.cancel_scope.cancel("somebody has connected")
+                try:
+                    accepted.append(await listener.accept())
+                except (OSError, trio.ClosedResourceError) as error:
+                    failed.append(error)
+                nursery.cancel_scope.cancel("there is a connection, or an error")
 
             for listener in self._listeners:
                 nursery.start_soon(one, listener)
-        return accepted.pop(0)  # a second one, on another address at the same moment, is the next
+        if accepted:
+            return accepted.pop(0)  # a second one, on another address at the same moment, is the next
+        raise failed[0] if failed else trio.ClosedResourceError("the listener was closed meanwhile")
 
     meet = accept
 
