@@ -39,7 +39,7 @@ from .arriving import Storing
 from .boundary import Outcome, add_to_message, bare, domain_error, lost_by_cancellation
 from .channel import Channel
 from .connections import Connections
-from .ram_in import RamReceiver
+from .ram_in import RamReceiver, never_received
 from .reception import Reception
 from .urgent_in import UrgentArrival
 
@@ -224,8 +224,8 @@ class Arrival(abc.ABC):
         Raises:
             RemoteProtocolError: something is missing, and ``completeness`` says that it must not.
         """
-        missing = self.ram.missing() if ram else {}
-        problems = [f"{count} pages of RAM block {name!r} were never received" for name, count in missing.items()]
+        received = self.ram.received() if ram else {}
+        problems = [never_received(name, here) for name, here in received.items() if not here.all()]
         have = {(s.idstr, s.instance_id) for s in self.sections}
         problems += [
             f"device {n!r} (instance {i}) was never received" for n, i in self.guest.devices or {} if (n, i) not in have

@@ -12,7 +12,6 @@ import math
 import uuid
 from collections.abc import Sequence
 
-import numpy as np
 import trio
 
 from .. import blockers
@@ -52,6 +51,7 @@ from .order import TRIMIG_PINGS, Place, check_place
 from .package_in import take_apart
 from .placement import ENOUGH
 from .postcopy_destination import Ahead, check_guest, open_memory
+from .ram_in import never_received
 from .reception import Reception
 from .stream_out import UUID_SUBSECTION
 from .urgent_in import UrgentArrival
@@ -297,8 +297,11 @@ class _Arrival(Arrival):
             self.adopted = True  # a second START repeats the list
             name = self.configuration.machine if self.configuration is not None else ""
             subsections = self.configuration.subsections if self.configuration is not None else ()
-            with guest_calls.guarded("making the RAM blocks"):
-                self.guest.adopt(name, subsections, event.blocks)
+            try:
+                with guest_calls.guarded("making the RAM blocks"):
+                    self.guest.adopt(name, subsections, event.blocks)
+            except RemoteProtocolError as error:
+                raise RemoteProtocolError(error.reason, offset=event.at, section="ram") from None
         self.ram.open(event, self.guest.ram)
         if isinstance(self.guest, StoringGuest) and self.storing is None:
             self.storing = Storing(self.guest, self.ram.watch(), self.monitor)
@@ -543,8 +546,8 @@ class _Arrival(Arrival):
         problems: list[str] = []
         for name, received in self.ram.received().items():
             here = received if name not in absent else received | absent[name].bitmap()
-            if count := len(here) - int(np.count_nonzero(here)):
-                problems.append(f"{count} pages of RAM block {name!r} were never received")
+            if not here.all():
+                problems.append(never_received(name, here))
         self.problems(problems)
 
     async def _take_tail(self, tail: TailBuffer, at: int, *, ended: bool) -> None:
