@@ -43,6 +43,16 @@ PING_DISCARDED: Final = 2
 PING_FOLLOWED: Final = 4
 
 
+def at_least_one(unsent: list[PageBitmap]) -> list[PageBitmap]:
+    """*unsent*, by block; where nothing is left to follow the guest, with one page that goes a second time.
+
+    A QEMU that was told no DISCARD makes LISTEN the first one, and then refuses RUN: the guest would be lost.
+    """
+    if unsent and not any(bitmap.any() for bitmap in unsent):
+        max(unsent, key=len)[-1:] = True
+    return unsent
+
+
 class Following:
     """The memory of a guest that has gone ahead.
 

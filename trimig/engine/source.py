@@ -37,7 +37,7 @@ from .connections import Connections
 from .departure import SILENT_PEER, CommitHook, Departure, FenceHook
 from .limiter import Limiter
 from .order import PING_LOADED, PING_RUNS
-from .postcopy_source import PING_DISCARDED, PING_FOLLOWED, Following
+from .postcopy_source import PING_DISCARDED, PING_FOLLOWED, Following, at_least_one
 from .ram_out import RamSender
 from .reader import ReturnPathReader
 from .stream_out import UUID_SUBSECTION, DeviceSender, coming_state, early_sections, opening, profile_of
@@ -392,7 +392,7 @@ class _Attempt(Departure):
         watch = _Stopwatch()
         await self._stand_still(channel, watch)
         blocks = list(self.guest.ram)
-        unsent = await self._last_pages()
+        unsent = at_least_one(await self._last_pages())
         await self._announce(channel)
         for block, bitmap in zip(blocks, unsent, strict=True):
             await channel.send(b"".join(postcopy.discards(block.name, bitmap)))
