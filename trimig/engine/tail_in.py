@@ -6,7 +6,7 @@ than some ten milliseconds, so a cancellation is never deaf for long.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 import trio
@@ -20,11 +20,11 @@ from ..wire.description import Description, Limits, parse
 from ..wire.devices import SplitTail, TailSplitter
 from ..wire.page_size import wrong_page_size
 from ..wire.tail import TailBuffer
-from .offload import offload
+from .offload import check_cancelled, offload
 
 T = TypeVar("T")
 
-#: A longer text is parsed in a thread: that is one call, and takes a second for some MiB.
+#: A longer text is parsed in a thread: that takes a second for some MiB, unless it is cancelled.
 INLINE_BYTES: Final = 256 * 1024
 #: Problems that are told one by one.
 _TOLD: Final = 20
@@ -69,7 +69,7 @@ async def check_description(text: bytes, config: Config) -> None:
     **Cancellation:** no effect.
     """
     limits = Limits(max_bytes=config.max_description_bytes)
-    found = await offload(_parse, text, limits) if len(text) > INLINE_BYTES else _parse(text, limits)
+    found = await offload(_parse_long, text, limits) if len(text) > INLINE_BYTES else _parse(text, limits)
     if isinstance(found, RemoteProtocolError):
         raise found
 
@@ -81,12 +81,16 @@ async def feed(tail: TailBuffer, data: bytes) -> None:
     """
     tail.feed(data)
     while (text := tail.undecided) is not None:
-        tail.judge(await offload(_parse, text, tail.limits))
+        tail.judge(await offload(_parse_long, text, tail.limits))
 
 
-def _parse(text: bytes, limits: Limits) -> Description | RemoteProtocolError:
+def _parse_long(text: bytes, limits: Limits) -> Description | RemoteProtocolError:
+    return _parse(text, limits, check_cancelled)
+
+
+def _parse(text: bytes, limits: Limits, between: Callable[[], None] | None = None) -> Description | RemoteProtocolError:
     try:
-        return parse(text, limits)
+        return parse(text, limits, between=between)
     except RemoteProtocolError as error:
         return error
 
