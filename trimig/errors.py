@@ -240,7 +240,8 @@ class HandoverUncertain(TrimigError):
 class PostcopyLost(TrimigError):
     """The guest is at the destination, and the rest of its memory will not come.
 
-    On the destination the guest stands still; it keeps what it has. The source keeps its half, too.
+    On the destination the guest stands still; it keeps what it has, and is not migrated on. ``guest.resume()`` runs it with
+    zeros for what it lacks. The source keeps its half, too.
 
     Attributes:
         missing: on the destination, the pages that never came, by the block's name: pairs of the first page and the one

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import trio
 
+from .. import blockers
 from ..config import Config
 from ..errors import (
     GuestNotResumed,
@@ -165,6 +166,9 @@ class Arrival(abc.ABC):
             self.counters.missing = {
                 name: [(first, end) for first, end in runs.tolist()] for name, runs in missing.items()
             }
+            blockers.lacks(
+                self.guest, sum(end - first for runs in self.counters.missing.values() for first, end in runs)
+            )
         error = error or lost_by_cancellation(failure, monitor.status)
         if error is not None and monitor.status is Status.POSTCOPY_LOST:
             error = _lost(error, self.counters.missing)

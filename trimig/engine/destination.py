@@ -16,7 +16,7 @@ import trio
 
 from .. import blockers
 from ..config import Config
-from ..errors import PeerFailed, RemoteProtocolError, StateError, TransportFailed
+from ..errors import Owner, PeerFailed, RemoteProtocolError, StateError, TransportFailed
 from ..guest import (
     PAGE_SIZE,
     ConfigSubsection,
@@ -30,6 +30,7 @@ from ..guest import (
 )
 from ..info import Summary
 from ..monitor_core import MonitorCore
+from ..owner import refusal
 from ..status import Role, Status
 from ..wire import Command, Decoder, Section, globalstate, postcopy
 from ..wire import events as ev
@@ -83,6 +84,8 @@ async def receive_stream(guest: Guest, connections: Connections, config: Config,
     """
     guest.claim("an incoming migration")
     try:
+        if guest.owner is Owner.UNKNOWN:
+            raise refusal("be filled with another one", guest.owner)
         if guest.run_state == "running" and not isinstance(guest, OpaqueGuest):
             raise StateError(f"guest {guest.name!r} runs here: it cannot be filled with another one")
         blockers.check_incoming(guest)
@@ -91,6 +94,7 @@ async def receive_stream(guest: Guest, connections: Connections, config: Config,
         if isinstance(guest, StoringGuest):
             guest.check_store()
         monitor.begin(Role.DESTINATION, config, guest)
+        blockers.lacks(guest, 0)
         return await _Arrival(guest, connections, config, monitor).run()
     finally:
         guest.release()

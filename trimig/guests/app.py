@@ -180,7 +180,7 @@ class AppGuest(GuestBase):
         Raises:
             GuestFailed: ``on_pause`` failed, or the caller itself is inside the gate. The guest runs on.
 
-        **Cancellation:** the guest runs on.
+        **Cancellation:** the guest is as it was.
         """
         if self._gate.held_by_caller():
             raise GuestFailed("a task cannot pause the guest while it is inside guest.running()")
@@ -206,7 +206,7 @@ class AppGuest(GuestBase):
             NotOwner: the guest is not this side's.
             GuestFailed: ``on_resume`` failed. The guest does not run.
 
-        **Cancellation:** the guest does not run.
+        **Cancellation:** the guest is as it was.
         """
         if self._run_state == "running":  # or it is just being paused: then the pause is what counts
             await trio.lowlevel.checkpoint()
@@ -233,6 +233,8 @@ class AppGuest(GuestBase):
 
         Raises:
             ValueError: not within 0 to 99.
+
+        **Cancellation:** the old value is in force.
         """
         await super().throttle(percent)
         self._gate.throttle(percent)

@@ -243,6 +243,8 @@ class ProcessGuest(GuestBase):
         Raises:
             ValueError: not within 0 to 99.
             GuestFailed: the worker died or does not answer.
+
+        **Cancellation:** the old or the new value is in force.
         """
         self._check_percent(percent)
         await self._worker.call("throttle", percent=percent)
@@ -299,7 +301,10 @@ class ProcessGuest(GuestBase):
         return await super().save_devices()
 
     async def load_devices(self, sections: Sequence[DeviceSection]) -> None:
-        """Take the journal over, and hand it to the worker."""
+        """Take the journal over, and hand it to the worker.
+
+        **Cancellation:** the worker may have it; the guest must not be run before the next whole load.
+        """
         await super().load_devices(sections)
         await self._worker.call("load", state=dataclasses.asdict(self._journal.state))
 
