@@ -88,6 +88,13 @@ def _only_migratable(guest: trimig.Guest) -> None:
         guest.blockers.only_migratable = True
 
 
+def _other_side(machine: qmp.Machine) -> str | None:
+    """The side that perhaps has the guest, and perhaps has not; None where the owner is certain."""
+    if machine.outgoing.owner is Ownership.UNKNOWN:
+        return "destination"
+    return "source" if machine.incoming.owner is Ownership.UNKNOWN else None
+
+
 class _Host:
     """The process around one machine: what it prints, and how it ends."""
 
@@ -168,9 +175,9 @@ class _Host:
             await machine.wind_up(f"the process ends ({self._signal or 'quit'})")
         finally:
             machine.close()
-        if machine.outgoing.status is trimig.Status.UNCERTAIN:
+        if (other := _other_side(machine)) is not None:
             self._say(
-                "it is not certain which side owns the guest: look at the destination before you start it anywhere",
+                f"it is not certain which side owns the guest: look at the {other} before you start it anywhere",
                 owner=Ownership.UNKNOWN.value,
             )
         else:
@@ -178,7 +185,7 @@ class _Host:
 
     def _code(self) -> int:
         if self._machine is not None:
-            if self._machine.outgoing.owner is Ownership.UNKNOWN:
+            if _other_side(self._machine) is not None:
                 return UNCERTAIN
             statuses = (self._machine.outgoing.status, self._machine.incoming.status)
             if trimig.Status.POSTCOPY_LOST in statuses:
