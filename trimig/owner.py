@@ -38,6 +38,16 @@ def refusal(what: str, owner: Owner) -> NotOwner:
     return NotOwner(f"the guest cannot {what}: {_WHY[owner]}", guest_owner=owner)
 
 
+def already_settled(owner: Owner) -> StateError:
+    """The refusal to settle what is certain, or is asked anew by a later attempt: the guest's owner is *owner* now."""
+    if owner is Owner.UNKNOWN:
+        return StateError(
+            "already settled; who owns the guest is the question of a later attempt, which has its own error"
+        )
+    where = "here" if owner is Owner.HERE else "at the other side"
+    return StateError(f"already settled: it is certain that the guest is {where}")
+
+
 def check_here(guest: Owned) -> None:
     """Refuse to migrate a guest that is not this side's. NotOwner."""
     if guest.owner is not Owner.HERE:
@@ -134,8 +144,7 @@ class OwnerState:
         if owner is Owner.UNKNOWN:
             raise ValueError("settle needs a definite owner: Owner.HERE or Owner.ELSEWHERE")
         if self._owner is not Owner.UNKNOWN:
-            where = "here" if self._owner is Owner.HERE else "at the other side"
-            raise StateError(f"already settled: it is certain that the guest is {where}")
+            raise already_settled(self._owner)
         if self._settling:
             raise StateError("another task is settling it right now")
         if self._settle is None:

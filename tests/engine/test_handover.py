@@ -349,6 +349,28 @@ async def test_fence_is_not_asked_where_the_owner_is_certain(autojump_clock: tri
 # -- settling ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shared", [True, False])
+async def test_an_old_error_settles_no_later_attempt(autojump_clock: trio.testing.MockClock, *, shared: bool) -> None:
+    """The first was settled by the guest, and it went to another host: what is known of the first says nothing of the second."""
+    pair = Pair()
+    first = await doubtful(pair)
+    assert isinstance(first, trimig.HandoverUncertain)
+    await pair.source.settle(trimig.Owner.HERE)
+    again = Pair(pair.source)
+    if shared:
+        again.here = pair.here
+    second = await doubtful(again)
+    assert isinstance(second, trimig.HandoverUncertain)
+    for owner in (SOURCE, DESTINATION):
+        with pytest.raises(trimig.StateError, match=r"already settled; .* a later attempt"):
+            await first.settle(owner)
+    assert (pair.source.owner, pair.source.running, first.settled) == (trimig.Owner.UNKNOWN, False, None)
+    await second.settle(SOURCE)
+    assert pair.source.running
+    with pytest.raises(trimig.StateError, match="already settled: it is certain that the guest is here"):
+        await first.settle(DESTINATION)
+
+
 async def test_settled_as_source_it_runs_here_again(autojump_clock: trio.testing.MockClock) -> None:
     pair = Pair()
     error = await doubtful(pair)

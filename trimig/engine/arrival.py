@@ -30,6 +30,7 @@ from ..errors import (
 from ..guest import DeviceSection, Guest, OpaqueGuest
 from ..info import Downtime, Summary
 from ..monitor_core import MonitorCore
+from ..owner import already_settled
 from ..status import IN_POSTCOPY, Role, Status
 from ..wire import globalstate
 from ..wire.marks import reason_bytes
@@ -64,6 +65,7 @@ class Arrival(abc.ABC):
         self.marked = False  # the source is a trimig, and knows that this side is one
         self.attempt: bytes | None = None  # the id that the source has given this attempt
         self.confirmed = False
+        self.settled = False  # somebody has said who owns the guest
         self.stopped = False  # the guest ran here, and was stopped because perhaps its source runs it
         self.of_trimig = False  # the source has sent a PING that only a trimig sends
         self.prepared = False  # the source has asked for the proof that everything is loaded, and got it
@@ -190,15 +192,22 @@ class Arrival(abc.ABC):
             f"the guest has come, but the connection was lost ({error or 'no other came'}) before the source is known to have "
             "read that it runs here: the source may run it, so it stands still here. Look at the source, then settle who "
             "owns the guest",
-            settle=self.guest.settle,
+            settle=self._settle_by_error,
             here=Ownership.DESTINATION,
         )
         self.guest.set_owner(Owner.UNKNOWN, settle=self._settle_owner)
         uncertain.others = (error,) if error is not None else ()
         return uncertain
 
+    async def _settle_by_error(self, owner: Owner) -> None:
+        """What the error's own ``settle`` comes to: an old answer must not settle the question of a later attempt."""
+        if self.settled:
+            raise already_settled(self.guest.owner)
+        await self.guest.settle(owner)
+
     async def _settle_owner(self, owner: Owner) -> None:
         """What :meth:`trimig.guest.Guest.settle` comes to. A guest without all of its memory stands still in any case."""
+        self.settled = True
         if owner is Owner.ELSEWHERE:
             self.monitor.advance(Status.FAILED)
             return

@@ -32,6 +32,7 @@ from ..errors import (
 from ..guest import CountingGuest, DirtyTracker, Guest
 from ..info import Downtime, Summary
 from ..monitor_core import MonitorCore
+from ..owner import already_settled
 from ..status import Role, Status
 from ..wire import encoder as wire
 from ..wire.marks import Mark, reason_bytes
@@ -83,6 +84,7 @@ class Departure(abc.ABC):
         self.prepared = False
         self.answered = False
         self.confirmed = False  # answered, and by the destination itself
+        self.settled = False  # somebody has said who owns the guest
         self.connections = connections
         self.channel: Channel | None = None
         #: The second connection of postcopy-preempt.
@@ -298,7 +300,7 @@ class Departure(abc.ABC):
         uncertain = HandoverUncertain(
             f"the guest was handed over, but the answer is missing ({why}): the destination may be running it, so it "
             "stays paused here. Look at the destination, then settle who owns the guest",
-            settle=self.guest.settle,
+            settle=self._settle_by_error,
         )
         self.guest.set_owner(Owner.UNKNOWN, settle=self._settle)
         uncertain.others = tuple(others)
@@ -338,8 +340,15 @@ class Departure(abc.ABC):
             return f"nothing came for {seconds}"
         return f"the transport could not say within {seconds} that everything is where it was to go"
 
+    async def _settle_by_error(self, owner: Owner) -> None:
+        """What the error's own ``settle`` comes to: an old answer must not settle the question of a later attempt."""
+        if self.settled:
+            raise already_settled(self.guest.owner)
+        await self.guest.settle(owner)
+
     async def _settle(self, owner: Owner) -> None:
         """What :meth:`trimig.guest.Guest.settle` comes to."""
+        self.settled = True
         if owner is Owner.ELSEWHERE:
             self.monitor.advance(Status.COMPLETED)
             return
