@@ -23,6 +23,7 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
+from .. import formats
 from ..errors import LocalProtocolError, TransportFailed
 from ..guest import PAGE_SIZE
 from . import vectored
@@ -225,7 +226,9 @@ class Channel:
         return unfinished
 
     def _stalled(self, what: str, seconds: float | None = None) -> TransportFailed:
-        return TransportFailed(f"the peer {what} for {self.stall_timeout if seconds is None else seconds:g} s")
+        return TransportFailed(
+            f"the peer {what} for {formats.duration(self.stall_timeout if seconds is None else seconds)}"
+        )
 
     async def send(self, data: bytes | memoryview) -> None:
         """Send all of *data*.

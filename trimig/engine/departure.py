@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 
 import trio
 
+from .. import formats
 from ..config import Config
 from ..errors import (
     GuestFailed,
@@ -270,7 +271,7 @@ class Departure(abc.ABC):
             raise error
         if error is None and failure is None and monitor.status is Status.FAILED:
             error = TransportFailed(
-                f"the transport took nothing of the decision within {self.config.handover_timeout:g} s"
+                f"the transport took nothing of the decision within {formats.duration(self.config.handover_timeout)}"
             )
         error = error or lost_by_cancellation(failure, monitor.status)
         if error is not None:
@@ -335,7 +336,7 @@ class Departure(abc.ABC):
         return failure
 
     def _no_answer(self) -> str:
-        seconds = f"{self.config.handover_timeout:g} s"
+        seconds = f"{formats.duration(self.config.handover_timeout)}"
         if self.two_way:
             return f"nothing came for {seconds}"
         return f"the transport could not say within {seconds} that everything is where it was to go"

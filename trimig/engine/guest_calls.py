@@ -8,6 +8,7 @@ from typing import Final, TypeVar
 
 import trio
 
+from .. import formats
 from ..errors import GuestFailed, MigrationError, TrimigError
 
 T = TypeVar("T")
@@ -67,4 +68,4 @@ async def call(what: str, function: Callable[[], Awaitable[T]], seconds: float) 
         with trio.move_on_after(seconds) as limit:
             return await function()
     assert limit.cancelled_caught
-    raise GuestFailed(f"{what} took longer than {seconds:g} s")
+    raise GuestFailed(f"{what} took longer than {formats.duration(seconds)}")

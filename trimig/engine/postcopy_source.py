@@ -17,6 +17,7 @@ from typing import Final
 
 import trio
 
+from .. import formats
 from ..errors import Ownership, PostcopyLost, RemoteProtocolError, TransportFailed, TrimigError
 from ..guest import PAGE_SIZE, PageBitmap, RamBlock
 from ..policy.postcopy import PageOrder
@@ -153,7 +154,7 @@ class Following:
                 if (refusal := self._departure.take_refusal()) is not None:
                     raise refusal
                 return f"the destination reported an error (it sent SHUT {code}){self._reader.why}"
-        return self._why or str(self._reader.lost or f"no answer came for {config.handover_timeout:g} s")
+        return self._why or str(self._reader.lost or f"no answer came for {formats.duration(config.handover_timeout)}")
 
     @contextlib.contextmanager
     def _connected(self, seconds: float | None) -> Iterator[trio.CancelScope]:
@@ -318,7 +319,7 @@ class Following:
     def _no_handshake(self, seconds: float) -> str:
         if self._reader.shut is not None:
             return f"the destination ended the recovery (it sent SHUT {self._reader.shut}){self._reader.why}"
-        return f"the handshake of the recovery took longer than {seconds:g} s"
+        return f"the handshake of the recovery took longer than {formats.duration(seconds)}"
 
 
 class _Handshake:

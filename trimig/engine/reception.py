@@ -11,6 +11,7 @@ from typing import Final
 
 import trio
 
+from .. import formats
 from ..config import Config
 from ..errors import TransportFailed
 from ..monitor_core import MonitorCore
@@ -87,7 +88,7 @@ class Reception:
                     before = channel.received
                     await trio.sleep(_SUSPICION_SECONDS)
                     if channel.received == before:
-                        raise TransportFailed(f"the source sent nothing for {_SUSPICION_SECONDS:g} s")
+                        raise TransportFailed(f"the source sent nothing for {formats.duration(_SUSPICION_SECONDS)}")
 
     async def again(self, uri: str | None, judge: Judge) -> AnyStream:
         """Another main connection, at *uri* or where the last one was; :meth:`channel` makes it usable.

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import trio
 
-from .. import blockers
+from .. import blockers, formats
 from ..config import Config
 from ..errors import ConfigError, GuestFailed, NotConverging, TransportFailed, TrimigError
 from ..guest import PAGE_SIZE, DeviceSection, Guest, IdentifiedGuest, OpaqueGuest, PageBitmap
@@ -183,10 +183,12 @@ class _Attempt(Departure):
             with trio.move_on_after(_ANSWER_SECONDS) as patience:
                 await reader.wait_life()
             if patience.cancelled_caught:
-                self.monitor.warn(f"the destination has answered nothing for {_ANSWER_SECONDS:g} s: {SILENT_PEER}")
+                self.monitor.warn(
+                    f"the destination has answered nothing for {formats.duration(_ANSWER_SECONDS)}: {SILENT_PEER}"
+                )
                 await reader.wait_life()
         if limit.cancelled_caught:
-            raise TransportFailed(f"the destination has answered nothing for {most:g} s")
+            raise TransportFailed(f"the destination has answered nothing for {formats.duration(most)}")
 
     async def _introduce(self, channel: Channel) -> None:
         """Tell a destination that is a trimig the id of this attempt, once: a recovery must name the same."""
@@ -503,7 +505,7 @@ class _Attempt(Departure):
             await self.reader.wait_pong(value)
         if limit.cancelled_caught:
             raise TransportFailed(
-                f"the destination did not confirm within {self.config.handover_timeout:g} s that it has loaded the guest"
+                f"the destination did not confirm within {formats.duration(self.config.handover_timeout)} that it has loaded the guest"
             )
 
     async def _hand_over(self, channel: Channel, ending: bytes) -> None:

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import trio
 
+from .. import formats
 from ..errors import GuestFailed, TrimigError
 from .channel import Channel
 from .guest_calls import GUEST_ERRORS
@@ -39,7 +40,7 @@ async def guest_call(what: str, call: Callable[[], Awaitable[None]], grace: floa
         failure.__cause__ = error
         return failure
     if scope.cancelled_caught:
-        return GuestFailed(f"the guest could not be {what} within {grace:g} s; it may be tried again")
+        return GuestFailed(f"the guest could not be {what} within {formats.duration(grace)}; it may be tried again")
     return None
 
 
@@ -93,7 +94,7 @@ async def close(resource: trio.abc.AsyncResource, grace: float = 0.0) -> None:
             with trio.move_on_after(grace, shield=True) as limit:
                 await resource.aclose()
             if limit.cancelled_caught:
-                log.warning("the connection could not be closed in order within %g s", grace)
+                log.warning("the connection could not be closed in order within %s", formats.duration(grace))
             return
         with trio.CancelScope(shield=True):
             await trio.aclose_forcefully(resource)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import trio
 
+from .. import formats
 from ..config import Config
 from ..errors import RemoteProtocolError, TransportFailed
 from ..info import Counters
@@ -68,7 +69,7 @@ class UrgentArrival:
                 raise TransportFailed(f"the second connection, for postcopy-preempt, failed: {error}") from error
         if limit.cancelled_caught:
             raise TransportFailed(
-                f"the second connection, for postcopy-preempt, did not come within {self._config.handover_timeout:g} s: "
+                f"the second connection, for postcopy-preempt, did not come within {formats.duration(self._config.handover_timeout)}: "
                 "the capability must be on at the source, too"
             )
         self._there.set()

@@ -233,7 +233,7 @@ class GuestBase(abc.ABC):
 
     def _check_percent(self, percent: int) -> None:
         if not 0 <= percent <= 99:
-            raise ValueError(f"a throttle of {percent} % is not within 0 to 99")
+            raise ValueError(f"a throttle of {percent} percent is not within 0 to 99")
 
     def _check_unclaimed(self, what: str) -> None:
         if self._purpose is not None:

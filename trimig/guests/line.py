@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import trio
 
+from .. import formats
 from ..errors import GuestFailed, StateError
 
 _MAX_PACKET: Final = 1 << 16
@@ -141,7 +142,9 @@ class Worker:
                 raise StateError("the guest was closed") from cut
             raise GuestFailed(await self._obituary(op)) from cut
         if answer is None:
-            raise GuestFailed(f"the guest's worker process {self.pid} did not answer {op!r} within {limit:g} s")
+            raise GuestFailed(
+                f"the guest's worker process {self.pid} did not answer {op!r} within {formats.duration(limit)}"
+            )
         reply, received = answer
         if "error" in reply:
             _close_all(received)
