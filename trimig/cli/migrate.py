@@ -17,7 +17,7 @@ import trimig
 from trimig import formats
 
 from . import display
-from .common import PERCENT, debug_option, json_option, run
+from .common import PERCENT, SECONDS, debug_option, json_option, run
 from .dry_run import dry_run
 from .exit_codes import CANCELLED, DONE, FAILED
 from .output import write_json
@@ -52,7 +52,7 @@ _PAUSED_EVERY = 1.0
 @click.option("--wait", is_flag=True, help="Show progress, and end when the migration has ended. Ctrl-C cancels it.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=SECONDS,
     metavar="SECONDS",
     help="With --wait: cancel the migration if it has not ended by then.",
 )
@@ -78,7 +78,8 @@ _PAUSED_EVERY = 1.0
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(0, min_open=True),
+    type=SECONDS,
+    metavar="SECONDS",
     default=10.0,
     show_default=True,
     help="With --dry-run: measure for at most so long.",

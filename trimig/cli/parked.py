@@ -21,18 +21,16 @@ from trimig.errors import Ownership
 from trimig.info import WHY_CLOSED
 
 from . import display, postcopy
-from .common import alongside, debug_option, json_option, migration_options, run, summary_record
+from .common import FILE, alongside, debug_option, json_option, migration_options, run, summary_record
 from .exit_codes import DONE
 from .output import out, same_terminal, say, write_json
 from .picture import watched
 from .stop import words_for
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
-
 
 @click.command()
 @click.argument("uri")
-@click.option("--save", "file", metavar="FILE", required=True, type=_FILE, help="Keep the guest in this file.")
+@click.option("--save", "file", metavar="FILE", required=True, type=FILE, help="Keep the guest in this file.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @postcopy.recover_option
 @migration_options
@@ -165,7 +163,7 @@ async def _announce(events: AsyncIterator[trimig.Event], view: display.View, as_
 
 
 @click.command()
-@click.argument("file", type=_FILE)
+@click.argument("file", type=FILE)
 @click.argument("uri")
 @click.option("--force", is_flag=True, help="Send it although it was handed over before: there may be two of it then.")
 @postcopy.options
@@ -190,7 +188,7 @@ def send(
     postcopy.refuse_pause(config, "send")
     plan = None if postcopy_after is None else postcopy.Plan(after=postcopy_after)
     config = postcopy.recovering(config, recover_for)
-    transport.check(uri)
+    _check_elsewhere(file, *transport.check(uri))
     with stream.locked(file):
         record = stream.read_record(file)
         if record is not None and record.owner is Ownership.UNKNOWN:
@@ -205,6 +203,13 @@ def send(
         truth = functools.partial(postcopy.Insistence.truth, monitor)
         doing = functools.partial(words_for, monitor, file)
         return run(job, as_json=as_json, doing=doing, judge=postcopy.Insistence.of(monitor).judge, truth=truth)
+
+
+def _check_elsewhere(file: Path, scheme: str, rest: str) -> None:
+    """The guest is not sent onto the file that it is in: that would be cut off, and removed if anything fails."""
+    there = Path(rest.partition(",offset=")[0])
+    if scheme == "file" and there.exists() and file.exists() and there.samefile(file):
+        raise click.BadParameter(f"file:{rest} is FILE itself: the guest in it would be lost", param_hint="URI")
 
 
 def _unsettled(file: Path, record: stream.OwnerRecord) -> trimig.HandoverUncertain:
@@ -297,7 +302,7 @@ def _record_handed_over(file: Path, uri: str) -> None:
 
 
 @click.command()
-@click.argument("file", type=_FILE)
+@click.argument("file", type=FILE)
 @click.option(
     "--owner",
     required=True,

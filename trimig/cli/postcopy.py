@@ -13,7 +13,7 @@ import click
 import trimig
 from trimig.status import IN_POSTCOPY, TERMINAL
 
-from .common import PERCENT
+from .common import PERCENT, SECONDS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -147,7 +147,7 @@ def options(command: F, *, also: tuple[str, ...] = ()) -> F:
 
 recover_option: Final = click.option(
     "--recover-for",
-    type=click.FloatRange(0, min_open=True),
+    type=SECONDS,
     metavar="SECONDS",
     help="In postcopy: when the connection is lost, look for the other side again for so long.  [default: 60]",
 )

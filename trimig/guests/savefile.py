@@ -25,6 +25,7 @@ from ..wire.page_size import wrong_page_size
 from ..wire.refusals import Unsupported, check_kept_command
 from ..wire.tail import TailBuffer
 from ..wire.virtio_mem import absent_by_rule
+from .named import naming
 
 #: Bytes read at once: copying them into memory that is still cold takes about a millisecond.
 _READ: Final = 512 << 10
@@ -69,7 +70,8 @@ async def read_stream(path: Path, guest: OpaqueGuest, *, partial: bool = False) 
     """
     fd = await offload(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return await _read(fd, guest, partial=partial)
+        with naming(path):
+            return await _read(fd, guest, partial=partial)
     finally:
         os.close(fd)
 
