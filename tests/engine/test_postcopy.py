@@ -119,7 +119,8 @@ async def move(here: PageBitmap, rate: int) -> tuple[Sending, PostcopyReceiver]:
     """All of it; returns when the guest has run for a while on whole memory and was verified."""
     async with guests(here) as (source, target, memory), connection() as (near, far):
         sending = Sending(near, source, ~here, rate)
-        receiver = PostcopyReceiver(memory, ["ram"], {"ram": here.copy()}, far.send, Counters())
+        counters = Counters()
+        receiver = PostcopyReceiver(memory, ["ram"], {"ram": here.copy()}, far.send, counters)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(sending.run)
             nursery.start_soon(receiver.serve)
@@ -129,6 +130,7 @@ async def move(here: PageBitmap, rate: int) -> tuple[Sending, PostcopyReceiver]:
             await receiver.wait_whole()
             nursery.cancel_scope.cancel()
         assert receiver.missing_runs() == {}
+        assert counters.page_requests >= sending.counters.page_requests, "both sides count each page once"
         memory.close()
         await target.memory_is_whole()
         assert target.touch_times is not None
