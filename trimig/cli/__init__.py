@@ -20,7 +20,7 @@ import trimig
 from . import signals
 from .common import debug_option, report_error
 from .exit_codes import CANCELLED, SENTENCE
-from .output import forgiving, open_closed_files
+from .output import forgiving, logging_to_stderr, open_closed_files
 
 #: Command -> the module that has it, under its own name, in the order of the help.
 COMMANDS: Final = {
@@ -104,7 +104,7 @@ class Frame(click.Group):
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         words = sys.argv[1:] if args is None else list(args)
         open_closed_files()
-        with forgiving():
+        with forgiving(), logging_to_stderr(as_json="--json" in words):
             code = self._code(words, prog_name or "trimig", complete_var, **extra)
         signals.current().ending()
         sys.exit(code)

@@ -22,7 +22,7 @@ from .common import migration_options
 from .common import run as run_job
 from .exit_codes import CANCELLED, DONE, INCOMPLETE, UNCERTAIN
 from .guest_spec import open_guest, owner_file
-from .output import say
+from .output import say, write_json
 
 DEFER = "defer"
 
@@ -234,7 +234,7 @@ class _Host:
 
     def _say(self, text: str, **record: Any) -> None:
         if self._as_json:
-            print(json.dumps({"note": text, **record}), flush=True)
+            write_json({"note": text, **record})
         else:
             say(text)
             sys.stderr.flush()

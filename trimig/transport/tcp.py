@@ -36,7 +36,7 @@ def parse(rest: str) -> tuple[str, int]:
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:
-        raise ConfigError(f"an IPv6 address stands in brackets: tcp:[{host}]:{port}", name="uri")
+        raise ConfigError(f"an IPv6 address stands in brackets: {_suggestion(host, port)}", name="uri")
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"tcp:{rest} needs HOST:PORT with a port from 0 to 65535", name="uri")
     try:
@@ -44,6 +44,16 @@ def parse(rest: str) -> tuple[str, int]:
     except UnicodeError as error:
         raise ConfigError(f"{host[:80]!r} cannot be the name of a host: {error}", name="uri") from None
     return host, int(port)
+
+
+def _suggestion(host: str, port: str) -> str:
+    """How it would be right, or how one looks where it is no address at all."""
+    address = host.strip("[]")
+    try:
+        ipaddress.IPv6Address(address.partition("%")[0])
+    except ValueError:
+        return "for example tcp:[::1]:4444"
+    return f"tcp:[{address}]:{port}"
 
 
 def host(rest: str) -> str:
@@ -230,5 +240,5 @@ def _reason(error: OSError) -> str:
     if first.errno == errno.EADDRINUSE:
         return "the port is in use"
     if first.errno == errno.ECONNREFUSED:
-        return "connection refused (is the destination waiting there?)"
+        return "connection refused (is anybody waiting there?)"
     return first.strerror or str(first)
