@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import trimig
+from trimig import Owner, Ownership
 from trimig.portal import Portal
 
 GUEST = trimig.AppGuest("g")
@@ -46,6 +47,61 @@ async def test_other_arguments_of_migrate(name: str, arguments: dict[str, Any]) 
     given = {"guest": GUEST, "to": "tcp:127.0.0.1:1", **arguments}
     with pytest.raises(TypeError, match=f"^{name} must be "):
         await trimig.migrate(**given)
+
+
+@pytest.mark.parametrize("owner", [Ownership.DESTINATION, Ownership.SOURCE, "elsewhere", True, None], ids=str)
+async def test_a_guest_is_settled_by_an_owner_only(owner: Any) -> None:
+    """Owner and Ownership are easily confused: nothing is done, and above all nothing runs."""
+    guest = trimig.AppGuest("g")
+    await guest.pause()
+    asked: list[Owner] = []
+
+    async def settle(owner: Owner) -> None:
+        asked.append(owner)
+
+    guest.set_owner(Owner.UNKNOWN, settle=settle)
+    with pytest.raises(TypeError, match=r"^owner must be trimig\.Owner\.HERE or trimig\.Owner\.ELSEWHERE, not an? "):
+        await guest.settle(owner)
+    assert (asked, guest.owner, guest.run_state) == ([], Owner.UNKNOWN, "paused")
+    await guest.settle(Owner.ELSEWHERE)
+    assert asked == [Owner.ELSEWHERE]
+
+
+@pytest.mark.parametrize("owner", [Owner.HERE, Owner.ELSEWHERE, Owner.UNKNOWN, "source", False, None], ids=str)
+async def test_an_error_is_settled_by_a_side_only(owner: Any) -> None:
+    asked: list[Owner] = []
+
+    async def settle(owner: Owner) -> None:
+        asked.append(owner)
+
+    error = trimig.HandoverUncertain("the answer is missing", settle=settle)
+    with pytest.raises(TypeError, match=r"^owner must be trimig\.Ownership\.SOURCE or .*guest\.settle"):
+        await error.settle(owner)
+    assert (asked, error.settled, error.owner) == ([], None, Ownership.UNKNOWN)
+    await error.settle(Ownership.SOURCE)
+    assert asked == [Owner.HERE]
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("reason", lambda monitor: monitor.cancel(None)),
+        ("reason", lambda monitor: monitor.pause(7)),
+        ("reason", lambda monitor: monitor.abandon(b"no")),
+        ("uri", lambda monitor: monitor.recover(("127.0.0.1", 4444))),
+        ("listener", lambda monitor: monitor.add_listener(None)),
+        ("every", lambda monitor: monitor.watch("1 s")),
+        ("guest", lambda monitor: setattr(monitor, "guest", "g")),
+    ],
+)
+def test_what_steers(name: str, call: Callable[[trimig.Monitor], object]) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be "):
+        call(trimig.Monitor())
+
+
+async def test_a_status_that_is_none_is_not_waited_for() -> None:
+    with pytest.raises(TypeError, match=r"^statuses must be of trimig\.Status, not a str$"):
+        await trimig.Monitor().wait_status("completed")  # type: ignore[arg-type]
 
 
 def test_through_a_portal() -> None:

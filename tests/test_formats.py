@@ -113,12 +113,11 @@ def test_one_and_many() -> None:
 
 # -- and no other module -----------------------------------------------------------------------------------------------
 
-#: Where numbers are written for people.
-PEOPLE = [path for name in ("cli", "policy") for path in sorted((ROOT / name).rglob("*.py"))] + [
-    ROOT / "monitor/statistics.py"
-]
+#: Everything but the module itself, and the texts of QEMU's own monitor, which are written as QEMU writes them.
+PEOPLE = sorted({*ROOT.rglob("*.py")} - {ROOT / "formats.py", ROOT / "qmp" / "commands" / "human.py"})
 #: A unit that stands behind a value: ``{…} ms``, ``{…}/s``, ``{…} %``.
 _UNIT = re.compile(r"^ ?(?:B|[KMGT]i?B|[kMG]bit|ms|s|min|h|%)(?:/s)?(?![\w-])|^/s(?!\w)")
+_PERCENT = re.compile(r"%[-+0-9]*(?:\.\d+)?[feEgG](?!\w)")
 #: A format that rounds or makes a percentage.
 _NUMBER = re.compile(r"[,_]?(?:\.\d+)?[feEgG%]$|\.\d+$")
 
@@ -130,8 +129,8 @@ def formatted(source: str) -> list[str]:
         if not isinstance(node, ast.JoinedStr):
             continue
         for part, behind in zip(node.values, [*node.values[1:], None], strict=True):
-            if not isinstance(part, ast.FormattedValue):
-                continue
+            if not isinstance(part, ast.FormattedValue) or part.conversion == ord("r"):
+                continue  # what somebody gave, cut to a length
             spec = ast.unparse(part.format_spec).strip("f'\"") if part.format_spec is not None else ""
             text = behind.value if isinstance(behind, ast.Constant) and isinstance(behind.value, str) else ""
             if _NUMBER.search(spec) or _UNIT.search(text):
@@ -139,9 +138,21 @@ def formatted(source: str) -> list[str]:
     return found
 
 
+def logged(source: str) -> list[str]:
+    """The places where a number is formatted by ``%``, as the arguments of a log are."""
+    strings = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
+    return [
+        f"{node.lineno}: {node.value!r}"
+        for node in strings
+        if isinstance(node.value, str) and _PERCENT.search(node.value)
+    ]
+
+
 @pytest.mark.parametrize("path", PEOPLE, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_nothing_else_formats_a_number(path: Path) -> None:
-    assert formatted(path.read_text(encoding="utf-8")) == []
+    source = path.read_text(encoding="utf-8")
+    assert formatted(source) == []
+    assert logged(source) == []
 
 
 @pytest.mark.parametrize(
@@ -152,8 +163,14 @@ def test_guard_finds_a_number_that_is_formatted(source: str) -> None:
     assert len(formatted(source)) == 1
 
 
+def test_guard_finds_a_number_in_a_log() -> None:
+    assert len(logged("log.warning('not within %g s', x)\nlog.info('%.1f', x)")) == 2
+    assert logged("log.warning('%s, 40 % for %d', x)") == []
+
+
 @pytest.mark.parametrize(
-    "source", ["f'{x:>8}'", "f'{x} bytes'", "f'{x:08x}'", "f'{name}-s'", "f'{a}/{b}'", "f'{x:{w}}'"]
+    "source",
+    ["f'{x!r:.80} is no name'", "f'{x:>8}'", "f'{x} bytes'", "f'{x:08x}'", "f'{name}-s'", "f'{a}/{b}'", "f'{x:{w}}'"],
 )
 def test_guard_lets_words_pass(source: str) -> None:
     assert formatted(source) == []

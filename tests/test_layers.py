@@ -34,7 +34,7 @@ MAY_IMPORT: Final = {
     "status": frozenset({"errors"}),
     "config": frozenset({"errors", "expected"}),
     "expected": frozenset[str](),
-    "owner": frozenset({"errors"}),
+    "owner": frozenset({"errors", "expected"}),
     "guest": frozenset({"errors", "owner"}),
     "monitor": _RECORDS,
     "wire": _BASE,

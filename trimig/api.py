@@ -66,9 +66,9 @@ async def migrate(
     While the connection is lost it ends the call: with PostcopyLost, or with HandoverUncertain where the destination had
     not said yet that it has the guest.
     """
-    check_migrate(guest, to, config, monitor, commit, fence)
-    config = config or Config()
     try:
+        check_migrate(guest, to, config, monitor, commit, fence)
+        config = config or Config()
         caller = _Caller(to, config)
         return await migrate_stream(
             guest, caller.connections(), config, core_of(monitor or Monitor()), commit=commit, fence=fence
@@ -99,6 +99,7 @@ async def receive(
         PostcopyLost: the guest is here without all of its memory, and stands still.
         HandoverUncertain: the guest came by postcopy, and its source, a QEMU from 11.1 on, may have taken it back: it
             stands still here until that is settled.
+        NotOwner: it is not known who owns the guest that is there: ``guest.settle()`` first.
         StateError, ConfigError: the call was not possible; nothing was done, but a stream given as *at* is closed.
 
     **Cancellation:** up to the decision of the source as for a MigrationError. If the decision has been read, the guest is
@@ -107,13 +108,15 @@ async def receive(
     however long that takes. While the connection is lost it ends the call with PostcopyLost, or with HandoverUncertain
     where the source may have taken its guest back; the guest stands still then.
     """
-    check_receive(guest, at, config, monitor)
-    monitor, config = monitor or Monitor(), config or Config()
-    acceptor = _Acceptor(at, config, monitor)
     try:
-        return await receive_stream(guest, acceptor.connections(), config, core_of(monitor))
+        check_receive(guest, at, config, monitor)
+        monitor, config = monitor or Monitor(), config or Config()
+        acceptor = _Acceptor(at, config, monitor)
+        try:
+            return await receive_stream(guest, acceptor.connections(), config, core_of(monitor))
+        finally:
+            acceptor.close()
     finally:
-        acceptor.close()
         await _dispose(at)
 
 
@@ -235,7 +238,7 @@ def _address(given: str | AnyStream) -> str:
     return given
 
 
-async def _dispose(stream: str | AnyStream) -> None:
+async def _dispose(stream: object) -> None:
     """Close a stream that the engine never got hold of; closing twice is harmless."""
-    if not isinstance(stream, str):
+    if isinstance(stream, trio.abc.AsyncResource):
         await closing.close(stream)

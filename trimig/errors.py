@@ -212,12 +212,18 @@ class HandoverUncertain(TrimigError):
         """State who owns the guest. At the source, SOURCE resumes it (if it ran before), DESTINATION gives it up.
 
         Raises:
+            TypeError: *owner* is no :class:`Ownership`.
             ValueError: *owner* is UNKNOWN.
             StateError: it was settled already, or is being settled by another task right now.
             GuestNotResumed: it is settled, and the guest could not be resumed; ``guest.resume()`` may be tried again.
 
         **Cancellation:** cancelled before anything was done, or not at all.
         """
+        if not isinstance(owner, Ownership):
+            raise TypeError(
+                f"owner must be trimig.Ownership.SOURCE or trimig.Ownership.DESTINATION, not {owner!r} "
+                "(guest.settle is the one that takes a trimig.Owner)"
+            )
         if owner is Ownership.UNKNOWN:
             raise ValueError("settle needs a definite owner: Ownership.SOURCE or Ownership.DESTINATION")
         if self.settled is not None:
@@ -234,7 +240,8 @@ class HandoverUncertain(TrimigError):
 class PostcopyLost(TrimigError):
     """The guest is at the destination, and the rest of its memory will not come.
 
-    On the destination the guest stands still; it keeps what it has. The source keeps its half, too.
+    On the destination the guest stands still; it keeps what it has, and is not migrated on. ``guest.resume()`` runs it with
+    zeros for what it lacks. The source keeps its half, too.
 
     Attributes:
         missing: on the destination, the pages that never came, by the block's name: pairs of the first page and the one

@@ -356,6 +356,15 @@ class IdentifiedGuest(Guest, Protocol):
         """In its usual form, 8-4-4-4-12 hexadecimal digits; None if it has none."""
 
 
+@runtime_checkable
+class CountingGuest(Guest, Protocol):
+    """A guest that tells whether it has run since it was last looked at, also if it stands still again."""
+
+    @property
+    def starts(self) -> int:
+        """Rises when it begins to be resumed, and again when that has come to its end."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Wait:
     """A thread of the guest waits for a page: the block by its number in :attr:`Guest.ram`, the page in it, and the

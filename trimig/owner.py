@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Final, Protocol
 
 from .errors import GuestFailed, NotOwner, Owner, StateError
+from .expected import expect
 
 #: Says who owns the guest: resumes it here, or gives it up.
 Settle = Callable[[Owner], Awaitable[None]]
@@ -37,6 +38,16 @@ def refusal(what: str, owner: Owner) -> NotOwner:
     return NotOwner(f"the guest cannot {what}: {_WHY[owner]}", guest_owner=owner)
 
 
+def already_settled(owner: Owner) -> StateError:
+    """The refusal to settle what is certain, or is asked anew by a later attempt: the guest's owner is *owner* now."""
+    if owner is Owner.UNKNOWN:
+        return StateError(
+            "already settled; who owns the guest is the question of a later attempt, which has its own error"
+        )
+    where = "here" if owner is Owner.HERE else "at the other side"
+    return StateError(f"already settled: it is certain that the guest is {where}")
+
+
 def check_here(guest: Owned) -> None:
     """Refuse to migrate a guest that is not this side's. NotOwner."""
     if guest.owner is not Owner.HERE:
@@ -57,6 +68,7 @@ class OwnerState:
         self._settle: Settle | None = None
         self._settling = False
         self._starting = 0
+        self._starts = 0
         self._gone = False
 
     @property
@@ -68,6 +80,11 @@ class OwnerState:
     def gone(self) -> bool:
         """It was this side's, and is the other side's for certain."""
         return self._gone
+
+    @property
+    def starts(self) -> int:
+        """Rises when the guest begins to be started, and again when that has come to its end."""
+        return self._starts
 
     def set(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
         """For the engine: the owner from now on.
@@ -99,19 +116,23 @@ class OwnerState:
         """The guest is being started inside the block: it is this side's, and is not given away meanwhile.
 
         Raises:
-            NotOwner: as :meth:`check`.
+            NotOwner: as :meth:`check`; also at the end of a block in which it has ceased to be this side's.
         """
         self.check(what)
         self._starting += 1
+        self._starts += 1
         try:
             yield
+            self.check(what)
         finally:
             self._starting -= 1
+            self._starts += 1
 
     async def settle(self, owner: Owner) -> None:
         """State who owns the guest: HERE resumes it (if it ran before), ELSEWHERE gives it up.
 
         Raises:
+            TypeError: *owner* is no :class:`trimig.Owner`.
             ValueError: *owner* is UNKNOWN.
             StateError: its owner is known, the answer is still waited for, or it is being settled by another task.
             GuestNotResumed: it is here and could not be resumed; ``guest.resume()`` may be tried again.
@@ -119,11 +140,11 @@ class OwnerState:
         **Cancellation:** cancelled before anything was done, or not at all: the resume is bounded by
         ``teardown_grace``.
         """
+        expect("owner", owner, Owner, "trimig.Owner.HERE or trimig.Owner.ELSEWHERE")
         if owner is Owner.UNKNOWN:
             raise ValueError("settle needs a definite owner: Owner.HERE or Owner.ELSEWHERE")
         if self._owner is not Owner.UNKNOWN:
-            where = "here" if self._owner is Owner.HERE else "at the other side"
-            raise StateError(f"already settled: it is certain that the guest is {where}")
+            raise already_settled(self._owner)
         if self._settling:
             raise StateError("another task is settling it right now")
         if self._settle is None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket
 import struct
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -19,9 +20,11 @@ from tests.cli.test_output import CALLS
 from tests.cli.test_parked import trimig_command
 from tests.guests.test_parked import stream as saved_stream
 from trimig import cli, errors, stream
+from trimig.cli.commands.run import _Host, _other_side
 from trimig.cli.errors import error_record
 from trimig.cli.exit_codes import SENTENCE
 from trimig.errors import Ownership
+from trimig.status import owner
 
 #: One error of each class, and the code that every command ends with.
 ERRORS: Final[list[tuple[Exception, int]]] = [
@@ -56,6 +59,29 @@ def every_class(root: type[Exception]) -> Iterator[type[Exception]]:
 
 def test_table_has_every_error() -> None:
     assert {type(error) for error, _ in ERRORS} >= set(every_class(trimig.TrimigError)) - {trimig.TrimigError}
+
+
+class _Monitor:
+    def __init__(self, role: trimig.Role, status: trimig.Status) -> None:
+        self.status = status
+        self.owner = owner(role, status)
+
+
+@pytest.mark.parametrize("status", trimig.Status)
+@pytest.mark.parametrize("role", trimig.Role)
+def test_of_a_hosted_guest(role: trimig.Role, status: trimig.Status) -> None:
+    """`trimig run` ends by the truth of whichever migration it was in, coming or going."""
+    host = _Host(config=trimig.Config(), as_json=False)
+    parts = {
+        name: _Monitor(side, status if side is role else trimig.Status.NONE)
+        for name, side in (("outgoing", trimig.Role.SOURCE), ("incoming", trimig.Role.DESTINATION))
+    }
+    machine: Any = types.SimpleNamespace(**parts)
+    host._machine = machine
+    unknown = owner(role, status) is Ownership.UNKNOWN
+    assert host._code() == (3 if unknown else 4 if status is trimig.Status.POSTCOPY_LOST else 0)
+    other = "destination" if role is trimig.Role.SOURCE else "source"
+    assert _other_side(machine) == (other if unknown else None)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 import os
 import signal
 import subprocess
@@ -204,3 +205,16 @@ def test_demo_with_few_descriptors_ends_at_once(limit: int) -> None:
     assert (done.returncode == 0) == ('"verified": true' in done.stdout)
     if done.returncode:
         assert "Too many open files" in done.stderr
+
+
+def test_a_warning_is_said_once(tmp_path: Path) -> None:
+    """It is logged as well, and the log without a handler of its own would go to stderr, too."""
+    for name, more in (("guest", []), ("other", ["--json"])):
+        (tmp_path / name).write_bytes(stream())
+        words = ["send", str(tmp_path / name), f"file:{tmp_path / 'out'}", *more]
+        done = subprocess.run([sys.executable, "-m", "trimig", *words], check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        lines = done.stderr.splitlines()
+        said = [json.loads(line).get("text", "") if more else line.removeprefix("trimig: ") for line in lines]
+        assert more or all(line.startswith("trimig: ") for line in lines)
+        assert sum("no return path (" in text for text in said) == 1

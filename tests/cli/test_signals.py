@@ -65,7 +65,7 @@ def ended(where: str, number: int, *words: object) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("number", [2, 15], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", [2, 15, 1], ids=["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signal_at_the_beginning_is_130(tmp_path: Path, number: int) -> None:
     target = tmp_path / "target"
     for where in ("import", "before"):
@@ -74,7 +74,7 @@ def test_signal_at_the_beginning_is_130(tmp_path: Path, number: int) -> None:
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("number", [2, 15], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", [2, 15, 1], ids=["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("where", ["after", "exit"])
 def test_signal_that_comes_too_late_changes_nothing(tmp_path: Path, number: int, where: str) -> None:
     (tmp_path / "guest").write_bytes(stream())
@@ -83,6 +83,22 @@ def test_signal_that_comes_too_late_changes_nothing(tmp_path: Path, number: int,
     assert ended(where, number, "receive", f"file:{tmp_path / 'out'}", "--save", tmp_path / "back")[0] == 0
     assert ended(where, number, "send", tmp_path / "guest", "tcp:127.0.0.1:1", "--force")[0] == 1
     assert (tmp_path / "back").exists()
+
+
+def test_a_hangup_stays_ignored_where_it_is(tmp_path: Path) -> None:
+    """As nohup starts a command."""
+    (tmp_path / "guest").write_bytes(stream())
+    words = ["send", str(tmp_path / "guest"), f"file:{tmp_path / 'out'}"]
+    code = f"import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n{PROGRAM}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "before", "1", *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, "SIGHUP" in done.stderr) == (0, False), done.stderr
 
 
 # -- what a signal is said to lead to ----------------------------------------------------------------------------------

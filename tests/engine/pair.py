@@ -9,7 +9,7 @@ from typing import Any
 import trio
 
 import trimig
-from trimig.engine.source import PING_PREPARE
+from trimig.engine.source import PING_OPENED, PING_PREPARE
 from trimig.testing import FakeDevice, OwnerReferee, ScriptedGuest, VirtualLink
 from trimig.wire import encoder as wire
 from trimig.wire.return_path import Message, Pong, Shut, encode
@@ -117,7 +117,9 @@ class Destination:
         await self.stream.send_all(b"".join(m if isinstance(m, bytes) else encode(m) for m in messages))
 
     async def prepare(self) -> None:
-        """Read up to the PING of the prepare step, and answer it."""
+        """Read up to the PING of the prepare step, and answer it; the first PING is answered before anything else."""
+        await self.until(wire.ping(PING_OPENED))
+        await self.say(Pong(value=PING_OPENED))
         await self.until(wire.ping(PING_PREPARE))
         await self.say(PREPARED)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
+from typing import Any
 
 import pytest
 import trio
@@ -12,6 +14,8 @@ import trimig
 from tests.engine.test_order import END, EOF
 from tests.engine.test_postcopy_bad_input import ALL, HEAD, OPENING, PACKAGE, START, able, destination, devices, part
 from tests.engine.test_postcopy_bad_input import END as ENDING
+from trimig.channel import offload
+from trimig.engine import device_tail
 from trimig.errors import RemoteProtocolError
 from trimig.testing import virtual_link
 from trimig.wire import encoder as wire
@@ -126,3 +130,33 @@ async def test_an_end_that_cannot_be_told_apart_names_the_way_out(autojump_clock
             assert trio.current_time() - began < 20.0
         assert isinstance(there.outcome, RemoteProtocolError)
         assert "suppress-vmdesc=off" in str(there.outcome)
+
+
+async def test_a_cancel_does_not_wait_for_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read in a thread, which looks between two objects whether it is still wanted."""
+    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def look() -> None:
+        begun.set()
+        go_on.wait()
+        offload.check_cancelled()
+
+    def parse(*arguments: Any, **options: Any) -> description.Description:
+        found = description.parse(*arguments, **options)
+        ended.set()
+        return found
+
+    monkeypatch.setattr(device_tail, "check_cancelled", look)
+    monkeypatch.setattr(device_tail, "parse", parse)
+    device = {"name": "d", "instance_id": 0, "fields": []}
+    text = description.build(4096, [device] * (2 * device_tail.INLINE_BYTES // 40))
+    assert len(text) > device_tail.INLINE_BYTES
+    with trio.fail_after(60), trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(device_tail.check_description, text, trimig.Config())
+            while not begun.is_set():  # noqa: ASYNC110 - the event is a thread's
+                await trio.sleep(0.001)
+            scope.cancel()
+            go_on.set()
+    assert scope.cancelled_caught
+    assert not ended.is_set()

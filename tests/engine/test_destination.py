@@ -195,8 +195,8 @@ async def test_stream_without_a_stored_run_state_runs(autojump_clock: trio.testi
         ({"list": ram_list()}, "no RAM block 'ram'", "ram"),
         ({"end": ram_end(zeros(2))}, "", "ram"),
         ({"end": ram_end(zeros(0, block="rom"))}, "rom", "ram"),
-        ({"end": ram_end(zeros(1))}, "1 pages of RAM block 'ram' were never received", None),
-        ({"end": ram_end()}, "2 pages of RAM block 'ram' were never received", None),
+        ({"end": ram_end(zeros(1))}, "1 pages of RAM block 'ram' were never received, the first at offset 0x0 of it (", None),
+        ({"end": ram_end()}, "2 pages of RAM block 'ram' were never received, the first at offset 0x0 of it (", None),
         ({"device": device(idstr="watch")}, "unknown device 'watch'", "watch"),
         ({"device": device(version=2)}, "has version 2 at the source", "clock"),
         ({"device": b""}, "device 'clock' (instance 0) was never received", None),
@@ -214,6 +214,19 @@ async def test_what_does_not_fit_is_refused_before_the_decision(
     fed.refused(trimig.RemoteProtocolError, text)
     assert isinstance(fed.result, trimig.RemoteProtocolError)
     assert fed.result.section == section
+
+
+async def test_a_name_that_is_no_text_is_refused_with_its_place(autojump_clock: trio.testing.MockClock) -> None:
+    """A guest that is only kept takes any names, but they must be text."""
+    link = VirtualLink()
+    head = wire.file_header() + wire.configuration("any", ())
+    with trimig.ParkedGuest() as guest:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(
+                link.a.send_all, head + ram_list(("r\udcffm", 4096)) + ram_end(zeros(0, block="r\udcffm"))
+            )
+            with pytest.raises(trimig.RemoteProtocolError, match=r"of a RAM block is not UTF-8.*at byte 33 "):
+                await trimig.receive(guest, link.b)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 import trio
@@ -10,7 +11,7 @@ import trio.testing
 
 import trimig
 from tests.engine.pair import ACCEPTED, REFUSED, Destination, Pair, config, played, running, waiting
-from trimig.engine.source import PING_PREPARE
+from trimig.engine.source import PING_OPENED, PING_PREPARE
 from trimig.status import Status
 from trimig.testing import FakeDevice, Fault, VirtualLink
 from trimig.wire import encoder as wire
@@ -60,6 +61,8 @@ async def test_destination_that_does_not_prove_that_it_is_prepared(autojump_cloc
     pair = Pair(config_here=config(handover_timeout=7.0))
 
     async def script(there: Destination) -> None:
+        await there.until(wire.ping(PING_OPENED))
+        await there.say(Pong(value=PING_OPENED))
         await there.until(wire.ping(PING_PREPARE))
         await there.say(Pong(value=PING_PREPARE + 1))
         await there.until_closed()
@@ -304,6 +307,20 @@ async def broken() -> trimig.Ownership:
     raise OSError("no route to host")
 
 
+@pytest.mark.parametrize("answer", [trimig.Owner.HERE, trimig.Owner.ELSEWHERE, "source", None, True], ids=str)
+async def test_a_fence_that_answers_something_else(autojump_clock: trio.testing.MockClock, answer: Any) -> None:
+    """T3: it is not taken for an answer, and the error says what it was."""
+    pair = Pair()
+
+    async def fence() -> Any:
+        return answer
+
+    error = await doubtful(pair, fence=fence)
+    assert isinstance(error, trimig.HandoverUncertain)
+    assert f"the fence hook must return a trimig.Ownership, not {answer!r}" in str(error)
+    assert pair.source.owner is trimig.Owner.UNKNOWN
+
+
 @pytest.mark.parametrize("fence", [unknown, broken, trio.sleep_forever])
 async def test_fence_that_finds_nothing_out(
     autojump_clock: trio.testing.MockClock, fence: Callable[[], Awaitable[trimig.Ownership]]
@@ -330,6 +347,28 @@ async def test_fence_is_not_asked_where_the_owner_is_certain(autojump_clock: tri
 
 
 # -- settling ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [True, False])
+async def test_an_old_error_settles_no_later_attempt(autojump_clock: trio.testing.MockClock, *, shared: bool) -> None:
+    """The first was settled by the guest, and it went to another host: what is known of the first says nothing of the second."""
+    pair = Pair()
+    first = await doubtful(pair)
+    assert isinstance(first, trimig.HandoverUncertain)
+    await pair.source.settle(trimig.Owner.HERE)
+    again = Pair(pair.source)
+    if shared:
+        again.here = pair.here
+    second = await doubtful(again)
+    assert isinstance(second, trimig.HandoverUncertain)
+    for owner in (SOURCE, DESTINATION):
+        with pytest.raises(trimig.StateError, match=r"already settled; .* a later attempt"):
+            await first.settle(owner)
+    assert (pair.source.owner, pair.source.running, first.settled) == (trimig.Owner.UNKNOWN, False, None)
+    await second.settle(SOURCE)
+    assert pair.source.running
+    with pytest.raises(trimig.StateError, match="already settled: it is certain that the guest is here"):
+        await first.settle(DESTINATION)
 
 
 async def test_settled_as_source_it_runs_here_again(autojump_clock: trio.testing.MockClock) -> None:

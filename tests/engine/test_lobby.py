@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import random
+import resource
+import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -24,6 +26,7 @@ from trimig.channel.channel import AnyStream
 from trimig.channel.first_bytes import judge_again, judge_first, judge_surplus, known
 from trimig.channel.lobby import MOST_READ, MOST_WAITING, Lobby, NotTheOne, Verdict, accept_pause
 from trimig.errors import RemoteProtocolError, TransportFailed
+from trimig.transport.tcp import TcpListener
 from trimig.wire import Command, Section
 from trimig.wire import encoder as wire
 
@@ -244,6 +247,52 @@ async def test_a_listener_that_is_broken_is_an_error() -> None:
             await tried.lobby.choose(wants(b"word"))
         with pytest.raises(TransportFailed):
             await tried.lobby.wait_visitor()
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["one address", "two addresses"])
+async def test_a_connection_in_the_moment_in_which_the_lobby_is_closed(count: int) -> None:
+    """It is not needed, and its migration goes on. Which task runs first is drawn, so there are many tries."""
+    for _ in range(40):
+        sockets = [trio.socket.socket() for _ in range(count)]
+        for number, listening in enumerate(sockets, 1):
+            await listening.bind((f"127.0.0.{number}", 0))
+            listening.listen(5)
+        entrance = TcpListener([trio.SocketListener(listening) for listening in sockets])
+        async with trio.open_nursery() as nursery:
+            tried = Lobby(nursery, entrance, lambda *_: None)
+            tried.open()
+            await trio.testing.wait_all_tasks_blocked()
+            clients = [socket.create_connection(listening.getsockname()) for listening in sockets]
+            await trio.lowlevel.checkpoint()
+            tried.close()
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["one address", "two addresses"])
+async def test_no_descriptor_left_for_a_connection(count: int, caplog: pytest.LogCaptureFixture) -> None:
+    """As with one address, so with two: it is tried again, and the one that is awaited comes in the end."""
+    sockets = [trio.socket.socket() for _ in range(count)]
+    for number, listening in enumerate(sockets, 1):
+        await listening.bind((f"127.0.0.{number}", 0))
+        listening.listen(5)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with trio.fail_after(LIMIT), socket.socket() as client:
+        async with trio.open_nursery() as nursery:
+            tried = Lobby(nursery, TcpListener([trio.SocketListener(one) for one in sockets]), lambda *_: None)
+            tried.open()
+            await trio.testing.wait_all_tasks_blocked()
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (client.fileno() + 1, hard))
+                client.connect(sockets[-1].getsockname())
+                while "Too many open files" not in caplog.text:  # noqa: ASYNC110 - a log has no event
+                    await trio.sleep(0.001)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            client.sendall(b"word")
+            chosen = await tried.choose(wants(b"word"))
+            await trio.aclose_forcefully(chosen.stream)
+            tried.close()
 
 
 async def test_handshakes_do_not_wait_for_each_other() -> None:

@@ -21,7 +21,7 @@ from trimig.status import Status
 from trimig.testing import FakeDevice
 from trimig.wire import encoder as wire
 from trimig.wire.marks import PING_MARK, PONG_MARK, Mark
-from trimig.wire.return_path import Pong, Reason, encode
+from trimig.wire.return_path import Message, Pong, Reason, ReturnPathDecoder, Shut, encode
 
 LIMIT = 60
 
@@ -157,6 +157,38 @@ async def test_a_cancel_in_the_middle_of_a_write_finishes_the_record(stage: int)
         assert isinstance(ends["there"], trimig.PeerFailed | trimig.TransportFailed)
         if isinstance(ends["there"], trimig.PeerFailed):
             assert "it was cancelled: enough" in str(ends["there"])
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["QEMU", "trimig"])
+async def test_a_cancel_in_the_middle_of_an_answer_is_told(marked: bool) -> None:
+    """The source reads no answers until their buffers are full. It then reads whole messages, the refusal last."""
+    left, right = socket.socketpair()
+    for end in (left, right):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
+    here, there = (trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in (left, right))
+    opening = wire.file_header() + wire.configuration("m", ()) + wire.command(1)
+    target, monitor = trimig.AppGuest("m", running=False), trimig.Monitor()
+    target.add_ram("ram", PAGE_SIZE)
+    decoder = ReturnPathDecoder({}, marks=True)
+    heard: list[Message] = []
+    with target, here.socket, trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+
+            async def receive() -> None:
+                with pytest.raises(trimig.MigrationCancelled):
+                    await trimig.receive(target, there, config(), monitor=monitor)
+
+            nursery.start_soon(receive)
+            await here.send_all(opening + (wire.ping(PING_MARK) if marked else b""))
+            with trio.move_on_after(1):  # which the destination does not take: it waits until its answers are
+                for value in range(1 << 20):
+                    await here.send_all(wire.ping(value & 511))
+            monitor.cancel("the host is going down")
+            while data := await here.receive_some():
+                heard += decoder.feed(memoryview(data))
+    assert not decoder.pending
+    assert heard[-1] == Shut(status=1)
+    assert any(isinstance(message, Reason) and b"going down" in message.payload for message in heard) == marked
 
 
 def test_what_is_told_is_a_strangers_text() -> None:

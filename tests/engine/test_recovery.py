@@ -563,3 +563,18 @@ async def test_a_cancellation_waits_while_there_is_a_connection(
         assert isinstance(there.outcome, trimig.Summary), there.outcome
         assert there.monitor.status is Status.COMPLETED
         assert all((block.pages == 5).all() for block in target.ram)
+
+
+async def test_who_asks_and_is_silent_then_does_not_use_up_the_time(autojump_clock: trio.testing.MockClock) -> None:
+    """A stranger who knows the name of a block, with usual times; the source comes behind it, and is heard."""
+    config = dataclasses.replace(able(), recovery_retry=True)
+    async with paused(config=config) as there:
+        began = trio.current_time()
+        stranger = await there.connect()
+        await stranger.say(ASK)
+        stranger.decoder.expect_bitmap("ram")
+        await stranger.hear_until(ReceivedPages)
+        await there.monitor.wait_status(Status.POSTCOPY_PAUSED)
+        assert trio.current_time() - began < config.recovery_timeout / 2
+        await bring_the_rest(there)
+    assert there.monitor.status is Status.COMPLETED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 
 import pytest
@@ -165,3 +166,41 @@ async def test_peer_that_does_not_read(autojump_clock: trio.testing.MockClock) -
             assert trio.current_time() - began == pytest.approx(1 if cancel else 9)
         assert pair.source.running
         assert pair.here.status is (Status.CANCELLED if cancel else Status.FAILED)
+
+
+@pytest.mark.parametrize("stall", [6.0, 60.0, 120.0, math.inf])
+async def test_a_destination_that_never_answers_ends_it_while_the_guest_runs(
+    autojump_clock: trio.testing.MockClock, stall: float
+) -> None:
+    """It takes all of the memory into its buffers, and reads none of it: a QEMU that waits for channels of multifd."""
+    pair = Pair(config_here=config(stall_timeout=stall))
+
+    async def script(there: Destination) -> None:
+        await there.until_closed()
+
+    ended = {6.0: 6.0, 60.0: 15.0, 120.0: 30.0, math.inf: math.inf}[stall]
+    async with played(pair, script):
+        with trio.move_on_after(1000) as patience:
+            with pytest.raises(trimig.TransportFailed, match=rf"answered nothing for {ended:g} s; with multifd on"):
+                await pair.migrate()
+            assert trio.current_time() == pytest.approx(ended, abs=0.1)
+    assert patience.cancelled_caught == (ended == math.inf)
+    assert any("multifd" in text for text in pair.here.counters.warnings)
+    assert "pause" not in pair.source.events()
+    assert pair.source.running
+
+
+async def test_a_destination_that_answers_late_is_waited_for(autojump_clock: trio.testing.MockClock) -> None:
+    """The guest runs meanwhile."""
+    pair = Pair()
+
+    async def script(there: Destination) -> None:
+        await trio.sleep(12)
+        await there.prepare()
+        await there.until(b'"devices"')
+        await there.say(ACCEPTED)
+
+    async with played(pair, script):
+        summary = await pair.migrate()
+    assert summary.confirmed
+    assert summary.downtime < 1

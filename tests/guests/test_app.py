@@ -8,10 +8,11 @@ import trio
 import trio.testing
 
 import trimig
-from trimig.errors import ConfigError, GuestFailed, RemoteProtocolError, StateError
+from trimig.errors import ConfigError, GuestFailed, NotOwner, Owner, RemoteProtocolError, StateError
 from trimig.guest import DeviceSection, Guest
 from trimig.guests.app import AppGuest
 from trimig.guests.device import Device
+from trimig.testing import virtual_link
 from trimig.wire.devices.vmstate import Field, VMState
 
 
@@ -124,6 +125,107 @@ async def test_a_cancelled_pause_leaves_the_guest_running(autojump_clock: trio.t
             pass
         await guest.pause()
     assert paused == [1]
+
+
+async def test_a_cancelled_pause_does_not_open_what_another_one_has_closed(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """rule C7: the application's own pause gives up while a migration pauses the guest, in either order."""
+    for first in (True, False):
+        guest = AppGuest()
+        scopes = (trio.CancelScope(), trio.CancelScope())
+
+        async def pausing(guest: AppGuest, scope: trio.CancelScope) -> None:
+            with scope:
+                await guest.pause()
+
+        async with trio.open_nursery() as nursery, guest.running():
+            for scope in scopes:
+                nursery.start_soon(pausing, guest, scope)
+                await trio.testing.wait_all_tasks_blocked()
+            scopes[0 if first else 1].cancel()
+            await trio.testing.wait_all_tasks_blocked()
+        assert guest.run_state == "paused"
+        with trio.move_on_after(1) as scope:
+            async with guest.running():
+                pytest.fail("it is paused")
+        assert scope.cancelled_caught
+
+
+async def test_one_resume_after_the_other(autojump_clock: trio.testing.MockClock) -> None:
+    """Nobody is inside while the hook runs, and a pause waits for it."""
+    calls: list[str] = []
+
+    async def on_resume() -> None:
+        calls.append("resume")
+        await trio.sleep(1)
+        calls.append("resumed")
+
+    guest = AppGuest(on_resume=on_resume)
+    await guest.pause()
+    async with trio.open_nursery() as nursery:
+        for call in (guest.resume, guest.resume, guest.pause):
+            nursery.start_soon(call)
+            await trio.testing.wait_all_tasks_blocked()
+    assert calls == ["resume", "resumed"]
+    assert guest.run_state == "paused"
+
+
+async def test_a_guest_that_goes_while_it_is_being_resumed_does_not_run(autojump_clock: trio.testing.MockClock) -> None:
+    """The destination's guest has been refused meanwhile: its source runs it."""
+
+    async def on_resume() -> None:
+        guest.set_owner(Owner.ELSEWHERE)
+
+    guest = AppGuest(running=False, on_resume=on_resume)
+    guest.set_owner(Owner.HERE)
+    with pytest.raises(NotOwner):
+        await guest.resume()
+    assert guest.run_state == "inmigrate"
+    with pytest.raises(NotOwner):
+        async with guest.running():
+            pytest.fail("it is not here")
+
+
+@pytest.mark.parametrize("postcopy", [False, True])
+async def test_a_guest_that_has_run_since_it_was_stopped_is_not_handed_over(*, postcopy: bool) -> None:
+    """Its writes since then have not been sent: it stands still again, and yet the migration is taken back."""
+    source, target = AppGuest("g"), trimig.LazyAppGuest("g", running=False)
+    for guest in (source, target):
+        guest.add_ram("ram", 64 * 4096)
+    config = trimig.Config(capabilities=trimig.Capabilities(postcopy_ram=postcopy))
+    monitor = trimig.Monitor()
+
+    def switch(event: trimig.Event) -> None:
+        if postcopy and event.data.get("status") == "setup":
+            monitor.start_postcopy()
+
+    async def commit() -> None:
+        await source.resume()
+        async with source.running():
+            source.ram[0].pages[5, 0] = 9
+        await source.pause()
+
+    async def receive() -> None:
+        with pytest.raises(trimig.MigrationError):
+            await trimig.receive(target, other, config)
+
+    monitor.add_listener(switch)
+    for hook in (commit, None):
+        one, other = virtual_link()
+        async with trio.open_nursery() as nursery:
+            if hook is not None:
+                nursery.start_soon(receive)
+                with pytest.raises(GuestFailed, match="was resumed while its last pages"):
+                    await trimig.migrate(source, one, config, monitor=monitor, commit=hook)
+                assert (source.owner, source.run_state) == (Owner.HERE, "running")
+            else:
+                nursery.start_soon(trimig.receive, target, other, config)
+                await trimig.migrate(source, one, config, monitor=monitor)
+    assert (source.owner, target.owner) == (Owner.ELSEWHERE, Owner.HERE)
+    assert target.ram[0].pages[5, 0] == 9
+    source.close()
+    target.close()
 
 
 async def test_a_cancelled_entry_has_not_entered(autojump_clock: trio.testing.MockClock) -> None:

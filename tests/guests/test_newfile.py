@@ -219,3 +219,63 @@ def test_a_killed_process_leaves_nothing(tmp_path: Path) -> None:
     )
     assert done.returncode == -signal.SIGKILL
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_what_a_killed_process_has_left_is_removed_by_the_next(
+    tmp_path: Path, file_system: str, *, replace: bool
+) -> None:
+    """Killed between the link and the rename, by which a file takes the place of another."""
+    (tmp_path / "out").write_bytes(b"precious")
+    code = (
+        "import errno, os, signal, sys\nfrom pathlib import Path\nfrom trimig.guests.parked.newfile import NewFile\n"
+        "os.rename = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "file = NewFile(Path('out'), replace=True)\nfile.write_at(0, bytes(1 << 20))\nfile.finish()"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    assert done.returncode == -signal.SIGKILL
+    left = sorted(os.listdir(tmp_path))
+    assert len(left) == 2
+    assert left[0].endswith(".part")
+    # Of another file, of somebody else, or no such name: these stay.
+    others = [".out.mine.part", ".out2.0123456789ab.part", f"x{left[0]}"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"precious")
+    check_target(tmp_path / ("out" if replace else "out2.0123456789ab.part"), replace=True)
+    assert left[0] in os.listdir(tmp_path) or replace
+    NewFile(tmp_path / "out", replace=True).discard()
+    assert sorted(os.listdir(tmp_path)) == sorted(["out", *others])
+    assert (tmp_path / "out").read_bytes() == b"precious"
+
+
+def test_a_file_that_is_being_written_is_not_taken_for_one_that_was_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_system: str
+) -> None:
+    (tmp_path / "out").write_bytes(b"old")
+    first = NewFile(tmp_path / "out", replace=True)
+    first.write_at(0, b"first")
+    real = os.rename
+
+    def meanwhile(*names: Any, **more: Any) -> None:
+        monkeypatch.undo()
+        NewFile(tmp_path / "out", replace=True).discard()
+        real(*names, **more)
+
+    monkeypatch.setattr(os, "rename", meanwhile)
+    first.finish()
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out").read_bytes() == b"first"
+
+
+def test_the_longest_name_of_large_letters_can_be_replaced(tmp_path: Path, file_system: str) -> None:
+    """A name is limited in bytes, and so is the hidden one."""
+    path = tmp_path / ("\U0001f600" * 63)
+    for content in (b"first", b"second"):
+        file = NewFile(path, replace=True)
+        file.write_at(0, content)
+        file.finish()
+        assert path.read_bytes() == content
+    assert os.listdir(tmp_path) == [path.name]

@@ -18,12 +18,13 @@ import pytest
 import trio
 
 import trimig
-from trimig.errors import ConfigError, GuestFailed, RemoteProtocolError, StateError
+from trimig.errors import ConfigError, GuestFailed, Owner, RemoteProtocolError, StateError
 from trimig.guest import DeviceSection, Guest
 from trimig.guests.workload import guest as process
 from trimig.guests.workload.guest import MiB, ProcessGuest
 from trimig.guests.workload.state import verify, words_of
 from trimig.memory import MemoryUnavailable, snapshot_of
+from trimig.testing import virtual_link
 
 SIZE = 4 * MiB
 
@@ -269,6 +270,60 @@ async def test_a_worker_that_does_not_answer_is_a_failure_in_time_and_can_be_use
         with trio.fail_after(20):
             await guest.resume()  # passes over the late answer
         await written(guest, 10)
+
+
+async def test_a_worker_that_may_run_later_is_not_handed_over() -> None:
+    """rule C7: it was told to run, the call was cancelled, and the guest goes to another host: it would run twice."""
+    async with a_guest() as guest:
+        await guest.pause()
+        os.kill(guest.pid, signal.SIGSTOP)
+        with trio.move_on_after(0.02) as scope:
+            await guest.resume()
+        assert scope.cancelled_caught
+        with pytest.raises(GuestFailed, match="started in the moment"):
+            guest.set_owner(Owner.UNKNOWN)
+        assert guest.owner is Owner.HERE
+        os.kill(guest.pid, signal.SIGCONT)
+        await guest.pause()  # its answer shows that it does not run
+        guest.set_owner(Owner.UNKNOWN)
+        assert not (await guest.stats()).running
+
+
+async def test_a_worker_that_does_not_answer_at_the_destination_is_killed() -> None:
+    """The source takes its guest back: a worker that was told to run must not do so later."""
+    config = trimig.Config(handover_timeout=20.0)
+    async with a_guest() as source, a_guest(running=False, call_timeout=0.5) as target:
+        monitor = trimig.Monitor()
+
+        def stop(event: trimig.Event) -> None:
+            if event.name == "MIGRATION" and event.data["status"] == "handover":
+                os.kill(target.pid, signal.SIGSTOP)
+
+        monitor.add_listener(stop)
+        one, other = virtual_link()
+
+        async def receive() -> None:
+            with pytest.raises(GuestFailed, match="did not answer 'resume'"):
+                await trimig.receive(target, other, config, monitor=monitor)
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(receive)
+                with pytest.raises(trimig.PeerFailed):
+                    await trimig.migrate(source, one, config)
+        assert (source.owner, target.owner) == (Owner.HERE, Owner.ELSEWHERE)
+        assert (await source.stats()).running
+        with pytest.raises(ProcessLookupError):
+            os.kill(target.pid, 0)
+
+
+async def test_a_worker_that_refuses_to_run_is_kept() -> None:
+    async with a_guest(running=False) as guest:
+        guest.set_owner(Owner.HERE)
+        with pytest.raises(GuestFailed, match="refused 'resume'"):
+            await guest.resume()
+        guest.set_owner(Owner.ELSEWHERE)
+        assert not (await guest.stats()).running
 
 
 async def test_cancelled_calls_leave_requests_and_replies_in_step_and_no_descriptor() -> None:

@@ -33,7 +33,7 @@ MODES: Final = {
     "snapshot": "a background snapshot",
 }
 #: The version that has a mode first.
-SINCE: Final = {"channels": (8, 2), "ack": (8, 1)}
+SINCE: Final = {"channels": (8, 2), "ack": (8, 1), "preempt": (7, 1), "snapshot": (6, 0)}
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -160,12 +160,17 @@ def _in_root(root: Path) -> Installed | None:
 
 
 def _libraries(root: Path) -> list[Path]:
-    """The directories that the root's loader would search."""
+    """The directories that the root's loader would search, and then those below them with libraries of one program.
+
+    A library that names its own directory (``/usr/lib/x/pulseaudio``) means the one in the root.
+    """
     names = list(_LIBRARIES)
     for path in sorted((root / "etc/ld.so.conf.d").glob("*.conf")):
         names += [line.strip() for line in path.read_text().splitlines() if line.startswith("/")]
     found = (_inside(root, name) for name in names)
-    return list(dict.fromkeys(path for path in found if path is not None))
+    searched = dict.fromkeys(path for path in found if path is not None)
+    below = {file.parent: None for path in searched for file in sorted(path.glob("*/lib*.so*"))}
+    return list(dict.fromkeys((*searched, *below)))
 
 
 def _inside(root: Path, name: str) -> Path | None:

@@ -198,16 +198,22 @@ async def while_migrating(
     """Migrate, with *beside* as a task next to it that ends by itself; an error of either is raised bare."""
     failure: trimig.TrimigError | None = None
     summary: trimig.Summary | None = None
-    async with trio.open_nursery() as nursery:
+    try:
+        async with trio.open_nursery() as nursery:
 
-        async def task() -> None:
-            await beside()
+            async def task() -> None:
+                await beside()
 
-        nursery.start_soon(task)
-        try:
-            summary = await trimig.migrate(guest, uri, config, monitor=monitor, **hooks)  # type: ignore[arg-type]  # commit
-        except trimig.TrimigError as error:
-            failure = error
+            nursery.start_soon(task)
+            try:
+                summary = await trimig.migrate(guest, uri, config, monitor=monitor, **hooks)  # type: ignore[arg-type]  # commit
+            except trimig.TrimigError as error:
+                failure = error
+    except BaseExceptionGroup as group:
+        group.add_note(
+            f"the migration is {monitor.status}; the last error of this side: {monitor.counters.error}; {failure!r}"
+        )
+        raise
     if failure is not None:
         raise failure
     assert summary is not None

@@ -101,6 +101,14 @@ def test_links_of_a_root_lead_to_places_below_it(roots: Path) -> None:
     assert installed.installed() == {}
 
 
+def test_libraries_that_one_program_has_for_itself_are_those_of_the_root(tmp_path: Path) -> None:
+    """A library of the root names /usr/lib/own as the place of another: that is not the one of this machine."""
+    for name in ("usr/lib/libown.so.1", "usr/lib/own/libhelp-1.1.so", "usr/lib/data/text"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert installed._libraries(tmp_path) == [tmp_path / "usr/lib", tmp_path / "usr/lib/own"]
+
+
 # -- those that there are ----------------------------------------------------------------------------------------------
 
 

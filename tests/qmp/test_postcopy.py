@@ -200,3 +200,19 @@ async def test_end_of_a_machine_in_a_paused_postcopy(tmp_path: Path, side: str) 
         assert (await talk.query())["status"] == "failed"
         if side == "destination":
             assert "never came" in (await destination.query())["error-desc"]
+
+
+async def test_a_guest_without_its_memory_is_not_started(tmp_path: Path) -> None:
+    """`cont` is what tools say to whatever is paused."""
+    async with able(tmp_path, background=1 << 20) as (source, destination, uri):
+        await source.say("migrate", {"uri": uri})
+        await source.say("migrate-start-postcopy")
+        await destination.until(Status.POSTCOPY_ACTIVE, incoming=True)
+        await destination.say("migrate-pause")
+        await destination.until(Status.POSTCOPY_PAUSED, incoming=True)
+        destination.machine.incoming.abandon("the test")
+        await destination.until(Status.POSTCOPY_LOST, incoming=True)
+        assert "never came" in await destination.refused("cont")
+        assert not destination.guest.running
+        await source.until(Status.POSTCOPY_PAUSED)
+        source.machine.outgoing.abandon("the test")

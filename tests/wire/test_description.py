@@ -320,3 +320,20 @@ def test_any_bytes_are_a_description_or_one_typed_error(text: bytes) -> None:
     except RemoteProtocolError:
         return
     assert parse(build(parsed.page_size, parsed.devices)) == parsed
+
+
+def test_reading_a_long_text_can_be_ended_between_its_objects() -> None:
+    """What the caller's function raises comes through; it is called often enough."""
+    text = dump({"page_size": 1, "devices": [device()] * 5000})
+    calls = 0
+
+    def between() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 10:
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        parse(text, between=between)
+    assert calls == 10
+    assert parse(text, between=lambda: None) == parse(text)

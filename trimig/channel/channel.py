@@ -23,6 +23,7 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
+from .. import formats
 from ..errors import LocalProtocolError, TransportFailed
 from ..guest import PAGE_SIZE
 from . import vectored
@@ -224,8 +225,10 @@ class Channel:
         self.poisoned = unfinished is None
         return unfinished
 
-    def _stalled(self, what: str) -> TransportFailed:
-        return TransportFailed(f"the peer {what} for {self.stall_timeout:g} s")
+    def _stalled(self, what: str, seconds: float | None = None) -> TransportFailed:
+        return TransportFailed(
+            f"the peer {what} for {formats.duration(self.stall_timeout if seconds is None else seconds)}"
+        )
 
     async def send(self, data: bytes | memoryview) -> None:
         """Send all of *data*.
@@ -394,7 +397,7 @@ class Channel:
                         await trio.sleep(_HELPING_SECONDS)
                     count = self._last = await self._receive_some(view)
             if limit.cancelled_caught:
-                raise self._stalled("sent nothing")
+                raise self._stalled("sent nothing", stall_timeout)
         except (OSError, MemoryError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise TransportFailed(f"the connection broke while receiving: {_cause(error)}") from error
         self.received += count

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
+from .. import formats
 from ..errors import TrimigError
 
 if TYPE_CHECKING:
@@ -38,14 +39,16 @@ DRAIN_SECONDS = 0.5
 async def farewell(channel: Channel, message: bytes, grace: float) -> bool:
     """Send the last message if the channel can still take it, and let the peer read it; False if it cannot be said.
 
+    What a cancelled write has left half sent is finished first, where it is known (:meth:`.channel.Channel.mend`).
+
     **Cancellation:** held off, for at most *grace* seconds.
     """
-    if channel.poisoned:
+    if (rest := channel.mend()) is None:
         return False
     said = False
     with trio.move_on_after(grace, shield=True):
         try:
-            await channel.send(message)
+            await channel.send(rest + message)
             said = True
             # Closing with unread input makes TCP send a reset, which can overtake the message just sent. So the
             # sending side is closed first, and what still comes in is read for a moment.
@@ -76,7 +79,7 @@ async def close(resource: trio.abc.AsyncResource, grace: float = 0.0) -> None:
             with trio.move_on_after(grace, shield=True) as limit:
                 await resource.aclose()
             if limit.cancelled_caught:
-                log.warning("the connection could not be closed in order within %g s", grace)
+                log.warning("the connection could not be closed in order within %s", formats.duration(grace))
             return
         with trio.CancelScope(shield=True):
             await trio.aclose_forcefully(resource)

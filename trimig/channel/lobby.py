@@ -100,6 +100,7 @@ class Entrance(Protocol):
 
         Raises:
             OSError: accept() failed.
+            trio.ClosedResourceError: it was closed, perhaps in the moment in which a connection came.
             TrimigError: there will be none.
 
         **Cancellation:** nothing was accepted.
@@ -356,6 +357,10 @@ class Lobby:
                     self._enter(raw)
             except TrimigError as error:
                 self._failure = error
+                self._tell()
+            except trio.ClosedResourceError:
+                # A connection came in the moment in which the lobby was closed: it is not needed.
+                self._failure = TransportFailed("the listener was closed")
                 self._tell()
             finally:
                 self._entrance.close()

@@ -1,7 +1,8 @@
 """Blocking calls away from the run loop: the only place that starts threads.
 
 A call is a slice of work: reading or writing some MiB of a file, one fsync. A cancellation is looked at between two
-calls, never inside one, so what the caller counts as done is exactly what has happened (rule C12).
+calls, never inside one, so what the caller counts as done is exactly what has happened (rule C12). Only a call that changes
+nothing may look at it itself, by :func:`check_cancelled`.
 """
 
 from __future__ import annotations
@@ -39,3 +40,12 @@ async def offload(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
     """
     call = functools.partial(function, *args, **kwargs)
     return await trio.to_thread.run_sync(call, abandon_on_cancel=False, limiter=limiter())
+
+
+def check_cancelled() -> None:
+    """For a function that :func:`offload` runs and that changes nothing: end it when its caller was cancelled.
+
+    Raises:
+        trio.Cancelled: it was; the function must let that through.
+    """
+    trio.from_thread.check_cancelled()

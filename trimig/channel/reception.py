@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from .. import formats
 from ..errors import TransportFailed
 from .channel import AnyStream, Channel, OpenStream
 from .lobby import Chosen, Judge, Lobby, Verdict
@@ -93,7 +94,7 @@ class Reception:
                     before = channel.received
                     await trio.sleep(_SUSPICION_SECONDS)
                     if channel.received == before:
-                        raise TransportFailed(f"the source sent nothing for {_SUSPICION_SECONDS:g} s")
+                        raise TransportFailed(f"the source sent nothing for {formats.duration(_SUSPICION_SECONDS)}")
 
     async def again(self, uri: str | None, judge: Judge) -> AnyStream:
         """Another main connection, at *uri* or where the last one was; :meth:`channel` makes it usable.

@@ -21,7 +21,7 @@ from . import signals
 from .errors import report_error
 from .exit_codes import CANCELLED, SENTENCE
 from .options import debug_option
-from .output import forgiving, open_closed_files
+from .output import forgiving, logging_to_stderr, open_closed_files
 
 #: Command -> the module that has it, under its own name, in the order of the help.
 COMMANDS: Final = {
@@ -105,7 +105,7 @@ class Frame(click.Group):
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         words = sys.argv[1:] if args is None else list(args)
         open_closed_files()
-        with forgiving():
+        with forgiving(), logging_to_stderr(as_json="--json" in words):
             code = self._code(words, prog_name or "trimig", complete_var, **extra)
         signals.current().ending()
         sys.exit(code)

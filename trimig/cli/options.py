@@ -70,6 +70,41 @@ class PercentType(click.ParamType[float]):
 
 PERCENT: Final = PercentType()
 
+
+class SecondsType(click.ParamType[float]):
+    """A time limit, above 0; not a number and infinity are none."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            seconds = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is no number of seconds", param, ctx)
+        if not 0 < seconds <= _MOST_SECONDS:
+            self.fail(f"{value} is not a number of seconds above 0, at most {_MOST_SECONDS}", param, ctx)
+        return seconds
+
+
+class FileType(click.Path):
+    """The name of a file: not empty, and no directory. A `pathlib.Path`, or with *text* a str (which may be ``-``)."""
+
+    def __init__(self, *, text: bool = False) -> None:
+        super().__init__(dir_okay=False, path_type=str if text else Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("an empty name is no file; was a variable not set?", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+#: As for the options of the engine.
+_MOST_SECONDS: Final = 1_000_000_000
+SECONDS: Final = SecondsType()
+FILE: Final = FileType()
+#: A name, or "-".
+FILE_OR_DASH: Final = FileType(text=True)
+
 json_option: Final = click.option(
     "--json", "as_json", is_flag=True, help="For machines: the result as one JSON object on stdout."
 )
@@ -99,7 +134,7 @@ def config_options(base: Config | None = None) -> Callable[[F], F]:
             "--config",
             "config_file",
             metavar="FILE.toml",
-            type=click.Path(dir_okay=False, path_type=Path),
+            type=FILE,
             help="Read capabilities, parameters and the rest from this file.",
         )
         @click.option(

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, TextIO, cast
+from typing import Any, Final, TextIO, cast
+
+#: What the present command has said, so that it is not said again because it is logged, too.
+_said: Final[set[str]] = set()
 
 
 class ForgivingStream:
@@ -111,11 +115,43 @@ def out(text: str) -> None:
 
 def say(text: str) -> None:
     """One line for people, on stderr: ``trimig: ...``."""
+    _said.add(text)
     _write(sys.stderr, f"trimig: {text.strip().rstrip('.')}\n")
+
+
+class LogHandler(logging.Handler):
+    """Writes what is logged on stderr, like :func:`say`, or with *as_json* as a note; but nothing that was said already."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        super().__init__(logging.WARNING)
+        self._as_json = as_json
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One record."""
+        text = f"warning: {record.getMessage()}"
+        if text in _said:
+            return
+        if self._as_json:
+            write_json({"event": "note", "text": text}, err=True)
+        else:
+            say(text)
+
+
+@contextlib.contextmanager
+def logging_to_stderr(*, as_json: bool) -> Iterator[None]:
+    """Within, warnings of the log of trimig are written as the commands write theirs."""
+    handler, logger = LogHandler(as_json=as_json), logging.getLogger("trimig")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        _said.clear()
 
 
 def write_json(record: Mapping[str, Any], *, err: bool = False) -> None:
     """One object on one line, on stdout (or stderr), flushed."""
+    _said.add(str(record.get("text") or record.get("note")))
     _write(sys.stderr if err else sys.stdout, json.dumps(record) + "\n")
 
 

@@ -13,7 +13,7 @@ import click
 from trimig.errors import ConfigError, HandoverUncertain, Ownership, PostcopyLost, StateError, TrimigError
 from trimig.status import IN_POSTCOPY, TERMINAL, Status
 
-from .options import PERCENT
+from .options import PERCENT, SECONDS
 
 if TYPE_CHECKING:
     from trimig.config import Config
@@ -151,7 +151,7 @@ def options(command: F, *, also: tuple[str, ...] = ()) -> F:
 
 recover_option: Final = click.option(
     "--recover-for",
-    type=click.FloatRange(0, min_open=True),
+    type=SECONDS,
     metavar="SECONDS",
     help="In postcopy: when the connection is lost, look for the other side again for so long.  [default: 60]",
 )

@@ -45,7 +45,7 @@ def run(
 ) -> int:
     """Run *job* in trio and return the exit code: the one it returns, or 130 if a signal cancelled it.
 
-    SIGINT and SIGTERM cancel it, through a cancel scope, so that the guest is put back first. Further signals change
+    SIGINT, SIGTERM and SIGHUP (a closed terminal) cancel it, through a cancel scope, so that the guest is put back first. Further signals change
     nothing: what is still going on by then is bounded in time and must not be cut short. A job that finishes in spite
     of the signal, because the guest had been handed over already, counts as finished. Errors pass through.
 
@@ -73,7 +73,7 @@ async def _run(
     judge: Callable[[], tuple[str, bool] | None] | None,
     truth: Callable[[], TrimigError | None],
 ) -> int:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
+    with trio.open_signal_receiver(*life.numbers) as received:
         scope = trio.CancelScope()
 
         async def cancellable() -> int | None:

@@ -1,5 +1,6 @@
-"""SIGINT and SIGTERM of a process that is one command, before and after the time in which the command watches for them.
+"""SIGINT, SIGTERM and SIGHUP of a process that is one command, before and after the time in which the command watches for them.
 
+SIGHUP comes when a terminal is closed, and counts like the others; where it is ignored (nohup), it stays so.
 A signal at the beginning ends the process with 130 and without a traceback. One at the end, when it is decided what became
 of the guest, changes nothing: the exit code must tell that. In between :func:`trimig.cli.runner.run` acts on them.
 """
@@ -14,16 +15,23 @@ _NUMBERS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 class ProcessSignals:
-    """The handler of both. There is one for the process, found through :func:`current`."""
+    """The handler of them. There is one for the process, found through :func:`current`.
+
+    Attributes:
+        numbers: those that a command has to watch for.
+    """
 
     def __init__(self) -> None:
         self._holding = False
         self._pending: int | None = None
         self._decided = False
+        self.numbers: tuple[signal.Signals, ...] = _NUMBERS
 
     def install(self) -> None:
         """From now on."""
-        for number in _NUMBERS:
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            self.numbers = (*_NUMBERS, signal.SIGHUP)
+        for number in self.numbers:
             signal.signal(number, self)
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
@@ -51,7 +59,7 @@ class ProcessSignals:
         """The process ends, and its exit code is known."""
         self._decided = True
         if isinstance(signal.getsignal(signal.SIGTERM), ProcessSignals):
-            for number in _NUMBERS:
+            for number in self.numbers:
                 # Ignored by the kernel: the interpreter takes its own handlers away before it has ended.
                 signal.signal(number, signal.SIG_IGN)
 

@@ -6,12 +6,12 @@ than some ten milliseconds, so a cancellation is never deaf for long.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
-from ..channel.offload import offload
+from ..channel.offload import check_cancelled, offload
 from ..errors import RemoteProtocolError
 from ..guest import PAGE_SIZE, DeviceSection
 from ..wire.constants import Section
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: A longer text is parsed in a thread: that is one call, and takes a second for some MiB.
+#: A longer text is parsed in a thread: that takes a second for some MiB, unless it is cancelled.
 INLINE_BYTES: Final = 256 * 1024
 #: Problems that are told one by one.
 _TOLD: Final = 20
@@ -71,7 +71,7 @@ async def check_description(text: bytes, config: Config) -> None:
     **Cancellation:** no effect.
     """
     limits = Limits(max_bytes=config.max_description_bytes)
-    found = await offload(_parse, text, limits) if len(text) > INLINE_BYTES else _parse(text, limits)
+    found = await offload(_parse_long, text, limits) if len(text) > INLINE_BYTES else _parse(text, limits)
     if isinstance(found, RemoteProtocolError):
         raise found
 
@@ -83,12 +83,16 @@ async def feed(tail: TailBuffer, data: bytes) -> None:
     """
     tail.feed(data)
     while (text := tail.undecided) is not None:
-        tail.judge(await offload(_parse, text, tail.limits))
+        tail.judge(await offload(_parse_long, text, tail.limits))
 
 
-def _parse(text: bytes, limits: Limits) -> Description | RemoteProtocolError:
+def _parse_long(text: bytes, limits: Limits) -> Description | RemoteProtocolError:
+    return _parse(text, limits, check_cancelled)
+
+
+def _parse(text: bytes, limits: Limits, between: Callable[[], None] | None = None) -> Description | RemoteProtocolError:
     try:
-        return parse(text, limits)
+        return parse(text, limits, between=between)
     except RemoteProtocolError as error:
         return error
 

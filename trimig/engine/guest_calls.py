@@ -8,6 +8,7 @@ from typing import Final, TypeVar
 
 import trio
 
+from .. import formats
 from ..errors import GuestFailed, MigrationError, TrimigError
 
 T = TypeVar("T")
@@ -69,7 +70,7 @@ async def call(what: str, function: Callable[[], Awaitable[T]], seconds: float) 
         with trio.move_on_after(seconds) as limit:
             return await function()
     assert limit.cancelled_caught
-    raise GuestFailed(f"{what} took longer than {seconds:g} s")
+    raise GuestFailed(f"{what} took longer than {formats.duration(seconds)}")
 
 
 async def bring_back(what: str, call: Callable[[], Awaitable[None]], grace: float) -> GuestFailed | None:
@@ -85,5 +86,5 @@ async def bring_back(what: str, call: Callable[[], Awaitable[None]], grace: floa
         failure.__cause__ = error
         return failure
     if scope.cancelled_caught:
-        return GuestFailed(f"the guest could not be {what} within {grace:g} s; it may be tried again")
+        return GuestFailed(f"the guest could not be {what} within {formats.duration(grace)}; it may be tried again")
     return None

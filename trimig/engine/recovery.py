@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from .. import formats
 from ..channel import closing
 from ..errors import PostcopyLost, TransportFailed, TrimigError
 from .outcome import leaves
@@ -81,7 +82,9 @@ class Search:
         """
         with trio.move_on_at(self.deadline):
             return await self._connection()
-        raise PostcopyLost(f"no connection on which the migration could go on came within {self._most:g} s")
+        raise PostcopyLost(
+            f"no connection on which the migration could go on came within {formats.duration(self._most)}"
+        )
 
     async def _connection(self) -> AnyStream:
         monitor, reopen = self._monitor, self._reopen

@@ -73,6 +73,8 @@ class AppGuest(GuestBase):
         self._blocks: list[MemfdBlock] = []
         self._marks: MarkTracker | None = None
         self._gate = Gate(self._owner, is_open=running)
+        #: Whoever pauses or resumes; one at a time, or the one that gives up would undo what the other has done.
+        self._turn = trio.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -180,24 +182,24 @@ class AppGuest(GuestBase):
         Raises:
             GuestFailed: ``on_pause`` failed, or the caller itself is inside the gate. The guest runs on.
 
-        **Cancellation:** the guest runs on.
+        **Cancellation:** the guest is as it was.
         """
-        if self._run_state != "running":
-            await trio.lowlevel.checkpoint()
-            return
         if self._gate.held_by_caller():
             raise GuestFailed("a task cannot pause the guest while it is inside guest.running()")
-        self._gate.close()
-        try:
-            await self._gate.wait_empty()
-            await self.on_pause()
-        except Exception as exc:  # the application's own code: whatever it raises, the guest was not paused
-            self._gate.open()
-            raise GuestFailed(f"the application refused to pause: {exc!r}") from exc
-        except BaseException:
-            self._gate.open()
-            raise
-        self._run_state = "paused"
+        async with self._turn:
+            if self._run_state != "running":
+                return
+            self._gate.close()
+            try:
+                await self._gate.wait_empty()
+                await self.on_pause()
+            except Exception as exc:  # the application's own code: whatever it raises, the guest was not paused
+                self._gate.open()
+                raise GuestFailed(f"the application refused to pause: {exc!r}") from exc
+            except BaseException:
+                self._gate.open()
+                raise
+            self._run_state = "paused"
 
     async def resume(self) -> None:
         """Call :meth:`on_resume` and open the gate. Nothing to do if the guest runs.
@@ -206,18 +208,21 @@ class AppGuest(GuestBase):
             NotOwner: the guest is not this side's.
             GuestFailed: ``on_resume`` failed. The guest does not run.
 
-        **Cancellation:** the guest does not run.
+        **Cancellation:** the guest is as it was.
         """
-        if self._run_state == "running":
+        if self._run_state == "running":  # or it is just being paused: then the pause is what counts
             await trio.lowlevel.checkpoint()
             return
-        with self._owner.starting():
-            try:
-                await self.on_resume()
-            except Exception as exc:  # the application's own code
-                raise GuestFailed(f"the application refused to resume: {exc!r}") from exc
+        async with self._turn:
+            if self._run_state == "running":
+                return
+            with self._owner.starting():
+                try:
+                    await self.on_resume()
+                except Exception as exc:  # the application's own code
+                    raise GuestFailed(f"the application refused to resume: {exc!r}") from exc
             self._run_state = "running"
-        self._gate.open()
+            self._gate.open()
 
     def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
         """For the engine: see :class:`trimig.guest.Guest`. Tasks that wait for a guest that has gone are told."""
@@ -230,6 +235,8 @@ class AppGuest(GuestBase):
 
         Raises:
             ValueError: not within 0 to 99.
+
+        **Cancellation:** the old value is in force.
         """
         await super().throttle(percent)
         self._gate.throttle(percent)

@@ -98,6 +98,11 @@ class GuestBase(abc.ABC):
         """HERE: it may run in this process. ELSEWHERE: it was handed over, or has not arrived. UNKNOWN: see :meth:`settle`."""
         return self._owner.owner
 
+    @property
+    def starts(self) -> int:
+        """See :class:`trimig.guest.CountingGuest`."""
+        return self._owner.starts
+
     def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
         """For the engine: see :class:`trimig.guest.Guest`."""
         self._owner.set(owner, gone=gone, settle=settle)
@@ -106,6 +111,7 @@ class GuestBase(abc.ABC):
         """State who owns the guest after :class:`trimig.HandoverUncertain`: HERE resumes it, ELSEWHERE gives it up.
 
         Raises:
+            TypeError: *owner* is no :class:`trimig.Owner`.
             ValueError: *owner* is UNKNOWN.
             StateError: its owner is known, or the answer is still waited for.
             GuestNotResumed: it is here and could not be resumed; :meth:`resume` may be tried again.
@@ -227,7 +233,7 @@ class GuestBase(abc.ABC):
 
     def _check_percent(self, percent: int) -> None:
         if not 0 <= percent <= 99:
-            raise ValueError(f"a throttle of {percent} % is not within 0 to 99")
+            raise ValueError(f"a throttle of {percent} percent is not within 0 to 99")
 
     def _check_unclaimed(self, what: str) -> None:
         if self._purpose is not None:

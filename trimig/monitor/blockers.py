@@ -49,6 +49,8 @@ class Blockers:
         self._busy = busy
         self._blockers: list[Blocker] = []
         self.only_migratable = only_migratable
+        #: For the engine: what the guest lacks since a postcopy was lost. It stays until the next guest comes.
+        self.lacking: str | None = None
 
     def add(self, reason: str) -> Blocker:
         """Refuse migrations from now on, until the blocker is deleted.
@@ -74,16 +76,17 @@ class Blockers:
     @property
     def reasons(self) -> tuple[str, ...]:
         """All reasons, the most recent first."""
-        return tuple(blocker.reason for blocker in reversed(self._blockers))
+        explicit = tuple(blocker.reason for blocker in reversed(self._blockers))
+        return explicit if self.lacking is None else (self.lacking, *explicit)
 
     def check(self) -> None:
         """Refuse if there is a blocker.
 
         Raises:
-            StateError: with the most recent reason.
+            StateError: with the first of :attr:`reasons`.
         """
-        if self._blockers:
-            raise StateError(f"the migration is blocked: {self._blockers[-1].reason}")
+        for reason in self.reasons[:1]:
+            raise StateError(f"the migration is blocked: {reason}")
 
 
 @runtime_checkable
@@ -118,6 +121,13 @@ def check_outgoing(guest: Guest) -> None:
     check_incoming(guest)
     if isinstance(guest, Blockable):
         guest.blockers.check()
+
+
+def lacks(guest: Guest, pages: int) -> None:
+    """For the engine: *guest* lacks that many pages, so it is not to be sent on; 0 if it lacks none, or another comes."""
+    if isinstance(guest, Blockable):
+        what = f"{pages} pages of the guest's memory never came, as a postcopy was lost; receive it anew"
+        guest.blockers.lacking = what if pages else None
 
 
 def check_incoming(guest: Guest) -> None:

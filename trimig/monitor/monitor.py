@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from ..expected import expect
+from ..guest import Guest
+from ..status import Status
 from .core import EVENT_BACKLOG, MonitorCore
 from .statistics import Convergence, Counters, Downtime, Event, Statistics, Summary
 
@@ -19,8 +22,7 @@ if TYPE_CHECKING:
     from ..config.config import Config
     from ..config.parameters import Parameters
     from ..errors import Ownership
-    from ..guest import Guest
-    from ..status import Role, Status
+    from ..status import Role
     from .listeners import Listener
 
 __all__ = (
@@ -33,6 +35,10 @@ __all__ = (
     "Statistics",
     "Summary",
 )
+
+
+#: The kind of what can be called, for a check while the program runs.
+_Function: type[Any] = cast("type[Any]", Callable)
 
 
 class Monitor:
@@ -53,6 +59,7 @@ class Monitor:
 
     @guest.setter
     def guest(self, guest: Guest | None) -> None:
+        expect("guest", guest, (Guest, type(None)), "a trimig.Guest such as a trimig.AppGuest, or None")
         self._core.guest = guest
 
     @property
@@ -104,6 +111,7 @@ class Monitor:
 
         **Cancellation:** nothing is lost; the iterator may be used again.
         """
+        expect("every", every, (int, float), "a number of seconds")
         return self._core.watch(every)
 
     async def wait_status(self, *statuses: Status) -> Status:
@@ -111,6 +119,8 @@ class Monitor:
 
         **Cancellation:** no effect.
         """
+        for status in statuses:
+            expect("statuses", status, Status, "of trimig.Status")
         return await self._core.wait_status(*statuses)
 
     async def wait_changed(self) -> None:
@@ -133,6 +143,7 @@ class Monitor:
         It is called by the engine's own task, synchronously: it must not wait, and should be quick. It may call what
         steers a migration (:meth:`cancel`, :meth:`resume`). If it raises, that is logged, and it is removed.
         """
+        expect("listener", listener, _Function, "a function")
         return self._core.add_listener(listener)
 
     # -- steering --------------------------------------------------------------------------------------------------
@@ -145,6 +156,7 @@ class Monitor:
         Raises:
             StateError: the decision to hand over has been sent and cannot be taken back.
         """
+        expect("reason", reason, str, "a str")
         self._core.cancel(reason)
 
     def resume(self) -> None:
@@ -171,6 +183,7 @@ class Monitor:
         Raises:
             StateError: the status is not `postcopy-active` or `postcopy-recover`, or everything has been sent.
         """
+        expect("reason", reason, str, "a str")
         self._core.pause(reason)
 
     def yank(self) -> None:
@@ -190,6 +203,7 @@ class Monitor:
         Raises:
             StateError: the status is another one, or this was asked for already.
         """
+        expect("uri", uri, str, "a URI (a str such as 'tcp:host:4444')")
         self._core.recover(uri)
 
     def abandon(self, reason: str = "no reason was given") -> None:
@@ -198,6 +212,7 @@ class Monitor:
         Raises:
             StateError: the status is another one.
         """
+        expect("reason", reason, str, "a str")
         self._core.abandon(reason)
 
     def set_parameters(self, **changes: Any) -> Parameters:

@@ -34,7 +34,8 @@ import trio
 
 from .. import api
 from ..channel.offload import offload
-from ..errors import MigrationCancelled, Ownership, TrimigError
+from ..errors import GuestNotResumed, MigrationCancelled, Ownership, TrimigError
+from ..expected import expect
 from ..monitor.monitor import Monitor, Statistics, Summary
 from ..status import IDLE, Status
 
@@ -299,6 +300,7 @@ class Handle:
         Raises:
             StateError: the decision to hand over has been sent and cannot be taken back.
         """
+        expect("reason", reason, str, "a str")
         if not self.done:
             self._portal.call(self._cancel, reason)
 
@@ -429,6 +431,8 @@ class Handle:
         error = self._outcome.exception()
         if error is None:
             return "it was too late to cancel the migration: the destination owns the guest"
+        if isinstance(error, GuestNotResumed):
+            return f"the migration was cancelled, and the guest stands still at the source: {error}"
         owner = error.owner if isinstance(error, TrimigError) else self.owner
         if owner is Ownership.UNKNOWN:
             return f"the migration was interrupted, and it is not known who owns the guest: {error}"

@@ -276,7 +276,7 @@ class Machine:
         """Refuse to let the guest run where it must not.
 
         Raises:
-            StateError: it is or may be the destination's, or is being handed over.
+            StateError: it is or may be the other side's, is being handed over, or lacks memory.
         """
         if self.outgoing.status in (Status.UNCERTAIN, Status.POSTCOPY_UNCERTAIN):
             raise StateError(
@@ -290,6 +290,8 @@ class Machine:
             )
         if self.outgoing.status in _SWITCHING:
             raise StateError("Migration is not finalized yet")
+        if self.incoming.status is Status.POSTCOPY_LOST:
+            raise StateError("the rest of the guest's memory never came (postcopy was lost), so it must not run")
         if self.gone:
             raise StateError("the guest was handed over: it is the destination's, and must not run here too")
 

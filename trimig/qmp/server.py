@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import array
 import collections
-import errno
 import functools
 import logging
 import os
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from ..channel.lobby import accept_pause
 from ..config.config import Config
 from ..errors import ConfigError
 from ..transport import Listener, tcp, unix
@@ -36,9 +36,6 @@ MAX_FDS: Final = 16
 #: Clients that may wait for being accepted.
 _BACKLOG: Final = 128
 _READ_BYTES: Final = 1 << 16
-#: accept() cannot have a descriptor or memory at the moment; it will when somebody leaves.
-_SHORTAGE: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_SHORTAGE_SECONDS: Final = 0.1
 #: How long the last answers to a client may take that is sent away, or sends nothing more.
 _FAREWELL_SECONDS: Final = 1.0
 
@@ -92,10 +89,10 @@ async def accept(listener: Listener) -> trio.SocketStream:
         try:
             stream = await listener.accept()
         except OSError as error:
-            if error.errno not in _SHORTAGE:
+            if (pause := accept_pause(error)) is None:
                 raise
             log.warning("a QMP client cannot be accepted: %s", error.strerror)
-            await trio.sleep(_SHORTAGE_SECONDS)
+            await trio.sleep(pause)
             continue
         assert isinstance(stream, trio.SocketStream)
         return stream

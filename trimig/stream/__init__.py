@@ -1,8 +1,10 @@
 """Tools on streams that lie in files or pass by: inspect, export, merge, and the record of who owns a saved guest."""
 
+from ..guests.parked.newfile import check_target as check_target
 from .export import FORMATS as FORMATS
 from .export import Exported as Exported
 from .export import export_raw as export_raw
+from .files import write_new as write_new
 from .inspect import inspect_stream as inspect_stream
 from .merge import Merged as Merged
 from .merge import keep_partial as keep_partial

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import os
 import tempfile
 from collections.abc import Sequence
@@ -18,12 +16,14 @@ from ..channel.offload import offload
 from ..engine import device_tail
 from ..errors import ConfigError, RemoteProtocolError
 from ..guest import PAGE_SIZE, DeviceSection
+from ..guests.named import naming
+from ..guests.parked.newfile import NewFile
 from ..wire import events as ev
 from ..wire.decoder import Decoder
 from ..wire.devices.virtio_mem import Unplugged, absent_by_rule, overlap
 from ..wire.elements import Elements
 from ..wire.pages.size import wrong_page_size
-from .files import reading
+from .files import STDIN, reading
 from .pages import PageSet
 
 #: What can be written now.
@@ -58,38 +58,38 @@ async def export_raw(
         partial: pages that are not in the stream are zero, and told; otherwise they are an error.
 
     Raises:
-        ConfigError: the stream has no such block; the message names those it has.
-        OSError: a file cannot be read or written, or *out* exists.
+        ConfigError: the stream has no such block (the message names those it has), or *out* is *source*.
+        OSError: a file cannot be read or written, or *out* exists; with its name.
         TrimigError: the stream is damaged before the end of its RAM, or lacks some of it.
 
     **Cancellation:** there is no file of that name, or the whole of it.
     """
     if out == "-":
         with tempfile.TemporaryFile(prefix="trimig-export-") as scratch:
-            done = await _copy_block(source, block, scratch.fileno(), partial)
-            await _to_stdout(scratch.fileno(), done.length)
+            with naming(tempfile.gettempdir()):
+                done = await _copy_block(source, block, scratch.fileno(), partial)
+            with naming("standard output"):
+                await _to_stdout(scratch.fileno(), done.length)
         return done
-    path = Path(out)
-    fd, temporary = _begin(path, replace)
+    _check_other_file(source, out)
+    file = NewFile(Path(out), replace=replace)
     try:
-        done = await _copy_block(source, block, fd, partial)
-        await offload(_publish, fd, temporary, path)
+        with naming(out):
+            done = await _copy_block(source, block, file.fd, partial)
+            await offload(file.finish)
         return done
     finally:
-        os.close(fd)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        file.discard()
 
 
-def _begin(path: Path, replace: bool) -> tuple[int, str]:
-    if not replace and path.exists():
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-    return tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
-
-
-def _publish(fd: int, temporary: str, path: Path) -> None:
-    os.fsync(fd)
-    os.rename(temporary, path)
+def _check_other_file(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """ConfigError if *out* is the stream itself, which would be lost."""
+    try:
+        same = os.path.samestat(os.fstat(0) if source == STDIN else os.stat(source), os.stat(out))
+    except OSError:  # one of them is not there; whoever opens it will say so
+        return
+    if same:
+        raise ConfigError(f"{os.fspath(out)} is the stream itself: the guest in it would be lost", name="out")
 
 
 async def _copy_block(source: str | os.PathLike[str], block: str, fd: int, partial: bool) -> Exported:

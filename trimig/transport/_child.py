@@ -20,6 +20,7 @@ from typing import Final
 
 import trio
 
+from .. import formats
 from ..channel import closing
 from ..errors import TransportFailed
 
@@ -246,7 +247,8 @@ class Child:
         if self._collected:
             return
         if not self._look():
-            log.warning("%s (process %d) has not ended %g s after SIGKILL", self.what, self._pid, KILL_SECONDS)
+            waited = formats.duration(KILL_SECONDS)
+            log.warning("%s (process %d) has not ended %s after SIGKILL", self.what, self._pid, waited)
         self._process.poll()
         self._collected = True
         if self._pidfd != -1:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, NoReturn, cast
 
 import trio
 
+from .. import formats
 from ..channel import closing
 from ..channel.socket_options import enlarge
 from ..errors import ConfigError, TransportFailed
@@ -423,7 +424,7 @@ async def secure(
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise TransportFailed(f"no TLS with {where}: {error}") from error.__cause__
         if limit.cancelled_caught:
-            raise TransportFailed(f"no TLS with {where}: the handshake was not over within {seconds:g} s")
+            raise TransportFailed(f"no TLS with {where}: the handshake was not over within {formats.duration(seconds)}")
         try:
             who = distinguished_name(secured.ssl_object) if tls.authz is not None else ""
         except ValueError as error:

@@ -15,6 +15,7 @@ from typing import Final
 import trio
 from wsproto.events import Request
 
+from .. import formats
 from ..channel import closing
 from ..channel.socket_options import enlarge
 from ..errors import TransportFailed
@@ -399,7 +400,7 @@ async def open_client(transport: trio.abc.Stream, host: str, target: str, where:
                 raise TransportFailed(f"no websocket at {where}: {_words(error)}") from error
             done = True
             return WebSocketStream(transport, client=True, early=early)
-        raise TransportFailed(f"no websocket at {where}: no answer within {HANDSHAKE_SECONDS:g} s")
+        raise TransportFailed(f"no websocket at {where}: no answer within {formats.duration(HANDSHAKE_SECONDS)}")
     finally:
         if not done:
             await closing.close(transport)
@@ -434,7 +435,7 @@ async def open_server(
                 raise TransportFailed(f"no websocket with the client at {where}: {_words(error)}") from error
             done = True
             return WebSocketStream(transport, client=False, early=early)
-        raise TransportFailed(f"no websocket with the client at {where}: no request within {seconds:g} s")
+        raise TransportFailed(f"no websocket with the client at {where}: no request within {formats.duration(seconds)}")
     finally:
         if not done:
             await closing.close(transport)

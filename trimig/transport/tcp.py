@@ -38,7 +38,7 @@ def parse(rest: str) -> tuple[str, int]:
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:
-        raise ConfigError(f"an IPv6 address stands in brackets: tcp:[{host}]:{port}", name="uri")
+        raise ConfigError(f"an IPv6 address stands in brackets: {_suggestion(host, port)}", name="uri")
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"tcp:{rest} needs HOST:PORT with a port from 0 to 65535", name="uri")
     try:
@@ -46,6 +46,16 @@ def parse(rest: str) -> tuple[str, int]:
     except UnicodeError as error:
         raise ConfigError(f"{host[:80]!r} cannot be the name of a host: {error}", name="uri") from None
     return host, int(port)
+
+
+def _suggestion(host: str, port: str) -> str:
+    """How it would be right, or how one looks where it is no address at all."""
+    address = host.strip("[]")
+    try:
+        ipaddress.IPv6Address(address.partition("%")[0])
+    except ValueError:
+        return "for example tcp:[::1]:4444"
+    return f"tcp:[{address}]:{port}"
 
 
 def host(rest: str) -> str:
@@ -122,6 +132,10 @@ class TcpListener:
     async def accept(self) -> trio.abc.Stream:
         """The next connection on any address.
 
+        Raises:
+            OSError: accept() failed on one of them.
+            trio.ClosedResourceError: the listener was closed, perhaps in the moment in which a connection came.
+
         **Cancellation:** nothing was accepted.
         """
         if len(self._listeners) == 1:
@@ -130,15 +144,21 @@ class TcpListener:
         if accepted:
             await trio.lowlevel.checkpoint()
             return accepted.pop(0)
+        failed: list[OSError | trio.ClosedResourceError] = []
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
 
             async def one(listener: trio.SocketListener) -> None:
-                accepted.append(await listener.accept())
-                nursery.cancel_scope.cancel("somebody has connected")
+                try:
+                    accepted.append(await listener.accept())
+                except (OSError, trio.ClosedResourceError) as error:
+                    failed.append(error)
+                nursery.cancel_scope.cancel("there is a connection, or an error")
 
             for listener in self._listeners:
                 nursery.start_soon(one, listener)
-        return accepted.pop(0)  # a second one, on another address at the same moment, is the next
+        if accepted:
+            return accepted.pop(0)  # a second one, on another address at the same moment, is the next
+        raise failed[0] if failed else trio.ClosedResourceError("the listener was closed meanwhile")
 
     meet = accept
 
@@ -222,5 +242,5 @@ def _reason(error: OSError) -> str:
     if first.errno == errno.EADDRINUSE:
         return "the port is in use"
     if first.errno == errno.ECONNREFUSED:
-        return "connection refused (is the destination waiting there?)"
+        return "connection refused (is anybody waiting there?)"
     return first.strerror or str(first)

@@ -7,29 +7,28 @@ import json
 from pathlib import Path
 
 import click
-import trio
 
 from trimig import formats, stream
+from trimig.stream import check_target
 
 from ..exit_codes import DONE
-from ..options import debug_option, json_option
+from ..options import FILE, FILE_OR_DASH, debug_option, json_option
 from ..output import say, write_json
 from ..runner import run
 
 _PAGE = 4096
-_PATH = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command()
-@click.argument("file", metavar="FILE|-")
+@click.argument("file", metavar="FILE|-", type=FILE_OR_DASH)
 @click.option("--format", "form", metavar="raw|elf|lime", required=True, help="What to write; raw for now.")
 @click.option("--block", metavar="NAME", required=True, help="The RAM block; trimig inspect lists them.")
-@click.option("--out", metavar="PATH|-", required=True, help="Where to; - for standard output.")
+@click.option("--out", metavar="PATH|-", type=FILE_OR_DASH, required=True, help="Where to; - for standard output.")
 @click.option("--partial", is_flag=True, help="Write zeros for what FILE lacks, instead of refusing it.")
 @click.option(
     "--holes",
     metavar="PATH",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     help="Write a map of what FILE lacks to PATH, as JSON. Implies --partial.",
 )
 @click.option("--force", is_flag=True, help="Replace PATH if it exists.")
@@ -52,14 +51,29 @@ def export(
             else f"unknown format {form!r}; there is {', '.join(stream.FORMATS)}",
             param_hint="--format",
         )
-    if out != "-" and not Path(out).resolve().parent.is_dir():
-        raise click.BadParameter(f"there is no directory {Path(out).parent}", param_hint="--out")
     if as_json and out == "-":
         raise click.UsageError("--json and --out - both want standard output")
-    if holes is not None and holes.exists() and not force:
-        raise click.BadParameter(f"{holes} exists; --force replaces it", param_hint="--holes")
+    if holes is not None:
+        if out != "-" and holes.resolve() == Path(out).resolve():
+            raise click.BadParameter(f"{holes} is what --out names", param_hint="--holes")
+        _check_new(holes, force, "--holes")
+    if out != "-":
+        _check_new(Path(out), force, "--out")
     job = functools.partial(_export, file, block, out, partial or holes is not None, holes, force, as_json)
     return run(job, as_json=as_json)
+
+
+def _check_new(path: Path, force: bool, option: str) -> None:
+    """Find out before anything is read."""
+    if not path.resolve().parent.is_dir():
+        raise click.BadParameter(f"there is no directory {path.parent}", param_hint=option)
+    try:
+        check_target(path, replace=force)
+    except FileExistsError as error:
+        what = "is a symbolic link" if path.is_symlink() else "exists"
+        raise click.BadParameter(f"{error.filename} {what}; --force replaces it", param_hint=option) from None
+    except OSError as error:
+        raise click.BadParameter(f"{error.filename or path}: {error.strerror}", param_hint=option) from error
 
 
 async def _export(
@@ -76,7 +90,7 @@ async def _export(
             "length": length,
             "holes": [{"offset": at, "length": size} for at, size in done.holes],
         }
-        await trio.Path(holes).write_text(json.dumps(record) + "\n")
+        await stream.write_new(holes, json.dumps(record) + "\n", replace=force)
     if as_json:
         write_json({"file": file, "block": block, "out": out, "bytes": length, "missing_bytes": lacking})
         return DONE
@@ -100,9 +114,9 @@ class _Raw(click.ParamType[tuple[str, Path]]):
 
 
 @click.command()
-@click.argument("partial", type=_PATH)
-@click.argument("source", type=_PATH, required=False)
-@click.option("--out", metavar="FILE", required=True, type=_PATH, help="Where to; the guest is complete there.")
+@click.argument("partial", type=FILE)
+@click.argument("source", type=FILE, required=False)
+@click.option("--out", metavar="FILE", required=True, type=FILE, help="Where to; the guest is complete there.")
 @click.option(
     "--raw",
     type=_Raw(),
@@ -133,10 +147,7 @@ def merge(
     """
     if source is None and not raw:
         raise click.UsageError("give the source's half: a stream as SOURCE, or its RAM with --raw BLOCK=PATH")
-    if not out.resolve().parent.is_dir():
-        raise click.BadParameter(f"there is no directory {out.parent}", param_hint="--out")
-    if out.exists() and not force:
-        raise click.BadParameter(f"{out} exists; --force replaces it", param_hint="--out")
+    _check_new(out, force, "--out")
     return run(
         functools.partial(_merge, partial, source, out, dict(raw), force, accept_differences, as_json), as_json=as_json
     )

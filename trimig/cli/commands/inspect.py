@@ -10,7 +10,7 @@ import click
 from trimig import formats, stream
 
 from ..exit_codes import DONE, FAILED
-from ..options import debug_option, json_option
+from ..options import FILE_OR_DASH, debug_option, json_option
 from ..output import say, write_json
 from ..runner import run
 
@@ -21,7 +21,7 @@ _RAM_SECTIONS: Final = 6
 
 
 @click.command()
-@click.argument("file", metavar="FILE|-")
+@click.argument("file", metavar="FILE|-", type=FILE_OR_DASH)
 @click.option("--device", "devices", metavar="NAME", multiple=True, help="Only this device, with its fields.")
 @click.option("--fields", is_flag=True, help="Print the fields of every device.")
 @json_option

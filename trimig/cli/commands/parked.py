@@ -22,7 +22,7 @@ from trimig.monitor import WHY_CLOSED
 
 from .. import display, postcopy
 from ..exit_codes import DONE
-from ..options import debug_option, json_option, migration_options
+from ..options import FILE, debug_option, json_option, migration_options
 from ..output import out, same_terminal, say, write_json
 from ..picture import watched
 from ..runner import run
@@ -30,12 +30,10 @@ from ..stop import words_for
 from ..summary import summary_record
 from ..tasks import alongside
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
-
 
 @click.command()
 @click.argument("uri")
-@click.option("--save", "file", metavar="FILE", required=True, type=_FILE, help="Keep the guest in this file.")
+@click.option("--save", "file", metavar="FILE", required=True, type=FILE, help="Keep the guest in this file.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @postcopy.recover_option
 @migration_options
@@ -168,7 +166,7 @@ async def _announce(events: AsyncIterator[trimig.Event], view: display.View, as_
 
 
 @click.command()
-@click.argument("file", type=_FILE)
+@click.argument("file", type=FILE)
 @click.argument("uri")
 @click.option("--force", is_flag=True, help="Send it although it was handed over before: there may be two of it then.")
 @postcopy.options
@@ -193,7 +191,7 @@ def send(
     postcopy.refuse_pause(config, "send")
     plan = None if postcopy_after is None else postcopy.Plan(after=postcopy_after)
     config = postcopy.recovering(config, recover_for)
-    transport.check(uri)
+    _check_elsewhere(file, *transport.check(uri))
     with stream.locked(file):
         record = stream.read_record(file)
         if record is not None and record.owner is Ownership.UNKNOWN:
@@ -208,6 +206,13 @@ def send(
         truth = functools.partial(postcopy.Insistence.truth, monitor)
         doing = functools.partial(words_for, monitor, file)
         return run(job, as_json=as_json, doing=doing, judge=postcopy.Insistence.of(monitor).judge, truth=truth)
+
+
+def _check_elsewhere(file: Path, scheme: str, rest: str) -> None:
+    """The guest is not sent onto the file that it is in: that would be cut off, and removed if anything fails."""
+    there = Path(rest.partition(",offset=")[0])
+    if scheme == "file" and there.exists() and file.exists() and there.samefile(file):
+        raise click.BadParameter(f"file:{rest} is FILE itself: the guest in it would be lost", param_hint="URI")
 
 
 def _unsettled(file: Path, record: stream.OwnerRecord) -> trimig.HandoverUncertain:
@@ -300,7 +305,7 @@ def _record_handed_over(file: Path, uri: str) -> None:
 
 
 @click.command()
-@click.argument("file", type=_FILE)
+@click.argument("file", type=FILE)
 @click.option(
     "--owner",
     required=True,

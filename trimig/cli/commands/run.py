@@ -22,7 +22,7 @@ from trimig.status import is_idle
 from ..exit_codes import CANCELLED, DONE, INCOMPLETE, UNCERTAIN
 from ..guest_spec import open_guest, owner_file
 from ..options import migration_options
-from ..output import say
+from ..output import say, write_json
 from ..runner import run as run_job
 
 DEFER = "defer"
@@ -87,6 +87,13 @@ def _only_migratable(guest: trimig.Guest) -> None:
         raise click.BadParameter(reason, param_hint="--only-migratable")
     if isinstance(guest, blockers.Blockable):
         guest.blockers.only_migratable = True
+
+
+def _other_side(machine: qmp.Machine) -> str | None:
+    """The side that perhaps has the guest, and perhaps has not; None where the owner is certain."""
+    if machine.outgoing.owner is Ownership.UNKNOWN:
+        return "destination"
+    return "source" if machine.incoming.owner is Ownership.UNKNOWN else None
 
 
 class _Host:
@@ -169,9 +176,9 @@ class _Host:
             await machine.wind_up(f"the process ends ({self._signal or 'quit'})")
         finally:
             machine.close()
-        if machine.outgoing.status is trimig.Status.UNCERTAIN:
+        if (other := _other_side(machine)) is not None:
             self._say(
-                "it is not certain which side owns the guest: look at the destination before you start it anywhere",
+                f"it is not certain which side owns the guest: look at the {other} before you start it anywhere",
                 owner=Ownership.UNKNOWN.value,
             )
         else:
@@ -179,7 +186,7 @@ class _Host:
 
     def _code(self) -> int:
         if self._machine is not None:
-            if self._machine.outgoing.owner is Ownership.UNKNOWN:
+            if _other_side(self._machine) is not None:
                 return UNCERTAIN
             statuses = (self._machine.outgoing.status, self._machine.incoming.status)
             if trimig.Status.POSTCOPY_LOST in statuses:
@@ -228,7 +235,7 @@ class _Host:
 
     def _say(self, text: str, **record: Any) -> None:
         if self._as_json:
-            print(json.dumps({"note": text, **record}), flush=True)
+            write_json({"note": text, **record})
         else:
             say(text)
             sys.stderr.flush()

@@ -18,7 +18,7 @@ from trimig import formats
 
 from .. import display
 from ..exit_codes import CANCELLED, DONE, FAILED
-from ..options import PERCENT, debug_option, json_option
+from ..options import PERCENT, SECONDS, debug_option, json_option
 from ..output import write_json
 from ..picture import EVERY
 from ..runner import run
@@ -42,7 +42,7 @@ _PAUSED_EVERY = 1.0
 @click.option("--wait", is_flag=True, help="Show progress, and end when the migration has ended. Ctrl-C cancels it.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=SECONDS,
     metavar="SECONDS",
     help="With --wait: cancel the migration if it has not ended by then.",
 )
@@ -68,7 +68,8 @@ _PAUSED_EVERY = 1.0
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(0, min_open=True),
+    type=SECONDS,
+    metavar="SECONDS",
     default=10.0,
     show_default=True,
     help="With --dry-run: measure for at most so long.",

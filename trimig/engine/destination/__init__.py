@@ -13,12 +13,11 @@ import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import trio
 
 from ...channel.first_bytes import judge_first, judge_surplus
 from ...channel.reception import Reception
-from ...errors import PeerFailed, RemoteProtocolError, StateError, TransportFailed
+from ...errors import Owner, PeerFailed, RemoteProtocolError, StateError, TransportFailed
 from ...guest import (
     PAGE_SIZE,
     ConfigSubsection,
@@ -31,6 +30,7 @@ from ...guest import (
     StoringGuest,
 )
 from ...monitor import blockers
+from ...owner import refusal
 from ...status import Role, Status
 from ...wire import events as ev
 from ...wire import postcopy as wire_postcopy
@@ -49,6 +49,7 @@ from ..order import TRIMIG_PINGS, Place, check_place
 from ..outcome import add_to_message
 from ..ram.placement import ENOUGH
 from ..ram.preempt_receiver import UrgentArrival
+from ..ram.receiver import never_received
 from .arriving import Storing
 from .incoming import Arrival
 from .package import take_apart
@@ -89,6 +90,8 @@ async def receive_stream(guest: Guest, connections: Connections, config: Config,
     """
     guest.claim("an incoming migration")
     try:
+        if guest.owner is Owner.UNKNOWN:
+            raise refusal("be filled with another one", guest.owner)
         if guest.run_state == "running" and not isinstance(guest, OpaqueGuest):
             raise StateError(f"guest {guest.name!r} runs here: it cannot be filled with another one")
         blockers.check_incoming(guest)
@@ -97,6 +100,7 @@ async def receive_stream(guest: Guest, connections: Connections, config: Config,
         if isinstance(guest, StoringGuest):
             guest.check_store()
         monitor.begin(Role.DESTINATION, config, guest)
+        blockers.lacks(guest, 0)
         return await _Arrival(guest, connections, config, monitor).run()
     finally:
         guest.release()
@@ -303,8 +307,11 @@ class _Arrival(Arrival):
             self.adopted = True  # a second START repeats the list
             name = self.configuration.machine if self.configuration is not None else ""
             subsections = self.configuration.subsections if self.configuration is not None else ()
-            with guest_calls.guarded("making the RAM blocks"):
-                self.guest.adopt(name, subsections, event.blocks)
+            try:
+                with guest_calls.guarded("making the RAM blocks"):
+                    self.guest.adopt(name, subsections, event.blocks)
+            except RemoteProtocolError as error:
+                raise RemoteProtocolError(error.reason, offset=event.at, section="ram") from None
         self.ram.open(event, self.guest.ram)
         if isinstance(self.guest, StoringGuest) and self.storing is None:
             self.storing = Storing(self.guest, self.ram.watch(), self.monitor)
@@ -549,8 +556,8 @@ class _Arrival(Arrival):
         problems: list[str] = []
         for name, received in self.ram.received().items():
             here = received if name not in absent else received | absent[name].bitmap()
-            if count := len(here) - int(np.count_nonzero(here)):
-                problems.append(f"{count} pages of RAM block {name!r} were never received")
+            if not here.all():
+                problems.append(never_received(name, here))
         self.problems(problems)
 
     async def _take_tail(self, tail: TailBuffer, at: int, *, ended: bool) -> None:

@@ -28,14 +28,16 @@ from ...errors import (
     TrimigError,
 )
 from ...guest import DeviceSection, Guest, OpaqueGuest
+from ...monitor import blockers
 from ...monitor.statistics import Downtime, Summary
+from ...owner import already_settled
 from ...status import IN_POSTCOPY, Role, Status
 from ...wire.devices import globalstate
 from ...wire.marks import reason_bytes
 from ...wire.return_path import Reason, Shut, encode
 from .. import guest_calls
 from ..outcome import Outcome, add_to_message, bare, domain_error, lost_by_cancellation
-from ..ram.receiver import RamReceiver
+from ..ram.receiver import RamReceiver, never_received
 
 if TYPE_CHECKING:
     from ...channel.channel import Channel
@@ -67,6 +69,7 @@ class Arrival(abc.ABC):
         self.marked = False  # the source is a trimig, and knows that this side is one
         self.attempt: bytes | None = None  # the id that the source has given this attempt
         self.confirmed = False
+        self.settled = False  # somebody has said who owns the guest
         self.stopped = False  # the guest ran here, and was stopped because perhaps its source runs it
         self.of_trimig = False  # the source has sent a PING that only a trimig sends
         self.prepared = False  # the source has asked for the proof that everything is loaded, and got it
@@ -169,6 +172,9 @@ class Arrival(abc.ABC):
             self.counters.missing = {
                 name: [(first, end) for first, end in runs.tolist()] for name, runs in missing.items()
             }
+            blockers.lacks(
+                self.guest, sum(end - first for runs in self.counters.missing.values() for first, end in runs)
+            )
         error = error or lost_by_cancellation(failure, monitor.status)
         if error is not None and monitor.status is Status.POSTCOPY_LOST:
             error = _lost(error, self.counters.missing)
@@ -190,15 +196,22 @@ class Arrival(abc.ABC):
             f"the guest has come, but the connection was lost ({error or 'no other came'}) before the source is known to have "
             "read that it runs here: the source may run it, so it stands still here. Look at the source, then settle who "
             "owns the guest",
-            settle=self.guest.settle,
+            settle=self._settle_by_error,
             here=Ownership.DESTINATION,
         )
         self.guest.set_owner(Owner.UNKNOWN, settle=self._settle_owner)
         uncertain.others = (error,) if error is not None else ()
         return uncertain
 
+    async def _settle_by_error(self, owner: Owner) -> None:
+        """What the error's own ``settle`` comes to: an old answer must not settle the question of a later attempt."""
+        if self.settled:
+            raise already_settled(self.guest.owner)
+        await self.guest.settle(owner)
+
     async def _settle_owner(self, owner: Owner) -> None:
         """What :meth:`trimig.guest.Guest.settle` comes to. A guest without all of its memory stands still in any case."""
+        self.settled = True
         if owner is Owner.ELSEWHERE:
             self.monitor.advance(Status.FAILED)
             return
@@ -228,8 +241,8 @@ class Arrival(abc.ABC):
         Raises:
             RemoteProtocolError: something is missing, and ``completeness`` says that it must not.
         """
-        missing = self.ram.missing() if ram else {}
-        problems = [f"{count} pages of RAM block {name!r} were never received" for name, count in missing.items()]
+        received = self.ram.received() if ram else {}
+        problems = [never_received(name, here) for name, here in received.items() if not here.all()]
         have = {(s.idstr, s.instance_id) for s in self.sections}
         problems += [
             f"device {n!r} (instance {i}) was never received" for n, i in self.guest.devices or {} if (n, i) not in have

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 #: Events handled before other tasks get a turn.
 _SLICE_EVENTS: Final = 32
+#: How long a connection in a recovery may be silent before RESUME. A source has nothing to wait for there. Who is silent may
+#: be a stranger who has asked for the pages of a block, and must not use up the time for the recovery.
+_ASKING_SECONDS: Final = 10.0
 
 
 def check_guest(guest: Guest) -> None:
@@ -309,7 +312,8 @@ class Ahead:
                         pass
                     case _:
                         raise RemoteProtocolError(f"{type(event).__name__} in postcopy", offset=event.at)
-            count = await channel.receive_into(decoder.writable())
+            asking = min(channel.stall_timeout, _ASKING_SECONDS) if not self._resumed.is_set() else None
+            count = await channel.receive_into(decoder.writable(), stall_timeout=asking)
             self._counters.transferred = self._counters.earlier + channel.received
             if count:
                 decoder.received(count)

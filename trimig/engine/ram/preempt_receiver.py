@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ... import formats
 from ...channel import closing
 from ...channel.channel import Channel
 from ...channel.first_bytes import judge_second
@@ -71,7 +72,7 @@ class UrgentArrival:
                 raise TransportFailed(f"the second connection, for postcopy-preempt, failed: {error}") from error
         if limit.cancelled_caught:
             raise TransportFailed(
-                f"the second connection, for postcopy-preempt, did not come within {self._config.handover_timeout:g} s: "
+                f"the second connection, for postcopy-preempt, did not come within {formats.duration(self._config.handover_timeout)}: "
                 "the capability must be on at the source, too"
             )
         self._there.set()

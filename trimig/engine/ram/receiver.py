@@ -35,6 +35,16 @@ _LOOK_PAGES = 1024
 _SLICE_PAGES = 256
 
 
+def never_received(name: str, here: PageBitmap) -> str:
+    """What a block lacks, in words.
+
+    Args:
+        here: its pages that have come; one is missing at least.
+    """
+    count, first = len(here) - int(np.count_nonzero(here)), int(here.argmin())
+    return f"{count} pages of RAM block {name!r} were never received, the first at offset {first * PAGE_SIZE:#x} of it"
+
+
 class RamReceiver:
     """Fills the guest's RAM blocks."""
 

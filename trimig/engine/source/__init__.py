@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import trio
 
+from ... import formats
 from ...channel.channel import Channel, Delivering, PerhapsSilent
 from ...channel.limiter import Limiter
 from ...channel.return_path import ReturnPathReader
-from ...errors import ConfigError, NotConverging, TransportFailed, TrimigError
+from ...errors import ConfigError, GuestFailed, NotConverging, TransportFailed, TrimigError
 from ...guest import PAGE_SIZE, DeviceSection, Guest, IdentifiedGuest, OpaqueGuest, PageBitmap
 from ...memory.tracking import snapshot_of
 from ...monitor import blockers
@@ -38,7 +39,7 @@ from ..device_writer import UUID_SUBSECTION, DeviceSender, coming_state, early_s
 from ..order import PING_LOADED, PING_RUNS
 from ..ram.sender import RamSender
 from .outgoing import SILENT_PEER, CommitHook, Departure, FenceHook
-from .postcopy import PING_DISCARDED, PING_FOLLOWED, Following
+from .postcopy import PING_DISCARDED, PING_FOLLOWED, Following, at_least_one
 
 if TYPE_CHECKING:
     from ...channel.connections import Connections
@@ -48,8 +49,10 @@ if TYPE_CHECKING:
 
 #: PING values: 1 is QEMU's, directly behind OPEN_RETURN_PATH; ours asks for the proof of prepare.
 PING_OPENED = 1
-#: Seconds for the answer to it, which takes a round trip.
+#: Seconds for the answer to it, which takes a round trip: then its absence is told, and then it ends the attempt. A
+#: longer stall timeout lengthens the second one.
 _ANSWER_SECONDS = 5.0
+_ANSWER_MOST_SECONDS = 15.0
 PING_PREPARE = 0x74726967
 #: The same before a switch to postcopy, about the memory that is on its way.
 PING_QUEUED = 0x74726971
@@ -172,11 +175,25 @@ class _Attempt(Departure):
             await self._switch_over(nursery, channel, sender)
 
     async def _await_answer(self, reader: ReturnPathReader) -> None:
-        """Tell it if a destination that has connected does not answer: a QEMU answers the first PING before all else."""
-        with trio.move_on_after(_ANSWER_SECONDS) as limit:
-            await reader.wait_pong(PING_OPENED)
+        """A destination answers the first PING before all else. One that has connected and does not is told of, then given up.
+
+        Raises:
+            TransportFailed: nothing at all came for too long.
+
+        **Cancellation:** no effect.
+        """
+        stall = self.config.stall_timeout
+        most = min(stall, max(_ANSWER_MOST_SECONDS, stall / 4))
+        with trio.move_on_after(most) as limit:
+            with trio.move_on_after(_ANSWER_SECONDS) as patience:
+                await reader.wait_life()
+            if patience.cancelled_caught:
+                self.monitor.warn(
+                    f"the destination has answered nothing for {formats.duration(_ANSWER_SECONDS)}: {SILENT_PEER}"
+                )
+                await reader.wait_life()
         if limit.cancelled_caught:
-            self.monitor.warn(f"the destination has answered nothing for {_ANSWER_SECONDS:g} s: {SILENT_PEER}")
+            raise TransportFailed(f"the destination has answered nothing for {formats.duration(most)}")
 
     async def _introduce(self, channel: Channel) -> None:
         """Tell a destination that is a trimig the id of this attempt, once: a recovery must name the same."""
@@ -267,9 +284,12 @@ class _Attempt(Departure):
                 await self.reader.wait_acks(self._acks)
 
     async def _wait_for_life(self) -> None:
-        """Where nobody has answered yet, give him a moment, while the guest still runs."""
-        if self.reader is not None and not self.two_way:
-            with trio.move_on_after(SILENCE_SECONDS):
+        """Where no answer has come yet, give it time, while the guest still runs.
+
+        A destination that must answer and does not ends the attempt (:meth:`_await_answer`); another one is given a moment.
+        """
+        if self.reader is not None:
+            with trio.move_on_after(math.inf if self.two_way else SILENCE_SECONDS):
                 await self.reader.wait_life()
 
     async def _drain(self) -> None:
@@ -379,7 +399,7 @@ class _Attempt(Departure):
         watch = _Stopwatch()
         await self._stand_still(channel, watch)
         blocks = list(self.guest.ram)
-        unsent = await self._last_pages()
+        unsent = at_least_one(await self._last_pages())
         await self._announce(channel)
         for block, bitmap in zip(blocks, unsent, strict=True):
             await channel.send(b"".join(wire_postcopy.discards(block.name, bitmap)))
@@ -436,6 +456,9 @@ class _Attempt(Departure):
         if hold:
             await self._hold()
             self.parts["held"] = watch.lap()
+        self.starts = self.count_starts()
+        if self.guest.run_state == "running":
+            raise GuestFailed("the guest was resumed while it was being stopped for the switchover")
 
     async def _announce(self, channel: Channel) -> None:
         """Say that the last pages are next, to whoever knows the word."""
@@ -487,7 +510,7 @@ class _Attempt(Departure):
             await self.reader.wait_pong(value)
         if limit.cancelled_caught:
             raise TransportFailed(
-                f"the destination did not confirm within {self.config.handover_timeout:g} s that it has loaded the guest"
+                f"the destination did not confirm within {formats.duration(self.config.handover_timeout)} that it has loaded the guest"
             )
 
     async def _hand_over(self, channel: Channel, ending: bytes) -> None:

@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
+from ... import formats
 from ...channel import closing
 from ...channel.channel import Channel
 from ...errors import (
+    GuestFailed,
     GuestNotResumed,
     HandoverUncertain,
+    LocalProtocolError,
     MigrationCancelled,
     Owner,
     Ownership,
@@ -28,7 +31,9 @@ from ...errors import (
     TransportFailed,
     TrimigError,
 )
+from ...guest import CountingGuest
 from ...monitor.statistics import Downtime, Summary
+from ...owner import already_settled
 from ...status import Role, Status
 from ...wire import encoder as wire
 from ...wire.marks import Mark, reason_bytes
@@ -84,6 +89,7 @@ class Departure(abc.ABC):
         self.prepared = False
         self.answered = False
         self.confirmed = False  # answered, and by the destination itself
+        self.settled = False  # somebody has said who owns the guest
         self.connections = connections
         self.channel: Channel | None = None
         #: The second connection of postcopy-preempt.
@@ -91,6 +97,8 @@ class Departure(abc.ABC):
         self.tracker: DirtyTracker | None = None
         self.limiter: Limiter | None = None
         self.reader: ReturnPathReader | None = None
+        #: How often it had been started when it was stopped, if it counts that.
+        self.starts = 0
         #: Writes the RAM of the first connection.
         self.records: RamSender | None = None
         #: The id of this attempt, once the destination has been told it.
@@ -152,17 +160,26 @@ class Departure(abc.ABC):
         The shield is there before anything is told: a listener that cancels in this very moment comes too late.
 
         Raises:
-            GuestFailed: the guest runs.
+            GuestFailed: the guest runs, or has run since it was stopped.
 
         **Cancellation:** the decision has not been made.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
+        if self.count_starts() != self.starts:
+            raise GuestFailed(
+                "the guest was resumed while its last pages and devices were sent, and what it wrote since would be lost; "
+                "do not resume it before the migration is over"
+            )
         shield(nursery, seconds)
         try:
             self.monitor.advance(Status.HANDOVER)
         except TrimigError:
             lift_shield(nursery)
             raise
+
+    def count_starts(self) -> int:
+        """How often the guest has been started; 0 if it does not count that."""
+        return self.guest.starts if isinstance(self.guest, CountingGuest) else 0
 
     def _cut(self) -> bool:
         """Break the connections there are; False if one of them cannot be."""
@@ -258,7 +275,7 @@ class Departure(abc.ABC):
             raise error
         if error is None and failure is None and monitor.status is Status.FAILED:
             error = TransportFailed(
-                f"the transport took nothing of the decision within {self.config.handover_timeout:g} s"
+                f"the transport took nothing of the decision within {formats.duration(self.config.handover_timeout)}"
             )
         error = error or lost_by_cancellation(failure, monitor.status)
         if error is not None:
@@ -288,7 +305,7 @@ class Departure(abc.ABC):
         uncertain = HandoverUncertain(
             f"the guest was handed over, but the answer is missing ({why}): the destination may be running it, so it "
             "stays paused here. Look at the destination, then settle who owns the guest",
-            settle=self.guest.settle,
+            settle=self._settle_by_error,
         )
         self.guest.set_owner(Owner.UNKNOWN, settle=self._settle)
         uncertain.others = tuple(others)
@@ -306,7 +323,10 @@ class Departure(abc.ABC):
         if self.fence_hook is None:
             return Ownership.UNKNOWN
         fence = functools.partial(self._call, "the fence hook", self.fence_hook)
-        return await closing.bounded(fence, self.config.handover_timeout, Ownership.UNKNOWN)
+        found: object = await closing.bounded(fence, self.config.handover_timeout, Ownership.UNKNOWN)
+        if not isinstance(found, Ownership):
+            raise LocalProtocolError(f"the fence hook must return a trimig.Ownership, not {found!r}")
+        return found
 
     async def _given_back(self, why: str, others: Sequence[BaseException]) -> TrimigError:
         """The fence says that the destination does not have the guest: resume it here. Returns what is to be raised."""
@@ -320,13 +340,20 @@ class Departure(abc.ABC):
         return failure
 
     def _no_answer(self) -> str:
-        seconds = f"{self.config.handover_timeout:g} s"
+        seconds = f"{formats.duration(self.config.handover_timeout)}"
         if self.two_way:
             return f"nothing came for {seconds}"
         return f"the transport could not say within {seconds} that everything is where it was to go"
 
+    async def _settle_by_error(self, owner: Owner) -> None:
+        """What the error's own ``settle`` comes to: an old answer must not settle the question of a later attempt."""
+        if self.settled:
+            raise already_settled(self.guest.owner)
+        await self.guest.settle(owner)
+
     async def _settle(self, owner: Owner) -> None:
         """What :meth:`trimig.guest.Guest.settle` comes to."""
+        self.settled = True
         if owner is Owner.ELSEWHERE:
             self.monitor.advance(Status.COMPLETED)
             return

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from ... import formats
 from ...channel import closing
 from ...channel.channel import AnyStream, Channel
 from ...channel.return_path import ReturnPathReader
-from ...errors import Ownership, PostcopyLost, RemoteProtocolError, TransportFailed
+from ...errors import Ownership, PostcopyLost, RemoteProtocolError, TransportFailed, TrimigError
 from ...guest import PAGE_SIZE, PageBitmap, RamBlock
 from ...policy.page_order import PageOrder
 from ...status import Status
@@ -43,6 +44,16 @@ if TYPE_CHECKING:
 #: PING values, QEMU's: behind the discards, behind the package.
 PING_DISCARDED: Final = 2
 PING_FOLLOWED: Final = 4
+
+
+def at_least_one(unsent: list[PageBitmap]) -> list[PageBitmap]:
+    """*unsent*, by block; where nothing is left to follow the guest, with one page that goes a second time.
+
+    A QEMU that was told no DISCARD makes LISTEN the first one, and then refuses RUN: the guest would be lost.
+    """
+    if unsent and not any(bitmap.any() for bitmap in unsent):
+        max(unsent, key=len)[-1:] = True
+    return unsent
 
 
 class Following:
@@ -145,7 +156,7 @@ class Following:
                 if (refusal := self._departure.take_refusal()) is not None:
                     raise refusal
                 return f"the destination reported an error (it sent SHUT {code}){self._reader.why}"
-        return self._why or str(self._reader.lost or f"no answer came for {config.handover_timeout:g} s")
+        return self._why or str(self._reader.lost or f"no answer came for {formats.duration(config.handover_timeout)}")
 
     @contextlib.contextmanager
     def _connected(self, seconds: float | None) -> Iterator[trio.CancelScope]:
@@ -226,7 +237,11 @@ class Following:
             monitor.advance(Status.POSTCOPY_PAUSED)
 
     async def _ask_fence(self, why: str) -> None:
-        owner = await self._departure.fenced()
+        try:
+            owner = await self._departure.fenced()
+        except TrimigError as error:  # it knows no more than we do: a recovery may still answer the question
+            self._monitor.warn(str(error))
+            return
         if owner is Ownership.SOURCE:
             self._monitor.advance(Status.FAILED)
             raise TransportFailed(f"the answer was lost ({why}); the fence gave the guest back")
@@ -306,7 +321,7 @@ class Following:
     def _no_handshake(self, seconds: float) -> str:
         if self._reader.shut is not None:
             return f"the destination ended the recovery (it sent SHUT {self._reader.shut}){self._reader.why}"
-        return f"the handshake of the recovery took longer than {seconds:g} s"
+        return f"the handshake of the recovery took longer than {formats.duration(seconds)}"
 
 
 class _Handshake:

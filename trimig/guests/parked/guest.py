@@ -380,11 +380,13 @@ class ParkedGuest:
         self._failure = None
         self._warnings = ()
         self._holes = {}
-        for name in (machine, *(name for name, _ in blocks)):
+        for what, name in (("the machine", machine), *(("a RAM block", name) for name, _ in blocks)):
             try:
                 name.encode()
             except UnicodeEncodeError:
-                raise RemoteProtocolError(f"the name {name!r} is not UTF-8") from None
+                raise RemoteProtocolError(
+                    f"the name {name!r} of {what} is not UTF-8, so its guest cannot be kept"
+                ) from None
         total = sum(length for _, length in blocks)
         limit = self._max_ram if self._max_ram is not None else _physical_memory()
         if total > limit:

@@ -1,7 +1,9 @@
 """A file that gets its name only when it is whole and on the disk.
 
 Where the file system can, it has no name at all until then (``O_TMPFILE``), so that nothing is left of it however the
-process ends. Elsewhere it grows under a hidden name in the same directory, and only SIGKILL or a loss of power leaves that.
+process ends. Elsewhere it grows under a hidden name in the same directory; and a link never replaces a file, so one that
+replaces another has a hidden name for a moment, too. Only SIGKILL or a loss of power leaves that, until the next file for the
+same name is begun: a hidden file that no process holds a lock on is removed then.
 """
 
 from __future__ import annotations
@@ -9,15 +11,27 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
+import re
 import secrets
 import stat
-import tempfile
 from pathlib import Path
 from typing import Final
 
 #: What :func:`os.open` says where a file without a name cannot be made: the file system, or the kernel, does not know it.
 _NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS})
+
+#: Of a hidden name: a dot, so many bytes of the name, a dot, twelve digits, and this.
+_SUFFIX: Final = ".part"
+_NAME_BYTES: Final = 100
+#: What is not replaced.
+_OTHERS: Final = (
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+)
 
 _SYNC_FILE_RANGE_WRITE: Final = 2
 
@@ -38,7 +52,7 @@ def check_target(path: Path, *, replace: bool) -> None:
 
     Args:
         replace: a file of that name may be replaced. A symbolic link counts as a file of its own: the link is replaced, and
-            not the file that it names.
+            not the file that it names. What is no file, or a link to such a thing (/dev/stdout), is never replaced.
 
     Raises:
         OSError: there is no such directory, it cannot be written to, or the name is taken; with its path.
@@ -72,6 +86,7 @@ class NewFile:
         except BaseException:
             os.close(self._directory)
             raise
+        self._remove_left()
 
     def _check_name(self) -> None:
         try:
@@ -80,6 +95,8 @@ class NewFile:
             return
         if stat.S_ISDIR(found.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self.path))
+        if (what := _what_it_is(self.path)) is not None:
+            raise OSError(errno.EINVAL, f"It is {what}, and only a file can be replaced", str(self.path))
         if self._replace:
             return
         if stat.S_ISLNK(found.st_mode) and not self.path.exists():
@@ -96,9 +113,34 @@ class NewFile:
                 raise
         else:
             if os.path.exists(self._by_descriptor()):
+                self._lock()  # for the moment in which it has a hidden name
                 return
             os.close(self.fd)  # without /proc it could not be given a name
-        self.fd, self._hidden = tempfile.mkstemp(prefix=f".{self.path.name[:100]}.", suffix=".part", dir=parent)
+        while True:
+            hidden = self._hidden_name()
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            self.fd = os.open(hidden, flags, 0o600, dir_fd=self._directory)
+            self._lock()
+            if os.fstat(self.fd).st_nlink:
+                self._hidden = hidden
+                return
+            os.close(self.fd)  # another process has taken it for one that was left, before it was locked
+
+    def _hidden_name(self) -> str:
+        return f"{_hidden_prefix(self.path)}{secrets.token_hex(6)}{_SUFFIX}"
+
+    def _lock(self) -> None:
+        """As long as this process lives, the file is not one that was left behind."""
+        with contextlib.suppress(OSError):  # a file system without locks, where nobody removes any either
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _remove_left(self) -> None:
+        """Remove what a killed process has left under a hidden name."""
+        left = re.compile(re.escape(_hidden_prefix(self.path)) + "[0-9a-f]{12}" + re.escape(_SUFFIX))
+        with contextlib.suppress(OSError):  # it is not what was asked for
+            for name in os.listdir(self._directory):
+                if name != self._hidden and left.fullmatch(name):
+                    _remove_if_left(name, self._directory)
 
     def _by_descriptor(self) -> str:
         return f"/proc/self/fd/{self.fd}"
@@ -164,14 +206,15 @@ class NewFile:
             except FileExistsError:
                 if not self._replace:
                     raise
-            # A link never replaces a file; a rename does.
-            hidden = f".{self.path.name[:100]}.{secrets.token_hex(6)}.part"
+            hidden = self._hidden_name()
             self._link_descriptor(hidden)
-            self._hidden = str(self.path.with_name(hidden))
+            self._hidden = hidden
+        directory = self._directory
         if self._replace:
-            os.rename(self._hidden, self.path)
+            self._check_name()
+            os.rename(self._hidden, self.path.name, src_dir_fd=directory, dst_dir_fd=directory)
         else:
-            _rename_new(self._hidden, self.path)
+            _rename_new(self._hidden, self.path.name, directory)
         self._hidden = None
 
     def _link_descriptor(self, name: str) -> None:
@@ -185,7 +228,7 @@ class NewFile:
             return
         if self._hidden is not None:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._hidden)
+                os.unlink(self._hidden, dir_fd=self._directory)
         self._close()
 
     def _close(self) -> None:
@@ -197,16 +240,47 @@ class NewFile:
             os.close(directory)
 
 
-def _rename_new(temporary: str, path: Path) -> None:
+def _what_it_is(path: Path) -> str | None:
+    """What has that name, or what a link of that name leads to, if it is neither a file nor a directory."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # a link that leads nowhere
+        return None
+    return next((what for test, what in _OTHERS if test(mode)), None)
+
+
+def _hidden_prefix(path: Path) -> str:
+    # Cut by bytes: a name has 255 at most.
+    return "." + os.fsdecode(os.fsencode(path.name)[:_NAME_BYTES]) + "."
+
+
+def _remove_if_left(name: str, directory: int) -> None:
+    """Remove that file unless a process still writes it. OSError."""
+    fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+            return
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        os.unlink(name, dir_fd=directory)
+    finally:
+        os.close(fd)
+
+
+def _rename_new(temporary: str, name: str, directory: int) -> None:
     """Give the file its name unless another one has it."""
     try:
-        os.link(temporary, path)
+        os.link(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links; then the look and the rename cannot be one step
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
-        os.rename(temporary, path)
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(name, dir_fd=directory, follow_symlinks=False)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name) from None
+        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     else:
         with contextlib.suppress(OSError):  # a second name that stays behind is no reason to disown the file
-            os.unlink(temporary)
+            os.unlink(temporary, dir_fd=directory)

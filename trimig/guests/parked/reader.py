@@ -25,6 +25,7 @@ from ...wire.devices.virtio_mem import absent_by_rule
 from ...wire.elements import Elements
 from ...wire.pages.size import wrong_page_size
 from ...wire.refusals import check_kept_command
+from ..named import naming
 
 if TYPE_CHECKING:
     from ...wire.devices.tail import TailBuffer
@@ -72,7 +73,8 @@ async def read_stream(path: Path, guest: OpaqueGuest, *, partial: bool = False) 
     """
     fd = await offload(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return await _read(fd, guest, partial=partial)
+        with naming(path):
+            return await _read(fd, guest, partial=partial)
     finally:
         os.close(fd)
 

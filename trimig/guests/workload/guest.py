@@ -3,8 +3,7 @@
 The memory is a memfd that both processes map, so what arrives here is there, and what the worker writes is here. The
 worker's writes are tracked through its page tables, by a userfaultfd that it made and passed to us.
 
-No task runs in the background: requests are answered one at a time, and a call reads the socket only while it waits
-for its own reply. The worker dies with this process (end of file on its socket, and the kernel's parent-death
+The worker dies with this process (end of file on its socket, and the kernel's parent-death
 signal), and :meth:`ProcessGuest.open` kills it on every way out.
 """
 
@@ -12,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Final
@@ -22,11 +22,31 @@ from ...memory.block import MemfdBlock
 from ...memory.faults import MissingPages, UffdMemory
 from ...memory.linux import MemoryUnavailable, probe_tracking
 from ...memory.tracking import CompareTracker, TrackedRange, UffdTracker, log_choice, log_fallback
+from ...owner import OwnerState, Settle
 from ..base import GuestBase
-from .process import SLOWEST, STARTING, Worker, WorkerStats
+from .line import Refusal, Worker
 from .state import Journal, Verification, WorkloadState
 
+log = logging.getLogger("trimig.guests")
+
 MiB: Final = 1 << 20
+#: Bytes per second that initialising and verifying are sure to reach, on a machine that does other things as well.
+_SLOWEST: Final = 20 * MiB
+#: Seconds that a Python may take to start, on top of the time limit of a call.
+_STARTING: Final = 30.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStats:
+    """What :meth:`ProcessGuest.stats` returns."""
+
+    #: Writes since the workload began, here or elsewhere.
+    writes: int
+    running: bool
+    #: Percent.
+    throttle: int
+    #: Its next write is to a page that is missing.
+    waiting: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +80,9 @@ class ProcessGuest(GuestBase):
         self.add_device(self._journal)
         self._method = dirty_tracking
         self._range = TrackedRange(name=block.name, address=0, pages=state.ram_pages)
+        #: It was told to run and has not answered: it may run at any time.
+        self._perhaps_runs = False
+        self._owner = OwnerState(Owner.ELSEWHERE, runs=lambda: self._run_state == "running" or self._perhaps_runs)
         #: How it waited for its memory when it last came before it (postcopy).
         self.touch_times: TouchTimes | None = None
 
@@ -123,7 +146,7 @@ class ProcessGuest(GuestBase):
             guest = cls(name, worker, block, state, dirty_tracking)
             await guest._attach()
             if running:
-                await worker.call("initialise", within=size / SLOWEST, state=dataclasses.asdict(state))
+                await worker.call("initialise", within=size / _SLOWEST, state=dataclasses.asdict(state))
                 guest.set_owner(Owner.HERE)
                 if stopped:
                     guest._run_state = "prelaunch"
@@ -132,7 +155,7 @@ class ProcessGuest(GuestBase):
             yield guest
 
     async def _attach(self) -> None:
-        reply = await self._worker.call_sending("attach", [self._block.fd], within=STARTING, length=self._block.length)
+        reply = await self._worker.call_sending("attach", [self._block.fd], within=_STARTING, length=self._block.length)
         self._range = dataclasses.replace(self._range, address=reply["address"])
         if self._method == "compare":
             log_choice(CompareTracker.method)
@@ -181,6 +204,7 @@ class ProcessGuest(GuestBase):
         **Cancellation:** it may be paused; :meth:`resume` it.
         """
         await self._worker.call("pause")
+        self._perhaps_runs = False
         if self._run_state == "running":
             self._run_state = "paused"
 
@@ -194,8 +218,24 @@ class ProcessGuest(GuestBase):
         **Cancellation:** it may be running; :meth:`pause` it.
         """
         with self._owner.starting():
-            await self._worker.call("resume")
-            self._run_state = "running"
+            self._perhaps_runs = True
+            try:
+                await self._worker.call("resume")
+            except Refusal:
+                self._perhaps_runs = False
+                raise
+        self._perhaps_runs = False
+        self._run_state = "running"
+
+    def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
+        """For the engine: see :class:`trimig.guest.Guest`.
+
+        A worker that was told to run and has not answered would run later: if it is not this side's any more, it is killed.
+        """
+        super().set_owner(owner, gone=gone, settle=settle)
+        if owner is not Owner.HERE and self._perhaps_runs:
+            log.warning("the guest's worker process %d was killed: it did not answer whether it runs", self._worker.pid)
+            self._worker.close()
 
     async def throttle(self, percent: int) -> None:
         """Take *percent* of the dirty rate away.
@@ -203,6 +243,8 @@ class ProcessGuest(GuestBase):
         Raises:
             ValueError: not within 0 to 99.
             GuestFailed: the worker died or does not answer.
+
+        **Cancellation:** the old or the new value is in force.
         """
         self._check_percent(percent)
         await self._worker.call("throttle", percent=percent)
@@ -259,7 +301,10 @@ class ProcessGuest(GuestBase):
         return await super().save_devices()
 
     async def load_devices(self, sections: Sequence[DeviceSection]) -> None:
-        """Take the journal over, and hand it to the worker."""
+        """Take the journal over, and hand it to the worker.
+
+        **Cancellation:** the worker may have it; the guest must not be run before the next whole load.
+        """
         await super().load_devices(sections)
         await self._worker.call("load", state=dataclasses.asdict(self._journal.state))
 
@@ -271,7 +316,7 @@ class ProcessGuest(GuestBase):
 
         **Cancellation:** the worker compares on, and answers no other call before it is done.
         """
-        reply = await self._worker.call("verify", within=self._block.length / SLOWEST)
+        reply = await self._worker.call("verify", within=self._block.length / _SLOWEST)
         return Verification(**{key: value for key, value in reply.items() if key != "id"})
 
     async def stats(self) -> WorkerStats:

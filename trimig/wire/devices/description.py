@@ -17,7 +17,7 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -29,6 +29,8 @@ _ESCAPED: Final = re.compile(rb"\\.", re.DOTALL)
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 #: Bytes of a text that are looked at in one piece: no single call holds Python's lock for long.
 _PIECE: Final = 256 * 1024
+#: Objects that are made in one piece.
+_OBJECTS: Final = 256
 _quoted: Final = json.encoder.encode_basestring_ascii
 _NO_MARKS: Final = bytes(b for b in range(256) if b not in b"[]{},")
 
@@ -117,13 +119,16 @@ def _dump(value: Any, pieces: list[str]) -> None:
         pieces.append(json.dumps(value))
 
 
-def parse(text: bytes, limits: Limits | None = None) -> Description:
+def parse(text: bytes, limits: Limits | None = None, *, between: Callable[[], None] | None = None) -> Description:
     """Read the text of a description.
+
+    Args:
+        between: called after every few objects of it; what it raises ends the reading.
 
     Raises:
         RemoteProtocolError: it is not JSON, not a description, or exceeds *limits*.
     """
-    top = _parse(text, limits or Limits())
+    top = _parse(text, limits or Limits(), between)
     page_size, devices = top.get("page_size"), top.get("devices")
     if type(page_size) is not int or page_size <= 0:
         raise bad(f"page_size is {short(page_size)}")
@@ -137,13 +142,16 @@ def parse(text: bytes, limits: Limits | None = None) -> Description:
     return Description(page_size=page_size, devices=tuple(devices))
 
 
-def _parse(text: bytes, limits: Limits) -> JsonObject:
+def _parse(text: bytes, limits: Limits, between: Callable[[], None] | None) -> JsonObject:
     if len(text) > limits.max_bytes:
         raise bad(f"it has {len(text)} bytes, more than {limits.max_bytes}")
     _check_shape(text, limits)
     try:
         # Strings with half a surrogate pair would fail much later, where they are printed.
+        hook: Callable[[list[tuple[str, Any]]], JsonObject]
         hook = _encodable_object if _SURROGATE.search(text) else JsonObject
+        if between is not None:
+            hook = _in_pieces(hook, between)
         top = json.loads(text.decode(), object_pairs_hook=hook, parse_constant=_no_constant)
     except ValueError as error:
         raise bad(f"it is not valid JSON: {error}") from None
@@ -186,6 +194,23 @@ def _encodable_object(pairs: list[tuple[str, Any]]) -> JsonObject:
         if isinstance(value, str):
             value.encode()
     return JsonObject(pairs)
+
+
+def _in_pieces(
+    make: Callable[[list[tuple[str, Any]]], JsonObject], between: Callable[[], None]
+) -> Callable[[list[tuple[str, Any]]], JsonObject]:
+    """*make*, and a call of *between* after each _OBJECTS of them."""
+    left = _OBJECTS
+
+    def hook(pairs: list[tuple[str, Any]]) -> JsonObject:
+        nonlocal left
+        left -= 1
+        if not left:
+            left = _OBJECTS
+            between()
+        return make(pairs)
+
+    return hook
 
 
 def _no_constant(name: str) -> Any:

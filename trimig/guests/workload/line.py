@@ -1,8 +1,11 @@
-"""The worker's process, and the requests that are sent to it."""
+"""The line to the worker process of a :class:`trimig.guests.workload.guest.ProcessGuest`: requests, and their replies.
+
+No task runs in the background: requests are answered one at a time, and a call reads the socket only while it waits
+for its own reply.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -16,41 +19,18 @@ from typing import Any, Final
 
 import trio
 
+from ... import formats
 from ...errors import GuestFailed, StateError
 
-MAX_PACKET: Final = 1 << 16
-
-
+_MAX_PACKET: Final = 1 << 16
 _MAX_FDS: Final = 4
-
-
 _FD_SIZE: Final = array("i").itemsize
-
-
-_MiB: Final = 1 << 20
-#: Bytes per second that initialising and verifying are sure to reach, on a machine that does other things as well.
-SLOWEST: Final = 20 * _MiB
-
-
-#: Seconds that a Python may take to start, on top of the time limit of a call.
-STARTING: Final = 30.0
-
-
 #: Seconds from the end of file on the control socket to the end of the process.
 _DYING: Final = 2.0
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerStats:
-    """What :meth:`ProcessGuest.stats` returns."""
-
-    #: Writes since the workload began, here or elsewhere.
-    writes: int
-    running: bool
-    #: Percent.
-    throttle: int
-    #: Its next write is to a page that is missing.
-    waiting: bool
+class Refusal(GuestFailed):
+    """The worker has answered that it does not do what was asked."""
 
 
 class Worker:
@@ -68,7 +48,7 @@ class Worker:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # What it says when it fails. In memory, so that nobody has to read along.
         self._stderr = os.memfd_create("trimig-worker-stderr", os.MFD_CLOEXEC)
-        root = str(Path(__file__).resolve().parents[2])
+        root = str(Path(__file__).resolve().parents[3])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         try:
             with theirs:
@@ -169,18 +149,20 @@ class Worker:
                 raise StateError("the guest was closed") from cut
             raise GuestFailed(await self._obituary(op)) from cut
         if answer is None:
-            raise GuestFailed(f"the guest's worker process {self.pid} did not answer {op!r} within {limit:g} s")
+            raise GuestFailed(
+                f"the guest's worker process {self.pid} did not answer {op!r} within {formats.duration(limit)}"
+            )
         reply, received = answer
         if "error" in reply:
             _close_all(received)
-            raise GuestFailed(f"the guest's worker process {self.pid} refused {op!r}: {reply['error']}")
+            raise Refusal(f"the guest's worker process {self.pid} refused {op!r}: {reply['error']}")
         return reply, received
 
     async def _reply(self, number: int) -> tuple[dict[str, Any], list[int]]:
         while True:
             # A packet is received whole or, if this is cancelled, not at all.
             data, ancillary, _, _ = await self._socket.recvmsg(
-                MAX_PACKET, socket.CMSG_SPACE(_MAX_FDS * _FD_SIZE), socket.MSG_CMSG_CLOEXEC
+                _MAX_PACKET, socket.CMSG_SPACE(_MAX_FDS * _FD_SIZE), socket.MSG_CMSG_CLOEXEC
             )
             fds = array("i")
             for level, kind, payload in ancillary:

@@ -1,0 +1,170 @@
+"""Files that commands are given: nothing that holds a guest is written over, and nothing that is no file is replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.guests.test_parked import stream
+from trimig import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def invoke(*words: object) -> Result:
+    """A command in this process."""
+    return CliRunner().invoke(cli.main, [str(word) for word in words])
+
+
+@pytest.fixture
+def guest(tmp_path: Path) -> Path:
+    """A saved one; its block is ``ram``."""
+    path = tmp_path / "guest"
+    path.write_bytes(stream())
+    return path
+
+
+WRITERS = ["receive", "export", "holes", "merge"]
+
+
+def written(command: str, guest: Path, out: Path, *more: str) -> Result:
+    """The command that writes *out*."""
+    export = ("export", guest, "--format", "raw", "--block", "ram")
+    words: dict[str, tuple[object, ...]] = {
+        "receive": ("receive", f"file:{guest}", "--save", out),
+        "export": (*export, "--out", out),
+        "holes": (*export, "--out", guest.with_name("memory"), "--holes", out),
+        "merge": ("merge", guest, guest, "--out", out),
+    }
+    return invoke(*words[command], *more)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+@pytest.mark.parametrize("command", WRITERS)
+def test_what_is_no_file_is_never_replaced(
+    command: str, kind: str, guest: Path, tmp_path: Path, *, linked: bool
+) -> None:
+    """``--out /dev/null --force`` of root made a file of /dev/null."""
+    out = tmp_path / "other"
+    with socket.socket(socket.AF_UNIX) as listener:
+        if kind == "pipe":
+            os.mkfifo(out)
+        elif kind == "socket":
+            listener.bind(str(out))
+        else:
+            linked, out = True, Path("/dev/null")
+        name = out
+        if linked:
+            name = tmp_path / "link"
+            name.symlink_to(out)
+        before = os.lstat(name)
+        result = written(command, guest, name, "--force")
+        assert (result.exit_code, "only a file can be replaced" in result.stderr) == (2, True), result.stderr
+        assert os.lstat(name) == before
+        assert not stat.S_ISREG(os.stat(name).st_mode)
+    assert not (tmp_path / "memory").exists()
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_a_link_that_leads_nowhere_is_not_replaced_without_force(command: str, guest: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nothing")
+    result = written(command, guest, tmp_path / "link")
+    assert (result.exit_code, "is a symbolic link; --force" in result.stderr) == (2, True), result.stderr
+    assert (tmp_path / "link").is_symlink()
+    assert not (tmp_path / "memory").exists()
+
+
+@pytest.mark.parametrize("name", ["guest", "link"])
+def test_a_guest_is_not_written_over_by_its_own_memory(name: str, guest: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").hardlink_to(guest)
+    result = written("export", guest, tmp_path / name, "--force")
+    assert (result.exit_code, "is the stream itself" in result.stderr) == (2, True), result.stderr
+    assert guest.read_bytes() == stream()
+    result = written("export", guest, tmp_path / "memory", "--holes", str(tmp_path / "memory"))
+    assert (result.exit_code, "is what --out names" in result.stderr) == (2, True), result.stderr
+
+
+@pytest.mark.parametrize("uri", ["file:{}", "file:{},offset=1M"])
+def test_a_guest_is_not_sent_onto_its_own_file(uri: str, guest: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("guest")
+    for name in ("guest", "link"):
+        result = invoke("send", guest, uri.format(tmp_path / name))
+        assert (result.exit_code, "is FILE itself" in result.stderr) == (2, True), result.stderr
+        assert guest.read_bytes() == stream()
+        assert not (tmp_path / "guest.owner").exists()
+
+
+def test_the_map_of_holes_is_private_and_replaced_on_demand_only(guest: Path, tmp_path: Path) -> None:
+    holes = tmp_path / "holes"
+    assert written("holes", guest, holes).exit_code == 0
+    assert (json.loads(holes.read_text())["holes"], stat.S_IMODE(holes.stat().st_mode)) == ([], 0o600)
+    assert "exists; --force replaces it" in written("holes", guest, holes).stderr
+    assert written("holes", guest, holes, "--force").exit_code == 0
+
+
+DIRECTORY_TAKERS = [
+    ("inspect", "{}"),
+    ("export", "{}", "--format", "raw", "--block", "ram", "--out", "out"),
+    ("merge", "{}", "{}", "--out", "out"),
+    ("send", "{}", "tcp:127.0.0.1:1"),
+    ("settle", "{}", "--owner", "source"),
+    ("run", "--guest", "parked:{}", "--qmp", "unix:qmp"),
+]
+
+
+@pytest.mark.parametrize("words", DIRECTORY_TAKERS, ids=lambda words: words[0])
+def test_a_directory_in_place_of_a_file_is_named(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*(word.format(tmp_path) for word in words))
+    assert result.exit_code in (1, 2)
+    assert str(tmp_path) in result.stderr
+    assert "s a directory" in result.stderr
+
+
+NAME_TAKERS = [
+    *(words for words in DIRECTORY_TAKERS if words[0] != "run"),
+    ("receive", "tcp:127.0.0.1:0", "--save", "{}"),
+    ("receive", "tcp:127.0.0.1:0", "--save", "out", "--config", "{}"),
+    ("export", "guest", "--format", "raw", "--block", "ram", "--out", "{}"),
+    ("export", "guest", "--format", "raw", "--block", "ram", "--out", "out", "--holes", "{}"),
+    ("merge", "guest", "guest", "--out", "{}"),
+]
+
+
+@pytest.mark.parametrize("words", NAME_TAKERS, ids=" ".join)
+def test_an_empty_name_is_wrong_usage(words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an unset variable of a shell gives it."""
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*(word.format("") for word in words))
+    assert (result.exit_code, "an empty name" in result.stderr) == (2, True), result.stderr
+
+
+def test_a_disk_that_is_full_is_named(guest: Path, tmp_path: Path) -> None:
+    """In a process that may write no large file."""
+    code = (
+        "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "from trimig.cli import main\nmain()"
+    )
+    words = ["export", str(guest), "--format", "raw", "--block", "ram", "--out", str(tmp_path / "memory")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (1, f"trimig: {tmp_path}/memory: File too large\n")
+    assert sorted(os.listdir(tmp_path)) == ["guest"]
