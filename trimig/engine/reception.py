@@ -17,7 +17,7 @@ from ..errors import TransportFailed
 from ..monitor_core import MonitorCore
 from .channel import AnyStream, Channel, OpenStream
 from .connections import Connections
-from .first_bytes import judge_surplus
+from .first_bytes import judge_beside, judge_surplus
 from .lobby import Chosen, Judge, Lobby, Verdict
 
 log = logging.getLogger("trimig.destination")
@@ -61,16 +61,15 @@ class Reception:
         if self._connections.entrance is None:
             return self.channel(await self._connections.first())
         channel = self.channel(await self._meet(None, judge))
-        if not self.wants_second:
-            assert self.lobby is not None
-            self._suspicion = trio.CancelScope()
-            self._nursery.start_soon(self._suspect, channel, self._suspicion, name="trimig.suspicion")
-            self.lobby.watch(self._surplus)
+        assert self.lobby is not None
+        self._suspicion = trio.CancelScope()
+        self._nursery.start_soon(self._suspect, channel, self._suspicion, name="trimig.suspicion")
+        self.lobby.watch(self._others)
         return channel
 
-    def _surplus(self, data: bytes) -> Verdict:
+    def _others(self, data: bytes) -> Verdict:
         try:
-            return judge_surplus(data)
+            return judge_beside(data) if self.wants_second else judge_surplus(data)
         finally:
             self._look.set()
 
@@ -140,6 +139,7 @@ class Reception:
 
     def settle(self) -> None:
         """Pages come on the main connection, as they should: without a second one, all connections are there."""
+        self._suspicion.cancel("pages come")
         if not self.wants_second:
             self.close()
 
