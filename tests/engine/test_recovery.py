@@ -508,6 +508,7 @@ async def test_progress_begins_the_time_anew(autojump_clock: trio.testing.MockCl
                         await trio.sleep(4.0)
                     await peer.stream.aclose()
     assert isinstance(told_by.outcome, PostcopyLost)
+    assert "after the last was lost (" in str(told_by.outcome)
     assert trio.current_time() - began > 30.0
     assert trio.current_time() - began < 120.0
 
@@ -523,6 +524,7 @@ async def test_a_destination_waits_no_longer_than_the_bound(autojump_clock: trio
                 await peer.hear()
     assert isinstance(there.outcome, PostcopyLost)
     assert trio.current_time() - began < 20.0 + 7.0 + 1.0
+    assert "after the last was lost (the stream ends at byte " in str(there.outcome)
     assert there.guest.run_state == "paused"
 
 

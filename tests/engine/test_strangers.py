@@ -240,9 +240,12 @@ async def test_likely_reason_is_in_the_error(data: bytes, words: str) -> None:
             monitor.cancel("enough")
 
 
-async def test_multifd_at_the_source_is_named_when_its_main_connection_ends() -> None:
-    """Main first, data channels beside it; the source gives up when these are closed."""
-    target, monitor = trimig.AppGuest("g", running=False), trimig.Monitor()
+@pytest.mark.parametrize("preempt", [False, True], ids=["one", "two"])
+@pytest.mark.parametrize("ends", [False, True], ids=["it waits", "it ends"])
+async def test_multifd_at_the_source_is_named(*, preempt: bool, ends: bool) -> None:
+    """Main first, data channels beside it; the source gives up when these are closed, or waits for what never comes."""
+    config = slow(postcopy_ram=True, postcopy_preempt=True) if preempt else trimig.Config()
+    target, monitor = LazyAppGuest("g", running=False), trimig.Monitor()
     target.add_ram("ram", 4096)
     with trio.fail_after(LIMIT), target:
         async with trio.open_nursery() as nursery:
@@ -251,7 +254,7 @@ async def test_multifd_at_the_source_is_named_when_its_main_connection_ends() ->
                 with pytest.raises(
                     trimig.MigrationError, match=r"; the source has the capability multifd on.*turn multifd off there"
                 ):
-                    await trimig.receive(target, "tcp:127.0.0.1:0", monitor=monitor)
+                    await trimig.receive(target, "tcp:127.0.0.1:0", config, monitor=monitor)
 
             nursery.start_soon(receive)
             while not monitor.addresses:
@@ -261,6 +264,8 @@ async def test_multifd_at_the_source_is_named_when_its_main_connection_ends() ->
                 await main.send_all(wire.file_header() + wire.configuration("g", ()) + wire.command(1) + wire.ping(1))
                 await monitor.wait_status(Status.ACTIVE)
                 await strangers.throw(MULTIFD)
+                if not ends:
+                    await monitor.wait_status(Status.FAILED)
 
 
 async def test_multifd_at_the_source_is_named_when_its_main_connection_is_silent(

@@ -172,7 +172,7 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ),
     (
         "a cancelled pause leaves the gate closed", "trimig/guests/app.py",
-        "        except BaseException:\n            self._gate.open()\n            raise", "        except BaseException:\n            raise",
+        "            except BaseException:\n                self._gate.open()\n                raise", "            except BaseException:\n                raise",
         ("tests/guests/test_app.py",),
     ),
     (

@@ -78,11 +78,13 @@ async def test_preempt_among_strangers(*, cut: bool) -> None:
             assert np.array_equal(np.asarray(guest.ram[0].pages).reshape(-1), vm.ram)
 
 
-async def test_multifd_at_the_source_only_is_said_on_both_sides() -> None:
+@pytest.mark.parametrize("second", [False, True], ids=["one connection", "postcopy-preempt"])
+async def test_multifd_at_the_source_only_is_said_on_both_sides(*, second: bool) -> None:
+    """Also where a second connection is waited for, which the channels of multifd could be taken for."""
     async with Qemu.start("none", "16M") as vm:
         vm.ram[:] = random_ram(SIZE, seed=4)
-        with peers.machine(SIZE, running=False) as guest:
-            async with peers.arriving(guest) as arrival:
+        with trimig.ParkedGuest() as guest:
+            async with peers.arriving(guest, preempt() if second else None) as arrival:
                 await vm.migrate(arrival.uri, capabilities=MULTIFD, wait=False)
                 await vm.wait_migration_status("failed")
                 error = await arrival.error()

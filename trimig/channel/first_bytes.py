@@ -156,3 +156,11 @@ def judge_surplus(data: bytes) -> Verdict:
     if refusal is None or data[:4] == _MULTIFD:
         raise refusal or NotTheOne("the migration has its source already")
     raise NotTheOne(str(refusal))  # it has nothing to do with a source that has come
+
+
+def judge_beside(data: bytes) -> Verdict:
+    """A second connection is going to be needed, and the main one does not say yet which. All but known strangers wait on."""
+    refusal = known(data)
+    if refusal is None:
+        return Verdict.ALONE
+    raise refusal if data[:4] == _MULTIFD else NotTheOne(str(refusal))

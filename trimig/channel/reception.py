@@ -52,12 +52,12 @@ class Reception:
         self._look = trio.Event()  # a connection that is of no use has said something
         self._suspicion = trio.CancelScope()
 
-    async def first(self, judge: Judge, surplus: Judge) -> Channel:
+    async def first(self, judge: Judge, others: Judge) -> Channel:
         """The main connection of the migration.
 
         Args:
             judge: says which connection that is.
-            surplus: says of any other what it is, where there is to be one only.
+            others: says of any other what it is.
 
         Raises:
             TransportFailed: there is none, and there will be none.
@@ -67,14 +67,13 @@ class Reception:
         if self._connections.entrance is None:
             return self.channel(await self._connections.first())
         channel = self.channel(await self._meet(None, judge))
-        if not self.wants_second:
-            assert self.lobby is not None
-            self._suspicion = trio.CancelScope()
-            self._nursery.start_soon(self._suspect, channel, self._suspicion, name="trimig.suspicion")
-            self.lobby.watch(functools.partial(self._surplus, surplus))
+        assert self.lobby is not None
+        self._suspicion = trio.CancelScope()
+        self._nursery.start_soon(self._suspect, channel, self._suspicion, name="trimig.suspicion")
+        self.lobby.watch(functools.partial(self._others, others))
         return channel
 
-    def _surplus(self, judge: Judge, data: bytes) -> Verdict:
+    def _others(self, judge: Judge, data: bytes) -> Verdict:
         try:
             return judge(data)
         finally:
@@ -146,6 +145,7 @@ class Reception:
 
     def settle(self) -> None:
         """Pages come on the main connection, as they should: without a second one, all connections are there."""
+        self._suspicion.cancel("pages come")
         if not self.wants_second:
             self.close()
 

@@ -44,13 +44,15 @@ class Search:
         self._reopen = reopen
         self._listens = listens
         self._since: float | None = None
+        self._why = "it was paused"
         self._delay = FIRST_DELAY
         self._most = config.recovery_timeout
 
-    def paused(self) -> None:
-        """The connection is lost. If nothing was gained since the last loss, that one counts."""
+    def paused(self, why: str) -> None:
+        """The connection is lost, and *why*. If nothing was gained since the last loss, that one counts."""
         if self._since is None:
             self._since = trio.current_time()
+            self._why = why
 
     def gained(self) -> None:
         """The migration has got further than it ever was: the next loss begins a new search."""
@@ -83,7 +85,8 @@ class Search:
         with trio.move_on_at(self.deadline):
             return await self._connection()
         raise PostcopyLost(
-            f"no connection on which the migration could go on came within {formats.duration(self._most)}"
+            f"no connection on which the migration could go on came within {formats.duration(self._most)} after the last was "
+            f"lost ({self._why})"
         )
 
     async def _connection(self) -> AnyStream:

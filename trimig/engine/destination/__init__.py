@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ...channel.first_bytes import judge_first, judge_surplus
+from ...channel.first_bytes import judge_beside, judge_first, judge_surplus
 from ...channel.reception import Reception
 from ...errors import Owner, PeerFailed, RemoteProtocolError, StateError, TransportFailed
 from ...guest import (
@@ -129,7 +129,9 @@ class _Arrival(Arrival):
         self._nursery = nursery
         reception = self.reception = Reception(self.connections, config, self.monitor, nursery)
         self.urgent = UrgentArrival(reception, config, self.counters)
-        channel = self.channel = await reception.first(judge_first(config, self._acceptable), judge_surplus)
+        channel = self.channel = await reception.first(
+            judge_first(config, self._acceptable), judge_beside if reception.wants_second else judge_surplus
+        )
         self.monitor.listening()
         self.urgent.expect()
         opaque = isinstance(guest, OpaqueGuest)

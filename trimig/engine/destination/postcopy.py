@@ -426,7 +426,7 @@ class Ahead:
         await self._urgent.close()
         self._counters.earlier += self._channel.received
         self._counters.error = why
-        self._search.paused()
+        self._search.paused(why)
         if not self._doubt:
             self._monitor.advance(Status.POSTCOPY_PAUSED)
         elif self._monitor.status is not Status.POSTCOPY_UNCERTAIN:

@@ -220,7 +220,7 @@ class Following:
         monitor, departure = self._monitor, self._departure
         if self._reader.lost is None:
             self._reader.lost = TransportFailed(why)  # before it sees nothing but its own end closed
-        self._search.paused()
+        self._search.paused(why)
         self._once_sent = self._once_sent or not self._order.remaining
         self._limiter.rest()
         await closing.close(self._channel.stream)
