@@ -127,7 +127,7 @@ def objects() -> Iterator[tuple[str, Any]]:
 
 OBJECTS: Final = dict(objects())
 #: What is implemented by classes that need not inherit from it; the rules of a method are said there.
-INTERFACES: Final = (guest.Guest, guest.OpaqueGuest, guest.RamBlock, guest.DirtyTracker, guest.Device)
+INTERFACES: Final = (guest.Guest, guest.OpaqueGuest, guest.RamBlock, guest.DirtyTracker, guest.DeviceProtocol)
 
 
 def texts(dotted: str) -> str:

@@ -199,12 +199,12 @@ class _Acceptor:
             return self._at
         return await self._accept(self._at)
 
-    async def _open(self, uri: str | None) -> transport.Entrance:
+    async def _open(self, uri: str | None) -> transport.SharedListener:
         """Listen at *uri*, or for None where the last time."""
         self.close()
         listener = self._listener = await transport.listen(uri or _address(self._at), self._config)
         self._listening(listener.uri)
-        assert isinstance(listener, transport.Entrance)
+        assert isinstance(listener, transport.SharedListener)
         return listener
 
     async def _again(self, uri: str | None) -> AnyStream:

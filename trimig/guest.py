@@ -101,7 +101,7 @@ class DeviceSection:
 
 
 @runtime_checkable
-class Device(Protocol):
+class DeviceProtocol(Protocol):
     """A small piece of state beside the RAM. :class:`trimig.guests.Device` implements it from a declaration."""
 
     @property
@@ -150,7 +150,7 @@ class Guest(Protocol):
         """The RAM blocks, constant while a migration runs."""
 
     @property
-    def devices(self) -> Mapping[tuple[str, int], Device] | None:
+    def devices(self) -> Mapping[tuple[str, int], DeviceProtocol] | None:
         """Devices by (idstr, instance id); None for a guest that takes every section as bytes (a parked one)."""
 
     @property

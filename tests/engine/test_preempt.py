@@ -202,7 +202,7 @@ class Played:
 
         return opener
 
-    def count(self, which: str, event: ev.Event) -> None:
+    def count(self, which: str, event: ev.Element) -> None:
         """Remember the pages in *event*."""
         if isinstance(event, ev.PageRun | ev.ZeroRun):
             self.pages[which] += (event.offsets // PAGE_SIZE).tolist()
@@ -219,7 +219,7 @@ class Played:
                 match event:
                     case ev.CommandElement(number=Command.PING):
                         await stream.send_all(encode(Pong(value=int.from_bytes(event.payload))))
-                    case ev.Package():
+                    case ev.PackageElement():
                         await stream.send_all(encode(Pong(value=3)))
                         for page in ask:
                             request = PageRequest(block="ram", start=page * PAGE_SIZE, length=PAGE_SIZE)

@@ -133,7 +133,7 @@ def test_idstr_is_the_name_of_the_declaration_unless_given() -> None:
 
 
 def test_standard_devices_fit_the_interface() -> None:
-    devices: list[interfaces.Device] = [TimerState(), GlobalState()]
+    devices: list[interfaces.DeviceProtocol] = [TimerState(), GlobalState()]
     assert [(d.idstr, d.instance_id, d.version_id) for d in devices] == [("timer", 0, 2), ("globalstate", 0, 1)]
 
 

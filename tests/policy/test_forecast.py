@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimig.policy.forecast import SWITCHOVER, Forecast, Interval, Sample, Verdict, forecast
+from trimig.policy.forecast import SWITCHOVER, Forecast, ForecastVerdict, Interval, Sample, forecast
 
 MiB = 1 << 20
 NOTHING = Interval(low=0.0, likely=0.0, high=0.0)
@@ -30,7 +30,7 @@ def said(samples: list[Sample], **changes: Any) -> Forecast:
 def test_calm_guest_converges() -> None:
     """100 MiB/s against 10: 10 s, 1 s, 0.1 s; the tenth of a second fits into the limit."""
     found = said(passes(10, 1, 0.1, bandwidth=100 * MiB, dirty=10 * MiB))
-    assert found.verdict is Verdict.CONVERGES
+    assert found.verdict is ForecastVerdict.CONVERGES
     assert found.passes == 2
     assert found.total_time is not None
     assert found.downtime is not None
@@ -44,23 +44,23 @@ def test_calm_guest_converges() -> None:
 
 def test_idle_guest_needs_one_pass_and_no_downtime_but_the_switchover() -> None:
     found = said(passes(10, bandwidth=100 * MiB, dirty=0), switchover=SWITCHOVER)
-    assert (found.verdict, found.passes, found.floor) == (Verdict.CONVERGES, 1, 0.0)
+    assert (found.verdict, found.passes, found.floor) == (ForecastVerdict.CONVERGES, 1, 0.0)
     assert found.downtime == SWITCHOVER
 
 
 def test_guest_that_is_faster_than_the_link_does_not_converge_and_the_advice_holds() -> None:
     samples = passes(10, 10, 10, bandwidth=100 * MiB, dirty=150 * MiB)
     found = said(samples)
-    assert found.verdict is Verdict.DIVERGES
+    assert found.verdict is ForecastVerdict.DIVERGES
     assert (found.total_time, found.downtime, found.passes) == (None, None, None)
     # Every page is dirtied in each pass: ten seconds of downtime is what it comes down to.
     assert found.floor == pytest.approx(10)
     assert "do not get shorter than 10 s" in found.reason
     bandwidth, limit, slowed = found.advice
-    assert said(samples, bandwidth=number(bandwidth) * MiB).verdict is Verdict.CONVERGES
-    assert said(samples, downtime_limit=number(limit) / 1000).verdict is Verdict.CONVERGES
+    assert said(samples, bandwidth=number(bandwidth) * MiB).verdict is ForecastVerdict.CONVERGES
+    assert said(samples, downtime_limit=number(limit) / 1000).verdict is ForecastVerdict.CONVERGES
     calmer = 150 * MiB * (1 - number(slowed) / 100)
-    assert said(passes(10, 10, 10, bandwidth=100 * MiB, dirty=calmer)).verdict is Verdict.CONVERGES
+    assert said(passes(10, 10, 10, bandwidth=100 * MiB, dirty=calmer)).verdict is ForecastVerdict.CONVERGES
 
 
 def number(text: str) -> float:
@@ -75,9 +75,9 @@ def test_small_hot_set_is_a_floor_that_a_longer_downtime_gets_over() -> None:
     lengths = (15.6, 0.5, 0.5)
     samples = [Sample(sent=64 * MiB * s, seconds=s, dirty_rate=32 * MiB / s) for s in lengths]
     found = said(samples)
-    assert found.verdict is Verdict.DIVERGES
+    assert found.verdict is ForecastVerdict.DIVERGES
     assert found.floor == pytest.approx(0.5)
-    assert said(samples, downtime_limit=0.6).verdict is not Verdict.DIVERGES
+    assert said(samples, downtime_limit=0.6).verdict is not ForecastVerdict.DIVERGES
     # Longer passes do not dirty more of it: the rate of a long pass is not taken for that of a short one.
     assert found.dirty_rate == pytest.approx(64 * MiB)
 
@@ -85,7 +85,7 @@ def test_small_hot_set_is_a_floor_that_a_longer_downtime_gets_over() -> None:
 def test_verdict_on_the_edge_is_left_open_and_the_interval_has_no_end() -> None:
     samples = passes(10, 9.5, 9.0, bandwidth=100 * MiB, dirty=95 * MiB)
     found = said(samples)
-    assert found.verdict is Verdict.PERHAPS
+    assert found.verdict is ForecastVerdict.PERHAPS
     assert found.total_time is not None
     assert found.total_time.high == math.inf
     assert found.total_time.likely < math.inf
@@ -95,8 +95,8 @@ def test_verdict_on_the_edge_is_left_open_and_the_interval_has_no_end() -> None:
 def test_given_bandwidth_replaces_the_measured_one() -> None:
     samples = passes(1, 0.1, bandwidth=1000 * MiB, dirty=100 * MiB)
     fast, slow = said(samples), said(samples, bandwidth=50 * MiB)
-    assert fast.verdict is Verdict.CONVERGES
-    assert slow.verdict is Verdict.DIVERGES
+    assert fast.verdict is ForecastVerdict.CONVERGES
+    assert slow.verdict is ForecastVerdict.DIVERGES
     assert slow.bandwidth == Interval(low=50 * MiB, likely=50 * MiB, high=50 * MiB)
     assert slow.first_copy.likely == pytest.approx(20)
 
@@ -120,13 +120,13 @@ def test_short_passes_are_not_taken_for_a_slow_link() -> None:
         passes(1, bandwidth=100 * MiB, dirty=4 * MiB) + [Sample(sent=0.1 * MiB, seconds=0.025, dirty_rate=4 * MiB)] * 2
     )
     found = said(samples)
-    assert found.verdict is Verdict.CONVERGES
+    assert found.verdict is ForecastVerdict.CONVERGES
     assert found.bandwidth.likely == pytest.approx(100 * MiB)
 
 
 def test_first_copy_that_was_not_finished_gives_no_verdict() -> None:
     found = said([], bandwidth=10 * MiB)
-    assert found.verdict is Verdict.UNKNOWN
+    assert found.verdict is ForecastVerdict.UNKNOWN
     assert found.first_copy.likely == pytest.approx(100)
     assert (found.total_time, found.downtime, found.dirty_rate) == (None, None, None)
     assert number(found.advice[0]) > 100
@@ -159,10 +159,10 @@ def test_any_figures_give_a_forecast_in_order(
 ) -> None:
     found = forecast(samples, first_copy=first, total=1e12, downtime_limit=limit, bandwidth=bandwidth)
     for interval in (found.total_time, found.downtime):
-        assert (interval is None) == (found.verdict is Verdict.DIVERGES)
+        assert (interval is None) == (found.verdict is ForecastVerdict.DIVERGES)
         if interval is not None:
             assert 0 <= interval.low <= interval.likely <= interval.high
-    if found.verdict is Verdict.CONVERGES:
+    if found.verdict is ForecastVerdict.CONVERGES:
         assert found.downtime is not None
         assert found.downtime.high <= limit + SWITCHOVER.high + 1e-9
     assert found.reason
@@ -175,6 +175,6 @@ def test_any_figures_give_a_forecast_in_order(
 )
 def test_more_bandwidth_never_makes_it_worse(seconds: list[float], bandwidth: float, dirty: float) -> None:
     samples = passes(*seconds, bandwidth=bandwidth, dirty=dirty)
-    order = [Verdict.CONVERGES, Verdict.PERHAPS, Verdict.DIVERGES]
+    order = [ForecastVerdict.CONVERGES, ForecastVerdict.PERHAPS, ForecastVerdict.DIVERGES]
     at, faster = (said(samples, bandwidth=bandwidth * factor).verdict for factor in (1, 2))
     assert order.index(faster) <= order.index(at)

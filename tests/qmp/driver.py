@@ -71,8 +71,7 @@ class Talk:
 
     async def over(self) -> Status:
         """Wait for the end of what goes on, with all that comes behind it; the outgoing status."""
-        for done in tuple(self.machine._jobs):
-            await done.wait()
+        await self.machine._jobs.wait()
         return self.machine.outgoing.status
 
     def names(self) -> list[str]:

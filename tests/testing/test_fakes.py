@@ -8,7 +8,7 @@ import trio
 from trio.testing import MockClock, assert_checkpoints
 
 from trimig.errors import GuestFailed, RemoteProtocolError, StateError
-from trimig.guest import PAGE_SIZE, Device, DirtyTracker, Guest, RamBlock
+from trimig.guest import PAGE_SIZE, DeviceProtocol, DirtyTracker, Guest, RamBlock
 from trimig.testing import (
     Calls,
     FailingGuest,
@@ -30,7 +30,7 @@ def dirty_pages(marks: object) -> list[tuple[str, int]]:
 def test_fakes_fit_the_interfaces_of_a_guest() -> None:
     guest: Guest = ScriptedGuest(blocks={"a": 2, "b": 3})
     wrapped: Guest = FailingGuest(guest, Calls())
-    device: Device = FakeDevice()
+    device: DeviceProtocol = FakeDevice()
     tracker: DirtyTracker = wrapped.dirty_tracker()
     assert isinstance(guest, Guest)
     assert isinstance(wrapped, Guest)

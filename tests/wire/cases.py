@@ -60,7 +60,7 @@ def ram_header(kind: Section, section_id: int = 2) -> events.SectionHeader:
 Plain = tuple[Any, ...]
 
 
-def flat(found: Iterable[events.Event], *, at: bool = False) -> list[Plain]:
+def flat(found: Iterable[events.Element], *, at: bool = False) -> list[Plain]:
     """Events as values that compare, runs taken apart into records (how long a run is depends on the pieces)."""
     out: list[Plain] = []
     for event in found:
@@ -81,7 +81,7 @@ def flat(found: Iterable[events.Event], *, at: bool = False) -> list[Plain]:
     return out
 
 
-def copied(event: events.Event) -> events.Event:
+def copied(event: events.Element) -> events.Element:
     """The event with arrays of its own: those of a decoder are views of its buffer."""
     match event:
         case events.PageRun():
@@ -95,7 +95,7 @@ def copied(event: events.Event) -> events.Event:
 class Read:
     """What a decoder made of some bytes."""
 
-    found: list[events.Event]
+    found: list[events.Element]
     error: RemoteProtocolError | TransportFailed | None
     decoder: Decoder
 
@@ -103,7 +103,7 @@ class Read:
 def read(data: bytes, *, pieces: Sequence[int] = (), step: int | None = None, eof: bool = True, **options: Any) -> Read:
     """Decode *data*, cut at *pieces* or every *step* bytes; an error ends it and is returned."""
     decoder = Decoder(**{"measure": measure, **options})
-    found: list[events.Event] = []
+    found: list[events.Element] = []
     cuts = [0, *(range(step, len(data), step) if step else pieces), len(data)]
 
     def drain() -> None:
@@ -129,7 +129,7 @@ def read(data: bytes, *, pieces: Sequence[int] = (), step: int | None = None, eo
     return Read(found, None, decoder)
 
 
-def encode(found: Iterable[events.Event]) -> bytes:
+def encode(found: Iterable[events.Element]) -> bytes:
     """The bytes of events that follow each other."""
     encoder = Encoder()
     return b"".join(encoder.encode(event) for event in found)
@@ -140,10 +140,10 @@ class Case:
     """Events, their bytes, and what comes before them."""
 
     name: str
-    found: tuple[events.Event, ...]
+    found: tuple[events.Element, ...]
     data: bytes
     before: bytes = b""
-    before_events: tuple[events.Event, ...] = ()
+    before_events: tuple[events.Element, ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -205,7 +205,7 @@ _A_REST_EVENTS: Final = (
     events.DevicePayload(payload=_GLOBALSTATE),
     events.SectionFooter(section_id=4),
     events.EndOfStream(),
-    events.Description(text=JSON),
+    events.DescriptionElement(text=JSON),
 )
 EXAMPLE_A: Final = Case("example A", (*OPENING_EVENTS, *_A_REST_EVENTS), OPENING + _A_REST)
 EXAMPLE_B: Final = Case(
@@ -256,11 +256,11 @@ _AT_FIRST: Final = {"before": OPENING, "before_events": OPENING_EVENTS}
 _AT_RECORDS: Final = {"before": IN_RAM, "before_events": IN_RAM_EVENTS}
 
 
-def _ram(name: str, data: bytes, *found: events.Event) -> Case:
+def _ram(name: str, data: bytes, *found: events.Element) -> Case:
     return Case(name, found, data, before=IN_RAM, before_events=IN_RAM_EVENTS)
 
 
-def _first(name: str, data: bytes, *found: events.Event) -> Case:
+def _first(name: str, data: bytes, *found: events.Element) -> Case:
     return Case(name, found, data, before=OPENING, before_events=OPENING_EVENTS)
 
 
@@ -315,13 +315,13 @@ CASES: Final = [
         "packaged",
         hexed("08 0007 0004 00000005 08 0004 0000"),
         events.CommandElement(number=7, payload=hexed("00000005")),
-        events.Package(data=hexed("08 0004 0000")),
+        events.PackageElement(data=hexed("08 0004 0000")),
     ),
     _first(
         "packaged nothing",
         hexed("08 0007 0004 00000000"),
         events.CommandElement(number=7, payload=bytes(4)),
-        events.Package(data=b""),
+        events.PackageElement(data=b""),
     ),
     _first("enable colo", hexed("08 0008 0000"), events.CommandElement(number=8)),
     _first("postcopy resume", hexed("08 0009 0000"), events.CommandElement(number=9)),

@@ -131,7 +131,7 @@ def test_stream_cut_behind_the_end_of_file_byte_is_whole() -> None:
         got = read(EXAMPLE_A.data[:length])
         assert got.error is None, length
         last = got.found[-1]
-        assert isinstance(last, events.Description)
+        assert isinstance(last, events.DescriptionElement)
         assert (last.complete, last.text, last.at) == (False, cases.JSON[: max(0, length - 0x105)], 0x100)
 
 

@@ -85,8 +85,8 @@ def test_payload_of_a_command_has_16_bits_of_length() -> None:
 
 
 def test_what_is_no_element_is_refused() -> None:
-    with pytest.raises(LocalProtocolError, match="Event is not an element"):
-        Encoder().encode(events.Event())
+    with pytest.raises(LocalProtocolError, match="Element is not an element"):
+        Encoder().encode(events.Element())
 
 
 def test_name_that_has_no_bytes_is_refused() -> None:
@@ -155,9 +155,9 @@ BLOCKS = {"a": 16, "longer name": 8, "ü": 1}
 
 
 @st.composite
-def records(draw: st.DrawFn) -> list[events.Event]:
+def records(draw: st.DrawFn) -> list[events.Element]:
     """Runs of zero and raw pages of several blocks, mixed at random, over several sections."""
-    found: list[events.Event] = []
+    found: list[events.Element] = []
     last: str | None = None
     for section in range(draw(st.integers(0, 3))):
         if section:
@@ -191,7 +191,7 @@ OPENED = encode(
 
 @hypothesis.settings(max_examples=60, derandomize=True)
 @hypothesis.given(found=records(), step=st.sampled_from([None, 1, 9, 4104, 5000]))
-def test_random_records_survive_the_way_there_and_back(found: list[events.Event], step: int | None) -> None:
+def test_random_records_survive_the_way_there_and_back(found: list[events.Element], step: int | None) -> None:
     """Q6, Q7: events -> bytes -> events -> bytes; zero and raw pages, named and continued, mixed."""
     data = encode([*found, events.RamEnd()])
     got = read(OPENED + data, step=step, eof=False)
@@ -226,7 +226,7 @@ def test_random_elements_survive_the_way_there_and_back(
     header = events.SectionHeader(
         kind=Section.FULL, section_id=section_id, idstr=idstr, instance_id=instance_id, version_id=2**32 - 1
     )
-    found: list[events.Event] = [
+    found: list[events.Element] = [
         cases.HEADER_EVENT,
         events.Configuration(machine=machine),
         events.CommandElement(number=number, payload=payload),
@@ -234,7 +234,7 @@ def test_random_elements_survive_the_way_there_and_back(
         events.DevicePayload(payload=state),
         events.SectionFooter(section_id=section_id),
         events.EndOfStream(),
-        events.Description(text=text),
+        events.DescriptionElement(text=text),
     ]
     data = encode(found)
     got = read(data, step=step, measure=lambda *args: len(state) if len(args[3]) >= len(state) else None)

@@ -67,7 +67,7 @@ def check(data: bytes, seed: int, **options: Any) -> None:
     assert outcome(small) == outcome(whole)
     assert len(small.decoder.writable()) <= 16384 + 4 * len(data)
     if whole.error is None:
-        kept = sum(len(e.text) for e in whole.found if isinstance(e, events.Description))
+        kept = sum(len(e.text) for e in whole.found if isinstance(e, events.DescriptionElement))
         assert kept <= len(data)
 
 
@@ -112,7 +112,7 @@ def test_what_was_read_of_a_mutated_stream_is_written_again(data: bytes) -> None
     found = read(data, eof=False)
     used = found.decoder.offset
     match found.found[-1:]:
-        case [events.Description(at=at, text=text)]:
+        case [events.DescriptionElement(at=at, text=text)]:
             used = at + 5 + len(text)
         case [events.EndOfStream(at=at)]:
             used = at + 1

@@ -51,7 +51,7 @@ def test_names_of_devices_at_every_split(length: int) -> None:
     data = wire.file_header() + wire.configuration("m") + wire.section_start(Section.FULL, 5, name, 0, 1)
     for cut in range(1, len(data) + 1):
         decoder = Decoder(measure=lambda *_: 2)
-        found: list[events.Event] = []
+        found: list[events.Element] = []
         for piece in (data[:cut], data[cut:] + b"ab"):
             decoder.feed(piece)
             while (event := decoder.next_event()) is not None:

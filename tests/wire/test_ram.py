@@ -29,7 +29,7 @@ def after_first_page(rest: bytes = b"") -> Decoder:
     return decoder
 
 
-def drain(decoder: Decoder) -> list[events.Event]:
+def drain(decoder: Decoder) -> list[events.Element]:
     found = []
     while (event := decoder.next_event()) is not None:
         found.append(cases.copied(event))

@@ -12,7 +12,7 @@ import trio
 
 from ..errors import ConfigError, GuestFailed, Owner, RemoteProtocolError, StateError
 from ..expected import expect
-from ..guest import Device, DeviceSection, DirtyTracker, RamBlock
+from ..guest import DeviceProtocol, DeviceSection, DirtyTracker, RamBlock
 from ..monitor.blockers import Blockers
 from ..owner import OwnerState, Settle
 from .device import device_section
@@ -41,7 +41,7 @@ class GuestBase(abc.ABC):
         self._name = name
         self._run_state = run_state
         self._ram: list[RamBlock] = []
-        self._devices: dict[tuple[str, int], Device] = {}
+        self._devices: dict[tuple[str, int], DeviceProtocol] = {}
         self._purpose: str | None = None
         self._throttle = 0
         self._uuid: str | None = None
@@ -64,7 +64,7 @@ class GuestBase(abc.ABC):
         return tuple(self._ram)
 
     @property
-    def devices(self) -> Mapping[tuple[str, int], Device] | None:
+    def devices(self) -> Mapping[tuple[str, int], DeviceProtocol] | None:
         """Devices by (idstr, instance id)."""
         return MappingProxyType(self._devices)
 
@@ -130,7 +130,7 @@ class GuestBase(abc.ABC):
         """The end of :meth:`claim`. Idempotent."""
         self._purpose = None
 
-    def add_device(self, device: Device) -> None:
+    def add_device(self, device: DeviceProtocol) -> None:
         """Register *device*; its state moves with the guest, in the order in which devices were added.
 
         Raises:
@@ -139,7 +139,7 @@ class GuestBase(abc.ABC):
             StateError: a migration is under way.
         """
         if not hasattr(device, "idstr"):  # one that lacks another member is told so where that is needed
-            expect("device", device, Device, "a trimig.Device")
+            expect("device", device, DeviceProtocol, "a trimig.Device")
         self._check_unclaimed("a device cannot be added")
         if not 1 <= len(device.idstr.encode()) <= 255:
             raise ConfigError(f"a device id has 1 to 255 bytes, {device.idstr!r} has {len(device.idstr.encode())}")

@@ -14,8 +14,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ..errors import RemoteProtocolError
-from ..guest import Device as DeviceProtocol
-from ..guest import DeviceSection
+from ..guest import DeviceProtocol, DeviceSection
 from ..wire.constants import MAX_CSTR
 from ..wire.devices.vmstate import VMState
 

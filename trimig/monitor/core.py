@@ -122,7 +122,7 @@ class MonitorCore:
 
     def watch(self, every: float = 1.0) -> AsyncIterator[Statistics]:
         """See :meth:`trimig.Monitor.watch`."""
-        return _Watch(self, every)
+        return _StatusWatch(self, every)
 
     async def wait_status(self, *statuses: Status) -> Status:
         """See :meth:`trimig.Monitor.wait_status`. **Cancellation:** no effect."""
@@ -137,7 +137,7 @@ class MonitorCore:
 
     def events(self) -> AsyncIterator[Event]:
         """See :meth:`trimig.Monitor.events`."""
-        return _Events(self)
+        return _EventWatch(self)
 
     def add_listener(self, listener: Listener) -> Callable[[], None]:
         """See :meth:`trimig.Monitor.add_listener`."""
@@ -344,7 +344,7 @@ class MonitorCore:
         self.emit("WARNING", text=text)
 
 
-class _Watch:
+class _StatusWatch:
     """See :meth:`Monitor.watch`. An object instead of a generator: it can be dropped anywhere."""
 
     def __init__(self, monitor: MonitorCore, every: float) -> None:
@@ -354,7 +354,7 @@ class _Watch:
         self._seen: Status | None = None
         self._ended = False
 
-    def __aiter__(self) -> _Watch:
+    def __aiter__(self) -> _StatusWatch:
         return self
 
     async def __anext__(self) -> Statistics:
@@ -370,14 +370,14 @@ class _Watch:
         return self._monitor.statistics()
 
 
-class _Events:
+class _EventWatch:
     """See :meth:`Monitor.events`."""
 
     def __init__(self, monitor: MonitorCore) -> None:
         self._monitor = monitor
         self._next = monitor._event_count
 
-    def __aiter__(self) -> _Events:
+    def __aiter__(self) -> _EventWatch:
         return self
 
     async def __anext__(self) -> Event:

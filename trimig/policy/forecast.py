@@ -34,7 +34,7 @@ _MARGIN: Final = 1.1
 _MIB: Final = 1 << 20
 
 
-class Verdict(enum.Enum):
+class ForecastVerdict(enum.Enum):
     """What the passes say about the end."""
 
     CONVERGES = "converges"
@@ -91,7 +91,7 @@ class Forecast:
         advice: what would help, one clause each; empty where nothing needs to.
     """
 
-    verdict: Verdict
+    verdict: ForecastVerdict
     total_time: Interval | None
     downtime: Interval | None
     passes: int | None
@@ -152,9 +152,9 @@ def forecast(
     floor = chased.left / speed.likely
     rate = _rate_at(curve, max(floor, _SHORT))
     if likely.ends:
-        verdict = Verdict.CONVERGES if busy.ends else Verdict.PERHAPS
+        verdict = ForecastVerdict.CONVERGES if busy.ends else ForecastVerdict.PERHAPS
     else:
-        verdict = Verdict.DIVERGES
+        verdict = ForecastVerdict.DIVERGES
     ended = likely.ends
     return Forecast(
         verdict=verdict,
@@ -168,7 +168,7 @@ def forecast(
         dirty_rate=rate,
         floor=floor,
         reason=_reason(verdict, speed.likely, rate, floor, downtime_limit),
-        advice=() if verdict is Verdict.CONVERGES else _advice(play, speed, floor, spread, downtime_limit),
+        advice=() if verdict is ForecastVerdict.CONVERGES else _advice(play, speed, floor, spread, downtime_limit),
     )
 
 
@@ -271,7 +271,7 @@ def _interval(
 
 def _unknown(copy: Interval, speed: Interval) -> Forecast:
     return Forecast(
-        verdict=Verdict.UNKNOWN,
+        verdict=ForecastVerdict.UNKNOWN,
         total_time=None,
         downtime=None,
         passes=None,
@@ -285,12 +285,12 @@ def _unknown(copy: Interval, speed: Interval) -> Forecast:
     )
 
 
-def _reason(verdict: Verdict, bandwidth: float, rate: float, floor: float, limit: float) -> str:
+def _reason(verdict: ForecastVerdict, bandwidth: float, rate: float, floor: float, limit: float) -> str:
     """Why, with the figures that decide it."""
     figures = f"{formats.rate(rate)} are dirtied and {formats.rate(bandwidth)} can be sent"
-    if verdict is Verdict.CONVERGES:
+    if verdict is ForecastVerdict.CONVERGES:
         return f"{figures}, so that what is left fits into the downtime limit of {formats.duration(limit)}"
-    if verdict is Verdict.PERHAPS:
+    if verdict is ForecastVerdict.PERHAPS:
         return f"{figures}, which is too close to the downtime limit of {formats.duration(limit)} to be sure"
     return (
         f"{figures}: the passes do not get shorter than {formats.duration(floor)}, which is the downtime, and the limit is "

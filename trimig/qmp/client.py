@@ -112,7 +112,7 @@ class Client:
 
         **Cancellation:** nothing is lost; the iterator may be used again.
         """
-        return _Events(self)
+        return _EventFeed(self)
 
     async def wait_event(self, *names: str) -> Message:
         """The next event from now on whose name is one of *names*.
@@ -230,14 +230,14 @@ class _Answer:
         self.message: Message | None = None
 
 
-class _Events:
+class _EventFeed:
     """See :meth:`Client.events`."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self._next = client._event_count
 
-    def __aiter__(self) -> _Events:
+    def __aiter__(self) -> _EventFeed:
         return self
 
     async def __anext__(self) -> Message:

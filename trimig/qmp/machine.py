@@ -13,28 +13,29 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
 from .. import api
 from ..config.config import Config
 from ..config.types import near
-from ..errors import HandoverUncertain, Ownership, PostcopyLost, StateError, TransportFailed, TrimigError
+from ..errors import HandoverUncertain, Ownership, PostcopyLost, StateError, TrimigError
 from ..monitor import blockers
 from ..monitor.monitor import Monitor
 from ..status import IDLE, IN_POSTCOPY, RECOVERABLE, Status
 from . import arguments as args
 from .interface import CommandFailed, Session
+from .jobs import Job, Jobs
 from .measuring import Measurer
 
 if TYPE_CHECKING:
     from ..guest import Guest
     from ..monitor.statistics import Event, Summary
+    from .command import QmpCommand
 
 log: Final = logging.getLogger("trimig.qmp")
 
-Handler: TypeAlias = Callable[["Machine", Mapping[str, Any], Session], Awaitable[Any]]
 
 #: QEMU's for a machine that was given none.
 NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
@@ -44,36 +45,8 @@ _SWITCHING: Final = frozenset({Status.PRE_SWITCHOVER, Status.DEVICE, Status.HAND
 _BEGINNINGS: Final = frozenset(
     {"cont", "migrate", "migrate-continue", "migrate-incoming", "migrate-recover", "x-trimig-settle"}
 )
-#: Seconds until a destination that is to listen again does, or says why not.
-_LISTEN_SECONDS: Final = 5.0
 #: How long the end waits for the answer to ``quit``.
 _LAST_WORD_SECONDS: Final = 1.0
-
-
-#: The answer of a command that has none.
-NOTHING: Final = args.Argument("object", members={})
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """One command: what it takes, what does it, and what it answers.
-
-    ``signature`` None: the handler checks its arguments itself. ``takes``: what they are for the schema, where the
-    signature does not say all of it.
-    """
-
-    signature: args.Signature | None
-    handler: Handler
-    takes: args.Argument | None = None
-    returns: args.Argument = NOTHING
-
-    @property
-    def arguments(self) -> args.Argument:
-        """All arguments as one object, for the schema."""
-        if self.takes is not None:
-            return self.takes
-        assert self.signature is not None, "without a signature there is a description"
-        return args.Argument("object", members=self.signature)
 
 
 class Machine:
@@ -103,7 +76,7 @@ class Machine:
     ) -> None:
         from .commands import COMMANDS  # the table needs the commands, and they the machine
 
-        self._commands: Mapping[str, Command] = COMMANDS
+        self._commands: Mapping[str, QmpCommand] = COMMANDS
         self.guest = guest
         self.config = config or Config()
         self.name = name
@@ -130,7 +103,7 @@ class Machine:
         self._subscribers: dict[object, Callable[[Mapping[str, Any]], None]] = {}
         self._told: str | None = None
         self._resumed = False  # an arrived guest runs, and clients have not been told
-        self._jobs: set[trio.Event] = set()
+        self._jobs = Jobs(nursery)
         self._departing = False
         self._resuming = 0
         self._shutting_down = False
@@ -373,22 +346,13 @@ class Machine:
         """
         self._departing = True  # until it is its turn nobody else may begin
         await self.measurer.end()
-        begun = trio.Event()
-        refusals: list[TrimigError] = []
-        self._nursery.start_soon(self._depart, uri, leave, begun, refusals, name="trimig.qmp.migrate")
-        await begun.wait()
-        if refusals:
-            raise refusals[0]
+        await self._jobs.start(functools.partial(self._depart, uri, leave), "trimig.qmp.migrate")
 
-    async def _depart(
-        self, uri: str, leave: Callable[[], None], begun: trio.Event, refusals: list[TrimigError]
-    ) -> None:
-        done = self._job()
-
+    async def _depart(self, uri: str, leave: Callable[[], None], job: Job) -> None:
         def heard(event: Event) -> None:
-            if event.name == "MIGRATION" and not begun.is_set():
+            if event.name == "MIGRATION" and not job.begun:
                 self.stillborn = self.uncertain = self.summary = None
-                begun.set()
+                job.begin()
 
         forget = self.outgoing.add_listener(heard)
         try:
@@ -398,16 +362,14 @@ class Machine:
             self.uncertain = error
             log.error("%s", error)
         except TrimigError as error:
-            if begun.is_set():
+            if job.begun:
                 log.warning("the migration to %s failed: %s", uri, error)
             else:
-                refusals.append(error)
+                job.refusal = error
         finally:
             forget()
             leave()
             self._departing = False
-            begun.set()
-            done()
 
     async def arrive(self, uri: str, leave: Callable[[], None] = lambda: None) -> None:
         """Wait at *uri* for the guest. Returns when somebody can connect there. *leave* is called when it is over.
@@ -418,21 +380,12 @@ class Machine:
         **Cancellation:** it goes on in the background.
         """
         self.arrival = "active"
-        waiting = trio.Event()
-        failures: list[TrimigError] = []
-        self._nursery.start_soon(self._arrive, uri, leave, waiting, failures, name="trimig.qmp.receive")
-        await waiting.wait()
-        if failures:
-            raise failures[0]
+        await self._jobs.start(functools.partial(self._arrive, uri, leave), "trimig.qmp.receive")
 
-    async def _arrive(
-        self, uri: str, leave: Callable[[], None], waiting: trio.Event, failures: list[TrimigError]
-    ) -> None:
-        done = self._job()
-
+    async def _arrive(self, uri: str, leave: Callable[[], None], job: Job) -> None:
         def heard(event: Event) -> None:
             if event.name == "LISTENING":
-                waiting.set()
+                job.begin()
 
         forget = self.incoming.add_listener(heard)
         try:
@@ -449,57 +402,17 @@ class Machine:
         except TrimigError as error:
             self.arrival = "failed"
             log.warning("nothing has arrived: %s; nothing listens here until migrate-incoming gives an address", error)
-            failures.append(error)
+            job.refusal = error
         else:
             self.arrival = "none"
         finally:
             forget()
             leave()
-            waiting.set()
-            done()
-
-    async def recover(self, uri: str) -> None:
-        """Listen at *uri* for the source of a paused postcopy; returns when somebody can connect there.
-
-        Raises:
-            StateError: nothing is paused, or that was asked for already.
-            TrimigError: nobody can.
-
-        **Cancellation:** it goes on in the background.
-        """
-        heard: list[Event] = []
-        told = trio.Event()
-
-        def hear(event: Event) -> None:
-            if event.name in ("LISTENING", "RECOVERY_FAILED"):
-                heard.append(event)
-                told.set()
-
-        forget = self.incoming.add_listener(hear)
-        try:
-            self.incoming.recover(uri)
-            with trio.move_on_after(_LISTEN_SECONDS):
-                await told.wait()
-        finally:
-            forget()
-        if heard and heard[0].name == "RECOVERY_FAILED":
-            raise TransportFailed(str(heard[0].data["reason"]))
 
     def arrival_asked(self) -> None:
         """Somebody has given an address for the arrival, be it a good one or not: QEMU says so, asked for or not."""
         self._told = "setup"
         self.emit("MIGRATION", status="setup")
-
-    def _job(self) -> Callable[[], None]:
-        """A migration goes on from now until what is returned is called."""
-        done = trio.Event()
-        self._jobs.add(done)
-
-        def end() -> None:
-            done.set()
-            self._jobs.discard(done)
-
-        return end
 
     async def wind_up(self, reason: str) -> None:
         """Cancel what can be cancelled, wait for what cannot, and leave the guest paused.
@@ -519,8 +432,7 @@ class Machine:
                 monitor.cancel(reason)
             except StateError as error:
                 log.warning("%s; waiting for its end", error)
-        for done in tuple(self._jobs):
-            await done.wait()
+        await self._jobs.wait()
         if self.guest.run_state == "running":
             await self.guest.pause()
             self.emit("STOP")
@@ -537,8 +449,7 @@ class Machine:
         for monitor in (self.outgoing, self.incoming):
             if monitor.status is Status.POSTCOPY_UNCERTAIN:
                 monitor.abandon("it was settled who owns the guest")
-                for done in tuple(self._jobs):
-                    await done.wait()
+                await self._jobs.wait()
         if self.uncertain is not None and self.outgoing.status is Status.UNCERTAIN:
             await self.uncertain.settle(owner)
         elif self.uncertain_arrival is not None and self.incoming.status is Status.UNCERTAIN:

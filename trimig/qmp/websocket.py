@@ -22,7 +22,7 @@ from wsproto.events import Request
 from ..config.config import Config
 from ..errors import ConfigError
 from ..transport import tcp
-from ..transport._messages import Gone, MessageStream
+from ..transport._messages import ConnectionGone, MessageStream
 from ..transport._opening import NotUnderstood, from_a_page, welcome
 from .messages import MAX_DEPTH, MAX_MESSAGE, Malformed, MessageReader, unique_members
 from .server import accept
@@ -170,7 +170,7 @@ async def _answer(conversation: Conversation, frame: str | bytes, outbox: Outbox
 
 async def _read(connection: MessageStream, frames: trio.MemorySendChannel[str | bytes]) -> None:
     """A task of its own: a ping and the end are answered while a command is executed."""
-    with frames, suppress(Gone):
+    with frames, suppress(ConnectionGone):
         while True:
             await frames.send(await connection.receive())
 
@@ -183,7 +183,7 @@ async def _write(connection: MessageStream, outbox: Outbox, nursery: trio.Nurser
                 item()
             else:
                 await connection.send(item)
-    except Gone:
+    except ConnectionGone:
         pass
     nursery.cancel_scope.cancel("the client has gone")
 

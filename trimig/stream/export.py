@@ -131,7 +131,7 @@ async def _read_on(
     """Something is missing: the devices tell whether it is memory that was not plugged in, or pages of another size."""
     tail = device_tail.buffer(footers=decoder.footers is not False)
     tail_at = event.at
-    found: ev.Event | None = event
+    found: ev.Element | None = event
     while isinstance(found, ev.TailBytes):
         await device_tail.feed(tail, found.data)
         found = None if tail.complete else await elements.next()
@@ -152,7 +152,7 @@ class _BlockCopy:
         self.received = PageSet(0)
         self.written = PageSet(0)
 
-    def take(self, event: ev.Event) -> None:
+    def take(self, event: ev.Element) -> None:
         """Write what belongs to the block."""
         match event:
             case ev.RamList() if self.length < 0:

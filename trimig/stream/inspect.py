@@ -92,7 +92,7 @@ class _Inspector:
                 self.report.footers = self.decoder.footers is not False
                 if isinstance(event, ev.TailBytes):
                     await self._tail_bytes(event)
-                elif isinstance(event, ev.Package):
+                elif isinstance(event, ev.PackageElement):
                     await self._package(event)
                 else:
                     self._take(event)
@@ -125,7 +125,7 @@ class _Inspector:
                 report.problems.append(f"{block.missing} pages of RAM block {block.name!r} are not in the stream")
         return report
 
-    def _take(self, event: ev.Event) -> None:
+    def _take(self, event: ev.Element) -> None:
         report = self.report
         match event:
             case ev.PageRun():
@@ -153,7 +153,7 @@ class _Inspector:
                     self.open.size = event.at + 5 - self.open.offset
             case ev.EndOfStream():
                 report.eof_offset = event.at
-            case ev.Description():
+            case ev.DescriptionElement():
                 report.description = event.text if event.complete else None
                 if not event.complete:
                     report.problems.append("the description of the devices is missing or cut short")
@@ -222,7 +222,7 @@ class _Inspector:
                 self.open.zero_pages += count
         self.seen[event.block].add(event.offsets // PAGE_SIZE)
 
-    async def _package(self, event: ev.Package) -> None:
+    async def _package(self, event: ev.PackageElement) -> None:
         """What postcopy sends at the switch: devices between commands, without a description of them."""
         inside = await device_tail.split_package(event.data, event.at, footers=self.report.footers, damaged=True)
         self.fields_left += len(event.data) // _BYTES_PER_FIELD

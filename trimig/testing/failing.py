@@ -14,7 +14,16 @@ import trio
 
 if TYPE_CHECKING:
     from ..errors import Owner
-    from ..guest import Device, DeviceSection, DirtyTracker, Guest, LazyGuest, MissingMemory, PageBitmap, RamBlock
+    from ..guest import (
+        DeviceProtocol,
+        DeviceSection,
+        DirtyTracker,
+        Guest,
+        LazyGuest,
+        MissingMemory,
+        PageBitmap,
+        RamBlock,
+    )
     from ..owner import Settle
 
 T = TypeVar("T")
@@ -174,7 +183,7 @@ class FailingGuest:
         return self.guest.ram
 
     @property
-    def devices(self) -> Mapping[tuple[str, int], Device] | None:
+    def devices(self) -> Mapping[tuple[str, int], DeviceProtocol] | None:
         """As the guest behind."""
         return self.guest.devices
 

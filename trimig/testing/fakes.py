@@ -18,7 +18,7 @@ import numpy as np
 import trio
 
 from ..errors import Owner, RemoteProtocolError, StateError
-from ..guest import PAGE_SIZE, Device, DeviceSection, Pages
+from ..guest import PAGE_SIZE, DeviceProtocol, DeviceSection, Pages
 from ..owner import OwnerState, Settle
 from .parts import FakeBlock, FakeDevice, MarksTracker
 
@@ -78,7 +78,7 @@ class ScriptedGuest:
         *,
         content: Content = "random",
         seed: int = 0,
-        devices: Sequence[Device] | None = (),
+        devices: Sequence[DeviceProtocol] | None = (),
         run_state: str = "running",
         script: Sequence[Write] = (),
         rate: float = 0.0,
@@ -181,7 +181,7 @@ class ScriptedGuest:
         return self._ram
 
     @property
-    def devices(self) -> Mapping[tuple[str, int], Device] | None:
+    def devices(self) -> Mapping[tuple[str, int], DeviceProtocol] | None:
         """Devices by (idstr, instance id), or None."""
         return self._devices
 

@@ -18,7 +18,7 @@ from .fakes import ScriptedGuest
 from .parts import FakeBlock
 
 
-class LazyBlock(FakeBlock):
+class LazyFakeBlock(FakeBlock):
     """A block whose pages can be made absent."""
 
     def __init__(self, block: FakeBlock) -> None:
@@ -41,7 +41,7 @@ class LazyScriptedGuest(ScriptedGuest):
 
     def __init__(self, *, touches: Sequence[int] = (), **options: Any) -> None:
         super().__init__(**options)
-        self._lazy = tuple(LazyBlock(block) for block in super().ram)
+        self._lazy = tuple(LazyFakeBlock(block) for block in super().ram)
         self.touches = list(touches)
         #: Pages that were placed although they were there.
         self.overwritten: list[tuple[int, int]] = []
@@ -52,7 +52,7 @@ class LazyScriptedGuest(ScriptedGuest):
         self.on_event(self._look_who_runs)
 
     @property
-    def ram(self) -> Sequence[LazyBlock]:
+    def ram(self) -> Sequence[LazyFakeBlock]:
         """The RAM blocks."""
         return self._lazy
 

@@ -56,7 +56,7 @@ class Listener(Protocol):
 
 
 @runtime_checkable
-class Entrance(Listener, Protocol):
+class SharedListener(Listener, Protocol):
     """A listener of a transport with ``SEVERAL``: what :meth:`Listener.accept` does, in its two halves.
 
     So several connections can be in their opening handshakes at a time, see :class:`trimig.channel.lobby.Entrance`.

@@ -18,7 +18,7 @@ _READ: Final = 1 << 14
 _TURN: Final = 100
 
 
-class Gone(Exception):
+class ConnectionGone(Exception):
     """The conversation is over: the client has closed, broken a rule or the connection."""
 
 
@@ -44,7 +44,7 @@ class MessageStream:
         """The next message: str if it is text.
 
         Raises:
-            Gone: there is none any more.
+            ConnectionGone: there is none any more.
 
         **Cancellation:** the connection can only be closed.
         """
@@ -52,7 +52,7 @@ class MessageStream:
             return await self._receive()
         except FrameError as error:
             await self._say_close(error.code, str(error))
-            raise Gone(f"the client broke the websocket protocol: {error}") from error
+            raise ConnectionGone(f"the client broke the websocket protocol: {error}") from error
 
     async def _receive(self) -> str | bytes:
         kind: Opcode | None = None
@@ -104,9 +104,9 @@ class MessageStream:
         try:
             data = await self._transport.receive_some(_READ)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise Gone("the connection broke") from error
+            raise ConnectionGone("the connection broke") from error
         if not data:
-            raise Gone("the connection was cut")
+            raise ConnectionGone("the connection was cut")
         self._buffer += data
 
     async def _control(self, opcode: Opcode, payload: bytes) -> None:
@@ -116,7 +116,7 @@ class MessageStream:
             self._ended = True
             code, _ = read_close(payload)
             await self._say_close(CloseCode.NORMAL if code == CloseCode.NONE else code, "")
-            raise Gone(f"the client closed the websocket with code {code}")
+            raise ConnectionGone(f"the client closed the websocket with code {code}")
 
     # -- sending -------------------------------------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class MessageStream:
         """Send one message.
 
         Raises:
-            Gone: it cannot be sent any more.
+            ConnectionGone: it cannot be sent any more.
 
         **Cancellation:** nothing more can be sent.
         """
@@ -137,19 +137,19 @@ class MessageStream:
         head = Header(opcode=opcode, final=True, length=len(payload)).encode()
         async with self._sending:
             if self._torn or (self._said_close and opcode is not Opcode.CLOSE):
-                raise Gone("the websocket is closed")
+                raise ConnectionGone("the websocket is closed")
             self._torn = True
             try:
                 await self._transport.send_all(head + payload)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise Gone("the connection broke") from error
+                raise ConnectionGone("the connection broke") from error
             self._torn = False
 
     async def _say_close(self, code: int, words: str) -> None:
         if self._said_close:
             return
         self._said_close = True
-        with contextlib.suppress(Gone):
+        with contextlib.suppress(ConnectionGone):
             await self._send(Opcode.CLOSE, close_payload(code, words))
 
     async def goodbye(self, seconds: float) -> None:
@@ -157,7 +157,7 @@ class MessageStream:
 
         **Cancellation:** the connection can only be closed.
         """
-        with trio.move_on_after(seconds), contextlib.suppress(Gone, FrameError):
+        with trio.move_on_after(seconds), contextlib.suppress(ConnectionGone, FrameError):
             await self._say_close(CloseCode.NORMAL, "")
             while not self._ended:
                 await self._receive()

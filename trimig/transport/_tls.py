@@ -25,7 +25,7 @@ from ._credentials import Credentials, distinguished_name
 
 if TYPE_CHECKING:
     from ..channel.channel import AnyStream
-    from . import Entrance, Listener
+    from . import Listener, SharedListener
 
 #: Seconds for a handshake: a peer that speaks no TLS may just wait.
 HANDSHAKE_SECONDS: Final = 20.0
@@ -469,7 +469,7 @@ class TlsListener:
 
         **Cancellation:** nothing was accepted.
         """
-        return await cast("Entrance", self._inner).meet()
+        return await cast("SharedListener", self._inner).meet()
 
     async def admit(self, stream: AnyStream) -> TlsStream:
         """*stream* when its handshake is done, however long it takes.

@@ -15,7 +15,7 @@ from ._websocket import WebSocketStream, open_client, open_server
 
 if TYPE_CHECKING:
     from ..channel.channel import AnyStream
-    from . import Entrance
+    from . import SharedListener
 
 _PORTS = {"ws": 80, "wss": 443}
 
@@ -74,7 +74,7 @@ class WebSocketListener:
     A client that fails in the opening handshake fails :meth:`accept`; the listener can go on to the next one.
     """
 
-    def __init__(self, inner: Entrance, at: Address) -> None:
+    def __init__(self, inner: SharedListener, at: Address) -> None:
         self._inner = inner
         self._at = at
 

@@ -87,7 +87,7 @@ class Decoder:
         self._base = 0  # stream offset of buffer[0]
         self._eof = False
         self._failure: Exception | None = None
-        self._state: Callable[[], ev.Event | None] = self._read_file_header
+        self._state: Callable[[], ev.Element | None] = self._read_file_header
         self._started: dict[int, ev.SectionHeader] = {}
         self._section: ev.SectionHeader | None = None
         self._records = RecordReader(reorder=reorder)
@@ -211,7 +211,7 @@ class Decoder:
 
     # -- events ----------------------------------------------------------------------------------------------------
 
-    def next_event(self) -> ev.Event | None:
+    def next_event(self) -> ev.Element | None:
         """The next element, or None: more bytes are needed (or, after the end, none are).
 
         Raises:
@@ -277,14 +277,14 @@ class Decoder:
         self._array, self._mem = array, array.data
         self._pos, self._end = 0, rest
 
-    def _read_file_header(self) -> ev.Event | None:
+    def _read_file_header(self) -> ev.Element | None:
         version = header.read_file_header(self._mem[self._pos : self._end], final=self._eof)
         if version is None:
             return None
         self._state = self._read_section if self._expect_configuration is False else self._read_configuration
         return ev.FileHeader(version=version, at=self._consume(header.LENGTH))
 
-    def _read_configuration(self) -> ev.Event | None:
+    def _read_configuration(self) -> ev.Element | None:
         if not self._have(1):
             return None
         kind = self._mem[self._pos]
@@ -305,7 +305,7 @@ class Decoder:
         self._expect_configuration = True
         return ev.Configuration(machine=machine, subsections=subsections, at=self._consume(used))
 
-    def _read_section(self) -> ev.Event | None:
+    def _read_section(self) -> ev.Element | None:
         if not self._have(1):
             return None
         kind = self._mem[self._pos]
@@ -326,7 +326,7 @@ class Decoder:
                 return ev.EndOfStream(at=self._consume(1))
         raise self._error(f"unknown section type {kind} (0x{kind:02x})")
 
-    def _read_section_start(self, kind: Section) -> ev.Event | None:
+    def _read_section_start(self, kind: Section) -> ev.Element | None:
         idstr = self._cstr(5)
         if idstr is None:
             return None
@@ -361,7 +361,7 @@ class Decoder:
         self._section = header
         return header
 
-    def _read_section_continue(self, kind: Section) -> ev.Event | None:
+    def _read_section_continue(self, kind: Section) -> ev.Element | None:
         if not self._have(5):
             return None
         section_id = self._be32(1)
@@ -380,7 +380,7 @@ class Decoder:
             at=self._consume(5),
         )
 
-    def _read_command(self) -> ev.Event | None:
+    def _read_command(self) -> ev.Element | None:
         found = commands.read_command(self._mem[self._pos : self._end], marks=self.marks)
         if found is None:
             return None
@@ -396,16 +396,16 @@ class Decoder:
             self._records.page_sizes = int.from_bytes(payload[:8])
         return ev.CommandElement(number=number, payload=payload, at=self._consume(commands.HEAD + len(payload)))
 
-    def _read_package(self) -> ev.Event | None:
+    def _read_package(self) -> ev.Element | None:
         if not self._have(self._package_bytes):
             if self._package_bytes > len(self._mem) // 2:
                 self._grow(min(2 * len(self._mem), 2 * self._package_bytes))
             return None
         data = bytes(self._mem[self._pos : self._pos + self._package_bytes])
         self._state = self._read_section
-        return ev.Package(data=data, at=self._consume(self._package_bytes))
+        return ev.PackageElement(data=data, at=self._consume(self._package_bytes))
 
-    def _read_records(self) -> ev.Event | None:
+    def _read_records(self) -> ev.Element | None:
         event, used = self._records.read(
             self._array, self._pos, self._end, self.offset, self._max_ram_bytes, final=self._eof
         )
@@ -415,7 +415,7 @@ class Decoder:
                 self._end_section()
         return event
 
-    def _read_early(self) -> ev.Event | None:
+    def _read_early(self) -> ev.Element | None:
         """A device section in front of the memory, of a device that is not known."""
         data = self._footer_search.data
         data += self._mem[self._pos + len(data) : self._end]
@@ -429,7 +429,7 @@ class Decoder:
         self._end_section()
         return ev.DevicePayload(payload=bytes(data[:length]), at=self._consume(length))
 
-    def _read_device(self) -> ev.Event | None:
+    def _read_device(self) -> ev.Element | None:
         assert self._measure is not None
         assert self._section is not None
         section = self._section
@@ -454,7 +454,7 @@ class Decoder:
         if self._footers is False:
             self._section = None
 
-    def _read_footer(self) -> ev.Event | None:
+    def _read_footer(self) -> ev.Element | None:
         assert self._section is not None
         if not self._have(1):
             return None
@@ -476,25 +476,25 @@ class Decoder:
         self._state = self._read_section
         return ev.SectionFooter(section_id=section_id, at=self._consume(5))
 
-    def _read_tail(self) -> ev.Event | None:
+    def _read_tail(self) -> ev.Element | None:
         data = bytes(self._mem[self._pos : self._end])
         if not data:
             return None
         return ev.TailBytes(data=data, at=self._consume(len(data)))
 
-    def _read_description(self) -> ev.Event | None:
+    def _read_description(self) -> ev.Element | None:
         event, used = self._text.take(self._mem[self._pos : self._end], self.offset)
         self._consume(used)
         if event is not None:
             self._state = self._read_nothing
         return event
 
-    def _cut_description(self) -> ev.Event | None:
+    def _cut_description(self) -> ev.Element | None:
         self._state = self._read_nothing
         event = self._text.cut(self.offset)
         self._pos = self._end
         return event
 
-    def _read_nothing(self) -> ev.Event | None:
+    def _read_nothing(self) -> ev.Element | None:
         self._pos = self._end  # bytes behind the description are ignored (stream.md part 7)
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import RemoteProtocolError
 from .constants import Section
-from .events import Description
+from .events import DescriptionElement
 
 
 class DescriptionText:
@@ -20,7 +20,7 @@ class DescriptionText:
         self._length = 0
         self._at = 0
 
-    def take(self, data: memoryview, at: int) -> tuple[Description | None, int]:
+    def take(self, data: memoryview, at: int) -> tuple[DescriptionElement | None, int]:
         """Take what *data*, which stands at the offset *at*, has of it.
 
         Returns:
@@ -46,10 +46,10 @@ class DescriptionText:
         used += len(more)
         if len(self._text) < self._length:
             return None, used
-        return Description(text=bytes(self._text), at=self._at), used
+        return DescriptionElement(text=bytes(self._text), at=self._at), used
 
-    def cut(self, at: int) -> Description:
+    def cut(self, at: int) -> DescriptionElement:
         """What there is of it at the end of the connection, which is at the offset *at*."""
         if self._text is None:
-            return Description(text=b"", complete=False, at=at)
-        return Description(text=bytes(self._text), complete=False, at=self._at)
+            return DescriptionElement(text=b"", complete=False, at=at)
+        return DescriptionElement(text=bytes(self._text), complete=False, at=self._at)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from .decoder import Decoder
-    from .events import Event
+    from .events import Element
 
 
 class Elements:
@@ -26,7 +26,7 @@ class Elements:
         self._read = read
         self._ended = False
 
-    async def next(self) -> Event | None:
+    async def next(self) -> Element | None:
         """The next element; None at the end of the file.
 
         Raises:

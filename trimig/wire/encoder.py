@@ -18,12 +18,12 @@ from .constants import MAGIC, RAM_VERSION, VERSION, RamFlag, Section
 from .events import (
     CommandElement,
     Configuration,
-    Description,
+    DescriptionElement,
     DevicePayload,
+    Element,
     EndOfStream,
-    Event,
     FileHeader,
-    Package,
+    PackageElement,
     PageRun,
     RamEnd,
     RamList,
@@ -193,7 +193,7 @@ class Encoder:
     def __init__(self) -> None:
         self._records = RecordWriter()
 
-    def encode(self, event: Event) -> bytes:
+    def encode(self, event: Element) -> bytes:
         """The bytes of one event."""
         match event:
             case FileHeader(version=version):
@@ -208,7 +208,7 @@ class Encoder:
                 return section_footer(event.section_id)
             case CommandElement():
                 return command(event.number, event.payload)
-            case Package(data=data):
+            case PackageElement(data=data):
                 return data
             case RamList():
                 return ram_list(event.blocks, event.page_sizes)
@@ -226,7 +226,7 @@ class Encoder:
                 return data
             case EndOfStream():
                 return end_of_stream()
-            case Description(text=text):
+            case DescriptionElement(text=text):
                 return description(text)
         raise LocalProtocolError(f"{type(event).__name__} is not an element of the main stream")
 

@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
+class Element:
     """Base of all elements of the main stream."""
 
     at: int = -1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class FileHeader(Event):
+class FileHeader(Element):
     """Magic and version."""
 
     version: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Configuration(Event):
+class Configuration(Element):
     """The configuration section: which machine this stream is of."""
 
     machine: str
@@ -42,7 +42,7 @@ class Configuration(Event):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SectionHeader(Event):
+class SectionHeader(Element):
     """Header of a START, PART, END or FULL section.
 
     For PART and END, ``idstr``, ``instance_id`` and ``version_id`` are those of the START with the same id.
@@ -56,21 +56,21 @@ class SectionHeader(Event):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Package(Event):
+class PackageElement(Element):
     """What follows the command PACKAGED: a fragment of the stream, to be read by a decoder of its own."""
 
     data: bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SectionFooter(Event):
+class SectionFooter(Element):
     """The end mark of a section."""
 
     section_id: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class CommandElement(Event):
+class CommandElement(Element):
     """A COMMAND with its payload."""
 
     number: int
@@ -78,7 +78,7 @@ class CommandElement(Event):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RamList(Event):
+class RamList(Element):
     """The size list of RAM START: names and used lengths in bytes, in the sender's order.
 
     ``page_sizes`` has the host page size in bytes of the blocks for which the list says it: behind ADVISE, where it is not
@@ -90,7 +90,7 @@ class RamList(Event):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PageRun(Event):
+class PageRun(Element):
     """Raw pages of one block.
 
     Attributes:
@@ -107,7 +107,7 @@ class PageRun(Event):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ZeroRun(Event):
+class ZeroRun(Element):
     """Pages of one block that hold one byte value throughout.
 
     Attributes:
@@ -123,31 +123,31 @@ class ZeroRun(Event):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RamEnd(Event):
+class RamEnd(Element):
     """The word that ends the records of one RAM section."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class DevicePayload(Event):
+class DevicePayload(Element):
     """The whole payload of a FULL section whose device could be measured."""
 
     payload: bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class TailBytes(Event):
+class TailBytes(Element):
     """Bytes from the first FULL section on, where devices are not known; undivided."""
 
     data: bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class EndOfStream(Event):
+class EndOfStream(Element):
     """The end-of-file byte: all of the guest has been sent, and the source has decided to hand it over."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Description(Event):
+class DescriptionElement(Element):
     """The JSON text behind the end of file.
 
     Attributes:

@@ -26,7 +26,7 @@ from ..options import PERCENT, RAM_SIZE, SIZE, config_options, debug_option, jso
 from ..output import say, write_json
 from ..picture import Picture
 from ..runner import run
-from . import figures as demo_figures
+from . import figures
 from .host import pack_config
 from .process import HostProcess, Message, adopting
 
@@ -71,7 +71,7 @@ class Demo:
         self._started = False
         self._migrating = False
         self._deaths: list[str] = []
-        self.hops: list[demo_figures.Hop] = []
+        self.hops: list[figures.Hop] = []
         self.notes: list[str] = []
 
     def __enter__(self) -> Self:
@@ -126,7 +126,7 @@ class Demo:
         result = {
             "verified": proof["ok"],
             "proof": proof["text"],
-            **demo_figures.overall(self.hops),
+            **figures.overall(self.hops),
             "size": self._options.size,
             "hot": self._options.hot,
             "dirty_rate": self._options.dirty_rate,
@@ -172,7 +172,7 @@ class Demo:
         assert self.source.report is not None
         assert self.destination.report is not None
         self._migrating, self._status = False, trimig.Status.NONE
-        hop = demo_figures.Hop.of(
+        hop = figures.Hop.of(
             number,
             (self.source.pid, self.destination.pid),
             self.source.report["summary"],
@@ -485,7 +485,7 @@ def _tell(code: int, result: Message, *, as_json: bool) -> int:
     if "fate" in result:
         say(f"{result['error']}; {result['fate']}")
     elif not as_json:
-        click.echo(demo_figures.text(result))
+        click.echo(figures.text(result))
     if code == FAILED and "fate" not in result:
         say(result["error"])
     return code

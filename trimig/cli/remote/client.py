@@ -24,7 +24,7 @@ ANSWER_LIMIT: Final = 30.0
 CONNECT_LIMIT: Final = 5.0
 
 
-class Client(Protocol):
+class QmpClient(Protocol):
     """What is needed of :func:`trimig.qmp.connect`."""
 
     async def execute(self, name: str, arguments: Mapping[str, Any] | None = None) -> Any:
@@ -46,7 +46,7 @@ class Client(Protocol):
 class Remote:
     """A client with an address, whose errors are sentences."""
 
-    def __init__(self, client: Client, address: str) -> None:
+    def __init__(self, client: QmpClient, address: str) -> None:
         self.client = client
         self.address = address
 

@@ -123,7 +123,7 @@ def migrate(
                     return await _begun(remote, uri, as_json=as_json)
                 view = stack.enter_context(display.open_view(as_json=as_json))
                 view.begin(f"migrating to {uri}", destination=uri)
-                watch = _Watch(view, tracker, stop, timeout=timeout, postcopy=None if resume else share)
+                watch = _MigrationWatch(view, tracker, stop, timeout=timeout, postcopy=None if resume else share)
                 state = await watch.follow(remote)
             while state.migration == "pre-switchover" or (state.migration == "postcopy-paused" and not stop.asked):
                 state = await watch.look_again(address, state)
@@ -164,7 +164,7 @@ async def _begun(remote: Remote, uri: str, *, as_json: bool) -> int:
     return DONE
 
 
-class _Watch:
+class _MigrationWatch:
     """Stays with a migration, shows it and stops it; over more than one connection, if it rests meanwhile."""
 
     def __init__(

@@ -48,12 +48,12 @@ from ..device_writer import UUID_SUBSECTION
 from ..order import TRIMIG_PINGS, Place, check_place
 from ..outcome import add_to_message
 from ..ram.placement import ENOUGH
-from ..ram.preempt_receiver import UrgentArrival
+from ..ram.preempt_receiver import PreemptReceiver
 from ..ram.receiver import never_received
 from .arriving import Storing
-from .incoming import Arrival
+from .incoming import Incoming
 from .package import take_apart
-from .postcopy import Ahead, check_guest, open_memory
+from .postcopy import PostcopyDestination, check_guest, open_memory
 
 if TYPE_CHECKING:
     from ...channel.connections import Connections
@@ -76,7 +76,7 @@ _BEFORE_PAGES = (ev.RamEnd, ev.SectionFooter, ev.DevicePayload)
 _SLICE_EVENTS = 32
 
 
-def _is_full(event: ev.Event) -> bool:
+def _is_full(event: ev.Element) -> bool:
     return isinstance(event, ev.SectionHeader) and event.kind is Section.FULL
 
 
@@ -106,7 +106,7 @@ async def receive_stream(guest: Guest, connections: Connections, config: Config,
         guest.release()
 
 
-class _Arrival(Arrival):
+class _Arrival(Incoming):
     """One incoming migration: what is read, and in which order."""
 
     def __init__(self, guest: Guest, connections: Connections, config: Config, monitor: MonitorCore) -> None:
@@ -119,7 +119,7 @@ class _Arrival(Arrival):
         self.early: list[DeviceSection] = []  # of an unknown machine, in front of its memory
         self.adopted = False
         self.advised = False  # postcopy may follow
-        self._ahead: Ahead | None = None
+        self._ahead: PostcopyDestination | None = None
         self._decoder: Decoder | None = None
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ class _Arrival(Arrival):
         config, guest = self.config, self.guest
         self._nursery = nursery
         reception = self.reception = Reception(self.connections, config, self.monitor, nursery)
-        self.urgent = UrgentArrival(reception, config, self.counters)
+        self.urgent = PreemptReceiver(reception, config, self.counters)
         channel = self.channel = await reception.first(
             judge_first(config, self._acceptable), judge_beside if reception.wants_second else judge_surplus
         )
@@ -217,7 +217,7 @@ class _Arrival(Arrival):
             )
         return device.measure(data, version_id)
 
-    async def _handle(self, event: ev.Event, decoder: Decoder) -> bool:
+    async def _handle(self, event: ev.Element, decoder: Decoder) -> bool:
         """Take one event; True if the guest has been taken over and nothing more is to be read."""
         if self.announced is not None and not isinstance(event, _BEFORE_PAGES) and not _is_full(event):
             self._framed(decoder)
@@ -243,7 +243,7 @@ class _Arrival(Arrival):
                 self._device(event)
             case ev.CommandElement():
                 await self._command(event)
-            case ev.Package():
+            case ev.PackageElement():
                 await self._follow(event, decoder)
                 return True
             case ev.EndOfStream():
@@ -421,7 +421,7 @@ class _Arrival(Arrival):
             await self.urgent.wait()
         self.advised = True
 
-    async def _follow(self, event: ev.Package, decoder: Decoder) -> None:
+    async def _follow(self, event: ev.PackageElement, decoder: Decoder) -> None:
         """The guest comes before its memory."""
         assert self.channel is not None
         footers = self.config.peer.send_section_footer
@@ -429,7 +429,7 @@ class _Arrival(Arrival):
         package = await take_apart(event, decoder, measure, footers=footers)
         assert self.urgent is not None
         await self.urgent.wait()
-        self._ahead = Ahead(self, self._nursery, self.channel, decoder, self.urgent)
+        self._ahead = PostcopyDestination(self, self._nursery, self.channel, decoder, self.urgent)
         await self._ahead.run(package)
 
     def whole(self) -> bool:
@@ -495,7 +495,7 @@ class _Arrival(Arrival):
         if limit.cancelled_caught:
             self.monitor.warn("the description behind the end of the stream did not come")
             return
-        if isinstance(event, ev.Description):
+        if isinstance(event, ev.DescriptionElement):
             if event.complete:
                 await device_tail.check_description(event.text, self.config)
             else:

@@ -46,13 +46,13 @@ if TYPE_CHECKING:
     from ...config.config import Config
     from ...monitor.core import MonitorCore
     from ...wire.postcopy import Runs
-    from ..ram.preempt_receiver import UrgentArrival
+    from ..ram.preempt_receiver import PreemptReceiver
     from .arriving import Storing
 
 log = logging.getLogger("trimig.destination")
 
 
-class Arrival(abc.ABC):
+class Incoming(abc.ABC):
     """One incoming migration, but for its reading."""
 
     def __init__(self, guest: Guest, connections: Connections, config: Config, monitor: MonitorCore) -> None:
@@ -63,7 +63,7 @@ class Arrival(abc.ABC):
         self.counters = monitor.counters
         self.channel: Channel | None = None
         self.reception: Reception | None = None
-        self.urgent: UrgentArrival | None = None
+        self.urgent: PreemptReceiver | None = None
         self.return_path = False  # it was opened, and there is a way back
         self.opened = False  # the source has asked for answers
         self.marked = False  # the source is a trimig, and knows that this side is one

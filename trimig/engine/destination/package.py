@@ -29,7 +29,9 @@ class Package:
     pings: Sequence[int]
 
 
-async def take_apart(package: ev.Package, decoder: Decoder, measure: Measure | None, *, footers: bool) -> Package:
+async def take_apart(
+    package: ev.PackageElement, decoder: Decoder, measure: Measure | None, *, footers: bool
+) -> Package:
     """Read a package: LISTEN, device sections and PINGs, RUN.
 
     Args:

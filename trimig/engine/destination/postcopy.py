@@ -37,8 +37,8 @@ from .arriving import KeptMemory
 if TYPE_CHECKING:
     from ...channel.channel import AnyStream, Channel
     from ...channel.connections import Reopen
-    from ..ram.preempt_receiver import UrgentArrival
-    from .incoming import Arrival
+    from ..ram.preempt_receiver import PreemptReceiver
+    from .incoming import Incoming
     from .package import Package
 
 #: Events handled before other tasks get a turn.
@@ -83,7 +83,7 @@ async def open_memory(guest: LazyGuest, seconds: float) -> MissingMemory:
     return await guest_calls.call("watching for absent pages", guest.missing_memory, seconds)
 
 
-class Ahead:
+class PostcopyDestination:
     """A guest that has come before its memory.
 
     Args:
@@ -94,7 +94,7 @@ class Ahead:
     """
 
     def __init__(
-        self, arrival: Arrival, nursery: trio.Nursery, channel: Channel, decoder: Decoder, urgent: UrgentArrival
+        self, arrival: Incoming, nursery: trio.Nursery, channel: Channel, decoder: Decoder, urgent: PreemptReceiver
     ) -> None:
         self._arrival = arrival
         self._guest = arrival.guest

@@ -125,7 +125,7 @@ class Placer:
             decoder.end_run()
             return 0
         staging = self._staging[:count] if fresh else None
-        attempt = _Attempt(target, first, self._words[:count], staging, expected)
+        attempt = _Placing(target, first, self._words[:count], staging, expected)
         attempt.begin(rest)
         try:
             ended = await attempt.read(channel)
@@ -138,7 +138,7 @@ class Placer:
         return placed
 
 
-class _Attempt:
+class _Placing:
     """One prediction: the records of pages *first* and following, with these words."""
 
     def __init__(

@@ -15,7 +15,7 @@ import trio
 from ...errors import TransportFailed
 from ...guest import PAGE_SIZE, DiscardableBlock, RamBlock
 from ...wire.postcopy import runs_of
-from .preempt_sender import REQUESTED_PAGES, UrgentSender
+from .preempt_sender import REQUESTED_PAGES, PreemptSender
 
 if TYPE_CHECKING:
     from ...channel.channel import Channel
@@ -62,7 +62,7 @@ class PostcopySender:
         self._numbers = {block.name: number for number, block in enumerate(blocks)}
         self._order = order
         self._counters = counters
-        self._urgent = UrgentSender(urgent, blocks, order, counters, self._sent) if urgent is not None else None
+        self._urgent = PreemptSender(urgent, blocks, order, counters, self._sent) if urgent is not None else None
         self._idle: trio.CancelScope | None = None
         self._batch = _BACKGROUND_PAGES
         self._rest = b""  # of a page that the kernel did not take whole
@@ -116,7 +116,7 @@ class PostcopySender:
             return
         failed: TransportFailed | None = None
 
-        async def serve(urgent: UrgentSender) -> None:
+        async def serve(urgent: PreemptSender) -> None:
             nonlocal failed
             try:
                 await urgent.run()

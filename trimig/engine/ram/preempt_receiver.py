@@ -1,7 +1,7 @@
 """The destination's second connection (postcopy-preempt): pages that the guest waits for.
 
 It has no header, and may be silent for as long as it likes. So every connection that comes beside the main one is kept in
-the lobby until one of them brings a page; :meth:`UrgentArrival.wait` is where at least one has to be there.
+the lobby until one of them brings a page; :meth:`PreemptReceiver.wait` is where at least one has to be there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LAST_WORD_SECONDS = 1.0
 _LONELY_SECONDS = 1.0
 
 
-class UrgentArrival:
+class PreemptReceiver:
     """The second connection of one attempt, over as many main connections as it takes."""
 
     def __init__(self, reception: Reception, config: Config, counters: Counters) -> None:

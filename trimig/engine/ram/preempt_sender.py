@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 REQUESTED_PAGES: Final = 512
 
 
-class UrgentSender:
+class PreemptSender:
     """Sends what was asked for, as soon as it is asked for.
 
     Args:

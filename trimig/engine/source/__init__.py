@@ -38,8 +38,8 @@ from .. import guest_calls
 from ..device_writer import UUID_SUBSECTION, DeviceSender, coming_state, early_sections, opening, profile_of
 from ..order import PING_LOADED, PING_RUNS
 from ..ram.sender import RamSender
-from .outgoing import SILENT_PEER, CommitHook, Departure, FenceHook
-from .postcopy import PING_DISCARDED, PING_FOLLOWED, Following, at_least_one
+from .outgoing import SILENT_PEER, CommitHook, FenceHook, Outgoing
+from .postcopy import PING_DISCARDED, PING_FOLLOWED, PostcopySource, at_least_one
 
 if TYPE_CHECKING:
     from ...channel.connections import Connections
@@ -90,7 +90,7 @@ async def migrate_stream(
         guest.release()
 
 
-class _Attempt(Departure):
+class _Attempt(Outgoing):
     """One outgoing migration."""
 
     def __init__(
@@ -426,7 +426,7 @@ class _Attempt(Departure):
             await self._call("the commit hook", self.commit_hook)
         self.in_postcopy = True
         self.limiter.move_to(channel, self.rate)
-        following = Following(self, nursery, sender, self.limiter, blocks, unsent, self.connections)
+        following = PostcopySource(self, nursery, sender, self.limiter, blocks, unsent, self.connections)
         await self.hand_over_status(nursery, math.inf)
         self.undecided = channel.sent + len(package) - 1
         following.begin()

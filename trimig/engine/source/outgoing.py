@@ -67,7 +67,7 @@ FenceHook = Callable[[], Awaitable[Ownership]]
 SILENT_PEER: Final = "with multifd on there it waits for further connections, so turn multifd off there"
 
 
-class Departure(abc.ABC):
+class Outgoing(abc.ABC):
     """One outgoing migration, but for its phases."""
 
     def __init__(

@@ -39,7 +39,7 @@ from ..shield import lift_shield, shield
 if TYPE_CHECKING:
     from ...channel.connections import Connections
     from ...channel.limiter import Limiter
-    from .outgoing import Departure
+    from .outgoing import Outgoing
 
 #: PING values, QEMU's: behind the discards, behind the package.
 PING_DISCARDED: Final = 2
@@ -56,7 +56,7 @@ def at_least_one(unsent: list[PageBitmap]) -> list[PageBitmap]:
     return unsent
 
 
-class Following:
+class PostcopySource:
     """The memory of a guest that has gone ahead.
 
     Args:
@@ -68,7 +68,7 @@ class Following:
 
     def __init__(
         self,
-        departure: Departure,
+        departure: Outgoing,
         nursery: trio.Nursery,
         records: RamSender,
         limiter: Limiter,

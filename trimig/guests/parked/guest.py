@@ -23,7 +23,7 @@ from ...guest import (
     PAGE_SIZE,
     ArrivingPages,
     ConfigSubsection,
-    Device,
+    DeviceProtocol,
     DeviceSection,
     DirtyTracker,
     PageBitmap,
@@ -34,8 +34,7 @@ from ...memory.tracking import NullTracker
 from ...owner import OwnerState, Settle
 from ...wire.devices import globalstate
 from ...wire.postcopy import runs_of
-from . import reader as savefile
-from . import writer as saving
+from . import reader, writer
 from .newfile import check_target
 
 _ORDINARY: Final = PeerProfile()
@@ -86,7 +85,7 @@ class ParkedGuest:
         self._run_state = "inmigrate"
         self._purpose: str | None = None
         self._owner = OwnerState(Owner.ELSEWHERE, runs=lambda: False)
-        self._file: saving.SaveFile | None = None
+        self._file: writer.SaveFile | None = None
         self._arriving: ArrivingPages | None = None
         self._failure: OSError | None = None  # of the writing while it arrived
         self._early: tuple[DeviceSection, ...] = ()
@@ -136,7 +135,7 @@ class ParkedGuest:
         guest = cls(max_ram=max_ram)
         ok = False
         try:
-            read = await savefile.read_stream(Path(path), guest, partial=partial)
+            read = await reader.read_stream(Path(path), guest, partial=partial)
             guest._peer, guest._warnings = read.peer, tuple(read.problems)
             guest._holes = {
                 name: [(first, end) for first, end in runs_of(~here).tolist()]
@@ -195,11 +194,11 @@ class ParkedGuest:
     ) -> None:
         file = None
         try:
-            file = saving.SaveFile(target, self, self._ram, replace=replace, peer=self._peer, early=sections)
+            file = writer.SaveFile(target, self, self._ram, replace=replace, peer=self._peer, early=sections)
             await file.write_ram(absent=absent)
             await file.finish(sections)
         except OSError as error:
-            raise saving.failed("the guest cannot be saved to", target, error) from error
+            raise writer.failed("the guest cannot be saved to", target, error) from error
         finally:
             if file is not None:
                 file.discard()
@@ -214,7 +213,7 @@ class ParkedGuest:
             try:
                 check_target(self._save_to, replace=self._replace)
             except OSError as error:
-                raise saving.failed("the guest cannot be saved to", self._save_to, error) from error
+                raise writer.failed("the guest cannot be saved to", self._save_to, error) from error
 
     @property
     def saved_to(self) -> Path | None:
@@ -249,7 +248,7 @@ class ParkedGuest:
         return tuple(self._ram)
 
     @property
-    def devices(self) -> Mapping[tuple[str, int], Device] | None:
+    def devices(self) -> Mapping[tuple[str, int], DeviceProtocol] | None:
         """None: sections are taken as they are."""
         return None
 
@@ -361,7 +360,7 @@ class ParkedGuest:
                 assert self._file is not None
                 await self._file.finish(self.sections)
             except OSError as error:
-                raise saving.failed("the guest cannot be saved to", self._save_to, error) from error
+                raise writer.failed("the guest cannot be saved to", self._save_to, error) from error
             finally:
                 self._discard_file()
         self._run_state = "paused"
@@ -395,14 +394,14 @@ class ParkedGuest:
             for name, length in blocks:
                 self._ram.append(MemfdBlock(name, length))
         except OSError as error:
-            raise saving.failed("there is no memory for the guest", None, error) from error
+            raise writer.failed("there is no memory for the guest", None, error) from error
         self._name = machine
         self._subsections = tuple(subsections)
         if self._save_to is not None:
             try:
                 self._file = self._new_file(self._save_to)
             except OSError as error:
-                raise saving.failed("the guest cannot be saved to", self._save_to, error) from error
+                raise writer.failed("the guest cannot be saved to", self._save_to, error) from error
 
     def framed(self, *, configuration: bool, footers: bool, early: Sequence[DeviceSection]) -> None:
         """A guest of an old machine type is kept, and sent on, without what its stream had not; see :class:`FramedGuest`."""
@@ -412,8 +411,8 @@ class ParkedGuest:
                 self._peer, name="as it came", send_configuration=configuration, send_section_footer=footers
             )
 
-    def _new_file(self, path: Path) -> saving.SaveFile:
-        return saving.SaveFile(path, self, self._ram, replace=self._replace, peer=self._peer, early=self._early)
+    def _new_file(self, path: Path) -> writer.SaveFile:
+        return writer.SaveFile(path, self, self._ram, replace=self._replace, peer=self._peer, early=self._early)
 
     async def store(self, pages: ArrivingPages) -> None:
         """Write RAM to ``save_to`` while it arrives, if there is one.
@@ -432,7 +431,7 @@ class ParkedGuest:
         except OSError as error:
             self._discard_file()
             self._failure = error
-            raise saving.failed("the guest cannot be saved to", self._save_to, error) from error
+            raise writer.failed("the guest cannot be saved to", self._save_to, error) from error
 
     async def ram_received(self) -> None:
         """Write what is left of RAM to ``save_to``, if there is one.
@@ -446,14 +445,14 @@ class ParkedGuest:
         if self._save_to is None:
             return
         if self._failure is not None:
-            raise saving.failed("the guest cannot be saved to", self._save_to, self._failure) from self._failure
+            raise writer.failed("the guest cannot be saved to", self._save_to, self._failure) from self._failure
         try:
             if self._file is None:
                 self._file = self._new_file(self._save_to)
             await self._file.write_ram(self._arriving)
         except OSError as error:
             self._discard_file()
-            raise saving.failed("the guest cannot be saved to", self._save_to, error) from error
+            raise writer.failed("the guest cannot be saved to", self._save_to, error) from error
 
     async def reserve(self, pages: int) -> None:
         """Set aside room for *pages* more pages in the file ``save_to``, if there is one.
@@ -470,7 +469,7 @@ class ParkedGuest:
             if self._file is not None:
                 await self._file.reserve(pages)
         except OSError as error:
-            raise saving.failed("there is no room for the guest in", self._save_to, error) from error
+            raise writer.failed("there is no room for the guest in", self._save_to, error) from error
 
     async def load_opaque(self, sections: Sequence[DeviceSection], description: bytes | None) -> None:
         """Keep them. **Cancellation:** nothing was taken."""

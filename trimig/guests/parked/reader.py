@@ -94,7 +94,7 @@ class _Reading:
         self.tail: TailBuffer | None = None
         self.tail_at = 0
 
-    async def take(self, event: ev.Event) -> None:
+    async def take(self, event: ev.Element) -> None:
         match event:
             case ev.PageRun():
                 await self.ram.pages(event)

@@ -44,7 +44,7 @@ _MAX_ARREARS: Final = 0.05
 _TICK: Final = 1
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """The request cannot be met; its text is the reply, and the worker goes on."""
 
 
@@ -81,7 +81,7 @@ class Pacer:
         self._made += count
 
 
-class Worker:
+class WorkerMain:
     """The state of the worker; one method for each request."""
 
     def __init__(self) -> None:
@@ -145,7 +145,7 @@ class Worker:
                 result, out = {}, [self.missing()]
             else:
                 result = getattr(self, f"do_{request['op']}")(**arguments)
-        except Refused as exc:
+        except RequestRefused as exc:
             result = {"error": str(exc)}
         return {"id": request["id"], **result}, out
 
@@ -166,12 +166,12 @@ class Worker:
         try:
             return open_userfaultfd(features)
         except MemoryUnavailable as exc:
-            raise Refused(exc.strerror or str(exc)) from exc
+            raise RequestRefused(exc.strerror or str(exc)) from exc
 
     def missing(self) -> int:
         """A userfaultfd for pages that are not here yet; from now on they are touched before they are written."""
         if self._running:
-            raise Refused("the guest runs")
+            raise RequestRefused("the guest runs")
         # One that only sees faults of user code will do: no system call of ours touches the memory.
         fd = self.userfaultfd(FAULT_FEATURES)
         self._touched = np.zeros(len(self._words), np.bool_)
@@ -182,7 +182,7 @@ class Worker:
     def do_whole(self) -> dict[str, Any]:
         """No page is missing any more. Answers how long the touches took."""
         if self.toucher is None:
-            raise Refused("no page was missing")
+            raise RequestRefused("no page was missing")
         self.toucher.close()
         touches = np.frombuffer(self.toucher.waits, np.uint64)
         waits = touches[touches > WAITED]
@@ -197,7 +197,7 @@ class Worker:
 
     def _all_here(self) -> None:
         if self.toucher is not None:
-            raise Refused("pages of its memory are missing")
+            raise RequestRefused("pages of its memory are missing")
 
     def do_initialise(self, state: dict[str, int]) -> dict[str, Any]:
         """Fill the memory, which must be zero, and begin with no write made. Does not run yet."""
@@ -215,7 +215,7 @@ class Worker:
     def do_resume(self) -> dict[str, Any]:
         """Go on with the next write."""
         if self._state is None:
-            raise Refused("there is nothing to run: its state has not been loaded")
+            raise RequestRefused("there is nothing to run: its state has not been loaded")
         if not self._running:
             self._running = True
             self._repace()
@@ -230,20 +230,20 @@ class Worker:
     def do_save(self) -> dict[str, Any]:
         """The journal; of a guest that does not run only, or it would be out of date at once."""
         if self._running or self._state is None:
-            raise Refused("the guest runs" if self._running else "it has no state yet")
+            raise RequestRefused("the guest runs" if self._running else "it has no state yet")
         return {"state": dataclasses.asdict(self._state)}
 
     def do_load(self, state: dict[str, int]) -> dict[str, Any]:
         """Take a journal over."""
         if self._running:
-            raise Refused("the guest runs")
+            raise RequestRefused("the guest runs")
         self._state = WorkloadState(**state)
         return {}
 
     def do_verify(self) -> dict[str, Any]:
         """Compare all memory with the journal. Between two writes, so the guest may be running."""
         if self._state is None:
-            raise Refused("it has no state yet")
+            raise RequestRefused("it has no state yet")
         self._all_here()
         return dataclasses.asdict(verify(self._state, self._words))
 
@@ -260,7 +260,7 @@ class Worker:
 
 def serve(control: socket.socket) -> None:
     """Work and answer until the end of file on *control*."""
-    worker = Worker()
+    worker = WorkerMain()
     poll = select.poll()
     poll.register(control, select.POLLIN)
     rest = None

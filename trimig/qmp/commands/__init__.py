@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from ..arguments import Argument
-from ..machine import Command, Machine
+from ..command import QmpCommand
 from . import dirty_rate, general, human, migration, objects, settings, yank
 from .schema import Schema
 from .shapes import EVENTS, STR
 
 if TYPE_CHECKING:
     from ..interface import Session
+    from ..machine import Machine
 
 _NAMES: Final = Argument("list", items=Argument("object", members={"name": STR}))
 #: What the conversation answers itself, for the schema: arguments and answer.
@@ -43,7 +44,7 @@ def schema() -> list[dict[str, Any]]:
 
 
 #: By name, in the order of ``query-commands``.
-COMMANDS: Final[Mapping[str, Command]] = {
+COMMANDS: Final[Mapping[str, QmpCommand]] = {
     **general.COMMANDS,
     **migration.COMMANDS,
     **settings.COMMANDS,
@@ -51,7 +52,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     **yank.COMMANDS,
     **dirty_rate.COMMANDS,
     **human.COMMANDS,
-    "query-qmp-schema": Command(
+    "query-qmp-schema": QmpCommand(
         signature={}, handler=query_schema, returns=Argument("list", items=Argument("object", members={"name": STR}))
     ),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import trio
@@ -19,10 +19,13 @@ from ...errors import TrimigError
 from ...guest import PAGE_SIZE
 from ...status import IDLE
 from ..arguments import Argument
+from ..command import QmpCommand
 from ..interface import CommandFailed, Session
-from ..machine import Command, Machine
 from ..measuring import Measurement
 from .shapes import INT, MAYBE_INT
+
+if TYPE_CHECKING:
+    from ..machine import Machine
 
 _MODES: Final = ("page-sampling", "dirty-bitmap", "dirty-ring")
 _UNIT_SECONDS: Final = {"second": 1.0, "millisecond": 0.001}
@@ -107,12 +110,12 @@ async def query_dirty_rate(machine: Machine, arguments: Mapping[str, Any], sessi
     return answer
 
 
-COMMANDS: Final[Mapping[str, Command]] = {
-    "calc-dirty-rate": Command(
+COMMANDS: Final[Mapping[str, QmpCommand]] = {
+    "calc-dirty-rate": QmpCommand(
         signature={"calc-time": INT, "calc-time-unit": _UNIT, "sample-pages": MAYBE_INT, "mode": _MODE},
         handler=calc_dirty_rate,
     ),
-    "query-dirty-rate": Command(
+    "query-dirty-rate": QmpCommand(
         signature={"calc-time-unit": _UNIT},
         handler=query_dirty_rate,
         returns=Argument(

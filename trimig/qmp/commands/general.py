@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ...config.parameters import Parameters
 from ..arguments import Argument, check_value
+from ..command import QmpCommand
 from ..interface import CommandFailed, Session
-from ..machine import Command, Machine
 from .shapes import INT, MAYBE_STR, STATUS_INFO, STR, VERSION
+
+if TYPE_CHECKING:
+    from ..machine import Machine
 
 log: Final = logging.getLogger("trimig.qmp")
 
@@ -100,18 +103,18 @@ async def announce_self(machine: Machine, arguments: Mapping[str, Any], session:
 
 _NAME: Final = {"fdname": Argument("str")}
 
-COMMANDS: Final[Mapping[str, Command]] = {
-    "query-version": Command(signature={}, handler=query_version, returns=VERSION),
-    "query-name": Command(signature={}, handler=query_name, returns=Argument("object", members={"name": MAYBE_STR})),
-    "query-uuid": Command(signature={}, handler=query_uuid, returns=Argument("object", members={"UUID": STR})),
-    "query-status": Command(signature={}, handler=query_status, returns=STATUS_INFO),
-    "stop": Command(signature={}, handler=stop),
-    "cont": Command(signature={}, handler=cont),
-    "quit": Command(signature={}, handler=quit_),
-    "getfd": Command(signature=_NAME, handler=getfd),
-    "closefd": Command(signature=_NAME, handler=closefd),
-    "query-block": Command(signature={}, handler=query_block, returns=Argument("list")),
-    "announce-self": Command(
+COMMANDS: Final[Mapping[str, QmpCommand]] = {
+    "query-version": QmpCommand(signature={}, handler=query_version, returns=VERSION),
+    "query-name": QmpCommand(signature={}, handler=query_name, returns=Argument("object", members={"name": MAYBE_STR})),
+    "query-uuid": QmpCommand(signature={}, handler=query_uuid, returns=Argument("object", members={"UUID": STR})),
+    "query-status": QmpCommand(signature={}, handler=query_status, returns=STATUS_INFO),
+    "stop": QmpCommand(signature={}, handler=stop),
+    "cont": QmpCommand(signature={}, handler=cont),
+    "quit": QmpCommand(signature={}, handler=quit_),
+    "getfd": QmpCommand(signature=_NAME, handler=getfd),
+    "closefd": QmpCommand(signature=_NAME, handler=closefd),
+    "query-block": QmpCommand(signature={}, handler=query_block, returns=Argument("list")),
+    "announce-self": QmpCommand(
         signature={
             **dict.fromkeys(("initial", "max", "rounds", "step"), INT),
             "interfaces": Argument("list", optional=True, items=STR),

@@ -6,13 +6,16 @@ Texts are as QEMU's: a line for each value, ended by CR LF.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ...monitor.blockers import Blockers
 from ..arguments import Argument
+from ..command import QmpCommand
 from ..interface import CommandFailed, Session
-from ..machine import Command, Machine
 from .shapes import MAYBE_INT, STR
+
+if TYPE_CHECKING:
+    from ..machine import Machine
 
 #: What stands behind the value of a parameter.
 _UNITS: Final = {
@@ -136,8 +139,8 @@ async def human_monitor_command(machine: Machine, arguments: Mapping[str, Any], 
     return _INFO[words[1]](machine)
 
 
-COMMANDS: Final[Mapping[str, Command]] = {
-    "human-monitor-command": Command(
+COMMANDS: Final[Mapping[str, QmpCommand]] = {
+    "human-monitor-command": QmpCommand(
         signature={"command-line": Argument("str"), "cpu-index": MAYBE_INT},
         handler=human_monitor_command,
         returns=STR,

@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ... import transport
 from ...errors import ConfigError, Ownership
 from ...monitor import blockers
 from ...status import RECOVERABLE, Status
 from ..arguments import Argument, check, check_value
+from ..command import QmpCommand
 from ..interface import CommandFailed, Session
-from ..machine import Command, Machine
+from ..recovery import listen_again
 from .shapes import MIGRATION_INFO, STATUSES
+
+if TYPE_CHECKING:
+    from ..machine import Machine
 
 _STR: Final = Argument("str")
 _OPTIONAL_BOOL: Final = Argument("bool", optional=True)
@@ -214,7 +218,7 @@ async def migrate_recover(machine: Machine, arguments: Mapping[str, Any], sessio
     if machine.incoming.status not in RECOVERABLE:
         raise CommandFailed("Migrate recover can only be run when postcopy is paused.")
     to, _ = _resolve(machine, arguments["uri"])
-    await machine.recover(to)
+    await listen_again(machine.incoming, to)
     return {}
 
 
@@ -244,8 +248,8 @@ _CHANNELS: Final = {
     "channels": Argument("list", optional=True, items=_CHANNEL),
 }
 
-COMMANDS: Final[Mapping[str, Command]] = {
-    "migrate": Command(
+COMMANDS: Final[Mapping[str, QmpCommand]] = {
+    "migrate": QmpCommand(
         signature={
             **_CHANNELS,
             "blk": _OPTIONAL_BOOL,
@@ -255,12 +259,14 @@ COMMANDS: Final[Mapping[str, Command]] = {
         },
         handler=migrate,
     ),
-    "migrate_cancel": Command(signature={}, handler=migrate_cancel),
-    "migrate-continue": Command(signature={"state": Argument("str", choices=STATUSES)}, handler=migrate_continue),
-    "migrate-incoming": Command(signature=_CHANNELS, handler=migrate_incoming),
-    "migrate-start-postcopy": Command(signature={}, handler=start_postcopy),
-    "migrate-pause": Command(signature={}, handler=migrate_pause),
-    "migrate-recover": Command(signature={"uri": _STR}, handler=migrate_recover),
-    "query-migrate": Command(signature={}, handler=query_migrate, returns=MIGRATION_INFO),
-    "x-trimig-settle": Command(signature={"owner": Argument("str", choices=("source", "destination"))}, handler=settle),
+    "migrate_cancel": QmpCommand(signature={}, handler=migrate_cancel),
+    "migrate-continue": QmpCommand(signature={"state": Argument("str", choices=STATUSES)}, handler=migrate_continue),
+    "migrate-incoming": QmpCommand(signature=_CHANNELS, handler=migrate_incoming),
+    "migrate-start-postcopy": QmpCommand(signature={}, handler=start_postcopy),
+    "migrate-pause": QmpCommand(signature={}, handler=migrate_pause),
+    "migrate-recover": QmpCommand(signature={"uri": _STR}, handler=migrate_recover),
+    "query-migrate": QmpCommand(signature={}, handler=query_migrate, returns=MIGRATION_INFO),
+    "x-trimig-settle": QmpCommand(
+        signature={"owner": Argument("str", choices=("source", "destination"))}, handler=settle
+    ),
 }

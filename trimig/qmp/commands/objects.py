@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ...config.objects import read_object
 from ...status import IDLE
 from ..arguments import Argument, check_value
+from ..command import QmpCommand
 from ..interface import CommandFailed, Session
-from ..machine import Command, Machine
 from .shapes import MAYBE_BOOL, MAYBE_STR, STR
+
+if TYPE_CHECKING:
+    from ..machine import Machine
 
 _ENDPOINT: Final = Argument("str", optional=True, choices=("client", "server"))
 _POLICY: Final = Argument("str", optional=True, choices=("allow", "deny"))
@@ -65,8 +68,8 @@ async def object_del(machine: Machine, arguments: Mapping[str, Any], session: Se
     return {}
 
 
-COMMANDS: Final[Mapping[str, Command]] = {
-    "object-add": Command(
+COMMANDS: Final[Mapping[str, QmpCommand]] = {
+    "object-add": QmpCommand(
         signature=None,
         handler=object_add,
         takes=Argument(
@@ -76,5 +79,5 @@ COMMANDS: Final[Mapping[str, Command]] = {
             variants=TYPES,
         ),
     ),
-    "object-del": Command(signature={"id": STR}, handler=object_del),
+    "object-del": QmpCommand(signature={"id": STR}, handler=object_del),
 }

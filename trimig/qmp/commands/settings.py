@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ...config.bitmaps import Mappings
 from ...config.capabilities import CAPABILITY_NAMES, Capabilities
@@ -14,8 +14,11 @@ from ...config.types import Choice, Flag, Kind, OrNone, Size, Text, Whole, Words
 from ...engine.destination.postcopy import obstacle
 from ...status import IDLE, Status, check_idle
 from ..arguments import Argument, check_value
+from ..command import QmpCommand
 from ..interface import CommandFailed, Session
-from ..machine import Command, Machine
+
+if TYPE_CHECKING:
+    from ..machine import Machine
 
 log: Final = logging.getLogger("trimig.qmp")
 
@@ -140,17 +143,17 @@ _CAPABILITY: Final = Argument(
 )
 _CAPABILITIES: Final = Argument("list", items=_CAPABILITY)
 
-COMMANDS: Final[Mapping[str, Command]] = {
-    "migrate-set-capabilities": Command(signature={"capabilities": _CAPABILITIES}, handler=set_capabilities),
-    "query-migrate-capabilities": Command(signature={}, handler=query_capabilities, returns=_CAPABILITIES),
-    "migrate-set-parameters": Command(
+COMMANDS: Final[Mapping[str, QmpCommand]] = {
+    "migrate-set-capabilities": QmpCommand(signature={"capabilities": _CAPABILITIES}, handler=set_capabilities),
+    "query-migrate-capabilities": QmpCommand(signature={}, handler=query_capabilities, returns=_CAPABILITIES),
+    "migrate-set-parameters": QmpCommand(
         signature=None, handler=set_parameters, takes=Argument("object", members=_PARAMETERS)
     ),
-    "query-migrate-parameters": Command(
+    "query-migrate-parameters": QmpCommand(
         signature={}, handler=query_parameters, returns=Argument("object", members=_PARAMETERS)
     ),
-    "migrate_set_speed": Command(signature={"value": Argument("int")}, handler=set_speed),
-    "migrate_set_downtime": Command(signature={"value": Argument("number")}, handler=set_downtime),
-    "migrate-set-cache-size": Command(signature={"value": Argument("int")}, handler=set_cache_size),
-    "query-migrate-cache-size": Command(signature={}, handler=query_cache_size, returns=Argument("int")),
+    "migrate_set_speed": QmpCommand(signature={"value": Argument("int")}, handler=set_speed),
+    "migrate_set_downtime": QmpCommand(signature={"value": Argument("number")}, handler=set_downtime),
+    "migrate-set-cache-size": QmpCommand(signature={"value": Argument("int")}, handler=set_cache_size),
+    "query-migrate-cache-size": QmpCommand(signature={}, handler=query_cache_size, returns=Argument("int")),
 }

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ...status import IDLE, Status
 from ..arguments import Argument, check, check_value
+from ..command import QmpCommand
 from ..interface import CommandFailed, Session
-from ..machine import Command, Machine
 from .shapes import STR
 
 if TYPE_CHECKING:
     from ...monitor.monitor import Monitor
+    from ..machine import Machine
 
 #: QEMU's types of instances, and what else names one. A trimig has the last only.
 _INSTANCES: Final[Mapping[str, Mapping[str, Argument]]] = {
@@ -61,10 +62,10 @@ async def yank(machine: Machine, arguments: Mapping[str, Any], session: Session)
     return {}
 
 
-COMMANDS: Final[Mapping[str, Command]] = {
-    "yank": Command(
+COMMANDS: Final[Mapping[str, QmpCommand]] = {
+    "yank": QmpCommand(
         signature={"instances": Argument("list", items=_INSTANCE)},
         handler=yank,
     ),
-    "query-yank": Command(signature={}, handler=query_yank, returns=Argument("list", items=_INSTANCE)),
+    "query-yank": QmpCommand(signature={}, handler=query_yank, returns=Argument("list", items=_INSTANCE)),
 }

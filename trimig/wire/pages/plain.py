@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ...errors import RemoteProtocolError
 from ...guest import PAGE_SIZE
 from ..constants import RamFlag
-from ..events import Event, PageRun, RamEnd, RamList, ZeroRun
+from ..events import Element, PageRun, RamEnd, RamList, ZeroRun
 from ..refusals import Unsupported
 from .mixed import read_mixed
 from .size import PageSizes, wrong_page_size
@@ -57,7 +57,7 @@ class RecordReader:
 
     def __init__(self, *, reorder: bool = False) -> None:
         self._reorder = reorder
-        self._queued: Event | None = None
+        self._queued: Element | None = None
         self._blocks: dict[str, int] = {}
         self._block: str | None = None
         self._run_next = 0
@@ -104,7 +104,7 @@ class RecordReader:
         max_ram_bytes: int,
         *,
         final: bool = True,
-    ) -> tuple[Event | None, int]:
+    ) -> tuple[Element | None, int]:
         """The next event from ``array[pos:end]``, which stands at stream *offset*, and how many bytes it used.
 
         ``(None, 0)``: not enough bytes. *final*: no more will come.
@@ -127,7 +127,7 @@ class RecordReader:
 
     def _read(
         self, array: NDArray[np.uint8], pos: int, end: int, offset: int, max_ram_bytes: int
-    ) -> tuple[Event | None, int]:
+    ) -> tuple[Element | None, int]:
         if self._queued is not None:
             event, self._queued = self._queued, None
             return event, 0
@@ -160,7 +160,7 @@ class RecordReader:
             return self._size_list(array, pos, have, offset, word & ~_FLAGS, max_ram_bytes)
         raise self._refuse(word, offset)
 
-    def _alternating(self, array: NDArray[np.uint8], pos: int, end: int, offset: int) -> tuple[Event, int] | None:
+    def _alternating(self, array: NDArray[np.uint8], pos: int, end: int, offset: int) -> tuple[Element, int] | None:
         """The records ahead, if they change their kind often; None if a run is ahead, or might be."""
         # A few words tell: a long run has the same flags one record on, and again a few records on.
         size = _RECORD if array[pos + 7] == _PAGE_AGAIN else _ZERO_RECORD
@@ -223,7 +223,7 @@ class RecordReader:
             look = min(count, look * 8)
         return (words & ~np.uint64(_FLAGS)).astype(np.int64)
 
-    def _page_run(self, array: NDArray[np.uint8], pos: int, have: int, offset: int) -> tuple[Event | None, int]:
+    def _page_run(self, array: NDArray[np.uint8], pos: int, have: int, offset: int) -> tuple[Element | None, int]:
         count = have // _RECORD
         if count == 0:
             return None, 0
@@ -239,7 +239,7 @@ class RecordReader:
         self._run_next = last + PAGE_SIZE
         return PageRun(block=self._block, named=False, offsets=offsets, data=data, at=offset), count * _RECORD
 
-    def _zero_run(self, array: NDArray[np.uint8], pos: int, have: int, offset: int) -> tuple[Event | None, int]:
+    def _zero_run(self, array: NDArray[np.uint8], pos: int, have: int, offset: int) -> tuple[Element | None, int]:
         count = have // _ZERO_RECORD
         if count == 0:
             return None, 0
@@ -253,7 +253,7 @@ class RecordReader:
 
     def _named(
         self, array: NDArray[np.uint8], pos: int, have: int, offset: int, word: int, kind: RamFlag
-    ) -> tuple[Event | None, int]:
+    ) -> tuple[Element | None, int]:
         if have < 9:
             return None, 0
         head = 9 + int(array[pos + 8])  # as an int: with the array's own type the sum would wrap at 256
@@ -282,7 +282,7 @@ class RecordReader:
 
     def _size_list(
         self, array: NDArray[np.uint8], pos: int, have: int, offset: int, total: int, max_ram_bytes: int
-    ) -> tuple[Event | None, int]:
+    ) -> tuple[Element | None, int]:
         if total > max_ram_bytes:
             raise RemoteProtocolError(
                 f"{total} bytes of RAM announced, at most {max_ram_bytes} are accepted", offset=offset, section="ram"

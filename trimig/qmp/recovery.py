@@ -1,0 +1,44 @@
+"""A destination whose postcopy is paused listens for its source again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from ..errors import TransportFailed
+
+if TYPE_CHECKING:
+    from ..monitor.monitor import Monitor
+    from ..monitor.statistics import Event
+
+#: Seconds until a destination that is to listen again does, or says why not.
+_LISTEN_SECONDS: Final = 5.0
+
+
+async def listen_again(monitor: Monitor, uri: str) -> None:
+    """Listen at *uri* for the source of a paused postcopy; returns when somebody can connect there.
+
+    Raises:
+        StateError: nothing is paused, or that was asked for already.
+        TrimigError: nobody can.
+
+    **Cancellation:** it goes on in the background.
+    """
+    heard: list[Event] = []
+    told = trio.Event()
+
+    def hear(event: Event) -> None:
+        if event.name in ("LISTENING", "RECOVERY_FAILED"):
+            heard.append(event)
+            told.set()
+
+    forget = monitor.add_listener(hear)
+    try:
+        monitor.recover(uri)
+        with trio.move_on_after(_LISTEN_SECONDS):
+            await told.wait()
+    finally:
+        forget()
+    if heard and heard[0].name == "RECOVERY_FAILED":
+        raise TransportFailed(str(heard[0].data["reason"]))
