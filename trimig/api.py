@@ -158,7 +158,7 @@ class _Caller:
 
     def connections(self) -> Connections:
         """What the engine calls."""
-        several = isinstance(self._to, str) and transport.several(self._to)
+        several = isinstance(self._to, str) and transport.multiple_channels(self._to)
         return Connections(first=self._first, again=self._again, beside=self._beside if several else None)
 
     async def _first(self) -> AnyStream:
@@ -190,7 +190,7 @@ class _Acceptor:
 
     def connections(self) -> Connections:
         """What the engine calls."""
-        several = isinstance(self._at, str) and transport.several(self._at)
+        several = isinstance(self._at, str) and transport.multiple_channels(self._at)
         return Connections(first=self._first, again=self._again, entrance=self._open if several else None)
 
     async def _first(self) -> AnyStream:

@@ -16,7 +16,7 @@ import trio
 from click.testing import CliRunner, Result
 
 import trimig
-from trimig.cli import Frame, main, options, runner, tasks
+from trimig.cli import Group, main, options, runner, tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,7 +45,7 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> list[trimig.Config]:
 
         return runner.run(job, as_json=as_json)
 
-    monkeypatch.setattr(Frame, "get_command", lambda self, ctx, name: demo if name == "demo" else None)
+    monkeypatch.setattr(Group, "get_command", lambda self, ctx, name: demo if name == "demo" else None)
     return seen
 
 

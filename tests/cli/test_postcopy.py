@@ -22,7 +22,7 @@ from tests.cli.test_parked import LIMIT, LISTEN, first_line, saved, started, tex
 from tests.guests.test_parked import check, devices
 from trimig.cli.errors import error_record
 from trimig.cli.exit_codes import INCOMPLETE
-from trimig.cli.postcopy import Insistence, recovering
+from trimig.cli.postcopy import PostcopyInterrupts, recovering
 from trimig.errors import Ownership
 from trimig.status import IN_POSTCOPY
 from trimig.stream import read_record
@@ -281,22 +281,22 @@ async def test_a_receiver_that_is_told_twice_keeps_its_half(large: Path, tmp_pat
 # -- the parts ---------------------------------------------------------------------------------------------------------
 
 
-def in_status(status: trimig.Status) -> tuple[Insistence, list[str]]:
+def in_status(status: trimig.Status) -> tuple[PostcopyInterrupts, list[str]]:
     given_up: list[str] = []
-    return Insistence(lambda: status, functools.partial(given_up.append, "given up")), given_up
+    return PostcopyInterrupts(lambda: status, functools.partial(given_up.append, "given up")), given_up
 
 
 @pytest.mark.parametrize("status", list(trimig.Status))
 def test_only_behind_the_switch_a_signal_has_to_insist(status: trimig.Status) -> None:
-    insistence, given_up = in_status(status)
+    interrupts, given_up = in_status(status)
     if status not in IN_POSTCOPY:
-        assert insistence.judge() is None
+        assert interrupts.decide() is None
         return
-    first = insistence.judge()
+    first = interrupts.decide()
     assert first is not None
     assert not first[1]
     assert not given_up
-    second = insistence.judge()
+    second = interrupts.decide()
     assert second is not None
     assert second[1]
     assert given_up == ["given up"]

@@ -161,7 +161,7 @@ async def test_end_cancels_the_migration_and_leaves_the_guest_paused(
         assert await talk.state() == "shutdown"
         for name, arguments in (("migrate", {"uri": "tcp:127.0.0.1:1"}), ("cont", {})):
             assert "ending" in await talk.refused(name, arguments)
-        await talk.machine.wind_up("quit")
+        await talk.machine.shutdown("quit")
         assert not talk.guest.running
         assert talk.names() == ["setup", "SHUTDOWN", "cancelling", "cancelled", "STOP"]
         assert talk.events[1]["data"] == {"guest": False, "reason": "host-qmp-quit"}
@@ -180,7 +180,7 @@ async def test_end_waits_for_a_decision_that_was_sent(tmp_path: Path) -> None:
         await source.say("migrate", {"uri": uri})
         await source.until(Status.HANDOVER)
         assert "too late to cancel" in await source.refused("migrate_cancel")
-        await source.machine.wind_up("quit")
+        await source.machine.shutdown("quit")
         assert source.machine.outgoing.status is Status.COMPLETED
         assert destination.guest.running
         assert not source.guest.running

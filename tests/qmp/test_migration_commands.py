@@ -167,7 +167,7 @@ async def test_cancel_in_each_status(
         # Again, and this time to the end; all counters begin anew (F7).
         monkeypatch.undo()
         while not destination.machine.incoming.addresses:
-            if destination.machine.arrival == "failed":
+            if destination.machine.incoming_state == "failed":
                 await destination.say("migrate-incoming", {"uri": uri})
             await trio.sleep(0.001)
         await source.capabilities(pause_before_switchover=False)

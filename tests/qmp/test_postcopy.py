@@ -192,7 +192,7 @@ async def test_end_of_a_machine_in_a_paused_postcopy(tmp_path: Path, side: str) 
         talk = source if side == "source" else destination
         monitor = talk.machine.outgoing if side == "source" else talk.machine.incoming
         with trio.fail_after(10):
-            await talk.machine.wind_up("the test ends it")
+            await talk.machine.shutdown("the test ends it")
         assert monitor.status is Status.POSTCOPY_LOST
         assert monitor.owner is Ownership.DESTINATION
         assert not source.guest.running

@@ -57,7 +57,7 @@ GROUPS: Final = {
 }  # fmt: skip
 
 
-class Frame(click.Group):
+class Group(click.Group):
     """Imports commands on demand, and ends the process with the exit codes of the help text."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -134,7 +134,7 @@ class Frame(click.Group):
 
 
 @click.group(
-    cls=Frame,
+    cls=Group,
     name="trimig",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=SENTENCE,

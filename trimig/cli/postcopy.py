@@ -31,14 +31,14 @@ _RECOVERY: Final = 60.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class PostcopySchedule:
     """When to switch to postcopy, and when to lose the connection on purpose; shares of the memory, 0 to 1."""
 
     after: float
     #: Of what is left at the switch; None for never.
     cut_after: float | None = None
 
-    async def follow(self, monitor: Monitor) -> None:
+    async def run(self, monitor: Monitor) -> None:
         """Do it, once each, while *monitor*'s migration goes on.
 
         **Cancellation:** nothing more is done.
@@ -68,10 +68,10 @@ class Plan:
                 return
 
 
-class Insistence:
+class PostcopyInterrupts:
     """Signals in postcopy: the first is refused, because the guest needs the rest of its memory; the second gives it up.
 
-    :meth:`judge` is for :func:`trimig.cli.runner.run`.
+    :meth:`decide` is for :func:`trimig.cli.runner.run`.
     """
 
     def __init__(self, statuses: Callable[[], Status], give_up: Callable[[], None]) -> None:
@@ -94,7 +94,7 @@ class Insistence:
             return HandoverUncertain("it was ended before the answer came: either side may have the guest")
         return None
 
-    def judge(self) -> tuple[str, bool] | None:
+    def decide(self) -> tuple[str, bool] | None:
         """What is said, and whether the signal is followed; None before the switch and after the end."""
         if self._status() not in IN_POSTCOPY:
             return None

@@ -40,7 +40,7 @@ def run(
     as_json: bool = False,
     interrupt: Callable[[str], None] | None = None,
     doing: Callable[[], str] = lambda: "ending",
-    judge: Callable[[], tuple[str, bool] | None] | None = None,
+    decide: Callable[[], tuple[str, bool] | None] | None = None,
     truth: Callable[[], TrimigError | None] = lambda: None,
 ) -> int:
     """Run *job* in trio and return the exit code: the one it returns, or 130 if a signal cancelled it.
@@ -53,13 +53,13 @@ def run(
         interrupt: called with the name of the first signal instead, for a job that has to ask others to stop; the
             exit code is then what the job returns.
         doing: asked upon the first signal what it leads to, in words.
-        judge: asked at each signal until one is followed: what is said, and whether it is followed; None for
+        decide: asked at each signal until one is followed: what is said, and whether it is followed; None for
             *doing*.
         truth: asked when a signal has cancelled the job: the error that says what became of the guest, where that is not
             as it was.
     """
     life = signals.current()
-    call = functools.partial(_run, job, life, as_json, interrupt, doing, judge, truth)
+    call = functools.partial(_run, job, life, as_json, interrupt, doing, decide, truth)
     life.hold()
     return trio.run(call, strict_exception_groups=True)
 
@@ -70,7 +70,7 @@ async def _run(
     as_json: bool,
     interrupt: Callable[[str], None] | None,
     doing: Callable[[], str],
-    judge: Callable[[], tuple[str, bool] | None] | None,
+    decide: Callable[[], tuple[str, bool] | None] | None,
     truth: Callable[[], TrimigError | None],
 ) -> int:
     with trio.open_signal_receiver(*life.numbers) as received:
@@ -82,7 +82,7 @@ async def _run(
             return None
 
         async def watch() -> None:
-            await _first_signal(received, interrupt or scope.cancel, doing, judge)
+            await _first_signal(received, interrupt or scope.cancel, doing, decide)
 
         life.watched()
         try:
@@ -103,13 +103,13 @@ async def _first_signal(
     signals: AsyncIterator[int],
     cancel: Callable[[str], None],
     doing: Callable[[], str],
-    judge: Callable[[], tuple[str, bool] | None] | None,
+    decide: Callable[[], tuple[str, bool] | None] | None,
 ) -> None:
     asked = False
     async for number in signals:
         name = signal.Signals(number).name
         if not asked:
-            text, asked = (judge() if judge is not None else None) or (doing(), True)
+            text, asked = (decide() if decide is not None else None) or (doing(), True)
             say(f"{name}: {text}")
             if asked:
                 cancel(name)

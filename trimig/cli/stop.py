@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from trimig.monitor import Monitor
 
 
-class Stop:
+class StopRequest:
     """Asked for once, by a signal or a time limit; give :meth:`ask` to :func:`trimig.cli.runner.run` as *interrupt*."""
 
     def __init__(self) -> None:

@@ -85,12 +85,12 @@ class Machine:
         self.incoming = Monitor()
         #: ``deferred`` until an address is given, then ``active``; ``failed`` may be tried again; ``none``: it never
         #: was asked to wait, or the guest has come.
-        self.arrival = "deferred" if waiting else "none"
+        self.incoming_state = "deferred" if waiting else "none"
         #: Why the last ``migrate`` failed before it had begun; None if it began.
-        self.stillborn: str | None = None
+        self.start_error: str | None = None
         self.uncertain: HandoverUncertain | None = None
         #: The same where the guest has come from a QEMU that may have taken it back.
-        self.uncertain_arrival: HandoverUncertain | None = None
+        self.uncertain_incoming: HandoverUncertain | None = None
         self.summary: Summary | None = None
         #: Measurements of the dirty rate.
         self.measurer = Measurer(nursery)
@@ -104,7 +104,7 @@ class Machine:
         self._told: str | None = None
         self._resumed = False  # an arrived guest runs, and clients have not been told
         self._jobs = Jobs(nursery)
-        self._departing = False
+        self._outgoing_started = False
         self._resuming = 0
         self._shutting_down = False
         self.outgoing.add_listener(self._guard_switchover)
@@ -201,11 +201,11 @@ class Machine:
             self._shutting_down = True
             self.emit("SHUTDOWN", guest=False, reason=reason)
 
-    def end_soon(self) -> None:
+    def quit_after_reply(self) -> None:
         """End when the answer to the present command has been written, or when nobody has read it for a second."""
-        self._nursery.start_soon(self._end_soon, name="trimig.qmp.quit")
+        self._nursery.start_soon(self._quit_after_reply, name="trimig.qmp.quit")
 
-    async def _end_soon(self) -> None:
+    async def _quit_after_reply(self) -> None:
         with trio.move_on_after(_LAST_WORD_SECONDS):
             await self.ended.wait()
         self.ended.set()
@@ -215,14 +215,14 @@ class Machine:
     @property
     def busy(self) -> bool:
         """An outgoing migration is under way, or its outcome is not settled."""
-        return self._departing or self.outgoing.status not in IDLE
+        return self._outgoing_started or self.outgoing.status not in IDLE
 
     @property
     def waiting(self) -> bool:
         """The guest has not come yet."""
         status = self.incoming.status
         there = status in IN_POSTCOPY or status in (Status.COMPLETED, Status.POSTCOPY_LOST, Status.UNCERTAIN)
-        return self.arrival != "none" and not there
+        return self.incoming_state != "none" and not there
 
     @property
     def gone(self) -> bool:
@@ -245,7 +245,7 @@ class Machine:
             return "postmigrate"
         return "prelaunch" if state == "inmigrate" else state
 
-    def check_ours(self) -> None:
+    def check_owned_here(self) -> None:
         """Refuse to let the guest run where it must not.
 
         Raises:
@@ -299,7 +299,7 @@ class Machine:
         if self.waiting:
             self._start_on_arrival(True)
             return
-        self.check_ours()
+        self.check_owned_here()
         if self.guest.run_state == "running":
             return
         self._resuming += 1
@@ -323,38 +323,38 @@ class Machine:
 
     # -- migrations ------------------------------------------------------------------------------------------------
 
-    def end_at_once(self, reason: str) -> None:
+    def record_failed_start(self, reason: str) -> None:
         """An attempt that could not begin: it has failed, and the events tell of a whole short life, as QEMU's do.
 
         Args:
             reason: for ``error-desc``; empty for none.
         """
-        self.stillborn = reason
+        self.start_error = reason
         self.summary = None
         self._told = "failed"
         if self.config.capabilities.events:
             self.emit("MIGRATION", status="setup")
             self.emit("MIGRATION", status="failed")
 
-    async def depart(self, uri: str, leave: Callable[[], None] = lambda: None) -> None:
-        """Migrate to *uri* in the background; returns when that has begun. *leave* is called at its end, whatever it is.
+    async def start_outgoing(self, uri: str, on_done: Callable[[], None] = lambda: None) -> None:
+        """Migrate to *uri* in the background; returns when that has begun. *on_done* is called at its end, whatever it is.
 
         Raises:
             TrimigError: it could not even begin; nothing was changed.
 
         **Cancellation:** it goes on in the background.
         """
-        self._departing = True  # until it is its turn nobody else may begin
+        self._outgoing_started = True  # until it is its turn nobody else may begin
         await self.measurer.end()
-        await self._jobs.start(functools.partial(self._depart, uri, leave), "trimig.qmp.migrate")
+        await self._jobs.start(functools.partial(self._run_outgoing, uri, on_done), "trimig.qmp.migrate")
 
-    async def _depart(self, uri: str, leave: Callable[[], None], job: Job) -> None:
-        def heard(event: Event) -> None:
+    async def _run_outgoing(self, uri: str, on_done: Callable[[], None], job: Job) -> None:
+        def on_event(event: Event) -> None:
             if event.name == "MIGRATION" and not job.begun:
-                self.stillborn = self.uncertain = self.summary = None
+                self.start_error = self.uncertain = self.summary = None
                 job.begin()
 
-        forget = self.outgoing.add_listener(heard)
+        forget = self.outgoing.add_listener(on_event)
         try:
             commit = None if self._commit is None else functools.partial(self._commit, uri)
             self.summary = await api.migrate(self.guest, uri, self.config, monitor=self.outgoing, commit=commit)
@@ -368,53 +368,53 @@ class Machine:
                 job.refusal = error
         finally:
             forget()
-            leave()
-            self._departing = False
+            on_done()
+            self._outgoing_started = False
 
-    async def arrive(self, uri: str, leave: Callable[[], None] = lambda: None) -> None:
-        """Wait at *uri* for the guest. Returns when somebody can connect there. *leave* is called when it is over.
+    async def start_incoming(self, uri: str, on_done: Callable[[], None] = lambda: None) -> None:
+        """Wait at *uri* for the guest. Returns when somebody can connect there. *on_done* is called when it is over.
 
         Raises:
             TrimigError: nobody can, or what came was at once found to be no guest.
 
         **Cancellation:** it goes on in the background.
         """
-        self.arrival = "active"
-        await self._jobs.start(functools.partial(self._arrive, uri, leave), "trimig.qmp.receive")
+        self.incoming_state = "active"
+        await self._jobs.start(functools.partial(self._run_incoming, uri, on_done), "trimig.qmp.receive")
 
-    async def _arrive(self, uri: str, leave: Callable[[], None], job: Job) -> None:
-        def heard(event: Event) -> None:
+    async def _run_incoming(self, uri: str, on_done: Callable[[], None], job: Job) -> None:
+        def on_event(event: Event) -> None:
             if event.name == "LISTENING":
                 job.begin()
 
-        forget = self.incoming.add_listener(heard)
+        forget = self.incoming.add_listener(on_event)
         try:
             self.summary = await api.receive(self.guest, uri, self.config, monitor=self.incoming)
         except HandoverUncertain as error:
-            self.arrival, self.uncertain_arrival = (
+            self.incoming_state, self.uncertain_incoming = (
                 "none",
                 error,
             )  # the guest has come, and perhaps its source has it, too
             log.error("%s", error)
         except PostcopyLost as error:
-            self.arrival = "none"  # the guest has come, and stands still
+            self.incoming_state = "none"  # the guest has come, and stands still
             log.error("%s", error)
         except TrimigError as error:
-            self.arrival = "failed"
+            self.incoming_state = "failed"
             log.warning("nothing has arrived: %s; nothing listens here until migrate-incoming gives an address", error)
             job.refusal = error
         else:
-            self.arrival = "none"
+            self.incoming_state = "none"
         finally:
             forget()
-            leave()
+            on_done()
 
-    def arrival_asked(self) -> None:
+    def announce_incoming(self) -> None:
         """Somebody has given an address for the arrival, be it a good one or not: QEMU says so, asked for or not."""
         self._told = "setup"
         self.emit("MIGRATION", status="setup")
 
-    async def wind_up(self, reason: str) -> None:
+    async def shutdown(self, reason: str) -> None:
         """Cancel what can be cancelled, wait for what cannot, and leave the guest paused.
 
         Each of these is bounded: by ``teardown_grace``, or by ``handover_timeout``.
@@ -452,8 +452,8 @@ class Machine:
                 await self._jobs.wait()
         if self.uncertain is not None and self.outgoing.status is Status.UNCERTAIN:
             await self.uncertain.settle(owner)
-        elif self.uncertain_arrival is not None and self.incoming.status is Status.UNCERTAIN:
-            await self.uncertain_arrival.settle(owner)
+        elif self.uncertain_incoming is not None and self.incoming.status is Status.UNCERTAIN:
+            await self.uncertain_incoming.settle(owner)
         else:
             raise StateError("nothing is to be settled: it is certain which side owns the guest")
 
@@ -462,10 +462,10 @@ class Machine:
         info = dict(self.incoming.info())
         if self.incoming.status is Status.SETUP:
             del info["status"]  # where QEMU listens, it says where, and nothing more
-        if self.stillborn is not None:
+        if self.start_error is not None:
             info.update(status="failed", owner=Ownership.SOURCE.value)
-            if self.stillborn:
-                info["error-desc"] = self.stillborn
+            if self.start_error:
+                info["error-desc"] = self.start_error
         else:
             info.update(self.outgoing.info())
         if reasons := blockers.reasons(self.guest):

@@ -15,7 +15,7 @@ laid over what the two functions give. It may have four more names::
     def parse(rest: str) -> object   # raises ConfigError for what it cannot understand, and looks at nothing else
     def host(rest: str) -> str       # the name that a server there must have in its certificate
     SECURES_ITSELF = True            # it lays TLS over itself, or has none: it looks at tls-creds alone
-    SEVERAL = True                   # there can be several connections to one address at a time
+    MULTIPLE_CHANNELS = True                   # there can be several connections to one address at a time
 
 Modules with an underscore in front are what several of them share.
 """
@@ -57,7 +57,7 @@ class Listener(Protocol):
 
 @runtime_checkable
 class SharedListener(Listener, Protocol):
-    """A listener of a transport with ``SEVERAL``: what :meth:`Listener.accept` does, in its two halves.
+    """A listener of a transport with ``MULTIPLE_CHANNELS``: what :meth:`Listener.accept` does, in its two halves.
 
     So several connections can be in their opening handshakes at a time, see :class:`trimig.channel.lobby.Entrance`.
     """
@@ -153,14 +153,14 @@ async def connect(uri: str, config: Config | None = None) -> trio.abc.Stream | t
     return await _tls.secure(await transport.connect(rest, config), credentials, uri, name)
 
 
-def several(uri: str) -> bool:
+def multiple_channels(uri: str) -> bool:
     """There can be several connections to *uri* at a time.
 
     Raises:
         ConfigError: as :func:`check`.
     """
     transport, _ = _find(uri)
-    return bool(getattr(transport, "SEVERAL", False))
+    return bool(getattr(transport, "MULTIPLE_CHANNELS", False))
 
 
 def _wants_tls(transport: _Transport, config: Config) -> bool:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("trimig.transport")
 
 #: There can be several connections to one address at a time.
-SEVERAL = True
+MULTIPLE_CHANNELS = True
 
 #: How often a free port is looked for that is free on every address of a name.
 _PORT_TRIES: Final = 20

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..config.config import Config
 
 #: There can be several connections to one address at a time.
-SEVERAL = True
+MULTIPLE_CHANNELS = True
 #: sizeof(sockaddr_un.sun_path) on Linux, the terminator included.
 _MAX_PATH = 108
 

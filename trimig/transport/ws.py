@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 #: There is a scheme for TLS; laying it over the messages would be of no use to anybody.
 SECURES_ITSELF = True
 #: There can be several connections to one address at a time.
-SEVERAL = True
+MULTIPLE_CHANNELS = True
 
 
 def parse(rest: str) -> Address:

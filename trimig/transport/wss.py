@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: TLS lies below the websocket, not above it.
 SECURES_ITSELF = True
 #: There can be several connections to one address at a time.
-SEVERAL = True
+MULTIPLE_CHANNELS = True
 
 
 def parse(rest: str) -> Address:

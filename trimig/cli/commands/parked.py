@@ -51,9 +51,9 @@ def receive(uri: str, file: Path, force: bool, recover_for: float | None, config
     _check_target(file, force=force)
     monitor = trimig.Monitor()
     job = functools.partial(_receive, uri, file, force, config, as_json, monitor)
-    truth = functools.partial(postcopy.Insistence.truth, monitor)
+    truth = functools.partial(postcopy.PostcopyInterrupts.truth, monitor)
     doing = functools.partial(words_for, monitor, file)
-    return run(job, as_json=as_json, doing=doing, judge=postcopy.Insistence.of(monitor).judge, truth=truth)
+    return run(job, as_json=as_json, doing=doing, decide=postcopy.PostcopyInterrupts.of(monitor).decide, truth=truth)
 
 
 def _check_target(file: Path, *, force: bool) -> None:
@@ -189,7 +189,7 @@ def send(
     --postcopy turns the capability postcopy-ram on, which the destination must have too.
     """
     postcopy.refuse_pause(config, "send")
-    plan = None if postcopy_after is None else postcopy.Plan(after=postcopy_after)
+    schedule = None if postcopy_after is None else postcopy.PostcopySchedule(after=postcopy_after)
     config = postcopy.recovering(config, recover_for)
     _check_elsewhere(file, *transport.check(uri))
     with stream.locked(file):
@@ -202,10 +202,12 @@ def send(
                 raise trimig.NotOwner(f"{handed}; --force sends it again, and there may be two of this guest then")
             say(f"warning: {handed}; it is sent again, so there may be two of this guest")
         monitor = trimig.Monitor()
-        job = functools.partial(_send, file, uri, record, config, plan, as_json, monitor)
-        truth = functools.partial(postcopy.Insistence.truth, monitor)
+        job = functools.partial(_send, file, uri, record, config, schedule, as_json, monitor)
+        truth = functools.partial(postcopy.PostcopyInterrupts.truth, monitor)
         doing = functools.partial(words_for, monitor, file)
-        return run(job, as_json=as_json, doing=doing, judge=postcopy.Insistence.of(monitor).judge, truth=truth)
+        return run(
+            job, as_json=as_json, doing=doing, decide=postcopy.PostcopyInterrupts.of(monitor).decide, truth=truth
+        )
 
 
 def _check_elsewhere(file: Path, scheme: str, rest: str) -> None:
@@ -234,7 +236,7 @@ async def _send(
     uri: str,
     before: stream.OwnerRecord | None,
     config: trimig.Config,
-    plan: postcopy.Plan | None,
+    schedule: postcopy.PostcopySchedule | None,
     as_json: bool,
     monitor: trimig.Monitor,
 ) -> int:
@@ -254,7 +256,9 @@ async def _send(
         )
         try:
             steered = (
-                call if plan is None else functools.partial(alongside, call, functools.partial(plan.follow, monitor))
+                call
+                if schedule is None
+                else functools.partial(alongside, call, functools.partial(schedule.run, monitor))
             )
             summary = await watched(steered, monitor, view)
             sent = True

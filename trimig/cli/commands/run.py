@@ -164,7 +164,7 @@ class _Host:
                 for address in controls:
                     self._listening(await nursery.start(qmp.serve_websocket, machine, address), "control")
                 if incoming is not None and incoming != DEFER:
-                    await machine.arrive(incoming)
+                    await machine.start_incoming(incoming)
                 self._machine = machine
                 await self._until_the_end(machine, guest)
                 nursery.cancel_scope.cancel("the machine has ended")
@@ -173,7 +173,7 @@ class _Host:
     async def _until_the_end(self, machine: qmp.Machine, guest: trimig.Guest) -> None:
         try:
             await machine.ended.wait()
-            await machine.wind_up(f"the process ends ({self._signal or 'quit'})")
+            await machine.shutdown(f"the process ends ({self._signal or 'quit'})")
         finally:
             machine.close()
         if (other := _other_side(machine)) is not None:

@@ -28,7 +28,7 @@ from ..picture import Picture
 from ..runner import run
 from . import figures
 from .host import pack_config
-from .process import HostProcess, Message, adopting
+from .process import HostProcess, Message, reap_descendants
 
 #: Seconds beyond the limits of the migration itself that a host may take to report after something went wrong.
 _PATIENCE: Final = 10.0
@@ -51,7 +51,7 @@ class Options:
     dirty_rate: int
     hops: int
     config: trimig.Config
-    #: Shares, see :class:`trimig.cli.postcopy.Plan`; None for no postcopy, and for no cut.
+    #: Shares, see :class:`trimig.cli.postcopy.PostcopySchedule`; None for no postcopy, and for no cut.
     postcopy_after: float | None = None
     cut_after: float | None = None
 
@@ -67,7 +67,7 @@ class Demo:
         self._pending: set[HostProcess] = set()
         self._interrupted = False
         self._status = trimig.Status.NONE
-        self.insistence = postcopy.Insistence(lambda: self._status, lambda: None)
+        self.interrupts = postcopy.PostcopyInterrupts(lambda: self._status, lambda: None)
         self._started = False
         self._migrating = False
         self._deaths: list[str] = []
@@ -76,7 +76,7 @@ class Demo:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(adopting())
+            stack.enter_context(reap_descendants())
             for _ in range(2):
                 host = HostProcess()
                 stack.callback(host.close)
@@ -116,7 +116,7 @@ class Demo:
 
     async def _outcome(self) -> tuple[int, Message]:
         try:
-            proof = await self._play()
+            proof = await self._run_hops()
         except Interrupted:
             code = self._code(CANCELLED)
             return code, await self._after("cancelled by a signal", code)
@@ -142,7 +142,7 @@ class Demo:
 
     # -- the play ----------------------------------------------------------------------------------------------------
 
-    async def _play(self) -> Message:
+    async def _run_hops(self) -> Message:
         options = self._options
         self._view.note(
             f"hosts {self.pids[0]} and {self.pids[1]}; a guest of {formats.size(options.size)} writes "
@@ -206,7 +206,7 @@ class Demo:
                     scope.deadline = trio.current_time() + patience
         for host in self._pending:
             self._deaths.append(f"host {host.pid} did not answer for {formats.duration(patience)} and was killed")
-            host.bury()
+            host.kill_and_reap()
         if self._interrupted:
             raise Interrupted
         if self._deaths or trouble:
@@ -263,7 +263,7 @@ class Demo:
                 await other.ask("peer-ended")
                 return f"host {host.pid}: {message['error']}"
             case "gone":
-                self._deaths.append(f"host {host.pid} ({self._role(host)}) {host.bury()}")
+                self._deaths.append(f"host {host.pid} ({self._role(host)}) {host.kill_and_reap()}")
                 self._pending.discard(host)
                 await other.ask("peer-ended")
         return None
@@ -465,15 +465,15 @@ def demo(
     config = dataclasses.replace(config, parameters=config.parameters.replace(**changes))
     when = {"postcopy_after": postcopy_after, "cut_after": cut_after}
     options = Options(size=size, hot=hot, dirty_rate=dirty_rate, hops=hops, config=config, **when)
-    with display.open_view(as_json=as_json) as view, Demo(options, view) as stage:
+    with display.open_view(as_json=as_json) as view, Demo(options, view) as demo:
         results: list[Message] = []
 
         async def job() -> int:
-            code, result = await stage.run()
+            code, result = await demo.run()
             results.append(result)
             return code
 
-        code = run(job, as_json=as_json, interrupt=stage.interrupt, doing=stage.doing, judge=stage.insistence.judge)
+        code = run(job, as_json=as_json, interrupt=demo.interrupt, doing=demo.doing, decide=demo.interrupts.decide)
     return _tell(code, results[0], as_json=as_json)
 
 

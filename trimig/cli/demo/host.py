@@ -162,8 +162,8 @@ class Host:
         monitor = self._monitor = trimig.Monitor()
         migrate = functools.partial(trimig.migrate, self._guest, uri, _unpack_config(config), monitor=monitor)
         if postcopy_after is not None:
-            plan = postcopy.Plan(after=postcopy_after, cut_after=cut_after)
-            migrate = functools.partial(alongside, migrate, functools.partial(plan.follow, monitor))
+            schedule = postcopy.PostcopySchedule(after=postcopy_after, cut_after=cut_after)
+            migrate = functools.partial(alongside, migrate, functools.partial(schedule.run, monitor))
         recoveries = 0
 
         def count(event: trimig.Event) -> None:

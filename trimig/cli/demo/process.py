@@ -85,7 +85,7 @@ class HostProcess:
         self._gone.set()
         await inbox.send((self, {"event": "gone"}))
 
-    def bury(self) -> str:
+    def kill_and_reap(self) -> str:
         """Kill it if it is still there, reap it, and tell how it ended."""
         if self.ended is None:
             self._process.kill()
@@ -104,13 +104,13 @@ class HostProcess:
                 await self._gone.wait()
 
     def close(self) -> None:
-        """Leave nothing behind of it; what its own children were is dealt with by :func:`adopting`."""
-        self.bury()
+        """Leave nothing behind of it; what its own children were is dealt with by :func:`reap_descendants`."""
+        self.kill_and_reap()
         self._socket.close()
 
 
 @contextlib.contextmanager
-def adopting() -> Iterator[None]:
+def reap_descendants() -> Iterator[None]:
     """Whatever the processes leave behind that are started within becomes a child of this one, and is ended here.
 
     A worker dies with its host; but one that has just been started takes a moment until it has found out.

@@ -32,7 +32,7 @@ from .state import CANCEL_LIMIT, ENDED, Gone, Refused, Settings, State
 from .tracker import Tracker
 
 if TYPE_CHECKING:
-    from ..stop import Stop
+    from ..stop import StopRequest
     from .client import Remote
 
 #: Whole passes that are enough: the first copy, and what a chase looks like.
@@ -84,7 +84,7 @@ class _Measurement:
 
 
 async def dry_run(
-    remote: Remote, changes: Settings, present: Settings, seconds: float, stop: Stop, *, as_json: bool
+    remote: Remote, changes: Settings, present: Settings, seconds: float, stop: StopRequest, *, as_json: bool
 ) -> int:
     """Measure for at most *seconds*, put everything back, and tell what to expect; returns the exit code.
 
@@ -134,7 +134,7 @@ async def dry_run(
 
 
 async def _stream(
-    remote: Remote, seconds: float, goal: float, seen: _Measurement, stop: Stop, view: display.View
+    remote: Remote, seconds: float, goal: float, seen: _Measurement, stop: StopRequest, view: display.View
 ) -> None:
     async with _sink(remote) as (uri, serve):
 
@@ -198,7 +198,7 @@ async def _swallow(connection: trio.socket.SocketType) -> None:
 
 
 async def _measure(
-    remote: Remote, seconds: float, goal: float, seen: _Measurement, stop: Stop, view: display.View
+    remote: Remote, seconds: float, goal: float, seen: _Measurement, stop: StopRequest, view: display.View
 ) -> None:
     """Until enough passes were seen, or time is up, or it ended, or somebody wants it to stop."""
     hurried = not goal
@@ -317,7 +317,7 @@ async def _put_back(remote: Remote, settings: Settings, before: State) -> list[s
 # -- telling -----------------------------------------------------------------------------------------------------------
 
 
-def _tell(seen: _Measurement, settings: Settings, stop: Stop, before: State, as_json: bool) -> int:
+def _tell(seen: _Measurement, settings: Settings, stop: StopRequest, before: State, as_json: bool) -> int:
     if stop.asked and not seen.samples:
         if as_json:
             write_json({"error": f"stopped by {stop.reason}", "kind": "Cancelled", "exit_code": CANCELLED})

@@ -22,7 +22,7 @@ from ..options import PERCENT, SECONDS, debug_option, json_option
 from ..output import write_json
 from ..picture import EVERY
 from ..runner import run
-from ..stop import Stop
+from ..stop import StopRequest
 from .client import Remote, connected
 from .dry_run import dry_run
 from .options import qmp_option, read_settings, settings_options
@@ -99,7 +99,7 @@ def migrate(
     share = postcopy_after if postcopy_after is not None else (1.0 if postcopy else None)
     wait = wait or share is not None
     _check_usage(uri, share, wait=wait, timeout=timeout, resume=resume, dry=dry)
-    stop = Stop()
+    stop = StopRequest()
 
     async def begin(remote: Remote, present: Settings, changes: Settings) -> Tracker:
         assert uri is not None
@@ -171,7 +171,7 @@ class _MigrationWatch:
         self,
         view: display.View,
         tracker: Tracker,
-        stop: Stop,
+        stop: StopRequest,
         *,
         timeout: float | None = None,
         postcopy: float | None = None,
@@ -305,7 +305,7 @@ def _lost(address: str, last: str, error: Refused) -> trimig.HandoverUncertain:
     )
 
 
-def _outcome(state: State, address: str, uri: str, stop: Stop) -> tuple[int, str]:
+def _outcome(state: State, address: str, uri: str, stop: StopRequest) -> tuple[int, str]:
     """Exit code and sentence.
 
     Raises:

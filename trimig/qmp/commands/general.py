@@ -56,7 +56,7 @@ async def quit_(machine: Machine, arguments: Mapping[str, Any], session: Session
     """``quit``: the machine ends when the answer has been written."""
     machine.shut_down("host-qmp-quit")
     session.when_answered(machine.ended.set)
-    machine.end_soon()
+    machine.quit_after_reply()
     return {}
 
 

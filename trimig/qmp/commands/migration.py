@@ -32,7 +32,7 @@ async def migrate(machine: Machine, arguments: Mapping[str, Any], session: Sessi
     if arguments.get("resume"):
         return _resume(machine, uri)
     if machine.outgoing.status is Status.UNCERTAIN:
-        machine.check_ours()
+        machine.check_owned_here()
     if machine.busy:
         raise CommandFailed("There's a migration process in progress")
     if machine.waiting:
@@ -47,11 +47,11 @@ async def migrate(machine: Machine, arguments: Mapping[str, Any], session: Sessi
         )
     # An address that is wrong leaves the status `failed`, as in QEMU; an unknown scheme without a text.
     try:
-        to, leave = _resolve(machine, uri)
+        to, on_done = _resolve(machine, uri)
     except (ConfigError, CommandFailed) as error:
-        machine.end_at_once(str(error) if uri.partition(":")[0] in _KNOWN_SCHEMES else "")
+        machine.record_failed_start(str(error) if uri.partition(":")[0] in _KNOWN_SCHEMES else "")
         raise
-    await machine.depart(to, leave)
+    await machine.start_outgoing(to, on_done)
     return {}
 
 
@@ -154,12 +154,12 @@ def _check_member(given: Mapping[str, Any], name: str, choices: tuple[str, ...])
 async def migrate_incoming(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
     """``migrate-incoming``: once, or again after a failure."""
     uri = _uri(arguments)
-    if machine.arrival == "none":
+    if machine.incoming_state == "none":
         raise CommandFailed("'-incoming' was not specified on the command line")
-    if machine.arrival == "active":
+    if machine.incoming_state == "active":
         raise CommandFailed("The incoming migration has already been started")
-    machine.arrival_asked()
-    await machine.arrive(*_resolve(machine, uri))
+    machine.announce_incoming()
+    await machine.start_incoming(*_resolve(machine, uri))
     return {}
 
 
@@ -173,7 +173,7 @@ async def migrate_continue(machine: Machine, arguments: Mapping[str, Any], sessi
     """``migrate-continue``: out of pre-switchover."""
     status = machine.outgoing.status
     if status is not Status.PRE_SWITCHOVER or arguments["state"] != status.qmp:
-        shown = status.qmp if machine.stillborn is None else "failed"
+        shown = status.qmp if machine.start_error is None else "failed"
         raise CommandFailed(f"Migration not in expected state: {shown}")
     machine.outgoing.resume()
     return {}
@@ -199,7 +199,7 @@ async def start_postcopy(machine: Machine, arguments: Mapping[str, Any], session
         raise CommandFailed("Enable postcopy with migrate_set_capability before the start of migration")
     if machine.outgoing.status is not Status.NONE:
         machine.outgoing.start_postcopy()
-    elif machine.stillborn is None:
+    elif machine.start_error is None:
         raise CommandFailed("Start a migration before postcopy")
     return {}
 
