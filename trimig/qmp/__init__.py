@@ -1,7 +1,7 @@
-"""Control from outside, in QEMU's own language: QMP, a server for it and a client.
+"""Control over QMP, QEMU's monitor protocol: a server and a client.
 
-``interface`` is where the two halves of the server meet: the one that talks (``messages``, ``session``, ``server``,
-``websocket``), and the one that does (the machine and its commands). ``client`` is the other end, for a QEMU as well.
+``interface`` lies between the two halves of the server. ``messages``, ``session``, ``server`` and ``websocket`` hold
+the conversation with clients. ``machine`` and ``commands`` execute the commands. ``client`` also talks to a QEMU.
 """
 
 from ..config.addresses import uri_of as uri_of

@@ -1,4 +1,4 @@
-"""The arguments of commands: names, types, and QEMU's words for what is wrong with them."""
+"""Checks the arguments of commands: names and types. Errors have QEMU's words."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Argument:
         kind: ``str``, ``bool``, ``int``, ``number``, ``list``, ``object``, ``str-or-null`` or ``any``.
         optional: it may be absent.
         choices: the values that a string may have; empty for any.
-        items: of a list: what each of its items is; ``any`` if it is not said. For the schema: :func:`check` looks at
+        items: of a list: what each of its items is; ``any`` if unspecified. For the schema: :func:`check` looks at
             the list itself only.
         members: of an object; for the schema as well.
-        variants: of an object: by the value of the member *tag*, what else it has.
+        variants: of an object: its further members, by the value of the member *tag*.
     """
 
     kind: str
@@ -49,7 +49,7 @@ Signature = Mapping[str, Argument]
 
 
 def check(arguments: Mapping[str, Any], signature: Signature) -> None:
-    """Refuse arguments that are not as *signature* says; first what is missing or of the wrong type, as QEMU does.
+    """Refuse arguments that do not match *signature*; first missing or wrongly typed ones, as QEMU does.
 
     Raises:
         CommandFailed: with QEMU's sentence.

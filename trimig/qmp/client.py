@@ -1,7 +1,7 @@
-"""A QMP client on trio, for a QEMU as for a ``trimig run``.
+"""A QMP client on trio, for a QEMU or a ``trimig run``.
 
-Several commands may be in flight; each answer finds its caller by its id. A caller that was cancelled leaves the
-connection as good as it was: the answer is dropped when it comes.
+Several commands may be in flight; the id of an answer says which caller it belongs to. A cancelled caller leaves the
+connection usable: the client drops the answer when it comes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..transport import tcp, unix
 from .interface import CommandFailed
 from .messages import Malformed, MessageReader, encode
 
-#: Events kept for a reader that is not reading; the oldest are dropped first.
+#: Events kept for a reader that is not reading; the client drops the oldest first.
 EVENT_BACKLOG: Final = 1024
 #: The schema of a QEMU is some hundred KiB.
 _MAX_MESSAGE: Final = 64 << 20
@@ -38,7 +38,7 @@ class Client:
     """One connection, made by :func:`connect`.
 
     Attributes:
-        greeting: what the server sent first.
+        greeting: the first message of the server.
         dropped: events that a reader missed because it was more than EVENT_BACKLOG behind.
     """
 
@@ -70,11 +70,12 @@ class Client:
 
         Args:
             arguments: in QMP spelling.
-            fds: descriptors that travel with the command (unix sockets only); they stay the caller's.
+            fds: descriptors that travel with the command (unix sockets only); the caller still owns them.
 
         Raises:
             CommandFailed: the server refused.
-            ConfigError: *fds* cannot be passed: no unix socket, or one of them is not open. Nothing was sent.
+            ConfigError: *fds* cannot be passed: the socket is no unix socket, or a descriptor is not open. Nothing was
+                sent.
             TransportFailed: the connection is lost; the command may have been executed.
 
         **Cancellation:** the command may have been executed. The connection stays usable, unless the command was
@@ -98,7 +99,7 @@ class Client:
         return answer.message.get("return")
 
     async def getfd(self, name: str, fd: int) -> None:
-        """Give the server *fd* under *name*; ours is left open.
+        """Give the server *fd* under *name*; the caller's descriptor stays open.
 
         Raises and **Cancellation:** as :meth:`execute`.
         """
@@ -146,7 +147,7 @@ class Client:
             self._poisoned = False
 
     def _check(self, cause: Exception | None = None) -> None:
-        """Raise if the connection is lost; a new error each time, for several tasks may be told."""
+        """Raise if the connection is lost; a new error each time, because several tasks may raise it."""
         if self._lost is not None:
             raise TransportFailed(self._lost) from cause
 
@@ -256,13 +257,13 @@ class _EventFeed:
 
 @asynccontextmanager
 async def connect(address: str | trio.abc.Stream) -> AsyncIterator[Client]:
-    """Connect to a QMP socket, ``unix:PATH`` or ``tcp:HOST:PORT``, and leave the negotiation behind.
+    """Connect to a QMP socket, ``unix:PATH`` or ``tcp:HOST:PORT``, and negotiate the capabilities.
 
-    Errors of the block leave as they are, not in a group.
+    Errors of the block propagate as they are, not in a group.
 
     Raises:
         ConfigError: the address cannot be understood.
-        TransportFailed: nobody is there, or it is no QMP.
+        TransportFailed: no server listens there, or the server does not speak QMP.
 
     **Cancellation:** the connection is closed.
     """

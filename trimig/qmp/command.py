@@ -1,4 +1,4 @@
-"""A row of the table of commands."""
+"""The type of a row in the table of commands."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 Handler: TypeAlias = Callable[["Machine", Mapping[str, Any], Session], Awaitable[Any]]
 
-#: The answer of a command that has none.
+#: The answer of a command that returns nothing.
 NOTHING: Final = args.Argument("object", members={})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class QmpCommand:
-    """One command: what it takes, what does it, and what it answers.
+    """One command: its arguments, its handler and its answer.
 
-    ``signature`` None: the handler checks its arguments itself. ``takes``: what they are for the schema, where the
-    signature does not say all of it.
+    ``signature`` None: the handler checks its arguments itself. ``takes``: describes the arguments for the schema,
+    where the signature does not say all of it.
     """
 
     signature: args.Signature | None

@@ -1,6 +1,6 @@
-"""What stands between the part of QMP that talks (server, websocket) and the part that does (the machine).
+"""The interface between the conversation (server, websocket) and the execution of commands (the machine).
 
-The talking part knows connections, JSON and ids, and no command but ``qmp_capabilities``. The doing part knows
+The conversation knows connections, JSON and ids, and no command but ``qmp_capabilities``. The machine knows
 commands and events, and no socket. They meet in :class:`Dispatcher` and :class:`Session`.
 """
 
@@ -14,8 +14,8 @@ class CommandFailed(Exception):
     """A command was refused; nothing was changed.
 
     Attributes:
-        desc: the sentence for people, the ``desc`` of QMP's error object.
-        error_class: ``GenericError``, ``CommandNotFound``, ``DeviceNotFound``, …: the ``class`` of it.
+        desc: the sentence for users, the ``desc`` of QMP's error object.
+        error_class: the ``class`` of QMP's error object: ``GenericError``, ``CommandNotFound``, ``DeviceNotFound``, ….
     """
 
     def __init__(self, desc: str, *, error_class: str = "GenericError") -> None:
@@ -28,15 +28,15 @@ class Session(Protocol):
     """One client's connection, as a command sees it."""
 
     def take_fd(self) -> int | None:
-        """The oldest descriptor that came with the client's data and was not taken yet; the caller owns it. None: there
-        is none, or the connection is of a kind that carries none."""
+        """The oldest untaken descriptor that came with the client's data; the caller owns it. None: there
+        is none, or the connection cannot carry descriptors."""
 
     def when_answered(self, call: Callable[[], None]) -> None:
-        """Have *call* called when the answer to the present command has been written."""
+        """Call *call* when the answer to the present command has been written."""
 
 
 class Dispatcher(Protocol):
-    """Executes commands, and tells of events."""
+    """Executes commands, and emits events."""
 
     @property
     def commands(self) -> Sequence[str]:
@@ -47,9 +47,9 @@ class Dispatcher(Protocol):
         """The ``version`` member of the greeting, and the answer to ``query-version``."""
 
     async def execute(self, name: str, arguments: Mapping[str, Any], session: Session) -> Any:
-        """Run one command; what it returns is the ``return`` member of the answer, and can be written as JSON.
+        """Run one command. The result is the ``return`` member of the answer, and can be written as JSON.
 
-        Commands that take long (a migration) return at once and go on in a nursery of the dispatcher's own, so that
+        Commands that take long (a migration) return at once and go on in a nursery of the dispatcher, so that
         the client's connection may end meanwhile.
 
         Raises:
@@ -59,8 +59,8 @@ class Dispatcher(Protocol):
         """
 
     def subscribe(self, told: Callable[[Mapping[str, Any]], None]) -> Callable[[], None]:
-        """From now on, call *told* with each event, synchronously and in order; returns what ends it.
+        """From now on, call *told* with each event, synchronously and in order; returns the function that ends this.
 
         An event is a whole QMP message: ``{"event": "STOP", "timestamp": {"seconds": …, "microseconds": …}}``, with
-        ``data`` where it has any. *told* must not block and must not raise.
+        ``data`` if the event has any. *told* must not block and must not raise.
         """

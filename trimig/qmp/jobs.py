@@ -1,4 +1,4 @@
-"""Migrations that go on in the background while the clients of a QMP server come and go."""
+"""Migrations that run in the background while the clients of a QMP server come and go."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class Job:
-    """One of them, for the function that does it.
+    """The state of one background job, for the function that does the work.
 
     Attributes:
-        refusal: why it could not begin; set before :meth:`begin`.
+        refusal: why the job could not begin; set before :meth:`begin`.
     """
 
     def __init__(self) -> None:
@@ -25,11 +25,11 @@ class Job:
 
     @property
     def begun(self) -> bool:
-        """It has begun, or never will."""
+        """The job has begun, or never will."""
         return self._begun.is_set()
 
     def begin(self) -> None:
-        """Whoever has started it can go on."""
+        """Mark the job as begun, so that the task that started the job goes on."""
         self._begun.set()
 
     def end(self) -> None:
@@ -38,27 +38,27 @@ class Job:
         self._over.set()
 
     async def wait_begun(self) -> None:
-        """Wait until it has begun. TrimigError: it could not.
+        """Wait until the job has begun. TrimigError: the job could not begin.
 
-        **Cancellation:** it goes on.
+        **Cancellation:** the job goes on.
         """
         await self._begun.wait()
         if self.refusal is not None:
             raise self.refusal
 
     async def wait_over(self) -> None:
-        """Wait for its end.
+        """Wait for the job's end.
 
-        **Cancellation:** it goes on.
+        **Cancellation:** the job goes on.
         """
         await self._over.wait()
 
 
 class Jobs:
-    """All of them.
+    """All background jobs of one machine.
 
     Args:
-        nursery: where they run.
+        nursery: the jobs run there.
     """
 
     def __init__(self, nursery: trio.Nursery) -> None:
@@ -66,12 +66,12 @@ class Jobs:
         self._jobs: set[Job] = set()
 
     async def start(self, work: Callable[[Job], Awaitable[None]], name: str) -> None:
-        """Let *work* go on in the background, in a task with that *name*; returns when it says that it has begun.
+        """Run *work* in the background, in a task with that *name*; returns when *work* says that the job has begun.
 
         Raises:
-            TrimigError: it could not begin.
+            TrimigError: the job could not begin.
 
-        **Cancellation:** it goes on.
+        **Cancellation:** the job goes on.
         """
         job = Job()
         self._jobs.add(job)
@@ -86,9 +86,9 @@ class Jobs:
             job.end()
 
     async def wait(self) -> None:
-        """Wait for the end of those that go on now.
+        """Wait for the end of all present jobs.
 
-        **Cancellation:** they go on.
+        **Cancellation:** the jobs go on.
         """
         for job in tuple(self._jobs):
             await job.wait_over()

@@ -1,7 +1,7 @@
 """One guest as QMP sees it: its run state, its migrations in the background, its events.
 
-The machine owns what commands share and nothing else does: the configuration that the next migration gets, the named
-descriptors, and one monitor for each direction. The commands themselves are functions of a machine, in
+The machine owns only what the commands share: the configuration of the next migration, the named descriptors, and one
+monitor for each direction. The commands themselves are functions of a machine, in
 :mod:`.general`, :mod:`.migration` and :mod:`.settings`.
 """
 
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
 log: Final = logging.getLogger("trimig.qmp")
 
 
-#: QEMU's for a machine that was given none.
+#: QEMU's UUID of a machine without a configured one.
 NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
-#: Statuses in which the engine, and nobody else, decides whether the guest runs.
+#: Statuses in which only the engine decides whether the guest runs.
 _SWITCHING: Final = frozenset({Status.PRE_SWITCHOVER, Status.DEVICE, Status.HANDOVER})
-#: What begins something, and so is refused while the machine ends.
+#: Commands that begin something. The machine refuses them while it ends.
 _BEGINNINGS: Final = frozenset(
     {"cont", "migrate", "migrate-continue", "migrate-incoming", "migrate-recover", "x-trimig-settle"}
 )
-#: How long the end waits for the answer to ``quit``.
+#: Seconds for which the machine's end waits for the answer to ``quit``.
 _LAST_WORD_SECONDS: Final = 1.0
 
 
@@ -53,13 +53,13 @@ class Machine:
     """Implements :class:`trimig.qmp.Dispatcher` for one guest.
 
     Args:
-        guest: the guest. Whoever makes it ends it.
-        nursery: where migrations go on while the clients come and go.
-        config: what the first migration gets; QMP changes a copy.
-        name: of ``query-name``.
-        uuid: of ``query-uuid``.
-        waiting: the guest waits to be filled (``inmigrate``) instead of running or standing still.
-        commit: called with the address before the decision to hand the guest over is sent there.
+        guest: the guest. The caller creates it and closes it.
+        nursery: migrations run there while the clients come and go.
+        config: the configuration of the first migration; QMP changes a copy.
+        name: answer to ``query-name``.
+        uuid: answer to ``query-uuid``.
+        waiting: the guest waits for an incoming migration (``inmigrate``) instead of running or being paused.
+        commit: called with the address before the source sends the commit to that address.
     """
 
     def __init__(
@@ -83,26 +83,26 @@ class Machine:
         self.uuid = uuid or NO_UUID
         self.outgoing = Monitor()
         self.incoming = Monitor()
-        #: ``deferred`` until an address is given, then ``active``; ``failed`` may be tried again; ``none``: it never
-        #: was asked to wait, or the guest has come.
+        #: ``deferred`` until a client gives an address, then ``active``; ``failed`` may be tried again; ``none``: the
+        #: machine was never told to wait, or the guest has arrived.
         self.incoming_state = "deferred" if waiting else "none"
-        #: Why the last ``migrate`` failed before it had begun; None if it began.
+        #: Why the last ``migrate`` failed before the migration began; None if the migration began.
         self.start_error: str | None = None
         self.uncertain: HandoverUncertain | None = None
-        #: The same where the guest has come from a QEMU that may have taken it back.
+        #: The same for an incoming migration: the guest came from a QEMU that may have taken it back.
         self.uncertain_incoming: HandoverUncertain | None = None
         self.summary: Summary | None = None
         #: Measurements of the dirty rate.
         self.measurer = Measurer(nursery)
         self.descriptors: dict[str, int] = {}
-        #: Set when the machine is to end: by ``quit``.
+        #: Set by ``quit`` when the machine is to end.
         self.ended = trio.Event()
         self._nursery = nursery
         self._version = version
         self._commit = commit
         self._subscribers: dict[object, Callable[[Mapping[str, Any]], None]] = {}
         self._told: str | None = None
-        self._resumed = False  # an arrived guest runs, and clients have not been told
+        self._resumed = False  # an arrived guest runs, and the clients have no RESUME event yet
         self._jobs = Jobs(nursery)
         self._outgoing_started = False
         self._resuming = 0
@@ -120,7 +120,7 @@ class Machine:
 
     @property
     def version(self) -> Mapping[str, Any]:
-        """The version of QEMU whose commands these are, and ours as its package."""
+        """The version of QEMU whose commands these are; the package is trimig's version."""
         package = f"trimig {self._version}".strip()
         return {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": package}
 
@@ -166,13 +166,13 @@ class Machine:
         wanted = self.config.capabilities.events
         match event.name:
             case "RESUME" if monitor is self.incoming:
-                self._resumed = True  # told with the next status, in QEMU's order
+                self._resumed = True  # emitted with the next status, in QEMU's order
             case "STOP" | "RESUME":
                 self.emit(event.name)
             case "MIGRATION_PASS" if wanted:
                 self.emit(event.name, **event.data)
             case "MIGRATION":
-                # What clients are shown has fewer statuses than there are; none is told twice in a row.
+                # QMP has fewer statuses than trimig; the machine emits no status twice in a row.
                 status = Status(event.data["status"]).qmp
                 resumed, self._resumed = self._resumed, False
                 if resumed and status != "postcopy-active":
@@ -184,25 +184,26 @@ class Machine:
                 self._told = status
 
     def _untold(self, monitor: Monitor, status: str) -> bool:
-        """Whether a QEMU 7.2 would not tell its clients of that status."""
+        """Whether a QEMU 7.2 does not emit that status."""
         if monitor is self.incoming:
-            # The beginning of an arrival was told when it was asked for, and `device` is a word of the source.
+            # `migrate-incoming` has emitted `setup`, and only a source has the status `device`.
             return status in ("setup", "device")
-        # `device` follows the pause of precopy, and nothing else.
+        # Only a precopy source emits `device`, after `pre-switchover`.
         return status == "device" and (self._told != "pre-switchover" or monitor.counters.ahead)
 
     def shut_down(self, reason: str) -> None:
-        """Say that the machine ends, once; :attr:`ended` says when.
+        """Emit SHUTDOWN, once; :attr:`ended` says when the machine ends.
 
         Args:
-            reason: QEMU's word for it: ``host-qmp-quit``, ``host-signal``.
+            reason: QEMU's word for the reason: ``host-qmp-quit``, ``host-signal``.
         """
         if not self._shutting_down:
             self._shutting_down = True
             self.emit("SHUTDOWN", guest=False, reason=reason)
 
     def quit_after_reply(self) -> None:
-        """End when the answer to the present command has been written, or when nobody has read it for a second."""
+        """End when the answer to the present command has been written, or after a second if the client does not
+        read."""
         self._nursery.start_soon(self._quit_after_reply, name="trimig.qmp.quit")
 
     async def _quit_after_reply(self) -> None:
@@ -219,19 +220,19 @@ class Machine:
 
     @property
     def waiting(self) -> bool:
-        """The guest has not come yet."""
+        """The guest has not arrived yet."""
         status = self.incoming.status
         there = status in IN_POSTCOPY or status in (Status.COMPLETED, Status.POSTCOPY_LOST, Status.UNCERTAIN)
         return self.incoming_state != "none" and not there
 
     @property
     def gone(self) -> bool:
-        """The guest was handed over: it is the destination's."""
+        """The guest was handed over: the destination owns it."""
         return self.outgoing.owner is Ownership.DESTINATION and self.guest.run_state != "running"
 
     @property
     def run_state(self) -> str:
-        """QEMU's name of what the guest is doing."""
+        """QEMU's name of the guest's run state."""
         if self.ended.is_set():
             return "shutdown"
         if self.waiting:
@@ -249,7 +250,7 @@ class Machine:
         """Refuse to let the guest run where it must not.
 
         Raises:
-            StateError: it is or may be the other side's, is being handed over, or lacks memory.
+            StateError: the other side owns the guest or may own it, the guest is being handed over, or it lacks memory.
         """
         if self.outgoing.status in (Status.UNCERTAIN, Status.POSTCOPY_UNCERTAIN):
             raise StateError(
@@ -269,13 +270,13 @@ class Machine:
             raise StateError("the guest was handed over: it is the destination's, and must not run here too")
 
     async def pause(self) -> None:
-        """``stop``: on a guest that has not come yet, it will not be started when it comes.
+        """``stop``: a guest that has not arrived yet will not be started when it arrives.
 
         Raises:
-            StateError: it is being handed over, in one direction or the other.
-            GuestFailed: it could not be paused, and runs.
+            StateError: the guest is being handed over, in one direction or the other.
+            GuestFailed: the guest could not be paused, and runs.
 
-        **Cancellation:** it may or may not be paused.
+        **Cancellation:** the guest may or may not be paused.
         """
         if self.waiting:
             self._start_on_arrival(False)
@@ -288,13 +289,13 @@ class Machine:
             self.emit("STOP")
 
     async def resume(self) -> None:
-        """``cont``: on a guest that has not come yet, it will be started when it comes.
+        """``cont``: a guest that has not arrived yet will be started when it arrives.
 
         Raises:
-            StateError: the guest is not, or not certainly, this side's.
-            GuestFailed: it could not be resumed.
+            StateError: this side does not own the guest, or not certainly.
+            GuestFailed: the guest could not be resumed.
 
-        **Cancellation:** it may or may not run.
+        **Cancellation:** the guest may or may not run.
         """
         if self.waiting:
             self._start_on_arrival(True)
@@ -316,7 +317,7 @@ class Machine:
         self.incoming.reconfigure(autostart=start)
 
     def _guard_switchover(self, event: Event) -> None:
-        """A guest that is being resumed in the moment of the switchover would run on both sides: no switchover then."""
+        """Cancel a switchover while ``cont`` resumes the guest: the guest would run on both sides."""
         switching = event.name == "MIGRATION" and self.outgoing.status in (Status.PRE_SWITCHOVER, Status.DEVICE)
         if switching and self._resuming:
             self.outgoing.cancel("the guest was resumed in the moment of the switchover")
@@ -324,7 +325,7 @@ class Machine:
     # -- migrations ------------------------------------------------------------------------------------------------
 
     def record_failed_start(self, reason: str) -> None:
-        """An attempt that could not begin: it has failed, and the events tell of a whole short life, as QEMU's do.
+        """Record a ``migrate`` that failed before the migration started; like QEMU, emit MIGRATION setup, then failed.
 
         Args:
             reason: for ``error-desc``; empty for none.
@@ -337,14 +338,15 @@ class Machine:
             self.emit("MIGRATION", status="failed")
 
     async def start_outgoing(self, uri: str, on_done: Callable[[], None] = lambda: None) -> None:
-        """Migrate to *uri* in the background; returns when that has begun. *on_done* is called at its end, whatever it is.
+        """Migrate to *uri* in the background; returns when the migration has begun. *on_done* is always called at its
+        end.
 
         Raises:
-            TrimigError: it could not even begin; nothing was changed.
+            TrimigError: the migration could not begin; nothing was changed.
 
-        **Cancellation:** it goes on in the background.
+        **Cancellation:** the migration goes on in the background.
         """
-        self._outgoing_started = True  # until it is its turn nobody else may begin
+        self._outgoing_started = True  # set before the first await, so that no other migration begins meanwhile
         await self.measurer.end()
         await self._jobs.start(functools.partial(self._run_outgoing, uri, on_done), "trimig.qmp.migrate")
 
@@ -372,12 +374,12 @@ class Machine:
             self._outgoing_started = False
 
     async def start_incoming(self, uri: str, on_done: Callable[[], None] = lambda: None) -> None:
-        """Wait at *uri* for the guest. Returns when somebody can connect there. *on_done* is called when it is over.
+        """Wait at *uri* for the guest. Returns when a source can connect there. *on_done* is always called at the end.
 
         Raises:
-            TrimigError: nobody can, or what came was at once found to be no guest.
+            TrimigError: *uri* cannot be listened on, or the first bytes were no migration stream.
 
-        **Cancellation:** it goes on in the background.
+        **Cancellation:** the incoming migration goes on in the background.
         """
         self.incoming_state = "active"
         await self._jobs.start(functools.partial(self._run_incoming, uri, on_done), "trimig.qmp.receive")
@@ -394,10 +396,10 @@ class Machine:
             self.incoming_state, self.uncertain_incoming = (
                 "none",
                 error,
-            )  # the guest has come, and perhaps its source has it, too
+            )  # the guest has arrived, and its source may own it too
             log.error("%s", error)
         except PostcopyLost as error:
-            self.incoming_state = "none"  # the guest has come, and stands still
+            self.incoming_state = "none"  # the guest has arrived, and stays paused
             log.error("%s", error)
         except TrimigError as error:
             self.incoming_state = "failed"
@@ -410,22 +412,22 @@ class Machine:
             on_done()
 
     def announce_incoming(self) -> None:
-        """Somebody has given an address for the arrival, be it a good one or not: QEMU says so, asked for or not."""
+        """Emit MIGRATION setup: like QEMU, for a good or a bad address, and also with the capability ``events`` off."""
         self._told = "setup"
         self.emit("MIGRATION", status="setup")
 
     async def shutdown(self, reason: str) -> None:
-        """Cancel what can be cancelled, wait for what cannot, and leave the guest paused.
+        """Cancel the migrations if possible, wait for those that cannot be cancelled, and leave the guest paused.
 
-        Each of these is bounded: by ``teardown_grace``, or by ``handover_timeout``.
+        Each wait is bounded: by ``teardown_grace``, or by ``handover_timeout``.
 
         Raises:
-            GuestFailed: it could not be paused.
+            GuestFailed: the guest could not be paused.
 
         **Cancellation:** the migrations go on, and the guest may run.
         """
         for monitor in (self.outgoing, self.incoming):
-            # Memory that follows is waited for; a connection that is lost is not.
+            # The machine waits for a postcopy that still receives memory, and abandons one that lost its connection.
             monitor.add_listener(functools.partial(_abandon, monitor, reason))
             _abandon(monitor, reason)
             try:
@@ -438,11 +440,11 @@ class Machine:
             self.emit("STOP")
 
     async def settle(self, owner: Ownership) -> None:
-        """Say who owns the guest after an uncertain handover.
+        """Set the owner of the guest after an uncertain handover.
 
         Raises:
             StateError: nothing is uncertain.
-            GuestFailed: it could not be resumed.
+            GuestFailed: the guest could not be resumed.
 
         **Cancellation:** as :meth:`trimig.HandoverUncertain.settle`.
         """
@@ -458,10 +460,10 @@ class Machine:
             raise StateError("nothing is to be settled: it is certain which side owns the guest")
 
     def info(self) -> dict[str, Any]:
-        """The answer to ``query-migrate``: the incoming part, and over it the outgoing one."""
+        """The answer to ``query-migrate``: the members of the outgoing migration replace those of the incoming one."""
         info = dict(self.incoming.info())
         if self.incoming.status is Status.SETUP:
-            del info["status"]  # where QEMU listens, it says where, and nothing more
+            del info["status"]  # a listening QEMU reports its addresses and no status
         if self.start_error is not None:
             info.update(status="failed", owner=Ownership.SOURCE.value)
             if self.start_error:
@@ -473,13 +475,13 @@ class Machine:
         return info
 
     def close(self) -> None:
-        """Close the descriptors that nobody has used."""
+        """Close the descriptors that no command has used."""
         for fd in self.descriptors.values():
             os.close(fd)
         self.descriptors.clear()
 
 
 def _abandon(monitor: Monitor, reason: str, _: Event | None = None) -> None:
-    """The process ends, so nobody would take a paused migration up again."""
+    """Abandon a paused migration: the process ends, so no client can recover that migration."""
     if monitor.status in RECOVERABLE:
         monitor.abandon(reason)

@@ -14,7 +14,7 @@ log: Final = logging.getLogger("trimig.qmp")
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Measurement:
-    """One measurement: what was asked for, and what came of it."""
+    """One measurement: the request and its result."""
 
     mode: str
     unit: str
@@ -28,7 +28,7 @@ class Measurement:
     rate: int = 0
 
     def failed(self, why: str) -> None:
-        """There is no result: the status is the first one again, and the reason is in the log."""
+        """Record that there is no result: the status is the first one again, and the log has the reason."""
         self.status = "unstarted"
         log.warning("the dirty rate was not measured: %s", why)
 
@@ -37,10 +37,10 @@ class Measurer:
     """The present or last measurement of one machine.
 
     Args:
-        nursery: where it goes on.
+        nursery: the measurement runs there.
 
     Attributes:
-        last: None before the first.
+        last: None before the first measurement.
     """
 
     def __init__(self, nursery: trio.Nursery) -> None:
@@ -49,7 +49,7 @@ class Measurer:
         self._present: tuple[trio.CancelScope, trio.Event] | None = None
 
     def begin(self, measurement: Measurement, measure: Callable[[], Awaitable[None]]) -> None:
-        """Have *measure* called in the background; it fills *measurement*."""
+        """Run *measure* in the background; *measure* fills *measurement*."""
         self.last = measurement
         self._present = trio.CancelScope(), trio.Event()
         self._nursery.start_soon(self._run, measurement, measure, *self._present, name="trimig.qmp.commands.dirty_rate")
@@ -71,9 +71,9 @@ class Measurer:
             ended.set()
 
     async def end(self) -> None:
-        """End the present one, if there is one, without a result: a migration begins.
+        """End the present measurement, if there is one, without a result: a migration begins.
 
-        **Cancellation:** it ends all the same.
+        **Cancellation:** the measurement ends all the same.
         """
         if self._present is not None:
             scope, ended = self._present

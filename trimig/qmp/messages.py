@@ -1,8 +1,8 @@
 """Bytes -> QMP messages, without I/O.
 
-A QMP stream is JSON values one after the other; what stands between them is white space or nothing. So the end of a
-message is found by its brackets, not by a line: half a message waits for the other half, and several in one packet
-are several. Where brackets and strings are so broken that nobody can tell where the message ends, the reader goes on
+A QMP stream is a sequence of JSON values; between them is white space or nothing. So the reader finds the end of a
+message by its brackets, not by a line: half a message waits for the other half, and one packet may hold several
+messages. If brackets and strings are so broken that the end of the message cannot be found, the reader goes on
 behind the next line feed, so that one bad line costs one error.
 """
 
@@ -17,36 +17,36 @@ from typing import Any, Final
 
 #: The largest message that is accepted, in bytes. A list of all parameters has about one KiB.
 MAX_MESSAGE: Final = 1 << 20
-#: How deep arrays and objects may be nested. No command needs more than four levels.
+#: Greatest depth of nested arrays and objects. No command needs more than four levels.
 MAX_DEPTH: Final = 64
 
-#: What can change the state of the scan: brackets, the start of a string, the end of a line outside of one.
+#: Characters that change the state of the scan: brackets, the start of a string, the end of a line outside of one.
 _OUTSIDE: Final = re.compile(rb'[{}\[\]"\n]')
 #: Inside a string: its end, an escape, or a character that a string may not contain.
 _INSIDE: Final = re.compile(rb'["\\\x00-\x1f]')
 _SOLID: Final = re.compile(rb"[^ \t\r\n]")
-#: How a request of HTTP begins: a method, a blank, and what is asked for. A page on any web site can have a browser send
-#: one to a port of this machine, with a QMP command as its body.
+#: How an HTTP request begins: a method, a blank, and a target. A page on any web site can make a browser send
+#: a request to a port of this machine, with a QMP command as its body.
 _HTTP: Final = re.compile(
     rb"CONNECT +[^ \t\r\n{}\[\]\"]|[A-Za-z0-9!#$%&'*+.^_`|~-]+ +(?:[/*]|[A-Za-z][A-Za-z0-9+.-]*://)"
 )
 #: How a TLS handshake begins.
 _TLS: Final = b"\x16\x03"
-#: A surrogate, as JSON can spell it; a lone one is no character, and no later step could encode it.
+#: A surrogate, as JSON can spell it; a lone surrogate is no character, and no later step could encode it.
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Malformed:
-    """What came in the place of a message, in words for the ``desc`` of the error."""
+    """Input that is no message; the text is for the ``desc`` of the error."""
 
     desc: str
-    #: The connection is not worth keeping: nobody can tell where the next message begins.
+    #: The connection must be closed: the beginning of the next message cannot be found.
     fatal: bool = False
 
 
 class MessageReader:
-    """Takes bytes as they come and gives messages.
+    """Takes bytes and gives messages.
 
     Use::
 
@@ -66,23 +66,24 @@ class MessageReader:
 
     @property
     def partial(self) -> bool:
-        """A message has begun and is not over."""
+        """A message has begun and is incomplete."""
         return _SOLID.search(self._buffer) is not None
 
     @property
     def held(self) -> int:
-        """Bytes that are kept until more come."""
+        """The number of bytes that wait for more."""
         return len(self._buffer)
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """More bytes have come."""
+        """Add bytes."""
         if not self._dead:
             self._buffer += data
 
     def next_message(self) -> tuple[Any] | Malformed | None:
-        """The next message as a tuple of one, or what is wrong with it; None: more bytes are needed.
+        """The next message as a tuple of one, or a :class:`Malformed` that says what is wrong; None: more bytes are
+        needed.
 
-        Behind what is fatal there is none.
+        There is no message after a fatal error.
         """
         while not self._dead:
             if self._skipping and not self._skip():
@@ -100,7 +101,7 @@ class MessageReader:
         return None
 
     def _stranger(self) -> str | None:
-        """The protocol that the other side speaks, if the beginning of the message shows that it is another one."""
+        """The other protocol that the client speaks, if the beginning of the message shows one."""
         if _HTTP.match(self._buffer):
             return "HTTP"
         return "TLS" if self._buffer.startswith(_TLS) else None
@@ -116,7 +117,7 @@ class MessageReader:
         return True
 
     def _begin(self) -> bool:
-        """To the first byte of the next message; False if there is none yet."""
+        """Skip to the first byte of the next message; False if there is none yet."""
         first = _SOLID.search(self._buffer)
         del self._buffer[: first.start() if first else len(self._buffer)]
         return first is not None
@@ -133,7 +134,7 @@ class MessageReader:
             if self._string:
                 if byte == b"\\":
                     if at + 1 >= len(buffer):
-                        self._at = at  # the escaped character decides nothing, but it must not be taken for the end
+                        self._at = at  # skip the escaped character: a quote here does not end the string
                         return None
                     self._at = at + 2
                     continue
@@ -155,7 +156,7 @@ class MessageReader:
                 return self._take()
 
     def _take(self) -> tuple[Any] | Malformed:
-        """The message ends here: by its last bracket, or by a line feed if it is none of those."""
+        """Take the message that ends here: at its last bracket, or at a line feed if the message has no brackets."""
         if self._at > self._max:
             return self._too_long()
         text = bytes(self._buffer[: self._at])
@@ -208,7 +209,7 @@ def _number(text: str) -> float:
 
 
 def unique_members(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    """An object of its members; ValueError if two have the same name, for readers would disagree on which one counts."""
+    """An object of its members; ValueError for a repeated name: readers would disagree on which member counts."""
     pairs = list(pairs)
     found = dict(pairs)
     if len(found) != len(pairs):

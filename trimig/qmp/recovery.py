@@ -1,4 +1,4 @@
-"""A destination whose postcopy is paused listens for its source again."""
+"""Makes a destination with a paused postcopy listen for its source again."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from ..monitor.monitor import Monitor
     from ..monitor.statistics import Event
 
-#: Seconds until a destination that is to listen again does, or says why not.
+#: Seconds until the destination listens again or reports why not.
 _LISTEN_SECONDS: Final = 5.0
 
 
 async def listen_again(monitor: Monitor, uri: str) -> None:
-    """Listen at *uri* for the source of a paused postcopy; returns when somebody can connect there.
+    """Listen at *uri* for the source of a paused postcopy; returns when the source can connect there.
 
     Raises:
-        StateError: nothing is paused, or that was asked for already.
-        TrimigError: nobody can.
+        StateError: no migration is paused, or the destination listens again already.
+        TrimigError: *uri* cannot be listened on.
 
-    **Cancellation:** it goes on in the background.
+    **Cancellation:** the destination goes on listening in the background.
     """
     heard: list[Event] = []
     told = trio.Event()

@@ -1,7 +1,7 @@
 """The QMP server: any number of clients on a unix or TCP socket.
 
-Each client is a task that reads and one that writes. Commands of one client are executed in order; a client that does
-not read its answers and events is dropped, and disturbs nobody until then.
+Each client has one task that reads and one that writes. Commands of one client are executed in order. A client that
+does not read its answers and events is dropped; until then other clients are not disturbed.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 log: Final = logging.getLogger("trimig.qmp")
 
-#: Clients at once. A further one is told so and closed.
+#: Clients at once. The server tells a further client so and closes its connection.
 MAX_CLIENTS: Final = 128
-#: Descriptors that may wait for their ``getfd``; further ones are closed.
+#: Descriptors that may wait for their ``getfd``; the server closes further ones.
 MAX_FDS: Final = 16
 #: Clients that may wait for being accepted.
 _BACKLOG: Final = 128
 _READ_BYTES: Final = 1 << 16
-#: How long the last answers to a client may take that is sent away, or sends nothing more.
+#: Seconds for the last answers to a client that is dismissed, or that sends nothing more.
 _FAREWELL_SECONDS: Final = 1.0
 
 
@@ -45,9 +45,9 @@ async def listen(address: str) -> Listener:
 
     Raises:
         ConfigError: the address cannot be understood.
-        TransportFailed: it cannot be listened on; a live socket of somebody else's is never taken away.
+        TransportFailed: the address cannot be listened on; a live socket of another process is never removed.
 
-    **Cancellation:** nothing is left listening.
+    **Cancellation:** the server listens nowhere.
     """
     kind, colon, rest = address.partition(":")
     if colon and kind == "unix":
@@ -68,9 +68,9 @@ async def serve(
 
     Raises:
         ConfigError: the address cannot be understood.
-        TransportFailed: it cannot be listened on.
+        TransportFailed: the address cannot be listened on.
 
-    **Cancellation:** all connections are closed, with what waits for them, and the socket is removed.
+    **Cancellation:** all connections are closed, their commands end, and the socket is removed.
     """
     listener = await listen(address)
     with ExitStack() as cleanup:
@@ -84,7 +84,7 @@ async def serve(
 
 
 async def accept(listener: Listener) -> trio.SocketStream:
-    """The next connection; clients do not end because there is no room for one more."""
+    """The next connection. A lack of descriptors does not end the server: its present clients stay."""
     while True:
         try:
             stream = await listener.accept()
@@ -140,7 +140,7 @@ async def _write(stream: trio.SocketStream, outbox: Outbox, nursery: trio.Nurser
             else:
                 await stream.send_all(item)
     except (trio.BrokenResourceError, trio.ClosedResourceError):
-        pass  # it has gone; what it did not read it does not want
+        pass  # the client has gone and does not want the rest
     nursery.cancel_scope.cancel("the client has gone")
 
 
@@ -169,7 +169,7 @@ async def _read(
         except OSError:
             return
         if not data:
-            # What it asked for is answered: it may only have closed its sending side.
+            # The client may have closed its sending side only: the server still answers its commands.
             with trio.move_on_after(_FAREWELL_SECONDS):
                 await outbox.wait_empty()
             return
@@ -177,13 +177,13 @@ async def _read(
 
 
 class _Descriptors:
-    """Descriptors that came beside a client's data (SCM_RIGHTS) and wait for ``getfd``."""
+    """Descriptors that came with a client's data (SCM_RIGHTS) and wait for ``getfd``."""
 
     def __init__(self) -> None:
         self._waiting: collections.deque[int] = collections.deque()
 
     async def receive(self, sock: trio.socket.SocketType) -> bytes:
-        """Data; the descriptors that come with it are kept. Raises OSError.
+        """Receive data and keep the descriptors that come with it. Raises OSError.
 
         **Cancellation:** nothing was received.
         """
@@ -201,10 +201,10 @@ class _Descriptors:
         return bytes(data)
 
     def take(self) -> int | None:
-        """The oldest one, which is the caller's from here on."""
+        """The oldest descriptor; the caller owns it from now on."""
         return self._waiting.popleft() if self._waiting else None
 
     def close(self) -> None:
-        """Close those that nobody took."""
+        """Close the descriptors that no command has taken."""
         while self._waiting:
             os.close(self._waiting.popleft())

@@ -1,6 +1,6 @@
-"""What one client and the server say to each other, whatever carries it.
+"""The conversation between one client and the server, independent of the carrier.
 
-Negotiation, commands and events are the same on a socket and on a websocket; here they are said once. The carrier
+Negotiation, commands and events are the same on a socket and on a websocket, so they are here. The carrier
 brings decoded messages and takes answers out of the :class:`Outbox`.
 """
 
@@ -15,16 +15,16 @@ import trio
 from .interface import CommandFailed, Dispatcher
 from .messages import Malformed
 
-#: Bytes that may wait for a client that does not read; then it is dropped.
+#: Bytes that may wait for a client that does not read; beyond this the client is dropped.
 MAX_WAITING: Final = 1 << 20
 
 Message = dict[str, Any]
 
 
 class Outbox:
-    """Encoded messages on their way to one client. Putting never blocks; whoever reads too slowly is dropped.
+    """Encoded messages for one client. Putting never blocks; a client that reads too slowly is dropped.
 
-    What is put is a message, or a call without arguments, to be made when everything before it was written.
+    An item is a message, or a call without arguments that is made when everything before it was written.
     """
 
     def __init__(self, *, limit: int = MAX_WAITING) -> None:
@@ -36,7 +36,7 @@ class Outbox:
         self.overflowed = False
 
     def put(self, item: Any, size: int) -> None:
-        """*item* of *size* bytes. Beyond the limit the outbox overflows for good, and keeps no message any more."""
+        """Add *item* of *size* bytes. Beyond the limit the outbox overflows for good, and keeps no message any more."""
         if self.overflowed and not callable(item):
             return
         self._waiting.append((item, size))
@@ -48,7 +48,7 @@ class Outbox:
         self._wake()
 
     async def get(self) -> Any:
-        """The oldest item. Asking again says that the one before has been written.
+        """The oldest item. The next call says that this item has been written.
 
         **Cancellation:** nothing is lost.
         """
@@ -62,7 +62,8 @@ class Outbox:
         return item
 
     async def wait_room(self) -> None:
-        """Wait until at most half of the limit is waiting: a client that sends much and reads little waits for itself.
+        """Wait until at most half of the limit is waiting: a client that sends much and reads little delays only
+        itself.
 
         **Cancellation:** no effect.
         """
@@ -78,7 +79,7 @@ class Outbox:
             await self._changed.wait()
 
     async def wait_overflow(self) -> None:
-        """Wait until more waits for the client than it may leave unread. The writer cannot notice: it is writing.
+        """Wait until the client leaves more unread than it may. The writer cannot notice this: it is writing.
 
         **Cancellation:** no effect.
         """
@@ -86,7 +87,7 @@ class Outbox:
             await self._changed.wait()
 
     def close(self) -> None:
-        """Make the calls that still wait: nobody is there any more who could be answered before them."""
+        """Make the waiting calls: the client is gone, so no answer has to be written before them."""
         waiting, self._waiting = self._waiting, collections.deque()
         for item, _ in waiting:
             if callable(item):
@@ -103,7 +104,7 @@ class Conversation:
     Args:
         dispatcher: executes the commands.
         say: takes a message for the client; never blocks.
-        take_fd: the oldest descriptor that came with the client's data.
+        take_fd: returns the oldest descriptor that came with the client's data.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class Conversation:
         self._afterwards.append(call)
 
     async def hear(self, message: tuple[Any] | Malformed) -> list[Callable[[], None]]:
-        """Answer one message; returns what is to be called when the answer is on its way.
+        """Answer one message; returns the function to call when the answer is on its way.
 
         **Cancellation:** as :meth:`Dispatcher.execute`.
         """
@@ -201,11 +202,11 @@ def _no_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def _command(message: Any) -> tuple[str, Mapping[str, Any]]:
-    """Name and arguments of a request; refused in QEMU's words if it is none."""
+    """Name and arguments of a request; anything else is refused in QEMU's words."""
     if not isinstance(message, dict):
         raise CommandFailed("QMP input must be a JSON object")
     for member in message:
-        # Out-of-band execution is not offered in the greeting, so a request for it is a mistake as in QEMU.
+        # The greeting does not offer out-of-band execution, so a request for it is an error, as in QEMU.
         if member not in ("execute", "arguments", "id"):
             raise CommandFailed(f"QMP input member '{member}' is unexpected")
     if "execute" not in message:

@@ -1,9 +1,8 @@
-"""The same conversation over a websocket: JSON in text frames, msgpack in binary frames, one message to a frame.
+"""QMP over a websocket: JSON in text frames, msgpack in binary frames, one message to a frame.
 
-An answer comes in the kind of frame that its command came in; events come in the kind of the client's first command.
-The greeting, which nobody has asked for, is text. In msgpack there is only what JSON has: no binary strings, no
-extensions, no NaN.
-Browsers are kept out: a page on any site could otherwise talk to a server on this machine.
+An answer has the kind of frame of its command; events have the kind of the client's first command. The greeting comes
+before any command and is text. Only the types of JSON are allowed in msgpack: no binary strings, no extensions, no NaN.
+Browsers are refused: a page on any site could otherwise talk to a server on this machine.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ if TYPE_CHECKING:
 
 log: Final = logging.getLogger("trimig.qmp")
 
-#: Clients at once. A further one is refused at the handshake.
+#: Clients at once. A further client is refused at the handshake.
 MAX_CLIENTS: Final = 128
-#: Connections at once, those in the opening handshake too. A further one is closed.
+#: Connections at once, including those in the opening handshake. A further connection is closed.
 _MAX_CONNECTIONS: Final = 2 * MAX_CLIENTS
 _HANDSHAKE_SECONDS: Final = 10.0
-#: Members of one msgpack array or map. Room for all of them is made before the first one is looked at.
+#: Members of one msgpack array or map. The decoder allocates room for all of them before it reads the first.
 _MAX_MEMBERS: Final = 4096
-#: How long the last answers may take, and the closing handshake.
+#: Seconds for the last answers, and for the closing handshake.
 _FAREWELL_SECONDS: Final = 1.0
 
 
@@ -48,7 +47,7 @@ def parse(address: str) -> tuple[str, int, str]:
     """Host, port and path of ``ws://HOST:PORT[/PATH]``.
 
     Raises:
-        ConfigError: it is not of that form.
+        ConfigError: *address* is not of that form.
     """
     problem = ConfigError(f"{address!r} is no address to control from: ws://HOST:PORT[/PATH]", name="control")
     try:
@@ -71,7 +70,7 @@ async def serve_websocket(
 
     Raises:
         ConfigError: the address cannot be understood.
-        TransportFailed: it cannot be listened on.
+        TransportFailed: the address cannot be listened on.
 
     **Cancellation:** all connections are closed.
     """
@@ -92,10 +91,10 @@ async def serve_websocket(
 
 
 class _Server:
-    """What the connections of one address share.
+    """The state that the connections of one address share.
 
     Attributes:
-        clients: conversations that are going on.
+        clients: the number of present conversations.
     """
 
     def __init__(self, dispatcher: Dispatcher, path: str) -> None:
@@ -169,7 +168,7 @@ async def _answer(conversation: Conversation, frame: str | bytes, outbox: Outbox
 
 
 async def _read(connection: MessageStream, frames: trio.MemorySendChannel[str | bytes]) -> None:
-    """A task of its own: a ping and the end are answered while a command is executed."""
+    """A task of its own, so that a ping and the client's end are handled while a command is executed."""
     with frames, suppress(ConnectionGone):
         while True:
             await frames.send(await connection.receive())
@@ -216,7 +215,8 @@ def _messages(frame: str | bytes) -> list[tuple[Any] | Malformed]:
 
 
 def _check(message: Any) -> None:
-    """Raise ValueError for what JSON does not have: the answer, or somebody else's, may have to be written in it."""
+    """Raise ValueError for a value that JSON does not have: answers and other clients' events may be written in
+    JSON."""
     level = [message]
     for _ in range(MAX_DEPTH + 1):
         deeper: list[Any] = []

@@ -1,4 +1,4 @@
-"""All commands of a machine."""
+"""The table of all commands of a machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..machine import Machine
 
 _NAMES: Final = Argument("list", items=Argument("object", members={"name": STR}))
-#: What the conversation answers itself, for the schema: arguments and answer.
+#: The commands that the session answers itself, for the schema: arguments and answer.
 _OF_THE_CONVERSATION: Final = {
     "qmp_capabilities": (
         {"enable": Argument("list", optional=True, items=Argument("str", choices=("oob",)))},
@@ -32,7 +32,7 @@ async def query_schema(machine: Machine, arguments: Mapping[str, Any], session: 
 
 
 def schema() -> list[dict[str, Any]]:
-    """Every command, every event, and the types that they need; QEMU's SchemaInfo."""
+    """Every command, every event, and the types that they need, as QEMU's SchemaInfo."""
     found = Schema()
     for name, (takes, returns) in _OF_THE_CONVERSATION.items():
         found.command(name, Argument("object", members=takes), returns)
@@ -43,7 +43,7 @@ def schema() -> list[dict[str, Any]]:
     return found.entries()
 
 
-#: By name, in the order of ``query-commands``.
+#: The commands by name, in the order of ``query-commands``.
 COMMANDS: Final[Mapping[str, QmpCommand]] = {
     **general.COMMANDS,
     **migration.COMMANDS,

@@ -1,7 +1,7 @@
 """``calc-dirty-rate`` and ``query-dirty-rate``: how fast the guest writes its memory, measured with its dirty tracker.
 
-Every page is looked at, whichever of the two modes is asked for; so ``sample-pages`` of the answer is all the pages of a
-GiB. One measurement goes on at a time, and the beginning of a migration ends it.
+The measurement covers every page in both modes; so ``sample-pages`` of the answer is the number of pages in a
+GiB. Only one measurement runs at a time, and the beginning of a migration ends it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ async def calc_dirty_rate(machine: Machine, arguments: Mapping[str, Any], sessio
 
 
 async def _measure(machine: Machine, measurement: Measurement, seconds: float) -> None:
-    """Count the pages that are written within *seconds*.
+    """Count the pages that the guest writes within *seconds*.
 
     **Cancellation:** the tracker is stopped.
     """
@@ -99,7 +99,7 @@ async def query_dirty_rate(machine: Machine, arguments: Mapping[str, Any], sessi
             "sample-pages": 0, "mode": "page-sampling",
         }  # fmt: skip
     unit = wanted or "second"
-    # Whole seconds hide a shorter time, as in QEMU.
+    # The answer is in whole seconds and rounds a shorter time down, as in QEMU.
     shown = int(found.calc_time * _UNIT_SECONDS[found.unit] / _UNIT_SECONDS[unit] + 1e-9)
     answer: dict[str, Any] = {
         "status": found.status, "start-time": found.began, "calc-time": shown, "calc-time-unit": unit,

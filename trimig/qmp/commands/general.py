@@ -1,4 +1,4 @@
-"""Commands about the machine itself: what it is, whether it runs, its end, and descriptors for it."""
+"""Commands about the machine: its name and version, its run state, its end, and its descriptors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def query_version(machine: Machine, arguments: Mapping[str, Any], session:
 
 
 async def query_name(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``query-name``: without one, an empty object."""
+    """``query-name``: an empty object for a machine without a name."""
     return {"name": machine.name} if machine.name else {}
 
 
@@ -41,13 +41,13 @@ async def query_status(machine: Machine, arguments: Mapping[str, Any], session: 
 
 
 async def stop(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``stop``: harmless on a guest that stands still; refused while it is handed over."""
+    """``stop``: does nothing for a paused guest; refused during a handover."""
     await machine.pause()
     return {}
 
 
 async def cont(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``cont``: refused where the guest is not, or not certainly, this side's."""
+    """``cont``: refused unless this side certainly owns the guest."""
     await machine.resume()
     return {}
 
@@ -61,7 +61,7 @@ async def quit_(machine: Machine, arguments: Mapping[str, Any], session: Session
 
 
 async def getfd(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``getfd``: the descriptor that came with the command gets a name; an older one of that name is closed."""
+    """``getfd``: name the descriptor that came with the command; an older one of that name is closed."""
     name = arguments["fdname"]
     fd = session.take_fd()
     if fd is None:
@@ -86,12 +86,12 @@ async def closefd(machine: Machine, arguments: Mapping[str, Any], session: Sessi
 
 
 async def query_block(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``query-block``: a guest of trimig's has no disks."""
+    """``query-block``: an empty list, because a guest of trimig has no disks."""
     return []
 
 
 async def announce_self(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``announce-self``: the arguments are checked; a guest of trimig's has no network cards, so nothing is sent."""
+    """``announce-self``: checks the arguments and sends nothing, because a guest of trimig has no network cards."""
     values = {f"announce-{name}": arguments[name] for name in ("initial", "max", "rounds", "step")}
     Parameters.from_qmp(values)
     for index, name in enumerate(arguments.get("interfaces", ())):

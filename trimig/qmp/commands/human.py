@@ -1,6 +1,6 @@
-"""``human-monitor-command``: what people type into QEMU's own monitor, as far as it shows migrations.
+"""``human-monitor-command``: the commands of QEMU's human monitor that show migrations.
 
-Texts are as QEMU's: a line for each value, ended by CR LF.
+Texts are as QEMU's: one line for each value, ended by CR LF.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .shapes import MAYBE_INT, STR
 if TYPE_CHECKING:
     from ..machine import Machine
 
-#: What stands behind the value of a parameter.
+#: The unit behind the value of a parameter.
 _UNITS: Final = {
     **dict.fromkeys(("announce-initial", "announce-max", "announce-step", "downtime-limit"), "ms"),
     **dict.fromkeys(("x-checkpoint-delay", "x-vcpu-dirty-limit-period"), "ms"),
@@ -25,7 +25,7 @@ _UNITS: Final = {
     **dict.fromkeys(("xbzrle-cache-size", "x-rdma-chunk-size"), "bytes"),
     "vcpu-dirty-limit": "MB/s",
 }
-#: The members of ``ram`` that are shown, how, and in what.
+#: The shown members of ``ram``, their form and their unit.
 _RAM: Final = (
     ("transferred", "transferred ram", "kbytes"),
     ("mbps", "throughput", "mbps"),
@@ -64,7 +64,7 @@ def _on(state: object) -> str:
 
 def _globals(machine: Machine) -> list[str]:
     peer = machine.config.peer.for_machine(None)
-    held = getattr(machine.guest, "blockers", None)  # a guest need not have any
+    held = getattr(machine.guest, "blockers", None)  # the guest protocol does not require blockers
     return [
         "globals:",
         f"store-global-state: {_on(peer.store_global_state)}",
@@ -76,7 +76,7 @@ def _globals(machine: Machine) -> list[str]:
 
 
 def info_migrate(machine: Machine) -> str:
-    """``info migrate``: the globals, and what query-migrate says."""
+    """``info migrate``: the globals, and the answer of query-migrate."""
     info = machine.info()
     lines = _globals(machine)
     if "status" in info:
@@ -125,7 +125,7 @@ _INFO: Final[Mapping[str, Callable[[Machine], str]]] = {
 
 
 async def human_monitor_command(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``human-monitor-command``: what is not known is said in the text, as QEMU does."""
+    """``human-monitor-command``: an unknown command is reported in the text, as QEMU does."""
     if "cpu-index" in arguments:
         raise CommandFailed("Parameter 'cpu-index' expects a CPU number, and this machine has no numbered processors")
     line = arguments["command-line"].strip()
@@ -133,7 +133,7 @@ async def human_monitor_command(machine: Machine, arguments: Mapping[str, Any], 
     if words[:1] != ["info"] or len(words) < 2 or words[1] not in _INFO:
         known = ", ".join(f"info {name}" for name in _INFO)
         return _lines([f"unknown command: '{line}'", f"known are: {known}"])
-    # Newer QEMUs show the globals with -a only; here they are always shown.
+    # Newer QEMUs show the globals only with -a; trimig always shows them.
     if words[2:] not in ([], ["-a"]) or (words[2:] and words[1] != "migrate"):
         return _lines([f"{words[1]}: extraneous characters at the end of line"])
     return _INFO[words[1]](machine)

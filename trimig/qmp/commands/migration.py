@@ -1,4 +1,4 @@
-"""Commands that begin, steer, end and show migrations."""
+"""Commands that begin, change, end and show migrations."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 _STR: Final = Argument("str")
 _OPTIONAL_BOOL: Final = Argument("bool", optional=True)
-#: Those that somebody has, we or a QEMU.
+#: The URI schemes that trimig or a QEMU has.
 _KNOWN_SCHEMES: Final = (*transport.SCHEMES, "rdma", "vsock")
 
 
 async def migrate(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``migrate``: the checks in QEMU's order, then the migration in the background."""
+    """``migrate``: checks in QEMU's order, then migrates in the background."""
     uri = _uri(arguments)
     if arguments.get("resume"):
         return _resume(machine, uri)
@@ -45,7 +45,7 @@ async def migrate(machine: Machine, arguments: Mapping[str, Any], session: Sessi
         raise CommandFailed(
             "block migration ('blk', 'inc') is not built into trimig: mirror the disks over NBD instead"
         )
-    # An address that is wrong leaves the status `failed`, as in QEMU; an unknown scheme without a text.
+    # A wrong address gives the status `failed`, as in QEMU; for an unknown scheme there is no error text.
     try:
         to, on_done = _resolve(machine, uri)
     except (ConfigError, CommandFailed) as error:
@@ -56,13 +56,13 @@ async def migrate(machine: Machine, arguments: Mapping[str, Any], session: Sessi
 
 
 def _resolve(machine: Machine, uri: str) -> tuple[str, Callable[[], None]]:
-    """The URI for the transport, and what is to be called when the attempt is over, whatever became of it.
+    """The URI for the transport, and the function to call when the attempt is over, in any case.
 
-    The name of a descriptor is replaced by its number, and the machine no longer has it.
+    The URI has the number of a descriptor in place of its name. The machine no longer holds that descriptor.
 
     Raises:
-        ConfigError: it cannot be understood.
-        CommandFailed: it names a descriptor that is not there.
+        ConfigError: the URI cannot be understood.
+        CommandFailed: the URI names a descriptor that does not exist.
     """
     scheme, _, name = uri.partition(":")
     if scheme != "fd":
@@ -81,17 +81,17 @@ def _resolve(machine: Machine, uri: str) -> tuple[str, Callable[[], None]]:
 
 
 def _nothing() -> None:
-    """There is nothing to be given back."""
+    """Do nothing: the attempt used no descriptor."""
 
 
 def _close_unused(fd: int, identity: tuple[int, int] | None) -> None:
-    """Close what the transport was never given. One that it was given is closed, or its number is another's by now."""
+    """Close the descriptor unless the transport took it: then it is closed, or its number belongs to another file."""
     if identity is not None and _identity(fd) == identity:
         os.close(fd)
 
 
 def _identity(fd: int) -> tuple[int, int] | None:
-    """Of the open file, None if there is none."""
+    """Identity of the open file; None if *fd* is not open."""
     try:
         found = os.fstat(fd)
     except (OSError, OverflowError):
@@ -147,7 +147,7 @@ def _address(address: Mapping[str, Any]) -> str:
 
 
 def _check_member(given: Mapping[str, Any], name: str, choices: tuple[str, ...]) -> None:
-    """The member that decides which others there are."""
+    """The member whose value decides which other members there are."""
     check({name: given[name]} if name in given else {}, {name: Argument("str", choices=choices)})
 
 
@@ -164,13 +164,13 @@ async def migrate_incoming(machine: Machine, arguments: Mapping[str, Any], sessi
 
 
 async def migrate_cancel(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``migrate_cancel``: harmless when nothing is under way; refused when the decision has been sent."""
+    """``migrate_cancel``: does nothing without a migration; refused when the commit has been sent."""
     machine.outgoing.cancel("migrate_cancel")
     return {}
 
 
 async def migrate_continue(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``migrate-continue``: out of pre-switchover."""
+    """``migrate-continue``: leave pre-switchover."""
     status = machine.outgoing.status
     if status is not Status.PRE_SWITCHOVER or arguments["state"] != status.qmp:
         shown = status.qmp if machine.start_error is None else "failed"
@@ -185,7 +185,7 @@ async def query_migrate(machine: Machine, arguments: Mapping[str, Any], session:
 
 
 def _resume(machine: Machine, uri: str) -> dict[str, Any]:
-    """``migrate`` with ``resume``: another connection for a paused postcopy."""
+    """``migrate`` with ``resume``: give a paused postcopy a new connection."""
     if machine.outgoing.status not in RECOVERABLE:
         raise CommandFailed("Cannot resume if there is no paused migration")
     to, _ = _resolve(machine, uri)
@@ -194,7 +194,7 @@ def _resume(machine: Machine, uri: str) -> dict[str, Any]:
 
 
 async def start_postcopy(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``migrate-start-postcopy``: from now on; harmless when the migration is over."""
+    """``migrate-start-postcopy``: switch from now on; does nothing when the migration is over."""
     if not machine.config.capabilities.postcopy_ram:
         raise CommandFailed("Enable postcopy with migrate_set_capability before the start of migration")
     if machine.outgoing.status is not Status.NONE:
@@ -214,7 +214,7 @@ async def migrate_pause(machine: Machine, arguments: Mapping[str, Any], session:
 
 
 async def migrate_recover(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``migrate-recover``: a destination listens again."""
+    """``migrate-recover``: make a destination listen again."""
     if machine.incoming.status not in RECOVERABLE:
         raise CommandFailed("Migrate recover can only be run when postcopy is paused.")
     to, _ = _resolve(machine, arguments["uri"])
@@ -223,7 +223,7 @@ async def migrate_recover(machine: Machine, arguments: Mapping[str, Any], sessio
 
 
 async def settle(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``x-trimig-settle``, ours: say who owns the guest after an uncertain handover."""
+    """``x-trimig-settle``, an addition of trimig: set the owner of the guest after an uncertain handover."""
     await machine.settle(Ownership(arguments["owner"]))
     return {}
 

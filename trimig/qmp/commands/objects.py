@@ -26,7 +26,7 @@ _RULE: Final = Argument(
         "format": Argument("str", optional=True, choices=("exact", "glob")),
     },
 )
-#: By type, its properties; the order and the types are those of :mod:`trimig.config.objects`.
+#: The properties of each object type; order and types are those of :mod:`trimig.config.objects`.
 TYPES: Final[Mapping[str, Mapping[str, Argument]]] = {
     "tls-creds-x509": {
         "dir": STR,
@@ -41,7 +41,7 @@ TYPES: Final[Mapping[str, Mapping[str, Argument]]] = {
 
 
 async def object_add(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``object-add``: it counts from the next migration on."""
+    """``object-add``: takes effect at the next migration."""
     for name in ("qom-type", "id"):
         if name not in arguments:
             raise CommandFailed(f"Parameter '{name}' is missing")
@@ -54,8 +54,8 @@ async def object_add(machine: Machine, arguments: Mapping[str, Any], session: Se
 
 
 async def object_del(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``object-del``: refused while a migration uses it. A parameter that names it is left, and the next migration says
-    that it is not there."""
+    """``object-del``: refused while a migration uses the object. A parameter that names the object keeps that name, and
+    the next migration reports that the object does not exist."""
     name = arguments["id"]
     rest = tuple(present for present in machine.config.objects if present.id != name)
     if len(rest) == len(machine.config.objects):

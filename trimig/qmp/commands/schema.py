@@ -1,7 +1,7 @@
 """``query-qmp-schema``: the commands and events, described as QEMU describes its own.
 
-The answer is generated from the tables of commands, so it cannot differ from what is executed. Types have numbers for
-names, as in QEMU, because clients follow them and do not know them; commands, events and the types of JSON have theirs.
+The answer is generated from the tables of commands, so it cannot differ from the implementation. Types have numbers as
+names, as in QEMU: clients follow these names without knowing them. Commands, events and JSON's types keep their names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from ..arguments import Argument, Signature
 
-#: The types of JSON: by our name, QEMU's name and what it is in JSON.
+#: The types of JSON: by trimig's name, QEMU's name and the JSON type.
 _BUILTIN: Final[Mapping[str, tuple[str, str]]] = {
     "str": ("str", "string"),
     "bool": ("bool", "boolean"),
@@ -23,27 +23,27 @@ _BUILTIN: Final[Mapping[str, tuple[str, str]]] = {
 
 
 class Schema:
-    """Collects entries; the same type has one entry."""
+    """Collects entries; equal types share one entry."""
 
     def __init__(self) -> None:
         self._entries: list[dict[str, Any]] = []
         self._names: dict[str, str] = {}
 
     def command(self, name: str, takes: Argument, returns: Argument) -> None:
-        """Add a command and the types that it needs; *takes* is an object."""
+        """Add a command and the types that the command needs; *takes* is an object."""
         entry = {"name": name, "meta-type": "command", "arg-type": self._type(takes), "ret-type": self._type(returns)}
         self._entries.append(entry)
 
     def event(self, name: str, data: Signature) -> None:
-        """Add an event and the types that it needs."""
+        """Add an event and the types that the event needs."""
         self._entries.append({"name": name, "meta-type": "event", "arg-type": self._object(data)})
 
     def entries(self) -> list[dict[str, Any]]:
-        """Everything so far, for JSON."""
+        """All entries, for JSON."""
         return [dict(entry) for entry in self._entries]
 
     def _add(self, name: str | None, entry: dict[str, Any]) -> str:
-        """The name of the type that *entry* describes; a number if *name* is None. It is added unless it is there."""
+        """The name of the type that *entry* describes; a number if *name* is None. Adds the entry unless it exists."""
         key = repr((name, entry))
         if key not in self._names:
             self._names[key] = str(len(self._names)) if name is None else name

@@ -1,4 +1,4 @@
-"""Commands that show and change capabilities and parameters, today's and those of older QEMUs."""
+"""Commands that show and change capabilities and parameters, including commands of older QEMUs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def query_capabilities(machine: Machine, arguments: Mapping[str, Any], ses
 
 
 async def set_capabilities(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``migrate-set-capabilities``: all or nothing, and not while a migration is under way."""
+    """``migrate-set-capabilities``: sets all or none; refused during a migration."""
     for index, item in enumerate(arguments["capabilities"]):
         where = f"capabilities[{index}]"
         check_value(where, item, Argument("object"))
@@ -46,7 +46,7 @@ async def set_capabilities(machine: Machine, arguments: Mapping[str, Any], sessi
         if item["capability"] not in (*CAPABILITY_NAMES, "x-multifd"):
             raise CommandFailed(f"Parameter 'capability' does not accept value '{item['capability']}'")
     check_idle(machine.outgoing.status)
-    if machine.incoming.status is not Status.SETUP:  # where nobody has connected yet, nothing has begun
+    if machine.incoming.status is not Status.SETUP:  # no source has connected yet, so no migration has begun
         check_idle(machine.incoming.status)
     changed = Capabilities.from_qmp(arguments["capabilities"], machine.config.capabilities)
     changed.check(
@@ -66,7 +66,7 @@ async def query_parameters(machine: Machine, arguments: Mapping[str, Any], sessi
 
 
 async def set_parameters(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``migrate-set-parameters``: all or nothing, also while a migration is under way, which follows at once."""
+    """``migrate-set-parameters``: sets all or none; a migration under way uses the new values at once."""
     changed = Parameters.from_qmp(arguments, machine.config.parameters)
     before = machine.config.parameters.warnings()
     for text in changed.warnings():
@@ -85,12 +85,12 @@ def _put(machine: Machine, parameters: Parameters) -> None:
 
 
 async def set_speed(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``migrate_set_speed``: bytes per second, of older QEMUs."""
+    """``migrate_set_speed``, of older QEMUs: bytes per second."""
     return await set_parameters(machine, {"max-bandwidth": arguments["value"]}, session)
 
 
 async def set_downtime(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``migrate_set_downtime``: *seconds*, of older QEMUs; the fraction of a millisecond is cut off."""
+    """``migrate_set_downtime``, of older QEMUs: *seconds*; the fraction of a millisecond is cut off."""
     seconds = arguments["value"]
     if not 0 <= seconds <= 2000:
         raise CommandFailed("Parameter 'downtime_limit' expects an integer in the range of 0 to 2000 seconds")
@@ -98,7 +98,7 @@ async def set_downtime(machine: Machine, arguments: Mapping[str, Any], session: 
 
 
 async def set_cache_size(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``migrate-set-cache-size``: of the cache of XBZRLE, of older QEMUs."""
+    """``migrate-set-cache-size``, of older QEMUs: the size of the XBZRLE cache."""
     return await set_parameters(machine, {"xbzrle-cache-size": arguments["value"]}, session)
 
 

@@ -1,4 +1,4 @@
-"""What answers and events look like, for the schema."""
+"""The types of answers and events, for the schema."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MAYBE_STR: Final = Argument("str", optional=True)
 MAYBE_BOOL: Final = Argument("bool", optional=True)
 MAYBE_INT: Final = Argument("int", optional=True)
 
-#: QEMU's type MigrationStatus, as 7.2 has it: a trimig shows no others.
+#: QEMU's type MigrationStatus, as 7.2 has it: trimig shows no other status.
 STATUSES: Final = (
     "none", "setup", "cancelling", "cancelled", "active", "postcopy-active", "postcopy-paused", "postcopy-recover",
     "completed", "failed", "colo", "pre-switchover", "device", "wait-unplug",
 )  # fmt: skip
-#: QEMU's type RunState, as far as a guest of trimig's can be in one or a stream can name it.
+#: QEMU's type RunState, as far as a guest of trimig can have the state or a stream can name it.
 RUN_STATES: Final = (
     "debug", "inmigrate", "internal-error", "io-error", "paused", "postmigrate", "prelaunch", "finish-migrate",
     "restore-vm", "running", "save-vm", "shutdown", "suspended", "watchdog", "guest-panicked", "colo",
@@ -68,7 +68,7 @@ MIGRATION_INFO: Final = Argument(
         "error-desc": MAYBE_STR,
         "blocked-reasons": Argument("list", optional=True, items=STR),
         "socket-address": Argument("list", optional=True, items=SOCKET_ADDRESS),
-        # trimig's own.
+        # An addition of trimig.
         "owner": Argument("str", optional=True, choices=("source", "destination", "unknown")),
         "dirty-tracking": MAYBE_STR,
         "warnings": Argument("list", optional=True, items=STR),
@@ -80,7 +80,7 @@ MIGRATION_INFO: Final = Argument(
     },
 )
 
-#: The events that a machine tells of, by name.
+#: The events of a machine, by name.
 EVENTS: Final[Mapping[str, Signature]] = {
     "STOP": {},
     "RESUME": {},

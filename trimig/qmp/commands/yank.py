@@ -1,4 +1,4 @@
-"""Commands that break a connection on purpose, where its peer has stopped to answer."""
+"""Commands that break a connection whose peer has stopped answering."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...monitor.monitor import Monitor
     from ..machine import Machine
 
-#: QEMU's types of instances, and what else names one. A trimig has the last only.
+#: QEMU's types of instances, and the member that names one. trimig has only the last.
 _INSTANCES: Final[Mapping[str, Mapping[str, Argument]]] = {
     "block-node": {"node-name": STR},
     "chardev": {"id": STR},
@@ -44,7 +44,7 @@ async def query_yank(machine: Machine, arguments: Mapping[str, Any], session: Se
 
 
 async def yank(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
-    """``yank``: the connection of a migration breaks at once. In precopy it fails; in postcopy it is paused."""
+    """``yank``: break the connection of a migration at once. A precopy fails; a postcopy is paused."""
     wanted = False
     for index, instance in enumerate(arguments["instances"]):
         where = f"instances[{index}]"
