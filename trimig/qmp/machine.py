@@ -191,7 +191,7 @@ class Machine:
         # Only a precopy source emits `device`, after `pre-switchover`.
         return status == "device" and (self._told != "pre-switchover" or monitor.counters.ahead)
 
-    def shut_down(self, reason: str) -> None:
+    def announce_shutdown(self, reason: str) -> None:
         """Emit SHUTDOWN, once; :attr:`ended` says when the machine ends.
 
         Args:

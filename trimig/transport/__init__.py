@@ -1,23 +1,24 @@
-"""A URI -> a stream. One small file for each transport, named by its scheme; adding one touches nothing else.
+"""A URI -> a stream. Each transport is one small file, named by its scheme; a new transport changes no other file.
 
-A URI is QEMU's: ``tcp:HOST:PORT``, ``unix:PATH``. An unknown scheme is refused before anything is touched.
+URIs are QEMU's: ``tcp:HOST:PORT``, ``unix:PATH``. An unknown scheme is refused before anything is opened.
 
-A module of this package whose name has no underscore in front *is* the transport of that scheme. It has two functions::
+A module of this package without a leading underscore *is* the transport of the scheme of that name. It has two
+functions::
 
     async def connect(rest: str, config: Config) -> trio.abc.Stream | trio.abc.SendStream
     async def listen(rest: str, config: Config) -> Listener
 
-*rest* is what follows the colon. Both raise ConfigError for an address that cannot be understood, before anything is
-touched, and TransportFailed for everything else. A transport that has only one direction returns a stream of that
-direction only, and so has no return path. It need not know of TLS: where the parameter ``tls-creds`` is set, that is
-laid over what the two functions give. It may have four more names::
+*rest* is the text behind the colon. Both raise ConfigError for an address that cannot be understood, before anything is
+opened, and TransportFailed for everything else. A transport with only one direction returns a stream of that
+direction, and so has no return path. The transport need not know of TLS: if the parameter ``tls-creds`` is set, this
+package lays TLS over the stream of the two functions. The transport may have four more names::
 
-    def parse(rest: str) -> object   # raises ConfigError for what it cannot understand, and looks at nothing else
-    def host(rest: str) -> str       # the name that a server there must have in its certificate
-    SECURES_ITSELF = True            # it lays TLS over itself, or has none: it looks at tls-creds alone
-    MULTIPLE_CHANNELS = True                   # there can be several connections to one address at a time
+    def parse(rest: str) -> object   # raises ConfigError for a wrong address; opens nothing
+    def host(rest: str) -> str       # the name that the server's certificate must have
+    SECURES_ITSELF = True            # the transport itself handles tls-creds: it lays TLS over itself, or has none
+    MULTIPLE_CHANNELS = True         # one address accepts several connections at a time
 
-Modules with an underscore in front are what several of them share.
+Modules with a leading underscore are shared by several transports.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Listener(Protocol):
 
     @property
     def uri(self) -> str:
-        """Where to connect to; a port 0 is resolved."""
+        """The address to connect to; a port 0 is resolved."""
 
     async def accept(self) -> trio.abc.Stream | trio.abc.ReceiveStream:
         """The next connection.
@@ -52,46 +53,46 @@ class Listener(Protocol):
         """
 
     def close(self) -> None:
-        """Stop listening and leave nothing behind. Idempotent."""
+        """Stop listening and remove the socket file. Idempotent."""
 
 
 @runtime_checkable
 class SharedListener(Listener, Protocol):
-    """A listener of a transport with ``MULTIPLE_CHANNELS``: what :meth:`Listener.accept` does, in its two halves.
+    """A listener of a transport with ``MULTIPLE_CHANNELS``: the two halves of :meth:`Listener.accept` as two methods.
 
-    So several connections can be in their opening handshakes at a time, see :class:`trimig.channel.lobby.Entrance`.
+    So several opening handshakes can run at a time, see :class:`trimig.channel.lobby.Entrance`.
     """
 
     async def meet(self) -> trio.abc.Stream:
-        """The next connection, as it is accepted. OSError where the system refuses it.
+        """The next connection, before any handshake. OSError if the system refuses it.
 
         **Cancellation:** nothing was accepted.
         """
 
     async def admit(self, stream: AnyStream) -> AnyStream:
-        """*stream* behind the opening handshakes of this address, without a limit of time. *stream* is owned.
+        """Run the opening handshakes of this address on *stream*, without a time limit. *stream* is owned.
 
         Raises:
-            TransportFailed: they failed.
+            TransportFailed: a handshake failed.
 
         **Cancellation:** *stream* is closed.
         """
 
 
 class _Transport(Protocol):
-    """What a module of this package looks like."""
+    """The names that a module of this package has."""
 
     async def connect(self, rest: str, config: Config) -> trio.abc.Stream | trio.abc.SendStream: ...
 
     async def listen(self, rest: str, config: Config) -> Listener: ...
 
 
-#: The schemes that can be used.
+#: The schemes of this build.
 SCHEMES: Final[tuple[str, ...]] = tuple(
     sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 )
 
-#: What QEMU has and trimig has not.
+#: The schemes of QEMU that trimig does not have.
 _ABSENT: Final = MappingProxyType(
     {
         "rdma": "RDMA is not built into trimig, as in a QEMU that is built without it",
@@ -101,10 +102,10 @@ _ABSENT: Final = MappingProxyType(
 
 
 def check(uri: str) -> tuple[str, str]:
-    """``(scheme, rest)`` of a URI that this build can use.
+    """``(scheme, rest)`` of a URI whose scheme this build has.
 
     Raises:
-        ConfigError: no scheme, an unknown one, or one that is not built; or its transport cannot understand the rest.
+        ConfigError: no scheme, an unknown one, or one that is not built; or the transport cannot understand the rest.
     """
     scheme, colon, rest = uri.partition(":")
     known = ", ".join(f"{name}:" for name in SCHEMES)
@@ -121,7 +122,7 @@ def check(uri: str) -> tuple[str, str]:
 
 
 def _module(scheme: str) -> _Transport:
-    # Imported when it is asked for: some bring a library that takes its time.
+    # Imported on first use: some transports import a library that loads slowly.
     module: _Transport = importlib.import_module(f".{scheme}", __name__)
     return module
 
@@ -136,7 +137,7 @@ async def connect(uri: str, config: Config | None = None) -> trio.abc.Stream | t
 
     Raises:
         ConfigError: the URI cannot be understood, or the TLS credentials cannot be used.
-        TransportFailed: there is nobody, or no way there, or one side does not accept the other.
+        TransportFailed: no peer listens there, the address cannot be reached, or one side does not accept the other.
 
     **Cancellation:** no connection is left.
     """
@@ -144,7 +145,7 @@ async def connect(uri: str, config: Config | None = None) -> trio.abc.Stream | t
     config = config or Config()
     if not _wants_tls(transport, config):
         return await transport.connect(rest, config)
-    from . import _credentials, _tls  # imported when it is asked for, as above
+    from . import _credentials, _tls  # imported on first use, as above
 
     credentials = _credentials.load(config, "client")
     assert credentials is not None
@@ -154,7 +155,7 @@ async def connect(uri: str, config: Config | None = None) -> trio.abc.Stream | t
 
 
 def multiple_channels(uri: str) -> bool:
-    """There can be several connections to *uri* at a time.
+    """Whether several connections to *uri* are possible at a time.
 
     Raises:
         ConfigError: as :func:`check`.
@@ -168,7 +169,7 @@ def _wants_tls(transport: _Transport, config: Config) -> bool:
 
 
 async def listen(uri: str, config: Config | None = None) -> Listener:
-    """Listen on *uri*; the caller closes what is returned.
+    """Listen on *uri*; the caller closes the listener.
 
     Raises:
         ConfigError: the URI cannot be understood, or the TLS credentials cannot be used.
@@ -189,7 +190,8 @@ async def listen(uri: str, config: Config | None = None) -> Listener:
 
 @asynccontextmanager
 async def listening(uri: str, told: Callable[[str], None], config: Config | None = None) -> AsyncIterator[Listener]:
-    """Listen on *uri* while the context is open; *told* gets the address with its port resolved. As :func:`listen`.
+    """Listen on *uri* while the context is open; *told* is called with the address and its real port. As
+    :func:`listen`.
 
     **Cancellation:** nothing is left listening.
     """

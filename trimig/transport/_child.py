@@ -1,8 +1,8 @@
-"""A shell command with pipes to it, which is gone when it is closed: with everything it started, and reaped.
+"""A shell command with pipes to it. Closing it ends the command and everything that the command started, and reaps it.
 
-The command leads a session of its own. So a Ctrl-C at the terminal reaches it only through us, and all that it starts
-can be ended together: by the number of its process group, which nobody else can have before the leader is reaped. That
-is why its exit is looked at first, and collected last.
+The command leads a session of its own. So a Ctrl-C at the terminal reaches the command only through trimig. And all
+processes that the command starts can be ended together, by the number of their process group. No other group can get
+that number before the leader is reaped, so this module first looks at the leader's exit and reaps the leader last.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ log = logging.getLogger("trimig.transport")
 #: Seconds between SIGTERM and SIGKILL, and seconds SIGKILL may take.
 TERM_SECONDS: Final = 0.5
 KILL_SECONDS: Final = 5.0
-#: Seconds given to a child that has closed a pipe to end, so that the reason can be told.
+#: Seconds for which a child that has closed a pipe may take to end, so that the error can tell the reason.
 VERDICT_SECONDS: Final = 0.5
-#: What the pipes are enlarged to, if the system lets us: a full pipe is a switch to the other process.
+#: The wanted size of the pipes, if the system allows it: each full pipe costs a switch to the other process.
 PIPE_BYTES: Final = 1 << 20
-#: How much of the end of its stderr is kept, and how much of that goes into a message.
+#: Bytes of the end of stderr that are kept, and how many of them go into a message.
 _TAIL_BYTES: Final = 4096
 _TAIL_SHOWN: Final = 400
-#: Seconds between two looks where the kernel has no descriptors for processes (before Linux 5.3).
+#: Seconds between two polls if the kernel has no descriptors for processes (before Linux 5.3).
 _POLL: Final = 0.02
 
 
 class Child:
-    """One running command. Get it from :meth:`start`; it must be closed.
+    """One running command. :meth:`start` makes it; the caller must close it.
 
     Attributes:
         what: the command, for messages.
@@ -61,7 +61,7 @@ class Child:
         self._pid = process.pid
         self._collected = False
         self._gone = False
-        #: The status, negative for a signal, as soon as it is known.
+        #: The exit status, negative for a signal, as soon as it is known.
         self._status: int | None = None
         self._tail = b""
         self._silent = trio.Event()
@@ -73,18 +73,18 @@ class Child:
         for pipe in (self.stdin, self.stdout):
             with contextlib.suppress(OSError):
                 fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        # Somebody has to read it all the time, or a child that complains much would stand still; and only one task may
-        # wait for a descriptor, but a reader and a writer may both want to know of the exit. A nursery would have to be
-        # open around our whole life; tasks of the run loop's own end when the descriptors are closed.
+        # Stderr must be read all the time, or a child with many messages would block. Only one task may wait for a
+        # descriptor, but a reader and a writer may both wait for the exit. A nursery would have to be open for the
+        # whole life of the child; system tasks end when the descriptors are closed.
         trio.lowlevel.spawn_system_task(self._listen, name="trimig.child_stderr")
         trio.lowlevel.spawn_system_task(self._watch, name="trimig.child_exit")
 
     @classmethod
     async def start(cls, command: str) -> Child:
-        """Run *command* by ``/bin/sh -c``, as QEMU does; it inherits nothing but the three pipes.
+        """Run *command* by ``/bin/sh -c``, as QEMU does; the command inherits nothing but the three pipes.
 
         Raises:
-            TransportFailed: it could not be started.
+            TransportFailed: the command could not be started.
 
         **Cancellation:** nothing was started.
         """
@@ -104,11 +104,11 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Of the shell; also the number of its process group."""
+        """The process id of the shell; also the number of its process group."""
         return self._pid
 
     async def _listen(self) -> None:
-        """Keep the end of what it says. A system task: no error may leave it."""
+        """Keep the end of stderr. A system task: no error may leave it."""
         try:
             while data := await self._stderr.receive_some(_TAIL_BYTES):
                 self._tail = (self._tail + bytes(data))[-_TAIL_BYTES:]
@@ -118,7 +118,7 @@ class Child:
             self._silent.set()
 
     async def _watch(self) -> None:
-        """Wait until it has ended. A system task: no error may leave it."""
+        """Wait until the command has ended. A system task: no error may leave it."""
         try:
             while not self._look() and not self._collected:
                 if self._pidfd == -1:
@@ -133,13 +133,13 @@ class Child:
     # -- how it ends -----------------------------------------------------------------------------------------------
 
     def _look(self) -> bool:
-        """Whether it has ended; it stays a zombie, which keeps its number taken."""
+        """Whether the command has ended; it stays a zombie, which keeps its number taken."""
         if self._gone:
             return True
         try:
             found = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
-            self._gone = True  # where SIGCHLD is ignored the kernel collects, and tells nobody
+            self._gone = True  # if SIGCHLD is ignored, the kernel reaps the child and reports no exit
             return True
         if found is not None:
             self._status = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
@@ -147,19 +147,19 @@ class Child:
         return self._gone
 
     async def wait_exit(self) -> None:
-        """Wait until it has ended.
+        """Wait until the command has ended.
 
         **Cancellation:** no effect.
         """
         await self._exited.wait()
 
     async def wait_drained(self) -> None:
-        """Wait until everything written has been read from the pipe; what nobody reads is not delivered.
+        """Wait until the command has read everything from the pipe: bytes that are not read are not delivered.
 
-        The kernel does not tell when a pipe becomes empty, so it is asked again and again.
+        The kernel does not notify when a pipe becomes empty, so this method polls.
 
         Raises:
-            TransportFailed: nobody will read the rest.
+            TransportFailed: the command will not read the rest.
 
         **Cancellation:** no effect.
         """
@@ -177,13 +177,13 @@ class Child:
         return TransportFailed(f"{self.what} reads its input no more{more}{self.said()}")
 
     async def failure(self) -> TransportFailed | None:
-        """What is wrong with the way it ended, if it has ended or is about to; None if nothing, or if it lives on.
+        """How the command failed, if it has ended or is about to; None if it succeeded or still runs.
 
         **Cancellation:** no effect.
         """
         with trio.move_on_after(VERDICT_SECONDS):
             await self.wait_exit()
-            # What it started in the background may keep the pipe open: then this is all there is to be heard.
+            # A background process of the command may keep the pipe open: then the text so far is all there is.
             await self._silent.wait()
         if not self._look() or self._status == 0:
             return None
@@ -201,7 +201,7 @@ class Child:
         return f"was ended by signal {name}"
 
     def said(self) -> str:
-        """The end of its stderr as the end of a sentence; empty if it said nothing."""
+        """The end of stderr as the end of a sentence; empty without stderr output."""
         text = " ".join(self._tail.decode("utf-8", "replace").split())
         text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
         if len(text) > _TAIL_SHOWN:
@@ -211,16 +211,16 @@ class Child:
     # -- the end ---------------------------------------------------------------------------------------------------
 
     async def aclose(self) -> None:
-        """Close the pipes, and end it and all that it has started in its group: SIGTERM first, SIGKILL soon after.
+        """Close the pipes, and end the command and its process group: SIGTERM first, SIGKILL soon after.
 
-        **Cancellation:** held off, for at most ``2 * TERM_SECONDS + KILL_SECONDS``; it is gone.
+        **Cancellation:** held off, for at most ``2 * TERM_SECONDS + KILL_SECONDS``; the command is gone.
         """
         self.stdin.close()
         self.stdout.close()
         if not self._collected:
             self._signal(signal.SIGTERM)
             await closing.bounded(self._quiet, TERM_SECONDS, otherwise=None)
-            # Also when the leader is gone: its group may not be.
+            # Also if the leader is gone: other processes of the group may still run.
             self._signal(signal.SIGKILL)
             await closing.bounded(self._quiet, TERM_SECONDS, otherwise=None)
             await closing.bounded(self.wait_exit, KILL_SECONDS, otherwise=None)
@@ -232,7 +232,7 @@ class Child:
         await trio.lowlevel.checkpoint()
 
     async def _quiet(self) -> None:
-        """It has ended, and so has, as far as one can see, what it started: nobody holds the pipe any more."""
+        """The command has ended, and so have its children as far as is visible: no process holds the stderr pipe."""
         await self.wait_exit()
         await self._silent.wait()
 
@@ -240,7 +240,7 @@ class Child:
         if self._collected:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            # PermissionError: what is left of the group has changed its user, and is not ours any more.
+            # PermissionError: the rest of the group runs as another user.
             os.killpg(self._pid, number)
 
     def _collect(self) -> None:

@@ -1,7 +1,7 @@
-"""TLS credentials: the objects of a configuration, and the files they name, made into what a handshake needs.
+"""Turns the TLS credentials of a configuration and the files they name into an SSL context for the handshake.
 
-Directories are laid out as for QEMU. Everything that can be wrong with them is found here, before any connection is
-made, and said with the name of the file: a handshake could only say that it failed, and often only on the other side.
+Directories have QEMU's layout. Every error in them is found here, before any connection is made, and reported with the
+name of the file: a handshake could only report that it failed, and often only on the other side.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Side = Literal["client", "server"]
 
-#: How GnuTLS, and so QEMU, writes the parts of a distinguished name that Python has longer names for.
+#: The names that GnuTLS, and so QEMU, uses for parts of a distinguished name; Python uses longer names.
 _SHORT: Final[Mapping[str, str]] = {
     "commonName": "CN",
     "countryName": "C",
@@ -38,18 +38,18 @@ _SHORT: Final[Mapping[str, str]] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
-    """What one side needs for its handshakes."""
+    """Everything that one side needs for its handshakes."""
 
     side: Side
     context: ssl.SSLContext
-    #: Client: the name that the server's certificate must have, if it is not the one in the address.
+    #: Client: the name that the server's certificate must have, if it differs from the one in the address.
     hostname: str | None = None
-    #: Server: which clients it lets in, all verified ones if None; and the id by which it is called.
+    #: Server: the clients that it lets in, None for all verified ones; and the id of that list.
     authz: AuthzSimple | AuthzList | None = None
 
     @property
     def checks_name(self) -> bool:
-        """The other side must show a certificate with the name that was asked for."""
+        """The other side must show a certificate with the expected name."""
         return self.context.check_hostname
 
 
@@ -79,7 +79,7 @@ def load(config: Config, side: Side) -> Credentials | None:
 
 
 def system(hostname: str | None) -> Credentials:
-    """Of a client without credentials of its own, who trusts the CAs of this machine."""
+    """Credentials for a client without any of its own: the client trusts the CAs of this machine."""
     return Credentials(side="client", context=ssl.create_default_context(), hostname=hostname)
 
 
@@ -109,7 +109,7 @@ def _common(context: ssl.SSLContext, side: Side) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
     if side == "server":
-        context.num_tickets = 0  # a migration never comes back to resume a session
+        context.num_tickets = 0  # a migration never resumes a session
 
 
 # -- certificates ------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def _read(path: Path) -> str:
 
 
 def _trust(context: ssl.SSLContext, directory: Path) -> None:
-    """Trust the CA of the directory, less what its list of revoked certificates names."""
+    """Trust the CA of the directory, except for the certificates on its revocation list."""
     authority, revoked = directory / "ca-cert.pem", directory / "ca-crl.pem"
     _read(authority)
     try:
@@ -160,7 +160,7 @@ def _trust(context: ssl.SSLContext, directory: Path) -> None:
 
 
 class _Passphrase(Exception):
-    """The key asks for one. OpenSSL would otherwise ask on the terminal."""
+    """OpenSSL asks for a passphrase: refuse, because OpenSSL would otherwise ask on the terminal."""
 
 
 def _no_passphrase() -> NoReturn:
@@ -192,7 +192,7 @@ def _own(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
 
 
 def _sanity(directory: Path, certificate: Path, key: Path, side: Side) -> None:
-    """A handshake in memory in which this side's certificate is looked at as the peer will look at it.
+    """Check this side's certificate with a handshake in memory, as the peer will check it.
 
     Raises:
         ConfigError: expired, not valid yet, not signed by the CA, revoked, or not made for this purpose.
@@ -203,7 +203,7 @@ def _sanity(directory: Path, certificate: Path, key: Path, side: Side) -> None:
     other.verify_mode = ssl.CERT_NONE
     judge.verify_mode = ssl.CERT_REQUIRED
     _trust(judge, directory)
-    # A client's certificate also plays the server's part, which nobody looks at.
+    # A client's certificate also plays the server's part here, and that part is not checked.
     _own(server, certificate, key)
     if side == "client":
         _own(client, certificate, key)
@@ -226,9 +226,9 @@ def _sanity(directory: Path, certificate: Path, key: Path, side: Side) -> None:
 
 
 def distinguished_name(stream: ssl.SSLObject) -> str:
-    """The subject of the peer's certificate, which must have been verified, as QEMU compares it."""
+    """The subject of the peer's verified certificate, in the form that QEMU compares."""
     certificate = stream.getpeercert() or {}
-    # A sequence of parts, each a set of (name, value), mostly of one.
+    # A sequence of parts; each part is a set of (name, value), mostly with one element.
     subject = cast("tuple[tuple[tuple[str, str], ...], ...]", certificate.get("subject", ()))
     return ",".join("+".join(f"{_SHORT.get(name, name)}={_escaped(value)}" for name, value in part) for part in subject)
 
@@ -256,7 +256,7 @@ def _psk(creds: TlsPsk, side: Side) -> ssl.SSLContext:
         )
     path = Path(creds.dir) / "keys.psk"
     keys = _keys(path)
-    # The secret proves both sides to each other; there is no certificate to look at.
+    # The secret proves both sides to each other, so there is no certificate to check.
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     _common(context, side)

@@ -1,8 +1,8 @@
 """Websocket frames (RFC 6455 part 5): headers and masks. No I/O.
 
-wsproto can do this too, but a message goes several times through Python's own loops there: 0.4 GB/s at best, less from
-the client to the server, whose bytes must be masked. Here a mask is one pass of NumPy over eight bytes at a time, and a
-payload is never gathered: it is handed on as it comes.
+wsproto can do this too, but its Python loops process each message several times: 0.4 GB/s at best, less from
+the client to the server, whose bytes must be masked. Here a mask is one pass of NumPy over eight bytes at a time, and
+payloads are never collected: each piece is passed on as it arrives.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 
 #: The longest header: two bytes, eight of length, four of the mask.
 MAX_HEADER: Final = 14
-#: The most that a control frame carries.
+#: The largest payload of a control frame.
 MAX_CONTROL: Final = 125
 _KEY_SIZE: Final = 4
 
 
 class Opcode(enum.IntEnum):
-    """What a frame is."""
+    """The kind of a frame."""
 
     CONTINUATION = 0
     TEXT = 1
@@ -32,7 +32,7 @@ class Opcode(enum.IntEnum):
 
 
 class CloseCode(enum.IntEnum):
-    """Why a connection ends; those that are used here."""
+    """Why a connection ends; only the codes that trimig uses."""
 
     NORMAL = 1000
     GOING_AWAY = 1001
@@ -40,16 +40,16 @@ class CloseCode(enum.IntEnum):
     UNSUPPORTED = 1003
     #: Never sent: stands for a close without a code.
     NONE = 1005
-    #: Text that is no UTF-8.
+    #: Text that is not UTF-8.
     INVALID = 1007
     TOO_BIG = 1009
 
 
 class FrameError(Exception):
-    """The peer sent what is no frame, or not one that it may send.
+    """The peer sent an invalid frame, or a frame that the peer may not send.
 
     Attributes:
-        code: to close the connection with.
+        code: the code to close the connection with.
     """
 
     def __init__(self, code: CloseCode, message: str) -> None:
@@ -70,11 +70,11 @@ class Header:
 
     @property
     def is_control(self) -> bool:
-        """It may stand between the fragments of a message."""
+        """Whether the frame may come between the fragments of a message."""
         return self.opcode >= Opcode.CLOSE
 
     def encode(self) -> bytes:
-        """The bytes of it."""
+        """The header as bytes."""
         masked = 0x80 if self.key else 0
         first = self.opcode | (0x80 if self.final else 0)
         if self.length < 126:
@@ -85,10 +85,10 @@ class Header:
 
 
 def read_header(data: memoryview, *, from_client: bool) -> tuple[Header, int] | None:
-    """The header that *data* begins with and how many bytes it takes; None if there must be more of them.
+    """The header at the start of *data* and its length in bytes; None if more bytes are needed.
 
     Raises:
-        FrameError: it breaks a rule.
+        FrameError: the header breaks a rule.
     """
     if len(data) < 2:
         return None
@@ -125,10 +125,10 @@ def read_header(data: memoryview, *, from_client: bool) -> tuple[Header, int] | 
 
 
 def mask(data: memoryview, key: bytes, place: int = 0) -> None:
-    """Mask, or unmask, *data* where it is; it begins at byte *place* of its payload."""
+    """Mask, or unmask, *data* in place; *data* begins at byte *place* of its payload."""
     octets = np.frombuffer(data, np.uint8)
     size = len(octets)
-    # The words must be aligned, or NumPy goes through a buffer.
+    # NumPy copies through a buffer unless the words are aligned.
     lead = min(size, -int(octets.__array_interface__["data"][0]) % 8)
     body = (size - lead) // 8 * 8
     turn = place % _KEY_SIZE
@@ -144,7 +144,8 @@ def mask(data: memoryview, key: bytes, place: int = 0) -> None:
 
 
 def mask_into(target: memoryview, data: memoryview, key: bytes) -> None:
-    """Put the masked *data*, a whole payload, into *target*, which is aligned and as long: one pass instead of two."""
+    """Write the masked *data*, a whole payload, into *target*, which is aligned and as long: one pass instead of
+    two."""
     body = len(data) // 8 * 8
     word = np.frombuffer(key * 2, np.uint64)[0]
     np.bitwise_xor(np.frombuffer(data[:body], np.uint64), word, out=np.frombuffer(target[:body], np.uint64))
@@ -154,7 +155,7 @@ def mask_into(target: memoryview, data: memoryview, key: bytes) -> None:
 
 
 def close_payload(code: int, reason: str) -> bytes:
-    """What a CLOSE carries; a reason that is too long loses its end."""
+    """The payload of a CLOSE; a reason that is too long loses its end."""
     text = reason.encode()[: MAX_CONTROL - 2].decode(errors="ignore")
     return code.to_bytes(2, "big") + text.encode()
 
@@ -163,7 +164,7 @@ def read_close(payload: bytes) -> tuple[int, str]:
     """Code and reason of a CLOSE.
 
     Raises:
-        FrameError: it has half a code, one that may not be sent, or text that is no UTF-8.
+        FrameError: half a code, a code that may not be sent, or text that is not UTF-8.
     """
     if not payload:
         return CloseCode.NONE, ""

@@ -1,7 +1,7 @@
-"""Addresses of the internet: which families a name may have, and listening sockets for all of them.
+"""Internet addresses: the families that a name may have, and listening sockets for all of them.
 
-Rules as QEMU has them: without an option an address is of either family, and a socket on ``::`` takes IPv4 as well, unless
-that port is taken there.
+The rules are QEMU's: without an option both families are allowed, and a socket on ``::`` takes IPv4 as well, unless
+another socket has that port.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import trio
 from ..errors import ConfigError
 
 _SWITCH: Final = {"": True, "on": True, "off": False}
-#: The kernel cuts it to its own maximum.
+#: The backlog. The kernel limits it to its own maximum.
 _BACKLOG: Final = 65535
 
 
@@ -29,7 +29,7 @@ class Families:
 
     @property
     def family(self) -> int:
-        """What is looked for: AF_UNSPEC for both."""
+        """The family to resolve: AF_UNSPEC for both."""
         if self.ipv4 and self.ipv6:
             return socket.AF_UNSPEC
         if self.ipv6 or self.ipv4 is False:
@@ -40,7 +40,7 @@ class Families:
 
     @property
     def both(self) -> bool:
-        """A socket on ``::`` takes IPv4, too."""
+        """Whether a socket on ``::`` takes IPv4, too."""
         return self.family == socket.AF_UNSPEC
 
 
@@ -48,7 +48,7 @@ def split(rest: str) -> tuple[str, Families]:
     """``HOST:PORT`` and the options behind it: ``,ipv4``, ``,ipv6``, each alone or with ``=on`` or ``=off``.
 
     Raises:
-        ConfigError: an option that is none of these, or comes twice, or both families are off.
+        ConfigError: an unknown option, an option that comes twice, or both families off.
     """
     address, *options = rest.split(",")
     found: dict[str, bool] = {}
@@ -71,7 +71,7 @@ async def open_listeners(host: str | None, port: int, families: Families) -> lis
 
     Raises:
         OSError: the name is unknown, or one of its addresses cannot be listened on. An address of a family that this
-            machine has not is left out, unless it is the only one.
+            machine does not have is left out, unless it is the only one.
 
     **Cancellation:** nothing is left open.
     """
@@ -105,7 +105,7 @@ def bind(family: int, kind: int, protocol: int, address: object, *, both: bool) 
         try:
             sock.bind(address)  # type: ignore[arg-type]  # of the family, as the resolver gave it
         except OSError as error:
-            # Another one may have the port for IPv4.
+            # Another socket may have the port for IPv4.
             if error.errno != errno.EADDRINUSE or family != socket.AF_INET6 or not both:
                 raise
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

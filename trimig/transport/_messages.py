@@ -1,6 +1,6 @@
-"""A websocket whose messages are taken one by one, text and binary: a server's end, for conversations.
+"""The server's end of a websocket for control connections: receives text and binary messages one by one.
 
-There is no task behind a connection, so nothing that a client sends can fail anywhere but in the task that serves it.
+There is no background task, so an error of a client can only appear in the task that serves that client.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from ..channel import closing
 from ._frames import CloseCode, FrameError, Header, Opcode, close_payload, mask, read_close, read_header
 
 _READ: Final = 1 << 14
-#: Frames after which other tasks get a turn; only a hostile client sends so many small ones at once.
+#: Frames after which other tasks get a turn; only a hostile client sends so many small frames at once.
 _TURN: Final = 100
 
 
 class ConnectionGone(Exception):
-    """The conversation is over: the client has closed, broken a rule or the connection."""
+    """The conversation is over: the client has closed the connection, broken a rule, or gone."""
 
 
 class MessageStream:
     """The server's end of an open websocket. One task receives; any may send.
 
     Args:
-        transport: is owned, and closed with this.
+        transport: is owned, and closed with this object.
         early: bytes that came behind the opening handshake.
         max_message: bytes of a message, at most.
     """
@@ -41,10 +41,10 @@ class MessageStream:
         self._ended = False
 
     async def receive(self) -> str | bytes:
-        """The next message: str if it is text.
+        """The next message: str for a text message.
 
         Raises:
-            ConnectionGone: there is none any more.
+            ConnectionGone: there are no more messages.
 
         **Cancellation:** the connection can only be closed.
         """
@@ -82,7 +82,7 @@ class MessageStream:
                 raise FrameError(CloseCode.INVALID, f"a text message that is not UTF-8 at byte {error.start}") from None
 
     async def _next_frame(self, room: int) -> tuple[Header, bytes]:
-        """The next frame, whole; one with more than *room* bytes of a message is refused before they are read."""
+        """The next frame, whole; a frame with more than *room* bytes of a message is refused before they are read."""
         while (found := self._header()) is None:
             await self._fill()
         frame, start = found
@@ -124,7 +124,7 @@ class MessageStream:
         """Send one message.
 
         Raises:
-            ConnectionGone: it cannot be sent any more.
+            ConnectionGone: the message cannot be sent any more.
 
         **Cancellation:** nothing more can be sent.
         """
@@ -153,7 +153,7 @@ class MessageStream:
             await self._send(Opcode.CLOSE, close_payload(code, words))
 
     async def goodbye(self, seconds: float) -> None:
-        """Say that this is the end, and wait until the client has said it too; together at most *seconds*.
+        """Send a CLOSE, and wait for the client's CLOSE; together at most *seconds*.
 
         **Cancellation:** the connection can only be closed.
         """
@@ -165,6 +165,6 @@ class MessageStream:
     async def aclose(self) -> None:
         """Close at once.
 
-        **Cancellation:** it is closed all the same.
+        **Cancellation:** the connection is closed all the same.
         """
         await closing.close(self._transport)

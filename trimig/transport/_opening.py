@@ -1,7 +1,7 @@
 """The opening handshake of a websocket, for both ends and for every server of trimig.
 
-wsproto takes requests and answers apart, and builds ours. What it raises for a hostile head is not only its own errors, so
-each call into it stands inside :func:`_understood`: one connection then fails, and nothing else does.
+wsproto parses requests and answers, and builds those of trimig. For a hostile head wsproto also raises errors of other
+libraries. So each call into wsproto is inside :func:`_understood`: then only that one connection fails.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from wsproto.utilities import LocalProtocolError
 
 from ..errors import ConfigError, TransportFailed
 
-#: The head of a request or response, at most.
+#: The largest head of a request or response.
 MAX_HEAD: Final = 1 << 13
 
 T = TypeVar("T")
 
-#: Says with which HTTP status, and for which reason, a request is refused; None if it is not.
+#: Returns the HTTP status and the reason with which a request is refused; None to accept the request.
 Judge = Callable[[Request], tuple[int, str] | None]
 
 
 class NotUnderstood(Exception):
-    """What came is no opening handshake.
+    """The bytes are no opening handshake.
 
     Attributes:
-        status: of HTTP, with which a server refuses it.
+        status: the HTTP status with which a server refuses the request.
     """
 
     def __init__(self, message: str, status: int = 400) -> None:
@@ -39,23 +39,23 @@ class NotUnderstood(Exception):
 
 
 def _understood(handshake: H11Handshake, head: bytes) -> list[object]:
-    """The events of *head*.
+    """The events that wsproto reads from *head*.
 
     Raises:
-        NotUnderstood: the library cannot read it, whatever it raises then.
+        NotUnderstood: wsproto cannot read the head, with whatever error.
     """
     try:
         handshake.receive_data(head)
         return list(handshake.events())
     except Exception as error:
-        # The library's decoders may fail in any way at what a stranger has written.
+        # wsproto's decoders may raise any exception for the bytes of a stranger.
         hint = getattr(error, "event_hint", None)
         status = 426 if isinstance(hint, RejectConnection) and hint.status_code == 426 else 400
         raise NotUnderstood(str(error) or type(error).__name__, status) from error
 
 
 def _refusal(status: int) -> bytes:
-    """The answer to a request that is refused."""
+    """The HTTP answer that refuses a request."""
     words = {400: "Bad Request", 403: "Forbidden", 404: "Not Found", 426: "Upgrade Required"}
     version = "Sec-WebSocket-Version: 13\r\n" if status == 426 else ""
     head = f"HTTP/1.1 {status} {words.get(status, 'Service Unavailable')}\r\n{version}"
@@ -63,10 +63,10 @@ def _refusal(status: int) -> bytes:
 
 
 async def welcome(transport: trio.abc.Stream, judge: Judge) -> bytes:
-    """Read a client's request and answer it; returns the bytes that came behind it.
+    """Read a client's request and answer it; returns the bytes that came behind the request.
 
     Raises:
-        NotUnderstood: the client asked for something else, is none, or is refused. It has been told.
+        NotUnderstood: the client asked for something else, sent no request, or is refused. The client has been told.
         trio.BrokenResourceError: the connection broke.
 
     **Cancellation:** *transport* can only be closed.
@@ -90,11 +90,11 @@ async def welcome(transport: trio.abc.Stream, judge: Judge) -> bytes:
 
 
 async def knock(transport: trio.abc.Stream, host: str, target: str, where: str) -> bytes:
-    """Ask a server for a websocket; returns the bytes that came behind its answer.
+    """Ask a server for a websocket; returns the bytes that came behind the answer.
 
     Raises:
         ConfigError: the host cannot be written in a request.
-        TransportFailed: the server refused, or is none.
+        TransportFailed: the server refused, or is no websocket server.
         NotUnderstood: the answer is not HTTP.
         trio.BrokenResourceError: the connection broke.
 
@@ -116,12 +116,13 @@ async def knock(transport: trio.abc.Stream, host: str, target: str, where: str) 
 
 
 def from_a_page(request: Request) -> bool:
-    """Only browsers send an Origin: a page on any site may connect to whatever its reader can reach."""
+    """Whether the request has an Origin, which only browsers send: a page on any site may connect to every address that
+    the browser can reach."""
     return any(name.lower() == b"origin" for name, _ in request.extra_headers)
 
 
 async def _read_head(transport: trio.abc.Stream) -> tuple[bytes, bytes]:
-    """The head of a request or response, and what came behind it."""
+    """The head of a request or response, and the bytes behind it."""
     data = bytearray()
     while (end := data.find(b"\r\n\r\n")) < 0:
         if len(data) > MAX_HEAD:

@@ -1,9 +1,9 @@
 """TLS over any stream of both directions.
 
-:class:`trio.SSLStream` hands out one TLS record (16 KiB) for each call; with both ends in Python that made 0.3 of what
-blocking sockets reach, and this class more than they do, because it decrypts as many records as there are into the
-caller's buffer. It also keeps what trio's hides: the alert of a peer that has refused, although the write fails first,
-and the end that is announced (close_notify) even if there is no time left to wait.
+:class:`trio.SSLStream` returns one TLS record (16 KiB) for each call. With both ends in Python it reached 0.3 of the
+speed of blocking sockets. This class is faster than blocking sockets, because it decrypts all available records into
+the caller's buffer. It also keeps two things that trio's class hides. One is the alert of a peer that has refused,
+although the write fails first. The other is close_notify, the announced end, even if there is no time left to wait.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from ..channel.channel import AnyStream
     from . import Listener, SharedListener
 
-#: Seconds for a handshake: a peer that speaks no TLS may just wait.
+#: Seconds for a handshake: a peer that speaks no TLS may send nothing.
 HANDSHAKE_SECONDS: Final = 20.0
-#: Seconds in which the reason for a failed write may still arrive, and those that an orderly end may take.
+#: Seconds for the alert behind a failed write, and seconds for an orderly end.
 _VERDICT_SECONDS: Final = 1.0
 _CLOSE_SECONDS: Final = 1.0
-#: Encrypted and handed over at once; about 0.2 ms of work.
+#: Bytes that are encrypted and handed over at once; about 0.2 ms of work.
 _PIECE: Final = 1 << 18
-#: Read from the transport at once.
+#: Bytes that are read from the transport at once.
 _READ: Final = 1 << 20
 
 _ALERT = re.compile(r"(?:SSLV3|TLSV1|TLSV13)_ALERT_(.+)")
-#: What OpenSSL makes of bytes that are no TLS.
+#: OpenSSL's errors for bytes that are not TLS.
 _NO_TLS: Final = frozenset(
     {
         "WRONG_VERSION_NUMBER",
@@ -50,7 +50,7 @@ _NO_TLS: Final = frozenset(
         "UNKNOWN_PROTOCOL",
     }
 )
-#: What else is behind an alert, as far as its name does not say it.
+#: Explanations of alerts whose name does not say enough.
 _BEHIND: Final = {
     "certificate required": "it wants to see a certificate of this side",
     "unknown ca": "it does not know the CA that signed this side's certificate",
@@ -60,12 +60,12 @@ _BEHIND: Final = {
     "decrypt error": "the two sides have different keys",
     "unknown psk identity": "it does not know this user, or not with this key",
 }
-#: Who does not say why it goes, as QEMU, has mostly one of these reasons.
+#: Hint for peers that close without a TLS alert (QEMU does).
 _GUESS: Final = "the other side may not want TLS, or not this side's certificate, name or key"
 
 
 def reason(error: ssl.SSLError) -> str:
-    """What went wrong, in words, seen from this side."""
+    """The reason of the failure in words, seen from this side."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the certificate of the other side is not accepted: {error.verify_message}"
     if isinstance(error, ssl.SSLEOFError):
@@ -83,7 +83,7 @@ def reason(error: ssl.SSLError) -> str:
 
 
 def _broken(words: str, cause: BaseException | None) -> trio.BrokenResourceError:
-    """A broken stream whose cause, which is what gets reported, speaks in words."""
+    """A broken stream; its cause has the reason in words and is what gets reported."""
     error = trio.BrokenResourceError(words)
     error.__cause__ = ssl.SSLError(0, words)
     error.__cause__.__cause__ = cause
@@ -98,9 +98,9 @@ class TlsStream(trio.abc.Stream):
     """One end of a TLS connection; :func:`secure` makes them.
 
     Args:
-        transport: is owned, and closed with this.
-        tls: has the context; which side this is.
-        name: the server's, for a client.
+        transport: is owned, and closed with this stream.
+        tls: the credentials; their context decides which side this is.
+        name: the server's name, for a client.
     """
 
     def __init__(self, transport: trio.abc.Stream, tls: Credentials, name: str | None = None) -> None:
@@ -112,10 +112,10 @@ class TlsStream(trio.abc.Stream):
         self._raw = memoryview(bytearray(_READ))
         self._plain = bytearray()
         self._writing = trio.Lock()
-        self._sends = False  # somebody is in send_all
-        self._reads = False  # somebody is in receive
+        self._sends = False  # a task is in send_all
+        self._reads = False  # a task is in receive
         self._shaken = False
-        self._ended = False  # the peer said so
+        self._ended = False  # the peer sent close_notify
         self._heard = False  # a byte of the peer came after the handshake
         self._torn = False  # a write was cut: nothing more can be written
         self._closed = False
@@ -123,23 +123,23 @@ class TlsStream(trio.abc.Stream):
         self._verdict = trio.Event()
 
     def peer_certificate(self) -> bytes | None:
-        """The certificate that the peer has shown and that was verified, in DER; None without one."""
+        """The verified certificate of the peer, in DER; None without one."""
         return self._ssl.getpeercert(True)
 
     @property
     def transport(self) -> trio.abc.Stream:
-        """What is below; it must not be used directly."""
+        """The stream below; the caller must not use it directly."""
         return self._transport
 
     @property
     def ssl_object(self) -> ssl.SSLObject:
-        """What Python knows of the connection: version, cipher, the peer's certificate."""
+        """Python's information about the connection: version, cipher, the peer's certificate."""
         return self._ssl
 
     # -- the transport below -------------------------------------------------------------------------------------------
 
     async def _flush(self) -> None:
-        """Hand over what is encrypted. One task at a time, so that the order of records is kept."""
+        """Send the encrypted bytes. One task at a time, so that the order of records is kept."""
         async with self._writing:
             while self._out.pending:
                 if self._torn:
@@ -149,7 +149,7 @@ class TlsStream(trio.abc.Stream):
                 self._torn = False
 
     async def _fill(self) -> None:
-        """Take in what has come; the end of the transport too."""
+        """Take in received bytes, or the end of the transport."""
         if self._socket is not None:
             try:
                 count = await self._socket.recv_into(self._raw)
@@ -167,10 +167,10 @@ class TlsStream(trio.abc.Stream):
     # -- handshake -----------------------------------------------------------------------------------------------------
 
     async def do_handshake(self) -> None:
-        """Agree on keys, and look at the certificate of the other side as far as that was asked for.
+        """Agree on keys, and check the certificate of the other side as far as the configuration asks for it.
 
         Raises:
-            trio.BrokenResourceError: it failed; the cause says why. The other side was told, as far as TLS can.
+            trio.BrokenResourceError: the handshake failed; the cause says why. The peer was told, as far as TLS can.
 
         **Cancellation:** the stream can only be closed.
         """
@@ -180,13 +180,13 @@ class TlsStream(trio.abc.Stream):
                     self._ssl.do_handshake()
                     break
                 except ssl.SSLWantReadError:
-                    # Where nothing can be written any more, the reason for that may be there to be read.
+                    # A failed write may have its reason, an alert, among the bytes to read.
                     with contextlib.suppress(trio.BrokenResourceError):
                         await self._flush()
                     await self._fill()
             await self._flush()
         except ssl.SSLError as error:
-            # The alert that tells the other side is ready to be sent; that it cannot be is no news.
+            # Send the alert to the other side; a failure to send it adds nothing to the error.
             with contextlib.suppress(trio.BrokenResourceError), trio.move_on_after(_CLOSE_SECONDS):
                 await self._flush()
             _raise(self._failed(error))
@@ -203,7 +203,7 @@ class TlsStream(trio.abc.Stream):
         return self._fail(words, error)
 
     def _fail(self, words: str, error: BaseException | None) -> trio.BrokenResourceError:
-        """The first reason is the one that counts, whichever direction it is found in."""
+        """Keep the first reason, of either direction: that one is reported."""
         if self._failure is None:
             self._failure = _broken(words, error)
         self._verdict.set()
@@ -220,7 +220,7 @@ class TlsStream(trio.abc.Stream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of *data*, encrypted in large pieces.
 
-        **Cancellation:** some of it may have been sent; nothing more can be.
+        **Cancellation:** a part may have been sent; nothing more can be sent.
         """
         if self._sends:
             raise trio.BusyResourceError("another task is sending on this TLS connection")
@@ -250,7 +250,7 @@ class TlsStream(trio.abc.Stream):
             piece = piece[self._ssl.write(piece) :]
 
     async def _await_verdict(self) -> None:
-        """A write has failed. If that is because the peer refused, its alert has come, or comes now."""
+        """The error of a failed write. If the peer refused, its alert has arrived or arrives now."""
         with trio.move_on_after(_VERDICT_SECONDS):
             if self._reads:
                 await self._verdict.wait()
@@ -258,10 +258,10 @@ class TlsStream(trio.abc.Stream):
             scratch = memoryview(bytearray(1 << 14))
             with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
                 while await self.receive_into(scratch):
-                    pass  # what it said before it refused does not matter any more
+                    pass  # data from before the refusal does not matter any more
 
     async def wait_send_all_might_not_block(self) -> None:
-        """Wait until the transport below takes data.
+        """Wait until the transport below accepts data.
 
         **Cancellation:** no effect.
         """
@@ -290,7 +290,7 @@ class TlsStream(trio.abc.Stream):
         return bytes(view[: await self.receive_into(view)])
 
     async def receive_into(self, view: memoryview) -> int:
-        """Like :meth:`receive_some`, into *view*, as much as has come; how many bytes, 0 at the end.
+        """Like :meth:`receive_some`, into *view*, all that has arrived; returns the number of bytes, 0 at the end.
 
         **Cancellation:** nothing was taken.
         """
@@ -300,7 +300,7 @@ class TlsStream(trio.abc.Stream):
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
             self._check("receive")
-            # An answer to the peer's wish for new keys, left by an earlier call; a task that sends takes it along.
+            # An earlier call left an answer to the peer's key update; a task that sends takes it along.
             if self._out.pending and not self._writing.locked():
                 await self._flush()
             waited = False
@@ -323,11 +323,11 @@ class TlsStream(trio.abc.Stream):
             self._reads = False
 
     def _decrypt(self, view: memoryview) -> int | None:
-        """Bytes put into *view*: 0 at the end, None if more must come first."""
+        """The number of bytes put into *view*: 0 at the end, None if more must arrive first."""
         done = 0
         while done < len(view) and not self._ended:
             try:
-                # With a buffer it returns a number, and any buffer will do.
+                # With a buffer `read` returns a number; any buffer will do.
                 count = cast("int", self._ssl.read(len(view) - done, cast("bytearray", view[done:])))
             except ssl.SSLWantReadError:
                 if not done:
@@ -336,7 +336,7 @@ class TlsStream(trio.abc.Stream):
             except ssl.SSLZeroReturnError:
                 count = 0
             except ssl.SSLError:
-                # What came before it is good; the next call will meet it again.
+                # The data before the error is valid; the next call raises the error again.
                 if not done:
                     raise
                 break
@@ -350,9 +350,9 @@ class TlsStream(trio.abc.Stream):
     # -- the end -------------------------------------------------------------------------------------------------------
 
     async def aclose(self) -> None:
-        """Tell the other side that this was all, if it can be told at once or within a second; and close.
+        """Announce the end to the peer, if that is possible at once or within a second; and close.
 
-        **Cancellation:** it is closed all the same.
+        **Cancellation:** the stream is closed all the same.
         """
         if self._closed:
             await trio.lowlevel.checkpoint()
@@ -365,14 +365,14 @@ class TlsStream(trio.abc.Stream):
             await self._transport.aclose()
 
     async def _announce_end(self) -> None:
-        # The usual error is that the peer's own end has not come; it is not waited for.
+        # The usual error is that the peer's close_notify has not come; it is not waited for.
         with contextlib.suppress(ssl.SSLError):
             self._ssl.unwrap()
         if self._writing.locked() or not self._out.pending:
             return
         if self._socket is not None:
-            # Without a checkpoint, because most streams are closed by somebody who cannot wait. A buffer so full
-            # that it does not go in has its end cut off, which TLS is there to notice.
+            # Without a checkpoint, because most streams are closed by a cancelled task. If the transport's buffer is so
+            # full that the close_notify does not fit, it is cut off, and the peer's TLS notices that.
             with contextlib.suppress(OSError):
                 os.write(self._socket.fileno(), self._out.read())
             return
@@ -391,16 +391,16 @@ def _cause(error: trio.BrokenResourceError) -> str:
 async def secure(
     stream: AnyStream, tls: Credentials, where: str, name: str | None = None, *, seconds: float = HANDSHAKE_SECONDS
 ) -> TlsStream:
-    """*stream* with TLS over it, when the handshake is done. *stream* is owned, and closed on every path but success.
+    """*stream* with TLS over it, after the handshake. *stream* is owned, and closed on every path but success.
 
     Args:
         where: the address, for messages.
-        name: of the host in that address, for a client whose configuration names none.
-        seconds: that the handshake may take.
+        name: the host in that address, for a client whose configuration names none.
+        seconds: for the handshake.
 
     Raises:
-        ConfigError: the stream has only one direction, or the name cannot be one.
-        TransportFailed: the handshake failed, took too long, or one side does not let the other in.
+        ConfigError: the stream has only one direction, or the name cannot be the name of a host.
+        TransportFailed: the handshake failed, took too long, or one side does not accept the other.
 
     **Cancellation:** the stream is closed.
     """
@@ -410,7 +410,7 @@ async def secure(
             raise ConfigError(f"{where} has only one direction, and TLS needs both", name="tls-creds")
         name = tls.hostname or name
         if tls.checks_name and not name:
-            # As late as this so that the other side, which waits in the handshake, gets to know as well.
+            # Only here and not earlier, so that the other side, which waits in the handshake, gets an error as well.
             raise TransportFailed(
                 f"no TLS with {where}: there is no host name to check the certificate with; set tls-hostname"
             )
@@ -435,14 +435,14 @@ async def secure(
         return secured
     finally:
         if not done:
-            # Not in order, which would look as if all was said.
+            # Without close_notify, which would look like a complete stream.
             await closing.close(stream)
 
 
 class TlsListener:
-    """A listener whose connections begin with a handshake.
+    """A listener whose connections begin with a TLS handshake.
 
-    A client that fails in it fails :meth:`accept`; the listener can go on to the next one.
+    A client that fails in the handshake makes :meth:`accept` raise; the listener can go on to the next one.
     """
 
     def __init__(self, inner: Listener, tls: Credentials) -> None:
@@ -451,11 +451,11 @@ class TlsListener:
 
     @property
     def uri(self) -> str:
-        """Where to connect to."""
+        """The address to connect to."""
         return self._inner.uri
 
     async def accept(self) -> TlsStream:
-        """The next connection, when its handshake is done.
+        """The next connection, after its handshake.
 
         Raises:
             TransportFailed: the handshake failed.
@@ -465,14 +465,14 @@ class TlsListener:
         return await secure(await self._inner.accept(), self._tls, f"the client at {self.uri}")
 
     async def meet(self) -> trio.abc.Stream:
-        """The next connection, before its handshake. OSError where the system refuses it.
+        """The next connection, before its handshake. OSError if the system refuses it.
 
         **Cancellation:** nothing was accepted.
         """
         return await cast("SharedListener", self._inner).meet()
 
     async def admit(self, stream: AnyStream) -> TlsStream:
-        """*stream* when its handshake is done, however long it takes.
+        """*stream* after its handshake, without a time limit.
 
         Raises:
             TransportFailed: the handshake failed.

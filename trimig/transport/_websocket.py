@@ -1,8 +1,8 @@
 """A byte stream in the binary messages of a websocket, over any stream of both directions.
 
-Where messages begin and end means nothing; a long write becomes several. There is no task behind a connection: who
-receives also answers a ping, and what concerns the other direction is sent by whoever sends next. The opening handshake is
-in ``_opening``; messages one by one, for the control connections, are in ``_messages``.
+The boundaries of messages have no meaning; a long write becomes several messages. There is no background task: the
+receiving task also answers pings, and the next sending task sends what is due to the peer. The opening handshake is
+in ``_opening``; single messages, for the control connections, are in ``_messages``.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from ._frames import (
 from ._opening import NotUnderstood, from_a_page, knock, welcome
 from ._tls import HANDSHAKE_SECONDS, TlsStream
 
-#: Payload of a frame that is sent, at most.
+#: The largest payload of a sent frame.
 FRAME_SIZE: Final = 1 << 20
-#: The longest message that is accepted. It is never held in memory; but nobody has a reason for more.
+#: The longest accepted message. A message is never held in memory, but there is no reason for a longer one.
 MAX_MESSAGE: Final = 1 << 30
 _READ: Final = 1 << 20
-#: So much of a payload is not read ahead but straight to where it is wanted.
+#: A payload of at least this size is not read ahead but straight into the caller's buffer.
 _DIRECT: Final = 1 << 16
-#: Frames in one piece of input after which other tasks get a turn; only a hostile peer sends so small ones.
+#: Frames in one piece of input after which other tasks get a turn; only a hostile peer sends such small frames.
 _TURN: Final = 200
-#: Seconds that telling the peer of the end, or waiting for it, may take.
+#: Seconds for sending the CLOSE, or for waiting for the peer's.
 _CLOSE_SECONDS: Final = 0.5
 
 
@@ -51,8 +51,8 @@ class WebSocketStream(trio.abc.Stream):
     """One end of an open websocket; :func:`open_client` and :func:`open_server` make them.
 
     Args:
-        transport: is owned, and closed with this.
-        client: which end this is; the client masks what it sends.
+        transport: is owned, and closed with this stream.
+        client: which end this is; the client masks the frames that it sends.
         early: bytes that came behind the opening handshake.
     """
 
@@ -64,7 +64,7 @@ class WebSocketStream(trio.abc.Stream):
         self._client = client
         self._raw = memoryview(bytearray(max(_READ, len(early))))
         self._raw[: len(early)] = early
-        self._begin, self._end = 0, len(early)  # of what has not been looked at
+        self._begin, self._end = 0, len(early)  # the bytes in the buffer that are not parsed yet
         self._frame = Header(opcode=Opcode.CONTINUATION, final=True, length=0)
         self._place = 0  # in the payload of this frame
         self._message: int | None = None  # bytes of the message that is being received
@@ -76,17 +76,17 @@ class WebSocketStream(trio.abc.Stream):
         self._reads = False
         self._torn = False  # a write was cut: nothing more can be written
         self._said_close = False
-        self._ended = False  # the peer closed in order
+        self._ended = False  # the peer sent a CLOSE in order
         self._closed = False
         self._failure: str | None = None
 
     def peer_certificate(self) -> bytes | None:
-        """As for TLS, where that is below; None without it."""
+        """As for TLS, if TLS is below; None otherwise."""
         return self._transport.peer_certificate() if isinstance(self._transport, TlsStream) else None
 
     @property
     def transport(self) -> trio.abc.Stream:
-        """What is below; it must not be used directly."""
+        """The stream below; the caller must not use it directly."""
         return self._transport
 
     # -- frames going out ----------------------------------------------------------------------------------------------
@@ -101,11 +101,11 @@ class WebSocketStream(trio.abc.Stream):
         self._torn = False
 
     def _encode(self, opcode: Opcode, payload: bytes | memoryview) -> memoryview:
-        """Header and payload in one place, masked there, where the payload is aligned."""
+        """Header and payload in one buffer, masked there, where the payload is aligned."""
         size = len(payload)
         if len(self._staging) < size + 16:
             self._staging = memoryview(bytearray(size + 16))
-        # A new key for each frame, which nobody can foresee: that is what masks are for.
+        # A new, unpredictable key for each frame: masks have no other purpose.
         key = secrets.token_bytes(4) if self._client else b""
         head = Header(opcode=opcode, final=True, length=size, key=key).encode()
         start = 16 - len(head)
@@ -131,7 +131,7 @@ class WebSocketStream(trio.abc.Stream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of *data*, in frames of at most FRAME_SIZE.
 
-        **Cancellation:** some of it may have been sent; nothing more can be.
+        **Cancellation:** a part may have been sent; nothing more can be sent.
         """
         if self._sends:
             raise trio.BusyResourceError("another task is sending on this websocket")
@@ -156,7 +156,7 @@ class WebSocketStream(trio.abc.Stream):
             self._sends = False
 
     async def wait_send_all_might_not_block(self) -> None:
-        """Wait until the transport below takes data.
+        """Wait until the transport below accepts data.
 
         **Cancellation:** no effect.
         """
@@ -172,7 +172,7 @@ class WebSocketStream(trio.abc.Stream):
     # -- frames coming in ----------------------------------------------------------------------------------------------
 
     async def _fill(self) -> None:
-        """Read more behind what is there."""
+        """Read more bytes behind those in the buffer."""
         if self._begin == self._end:
             self._begin = self._end = 0
         elif len(self._raw) - self._end < MAX_HEADER + 256:
@@ -182,7 +182,7 @@ class WebSocketStream(trio.abc.Stream):
         self._end += await self._read(self._raw[self._end :])
 
     async def _read(self, room: memoryview) -> int:
-        """What comes from below, into *room*; at least one byte."""
+        """Receive from the stream below into *room*; at least one byte."""
         if self._socket is not None:
             try:
                 count = await self._socket.recv_into(room)
@@ -212,9 +212,9 @@ class WebSocketStream(trio.abc.Stream):
         return bytes(view[: await self.receive_into(view)])
 
     async def receive_into(self, view: memoryview) -> int:
-        """Like :meth:`receive_some`, into *view*; how many bytes, 0 at the end.
+        """Like :meth:`receive_some`, into *view*; returns the number of bytes, 0 at the end.
 
-        **Cancellation:** nothing was taken. If a ping was being answered at that moment, nothing can be sent any more.
+        **Cancellation:** nothing was taken. If a pong was being sent at that moment, nothing can be sent any more.
         """
         if self._reads:
             raise trio.BusyResourceError("another task is receiving on this websocket")
@@ -259,13 +259,13 @@ class WebSocketStream(trio.abc.Stream):
         return 0
 
     def _next_header(self) -> tuple[Header, int] | None:
-        """The next frame, if the present one is over and enough of the next is here."""
+        """The next frame, if the present one is over and the buffer has enough of the next."""
         if self._place < self._frame.length:
             return None
         return read_header(self._raw[self._begin : self._end], from_client=not self._client)
 
     def _gather(self, view: memoryview) -> int:
-        """Hand out the payload that is here, of as many frames as follow each other; how many bytes."""
+        """Return payload from the buffer, of several frames in a row; the number of bytes."""
         done = 0
         while done < len(view):
             left = self._frame.length - self._place
@@ -280,11 +280,11 @@ class WebSocketStream(trio.abc.Stream):
                     break
                 self._start(*found)
             except FrameError:
-                break  # what came before it is good; the next call meets it again
+                break  # the data before the error is valid; the next call raises the error
         return done
 
     def _take(self, view: memoryview, left: int) -> int:
-        """Hand out what is here of the payload."""
+        """Return payload from the buffer."""
         size = min(left, self._end - self._begin, len(view))
         part = view[:size]
         part[:] = self._raw[self._begin : self._begin + size]
@@ -293,13 +293,13 @@ class WebSocketStream(trio.abc.Stream):
         return size
 
     def _unmask(self, part: memoryview) -> None:
-        """*part* is what comes next of the payload."""
+        """Account for *part*, the next piece of the payload."""
         if self._frame.key:
             mask(part, self._frame.key, self._place)
         self._place += len(part)
 
     async def _enter(self, frame: Header, size: int) -> bool:
-        """Begin with *frame*, whose header takes *size* bytes; False if a control frame is not all here yet."""
+        """Begin with *frame*, whose header takes *size* bytes; False if a control frame is incomplete."""
         if frame.is_control:
             at = self._begin + size
             if self._end - at < frame.length:
@@ -328,7 +328,7 @@ class WebSocketStream(trio.abc.Stream):
 
     async def _control(self, opcode: Opcode, payload: bytes) -> None:
         if opcode is Opcode.PING:
-            self._pong = payload  # only the last one needs an answer
+            self._pong = payload  # only the last ping needs an answer
         elif opcode is Opcode.CLOSE:
             code, words = read_close(payload)
             await self._say_close(CloseCode.NORMAL if code == CloseCode.NONE else code, "")
@@ -340,24 +340,24 @@ class WebSocketStream(trio.abc.Stream):
     # -- the end -------------------------------------------------------------------------------------------------------
 
     async def _say_close(self, code: int, words: str) -> None:
-        """Send a CLOSE, if nothing stands in the way of it and it goes quickly."""
+        """Send a CLOSE, unless that is impossible or takes too long."""
         if self._said_close or self._torn or self._writing.locked():
             return
         self._said_close = True
         frame = self._encode(Opcode.CLOSE, close_payload(code, words))
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError, OSError):
             if self._socket is not None:
-                # Without a checkpoint: it works for somebody who is cancelled, too. A buffer so full that it does not
-                # go in has its end cut off, and that is an error at the peer.
+                # Without a checkpoint, so that a cancelled task can send it too. If the transport's buffer is so full
+                # that the CLOSE does not fit, it is cut off, and that is an error at the peer.
                 os.write(self._socket.fileno(), frame)
                 return
             with trio.move_on_after(_CLOSE_SECONDS):
                 await self._transport.send_all(frame)
 
     async def aclose(self) -> None:
-        """Close in order: say so, and wait for a moment until the peer has said it too.
+        """Close in order: send a CLOSE, and wait for a moment for the peer's.
 
-        **Cancellation:** it is closed all the same.
+        **Cancellation:** the websocket is closed all the same.
         """
         if self._closed:
             await trio.lowlevel.checkpoint()
@@ -371,7 +371,8 @@ class WebSocketStream(trio.abc.Stream):
             await self._transport.aclose()
 
     async def _wait_end(self) -> None:
-        """Closing with unread input makes TCP send a reset, which can overtake what was sent last."""
+        """Read the rest: if a socket is closed with unread input, TCP sends a reset, which can overtake the last bytes
+        sent."""
         scratch = memoryview(bytearray(1 << 14))
         expected = (trio.BrokenResourceError, trio.ClosedResourceError, FrameError)
         with trio.move_on_after(_CLOSE_SECONDS), contextlib.suppress(*expected):
@@ -383,11 +384,12 @@ class WebSocketStream(trio.abc.Stream):
 
 
 async def open_client(transport: trio.abc.Stream, host: str, target: str, where: str) -> WebSocketStream:
-    """A websocket over *transport*, asked for as *target* of *host*. *transport* is closed on every path but success.
+    """Ask the server *host* for *target*: a websocket over *transport*. *transport* is closed on every path but
+    success.
 
     Raises:
         ConfigError: the host cannot be written in a request.
-        TransportFailed: the server refused, or is none, or took too long.
+        TransportFailed: the server refused, is no websocket server, or took too long.
 
     **Cancellation:** *transport* is closed.
     """
@@ -409,14 +411,15 @@ async def open_client(transport: trio.abc.Stream, host: str, target: str, where:
 async def open_server(
     transport: trio.abc.Stream, path: str, where: str, *, seconds: float = HANDSHAKE_SECONDS
 ) -> WebSocketStream:
-    """A websocket over *transport*, for a client that asks for it.
+    """Accept a websocket over *transport* from a client that asks for one.
 
     Args:
-        path: what it must ask for; any if empty.
-        seconds: that the handshake may take.
+        path: the path that the client must ask for; any if empty.
+        seconds: for the handshake.
 
     Raises:
-        TransportFailed: the client asked for something else, or is none, or took too long. It has been told.
+        TransportFailed: the client asked for something else, sent no request, or took too long. The client has been
+            told.
 
     **Cancellation:** *transport* is closed.
     """

@@ -1,4 +1,4 @@
-"""What ``ws:`` and ``wss:`` have in common: their addresses, and a websocket over ``tcp:`` with or without TLS."""
+"""The common parts of ``ws:`` and ``wss:``: their addresses, and a websocket over ``tcp:`` with or without TLS."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Address:
     """``SCHEME://HOST:PORT/PATH``, taken apart."""
 
     scheme: str
-    #: Host and port as ``tcp:`` takes them.
+    #: Host and port, as ``tcp:`` takes them.
     tcp: str
     #: With the query; empty if none is given.
     target: str
@@ -38,7 +38,7 @@ def parse(scheme: str, rest: str) -> Address:
     """The address behind the colon of ``ws:`` or ``wss:``.
 
     Raises:
-        ConfigError: it is not of that form.
+        ConfigError: the address is not of that form.
     """
     shape = f"{scheme}://HOST:PORT/PATH"
     if not rest.startswith("//"):
@@ -71,7 +71,7 @@ async def upgrade(stream: trio.abc.Stream, to: Address) -> WebSocketStream:
 class WebSocketListener:
     """Websockets over the connections of another listener.
 
-    A client that fails in the opening handshake fails :meth:`accept`; the listener can go on to the next one.
+    A client that fails in the opening handshake makes :meth:`accept` raise; the listener can go on to the next one.
     """
 
     def __init__(self, inner: SharedListener, at: Address) -> None:
@@ -80,11 +80,11 @@ class WebSocketListener:
 
     @property
     def uri(self) -> str:
-        """Where to connect to, with the real port."""
+        """The address to connect to, with the real port."""
         return str(dataclasses.replace(self._at, tcp=self._inner.uri.removeprefix("tcp:")))
 
     async def accept(self) -> WebSocketStream:
-        """The next connection, when its opening handshake is done.
+        """The next connection, after its opening handshake.
 
         Raises:
             TransportFailed: the handshake failed.
@@ -96,17 +96,17 @@ class WebSocketListener:
         return await open_server(stream, self._path, self.uri)
 
     async def meet(self) -> trio.abc.Stream:
-        """The next connection, before its handshakes. OSError where the system refuses it.
+        """The next connection, before its handshakes. OSError if the system refuses it.
 
         **Cancellation:** nothing was accepted.
         """
         return await self._inner.meet()
 
     async def admit(self, stream: AnyStream) -> WebSocketStream:
-        """*stream* when its handshakes are done, however long they take.
+        """*stream* after its handshakes, without a time limit.
 
         Raises:
-            TransportFailed: one of them failed.
+            TransportFailed: a handshake failed.
 
         **Cancellation:** *stream* is closed.
         """

@@ -1,10 +1,11 @@
-"""``exec:COMMAND``: run by ``/bin/sh -c``. The stream goes to its stdin or comes from its stdout.
+"""``exec:COMMAND``: a command, run by ``/bin/sh -c``. The stream goes to its stdin or comes from its stdout.
 
-The other pipe is the return path, if the command passes it on: ``exec:ssh host nc -U /run/socket`` does, ``exec:gzip >
-file`` does not, and is not expected to. QEMU looks neither at the command's exit nor at what it says; here a command
-that fails is a migration that failed, with the end of its stderr in the message.
+The other pipe is the return path, if the command passes it on. ``exec:ssh host nc -U /run/socket`` does; ``exec:gzip >
+file`` does not, and need not. QEMU ignores the command's exit status and its stderr. In trimig a command
+that fails makes the migration fail, and the error has the end of its stderr.
 
-The command gets no terminal (it leads a session of its own): one that asks for a password fails instead of waiting.
+The command gets no terminal (it leads a session of its own): a command that asks for a password fails instead of
+waiting.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ _MAX_COMMAND: Final = (1 << 17) - 1
 
 
 def parse(command: str) -> str:
-    """A command that can be run.
+    """A valid command.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: *rest* is no valid command.
     """
     if not command.strip():
         raise ConfigError("exec: needs a command, for example exec:gzip > guest.gz", name="uri")
@@ -39,10 +40,10 @@ def parse(command: str) -> str:
 
 
 class ExecStream(trio.abc.HalfCloseableStream):
-    """The stdin and stdout of a command. Not both directions need to lead anywhere.
+    """The stdin and stdout of a command. A direction may have no other end.
 
     Args:
-        silent: nobody may ever answer; see :class:`~trimig.channel.channel.PerhapsSilent`.
+        silent: the peer may never answer; see :class:`~trimig.channel.channel.PerhapsSilent`.
     """
 
     def __init__(self, child: Child, *, silent: bool) -> None:
@@ -52,21 +53,22 @@ class ExecStream(trio.abc.HalfCloseableStream):
 
     @property
     def perhaps_silent(self) -> bool:
-        """A command that stores the stream has nothing to say; one that brings it has."""
+        """Whether an answer may never come: a command that stores the stream sends none, a command that brings one
+        does."""
         return self._silent
 
     @property
     def pid(self) -> int:
-        """Of the shell that runs the command."""
+        """The process id of the shell that runs the command."""
         return self._child.pid
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Write to the command's stdin.
 
         Raises:
-            BrokenResourceError: it reads no more; the cause says how it ended.
+            BrokenResourceError: the command reads no more; the cause says how it ended.
 
-        **Cancellation:** nobody knows how much was sent.
+        **Cancellation:** an unknown part of *data* was sent.
         """
         self._claim()
         try:
@@ -78,7 +80,7 @@ class ExecStream(trio.abc.HalfCloseableStream):
             self._sending = False
 
     async def wait_send_all_might_not_block(self) -> None:
-        """Wait until the pipe takes something.
+        """Wait until the pipe accepts data.
 
         **Cancellation:** no effect.
         """
@@ -96,7 +98,7 @@ class ExecStream(trio.abc.HalfCloseableStream):
     async def send_eof(self) -> None:
         """Close the command's stdin.
 
-        **Cancellation:** it is closed.
+        **Cancellation:** stdin is closed.
         """
         self._claim()
         self._sending = False
@@ -104,26 +106,27 @@ class ExecStream(trio.abc.HalfCloseableStream):
         await trio.lowlevel.checkpoint()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Read from the command's stdout; empty if it has closed that and has not failed.
+        """Read from the command's stdout; empty if the command has closed it and has not failed.
 
         Raises:
-            BrokenResourceError: it failed; the cause says how.
+            BrokenResourceError: the command failed; the cause says how.
 
         **Cancellation:** nothing was read.
         """
-        count = PIPE_BYTES if max_bytes is None else min(max_bytes, PIPE_BYTES)  # there is never more in it
+        count = PIPE_BYTES if max_bytes is None else min(max_bytes, PIPE_BYTES)  # a pipe never holds more
         data = await self._child.stdout.receive_some(count)
         if not data and (failure := await self._child.failure()) is not None:
             raise trio.BrokenResourceError(str(failure)) from failure
         return data
 
     async def delivered(self) -> None:
-        """Wait until the command has read everything, close its stdin, and wait until it has ended well.
+        """Wait until the command has read everything, close its stdin, and wait for its success.
 
         Raises:
-            TransportFailed: it has not read everything, failed, or was ended by a signal; with the end of its stderr.
+            TransportFailed: the command did not read everything, failed, or was ended by a signal; with its last
+                stderr.
 
-        **Cancellation:** its stdin may be closed, and it may be running.
+        **Cancellation:** stdin may be closed, and the command may be running.
         """
         if self._child.stdin.fileno() != -1:
             await self._child.wait_drained()
@@ -133,15 +136,15 @@ class ExecStream(trio.abc.HalfCloseableStream):
             raise failure
 
     async def aclose(self) -> None:
-        """End the command, and all that it has started.
+        """End the command and all processes that it has started.
 
-        **Cancellation:** held off for a moment; it is gone.
+        **Cancellation:** held off for a moment; the command is gone.
         """
         await self._child.aclose()
 
 
 class ExecListener:
-    """A command that brings a stream. It is started when it is waited for."""
+    """A command that brings a stream. :meth:`accept` starts the command."""
 
     def __init__(self, command: str) -> None:
         self._command = command
@@ -155,33 +158,33 @@ class ExecListener:
         """Start the command.
 
         Raises:
-            TransportFailed: it could not be started.
+            TransportFailed: the command could not be started.
 
-        **Cancellation:** it was not started.
+        **Cancellation:** the command was not started.
         """
         return ExecStream(await Child.start(self._command), silent=False)
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing: there is nothing to close."""
 
 
 async def connect(rest: str, config: Config) -> ExecStream:
     """Start the command that takes the stream.
 
     Raises:
-        ConfigError: there is none, or it cannot be one.
-        TransportFailed: it could not be started.
+        ConfigError: there is no command, or it is not valid.
+        TransportFailed: the command could not be started.
 
-    **Cancellation:** it was not started.
+    **Cancellation:** the command was not started.
     """
     return ExecStream(await Child.start(parse(rest)), silent=True)
 
 
 async def listen(rest: str, config: Config) -> ExecListener:
-    """Look at the command that brings the stream; nothing runs yet.
+    """Check the command that brings the stream; nothing runs yet.
 
     Raises:
-        ConfigError: there is none, or it cannot be one.
+        ConfigError: there is no command, or it is not valid.
 
     **Cancellation:** no effect.
     """

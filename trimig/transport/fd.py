@@ -1,9 +1,10 @@
-"""``fd:NUMBER``: a descriptor that somebody has opened for us: inherited, or passed with ``getfd``.
+"""``fd:NUMBER``: a descriptor that the caller has opened: inherited, or passed with ``getfd``.
 
-It is consumed: from the call on it is ours, and it is closed on every path, also if it turns out to be of no use. A
-connected stream socket has both directions. A pipe has one, the one it was opened for, and so no return path.
+The transport consumes the descriptor: from the call on the transport owns it and closes it on every path, also if the
+descriptor cannot be used. A connected stream socket has both directions. A pipe has only the direction of its open end,
+and so no return path.
 
-A pipe is set to non-blocking mode while it is used, and set back when it is closed: that mode belongs to the open file,
+A pipe is set to non-blocking mode while it is used, and set back when it is closed: the mode belongs to the open file,
 which other processes may share.
 """
 
@@ -24,7 +25,7 @@ from ..errors import ConfigError, TransportFailed
 if TYPE_CHECKING:
     from ..config.config import Config
 
-#: What a pipe is enlarged to, if the system lets us.
+#: The wanted size of a pipe, if the system allows it.
 _PIPE_BYTES: Final = 1 << 20
 _MAX_FD: Final = 2**31 - 1
 
@@ -40,7 +41,7 @@ def parse(rest: str) -> int:
     """The number of ``fd:NUMBER``.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: *rest* is no number.
     """
     if not rest.isascii() or not rest.isdigit() or int(rest) > _MAX_FD:
         raise ConfigError(
@@ -55,7 +56,7 @@ class PipeSender(trio.abc.SendStream):
     """The writing end of a pipe.
 
     Args:
-        fd: it is owned from now on.
+        fd: the stream owns it from now on.
     """
 
     def __init__(self, fd: int) -> None:
@@ -64,26 +65,26 @@ class PipeSender(trio.abc.SendStream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Write all of *data*.
 
-        **Cancellation:** nobody knows how much was written.
+        **Cancellation:** an unknown part of *data* was written.
         """
         await self._stream.send_all(data)
 
     async def wait_send_all_might_not_block(self) -> None:
-        """Wait until the pipe takes something.
+        """Wait until the pipe accepts data.
 
         **Cancellation:** no effect.
         """
         await self._stream.wait_send_all_might_not_block()
 
     async def aclose(self) -> None:
-        """Close it; what is in the pipe can still be read.
+        """Close the pipe; the data in it can still be read.
 
-        **Cancellation:** it is closed.
+        **Cancellation:** the pipe is closed.
         """
         await self._stream.aclose()
 
     def close(self) -> None:
-        """The same at once."""
+        """Close the pipe at once."""
         self._stream.close()
 
 
@@ -91,28 +92,28 @@ class PipeReceiver(trio.abc.ReceiveStream):
     """The reading end of a pipe.
 
     Args:
-        fd: it is owned from now on.
+        fd: the stream owns it from now on.
     """
 
     def __init__(self, fd: int) -> None:
         self._stream = trio.lowlevel.FdStream(fd)
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Read what is there; empty at the end.
+        """Read the available data; empty at the end.
 
         **Cancellation:** nothing was read.
         """
         return await self._stream.receive_some(_PIPE_BYTES if max_bytes is None else min(max_bytes, _PIPE_BYTES))
 
     async def aclose(self) -> None:
-        """Close it.
+        """Close the pipe.
 
-        **Cancellation:** it is closed.
+        **Cancellation:** the pipe is closed.
         """
         await self._stream.aclose()
 
     def close(self) -> None:
-        """The same at once."""
+        """Close the pipe at once."""
         self._stream.close()
 
 
@@ -123,23 +124,23 @@ def adopt(fd: int, *, sending: bool) -> _Opened:
     """A stream on descriptor *fd*, which is consumed.
 
     Args:
-        sending: which direction a pipe must have.
+        sending: the direction that a pipe must have.
 
     Raises:
-        TransportFailed: it is not open, or nothing that a stream can go through; it is closed.
+        TransportFailed: *fd* is not open, or cannot carry a stream; it is closed.
     """
     mine = _take(fd)
     try:
         mode = os.fstat(mine).st_mode
         if stat.S_ISSOCK(mode):
             sock = socket.socket(fileno=mine)
-            mine = -1  # the socket's now
+            mine = -1  # the socket owns the descriptor now
             return _socket_stream(fd, sock)
         if not stat.S_ISFIFO(mode):
             what = next((words for test, words in _KINDS if test(mode)), "something of the kernel's")
             raise TransportFailed(f"descriptor {fd} is {what}: a migration needs a socket or a pipe")
         _check_direction(fd, fcntl.fcntl(mine, fcntl.F_GETFL) & os.O_ACCMODE, sending=sending)
-        with contextlib.suppress(OSError):  # above the limit of this user; it is only slower
+        with contextlib.suppress(OSError):  # above the limit of this user; a smaller pipe is only slower
             fcntl.fcntl(mine, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         stream = PipeSender(mine) if sending else PipeReceiver(mine)
         mine = -1
@@ -152,18 +153,18 @@ def adopt(fd: int, *, sending: bool) -> _Opened:
 
 
 def _take(fd: int) -> int:
-    """The descriptor that is ours from now on; closed when a process is started."""
+    """The descriptor, owned from now on; a new process does not inherit it."""
     try:
         mode = os.fstat(fd).st_mode
         if not stat.S_IFMT(mode):
-            # Our own run loop has such ones, and closing one of them by mistake would be the end of it.
+            # trio's run loop has such descriptors, and closing one of them by mistake would break the loop.
             raise TransportFailed(f"descriptor {fd} is something of the kernel's: a migration needs a socket or a pipe")
         if fd > 2:
             os.set_inheritable(fd, False)
             return fd
         if not stat.S_ISSOCK(mode) and not stat.S_ISFIFO(mode):
-            return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)  # it is refused, but stays where everybody expects it
-        # Nothing that is opened later may become standard input or output by accident.
+            return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)  # a standard descriptor is refused and stays open
+        # Otherwise a file that is opened later could become standard input or output by accident.
         nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
             mine = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
@@ -214,16 +215,16 @@ class FdListener:
 
     @property
     def uri(self) -> str:
-        """The number that was given."""
+        """The URI with the given number."""
         return f"fd:{self._fd}"
 
     async def accept(self) -> trio.SocketStream | PipeReceiver:
         """The stream.
 
         Raises:
-            TransportFailed: it has been taken already.
+            TransportFailed: the stream has been taken already.
 
-        **Cancellation:** it can still be taken.
+        **Cancellation:** the stream can still be taken.
         """
         await trio.lowlevel.checkpoint()
         stream, self._stream = self._stream, None
@@ -232,7 +233,7 @@ class FdListener:
         return stream
 
     def close(self) -> None:
-        """Close the descriptor if nobody has taken it."""
+        """Close the descriptor unless :meth:`accept` has taken it."""
         stream, self._stream = self._stream, None
         if stream is not None:
             _close(stream)
@@ -242,8 +243,8 @@ async def connect(rest: str, config: Config) -> trio.SocketStream | PipeSender:
     """Send through a descriptor, which is consumed.
 
     Raises:
-        ConfigError: not a number; there is nothing to consume then.
-        TransportFailed: it is not open, or cannot carry a stream out; it is closed.
+        ConfigError: *rest* is no number; then no descriptor is consumed.
+        TransportFailed: the descriptor is not open, or cannot carry a stream out; it is closed.
 
     **Cancellation:** the descriptor is closed.
     """
@@ -257,8 +258,8 @@ async def listen(rest: str, config: Config) -> FdListener:
     """Receive through a descriptor, which is consumed.
 
     Raises:
-        ConfigError: not a number; there is nothing to consume then.
-        TransportFailed: it is not open, or cannot bring a stream; it is closed.
+        ConfigError: *rest* is no number; then no descriptor is consumed.
+        TransportFailed: the descriptor is not open, or cannot bring a stream; it is closed.
 
     **Cancellation:** the descriptor is closed.
     """
@@ -270,7 +271,7 @@ async def listen(rest: str, config: Config) -> FdListener:
 
 
 async def _checkpoint(stream: _Opened) -> None:
-    """As every call of trio's has one; cancelled, it leaves no descriptor."""
+    """A checkpoint, as every call of trio has one; if cancelled, it closes the descriptor."""
     try:
         await trio.lowlevel.checkpoint()
     except BaseException:

@@ -1,8 +1,8 @@
-"""``file:PATH[,offset=N]``: the stream on disk, as it is on the wire; newer QEMUs have the same.
+"""``file:PATH[,offset=N]``: the stream in a file, with the bytes of the wire; newer QEMUs have the same.
 
-What stands before the offset belongs to somebody else and is not touched; what stands behind it is replaced. The
-migration has succeeded when the disk has it, not when the page cache has. A file that was made for a migration that
-then failed is removed. One that was there before keeps what stands before the offset and nothing more, so that half a
+The bytes before the offset belong to another program and stay; the bytes behind it are replaced. The migration succeeds
+when the disk has the stream, not when the page cache has it. A file that was made for a migration that
+then failed is removed. A file that existed before keeps only the bytes before the offset, so that half a
 stream is never taken for a whole one.
 
 A file has one direction, and so no return path. A stock QEMU without ``file:`` loads it by ``-incoming "exec:cat PATH"``
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("trimig.transport")
 
-#: What is read at once: large enough to make the change to the thread cheap.
+#: Bytes that are read at once: large enough to make the cost of the thread switch small.
 _READ_BYTES: Final = 1 << 20
-#: Seconds that the removal of a file may hold off a cancellation.
+#: Seconds for which the removal of a file may hold off a cancellation.
 _REMOVE_SECONDS: Final = 5.0
-#: How often a file may come and go between two looks.
+#: How often a file may appear and disappear between two attempts to open it.
 _OPEN_TRIES: Final = 5
 _OPTION: Final = ",offset="
 _HEX: Final = re.compile(r"0[xX][0-9a-fA-F]+")
@@ -65,17 +65,17 @@ def parse(rest: str) -> tuple[str, int]:
 
 
 class FileSender(trio.abc.SendStream):
-    """Writes a stream to a file, and takes it back unless it was completed.
+    """Writes a stream to a file, and removes the stream unless it was completed.
 
     Args:
         path: for messages, and to remove it.
-        fd: the file; owned from now on.
-        offset: where the stream begins.
-        kept: how many bytes of it stay whatever happens; None: it was made for this.
+        fd: the file; the stream owns it from now on.
+        offset: the place where the stream begins.
+        kept: bytes at the beginning of the file that always stay; None: the file was made for this stream.
     """
 
     def __init__(self, path: str, fd: int, offset: int, *, kept: int | None) -> None:
-        self._path = os.path.abspath(path)  # whatever becomes of the working directory until it is removed
+        self._path = os.path.abspath(path)  # the working directory may change before the file is removed
         self._fd = fd
         self._at = offset
         self._kept = kept
@@ -99,9 +99,9 @@ class FileSender(trio.abc.SendStream):
         """Write all of *data* behind what was written before.
 
         Raises:
-            BrokenResourceError: the file system takes no more; the cause says why.
+            BrokenResourceError: the file system accepts no more; the cause says why.
 
-        **Cancellation:** nobody knows how much was written.
+        **Cancellation:** an unknown part of *data* was written.
         """
         self._begin()
         try:
@@ -119,7 +119,7 @@ class FileSender(trio.abc.SendStream):
             raise trio.ClosedResourceError("the file was closed meanwhile")
 
     async def wait_send_all_might_not_block(self) -> None:
-        """A file always takes something.
+        """A file always accepts data.
 
         **Cancellation:** no effect.
         """
@@ -133,7 +133,7 @@ class FileSender(trio.abc.SendStream):
         """Wait until the disk has the file and its name.
 
         Raises:
-            TransportFailed: it has not.
+            TransportFailed: the disk does not have the file.
 
         **Cancellation:** as for an error: the file is removed, or cut, when it is closed.
         """
@@ -148,9 +148,10 @@ class FileSender(trio.abc.SendStream):
             self._end()
 
     async def aclose(self) -> None:
-        """Close the file; without :meth:`delivered` before, remove it if it was made for this, and cut it otherwise.
+        """Close the file. Without :meth:`delivered` before, remove a file made for this stream, and cut any other at
+        the offset.
 
-        **Cancellation:** held off until that is done; for that, what the disk does just now must end.
+        **Cancellation:** held off until that is done; the present operation of the disk must end first.
         """
         if not self._closed:
             self._closed = True
@@ -161,7 +162,7 @@ class FileSender(trio.abc.SendStream):
     async def _close_in_thread(self) -> bool:
         while self._idle is not None:
             await self._idle.wait()
-        await offload(self._close)  # freeing many GiB takes its time
+        await offload(self._close)  # freeing many GiB takes time
         return True
 
     def _close(self) -> None:
@@ -194,8 +195,8 @@ class FileReceiver(trio.abc.ReceiveStream):
 
     Args:
         path: for messages.
-        fd: the file; owned from now on.
-        offset: where the stream begins.
+        fd: the file; the stream owns it from now on.
+        offset: the place where the stream begins.
     """
 
     def __init__(self, path: str, fd: int, offset: int) -> None:
@@ -205,10 +206,10 @@ class FileReceiver(trio.abc.ReceiveStream):
         self._reading = False
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Read on; empty at the end of the file.
+        """Read the next bytes; empty at the end of the file.
 
         Raises:
-            BrokenResourceError: it cannot be read; the cause says why.
+            BrokenResourceError: the file cannot be read; the cause says why.
 
         **Cancellation:** nothing was read.
         """
@@ -220,7 +221,7 @@ class FileReceiver(trio.abc.ReceiveStream):
         try:
             await trio.lowlevel.checkpoint()
             count = _READ_BYTES if max_bytes is None else min(max_bytes, _READ_BYTES)
-            # A descriptor of its own for the thread: this stream may be closed while it reads.
+            # A second descriptor for the thread: this stream may be closed while the thread reads.
             own = os.dup(self._fd)
             try:
                 data = await offload(os.pread, own, count, self._at)
@@ -244,7 +245,7 @@ class FileReceiver(trio.abc.ReceiveStream):
     async def aclose(self) -> None:
         """Close the file.
 
-        **Cancellation:** it is closed.
+        **Cancellation:** the file is closed.
         """
         self.close()
         await trio.lowlevel.checkpoint()
@@ -260,16 +261,16 @@ class FileListener:
 
     @property
     def uri(self) -> str:
-        """The file, and where in it the stream begins."""
+        """The URI, with the offset of the stream."""
         return f"file:{self._path}{_OPTION}{self._offset}" if self._offset else f"file:{self._path}"
 
     async def accept(self) -> FileReceiver:
         """The stream.
 
         Raises:
-            TransportFailed: it has been taken already.
+            TransportFailed: the stream has been taken already.
 
-        **Cancellation:** it can still be taken.
+        **Cancellation:** the stream can still be taken.
         """
         await trio.lowlevel.checkpoint()
         stream, self._stream = self._stream, None
@@ -278,18 +279,18 @@ class FileListener:
         return stream
 
     def close(self) -> None:
-        """Close the file if nobody has taken it."""
+        """Close the file unless :meth:`accept` has taken it."""
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.close()
 
 
 async def connect(rest: str, config: Config) -> FileSender:
-    """Open the file for the stream, and cut it at the offset; a new one is for its owner only (mode 0600).
+    """Open the file for the stream, and cut it at the offset; only its owner can read a new file (mode 0600).
 
     Raises:
         ConfigError: no path, or a bad offset.
-        TransportFailed: it cannot be opened, or is no file.
+        TransportFailed: the path cannot be opened, or is no file.
 
     **Cancellation:** no file has been made.
     """
@@ -306,9 +307,9 @@ async def listen(rest: str, config: Config) -> FileListener:
 
     Raises:
         ConfigError: no path, or a bad offset.
-        TransportFailed: it cannot be opened, is no file, or ends before the offset.
+        TransportFailed: the path cannot be opened, is no file, or ends before the offset.
 
-    **Cancellation:** nothing is left open.
+    **Cancellation:** no file is left open.
     """
     path, offset = parse(rest)
     try:
@@ -320,7 +321,7 @@ async def listen(rest: str, config: Config) -> FileListener:
 
 # -- in a thread -------------------------------------------------------------------------------------------------------
 
-#: Not blocking: to open a FIFO would wait for somebody at its other end.
+#: Non-blocking: a blocking open of a FIFO waits for a process at its other end.
 _FLAGS: Final = os.O_CLOEXEC | os.O_NONBLOCK
 
 
@@ -339,9 +340,9 @@ def _open_to_write(path: str, offset: int) -> tuple[int, int | None]:
 
 
 def _keep_private(path: str, fd: int, offset: int) -> None:
-    """The memory of a guest is for its owner: others lose their access to a file that is replaced by it.
+    """Remove the access of other users: the file gets the memory of a guest, which only its owner may read.
 
-    A file with something in front of the stream is another program's: then a warning must do.
+    A file with bytes before the offset belongs to another program: then trimig only logs a warning.
     """
     mode = stat.S_IMODE(os.fstat(fd).st_mode)
     if not mode & stat.S_IRWXO:
@@ -351,7 +352,7 @@ def _keep_private(path: str, fd: int, offset: int) -> None:
             os.fchmod(fd, mode & ~stat.S_IRWXO)
             return
     except PermissionError:
-        pass  # it belongs to another user
+        pass  # the file belongs to another user
     log.warning("%s has the mode %04o: every user of this machine has access to the guest's memory", path, mode)
 
 
@@ -362,7 +363,7 @@ def _open_or_create(path: str) -> tuple[int, bool]:
         except FileNotFoundError:
             pass
         try:
-            # Exclusive, because only a file that nobody had before may be removed again.
+            # Exclusive, because only a file that did not exist before may be removed again.
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600), True
         except FileExistsError:
             if os.path.islink(path):
@@ -387,7 +388,7 @@ def _open_to_read(path: str, offset: int) -> int:
 
 
 def _check_kind(path: str, fd: int) -> bool:
-    """Whether it is a regular file; a disk is the other possibility."""
+    """Whether the descriptor is a regular file; the only other possibility is a disk."""
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
         return stat.S_ISREG(mode)
@@ -396,14 +397,14 @@ def _check_kind(path: str, fd: int) -> bool:
 
 
 def _flush(fd: int, created: str | None) -> None:
-    """Everything to the disk; a file that is new exists there only when its directory has been written, too."""
+    """Write everything to the disk. A new file is on the disk only when its directory has been written, too."""
     os.fsync(fd)
     if created is not None:
         directory = os.open(os.path.dirname(created) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(directory)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # there are file systems that have no such thing
+            if error.errno != errno.EINVAL:  # some file systems cannot sync a directory
                 raise
         finally:
             os.close(directory)

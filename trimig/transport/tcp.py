@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("trimig.transport")
 
-#: There can be several connections to one address at a time.
+#: One address accepts several connections at a time.
 MULTIPLE_CHANNELS = True
 
-#: How often a free port is looked for that is free on every address of a name.
+#: Attempts to find a port that is free on every address of a name.
 _PORT_TRIES: Final = 20
 
 
 def parse(rest: str) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT``; behind it may stand the options of :func:`._inet.split`.
+    """Host and port of ``HOST:PORT``; the options of :func:`._inet.split` may follow.
 
     Raises:
-        ConfigError: it is not of that form.
+        ConfigError: *rest* is not of that form.
     """
     address, _ = split(rest)
     host, colon, port = address.rpartition(":")
@@ -42,14 +42,14 @@ def parse(rest: str) -> tuple[str, int]:
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"tcp:{rest} needs HOST:PORT with a port from 0 to 65535", name="uri")
     try:
-        host.encode("idna")  # what the resolver will do with it
+        host.encode("idna")  # the resolver does the same later
     except UnicodeError as error:
         raise ConfigError(f"{host[:80]!r} cannot be the name of a host: {error}", name="uri") from None
     return host, int(port)
 
 
 def _suggestion(host: str, port: str) -> str:
-    """How it would be right, or how one looks where it is no address at all."""
+    """The address in its right form; an example if *host* is no address."""
     address = host.strip("[]")
     try:
         ipaddress.IPv6Address(address.partition("%")[0])
@@ -94,13 +94,14 @@ async def _dial(host: str, port: int, families: Families) -> trio.SocketStream:
         return await trio.open_tcp_stream(host, port)
     found = await addresses(host, port, families)
     for address in found[:-1]:
-        with contextlib.suppress(OSError):  # the next one may do
+        with contextlib.suppress(OSError):  # try the next address
             return await trio.open_tcp_stream(address, port)
     return await trio.open_tcp_stream(found[-1], port)
 
 
 def _keep_alive(socket: trio.socket.SocketType) -> None:
-    """A host that is gone is noticed within two minutes, also where silence is allowed. Accepted sockets inherit it."""
+    """Let TCP notice within two minutes that the peer's host is gone, even if silence is allowed. Accepted sockets
+    inherit the setting."""
     socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_KEEPALIVE, 1)
     socket.setsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_KEEPIDLE, 60)
     socket.setsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_KEEPINTVL, 10)
@@ -119,13 +120,13 @@ class TcpListener:
 
     @property
     def uri(self) -> str:
-        """The first address, with its real port; the port is the same on the others."""
+        """The first address, with its real port; the other addresses have the same port."""
         host, port = self._next.socket.getsockname()[:2]
         return _uri(host, port)
 
     @property
     def local(self) -> bool:
-        """Only this machine can connect."""
+        """Whether only this machine can connect."""
         hosts = (listener.socket.getsockname()[0] for listener in self._listeners)
         return all(ipaddress.ip_address(host).is_loopback for host in hosts)
 
@@ -134,7 +135,7 @@ class TcpListener:
 
         Raises:
             OSError: accept() failed on one of them.
-            trio.ClosedResourceError: the listener was closed, perhaps in the moment in which a connection came.
+            trio.ClosedResourceError: the listener was closed, perhaps at the moment of a connection.
 
         **Cancellation:** nothing was accepted.
         """
@@ -157,13 +158,13 @@ class TcpListener:
             for listener in self._listeners:
                 nursery.start_soon(one, listener)
         if accepted:
-            return accepted.pop(0)  # a second one, on another address at the same moment, is the next
+            return accepted.pop(0)  # a second connection, on another address at the same moment, is the next
         raise failed[0] if failed else trio.ClosedResourceError("the listener was closed meanwhile")
 
     meet = accept
 
     async def admit(self, stream: AnyStream) -> AnyStream:
-        """There is no handshake.
+        """Return *stream*: there is no handshake.
 
         **Cancellation:** none.
         """
@@ -180,15 +181,15 @@ class TcpListener:
 
 
 async def listen(rest: str, config: Config) -> TcpListener:
-    """Listen; an empty host means every address of this machine, port 0 picks one that is free on all of them. ``[::]``
-    takes IPv4 as well, unless ``ipv4=off`` or ``ipv6`` stands behind it.
+    """Listen; an empty host means every address of this machine, port 0 picks a port that is free on all of them.
+    ``[::]`` takes IPv4 as well, unless ``ipv4=off`` or ``ipv6`` follows.
 
-    Without TLS a stranger who can reach the port can read the guest and replace it: unless that is only this machine, one
-    warning is logged.
+    Without TLS a stranger who can reach the port can read the guest and replace it. So one warning is logged, unless
+    only this machine can reach the port.
 
     Raises:
         ConfigError: bad address.
-        TransportFailed: the port is in use, or the address is not of this machine.
+        TransportFailed: the port is in use, or the address does not belong to this machine.
 
     **Cancellation:** nothing is left listening.
     """
@@ -212,7 +213,7 @@ async def _open(host: str | None, port: int, families: Families) -> list[trio.So
         listeners = await open_listeners(host, port, families)
         if port or len(listeners) == 1:
             return listeners
-        # The kernel has picked a port for each address. A caller is told one only, so the first one's it shall be.
+        # The kernel has picked one port for each address. The caller gets only one port: that of the first address.
         chosen = listeners[0].socket.getsockname()[1]
         for listener in listeners:
             listener.socket.close()
@@ -232,7 +233,7 @@ def _is_taken(error: BaseException) -> bool:
 
 
 def _reason(error: OSError) -> str:
-    """Words for an error of the system; trio gathers those of several addresses in a group."""
+    """The reason of an error of the system; trio puts the errors of several addresses in a group."""
     cause: BaseException | None = error.__cause__
     if isinstance(error, socket.gaierror):
         return error.strerror or str(error)

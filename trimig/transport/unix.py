@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..channel.channel import AnyStream
     from ..config.config import Config
 
-#: There can be several connections to one address at a time.
+#: One address accepts several connections at a time.
 MULTIPLE_CHANNELS = True
 #: sizeof(sockaddr_un.sun_path) on Linux, the terminator included.
 _MAX_PATH = 108
@@ -26,7 +26,7 @@ def parse(path: str) -> str:
     """A path that a socket can have.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: *path* is not valid.
     """
     if not path:
         raise ConfigError("unix: needs a path", name="uri")
@@ -42,7 +42,7 @@ async def connect(rest: str, config: Config) -> trio.SocketStream:
 
     Raises:
         ConfigError: bad path.
-        TransportFailed: nobody listens there.
+        TransportFailed: no process listens there.
 
     **Cancellation:** no connection is left.
     """
@@ -54,14 +54,14 @@ async def connect(rest: str, config: Config) -> trio.SocketStream:
     try:
         stream.socket.getpeername()
     except OSError as error:
-        # A connect that finds the listener's queue full fails with EAGAIN, which trio takes for "in progress".
+        # If the listener's queue is full, connect fails with EAGAIN, which trio takes for "in progress".
         stream.socket.close()
         raise TransportFailed(f"cannot connect to unix:{path}: too many others are waiting there") from error
     return stream
 
 
 class UnixListener:
-    """A listening socket, and the file it is found by."""
+    """A listening socket and its file."""
 
     def __init__(self, path: str, sock: trio.socket.SocketType) -> None:
         self._path = path
@@ -70,7 +70,7 @@ class UnixListener:
 
     @property
     def uri(self) -> str:
-        """Where to connect to."""
+        """The address to connect to."""
         return f"unix:{self._path}"
 
     async def accept(self) -> trio.abc.Stream:
@@ -84,14 +84,14 @@ class UnixListener:
     meet = accept
 
     async def admit(self, stream: AnyStream) -> AnyStream:
-        """There is no handshake.
+        """Return *stream*: there is no handshake.
 
         **Cancellation:** none.
         """
         return stream
 
     def close(self) -> None:
-        """Stop listening and remove the file, unless another one stands in its place by now."""
+        """Stop listening and remove the file, unless another file has replaced it."""
         if self._socket.fileno() == -1:
             return
         self._socket.close()
@@ -103,7 +103,7 @@ class UnixListener:
 
 
 async def listen(rest: str, config: Config, *, backlog: int = 128) -> UnixListener:
-    """Listen; a socket that nobody listens on any more is replaced, a live one never.
+    """Listen; a socket file that no process listens on is replaced, a live one never.
 
     Args:
         backlog: connections that may wait for being accepted.
@@ -112,14 +112,14 @@ async def listen(rest: str, config: Config, *, backlog: int = 128) -> UnixListen
         ConfigError: bad path.
         TransportFailed: the path is in use, or cannot be created.
 
-    **Cancellation:** nothing is left behind.
+    **Cancellation:** no socket and no file is left.
     """
     path = parse(rest)
     await trio.lowlevel.checkpoint()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_stale(path)
-        # The permissions of the file are those of the socket at the moment of bind.
+        # The file gets the permissions that the socket has at the moment of bind.
         os.fchmod(sock.fileno(), 0o600)
         sock.bind(path)
         sock.listen(backlog)
@@ -130,10 +130,10 @@ async def listen(rest: str, config: Config, *, backlog: int = 128) -> UnixListen
 
 
 def _remove_stale(path: str) -> None:
-    """Remove a socket that nobody has open; leave everything else, so that bind says what is wrong.
+    """Remove a socket file that no process has open; leave every other file, so that bind reports the error.
 
-    The probe is of another type than the socket, so that it cannot be taken for a peer: a live one answers EPROTOTYPE
-    and notices nothing, an orphan ECONNREFUSED.
+    The probe has another socket type, so that a listener cannot take it for a peer. A live socket answers EPROTOTYPE
+    and notices nothing; an abandoned one answers ECONNREFUSED.
     """
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):

@@ -1,6 +1,6 @@
 """``ws://HOST:PORT/PATH``: the stream in the binary messages of a websocket, without encryption.
 
-For ways on which nothing else is let through: proxies and gateways that speak HTTP. A listener without a path takes any.
+For networks that let only HTTP through: proxies and gateways. A listener without a path accepts any path.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from ..config.config import Config
     from ._websocket import WebSocketStream
 
-#: There is a scheme for TLS; laying it over the messages would be of no use to anybody.
+#: wss: has TLS below the websocket; TLS over its messages would have no user.
 SECURES_ITSELF = True
-#: There can be several connections to one address at a time.
+#: One address accepts several connections at a time.
 MULTIPLE_CHANNELS = True
 
 
@@ -25,7 +25,7 @@ def parse(rest: str) -> Address:
     """The address behind ``ws:``.
 
     Raises:
-        ConfigError: it is not of the form ``//HOST:PORT/PATH``.
+        ConfigError: the address is not of the form ``//HOST:PORT/PATH``.
     """
     return _weburl.parse("ws", rest)
 
@@ -40,7 +40,7 @@ async def connect(rest: str, config: Config) -> WebSocketStream:
 
     Raises:
         ConfigError: bad address, or TLS is asked for.
-        TransportFailed: there is nobody, or no websocket.
+        TransportFailed: no peer listens there, or the peer is no websocket server.
 
     **Cancellation:** no connection is left.
     """

@@ -1,7 +1,7 @@
 """``wss://HOST:PORT/PATH``: as ``ws:``, over TLS.
 
-The credentials are those of ``tls-creds``. A client without them trusts the CAs of this machine, as a browser does, and
-shows no certificate; a server needs them.
+The credentials are those of ``tls-creds``. A client without credentials trusts the CAs of this machine, as a browser
+does, and shows no certificate; a server needs credentials.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 #: TLS lies below the websocket, not above it.
 SECURES_ITSELF = True
-#: There can be several connections to one address at a time.
+#: One address accepts several connections at a time.
 MULTIPLE_CHANNELS = True
 
 
@@ -26,7 +26,7 @@ def parse(rest: str) -> Address:
     """The address behind ``wss:``.
 
     Raises:
-        ConfigError: it is not of the form ``//HOST:PORT/PATH``.
+        ConfigError: the address is not of the form ``//HOST:PORT/PATH``.
     """
     return _weburl.parse("wss", rest)
 
@@ -36,7 +36,7 @@ async def connect(rest: str, config: Config) -> WebSocketStream:
 
     Raises:
         ConfigError: bad address, or credentials that cannot be used.
-        TransportFailed: there is nobody, or no websocket, or one side does not accept the other.
+        TransportFailed: no peer listens there, the peer is no websocket server, or one side does not accept the other.
 
     **Cancellation:** no connection is left.
     """
@@ -50,7 +50,7 @@ async def listen(rest: str, config: Config) -> WebSocketListener:
     """Listen on a port as ``tcp:`` does.
 
     Raises:
-        ConfigError: bad address, no credentials, or ones that cannot be used.
+        ConfigError: bad address, no credentials, or credentials that cannot be used.
         TransportFailed: the address cannot be listened on.
 
     **Cancellation:** nothing is left listening.

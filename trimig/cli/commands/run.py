@@ -121,7 +121,7 @@ class _Host:
         if self._machine is None:
             self._starting.cancel(signal)
         else:
-            self._machine.shut_down("host-signal")
+            self._machine.announce_shutdown("host-signal")
             self._machine.ended.set()
 
     async def run(

@@ -54,7 +54,7 @@ async def cont(machine: Machine, arguments: Mapping[str, Any], session: Session)
 
 async def quit_(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
     """``quit``: the machine ends when the answer has been written."""
-    machine.shut_down("host-qmp-quit")
+    machine.announce_shutdown("host-qmp-quit")
     session.when_answered(machine.ended.set)
     machine.quit_after_reply()
     return {}
