@@ -253,7 +253,7 @@ def test_migrate_and_wait_reports(invoke: Invoke) -> None:
         ({"status": "failed", "error-desc": "Connection refused"}, 1, "has failed: Connection refused; the guest is"),
         ({"status": "failed"}, 1, "no reason is given"),
         ({"status": "failed", "owner": "unknown"}, 3, "it is not certain who owns the guest"),
-        ({"status": "cancelled"}, 1, "cancelled by somebody else"),
+        ({"status": "cancelled"}, 1, "cancelled by another client"),
     ],
 )
 def test_migrate_and_wait_tells_failures_apart(invoke: Invoke, end: dict[str, Any], code: int, text: str) -> None:

@@ -335,7 +335,7 @@ def test_credentials_that_do_not_exist_or_are_for_the_other_side_are_refused(ser
 def test_access_rules_that_cannot_work_are_refused(server: Path) -> None:
     with pytest.raises(ConfigError, match="no access rules with the id 'who'"):
         _credentials.load(secure(server, authz="who"), "server")
-    with pytest.raises(ConfigError, match="not a list of who is let in"):
+    with pytest.raises(ConfigError, match="not a list of allowed clients"):
         _credentials.load(secure(server, authz=ID), "server")
     config = secure(server, AuthzSimple(id="who", identity="x"), authz="who", verify_peer=False)
     with pytest.raises(ConfigError, match="needs x509 credentials with verify-peer=on"):

@@ -1,7 +1,7 @@
 """The command ``trimig``.
 
-This file is the frame: the list of commands, and the one place where errors become a sentence and an exit code. The
-commands are imported when they are asked for; what they share is in :mod:`trimig.cli.options` and :mod:`trimig.cli.runner`.
+This file has the list of commands, and the one place that turns errors into a sentence and an exit code. Commands are
+imported on first use; their shared parts are in :mod:`trimig.cli.options` and :mod:`trimig.cli.runner`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .exit_codes import CANCELLED, SENTENCE
 from .options import debug_option
 from .output import forgiving, logging_to_stderr, open_closed_files
 
-#: Command -> the module that has it, under its own name, in the order of the help.
+#: Command -> the module that defines the function of that name, in the order of the help.
 COMMANDS: Final = {
     "demo": "demo.command",
     "run": "commands.run",
@@ -46,7 +46,7 @@ COMMANDS: Final = {
 }
 
 
-#: How the help groups them.
+#: The groups of the help.
 GROUPS: Final = {
     "See it work": ("demo",),
     "Host a guest": ("run",),
@@ -67,7 +67,7 @@ class Group(click.Group):
         if cmd_name not in self.list_commands(ctx):
             return None
         module = importlib.import_module(f"{__name__}.{COMMANDS[cmd_name]}")
-        # Words that mean something to Python already (continue, set) stand there with an underscore behind them.
+        # Commands whose names are words of Python (continue, set) have functions with a trailing underscore.
         found = getattr(module, cmd_name, None) or getattr(module, f"{cmd_name}_")
         assert isinstance(found, click.Command)
         return found
@@ -75,7 +75,7 @@ class Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click's own; a word that is no command is answered with those that look like it."""
+        """As click's own; for an unknown command the error lists similar ones."""
         word = args[0]
         if self.get_command(ctx, word) is None and not word.startswith("-"):
             near = difflib.get_close_matches(word, self.list_commands(ctx))
@@ -100,7 +100,7 @@ class Group(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """As click's own, except for what happens to errors. A command returns its exit code, or None for 0."""
+        """As click's own, except for the handling of errors. A command returns its exit code, or None for 0."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         words = sys.argv[1:] if args is None else list(args)
@@ -111,14 +111,14 @@ class Group(click.Group):
         sys.exit(code)
 
     def _code(self, words: list[str], prog_name: str, complete_var: str | None, **extra: Any) -> int:
-        # Read from the words, because an error may be raised before the options have been understood.
+        # Read from the arguments themselves, because an error may be raised before click has parsed the options.
         options = words[: words.index("--")] if "--" in words else words
         try:
             return self._run(words, prog_name, complete_var, **extra)
         except (click.ClickException, trimig.TrimigError, OSError) as error:
             return report_error(error, as_json="--json" in options, debug="--debug" in options)
         except (click.Abort, KeyboardInterrupt):
-            # Before a command had begun to watch for signals: nothing has happened yet.
+            # The signal came before the command watched for signals: the command has done nothing yet.
             return CANCELLED
 
     def _run(self, words: list[str], prog_name: str, complete_var: str | None, **extra: Any) -> int:

@@ -1,9 +1,10 @@
 """Progress on stderr: a live table on a terminal, plain lines elsewhere, JSON lines for machines.
 
-What is shown comes from :meth:`trimig.Monitor.watch` and :meth:`trimig.Monitor.events`, or from query-migrate of another
-process (:class:`trimig.cli.remote.tracker.Tracker`), and from nowhere else. Nothing in it runs backwards: the first copy of all
-memory, which has a percentage, and the chase after what the guest writes meanwhile, which has none, are told apart. All
-three say whether the chase comes to an end, why, what would help, what limits the bandwidth, and how long it still takes.
+The shown figures come from :meth:`trimig.Monitor.watch` and :meth:`trimig.Monitor.events`, or from query-migrate of
+another process (:class:`trimig.cli.remote.tracker.Tracker`), and from no other place. No figure runs backwards: the
+first copy of all memory has a percentage; the following passes over newly written memory have none, and are shown
+apart. All three displays say whether the passes converge, why, what would help, what limits the bandwidth, and how
+long the migration still takes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 #: Seconds between two plain lines.
 LINE_EVERY: Final = 1.0
-#: Passes that stay on the screen.
+#: The number of passes that stay on the screen.
 _ROWS: Final = 8
 
 
@@ -33,7 +34,7 @@ class View(Protocol):
     """Where progress is shown. No method fails or waits."""
 
     def note(self, text: str, **data: Any) -> None:
-        """One line that stays; *data* is for machines."""
+        """Show one line that stays; *data* is for JSON."""
 
     def begin(self, title: str, **data: Any) -> None:
         """A migration begins."""
@@ -42,11 +43,11 @@ class View(Protocol):
         """How it stands."""
 
     def end(self, text: str, *, told: bool = False, **data: Any) -> None:
-        """It is over, and *text* says how. With *told* it is written to stdout as well, so not twice to a terminal."""
+        """Show the end; *text* is the outcome. With *told* the outcome also goes to stdout; a terminal gets it once."""
 
 
 def note_and_print(view: View, text: str, *, as_json: bool, **data: Any) -> None:
-    """*text* for both who reads the progress and who reads the results, but once where that is one terminal."""
+    """Show *text* to the readers of the progress and of the results, but only once if both are the same terminal."""
     if as_json or not same_terminal():
         view.note(text, **data)
     if not as_json:
@@ -55,13 +56,13 @@ def note_and_print(view: View, text: str, *, as_json: bool, **data: Any) -> None
 
 @contextlib.contextmanager
 def open_view(*, as_json: bool) -> Iterator[View]:
-    """The view that fits: JSON lines if asked for, a live table on a terminal, plain lines elsewhere."""
+    """The fitting view: JSON lines if asked for, a live table on a terminal, plain lines elsewhere."""
     if as_json:
         yield JsonView()
     elif sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         view = LiveView(Screen(sys.stderr))
         with contextlib.ExitStack() as stack:
-            # What is written to the terminal by others stands above the table, and not in the middle of it.
+            # Other output to the terminal stands above the table, and not in the middle of it.
             stack.enter_context(contextlib.redirect_stderr(view.screen.above(sys.stderr)))
             if sys.stdout.isatty():
                 stack.enter_context(contextlib.redirect_stdout(view.screen.above(sys.stdout)))
@@ -88,7 +89,7 @@ class JsonView:
 
 
 class LineView:
-    """Lines on stderr, for logs. Where nothing moves, nothing is repeated."""
+    """Lines on stderr, for logs. An unchanged state is not repeated."""
 
     def __init__(self) -> None:
         self._next = 0.0
@@ -122,12 +123,12 @@ _COLUMNS: Final[Sequence[tuple[str, str, int, Callable[[Picture], str]]]] = (
     ("rate", "MiB/s", 9, lambda p: formats.column_mib(p.bandwidth or None)),
     ("downtime", "ms", 11, lambda p: formats.column_ms(p.expected_downtime)),
 )
-#: In this order columns are left out where the terminal is too narrow for all.
+#: Columns in the order in which they are left out on a narrow terminal.
 _LEFT_OUT: Final = ("sent", "rate", "dirtied", "downtime")
 
 
 class LiveView:
-    """A table of passes that is drawn anew at each picture; what is over scrolls up as one line."""
+    """A table of passes that is redrawn at each picture; a finished pass scrolls up as one line."""
 
     def __init__(self, screen: Screen) -> None:
         self.screen = screen
@@ -154,7 +155,7 @@ class LiveView:
             say(text)
 
     def lines(self, now: Picture, columns: int) -> list[str]:
-        """The picture for a terminal of that width."""
+        """The lines of the table for a terminal of that width."""
         found = [*wrapped(self._title, columns)] if self._title else []
         if now.phase == "first copy":
             share = now.copied / now.total if now.total else 0.0

@@ -1,4 +1,4 @@
-"""What is said of an error, for people and as JSON."""
+"""The output for an error, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .output import say, write_error, write_json
 
 
 def report_error(error: Exception, *, as_json: bool, debug: bool) -> int:
-    """Say what went wrong, on stderr and with *as_json* on stdout as well; returns the exit code."""
+    """Print *error* on stderr and with *as_json* on stdout as well; returns the exit code."""
     code, record = error_record(error)
     if debug:
         write_error("".join(traceback.format_exception(error)))
@@ -31,8 +31,8 @@ def report_error(error: Exception, *, as_json: bool, debug: bool) -> int:
 
 
 def error_record(error: Exception) -> tuple[int, dict[str, Any]]:
-    """The exit code for *error*, and what ``--json`` prints: ``error``, ``kind``, ``exit_code``, and, where they apply,
-    ``owner`` (source, destination or unknown), ``offset``, ``section``, ``name``, ``code``."""
+    """The exit code for *error*, and the object that ``--json`` prints: ``error``, ``kind``, ``exit_code``, and, if
+    they apply, ``owner`` (source, destination or unknown), ``offset``, ``section``, ``name``, ``code``."""
     code, text = exit_code(error), str(error)
     record: dict[str, Any] = {"error": "", "kind": type(error).__name__, "exit_code": code}
     if isinstance(error, click.ClickException):

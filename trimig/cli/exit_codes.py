@@ -1,4 +1,4 @@
-"""What the exit code of every command says: what became of the guest, and nothing else."""
+"""The exit codes of all commands. An exit code says only what became of the guest."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from trimig.errors import (
 )
 
 DONE: Final = 0
-#: It failed. This side has its guest as it was; of ``receive``: nothing arrived.
+#: The command failed. This side has its guest unchanged; for ``receive``: no guest arrived.
 FAILED: Final = 1
-#: Wrong usage, and nothing has happened.
+#: Wrong usage; the command did nothing.
 USAGE: Final = 2
 #: It is not certain which side owns the guest.
 UNCERTAIN: Final = 3
 #: The destination has the guest without all of its memory.
 INCOMPLETE: Final = 4
-#: The guest is here and could not be put back into the run state that it had.
+#: This side has the guest and could not put it back into its former run state.
 NOT_RESUMED: Final = 5
-#: Cancelled by a signal; otherwise as FAILED.
+#: A signal cancelled the command; otherwise as FAILED.
 CANCELLED: Final = 130
 
-#: For the help.
+#: The text of the help.
 SENTENCE: Final = (
     "Exit codes: 0 done; 1 failed, and this side has its guest as it was (of receive: nothing arrived); 2 wrong usage; "
     "3 it is not certain which side owns the guest; 4 the destination has the guest without all of its memory; 5 the "

@@ -1,4 +1,4 @@
-"""``--guest SPEC``: what ``trimig run`` hosts, and how it comes to be."""
+"""``--guest SPEC``: makes the guest that ``trimig run`` hosts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SIZES: Final = ("size", "dirty-rate", "hot")
 
 
 def default_hot(size: int) -> int:
-    """How much of its memory a worker of so many bytes writes again and again, where it is not said."""
+    """The default size of the working set of a worker with so many bytes."""
     return min(32 << 20, size // 8)
 
 
@@ -35,16 +35,16 @@ def _bad(text: str) -> click.BadParameter:
 async def open_guest(
     spec: str, *, waiting: bool, stopped: bool, name: str, peer: trimig.PeerProfile
 ) -> AsyncIterator[trimig.Guest]:
-    """The guest of *spec*, for as long as the context is open.
+    """The guest of *spec*, while the context is open.
 
     Args:
-        waiting: it will be filled by an incoming migration.
-        stopped: it does not run yet.
+        waiting: an incoming migration will fill the guest.
+        stopped: the guest does not run yet.
         name: the machine's name on the wire; empty for the guest's own.
-        peer: what a parked guest is saved for.
+        peer: the kind of peer that a parked guest is saved for.
 
     Raises:
-        click.BadParameter: *spec* cannot be understood, or there is no such thing.
+        click.BadParameter: *spec* cannot be understood, or its guest does not exist.
 
     **Cancellation:** the guest is ended.
     """
@@ -67,7 +67,7 @@ async def open_guest(
 
 @contextlib.asynccontextmanager
 async def _from_file(path: Path, *, waiting: bool, peer: trimig.PeerProfile) -> AsyncIterator[trimig.Guest]:
-    """The guest in *path*, or the one that will be saved there."""
+    """The guest in *path*, or the guest that will be saved there."""
     if waiting:
         if await trio.Path(path).exists():
             raise _bad(f"{path} exists; the guest that arrives would replace the one in it")
@@ -95,7 +95,7 @@ def _sent_away(path: Path, record: stream.OwnerRecord) -> trimig.NotOwner:
 
 
 class OwnerFile:
-    """Keeps the record beside the file of a hosted guest true, while that guest is migrated away.
+    """Keeps the record beside the file of a hosted guest correct while the guest is migrated.
 
     Args:
         path: of the file.
@@ -106,15 +106,15 @@ class OwnerFile:
         self._destination: str | None = None
 
     async def decide(self, uri: str) -> None:
-        """The decision to hand the guest over to *uri* is about to be sent: until the answer its owner is not known.
+        """Record that the commit for *uri* is about to be sent: until the answer comes, the owner is unknown.
 
-        **Cancellation:** the record may be written; what follows sets it right.
+        **Cancellation:** the record may be written; a later event corrects it.
         """
         self._destination = uri
         await stream.record_decision(self._path, uri)
 
     def heard(self, event: trimig.Event) -> None:
-        """An event of the migration; what it says of the owner behind the decision is written."""
+        """Handle an event of the migration; after the commit, the record gets the owner."""
         if event.name != "MIGRATION" or self._destination is None:
             return
         try:
@@ -131,7 +131,7 @@ class OwnerFile:
 
 
 def owner_file(spec: str, *, waiting: bool) -> OwnerFile | None:
-    """Of the guest of *spec*; None for one that comes from no file."""
+    """The record for the guest of *spec*; None for a guest without a file."""
     kind, _, rest = spec.partition(":")
     return OwnerFile(Path(rest)) if kind == "parked" and rest and not waiting else None
 
@@ -156,12 +156,12 @@ def _process_options(text: str) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def _from_python(text: str, *, running: bool) -> AsyncIterator[trimig.Guest]:
-    """A guest of the user's own: an object, or what makes one (a function, also async, or a context manager)."""
+    """A guest of the application: an object, or a factory (a function, also async, or a context manager)."""
     module_name, colon, path = text.partition(":")
     if not colon or not module_name or not path:
         raise _bad(f"app:{text} needs a module and a name in it: app:pkg.mod:factory")
     if "" not in sys.path:
-        sys.path.insert(0, "")  # the user's module lies where the command is given
+        sys.path.insert(0, "")  # the user's module is in the working directory
     try:
         found: Any = importlib.import_module(module_name)
     except ImportError as error:
@@ -181,7 +181,7 @@ async def _from_python(text: str, *, running: bool) -> AsyncIterator[trimig.Gues
                 found = await stack.enter_async_context(found)
             elif hasattr(found, "__enter__"):
                 found = stack.enter_context(found)
-        except Exception as error:  # the user's own code
+        except Exception as error:  # raised by the user's code
             raise _bad(f"app:{text} failed: {error!r}") from error
         if not isinstance(found, trimig.Guest):
             raise _bad(f"app:{text} gave {type(found).__name__!r}, which is no guest (see trimig.Guest)")
@@ -189,7 +189,7 @@ async def _from_python(text: str, *, running: bool) -> AsyncIterator[trimig.Gues
 
 
 def _arguments(function: Any, offered: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of *offered* that *function* takes by name."""
+    """The arguments of *offered* that *function* takes by name."""
     try:
         names = inspect.signature(function).parameters
     except (TypeError, ValueError):

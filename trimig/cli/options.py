@@ -72,7 +72,7 @@ PERCENT: Final = PercentType()
 
 
 class SecondsType(click.ParamType[float]):
-    """A time limit, above 0; not a number and infinity are none."""
+    """A time limit, above 0; NaN and infinity are refused."""
 
     name = "seconds"
 
@@ -108,25 +108,25 @@ FILE_OR_DASH: Final = FileType(text=True)
 json_option: Final = click.option(
     "--json", "as_json", is_flag=True, help="For machines: the result as one JSON object on stdout."
 )
-#: ``--debug`` is looked for by the frame, before anything else is understood; here it is only let through.
+#: :class:`trimig.cli.Group` looks for ``--debug`` before click parses the options; this option only accepts it.
 debug_option: Final = click.option(
     "--debug", is_flag=True, expose_value=False, help="Print the traceback of an error as well."
 )
 
 
 def migration_options(command: F) -> F:
-    """Options of every command that moves something. The command gets ``config: trimig.Config`` and ``as_json: bool``.
+    """Options of every command that migrates a guest. The command gets ``config: trimig.Config`` and ``as_json: bool``.
 
-    The file of ``--config`` comes first, ``-c`` and ``-p`` over it.
+    The file of ``--config`` is applied first; ``-c`` and ``-p`` override it.
     """
     return config_options()(json_option(debug_option(command)))
 
 
 def config_options(base: Config | None = None) -> Callable[[F], F]:
-    """``-c``, ``-p``, ``--config`` and those of TLS alone, for a command that takes ``config``.
+    """``-c``, ``-p``, ``--config`` and the TLS options only, for a command that takes ``config``.
 
     Args:
-        base: used where no ``--config`` is given; None for trimig's defaults.
+        base: used without ``--config``; None for trimig's defaults.
     """
 
     def decorate(command: F) -> F:

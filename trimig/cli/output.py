@@ -1,8 +1,8 @@
-"""What the commands write: results to stdout, everything else to stderr. Output that fails never fails a command.
+"""Output of the commands: results to stdout, everything else to stderr. A failed write never makes a command fail.
 
-The exit code says what became of the guest. A full disk behind ``>result.txt``, a closed stdout or a reader that has gone
-does not change that, so :func:`forgiving` puts streams in place of ``sys.stdout`` and ``sys.stderr`` that give up quietly:
-at most one warning is written, and what follows goes to /dev/null.
+The exit code says what became of the guest. A full disk behind ``>result.txt``, a closed stdout or a reader that has
+gone does not change that. So :func:`forgiving` replaces ``sys.stdout`` and ``sys.stderr`` by streams that do not raise:
+they write at most one warning, and later output goes to /dev/null.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, TextIO, cast
 
-#: What the present command has said, so that it is not said again because it is logged, too.
+#: The messages of the present command, so that a logged message is not printed twice.
 _said: Final[set[str]] = set()
 
 
 class ForgivingStream:
     """A text stream whose ``write`` and ``flush`` do not raise when the file behind it fails.
 
-    Everything else is that of the stream itself; so ``buffer``, through which data goes (``export --out -``), fails as
+    Everything else is that of the stream itself. So ``buffer``, which carries data (``export --out -``), raises as
     it must.
     """
 
     def __init__(self, stream: TextIO, name: str) -> None:
-        """*name* is for the warning; empty for none."""
+        """*name* is for the warning; empty for no warning."""
         self._stream = stream
         self._name = name
         self._lost = False
@@ -58,14 +58,14 @@ class ForgivingStream:
             self._let_go(error)
 
     def isatty(self) -> bool:
-        """As of the stream; False where it is closed."""
+        """As of the stream; False for a closed stream."""
         try:
             return self._stream.isatty()
         except ValueError:
             return False
 
     def _let_go(self, error: Exception) -> None:
-        """Nothing more is written. What is still buffered goes to /dev/null: the interpreter flushes it at its end."""
+        """Write nothing more. Buffered output goes to /dev/null: the interpreter flushes it at its end."""
         self._lost = True
         with contextlib.suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
@@ -74,7 +74,7 @@ class ForgivingStream:
             finally:
                 os.close(null)
             self._stream.flush()
-        # A reader that has gone has seen enough; a disk that is full is news.
+        # A reader that has closed the pipe wants no more output, so there is no warning. A full disk is reported.
         if self._name and isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             say(f"warning: {self._name} cannot be written to ({error.strerror}); what was to be printed is lost")
 
@@ -94,9 +94,9 @@ def open_closed_files() -> None:
 
 @contextlib.contextmanager
 def forgiving() -> Iterator[None]:
-    """Within, what is written to ``sys.stdout`` and ``sys.stderr`` never raises."""
+    """Within the block, writes to ``sys.stdout`` and ``sys.stderr`` never raise."""
     with contextlib.ExitStack() as stack:
-        # Python has None for a file that was closed when it started.
+        # Python sets a stream to None if its file was closed at the start.
         out = sys.stdout if sys.stdout is not None else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         err = sys.stderr if sys.stderr is not None else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         stack.enter_context(contextlib.redirect_stderr(cast(TextIO, ForgivingStream(err, ""))))
@@ -109,18 +109,18 @@ def forgiving() -> Iterator[None]:
 
 
 def out(text: str) -> None:
-    """One or more lines of a result, on stdout, flushed."""
+    """Print one or more lines of a result, on stdout, flushed."""
     _write(sys.stdout, f"{text}\n")
 
 
 def say(text: str) -> None:
-    """One line for people, on stderr: ``trimig: ...``."""
+    """Print one line for users, on stderr: ``trimig: ...``."""
     _said.add(text)
     _write(sys.stderr, f"trimig: {text.strip().rstrip('.')}\n")
 
 
 class LogHandler(logging.Handler):
-    """Writes what is logged on stderr, like :func:`say`, or with *as_json* as a note; but nothing that was said already."""
+    """Prints log records on stderr, like :func:`say`, or with *as_json* as a note; skips repetitions."""
 
     def __init__(self, *, as_json: bool) -> None:
         super().__init__(logging.WARNING)
@@ -139,7 +139,7 @@ class LogHandler(logging.Handler):
 
 @contextlib.contextmanager
 def logging_to_stderr(*, as_json: bool) -> Iterator[None]:
-    """Within, warnings of the log of trimig are written as the commands write theirs."""
+    """Within the block, warnings of trimig's log are printed in the form of the command's own."""
     handler, logger = LogHandler(as_json=as_json), logging.getLogger("trimig")
     logger.addHandler(handler)
     try:
@@ -150,13 +150,13 @@ def logging_to_stderr(*, as_json: bool) -> Iterator[None]:
 
 
 def write_json(record: Mapping[str, Any], *, err: bool = False) -> None:
-    """One object on one line, on stdout (or stderr), flushed."""
+    """Print one object on one line, on stdout (or stderr), flushed."""
     _said.add(str(record.get("text") or record.get("note")))
     _write(sys.stderr if err else sys.stdout, json.dumps(record) + "\n")
 
 
 def write_error(text: str) -> None:
-    """*text* as it is, on stderr, flushed."""
+    """Print *text* unchanged, on stderr, flushed."""
     _write(sys.stderr, text)
 
 
@@ -166,5 +166,5 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def same_terminal() -> bool:
-    """Stdout and stderr are shown on a terminal together, so that what is written to both is read twice."""
+    """Whether stdout and stderr are the same terminal, so that a text on both is seen twice."""
     return sys.stdout.isatty() and sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""A moment of a migration, as the displays show it, and where it comes from: a monitor in this process."""
+"""A snapshot of a migration for the displays, and its source: a monitor in this process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: The guest is at the destination, and memory is not.
+#: Statuses in which the destination has the guest and lacks memory.
 FOLLOWING: Final = frozenset(
     {"postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup", "postcopy-uncertain"}
 )
@@ -33,11 +33,11 @@ EVERY: Final = 0.2
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """A moment of a migration; sizes in bytes, times in seconds, rates in bytes per second."""
+    """A snapshot of a migration; sizes in bytes, times in seconds, rates in bytes per second."""
 
     role: str
     status: str
-    #: The pass that this is about, from 1 on; 0 before the first, and always on a destination.
+    #: The pass of these figures, from 1 on; 0 before the first, and always on a destination.
     iteration: int
     #: The pass is over, and the figures are its outcome.
     passed: bool
@@ -47,29 +47,29 @@ class Picture:
     sent: int
     remaining: int
     bandwidth: float
-    #: None in postcopy: what the guest writes at the destination is not measured here.
+    #: None in postcopy: this side does not measure the guest's writes at the destination.
     dirty_rate: float | None
-    #: What the bandwidth is limited to; 0 for no limit.
+    #: The bandwidth limit; 0 for no limit.
     max_bandwidth: int
-    #: None while it cannot be told.
+    #: None while it is unknown.
     expected_downtime: float | None
-    #: What the expected downtime must come down to.
+    #: The passes end when the expected downtime is at most this.
     downtime_limit: float
     elapsed: float
-    #: In postcopy, where it is known: pages that the guest was found waiting for.
+    #: In postcopy, if known: pages for which the guest had to wait.
     requests: int | None = None
-    #: None where it cannot be told, infinite where no end is in sight.
+    #: None if unknown, infinite if no end is in sight.
     eta: float | None = None
-    #: It takes so long at least.
+    #: A lower bound of the time that is left.
     eta_at_least: bool = False
-    #: Whether the passes come to an end, why, and what would help; None before the first is over.
+    #: Whether the passes converge, the reason, and the advice; None before the end of the first pass.
     converging: bool | None = None
     reason: str = ""
     advice: tuple[str, ...] = ()
 
     @property
     def phase(self) -> str:
-        """What is going on: ``connecting``, ``first copy``, ``chase``, ``switchover`` or how it ended."""
+        """The phase: ``connecting``, ``first copy``, ``chase``, ``switchover`` or the outcome."""
         if self.status in ("none", "setup"):
             return "connecting"
         if self.status == "active":
@@ -82,7 +82,7 @@ class Picture:
 
     @property
     def limit(self) -> str:
-        """What is sent a second, and what it is limited to."""
+        """The bytes sent in a second, and the limit."""
         speed = f"{formats.rate(self.bandwidth)} sent" if self.bandwidth else "no rate measured yet"
         return f"{speed} ({formats.bandwidth_limit(self.max_bandwidth)})"
 
@@ -125,8 +125,8 @@ class Picture:
         return text
 
     def record(self) -> dict[str, Any]:
-        """For JSON: the unit is in the name. ``eta_ms`` is null while it is not known, and where no end is in sight
-        (``converging`` is false then)."""
+        """The members for JSON, with units in their names. ``eta_ms`` is null while it is unknown, and if no end is in
+        sight (then ``converging`` is false)."""
         return {
             "phase": self.phase,
             "role": self.role,
@@ -153,7 +153,7 @@ class Picture:
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Picture:
-        """From what :func:`dataclasses.asdict` made of one, after JSON."""
+        """Make a picture from the JSON form of :func:`dataclasses.asdict`."""
         return cls(**{**fields, "advice": tuple(fields["advice"])})
 
 
@@ -175,7 +175,7 @@ def with_estimate(now: Picture, outlook: eta.Outlook) -> Picture:
 
 
 class Pictures:
-    """Takes pictures of the migration of a monitor that has not been used before."""
+    """Takes pictures of the migration of a new monitor."""
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
@@ -220,7 +220,7 @@ class Pictures:
         )
 
     def passed(self, event: Event) -> Picture:
-        """The outcome of the pass of a PASS event; by now the next one may have begun."""
+        """The outcome of the pass of a PASS event; the next pass may have begun already."""
         now, data = self._taken(), event.data
         seconds = math.inf
         if now.converging is not False:
@@ -247,14 +247,14 @@ class Pictures:
 
 
 class _Rate:
-    """How fast something grows at present."""
+    """The present growth rate of a counter."""
 
     def __init__(self) -> None:
         self._falling = eta.Falling()
 
     def of(self, now: float, count: int) -> float:
-        """Per second, now that it is *count*; 0 where too little has been seen."""
-        # What falls is told by its speed, so this is how it is seen; a count that never shrinks has no end to reach.
+        """The rate per second at the value *count*; 0 with too little data."""
+        # A shrinking count has an end, so its rate gives the time left; a count that never shrinks gives none.
         self._falling.see(now, -float(count))
         return self._falling.per_second or 0.0
 
@@ -262,13 +262,13 @@ class _Rate:
 async def follow(
     pictures: Pictures, monitor: Monitor, tell: Callable[[Picture], Awaitable[None]], warn: Callable[[str], None]
 ) -> None:
-    """Tell a picture every so often, at each change of status, and for each pass that is over, and warnings at once; ends
-    with the attempt.
+    """Pass a picture to *tell* at intervals, at each change of status, and at the end of each pass, and warnings at
+    once; ends with the attempt.
 
-    **Cancellation:** ends it.
+    **Cancellation:** ends the task.
     """
 
-    told = 0  # the last pass whose end has been told
+    told = 0  # the last pass whose end has been shown
 
     async def happenings() -> None:
         nonlocal told
@@ -284,7 +284,7 @@ async def follow(
         nursery.start_soon(happenings)
         async for _ in monitor.watch(every=EVERY):
             last = pictures.now()
-            # Not before the end of the pass before it has been told: what is shown never steps back.
+            # The end of the earlier pass is shown first: the display never steps back.
             due = last.iteration - 1 if monitor.status is Status.ACTIVE else last.iteration
             if told >= due and monitor.status not in TERMINAL:
                 await tell(last)
@@ -293,9 +293,9 @@ async def follow(
 
 
 async def watched(call: Callable[[], Awaitable[T]], monitor: Monitor, view: View) -> T:
-    """The result of *call*, a migration with a *monitor* that has not been used before, with *view* showing it.
+    """The result of *call*, a migration with a new *monitor*, while *view* shows the progress.
 
-    An error of *call* leaves as itself.
+    An error of *call* propagates as itself, not in a group.
 
     **Cancellation:** as for *call*.
     """

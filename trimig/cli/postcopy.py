@@ -1,4 +1,4 @@
-"""The options of postcopy for commands that migrate by themselves, and the task that acts on them."""
+"""Postcopy for the commands that migrate a guest themselves: its options, its schedule and its signals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: Seconds between two looks.
+#: Seconds between two polls.
 _EVERY: Final = 0.01
 _PAGE: Final = 4096
 #: Bytes per second.
@@ -32,26 +32,26 @@ _RECOVERY: Final = 60.0
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PostcopySchedule:
-    """When to switch to postcopy, and when to lose the connection on purpose; shares of the memory, 0 to 1."""
+    """When to switch to postcopy, and when to cut the connection on purpose; shares of the memory, 0 to 1."""
 
     after: float
-    #: Of what is left at the switch; None for never.
+    #: The share of the memory left at the switch; None for no cut.
     cut_after: float | None = None
 
     async def run(self, monitor: Monitor) -> None:
-        """Do it, once each, while *monitor*'s migration goes on.
+        """Switch and cut, once each, while *monitor*'s migration runs.
 
-        **Cancellation:** nothing more is done.
+        **Cancellation:** no switch and no cut happens any more.
         """
         async for now in monitor.watch(_EVERY):
             if now.status in TERMINAL:
                 return
             if now.status is Status.SETUP and not self.after and self.cut_after is None:
-                monitor.start_postcopy()  # kept for the first pass, which may be over before the next look
+                monitor.start_postcopy()  # before the first pass, because that pass may end before the next poll
                 break
             if now.total and now.status is Status.ACTIVE and _sent(now) >= self.after:
                 if self.cut_after is not None and not monitor.config.parameters.max_postcopy_bandwidth:
-                    # The rest in about a second, or it would be there before anybody could cut anything.
+                    # Send the rest in about a second: without a limit it would arrive before the cut.
                     monitor.set_parameters(max_postcopy_bandwidth=max(now.remaining, _SLOWEST))
                 monitor.start_postcopy()
                 break
@@ -63,19 +63,20 @@ class PostcopySchedule:
                 continue
             begun = begun or now
             if begun.remaining and 1 - now.remaining / begun.remaining >= self.cut_after:
-                with contextlib.suppress(StateError):  # everything has been sent meanwhile
+                with contextlib.suppress(StateError):  # all pages have been sent meanwhile
                     monitor.pause("the connection was cut on purpose (--cut-after)")
                 return
 
 
 class PostcopyInterrupts:
-    """Signals in postcopy: the first is refused, because the guest needs the rest of its memory; the second gives it up.
+    """Signals in postcopy: the first is refused, because the guest needs the rest of its memory; the second
+    abandons the rest.
 
     :meth:`decide` is for :func:`trimig.cli.runner.run`.
     """
 
     def __init__(self, statuses: Callable[[], Status], give_up: Callable[[], None]) -> None:
-        """*statuses* tells the present one; *give_up* is called before the job is cancelled."""
+        """*statuses* returns the present status; *give_up* is called before the job is cancelled."""
         self._status = statuses
         self._give_up = give_up
         self._warned = False
@@ -87,7 +88,7 @@ class PostcopyInterrupts:
 
     @staticmethod
     def truth(monitor: Monitor) -> TrimigError | None:
-        """What became of a guest whose migration a signal has ended, where it is not the source's as before."""
+        """The error for a guest whose migration a signal has ended; None if the source has its guest unchanged."""
         if monitor.status is Status.POSTCOPY_LOST:
             return PostcopyLost("the rest was given up: the destination has the guest without all of its memory")
         if monitor.owner is Ownership.UNKNOWN:
@@ -95,7 +96,7 @@ class PostcopyInterrupts:
         return None
 
     def decide(self) -> tuple[str, bool] | None:
-        """What is said, and whether the signal is followed; None before the switch and after the end."""
+        """The text to print, and whether the signal is obeyed; None before the switch and after the end."""
         if self._status() not in IN_POSTCOPY:
             return None
         if not self._warned:
@@ -109,23 +110,23 @@ class PostcopyInterrupts:
 
 
 def drop(monitor: Monitor) -> None:
-    """End the connection of a migration in postcopy, so that a cancellation gets through; otherwise do nothing."""
+    """Break the connection of a migration in postcopy, so that a cancellation takes effect; otherwise do nothing."""
     with contextlib.suppress(StateError):
         monitor.pause("the rest was given up")
 
 
 def _sent(now: Statistics) -> float:
-    """The share of the memory that has been sent in the first pass; 1 behind it."""
+    """The share of the memory that has been sent in the first pass; 1 after the first pass."""
     return 1.0 if now.iteration > 1 else (now.normal_pages + now.zero_pages) * _PAGE / now.total
 
 
 def options(command: F, *, also: tuple[str, ...] = ()) -> F:
     """``--postcopy`` and ``--postcopy-after``; the command gets ``postcopy_after: float | None``.
 
-    Stands above :func:`trimig.cli.options.config_options`, because it turns the capability on, too.
+    Use it above :func:`trimig.cli.options.config_options`, because it also turns on the capability.
 
     Args:
-        also: capabilities that postcopy comes with here unless somebody turns them off.
+        also: capabilities that postcopy turns on as well, unless the user turns them off.
     """
 
     @click.option(
@@ -158,21 +159,21 @@ recover_option: Final = click.option(
 
 
 def refuse_pause(config: Config, command: str) -> None:
-    """pause-before-switchover needs someone who lets the migration go on, and *command* has no socket for that.
+    """Refuse pause-before-switchover: *command* has no socket over which a client could let the migration go on.
 
     Raises:
         ConfigError: the capability is on.
     """
     if config.capabilities.pause_before_switchover:
         raise ConfigError(
-            f"trimig {command} cannot be told to go on after pause-before-switchover, so it would wait for ever; host the "
-            "guest with trimig run --qmp ADDR, and use trimig migrate and trimig continue with that ADDR",
+            f"trimig {command} cannot be told to go on after pause-before-switchover, so it would wait for ever; host "
+            "the guest with trimig run --qmp ADDR, and use trimig migrate and trimig continue with that ADDR",
             name="pause-before-switchover",
         )
 
 
 def recovering(config: Config, seconds: float | None) -> Config:
-    """*config* with a connection lost in postcopy tried again for so long (60 s for None)."""
+    """*config* with a time limit for recovering a lost connection in postcopy (60 s for None)."""
     if not config.capabilities.postcopy_ram or (seconds is None and config.recovery_retry):
-        return config  # from a file
+        return config  # the value comes from a file
     return dataclasses.replace(config, recovery_retry=True, recovery_timeout=_RECOVERY if seconds is None else seconds)

@@ -1,6 +1,6 @@
-"""Runs what a command does, and lets a signal cancel it.
+"""Runs the job of a command, and lets a signal cancel it.
 
-A command that moves something looks like this::
+A command that migrates a guest looks like this::
 
     @click.command()
     @click.argument("uri")
@@ -12,8 +12,8 @@ A command that moves something looks like this::
 
         return run(job, as_json=as_json)
 
-It raises :class:`trimig.TrimigError`, OSError or click's errors, and the frame makes sentences and exit codes of
-them (:mod:`trimig.cli.errors`). What it returns is its exit code.
+The job raises :class:`trimig.TrimigError`, OSError or click's errors; :class:`trimig.cli.Group` turns them into
+sentences and exit codes (:mod:`trimig.cli.errors`). The result of the job is the exit code.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ def run(
     decide: Callable[[], tuple[str, bool] | None] | None = None,
     truth: Callable[[], TrimigError | None] = lambda: None,
 ) -> int:
-    """Run *job* in trio and return the exit code: the one it returns, or 130 if a signal cancelled it.
+    """Run *job* in trio and return the exit code: the result of *job*, or 130 if a signal cancelled it.
 
-    SIGINT, SIGTERM and SIGHUP (a closed terminal) cancel it, through a cancel scope, so that the guest is put back first. Further signals change
-    nothing: what is still going on by then is bounded in time and must not be cut short. A job that finishes in spite
-    of the signal, because the guest had been handed over already, counts as finished. Errors pass through.
+    SIGINT, SIGTERM and SIGHUP (a closed terminal) cancel *job* through a cancel scope, so that the guest is restored
+    first. Further signals change nothing: the remaining work is bounded in time and must not be cut short. A job that
+    finishes in spite of the signal, because the guest had been handed over already, counts as finished. Errors
+    propagate unchanged.
 
     Args:
-        interrupt: called with the name of the first signal instead, for a job that has to ask others to stop; the
-            exit code is then what the job returns.
-        doing: asked upon the first signal what it leads to, in words.
-        decide: asked at each signal until one is followed: what is said, and whether it is followed; None for
-            *doing*.
-        truth: asked when a signal has cancelled the job: the error that says what became of the guest, where that is not
-            as it was.
+        interrupt: called with the name of the first signal instead, for a job that has to ask other processes to stop;
+            the exit code is then the result of *job*.
+        doing: called at the first signal; returns its consequences, in words.
+        decide: called at each signal until one is obeyed; returns the text to print, and whether the signal is obeyed;
+            None for *doing*.
+        truth: called when a signal has cancelled the job; returns the error that says what became of a changed guest.
     """
     life = signals.current()
     call = functools.partial(_run, job, life, as_json, interrupt, doing, decide, truth)

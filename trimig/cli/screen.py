@@ -1,4 +1,4 @@
-"""A few lines at the bottom of a terminal that are drawn anew, with everything else above them."""
+"""A few lines at the bottom of a terminal that are redrawn, below all other output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO, cast
 
-#: Where the terminal does not tell its size.
+#: Used if the terminal does not report its size.
 _COLUMNS, _LINES = 80, 24
 
 
@@ -18,7 +18,7 @@ def wrapped(text: str, columns: int) -> list[str]:
 
 
 class Screen:
-    """Draws on *stream*, a terminal. A stream that fails is the caller's to forgive (:mod:`trimig.cli.output`)."""
+    """Draws on *stream*, a terminal. The caller handles a stream that fails (:mod:`trimig.cli.output`)."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -34,7 +34,7 @@ class Screen:
         return os.terminal_size((size.columns or _COLUMNS, size.lines or _LINES))
 
     def draw(self, lines: Sequence[str]) -> None:
-        """Show *lines* in place of those before; what does not fit is cut off, so that the terminal never scrolls."""
+        """Show *lines* in place of the earlier ones; cut off what does not fit, so that the terminal never scrolls."""
         columns, height = self.size
         shown = [line[: columns - 1] for line in lines[: height - 1]]
         self._stream.write(self._erasing() + "\n".join(shown))
@@ -42,7 +42,7 @@ class Screen:
         self._drawn = shown
 
     def erase(self) -> None:
-        """Take the lines away; the next :meth:`draw` begins where the cursor is then."""
+        """Remove the lines; the next :meth:`draw` begins at the cursor."""
         if self._drawn:
             self._stream.write(self._erasing())
             self._stream.flush()
@@ -51,13 +51,13 @@ class Screen:
     def _erasing(self) -> str:
         if not self._drawn:
             return ""
-        # A terminal that has become narrower has broken the lines anew.
+        # A terminal that has become narrower has wrapped the lines.
         columns = self.size.columns
         rows = sum(max(1, math.ceil(len(line) / columns)) for line in self._drawn)
         return "\r" + (f"\x1b[{rows - 1}A" if rows > 1 else "") + "\x1b[J"
 
     def above(self, stream: TextIO) -> TextIO:
-        """*stream*, but that what is drawn is erased before each write; the next :meth:`draw` shows it again below."""
+        """*stream*, but each write first erases the drawn lines; the next :meth:`draw` shows them again below."""
         return cast(TextIO, _Above(self, stream))
 
 

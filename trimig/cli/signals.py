@@ -1,8 +1,8 @@
-"""SIGINT, SIGTERM and SIGHUP of a process that is one command, before and after the time in which the command watches for them.
+"""SIGINT, SIGTERM and SIGHUP of a process that runs one command, before and after the command watches for them.
 
-SIGHUP comes when a terminal is closed, and counts like the others; where it is ignored (nohup), it stays so.
-A signal at the beginning ends the process with 130 and without a traceback. One at the end, when it is decided what became
-of the guest, changes nothing: the exit code must tell that. In between :func:`trimig.cli.runner.run` acts on them.
+SIGHUP comes when a terminal is closed, and counts like the others; an ignored SIGHUP (nohup) stays ignored. A signal at
+the beginning ends the process with 130 and without a traceback. A signal at the end, when the outcome for the guest is
+known, changes nothing: the exit code must tell that outcome. In between :func:`trimig.cli.runner.run` handles signals.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _NUMBERS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 class ProcessSignals:
-    """The handler of them. There is one for the process, found through :func:`current`.
+    """The handler of these signals. The process has one, found through :func:`current`.
 
     Attributes:
-        numbers: those that a command has to watch for.
+        numbers: the signals that a command has to watch for.
     """
 
     def __init__(self) -> None:
@@ -42,17 +42,17 @@ class ProcessSignals:
         self._pending = number
 
     def hold(self) -> None:
-        """A command is about to watch: nothing is to be interrupted any more, and a signal is kept for it."""
+        """A command is about to watch: interrupt nothing any more, and keep a signal for the command."""
         self._holding = True
 
     def watched(self) -> None:
-        """The command watches from now on: give it the signal that was kept."""
+        """The command watches from now on: give it the kept signal."""
         if self._pending is not None:
             number, self._pending = self._pending, None
             signal.raise_signal(number)
 
     def decided(self) -> None:
-        """What became of the guest is known: a signal comes too late."""
+        """The outcome for the guest is known: a later signal changes nothing."""
         self._decided = True
 
     def ending(self) -> None:
@@ -60,11 +60,11 @@ class ProcessSignals:
         self._decided = True
         if isinstance(signal.getsignal(signal.SIGTERM), ProcessSignals):
             for number in self.numbers:
-                # Ignored by the kernel: the interpreter takes its own handlers away before it has ended.
+                # The kernel must ignore the signals: the interpreter removes its own handlers before it has ended.
                 signal.signal(number, signal.SIG_IGN)
 
 
 def current() -> ProcessSignals:
-    """That of the process; where a program calls a command by itself, one that is not installed."""
+    """The handler of the process; an uninstalled one if another program calls a command."""
     found = signal.getsignal(signal.SIGTERM)
     return found if isinstance(found, ProcessSignals) else ProcessSignals()

@@ -1,4 +1,4 @@
-"""A wish to stop that a job looks at when it can: for jobs that have to put something back elsewhere first."""
+"""A request to stop that a job polls: for jobs that first have to restore something in another process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class StopRequest:
-    """Asked for once, by a signal or a time limit; give :meth:`ask` to :func:`trimig.cli.runner.run` as *interrupt*."""
+    """Requested once, by a signal or a time limit; pass :meth:`ask` to :func:`trimig.cli.runner.run` as *interrupt*."""
 
     def __init__(self) -> None:
         self.reason = ""
@@ -21,17 +21,17 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
-        """It is to end."""
+        """Whether a stop was requested."""
         return bool(self.reason)
 
     def ask(self, reason: str) -> None:
-        """From now on; *reason* is a signal's name, or the option whose limit was reached."""
+        """Request the stop; *reason* is a signal's name, or the option whose limit was reached."""
         self.reason = self.reason or reason
         if self._event is not None:
             self._event.set()
 
     async def wait(self) -> None:
-        """Until it is asked for.
+        """Wait for the request.
 
         **Cancellation:** no effect.
         """
@@ -43,7 +43,7 @@ class StopRequest:
 
 
 def words_for(monitor: Monitor, file: object) -> str:
-    """What a first signal leads to in a command that migrates the guest in *file* away, or receives it there."""
+    """The text for a first signal to a command that migrates the guest in *file*, or receives it there."""
     status, arriving = monitor.status, monitor.role is Role.DESTINATION
     if status in TERMINAL:
         return "it is over already"

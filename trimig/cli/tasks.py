@@ -1,4 +1,4 @@
-"""Two tasks of which one serves the other."""
+"""Runs two tasks; one of them serves the other."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ T = TypeVar("T")
 
 
 async def alongside(call: Callable[[], Awaitable[T]], other: Callable[[], Awaitable[None]]) -> T:
-    """The result of *call*, with *other* running meanwhile; *other* is cancelled when *call* is done.
+    """The result of *call*, while *other* runs; *other* is cancelled when *call* is done.
 
-    An error of either leaves as itself, not in a group.
+    An error of either propagates as itself, not in a group.
 
-    **Cancellation:** as for *call*. If *call* has returned, its result is returned: it says what has happened, and a
-    cancellation that came too late for it must not hide that.
+    **Cancellation:** as for *call*. If *call* has returned, its result is returned: the result says what has happened,
+    and a cancellation that came too late must not hide that.
     """
     results: list[T] = []
     failure: BaseException | None = None
@@ -30,7 +30,7 @@ async def alongside(call: Callable[[], Awaitable[T]], other: Callable[[], Awaita
     except trio.Cancelled:
         if not results:
             raise
-    # Raised out here, so that the error does not get the group as its context.
+    # Raised outside of the group, so that the error does not get the group as its context.
     if failure is not None and not (results and _is_cancelled(failure)):
         raise failure
     return results[0]
@@ -44,7 +44,7 @@ def _is_cancelled(error: BaseException) -> bool:
 
 
 def _only_one(error: BaseException) -> BaseException:
-    """The exception in a group of one real one; Cancelled beside it says nothing. Otherwise the group."""
+    """The exception in a group of a single one, without Cancelled, which says nothing; otherwise the group."""
     while isinstance(error, BaseExceptionGroup):
         _, real = error.split(trio.Cancelled)
         inner = (real or error).exceptions

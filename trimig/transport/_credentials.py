@@ -97,7 +97,7 @@ def _authz(config: Config, context: ssl.SSLContext) -> AuthzSimple | AuthzList |
         return None
     found = _find(config, wanted, "tls-authz", "access rules")
     if not isinstance(found, (AuthzSimple, AuthzList)):
-        raise ConfigError(f"the object {wanted!r} is {found.qom_type}, not a list of who is let in", name="tls-authz")
+        raise ConfigError(f"the object {wanted!r} is {found.qom_type}, not a list of allowed clients", name="tls-authz")
     if context.verify_mode is not ssl.CERT_REQUIRED:
         raise ConfigError(
             "tls-authz needs x509 credentials with verify-peer=on: names must be proved", name="tls-authz"

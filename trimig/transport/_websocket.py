@@ -259,7 +259,7 @@ class WebSocketStream(trio.abc.Stream):
         return 0
 
     def _next_header(self) -> tuple[Header, int] | None:
-        """The next frame, if the present one is over and the buffer has enough of the next."""
+        """The header of the next frame, if the present frame is over and the buffer has enough of the next."""
         if self._place < self._frame.length:
             return None
         return read_header(self._raw[self._begin : self._end], from_client=not self._client)
@@ -293,7 +293,7 @@ class WebSocketStream(trio.abc.Stream):
         return size
 
     def _unmask(self, part: memoryview) -> None:
-        """Account for *part*, the next piece of the payload."""
+        """Unmask *part*, the next piece of the payload."""
         if self._frame.key:
             mask(part, self._frame.key, self._place)
         self._place += len(part)

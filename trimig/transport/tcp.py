@@ -200,8 +200,8 @@ async def listen(rest: str, config: Config) -> TcpListener:
         raise TransportFailed(f"cannot listen on {_uri(host, port)}: {_reason(error)}") from error
     if not config.parameters.tls_creds and not listener.local:
         log.warning(
-            "%s is reachable from other machines and is not encrypted: who connects there can read what is sent and send "
-            "something else (set tls-creds where there is TLS, or listen on 127.0.0.1)",
+            "%s is reachable from other machines and is not encrypted: any client that connects can read the stream "
+            "and send another one (set tls-creds if both sides have TLS, or listen on 127.0.0.1)",
             listener.uri,
         )
     return listener
@@ -243,5 +243,5 @@ def _reason(error: OSError) -> str:
     if first.errno == errno.EADDRINUSE:
         return "the port is in use"
     if first.errno == errno.ECONNREFUSED:
-        return "connection refused (is anybody waiting there?)"
+        return "connection refused (does a destination listen there?)"
     return first.strerror or str(first)

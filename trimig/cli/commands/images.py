@@ -1,4 +1,4 @@
-"""``trimig export`` and ``merge``: the memory of a saved guest for other tools, and one guest made of two halves."""
+"""``trimig export`` and ``merge``: write the memory of a saved guest for other tools; join two halves."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def export(
 
 
 def _check_new(path: Path, force: bool, option: str) -> None:
-    """Find out before anything is read."""
+    """Refuse a bad output path before anything is read."""
     if not path.resolve().parent.is_dir():
         raise click.BadParameter(f"there is no directory {path.parent}", param_hint=option)
     try:
@@ -122,8 +122,8 @@ class _Raw(click.ParamType[tuple[str, Path]]):
     type=_Raw(),
     multiple=True,
     metavar="BLOCK=PATH",
-    help="The source's half of one RAM block, byte for byte: its memory-backend-file, or pmemsave of a paused QEMU. May be "
-    "given for several blocks.",
+    help="The source's half of one RAM block, byte for byte: its memory-backend-file, or pmemsave of a paused QEMU. "
+    "May be given for several blocks.",
 )
 @click.option("--accept-differences", is_flag=True, help="Take PARTIAL's pages where the halves are not the same.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
@@ -140,8 +140,8 @@ def merge(
 ) -> int:
     """Make one guest of the two halves that a lost postcopy has left.
 
-    PARTIAL is the destination's half: what trimig receive has kept in FILE.partial. SOURCE is the source's half as a stream:
-    the file that was sent. A QEMU's half is given with --raw, block by block. What both have must be the same.
+    PARTIAL is the destination's half: the file FILE.partial of trimig receive. SOURCE is the source's half as a stream:
+    the file that was sent. A QEMU's half is given with --raw, block by block. Pages in both halves must be the same.
 
     Afterwards there must be only this guest: end the source, or settle it with trimig settle --owner destination.
     """

@@ -1,4 +1,4 @@
-"""``trimig inspect``: what is in a saved guest, or in any stream of QEMU's format."""
+"""``trimig inspect``: shows the contents of a saved guest, or of any stream of QEMU's format."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..options import FILE_OR_DASH, debug_option, json_option
 from ..output import say, write_json
 from ..runner import run
 
-#: So many elements of an array are printed.
+#: The number of array elements that are printed.
 _SHOWN: Final = 8
-#: Sections of RAM that are printed one by one; a live migration has thousands.
+#: RAM sections that are printed one by one; a live migration has thousands.
 _RAM_SECTIONS: Final = 6
 
 

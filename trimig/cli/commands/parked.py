@@ -1,7 +1,7 @@
-"""``trimig receive``, ``send`` and ``settle``: a guest kept in a file, and given away again.
+"""``trimig receive``, ``send`` and ``settle``: save a guest in a file, and send it again.
 
-Before the decision is sent a record beside the file says that the owner is unknown; the answer sets it right. So
-neither a lost answer nor a crash lets the same guest be started twice by accident.
+Before the source sends the commit, a record beside the file says that the owner is unknown; the answer corrects the
+record. So neither a lost answer nor a crash lets the same guest be started twice by accident.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def receive(uri: str, file: Path, force: bool, recover_for: float | None, config
 
 
 def _check_target(file: Path, *, force: bool) -> None:
-    """Find out before anybody connects."""
+    """Refuse a bad path before a source connects."""
     if not file.parent.is_dir():
         raise click.BadParameter(f"there is no directory {file.parent}", param_hint="--save")
     if os.path.lexists(file) and not force:
@@ -85,14 +85,15 @@ async def _receive(
         try:
             summary = await watched(functools.partial(alongside, call, begun), monitor, view)
         finally:
-            # Whatever ends it, a cancellation too: there is no second chance to keep this.
+            # For every end, also a cancellation: there is no second chance to keep the received memory.
             if monitor.status is trimig.Status.POSTCOPY_LOST:
                 await _keep_partial(guest, file, monitor, view)
         if force:
-            stream.write_record(file, None)  # of the guest that was in the file before
+            stream.write_record(file, None)  # the old record is about the guest that was in the file before
         text = (
-            f"received {guest.name or 'a guest'} with {formats.size(summary.ram_bytes)} of RAM and {len(guest.sections)} "
-            f"devices in {formats.duration(summary.total_time)}; it is in {file} ({guest.guest_run_state} when it is resumed)"
+            f"received {guest.name or 'a guest'} with {formats.size(summary.ram_bytes)} of RAM and "
+            f"{len(guest.sections)} devices in {formats.duration(summary.total_time)}; it is in {file} "
+            f"({guest.guest_run_state} when it is resumed)"
         )
         view.end(text, told=True)
         if as_json:
@@ -108,16 +109,16 @@ async def _receive(
 
 
 def _print_warnings(summary: trimig.Summary) -> None:
-    """What was shown as it happened, for who keeps the result."""
+    """Print the warnings, which were shown during the migration, with the result as well."""
     if not same_terminal():
         for warning in summary.warnings:
             out(f"  warning: {warning}")
 
 
 async def _keep_partial(guest: trimig.ParkedGuest, file: Path, monitor: trimig.Monitor, view: display.View) -> None:
-    """Keep what has come, and say where.
+    """Keep the received memory, and print its path.
 
-    **Cancellation:** held off while it is written.
+    **Cancellation:** held off while the file is written.
     """
     partial = file.with_name(f"{file.name}.partial")
     try:
@@ -158,7 +159,7 @@ def _received(guest: trimig.ParkedGuest, file: Path, summary: trimig.Summary) ->
 
 
 async def _announce(events: AsyncIterator[trimig.Event], view: display.View, as_json: bool) -> None:
-    # They were asked for before the migration began: this task may get its first turn when the listener is open already.
+    # Requested before the migration begins: this task may get its first turn when the listener is open already.
     async for event in events:
         if event.name == "LISTENING":
             for address in event.data["addresses"]:
@@ -211,7 +212,7 @@ def send(
 
 
 def _check_elsewhere(file: Path, scheme: str, rest: str) -> None:
-    """The guest is not sent onto the file that it is in: that would be cut off, and removed if anything fails."""
+    """Refuse to send the guest onto its own file: the file would be cut off, and removed if anything fails."""
     there = Path(rest.partition(",offset=")[0])
     if scheme == "file" and there.exists() and file.exists() and there.samefile(file):
         raise click.BadParameter(f"file:{rest} is FILE itself: the guest in it would be lost", param_hint="URI")
@@ -269,7 +270,7 @@ async def _send(
                 raise
             raise trimig.TransportFailed(f"{error}; if the destination has ended, {WHY_CLOSED}") from error
         finally:
-            # Synchronous, because this may be the way out of a cancellation.
+            # Synchronous, because a cancelled task may run this.
             if sent or monitor.owner is Ownership.DESTINATION:
                 _record_handed_over(file, uri)
             elif monitor.owner is Ownership.SOURCE:
@@ -278,7 +279,7 @@ async def _send(
             raise trimig.HandoverUncertain(f"{uncertain}. {_how_to_settle(file, uri)}") from uncertain
         text = f"sent {guest.name or 'the guest'} to {uri} in {formats.duration(summary.total_time)}"
         if not summary.confirmed:
-            text += "; nobody has confirmed that it arrived, because there was no return path"
+            text += "; no answer has confirmed that it arrived, because there was no return path"
         view.end(text, told=True)
     if as_json:
         write_json({"file": str(file), "destination": uri, "machine": guest.name, **summary_record(summary)})
@@ -289,7 +290,7 @@ async def _send(
 
 
 def _as_the_file(config: trimig.Config, profile: trimig.PeerProfile) -> trimig.Config:
-    """The guest's own stream tells whether its machine type has a configuration section and footers."""
+    """The configuration for the guest's stream, whose machine type may have a configuration section and footers."""
     peer = dataclasses.replace(
         config.peer,
         send_configuration=config.peer.send_configuration and profile.send_configuration,
@@ -304,7 +305,8 @@ def _record_handed_over(file: Path, uri: str) -> None:
     except OSError as error:
         say(
             f"warning: the guest was handed over, but {stream.record_path(file)} could not be written "
-            f"({error.strerror}) and still says that the owner is unknown; run: trimig settle {file} --owner destination"
+            f"({error.strerror}) and still says that the owner is unknown; run: trimig settle {file} "
+            "--owner destination"
         )
 
 

@@ -1,4 +1,4 @@
-"""``trimig run``: host a guest, and let QMP clients drive it."""
+"""``trimig run``: hosts a guest, and lets QMP clients drive it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def run(
     if incoming is not None and incoming != DEFER:
         transport.check(incoming)
     if not addresses and not controls and incoming is None:
-        raise click.UsageError("nobody could reach this guest: give --qmp ADDR, --control ws://… or --incoming URI")
+        raise click.UsageError("no client could reach this guest: give --qmp ADDR, --control ws://… or --incoming URI")
     if stopped:
         config = dataclasses.replace(config, autostart=False)
     host = _Host(config=config, as_json=as_json)
@@ -82,7 +82,7 @@ def run(
 
 
 def _only_migratable(guest: trimig.Guest) -> None:
-    """Let nothing prevent a migration of *guest*, from now on and what there is already."""
+    """Refuse every blocker of migration for *guest*, present or later."""
     for reason in blockers.reasons(guest):
         raise click.BadParameter(reason, param_hint="--only-migratable")
     if isinstance(guest, blockers.Blockable):
@@ -90,14 +90,14 @@ def _only_migratable(guest: trimig.Guest) -> None:
 
 
 def _other_side(machine: qmp.Machine) -> str | None:
-    """The side that perhaps has the guest, and perhaps has not; None where the owner is certain."""
+    """The monitor of the side with an uncertain owner; None if the owner is certain."""
     if machine.outgoing.owner is Ownership.UNKNOWN:
         return "destination"
     return "source" if machine.incoming.owner is Ownership.UNKNOWN else None
 
 
 class _Host:
-    """The process around one machine: what it prints, and how it ends."""
+    """The process around one machine: its output and its end."""
 
     def __init__(self, *, config: trimig.Config, as_json: bool) -> None:
         self._config = config
@@ -107,7 +107,7 @@ class _Host:
         self._starting = trio.CancelScope()
 
     def doing(self) -> str:
-        """What a first signal leads to."""
+        """The text for a first signal: its consequences."""
         machine = self._machine
         if machine is None:
             return "ending; the guest has not been started"
@@ -116,7 +116,7 @@ class _Host:
         return "ending; the migration under way is cancelled first, if that is still possible"
 
     def interrupt(self, signal: str) -> None:
-        """SIGINT or SIGTERM: end in order."""
+        """Handle SIGINT or SIGTERM: end in order."""
         self._signal = signal
         if self._machine is None:
             self._starting.cancel(signal)
@@ -135,7 +135,7 @@ class _Host:
         stopped: bool,
         only_migratable: bool,
     ) -> int:
-        """Everything, from making the guest to ending it; returns the exit code."""
+        """Make the guest, serve it and end it; returns the exit code."""
         with self._starting:
             opened = open_guest(spec, waiting=incoming is not None, stopped=stopped, name=name, peer=self._config.peer)
             async with opened as guest, trio.open_nursery(strict_exception_groups=True) as nursery:
@@ -215,7 +215,7 @@ class _Host:
                 self._say(f"warning: {event.data['text']}", warning=event.data["text"])
 
     def _why(self, event: trimig.Event) -> str:
-        """The reason of a failure, and what is left of it."""
+        """The reason of a failure, and the state after it."""
         machine = self._machine
         if machine is None or event.data["status"] != "failed":
             return ""

@@ -1,8 +1,8 @@
 """``trimig demo``: a busy guest moves between two processes, and proves that it lost nothing.
 
-This process is only the stage manager. The guest lives in one of two host processes (:mod:`trimig.cli.demo.host`); per
-hop the other one receives it. Whatever dies, here is found out and said who owns the guest then: from what the hosts
-that still live report, never from a guess.
+The parent supervises two host processes (:mod:`trimig.cli.demo.host`); the guest lives in one of them. In each
+hop the other host receives it. If a process dies, the parent finds out which one, and reports the owner of the guest.
+The owner follows from the reports of the living hosts, never from a guess.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from . import figures
 from .host import pack_config
 from .process import HostProcess, Message, reap_descendants
 
-#: Seconds beyond the limits of the migration itself that a host may take to report after something went wrong.
+#: Seconds that a host may take to report a failure, beyond the limits of the migration itself.
 _PATIENCE: Final = 10.0
 
 
@@ -39,12 +39,12 @@ class Interrupted(Exception):
 
 
 class Broken(Exception):
-    """The demonstration cannot go on; the reports and the state of the hosts say how it stands."""
+    """The demonstration cannot go on; the reports and the state of the hosts show the situation."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What is to be shown."""
+    """The options of the demonstration."""
 
     size: int
     hot: int
@@ -89,7 +89,7 @@ class Demo:
         self._stack.close()
 
     def doing(self) -> str:
-        """What a first signal leads to."""
+        """The text for a first signal: its consequences."""
         return "ending; the migration under way is cancelled first" if self._migrating else "ending"
 
     @property
@@ -98,13 +98,13 @@ class Demo:
         return [host.pid for host in self._hosts]
 
     def interrupt(self, _signal: str) -> None:
-        """Ask for a clean end: what can be taken back is taken back."""
+        """Ask for a clean end: a migration that can be cancelled is cancelled."""
         self._interrupted = True
-        with contextlib.suppress(trio.WouldBlock):  # a full inbox is being read, and the flag is seen anyway
+        with contextlib.suppress(trio.WouldBlock):  # a full inbox is being read, and its reader sees the flag
             self._send.send_nowait((self.source, {"event": "interrupt"}))
 
     async def run(self) -> tuple[int, Message]:
-        """The whole demonstration; returns the exit code and what ``--json`` prints."""
+        """Run the whole demonstration; returns the exit code and the object that ``--json`` prints."""
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
             for host in self._hosts:
                 nursery.start_soon(host.read, self._send.clone())
@@ -188,11 +188,11 @@ class Demo:
         self._view.end(f"{title}: {hop.sentence}", **hop.record)
 
     async def _reports(self, *hosts: HostProcess) -> None:
-        """Wait until *hosts*, and those that join them meanwhile, have reported.
+        """Wait until *hosts*, and hosts that are added meanwhile, have reported.
 
         Raises:
             Broken: one of them failed or died.
-            Interrupted: a signal came, and all that could be taken back is.
+            Interrupted: a signal came, and the hosts have cancelled what could be cancelled.
         """
         self._pending = {host for host in hosts if host.ended is None}
         trouble: str | None = None
@@ -210,11 +210,11 @@ class Demo:
         if self._interrupted:
             raise Interrupted
         if self._deaths or trouble:
-            # Who died is the cause; what the others say about it is the consequence.
+            # Report the process that died, not the errors that its death caused in the others.
             raise Broken(self._deaths[0] if self._deaths else self._cause() or trouble)
 
     def _cause(self) -> str | None:
-        """The failure of a host that did not only see the other one go; of the source rather than of the destination."""
+        """The failure of a host that did not just lose its peer; the source's rather than the destination's."""
         for host in (self.source, self.destination):
             report = host.report or {}
             if report.get("event") == "failed" and report.get("kind") not in ("TransportFailed", "PeerFailed"):
@@ -222,7 +222,7 @@ class Demo:
         return None
 
     async def _take(self, host: HostProcess, message: Message) -> str | None:
-        """Deal with one message; returns the sentence of a host that failed."""
+        """Handle one message; returns the sentence of a host that failed."""
         other = next(each for each in self._hosts if each is not host)
         for note in message.get("notes", ()):
             if note not in self.notes:
@@ -246,7 +246,8 @@ class Demo:
             case "warning":
                 self._view.note(f"warning: {message['text']}", warning=message["text"])
             case "interrupt":
-                # The source knows whether it can still be taken back; a destination without it waits for nobody.
+                # The source knows whether the migration can still be cancelled. A destination without a source
+                # waits in vain.
                 await (self.source if self.source in self._pending else self.destination).ask("cancel")
                 if not self._migrating:
                     self._pending.clear()
@@ -274,7 +275,7 @@ class Demo:
     # -- when it goes wrong ------------------------------------------------------------------------------------------
 
     def _owner(self) -> trimig.Ownership | None:
-        """Who owns the guest, by what the hosts say; None if none is left that could."""
+        """The owner of the guest, by the reports of the hosts; None if no living host could own it."""
         source, destination = self.source.report, self.destination.report
         if not self._migrating:
             return trimig.Ownership.DESTINATION if self.hops else trimig.Ownership.SOURCE
@@ -284,12 +285,12 @@ class Demo:
             if source["event"] == "done":
                 return trimig.Ownership.DESTINATION
             told = trimig.Ownership(source.get("owner", "source"))
-            # A destination that lives and says that it has not taken the guest settles what the source cannot know.
+            # The source does not know the owner; a living destination that has not taken the guest does.
             if told is trimig.Ownership.UNKNOWN and destination is not None and destination["event"] == "failed":
                 return trimig.Ownership.SOURCE
             return told
         if self.source.ended is None:
-            return trimig.Ownership.SOURCE  # it had not been asked to send anything yet
+            return trimig.Ownership.SOURCE  # the source had no request to send the guest yet
         if destination is not None:
             return trimig.Ownership(destination.get("owner", "source"))
         return None
@@ -299,7 +300,7 @@ class Demo:
         return code, await self._after(cause, code)
 
     def _code(self, usual: int) -> int:
-        """The exit code: *usual* where the source has its guest as it was."""
+        """The exit code: *usual* if the source has its guest unchanged."""
         owner, migrating = self._owner(), self._migrating
         if owner is trimig.Ownership.UNKNOWN:
             return UNCERTAIN
@@ -314,7 +315,7 @@ class Demo:
         return usual
 
     async def _after(self, cause: str, code: int) -> Message:
-        """The report of a demonstration that did not come to its end: who owns the guest, and how is it?"""
+        """The report of a demonstration that did not complete: the owner of the guest and the guest's state."""
         owner = self._owner()
         keeper = {trimig.Ownership.SOURCE: self.source, trimig.Ownership.DESTINATION: self.destination}.get(
             owner or trimig.Ownership.UNKNOWN
@@ -347,18 +348,18 @@ class Demo:
         return report
 
     def _survivor(self) -> str | None:
-        """The role of the side that is left, where just one is."""
+        """The role of the living side, if exactly one lives."""
         left = [host for host in self._hosts if host.ended is None and not host.worker_died]
         return self._role(left[0]) if len(left) == 1 else None
 
     async def _fate(self, keeper: HostProcess, owner: trimig.Ownership, report: Message) -> str:
-        """Ask the owner's worker itself, and let it prove its memory."""
+        """Ask the owner's worker for its state, and let it prove its memory."""
         where = f"the {owner.value}, host {keeper.pid},"
         if not self._started:
             report["guest"] = "none"
             return "the guest had not been started yet"
         if keeper.ended is None and not keeper.worker_died:
-            # In postcopy: it has the guest, and says that it does not have all of it.
+            # In postcopy the destination owns the guest and reports that a part of the memory is missing.
             partial = keeper is self.destination and (keeper.report or {}).get("event") == "failed"
             if (keeper.report or {}).get("owner") == "unknown":
                 await self._ask_once(keeper, "settle", owner=owner.value)
@@ -379,7 +380,7 @@ class Demo:
         return lost
 
     async def _ask_once(self, host: HostProcess, op: str, **arguments: Any) -> Message | None:
-        """The answer to a request, None if it fails or the host dies."""
+        """The answer to a request, None if the request fails or the host dies."""
         await host.ask(op, **arguments)
         with trio.move_on_after(_PATIENCE + self._options.size / (20 << 20)):
             while host.ended is None and host.report is None:
@@ -441,8 +442,9 @@ def demo(
     while it runs. At the end every word of its memory is compared with what its journal of writes says. Needs neither
     root nor QEMU.
 
-    With --postcopy the guest goes first, and its memory follows while it runs there, what it waits for on a connection of
-    its own (-c postcopy-preempt=off: on the same). --cut-after shows what a lost connection does to it then.
+    With --postcopy the guest goes first, and its memory follows while the guest runs there. Pages that the guest waits
+    for come on a second connection (-c postcopy-preempt=off: on the same). --cut-after shows the effect of a lost
+    connection.
 
     The figures go to stdout, progress to stderr. With --json there is one object on stdout, and progress is one object
     on each line of stderr.
@@ -459,7 +461,7 @@ def demo(
     if postcopy_after is not None:
         config = postcopy.recovering(config, None)
         if downtime_limit is None:
-            downtime_limit = 0  # what fits the limit would be sent before the guest goes
+            downtime_limit = 0  # with any limit, a rest that fits the limit would be sent before the switch
     changes = {"max_bandwidth": bandwidth, "downtime_limit": downtime_limit}
     changes = {name: value for name, value in changes.items() if value is not None}
     config = dataclasses.replace(config, parameters=config.parameters.replace(**changes))

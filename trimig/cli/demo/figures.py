@@ -1,4 +1,4 @@
-"""The figures of ``trimig demo``: one record for each hop, all of them together, and the table for people."""
+"""The figures of ``trimig demo``: one record for each hop, the sum of all hops, and the table for users."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, Final, Self
 
 from trimig import formats
 
-#: The parts of the downtime as the source saw them, in order, with their names for people.
+#: The parts of the downtime as measured by the source, in order, with their printed names.
 PARTS = {"pause": "pause", "ram": "rest of RAM", "devices": "devices", "prepare": "prepare", "commit": "commit"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Hop:
-    """One migration: what both hosts said about it, as one JSON object."""
+    """The reports of both hosts about one migration, as one JSON object."""
 
     record: dict[str, Any]
 
@@ -27,10 +27,9 @@ class Hop:
         destination: dict[str, Any],
         postcopy: dict[str, Any],
     ) -> Self:
-        """From the two summaries (:func:`trimig.cli.summary.summary_record`), and what the hosts say of *postcopy*.
+        """Combine the two summaries (:func:`trimig.cli.summary.summary_record`) and the hosts' *postcopy* reports.
 
-        Only the destination knows how long it took to resume the guest; that time is inside what the source saw as
-        ``commit``.
+        Only the destination knows the time for resuming the guest; that time is part of the source's ``commit``.
         """
         record = {"hop": number, "source": hosts[0], "destination": hosts[1], **source, **postcopy}
         del record["role"]
@@ -73,7 +72,7 @@ def overall(hops: Sequence[Hop]) -> dict[str, Any]:
 
 
 def _postcopy(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Faults and recoveries are sums, the median and the 99th percentile those of the worst hop; nothing in precopy."""
+    """Faults and recoveries are sums; median and 99th percentile are those of the worst hop. Empty in precopy."""
     if "page_faults" not in records[0]:
         return {}
     return {
@@ -85,7 +84,7 @@ def _postcopy(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def text(result: dict[str, Any], width: int = 80) -> str:
-    """The proof and the figures for people; *result* is what ``--json`` prints, *width* that of the screen."""
+    """The proof and the figures as text; *result* is the object of ``--json``, *width* the width of the screen."""
     if result["verified"]:
         lines = [f"Verified: {result['proof']}.", "Not one write was lost or replayed.", ""]
     else:
@@ -100,13 +99,15 @@ def text(result: dict[str, Any], width: int = 80) -> str:
         downtime = (
             f"at most {downtime} (hop {_worst(hops)}), {formats.duration(result['downtime_sum_ms'] / 1000)} in all"
         )
+    passes = formats.counted(result["iterations"], "pass", "passes")
+    normal, zero = formats.size(result["normal_bytes"]), formats.size(result["zero_bytes"])
     rows = [
-        ("total time", f"{formats.duration(result['total_ms'] / 1000)}, {formats.counted(result['iterations'], 'pass', 'passes')}"),
+        ("total time", f"{formats.duration(result['total_ms'] / 1000)}, {passes}"),
         ("downtime", downtime),
         ("  parts, in ms", f"{parts['pause']}, {parts['ram']}, {parts['devices']},"),
         ("", f"{parts['prepare']}, {parts['commit']} ({resume} of it to resume there)"),
         ("throughput", f"{formats.rate(result['throughput_bytes_per_s'])} of guest memory"),
-        ("memory moved", f"{formats.size(result['normal_bytes'])} in normal pages, {formats.size(result['zero_bytes'])} in zero pages"),
+        ("memory moved", f"{normal} in normal pages, {zero} in zero pages"),
         ("bytes sent", formats.size(result["transferred_bytes"])),
         ("dirty tracking", result["dirty_tracking"]),
     ]  # fmt: skip
@@ -146,7 +147,7 @@ _COLUMNS: Final[Sequence[tuple[str, str, int, Callable[[Mapping[str, Any]], str]
 
 
 def _table(hops: Sequence[dict[str, Any]], width: int) -> list[str]:
-    """One line a hop, below names and units; the columns that fit into *width*."""
+    """One line for each hop below names and units, with the columns that fit into *width*."""
     columns, taken = [], 0
     for column in _COLUMNS:
         taken += column[2]

@@ -1,14 +1,15 @@
 """One of the two hosts of ``trimig demo``: ``python -m trimig.cli.demo.host FD PARENT``.
 
-A process that keeps one guest (whose worker is a process again), sends it away or receives one, and does what the
-demo says over a socket. It never outlives the demo: it ends at the end of file on the socket, and the kernel kills it
-when the thread that started it ends.
+The process keeps one guest, whose worker is another process. The host migrates the guest, receives a guest, and takes
+the demo's requests over a socket. The host never outlives the demo: it ends at the end of file on the socket, and the
+kernel kills it when the thread that started it ends.
 
-Requests and reports are JSON objects, one to a packet (SOCK_SEQPACKET). A request has ``op`` (a method ``do_<op>``
-below, the other members are its arguments). Each is answered by one report with the same ``op`` and the ``event``
-``done`` or ``failed`` (then with what :func:`trimig.cli.errors.error_record` says); on the way there may be others:
-``listening`` with the ``uri``, ``progress`` with a picture, ``worker-died``. Two requests are not answered: ``cancel``
-(of the migration that is under way) and ``peer-ended`` (stop waiting for somebody who will not come).
+Requests and reports are JSON objects, one to a packet (SOCK_SEQPACKET). A request has ``op``, which names a method
+``do_<op>`` below; the other members are its arguments. The host answers each request with one report with the same
+``op`` and the ``event`` ``done`` or ``failed`` (``failed`` adds the members of :func:`trimig.cli.errors.error_record`).
+Other reports may come before the answer: ``listening`` with the ``uri``, ``progress`` with a picture, ``worker-died``.
+Two requests have no answer: ``cancel`` (cancel the present migration) and ``peer-ended`` (stop waiting for a peer that
+will not come).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _PR_SET_PDEATHSIG: Final = 1
 
 
 def pack_config(config: trimig.Config) -> str:
-    """*config* for a request. Pickled, which keeps all of it; the pipe joins two processes of the same program."""
+    """*config* for a request. Pickle keeps all of it; both processes run the same program."""
     return base64.b64encode(pickle.dumps(config)).decode()
 
 
@@ -72,27 +73,27 @@ class Host:
         self._notes = _Notes()
 
     async def serve(self) -> None:
-        """Take requests until the end of file. Requests of one demo come one after the other, but for cancelling."""
+        """Take requests until the end of file. A demo sends its requests one after the other, except for ``cancel``."""
         while packet := await self._control.recv(MAX_PACKET):
             request = json.loads(packet)
             match request.pop("op"):
                 case "cancel":
                     self._cancel("cancelled by a signal")
                 case "peer-ended":
-                    # Who has connected is noticed by the connection; in postcopy that would be waited for again.
+                    # A connected peer's end is noticed on the connection; in postcopy the host must wait for a new one.
                     if self._monitor.addresses or self._monitor.status in IN_POSTCOPY:
                         self._cancel("the other host has ended before it connected")
                 case "quit":
                     return
                 case op:
-                    # Made here and not in the task, so that a cancel finds it even if that has not begun to run.
+                    # Made here and not in the task, so that a cancel also works before the task has begun to run.
                     self._job, self._reason = trio.CancelScope(), ""
                     self._nursery.start_soon(self._do, op, request, self._job)
 
     def _cancel(self, reason: str) -> None:
         self._reason = self._reason or reason
         self._job.cancel(reason)
-        postcopy.drop(self._monitor)  # held off otherwise: the demo asks for it only where it is meant
+        postcopy.drop(self._monitor)  # otherwise the cancellation is held off; the demo sends it only on purpose
 
     async def _do(self, op: str, arguments: dict[str, Any], job: trio.CancelScope) -> None:
         report: dict[str, Any] = {}
@@ -103,8 +104,8 @@ class Host:
             if isinstance(error, trimig.HandoverUncertain):
                 self._uncertain = error
             report = {"event": "failed", **error_record(error)[1]}
-        # A cancelled migration has left the guest with its source, but for one in postcopy that was given up; a late
-        # cancel leaves the report as it is.
+        # A cancelled migration leaves the guest with the source, except for an abandoned postcopy. A late
+        # cancel does not change the report.
         lost = self._monitor.status is trimig.Status.POSTCOPY_LOST
         owner = trimig.Ownership.DESTINATION if lost else trimig.Ownership.SOURCE
         report = report or {"event": "failed", "error": self._reason, "kind": "Cancelled", "owner": owner.value}
@@ -114,7 +115,7 @@ class Host:
         try:
             await self._control.send(json.dumps(message).encode())
         except OSError:
-            # The demo has gone, and with it everything that this process is for.
+            # The demo is gone, so this process has no purpose any more.
             self._nursery.cancel_scope.cancel("the demo has ended")
 
     def _guest_state(self) -> str | None:
@@ -125,7 +126,7 @@ class Host:
     # -- requests ----------------------------------------------------------------------------------------------------
 
     async def do_open(self, **options: Any) -> dict[str, Any]:
-        """Make a guest; a former one is ended first."""
+        """Make a guest; an earlier guest is ended first."""
         self.end_guest()
         guest = await self._guests.enter_async_context(trimig.ProcessGuest.open(**options))
         self._guest, self._alive = guest, True
@@ -133,7 +134,7 @@ class Host:
         return {"worker": guest.pid}
 
     async def do_receive(self, size: int, config: str) -> dict[str, Any]:
-        """Be the destination: make an empty guest, tell where it waits, and fill it."""
+        """Be the destination: make an empty guest, report its address, and fill it."""
         await self.do_open(size=size, hot=0, dirty_rate=0, running=False)
         assert self._guest is not None
         monitor = self._monitor = trimig.Monitor()
@@ -157,7 +158,7 @@ class Host:
     async def do_migrate(
         self, uri: str, config: str, postcopy_after: float | None = None, cut_after: float | None = None
     ) -> dict[str, Any]:
-        """Send the guest away, and end what is left of it here once the destination owns it."""
+        """Migrate the guest, and end it here once the destination owns it."""
         assert self._guest is not None
         monitor = self._monitor = trimig.Monitor()
         migrate = functools.partial(trimig.migrate, self._guest, uri, _unpack_config(config), monitor=monitor)
@@ -180,7 +181,7 @@ class Host:
             await self._tell_picture(now)
 
         summary = await alongside(migrate, functools.partial(follow, pictures, monitor, tell, warnings.append))
-        # Whoever follows may have been cancelled before it had told the last one.
+        # The display's task may have been cancelled before it reported the last pass.
         await tell(pictures.now())
         self.end_guest()
         return {"summary": summary_record(summary), "recoveries": recoveries}
@@ -189,21 +190,21 @@ class Host:
         await self._tell(event="progress", op="migrate", picture=dataclasses.asdict(now))
 
     async def do_settle(self, owner: str) -> dict[str, Any]:
-        """Say who owns a guest of which this host could not tell."""
+        """Settle the owner of a guest whose owner this host did not know."""
         if self._uncertain is not None:
             await self._uncertain.settle(trimig.Ownership(owner))
             self._uncertain = None
         return {}
 
     async def do_status(self) -> dict[str, Any]:
-        """Ask the worker itself what it does."""
+        """Ask the worker for its state."""
         if self._guest is None or not self._alive:
             return {"state": "none"}
         stats = await self._guest.stats()
         return {"state": "running" if stats.running else self._guest.run_state, "writes": stats.writes}
 
     async def do_verify(self) -> dict[str, Any]:
-        """Pause the guest, and compare every word of every page with what its journal says."""
+        """Pause the guest, and compare every word of every page with the guest's journal."""
         assert self._guest is not None
         await self._guest.pause()
         proof = await self._guest.verify()
@@ -222,14 +223,14 @@ class Host:
             await trio.lowlevel.wait_readable(pidfd)
         finally:
             os.close(pidfd)
-        if guest is self._guest:  # not ended by us
+        if guest is self._guest:  # this host has not ended it
             self._alive = False
             self._cancel(f"the guest's worker process {guest.pid} has died")
             await self._tell(event="worker-died", op="open", pid=guest.pid)
 
 
 class _Notes(logging.Handler):
-    """Collects what the library logs as warnings, for the next report."""
+    """Collects the library's warnings for the next report."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -242,7 +243,7 @@ class _Notes(logging.Handler):
         self._texts.append(record.getMessage())
 
     def take(self) -> list[str]:
-        """All since the last time."""
+        """All warnings since the last call."""
         texts, self._texts = self._texts, []
         return texts
 
@@ -256,11 +257,11 @@ async def _main(control: socket.socket) -> None:
 
 
 def main() -> None:
-    """Set up the ties to the demo, then serve it."""
-    # Ctrl-C in the terminal is for the demo to deal with, and so is being asked to end.
+    """Tie this process to the demo, then serve it."""
+    # The demo handles Ctrl-C in the terminal and SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(sys.argv[2]):  # it died before we could ask to be told
+    if os.getppid() != int(sys.argv[2]):  # the demo died before prctl took effect
         return
     with socket.socket(fileno=int(sys.argv[1])) as control:
         trio.run(_main, control, strict_exception_groups=True)

@@ -1,4 +1,4 @@
-"""The processes of ``trimig demo``: one host each, the line to it, and that nothing of them is left behind."""
+"""The host processes of ``trimig demo``: starts them, exchanges messages with them, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import trimig
 
 from .host import MAX_PACKET
 
-#: Seconds that a host may take to end when it is asked to, and a killed process to be gone.
+#: Seconds that a host may take to end on request, and a killed process to be gone.
 _ENDING: Final = 3.0
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
@@ -28,7 +28,7 @@ Message = dict[str, Any]
 
 
 class HostProcess:
-    """One host process, and the line to it."""
+    """One host process and the socket to it."""
 
     def __init__(self) -> None:
         """Start it. OSError."""
@@ -37,41 +37,41 @@ class HostProcess:
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         try:
             with theirs:
-                # From the main thread: the signal that ends the host with us is tied to the thread that starts it.
+                # From the main thread: the kernel kills the host when the thread that started it ends.
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", "-m", "trimig.cli.demo.host", str(theirs.fileno()), str(os.getpid())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    process_group=0,  # Ctrl-C in the terminal is for us to deal with
+                    process_group=0,  # this process handles Ctrl-C in the terminal
                     env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"},
                 )
         except BaseException:
             ours.close()
             raise
-        self._socket = ours  # closed through this one, because trio's refuses to be closed outside of trio
+        self._socket = ours  # closed through this one, because trio's socket cannot be closed outside of trio
         self._control = trio.socket.from_stdlib_socket(ours)
         self._gone = trio.Event()
         self.pid = self._process.pid
-        #: How it ended, once it has.
+        #: How the process ended, once it has ended.
         self.ended: str | None = None
         self.worker_died = False
         #: The last answer to a request.
         self.report: Message | None = None
 
     def forget(self) -> None:
-        """The last answer is about something else."""
+        """Forget the last answer: it belongs to an earlier request."""
         self.report = None
 
     async def ask(self, op: str, **arguments: Any) -> None:
-        """Send a request. That the host is gone is noticed where its reports are read."""
+        """Send a request. A dead host is noticed by the task that reads its reports."""
         if op not in ("cancel", "peer-ended", "quit"):
             self.report = None
         with contextlib.suppress(OSError):
             await self._control.send(json.dumps({"op": op, **arguments}).encode())
 
     async def read(self, inbox: trio.MemorySendChannel[tuple[HostProcess, Message]]) -> None:
-        """Pass everything that it reports on to *inbox*; at the end ``{"event": "gone"}``."""
+        """Pass all reports of the host on to *inbox*; at the end ``{"event": "gone"}``."""
         with contextlib.suppress(OSError):
             while packet := await self._control.recv(MAX_PACKET):
                 message = json.loads(packet)
@@ -86,7 +86,7 @@ class HostProcess:
         await inbox.send((self, {"event": "gone"}))
 
     def kill_and_reap(self) -> str:
-        """Kill it if it is still there, reap it, and tell how it ended."""
+        """Kill the process if it still runs, reap it, and say how it ended."""
         if self.ended is None:
             self._process.kill()
             status = self._process.wait()
@@ -97,23 +97,23 @@ class HostProcess:
         return self.ended
 
     async def quit(self) -> None:
-        """Ask it to end, and wait for that."""
+        """Ask the host to end, and wait for its end."""
         if self.ended is None:
             await self.ask("quit")
             with trio.move_on_after(_ENDING):
                 await self._gone.wait()
 
     def close(self) -> None:
-        """Leave nothing behind of it; what its own children were is dealt with by :func:`reap_descendants`."""
+        """End the process; :func:`reap_descendants` ends the children of the process."""
         self.kill_and_reap()
         self._socket.close()
 
 
 @contextlib.contextmanager
 def reap_descendants() -> Iterator[None]:
-    """Whatever the processes leave behind that are started within becomes a child of this one, and is ended here.
+    """Make this process the parent of orphaned descendants that start within the block, and end them at its end.
 
-    A worker dies with its host; but one that has just been started takes a moment until it has found out.
+    A worker dies with its host, but a worker that has just been started notices that a moment later.
     """
     prctl = ctypes.CDLL(None).prctl
     before = _children()

@@ -1,7 +1,7 @@
-"""A guest behind a QMP socket, as the control commands see it: a ``trimig run``, or a QEMU.
+"""A guest behind a QMP socket, for the control commands: a ``trimig run``, or a QEMU.
 
-What both answer is taken as it comes; where a QEMU does not say something (the owner of the guest), it follows from
-what it does say (:mod:`.state`). Every question is bounded in time, because a process that has stopped answers none.
+The commands use the members that both answer. A QEMU does not report the owner of the guest; the owner then follows
+from other members (:mod:`.state`). Every request has a time limit, because a stopped process never answers.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from trimig import formats, qmp
 
 from .state import POLL, Busy, Gone, Refused, Settings, State
 
-#: Seconds for one answer. A QEMU that stops its guest for the switchover answers nothing meanwhile.
+#: Seconds for one answer. A QEMU answers nothing while it stops its guest for the switchover.
 ANSWER_LIMIT: Final = 30.0
 #: Seconds for the greeting.
 CONNECT_LIMIT: Final = 5.0
 
 
 class QmpClient(Protocol):
-    """What is needed of :func:`trimig.qmp.connect`."""
+    """The methods of :func:`trimig.qmp.connect` that are used here."""
 
     async def execute(self, name: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        """The ``return`` member of the answer; CommandFailed if there is an error instead.
+        """The ``return`` member of the answer; CommandFailed for an error answer.
 
         **Cancellation:** the command may have been executed.
         """
 
     async def getfd(self, name: str, fd: int) -> None:
-        """Pass a descriptor; it stays ours as well.
+        """Pass a descriptor; this process keeps its own.
 
         **Cancellation:** it may have been passed.
         """
 
     def events(self) -> AsyncIterator[Mapping[str, Any]]:
-        """Events from now on, as they came."""
+        """The events from now on, unchanged."""
 
 
 class Remote:
-    """A client with an address, whose errors are sentences."""
+    """A client with an address; its errors are sentences for users."""
 
     def __init__(self, client: QmpClient, address: str) -> None:
         self.client = client
@@ -54,8 +54,8 @@ class Remote:
         """The answer to a command; underscores in the names of arguments stand for dashes.
 
         Raises:
-            Refused: the other side says no.
-            Gone: it does not answer, or the connection has ended.
+            Refused: the other side refuses the command.
+            Gone: the other side does not answer, or the connection has ended.
 
         **Cancellation:** the command may have been executed.
         """
@@ -68,17 +68,18 @@ class Remote:
             except (OSError, trimig.TrimigError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise Gone(f"the QMP connection to {self.address} is gone: {error}") from error
         raise Gone(
-            f"{self.address} has not answered {name} within {formats.duration(ANSWER_LIMIT)}; does the process still run?"
+            f"{self.address} has not answered {name} within {formats.duration(ANSWER_LIMIT)}; "
+            "does the process still run?"
         )
 
     async def pass_descriptor(self, name: str, descriptor: int) -> None:
-        """Give the other side *descriptor* under *name*; a migration to ``fd:NAME`` uses it up.
+        """Give the other side *descriptor* under *name*; a migration to ``fd:NAME`` consumes it.
 
         Raises:
-            Refused: the other side says no.
+            Refused: the other side refuses the command.
             Gone: the connection has ended.
 
-        **Cancellation:** it may have been passed.
+        **Cancellation:** the descriptor may have been passed.
         """
         try:
             await self.client.getfd(name, descriptor)
@@ -88,31 +89,31 @@ class Remote:
             raise Gone(f"the QMP connection to {self.address} is gone: {error}") from error
 
     async def forget_descriptor(self, name: str) -> None:
-        """Have the other side close what it was given, if it still has it.
+        """Make the other side close the descriptor, if it still has it.
 
-        **Cancellation:** it may have been closed.
+        **Cancellation:** the descriptor may have been closed.
         """
         with contextlib.suppress(Refused):
             await self.execute("closefd", fdname=name)
 
     async def state(self) -> State:
-        """How it stands now.
+        """The present state.
 
         **Cancellation:** has no effect there.
         """
-        # In this order: a guest that has been given away in between is then seen as given away.
+        # In this order: a guest that is handed over in between is then seen as handed over.
         run_state = (await self.execute("query-status"))["status"]
         return State(run_state=run_state, info=await self.execute("query-migrate"))
 
     async def wait_ended(self, limit: float) -> State:
-        """Wait until no migration is under way, *limit* seconds at most; the last state seen.
+        """Wait at most *limit* seconds until no migration is under way; the last state.
 
         **Cancellation:** has no effect there.
         """
         return await self.wait(lambda state: state.ended, limit)
 
     async def wait(self, satisfied: Callable[[State], bool], limit: float) -> State:
-        """Wait until the state is as wanted, *limit* seconds at most; the last state seen.
+        """Wait at most *limit* seconds until the state is as wanted; the last state.
 
         **Cancellation:** has no effect there.
         """
@@ -135,9 +136,9 @@ class Remote:
         )
 
     async def apply(self, changes: Settings, present: Settings) -> None:
-        """Set them, all or none: if the parameters are refused, the capabilities are as they were in *present*.
+        """Set *changes*, all or none: if the parameters are refused, the capabilities are restored from *present*.
 
-        **Cancellation:** some may have been set.
+        **Cancellation:** some of them may have been set.
         """
         await self._set_capabilities(changes.capabilities)
         if not changes.parameters:
@@ -162,8 +163,8 @@ async def connected(address: str) -> AsyncIterator[Remote]:
     """A connection to the QMP socket at *address*.
 
     Raises:
-        Busy: it is taken and not answered.
-        Refused: there is nobody, or somebody who does not speak QMP.
+        Busy: the connection is accepted and no greeting comes.
+        Refused: no process listens there, or the process does not speak QMP.
     """
     there = False
     with trio.CancelScope(deadline=trio.current_time() + CONNECT_LIMIT) as limit:
@@ -178,6 +179,6 @@ async def connected(address: str) -> AsyncIterator[Remote]:
             raise Refused(text if address in text else f"cannot reach {address}: {text}") from error
     if limit.cancelled_caught:
         raise Busy(
-            f"{address} took the connection and has said nothing for {formats.duration(CONNECT_LIMIT)}; a QEMU serves one client at a "
-            "time on a QMP socket: is there another?"
+            f"{address} took the connection and has said nothing for {formats.duration(CONNECT_LIMIT)}; a QEMU "
+            "serves one client at a time on a QMP socket: is there another?"
         )

@@ -1,5 +1,5 @@
-"""``trimig status``, ``info``, ``cancel``, ``set``, ``continue``, ``postcopy``, ``events`` and their like: one word to a guest behind
-a QMP socket, a ``trimig run`` as well as a QEMU."""
+"""``trimig status``, ``info``, ``cancel``, ``set``, ``continue``, ``postcopy``, ``events`` and similar commands: each
+sends one command to a guest behind a QMP socket, of a ``trimig run`` as well as of a QEMU."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ _SIZES: Final = frozenset({"transferred", "remaining", "total", "page-size", "ca
 
 
 def _rows(members: Mapping[str, Any], prefix: str = "") -> Any:
-    """Name and value of every member, those of members as ``ram.total``."""
+    """Name and value of every member; inner members have names like ``ram.total``."""
     for name, value in members.items():
         if isinstance(value, Mapping):
             yield from _rows(value, f"{prefix}{name}.")
@@ -95,7 +95,7 @@ def _rows(members: Mapping[str, Any], prefix: str = "") -> Any:
 
 
 def _address(value: Any) -> str:
-    """A socket address of QMP as a URI; anything else as it is."""
+    """A QMP socket address as a URI; any other value unchanged."""
     if isinstance(value, Mapping) and value.get("type") == "inet":
         return f"tcp:{value.get('host')}:{value.get('port')}"
     if isinstance(value, Mapping) and value.get("type") == "unix":
@@ -178,10 +178,10 @@ def _command(
     only_in: frozenset[str],
     wanted: str,
 ) -> int:
-    """One QMP command, and *text* if it was accepted.
+    """Execute one QMP command, and print *text* if the command was accepted.
 
-    A QEMU accepts some commands in any status and does nothing then, so the status is looked at first: another one than
-    *only_in* is an error, because there is nothing that is *wanted*.
+    A QEMU accepts some commands in any status and then does nothing. So the status is checked first: a status outside
+    *only_in* is an error, which says that there is no *wanted* migration.
     """
 
     async def job(remote: Remote) -> int:
@@ -272,7 +272,7 @@ def recover(uri: str, address: str, as_json: bool) -> int:
 
 
 def _where(state: State, uri: str) -> str:
-    """The address that it listens at, with the port that the kernel chose."""
+    """The address that the destination listens at, with the port that the kernel chose."""
     addresses = state.info.get("socket-address", ())
     return qmp.uri_of(addresses[0]) if addresses else uri
 
@@ -287,11 +287,12 @@ def _where(state: State, uri: str) -> str:
 def events(address: str, until_end: bool, as_json: bool) -> int:
     """Follow what happens to a guest: one line for each event, with --json as one JSON object.
 
-    A guest tells of its migration only while its capability "events" is on: trimig set -c events. If it is off, that is said.
+    A guest has migration events only while its capability "events" is on: trimig set -c events. If the capability is
+    off, the command says so.
     """
 
     async def job(remote: Remote) -> int:
-        feed = remote.client.events()  # from now on, so that nothing is missed while the settings are read
+        feed = remote.client.events()  # before the settings are read, so that no event is missed
         if not (await remote.settings()).capabilities.get("events", True):
             off = f"the capability 'events' is off at {remote.address}"
             how = f"trimig set -c events --qmp {remote.address}"

@@ -1,10 +1,10 @@
-"""``trimig migrate --dry-run``: what would a migration of this guest be like?
+"""``trimig migrate --dry-run``: predicts a migration of this guest.
 
-The guest's memory is streamed to a sink on this host, while the guest runs on: at the bandwidth that is to be predicted
-for, or as much faster as it takes to see whole passes in the time there is. The sink throws it
-away. Two locks keep that from becoming a migration: a downtime limit of nothing, which no busy guest meets, and
-pause-before-switchover for one that is not busy. After a few passes the stream is cancelled, every setting is put back,
-and the guest must be in the run state it had. From the passes :mod:`trimig.policy.forecast` says what to expect.
+The guest's memory is streamed to a sink on this host, while the guest runs on: at the bandwidth to be predicted
+for, or faster if whole passes would not fit into the time otherwise. The sink discards the memory. Two locks keep the
+stream from becoming a migration: a downtime limit of zero, which no busy guest meets, and
+pause-before-switchover for an idle guest. After a few passes the stream is cancelled, every setting is restored,
+and the guest must be in its former run state. From the passes :mod:`trimig.policy.forecast` makes the prediction.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
     from ..stop import StopRequest
     from .client import Remote
 
-#: Whole passes that are enough: the first copy, and what a chase looks like.
+#: The number of whole passes that is enough: the first copy, and passes over newly written memory.
 PASSES: Final = 3
-#: Seconds between two looks; a pass is timed as well as this.
+#: Seconds between two polls; the times of passes are as exact as this.
 _LOOK: Final = 0.02
-#: Seconds in which a guest must be in the run state it had, after the stream has been cancelled.
+#: Seconds after the cancel in which the guest must be in its former run state.
 _BACK_LIMIT: Final = 10.0
 _PAGE: Final = 4096
-#: Of the descriptor, at the other process.
+#: The name of the descriptor in the other process.
 _NAME: Final = "trimig-dry-run"
 
-#: What must not be on meanwhile, where the other side knows it: what needs an answer from the sink, gives the guest away,
-#: or slows it down.
+#: Capabilities that must be off meanwhile, if the other side knows them: they need an answer from the sink, hand the
+#: guest over, or slow it down.
 _OFF: Final = (
     "return-path",
     "postcopy-preempt",
@@ -59,26 +59,26 @@ _OFF: Final = (
 _ON: Final = ("pause-before-switchover", "events")
 #: No downtime is short enough, and the sink has no certificate.
 _PARAMETERS: Final[Mapping[str, Any]] = {"downtime-limit": 0, "tls-creds": ""}
-#: What is set on the way.
+#: Settings during the measurement.
 _TUNED: Final = Settings(parameters={"max-bandwidth": 0})
-#: The share of the time that the first copy may take at most: passes of a length like the real ones show what a guest
-#: dirties in them, but without a chase nothing is seen at all.
+#: The largest share of the time for the first copy. Passes as long as the real ones show how much a guest dirties in
+#: them; but without passes after the first copy there is nothing to see.
 _FIRST_COPY_SHARE: Final = 0.4
 
 
 @dataclasses.dataclass(slots=True)
 class _Measurement:
-    """What was seen. Bytes, seconds."""
+    """The measured values. Bytes, seconds."""
 
     samples: list[policy.Sample] = dataclasses.field(default_factory=list)
     started: float = 0.0
     seconds: float = 0.0
     total: int = 0
     transferred: int = 0
-    #: What the first copy takes on the transport, whether it came to its end or not; None if nothing was sent.
+    #: The size of the first copy on the transport, complete or not; None if nothing was sent.
     first_copy: float | None = None
     bandwidth: float | None = None
-    #: It came as far as the second lock, where the guest is stopped.
+    #: The stream reached the second lock, where the guest is stopped.
     stopped: bool = False
     ended: State | None = None
 
@@ -86,19 +86,19 @@ class _Measurement:
 async def dry_run(
     remote: Remote, changes: Settings, present: Settings, seconds: float, stop: StopRequest, *, as_json: bool
 ) -> int:
-    """Measure for at most *seconds*, put everything back, and tell what to expect; returns the exit code.
+    """Measure for at most *seconds*, restore everything, and print the prediction; returns the exit code.
 
     Args:
-        changes: the settings to predict for; they are not left behind.
-        present: all settings in force, which are there again at the end.
-        stop: ends it early; everything is put back all the same.
+        changes: the settings to predict for; they are not kept.
+        present: all settings in force, which are restored at the end.
+        stop: ends the measurement early; everything is restored all the same.
 
     Raises:
-        Refused: it cannot be measured, or something could not be put back (which is then said).
+        Refused: the guest cannot be measured, or something could not be restored (the error names it).
     """
     before = await remote.state()
-    # One that does not run dirties nothing, so there is nothing to find out; and a QEMU would call it "postmigrate"
-    # after the cancel, whatever it was before.
+    # A paused guest dirties nothing, so there is nothing to measure; and after the cancel a QEMU would report
+    # "postmigrate" for it in place of its former run state.
     if before.migration not in ENDED or before.run_state != "running":
         raise Refused(f"a dry run needs a running guest that is not being migrated ({before.sentence})")
     locks = Settings(
@@ -120,8 +120,8 @@ async def dry_run(
             await _stream(remote, seconds, goal, seen, stop, view)
         except Refused as error:
             failure = error
-        # Not in a "finally": nothing cancels this task (a signal only asks for a stop), and errors of the way back
-        # must not hide the first one.
+        # Not in a "finally": nothing cancels this task (a signal only asks for a stop), and errors of restoring
+        # must not hide the first error.
         problems = await _put_back(remote, present.of(wanted.over(_TUNED)), before)
         view.end("dry run over")
     if failure is not None or problems:
@@ -150,10 +150,10 @@ async def _stream(
 
 @contextlib.asynccontextmanager
 async def _sink(remote: Remote) -> AsyncIterator[tuple[str, Callable[[], Awaitable[None]]]]:
-    """A sink for the memory; yields its URI for QMP, and the coroutine function that takes everything and keeps nothing.
+    """A sink for the memory; yields its URI for QMP, and the coroutine function that reads and discards everything.
 
-    Over a unix socket the other process is given one end of a pair of sockets, so that it may belong to another user and
-    needs no right to any file. Where descriptors cannot be passed, the sink is a port on the loopback device.
+    Over a unix socket the other process is given one end of a pair of sockets, so that it may belong to another user
+    and needs no access to any file. If descriptors cannot be passed, the sink is a port on the loopback device.
 
     **Cancellation:** nothing is left open.
     """
@@ -178,7 +178,7 @@ async def _sink(remote: Remote) -> AsyncIterator[tuple[str, Callable[[], Awaitab
 
 
 async def _passed(remote: Remote, end: socket.socket) -> bool:
-    """Whether the other process has *end* now; it has not over TCP, nor where the unix socket is a relay's."""
+    """Whether the other process has *end* now; over TCP, or behind a relay of the unix socket, it has not."""
     if not remote.address.startswith("unix:"):
         return False
     try:
@@ -200,7 +200,7 @@ async def _swallow(connection: trio.socket.SocketType) -> None:
 async def _measure(
     remote: Remote, seconds: float, goal: float, seen: _Measurement, stop: StopRequest, view: display.View
 ) -> None:
-    """Until enough passes were seen, or time is up, or it ended, or somebody wants it to stop."""
+    """Poll until enough passes were seen, the time is up, the stream ended, or the user asks for a stop."""
     hurried = not goal
     tracker = Tracker({"downtime-limit": 0, "max-bandwidth": goal})
     shown = -math.inf
@@ -232,10 +232,10 @@ async def _measure(
 
 
 class _Marks:
-    """Where the passes begin, found by what grows in steps.
+    """Finds the beginnings of passes in counters that grow in steps.
 
-    Pages that were sent plus pages that are still to be sent only change when dirty pages are collected, so each step
-    is what the guest dirtied during one pass; however seldom one looks, nothing of it is missed.
+    The sum of sent pages and remaining pages only changes when dirty pages are collected. So each step is the number of
+    pages that the guest dirtied during one pass, and rare polls miss nothing of it.
     """
 
     def __init__(self) -> None:
@@ -246,14 +246,14 @@ class _Marks:
         self._last: tuple[float, int, int] = (0.0, 0, 0)
 
     def look(self, info: Mapping[str, Any], now: float, seen: _Measurement) -> None:
-        """Take in one answer to query-migrate."""
+        """Add one answer to query-migrate."""
         ram = info["ram"]
         sent, remaining, total = ram["transferred"], ram["remaining"], ram["total"]
         work = (ram["normal"] + ram["duplicate"]) * ram.get("page-size", _PAGE) + remaining
         seen.total, seen.transferred = total, sent
         passes = ram["dirty-sync-count"]
         if self._passes == 0:
-            # Where it began; several passes may be over already. The first collection is that of all memory.
+            # The beginning; several passes may be over already. The first collection is that of all memory.
             copied = (info.get("total-time", 0) - info.get("setup-time", 0)) / 1000
             self._since, self._work, self._passes = now - max(copied, _LOOK / 2), total, 1
         if passes > self._passes:
@@ -276,7 +276,7 @@ class _Marks:
         self._since, self._sent, self._work = now, sent, work
 
     def close(self, now: float, seen: _Measurement) -> None:
-        """The stream has come to its end with the guest stopped: what went before is a whole pass, too."""
+        """The stream has ended with the guest stopped: the part before that is a whole pass, too."""
         if not seen.samples:
             _, sent, work = self._last
             self._sample(now, sent, work, seen)
@@ -290,14 +290,14 @@ async def _end(remote: Remote) -> None:
 
 
 async def _put_back(remote: Remote, settings: Settings, before: State) -> list[str]:
-    """End the stream if it goes on, restore *settings*, and look at the guest; what did not succeed, in sentences."""
+    """End the stream if it still runs, restore *settings*, and check the guest; the failures, as sentences."""
     problems = []
     try:
         if not (await remote.state()).ended:
             await _end(remote)
     except Refused as error:
         problems.append(error.format_message())
-    await remote.forget_descriptor(_NAME)  # it is still there if the migration has not taken it
+    await remote.forget_descriptor(_NAME)  # the migration may not have taken it
     try:
         await remote.apply(settings, settings)
     except Refused as error:
@@ -340,7 +340,8 @@ def _tell(seen: _Measurement, settings: Settings, stop: StopRequest, before: Sta
         print(f"  would help   {clause}")
     passes = "1 pass" if len(seen.samples) == 1 else f"{len(seen.samples)} passes"
     print(
-        f"measured: {passes} in {formats.duration(seen.seconds)}, {formats.size(seen.transferred)} to a sink on this host"
+        f"measured: {passes} in {formats.duration(seen.seconds)}, {formats.size(seen.transferred)} to a sink "
+        "on this host"
     )
     stopped = "; it was stopped for a moment, because nothing was left to send" if seen.stopped else ""
     print(
@@ -352,7 +353,7 @@ def _tell(seen: _Measurement, settings: Settings, stop: StopRequest, before: Sta
 
 
 def _forecast(seen: _Measurement, settings: Settings) -> policy.Forecast:
-    """For the bandwidth in the settings, or what was measured if that is less."""
+    """The bandwidth in the settings, or the measured one if that is less."""
     limit = float(settings.parameters.get("max-bandwidth", 0))
     measured = seen.bandwidth
     if seen.samples:
@@ -380,7 +381,7 @@ def _range(interval: policy.Interval) -> str:
 
 
 def _record(found: policy.Forecast, seen: _Measurement) -> dict[str, Any]:
-    """For JSON: the unit is in the name; null for what has no end or is not known."""
+    """The JSON form, with units in the names; null for an unknown or endless time."""
 
     def times(value: policy.Interval | float | None) -> Any:
         if isinstance(value, policy.Interval):

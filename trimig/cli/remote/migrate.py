@@ -1,7 +1,7 @@
-"""``trimig migrate``: have a guest behind a QMP socket migrated, and stay with it until its fate is known.
+"""``trimig migrate``: migrates a guest behind a QMP socket, and reports its outcome.
 
-With ``--wait`` a signal or the end of ``--timeout`` cancels the migration *there*, and the command ends when it has
-seen what became of the guest; so it never leaves somebody guessing who pressed Ctrl-C.
+With ``--wait`` a signal or the end of ``--timeout`` cancels the migration in the *other* process. The command ends only
+when it knows what became of the guest, so a user who presses Ctrl-C always learns the outcome.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .options import qmp_option, read_settings, settings_options
 from .state import CANCEL_LIMIT, POLL, Busy, Gone, Refused, Settings, State
 from .tracker import Tracker
 
-#: Seconds after which a migration that cannot be cancelled any more must have ended by itself.
+#: Seconds in which a migration that cannot be cancelled any more must end.
 _DECIDED_LIMIT = 60.0
-#: Seconds between two looks at a migration that is paused in postcopy.
+#: Seconds between two polls of a migration that is paused in postcopy.
 _PAUSED_EVERY = 1.0
 
 
@@ -165,7 +165,7 @@ async def _begun(remote: Remote, uri: str, *, as_json: bool) -> int:
 
 
 class _MigrationWatch:
-    """Stays with a migration, shows it and stops it; over more than one connection, if it rests meanwhile."""
+    """Follows a migration, shows it and stops it; uses several connections if the migration rests meanwhile."""
 
     def __init__(
         self,
@@ -178,8 +178,8 @@ class _MigrationWatch:
     ) -> None:
         """
         Args:
-            timeout: seconds from now until *stop* is asked for; None for never.
-            postcopy: switch to it when that share of the memory has been sent; None for never.
+            timeout: seconds from now until *stop* is requested; None for no limit.
+            postcopy: switch to postcopy when that share of the memory has been sent; None for no switch.
         """
         self._view = view
         self._tracker = tracker
@@ -192,8 +192,8 @@ class _MigrationWatch:
         self._busy = False
 
     async def follow(self, remote: Remote) -> State:
-        """Until the migration has ended, or cannot be told any more to have, or rests: paused in postcopy, or held
-        before the switchover.
+        """Follow until the migration has ended, is paused in postcopy, is held before the switchover, or should have
+        ended long ago.
 
         **Cancellation:** the migration goes on.
         """
@@ -217,11 +217,11 @@ class _MigrationWatch:
                 self._view.note("switching to postcopy: the guest goes first, and its memory follows")
             if state.migration == "postcopy-paused":
                 self._view.note(
-                    "the connection is lost, and the guest waits at the destination for its memory: trimig recover there, and then "
-                    f"trimig recover --qmp {remote.address}, take it up again"
+                    "the connection is lost, and the guest waits at the destination for its memory: trimig recover "
+                    f"there, and then trimig recover --qmp {remote.address}, take it up again"
                 )
                 return state
-            if state.ended and state.migration != "none":  # none: accepted, and not begun yet
+            if state.ended and state.migration != "none":  # none: the migration was accepted, and has not begun yet
                 return state
             self._check_timer()
             if self._stop.asked and not asked:
@@ -236,7 +236,7 @@ class _MigrationWatch:
 
     def _show(self, state: State) -> None:
         if self._held and state.migration == "pre-switchover":
-            return  # where nothing moves, once is enough
+            return  # an unchanged state is shown once
         for picture in self._tracker.pictures(state):
             self._view.show(picture)
         while self._tracker.warnings:
@@ -244,12 +244,12 @@ class _MigrationWatch:
             self._view.note(f"warning: {text}", warning=text)
 
     async def look_again(self, address: str, state: State) -> State:
-        """A while after the migration was found at rest in *state*, look whether it still is, and follow it if not.
+        """Check a migration at rest in *state* a while later, and follow it if it has moved.
 
-        The QMP socket is left alone meanwhile: a QEMU serves one client at a time, and another one has to recover it, or
-        to let it go on.
+        This command leaves the QMP socket meanwhile: a QEMU serves one client at a time, and another client has to
+        recover the migration or let it go on.
 
-        **Cancellation:** the migration is as it was.
+        **Cancellation:** the migration is unchanged.
         """
         await self._pass(_PAUSED_EVERY)
         self._check_timer()
@@ -263,7 +263,7 @@ class _MigrationWatch:
             if self._stop.asked and not self._busy:
                 self._busy = True
                 self._view.note(f"{address} serves another client; the migration is cancelled as soon as it is free")
-            return state  # the other client recovers it, or lets it go on, perhaps
+            return state  # the other client may recover it or let it go on
         except Refused as error:
             raise _lost(address, self._last, error) from error
 
@@ -272,13 +272,13 @@ class _MigrationWatch:
             self._stop.ask(f"--timeout {formats.plain(self._timeout or 0)}")
 
     async def _pass(self, seconds: float) -> None:
-        """That long, but not beyond what ends the waiting."""
+        """*seconds*, but not longer than until the end of the waiting."""
         with trio.move_on_after(min(seconds, max(0.0, self._timer - trio.current_time()))):
             await self._stop.wait()
 
 
 def _sent(state: State) -> float:
-    """The share of the memory that has been sent; 1 behind the first pass."""
+    """The share of the memory that has been sent; 1 after the first pass."""
     ram = state.info.get("ram", {})
     if ram.get("dirty-sync-count", 0) > 1:
         return 1.0
@@ -287,11 +287,11 @@ def _sent(state: State) -> float:
 
 
 async def _cancel(remote: Remote, view: display.View) -> float:
-    """Ask for it; how long the end may take from now on."""
+    """Request the cancel; returns the seconds that the end may take from now on."""
     try:
         await remote.execute("migrate_cancel")
     except Gone:
-        return 0.0  # the next question finds out, and says it
+        return 0.0  # the next request finds the reason and reports it
     except Refused as error:
         view.note(error.format_message())
         return _DECIDED_LIMIT
@@ -309,7 +309,7 @@ def _outcome(state: State, address: str, uri: str, stop: StopRequest) -> tuple[i
     """Exit code and sentence.
 
     Raises:
-        HandoverUncertain: nobody can tell who owns the guest.
+        HandoverUncertain: the owner of the guest is not certain.
         Refused: the migration has failed, or does not end.
     """
     here = f"the guest is {state.run_state} at {address}"
@@ -317,14 +317,15 @@ def _outcome(state: State, address: str, uri: str, stop: StopRequest) -> tuple[i
         why = f": {state.problem}" if state.problem else ""
         settle = "; then say it with the QMP command x-trimig-settle" if "owner" in state.info else ""
         raise trimig.HandoverUncertain(
-            f"it is not certain who owns the guest{why}. Look whether it runs at {uri} before it is started anywhere{settle}"
+            f"it is not certain who owns the guest{why}. Look whether it runs at {uri} before it is started "
+            f"anywhere{settle}"
         )
     if state.migration == "completed":
         late = f" ({stop.reason} came too late)" if stop.asked else ""
         return DONE, f"migrated to {uri} in {formats.duration(state.info.get('total-time', 0) / 1000)}{late}"
     if state.migration == "cancelled":
         if not stop.asked:
-            return FAILED, f"the migration was cancelled by somebody else; {here}"
+            return FAILED, f"the migration was cancelled by another client; {here}"
         return FAILED if stop.reason.startswith("--") else CANCELLED, f"cancelled by {stop.reason}; {here}"
     if state.migration == "postcopy-paused":
         raise trimig.PostcopyLost(
@@ -360,6 +361,7 @@ def _report(state: State, uri: str, text: str, as_json: bool) -> None:
         return
     print(text, flush=True)
     print(
-        f"  downtime {formats.duration(info.get('downtime', 0) / 1000)}, {formats.counted(ram.get('dirty-sync-count', 0), 'pass', 'passes')} over {formats.size(ram.get('total', 0))}"
+        f"  downtime {formats.duration(info.get('downtime', 0) / 1000)}, "
+        f"{formats.counted(ram.get('dirty-sync-count', 0), 'pass', 'passes')} over {formats.size(ram.get('total', 0))}"
     )
     print(f"  {formats.size(ram.get('transferred', 0))} sent, {formats.rate(speed)} of guest memory")

@@ -1,4 +1,4 @@
-"""Options of the commands that drive a guest over QMP, and settings as they are written."""
+"""Options of the commands that drive a guest over QMP, and their form for settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def qmp_option(command: F) -> F:
 
 
 def settings_options(command: F) -> F:
-    """``-c`` and ``-p``; the command gets ``capabilities`` and ``parameters`` as they were written."""
+    """``-c`` and ``-p``; the command gets ``capabilities`` and ``parameters`` as the user wrote them."""
     parameters = click.option(
         "-p",
         "--parameter",
@@ -54,11 +54,11 @@ _ON_OFF: Final = {"on": True, "true": True, "yes": True, "off": False, "false": 
 def read_settings(capabilities: Iterable[str], parameters: Iterable[str], present: Settings) -> Settings:
     """The changes that ``-c`` and ``-p`` ask for.
 
-    A value gets the type that the other side's present value has, so that every parameter of every version can be set;
-    what it does not list is passed on as it was written, and it will say what it thinks of it.
+    A value gets the type of the other side's present value, so that every parameter of every version can be set. A
+    setting that the other side does not list is passed on unchanged, and the other side will accept or refuse it.
 
     Raises:
-        trimig.ConfigError: one that is not NAME, NAME=on, NAME=off or NAME=VALUE, or is no number where one is needed.
+        trimig.ConfigError: a setting is not NAME, NAME=on, NAME=off or NAME=VALUE, or is no number where one is needed.
     """
     states = {}
     for text in capabilities:

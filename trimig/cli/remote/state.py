@@ -1,4 +1,4 @@
-"""What a guest of another process says of its migration, and the settings in force there."""
+"""The state of a guest and its migration in another process, and the settings in force there."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from trimig.config import uri_of
 
 from ..exit_codes import FAILED, INCOMPLETE, UNCERTAIN
 
-#: Seconds for a cancelled migration to be over: the peer's grace, and some.
+#: Seconds for the end of a cancelled migration: the peer's grace time, and some more.
 CANCEL_LIMIT: Final = 20.0
-#: Seconds between two looks at what cannot notify us.
+#: Seconds between two polls of a state without notifications.
 POLL: Final = 0.05
-#: Statuses of a migration that is over, or never was. All others go on, also those that a newer QEMU has invented.
+#: Statuses without a migration under way. All other statuses go on, also unknown ones of a newer QEMU.
 ENDED: Final = frozenset({"none", "completed", "failed", "cancelled"})
 #: From here on the guest can run at the destination only.
 _GIVEN_AWAY: Final = frozenset(
     {"completed", "postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup"}
 )
-#: The decision has been sent, and is not answered.
+#: The commit has been sent, and is not answered.
 _DECIDING: Final = frozenset({"device", "postcopy-device"})
-#: The guest stays: nothing was sent that could give it away, or the migration is over, or a QEMU takes its guest back.
+#: The source keeps the guest: no commit was sent, the migration is over, or a QEMU takes its guest back.
 _KEPT: Final = frozenset(
     {"none", "setup", "wait-unplug", "cancelling", "cancelled", "failing", "failed", "pre-switchover"}
 )
 
 
 class Refused(click.ClickException):
-    """The other side has said no, or cannot be asked; nothing is claimed about the guest."""
+    """The other side refused, or cannot be asked; the error says nothing about the guest."""
 
     exit_code = FAILED
 
 
 class Gone(Refused):
-    """The connection has ended, or nothing comes over it any more."""
+    """The connection has ended, or no more data comes over it."""
 
 
 class Busy(Refused):
-    """Somebody else is being served there, or nobody is."""
+    """The other side serves another client, or does not answer."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """A guest and its migration, as two queries show them."""
+    """A guest and its migration, from the answers to two queries."""
 
     run_state: str
     #: The answer to query-migrate.
@@ -54,7 +54,7 @@ class State:
 
     @property
     def migration(self) -> str:
-        """Its status, ``none`` if there never was one."""
+        """The migration's status, ``none`` if there never was a migration."""
         return str(self.info.get("status", "none"))
 
     @property
@@ -64,10 +64,10 @@ class State:
 
     @property
     def owner(self) -> str:
-        """``source``, ``destination`` or ``unknown``: as trimig says, or as far as it follows from what QEMU says.
+        """``source``, ``destination`` or ``unknown``: reported by a trimig, or derived from QEMU's answers.
 
-        Without pause-before-switchover a QEMU stays ``active`` until the destination has answered, so once its guest
-        is stopped for the switchover the decision may be on its way.
+        Without pause-before-switchover a QEMU stays ``active`` until the destination has answered. So once its guest
+        is stopped for the switchover, the commit may be on its way.
         """
         if "owner" in self.info:
             return str(self.info["owner"])
@@ -81,12 +81,12 @@ class State:
 
     @property
     def problem(self) -> str:
-        """What went wrong; empty if nothing did, or nobody has said what."""
+        """The error text; empty without an error, or if the other side gave no text."""
         return str(self.info.get("error-desc", ""))
 
     @property
     def sentence(self) -> str:
-        """One line for people."""
+        """One line for users."""
         text = f"guest: {self.run_state}; migration: {self.migration}; owner: {self.owner}"
         if self.run_state == "inmigrate" and self.owner == "source":
             text += f", which is not this side: {self._awaited}"
@@ -99,7 +99,7 @@ class State:
 
     @property
     def _awaited(self) -> str:
-        """What a side whose guest has not come does about it."""
+        """The words for a side that waits for a guest."""
         if self.migration in ("failed", "cancelled"):
             return "the last attempt has failed, and nothing listens here until migrate-incoming gives an address"
         addresses = self.info.get("socket-address", ())
@@ -116,7 +116,7 @@ class State:
 
     @property
     def code(self) -> int:
-        """The exit code of a command that has nothing to report but this."""
+        """The exit code of a command that only reports this state."""
         if self.owner == "unknown":
             return UNCERTAIN
         return INCOMPLETE if (self.migration, self.owner) == ("failed", "destination") else 0  # a lost postcopy
@@ -133,14 +133,14 @@ class Settings:
         return bool(self.capabilities or self.parameters)
 
     def of(self, others: Settings) -> Settings:
-        """Those of these whose names are among *others*: what has to be set to undo a change to *others*."""
+        """The settings here whose names are among *others*: setting them undoes a change to *others*."""
         return Settings(
             capabilities={k: v for k, v in self.capabilities.items() if k in others.capabilities},
             parameters={k: v for k, v in self.parameters.items() if k in others.parameters},
         )
 
     def over(self, others: Settings) -> Settings:
-        """*others*, changed by these."""
+        """*others*, overridden by these settings."""
         return Settings(
             capabilities={**others.capabilities, **self.capabilities},
             parameters={**others.parameters, **self.parameters},
@@ -148,7 +148,7 @@ class Settings:
 
     @property
     def words(self) -> str:
-        """As options of the command line."""
+        """The settings as options of the command line."""
         return " ".join(
             [f"-c {name}={'on' if state else 'off'}" for name, state in self.capabilities.items()]
             + [f"-p {name}={value if value != '' else repr('')}" for name, value in self.parameters.items()]

@@ -1,4 +1,4 @@
-"""Pictures for the display from what query-migrate says."""
+"""Makes pictures for the display from the answers to query-migrate."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class Tracker:
-    """Makes pictures for the display of what query-migrate says. What has been shown never steps back.
+    """Makes pictures for the display from the answers to query-migrate. The display never steps back.
 
-    Why it does not converge is what a trimig says of it; of a QEMU, which says nothing, it follows from its figures.
+    A trimig reports why the passes do not converge; for a QEMU, which does not, the reason is derived from its figures.
     """
 
     def __init__(self, settings: Mapping[str, Any], *, postcopy: bool = False) -> None:
-        """*settings*: the parameters in force; *postcopy*: the rest may be fetched after the switchover."""
+        """*settings*: the parameters in force; *postcopy*: the capability postcopy-ram is on."""
         self._limit = settings.get("downtime-limit", 300) / 1000
         self._bandwidth = int(settings.get("max-bandwidth", 0))
         self._postcopy_bandwidth = int(settings.get("max-postcopy-bandwidth", 0))
@@ -36,11 +36,11 @@ class Tracker:
         self._why: Convergence | None = None
         self._stall = eta.Stall()
         self._outlook = eta.Outlook()
-        #: What is to be said of the passes, once.
+        #: The message about the passes, shown once.
         self.warnings: list[str] = []
 
     def pictures(self, state: State) -> list[Picture]:
-        """What is to be shown of *state*: the end of the pass before it, if that is news, and now."""
+        """The pictures for *state*: the end of the earlier pass, if that is new, and the present moment."""
         now = self._picture(state)
         found = []
         if self._last is not None and 0 < self._last.iteration < now.iteration and now.status not in FOLLOWING:
@@ -50,7 +50,7 @@ class Tracker:
         return [with_estimate(picture, self._outlook) for picture in [*found, now]]
 
     def _over(self, last: Picture, now: Picture, state: State) -> Picture:
-        """The outcome of the pass before *now*: what was dirtied in it is known when the next one begins."""
+        """The outcome of the pass before *now*: its dirtied pages are known when the next pass begins."""
         progress = convergence.Progress(
             remaining=now.remaining,
             bandwidth=now.bandwidth or last.bandwidth,
@@ -67,7 +67,7 @@ class Tracker:
             )
         else:
             self._why = convergence.explain(progress, bounds)
-        # A trimig at the other end says so itself.
+        # A trimig at the other end reports this itself.
         if self._stall.passed(now.remaining) and not self._why.converging and "owner" not in state.info:
             self.warnings.append(convergence.stalled(self._why))
         seconds = math.inf
