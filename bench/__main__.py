@@ -102,8 +102,8 @@ def precopy(
 ) -> None:
     """Throughput, CPU time, memory and downtime of a precopy migration, for each pair of ends.
 
-    Interval: from the start command to the source until both sides say they are complete, CLOCK_MONOTONIC, the same for
-    every pair. The source's memory is always a populated memfd.
+    The interval lasts from the start command to the source until both sides report completion, by CLOCK_MONOTONIC, the
+    same for every pair. The source's memory is always a populated memfd.
     """
     plan = Plan(
         size=size,
@@ -243,7 +243,7 @@ def as_json(plan: Plan, outcome: Outcome) -> dict[str, Any]:
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write the whole document under its name or nothing."""
+    """Write the whole document under its name, or nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(json.dumps(document, indent=2) + "\n")

@@ -1,16 +1,16 @@
-"""``python -m bench cancel``: how long after a cancel the guest runs again.
+"""``python -m bench cancel``: the time from a cancel until the guest runs again.
 
-One guest in this process is migrated to a process of its own over loopback TCP, and cancelled by its cancel scope, again
-and again, at points drawn at random: half of them anywhere in the time that an undisturbed migration takes, the other
-half only after the guest was stopped, where there is something to undo. Two times are taken, both from the call of
+One guest in this process is migrated to another process over loopback TCP, and cancelled by its cancel scope, again
+and again, at random points. Half of the points lie anywhere in the time of an undisturbed migration. The other
+half lie after the stop of the guest, where there is something to undo. Two times are measured, both from the call of
 ``CancelScope.cancel``:
 
-- *guest runs again*: until ``resume`` of the guest has returned; 0 if it was never stopped, since it then never ceased to
-  run;
-- *call returned*: until ``trimig.migrate`` is over, that is everything is closed and given back.
+- *guest runs again*: until ``resume`` of the guest has returned; 0 if the guest was never stopped, because it never
+  ceased to run;
+- *call returned*: until ``trimig.migrate`` has returned, with everything closed and restored.
 
-A cancel that comes after the decision to hand over was sent is too late by design; such attempts are counted and not
-timed, and another point is drawn instead.
+A cancel after the commit was sent is too late by design. Such attempts are counted and not timed, and another point is
+drawn instead.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bench.measure import percentile
 from bench.memory import fill_in_fork
 from bench.trimig_side import add_machine, make_config
 
-#: So many migrations for one timed point, at most: a very short switchover leaves little room for a cancel.
+#: The most migrations for one timed point: a very short switchover leaves little room for a cancel.
 MAX_ATTEMPTS = 4
 
 
@@ -39,9 +39,9 @@ MAX_ATTEMPTS = 4
 class Point:
     """One cancelled migration."""
 
-    #: Seconds after its start at which it was cancelled.
+    #: Seconds from the start to the cancel.
     at_s: float
-    #: The guest was stopped, or being stopped.
+    #: The guest was stopped, or about to be stopped.
     paused: bool
     running_s: float
     returned_s: float
@@ -60,25 +60,25 @@ class Line:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Cancelled:
-    """What all points gave."""
+    """The results of all points."""
 
     points: Sequence[Point]
     #: Attempts in which the cancel came too late: the migration completed.
     too_late: int
-    #: Length of an undisturbed migration, and from when on its guest was stopped.
+    #: Length of an undisturbed migration, and the time from which its guest was stopped.
     total_s: float
     stopped_after_s: float
 
 
 class WatchedGuest(trimig.AppGuest):
-    """An :class:`trimig.AppGuest` that notes when it is stopped and when it runs again."""
+    """An :class:`trimig.AppGuest` that records when it is stopped and when it runs again."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.forget()
 
     def forget(self) -> None:
-        """Before the next attempt."""
+        """Forget the records, before the next attempt."""
         self.stopping = trio.Event()
         self.stopped_at: float | None = None
         self.resumed_at: float | None = None
@@ -125,7 +125,7 @@ def cancel_table(lines: Sequence[Line]) -> str:
 
 
 def prepare_guest(size: int) -> WatchedGuest:
-    """The source's guest, full of random pages. Call it before the event loop starts: it forks."""
+    """The source's guest, full of random pages. Call this before the event loop starts, because it forks."""
     guest = WatchedGuest("none")
     fill_in_fork(add_machine(guest, size), "random")
     return guest
@@ -137,7 +137,7 @@ async def run_points(
     """Migrate undisturbed once, then cancel *points* migrations.
 
     Raises:
-        BenchError: the undisturbed migration did not complete, or a cancelled one ended otherwise than it may.
+        BenchError: the undisturbed migration did not complete, or a cancelled one ended in a wrong way.
 
     **Cancellation:** the destination process is killed.
     """
@@ -191,12 +191,12 @@ Moment = Callable[[], Awaitable[None]]
 
 
 async def never() -> None:
-    """The moment of a cancel that does not come."""
+    """A point that never comes."""
     await trio.sleep_forever()
 
 
 def after(delay: float, guest: WatchedGuest | None = None) -> Moment:
-    """The moment *delay* seconds after the start, or after *guest* began to be stopped."""
+    """The point *delay* seconds after the start, or after the stop of *guest* began."""
 
     async def wait() -> None:
         if guest is not None:
@@ -207,10 +207,10 @@ def after(delay: float, guest: WatchedGuest | None = None) -> Moment:
 
 
 async def _attempt(guest: WatchedGuest, child: JsonChild, moment: Moment) -> Point | None:
-    """One migration, cancelled at that moment; None if it completed.
+    """One migration, cancelled at that point; None if it completed.
 
     Raises:
-        BenchError: it ended in any other way.
+        BenchError: the migration ended in any other way.
     """
     guest.forget()
     await child.send({"do": "listen"})
@@ -251,7 +251,7 @@ async def _attempt(guest: WatchedGuest, child: JsonChild, moment: Moment) -> Poi
 
 
 async def _destination_over(child: JsonChild, uri: str) -> None:
-    """Wait until the destination has given up its attempt, which a cancel before connecting leaves waiting."""
+    """Wait until the destination has ended its attempt; after a cancel before the connection it still waits."""
     with trio.move_on_after(0.5):
         await child.receive()
         return
@@ -259,7 +259,7 @@ async def _destination_over(child: JsonChild, uri: str) -> None:
     try:
         stream = await trio.open_tcp_stream(host, int(port))
     except OSError:
-        pass  # it has just gone by itself
+        pass  # the destination has just ended by itself
     else:
         await stream.aclose()
     await child.receive()

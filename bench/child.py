@@ -1,7 +1,7 @@
-"""A child process that speaks JSON objects, one a line, over its standard input and output.
+"""A child process that exchanges JSON objects, one a line, over its standard input and output.
 
-QEMU does so with ``-qmp stdio``, and the Python sides of these benchmarks do it likewise. Standard error goes to the
-terminal, so that a side that dies says why.
+QEMU does so with ``-qmp stdio``, and the Python sides of these benchmarks do the same. Standard error goes to the
+terminal, so that a failing side can report its reason.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ JsonObject = dict[str, Any]
 
 
 class JsonChild:
-    """One child. It is killed when the nursery it was started in is cancelled."""
+    """One child. It is killed when its nursery is cancelled."""
 
     def __init__(self, name: str, process: trio.Process) -> None:
         self.name = name
@@ -77,7 +77,7 @@ async def start_child(nursery: trio.Nursery, name: str, command: Sequence[str]) 
     """Start *command* as a child that lives until *nursery* is cancelled.
 
     Raises:
-        BenchError: it cannot be started.
+        BenchError: the child cannot be started.
     """
     run = functools.partial(
         trio.run_process,
@@ -96,7 +96,7 @@ async def start_child(nursery: trio.Nursery, name: str, command: Sequence[str]) 
 
 
 async def start_python_child(nursery: trio.Nursery, name: str, module: str, arguments: Sequence[str]) -> JsonChild:
-    """Start ``python -m MODULE`` of this very installation as a child."""
+    """Start ``python -m MODULE`` of this installation as a child."""
     return await start_child(nursery, name, [sys.executable, "-m", module, *arguments])
 
 

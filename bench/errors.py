@@ -1,4 +1,4 @@
-"""The one error of the benchmarks: a sentence for the person who runs them."""
+"""The one error of the benchmarks: a sentence for the user."""
 
 from __future__ import annotations
 

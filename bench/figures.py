@@ -1,7 +1,7 @@
-"""From single runs to medians, ratios against the figures to reach, tables and JSON. Pure arithmetic.
+"""Turns single runs into medians, ratios against the figures to reach, tables and JSON. Pure arithmetic.
 
-Throughput is guest RAM bytes over the interval, whatever went over the wire, so a guest of zero pages gives more than
-the socket could carry.
+Throughput is guest RAM bytes over the interval, whatever went over the wire. So a guest of zero pages can have more
+than the socket could carry.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MIB = 1 << 20
 
 
 def engines(pair: str) -> tuple[str, str]:
-    """What runs at the source and at the destination of a pair."""
+    """The engines at the source and at the destination of a pair."""
     source, _, destination = pair.partition("-")
     return source, destination or source
 
@@ -33,17 +33,17 @@ class Measurement:
     memory: str
     pages: str
     size: int
-    #: Length of the interval; :mod:`bench.precopy` says from when to when.
+    #: Length of the interval; :mod:`bench.precopy` defines its begin and end.
     seconds: float
     source: Usage
     destination: Usage
-    #: By the source's own account; None where there is no guest to stop.
+    #: As reported by the source; None without a guest to stop.
     downtime_ms: float | None = None
     #: Of each trimig side.
     slices: tuple[Slices, ...] = ()
 
     def trimig_usages(self) -> list[Usage]:
-        """The usage of those sides that are trimig."""
+        """The usage of the trimig sides."""
         sides = zip(engines(self.pair), (self.source, self.destination), strict=True)
         return [usage for engine, usage in sides if engine == "trimig"]
 
@@ -61,14 +61,14 @@ class Row:
     bytes_per_s_min: float
     bytes_per_s_max: float
     cpu_s_per_gib: float
-    #: Of the side that took more.
+    #: Of the side that used more.
     extra_memory_bytes: float
     extra_memory_source_bytes: float
     extra_memory_destination_bytes: float
     extra_memory_growth_bytes: float
-    #: Of the trimig side that took more.
+    #: Of the trimig side that used more.
     extra_memory_trimig_bytes: float | None
-    #: How much of the destination's RAM was there already when the interval began.
+    #: The part of the destination's RAM that was resident when the interval began.
     resident_at_start_bytes: float
     downtime_ms: float | None
     slice_p99_ms: float | None
@@ -79,7 +79,7 @@ class Row:
 
 
 def make_rows(measurements: Iterable[Measurement]) -> list[Row]:
-    """Group by pair, memory and pages, and take medians; the rows come in the order of first appearance."""
+    """Group by pair, memory and pages, and compute medians; the rows keep the order of first appearance."""
     groups: dict[tuple[str, str, str], list[Measurement]] = {}
     for one in measurements:
         groups.setdefault((one.memory, one.pages, one.pair), []).append(one)
@@ -128,7 +128,7 @@ def _median_of_known(values: Iterable[float | None]) -> float | None:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """One figure to reach, and what was reached."""
+    """One figure to reach, and the measured value."""
 
     what: str
     memory: str
@@ -153,7 +153,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RatioGoal:
-    """At least *floor*, better *goal*, for the throughput of one pair over another's in like conditions."""
+    """At least *floor*, better *goal*, for the throughput of one pair over another's in the same conditions."""
 
     over: str
     under: str
@@ -186,7 +186,7 @@ SLICE_P99_MS = (5.0, 2.0)
 
 
 def make_verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    """Every figure to reach for which these rows hold what is needed."""
+    """Every figure to reach for which these rows have the data."""
     by_key = {(row.pair, row.memory, row.pages): row for row in rows}
     verdicts: list[Verdict] = []
     for ratio in RATIO_GOALS:

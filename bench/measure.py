@@ -1,16 +1,16 @@
-"""CPU time, memory and run-loop slices: how they are read, of this process or of another one.
+"""CPU time, memory and run-loop slices: how they are measured, for this process or another one.
 
-CPU time is the kernel's per-process CPU clock (user and system, all threads, also those that have ended), which any
-process may read of any other, in nanoseconds; ``/proc/PID/stat`` has the same figure in ticks of 10 ms.
+CPU time is the kernel's per-process CPU clock (user and system, all threads, also ended ones), in nanoseconds. Any
+process may read the clock of any other. ``/proc/PID/stat`` has the same figure in ticks of 10 ms.
 
 Memory above the guest's: anonymous and shared memory of the process outside its guest RAM, at its peak during the
-migration, interpreter and libraries' data included, program text and other file mappings not. Two readings, the
-larger one counts:
+migration. It includes the data of interpreter and libraries, but not program text and other file mappings. There are
+two readings, and the larger one counts:
 
-- ``RssAnon`` of ``/proc/PID/status`` every 10 ms, where the guest's RAM is a memfd and so not in it;
-- the high-water mark ``VmHWM``, set back at the start through ``/proc/PID/clear_refs``, less file mappings and less
-  what is resident of the guest's RAM, by ``/proc/PID/smaps``. It misses no short peak, but takes the guest's RAM as it
-  is at the end.
+- ``RssAnon`` of ``/proc/PID/status`` every 10 ms, if the guest's RAM is a memfd and so not in it;
+- the high-water mark ``VmHWM``, reset at the start through ``/proc/PID/clear_refs``, less file mappings and less
+  the resident part of the guest's RAM, by ``/proc/PID/smaps``. It misses no short peak, but uses the guest's RAM of
+  the end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SAMPLE_INTERVAL = 0.010
 
 def cpu_seconds(pid: int) -> float:
     """User and system time of all threads of *pid* since it started."""
-    # CPUCLOCK_SCHED of a process, as clock_getcpuclockid(3) makes it; Python has no name for it.
+    # CPUCLOCK_SCHED of a process, as clock_getcpuclockid(3) computes it; Python has no name for it.
     return time.clock_gettime((~pid << 3) | 2)
 
 
@@ -46,7 +46,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Mapping:
-    """One line of ``/proc/PID/smaps`` that matters here."""
+    """The needed values of one mapping in ``/proc/PID/smaps``."""
 
     start: int
     length: int
@@ -94,12 +94,12 @@ def memory_status(pid: int) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What one side used between :meth:`Meter.start` and :meth:`Meter.stop`."""
+    """The resources that one side used between :meth:`Meter.start` and :meth:`Meter.stop`."""
 
     cpu_seconds: float
     #: Peak memory above the guest's, bytes; see the module's text.
     extra_memory: int
-    #: How much of it came on top of what was there at the start.
+    #: The part of it above the usage at the start.
     extra_memory_growth: int
     #: Bytes of the guest's RAM that were resident at the start.
     resident_at_start: int
@@ -123,7 +123,7 @@ class Meter:
         self._cpu_stop = 0.0
 
     def prepare(self) -> None:
-        """Read the guest's RAM, set the high-water mark back."""
+        """Read the guest's RAM, and reset the high-water mark."""
         self._resident_at_start = self._resident()
         Path(f"/proc/{self._pid}/clear_refs").write_text("5")
         status = memory_status(self._pid)
@@ -133,7 +133,7 @@ class Meter:
         self._cpu_start = cpu_seconds(self._pid)
 
     def sample(self) -> None:
-        """One look at the memory in between."""
+        """Take one sample of the memory."""
         if self._shared:
             self._peak_anonymous = max(self._peak_anonymous, memory_status(self._pid)["RssAnon"])
 
@@ -141,7 +141,7 @@ class Meter:
         self._cpu_stop = cpu_seconds(self._pid)
 
     def finish(self) -> Usage:
-        """Read what is left to read. The process must still be there."""
+        """Take the remaining readings. The process must still exist."""
         self.sample()
         status = memory_status(self._pid)
         resident = max(self._resident_at_start, self._resident())
@@ -180,7 +180,8 @@ class Slices:
 class SliceInstrument(trio.abc.Instrument):
     """Measures every task step, from the moment a task is resumed to the moment it yields.
 
-    Wall time, so a step during which the kernel ran something else counts in full: other tasks waited for that long.
+    The time is wall time: a step during which the kernel ran something else counts in full, because other tasks waited
+    for that long.
     """
 
     def __init__(self) -> None:
@@ -217,7 +218,7 @@ def thp_setting(name: str) -> str:
 
 
 def machine() -> dict[str, str | int]:
-    """What the figures depend on, for the head of the table."""
+    """The conditions that the figures depend on, for the head of the table."""
     system = os.uname()
     return {
         "cpus": len(os.sched_getaffinity(0)),

@@ -1,10 +1,10 @@
-"""What the guest's memory is, and what is in it.
+"""The guest's memory: its kind and its contents.
 
-The *kind* (``memfd-cold``, ``anon``, …) is the destination's memory: first-touch page faults there are the largest single
-cost of a migration, so every row names it. The source's memory is always a shared memfd, mapped and touched, as it is
-for a guest that has written its memory; otherwise a cold source would be measured along with it.
+The *kind* (``memfd-cold``, ``anon``, …) is the destination's memory: first-touch page faults there are the largest
+single cost of a migration, so every row names the kind. The source's memory is always a shared memfd, mapped and
+touched, as for a guest that has written its memory; otherwise the figures would include the cost of a cold source.
 
-The *pages* are what the source has in it:
+The *pages* are the contents of the source's memory:
 
 - ``random``: every page random, and different from every other;
 - ``zero``: 15 of 16 pages were written with zeros, 1 of 16 is random, scattered singly over the whole memory;
@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from bench.errors import BenchError
 
 PAGE_SIZE = 4096
-#: Random bytes are made once for this many pages and reused with a different first word, or making them would take
-#: longer than moving them. No side compresses or compares pages, so nobody profits from it.
+#: Random bytes are made once for this many pages and reused with a different first word: making all of them would take
+#: longer than the migration. No side compresses or compares pages, so no side gains from the reuse.
 TEMPLATE_PAGES = 4096
 
 #: ``MADV_POPULATE_WRITE`` (Linux 5.14), which Python's mmap module has no name for.
@@ -57,7 +57,7 @@ MEMORY_KINDS = {
     )
 }
 
-#: The source's, in every row.
+#: The kind of the source's memory, in every row.
 SOURCE_KIND = MEMORY_KINDS["memfd-populated"]
 
 
@@ -87,7 +87,7 @@ def as_pages(area: mmap.mmap) -> Pages:
 
 
 def populate(pages: Pages) -> None:
-    """Touch every page for writing, leaving what is in it."""
+    """Touch every page for writing, without changing its contents."""
     pages[:, 0] |= 0
 
 
@@ -109,8 +109,8 @@ def fill(pages: Pages, pattern: str) -> None:
 def fill_in_fork(pages: Pages, pattern: str) -> None:
     """:func:`fill` shared memory from a forked child, then touch it here.
 
-    Making the contents leaves megabytes behind in the allocator, and changes its later behaviour; neither belongs into
-    the figures of the process that is measured. Call it before any event loop or thread is started.
+    Making the contents leaves megabytes in the allocator, and changes its later behaviour; neither belongs to
+    the figures of the measured process. Call this before any event loop or thread is started.
     """
     child = os.fork()
     if child == 0:
@@ -128,7 +128,7 @@ def fill_in_fork(pages: Pages, pattern: str) -> None:
 
 
 def expected(first: int, count: int, total: int, pattern: str) -> Pages:
-    """What :func:`fill` left in pages *first* … *first* + *count* of a memory of *total* pages."""
+    """The contents that :func:`fill` wrote to pages *first* … *first* + *count* of a memory of *total* pages."""
     numbers = np.arange(first, first + count, dtype=np.uint64)
     if pattern == "random":
         return _random_pages(numbers)
@@ -157,7 +157,7 @@ def parse_size(text: str) -> int:
     """``"256M"``, ``"1G"`` or plain bytes, as bytes: a positive multiple of 1 MiB.
 
     Raises:
-        BenchError: it is not one.
+        BenchError: *text* is no such size.
     """
     factors = {"M": 1 << 20, "G": 1 << 30}
     body, factor = (text[:-1], factors[text[-1].upper()]) if text[-1:].upper() in factors else (text, 1)

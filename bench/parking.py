@@ -1,11 +1,12 @@
-"""``python -m bench parking``: how long a QEMU's guest stands still while ``trimig receive --save`` parks it in a file.
+"""``python -m bench parking``: how long a QEMU's guest is stopped while ``trimig receive --save`` parks it in a file.
 
-The pause is the downtime that QEMU reports: from the stop of its guest until the destination has said that it has it, which
-is when the file is on the disk under its name. Beside it the same guest goes to another QEMU, which writes nothing. An *idle* guest
-has never touched its memory; a *used* one has random data in a sixteenth of it, scattered singly over all of it.
+The pause is the downtime that QEMU reports: from the stop of its guest until the destination has confirmed the guest.
+The destination confirms when the file is on the disk under its name. For comparison the same guest goes to another
+QEMU, which writes nothing. An *idle* guest has never touched its memory; a *used* guest has random data in a sixteenth
+of it, scattered singly over all of it.
 
-Processor time is that of the receiving trimig, from its start to its end. The load average is the machine's at the end
-of a run: on a busy machine and a busy disk all of it takes longer.
+Processor time is that of the receiving trimig, from its start to its end. The load average is that of the machine at
+the end of a run: on a busy machine and a busy disk everything takes longer.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from bench.sides import Setup
 Target = Literal["trimig receive --save", "QEMU"]
 TARGETS: Final[tuple[Target, ...]] = ("trimig receive --save", "QEMU")
 GUESTS: Final = ("idle", "used")
-#: What an idle guest may stand still at most, ms.
+#: The longest allowed pause of an idle guest, ms.
 FLOOR_MS: Final = 300.0
 GOAL_MS: Final = 50.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One migration; None for what was not measured."""
+    """One migration; None for values that were not measured."""
 
     target: Target
     guest: str
@@ -54,7 +55,7 @@ class Result:
 
 
 class _Source(QemuSide):
-    """A QEMU that gives its guest away. Its memory is not touched unless the guest has used it."""
+    """A source QEMU. Its memory is not touched unless the guest has used it."""
 
     async def _wait(self) -> JsonObject:
         while True:
@@ -66,7 +67,7 @@ class _Source(QemuSide):
             await trio.sleep(0.005)
 
     async def give(self, uri: str) -> JsonObject:
-        """Migrate to *uri*; the last ``query-migrate``. BenchError."""
+        """Migrate to *uri*; returns the last ``query-migrate``. BenchError."""
         await self.command("migrate", {"uri": uri})
         return await self._wait()
 
@@ -171,7 +172,7 @@ async def one(target: Target, guest: str, size: int, qemu: str, directory: Path)
 async def run(
     sizes: Sequence[int], repeat: int, qemu: str, directory: Path, timeout: float, progress: Callable[[str], None]
 ) -> list[Result]:
-    """All runs, interleaved; one that fails is told and left out."""
+    """All runs, interleaved; a failed run is reported and left out."""
     results: list[Result] = []
     for number in range(repeat):
         for size in sizes:
@@ -211,7 +212,7 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """For people, with the figures to reach."""
+    """The table as text, with the figures to reach."""
     lines = [["guest", "to", "size", "runs", "pause", "worst", "time", "CPU", "file", "load"]]
     for row in found:
         cpu, size = row["cpu_s"], row["file_bytes"]

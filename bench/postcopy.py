@@ -1,10 +1,10 @@
-"""``python -m bench postcopy``: how long a guest waits for a page that has not come, and what the switch costs.
+"""``python -m bench postcopy``: how long a guest waits for a missing page, and the cost of the switch.
 
-trimig is measured by its own demo: two hosts, and a guest whose worker notes how long each touch of a missing page took.
-A QEMU has nothing that touches memory here (``-M none`` has no processor), so its monitor does: ``xp`` reads a page, and
-waits as a processor would; what it takes for a page that is there is subtracted. Both count the touches that had to wait.
-Each pair runs with one connection and with postcopy-preempt's second one, without a limit and with 1 MiB/s for the pages
-that nobody asks for; there the rounds end after a number of faults, since the rest would take minutes.
+trimig is measured by its own demo: two hosts, and a guest whose worker records the time of each touch of a missing
+page. A QEMU has no processor here (``-M none``), so its monitor touches the memory: ``xp`` reads a page, and waits as a
+processor would. The time for a present page is subtracted. Both count the touches that had to wait. Each pair runs with
+one connection and with postcopy-preempt's second one, without a limit and with 1 MiB/s for the pages without a request.
+Under the limit the rounds end after a number of faults, because the rest would take minutes.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from bench.sides import Setup
 CAP: Final = 1 << 20
 #: Guest RAM of the limited rows.
 CAPPED_SIZE: Final = 24 << 20
-#: A touch that took this much longer than one of a page that was there has waited.
+#: A touch that took this much longer than a touch of a present page has waited.
 WAITED_S: Final = 20e-6
 #: Touches of a QEMU's memory under the limit, where each takes about 100 ms.
 _CAPPED_TOUCHES: Final = 40
 _PAGE: Final = 4096
-#: Behind the name of a pair.
+#: The suffix of the name of a pair.
 PREEMPT: Final = " preempt"
 PRECOPY: Final = " precopy"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One migration. Times in ms; None for what was not measured."""
+    """One migration. Times in ms; None for values that were not measured."""
 
     pair: str
     cap: int
@@ -56,19 +56,19 @@ class Result:
 
 
 async def trimig_run(size: int, cap: int, *, postcopy: bool = True, preempt: bool = False) -> Result:
-    """One demo. BenchError if it does not verify.
+    """One demo. BenchError if the demo's verification fails.
 
     Args:
-        preempt: with a second connection for what is asked for.
+        preempt: with a second connection for requested pages.
 
-    **Cancellation:** its processes are killed.
+    **Cancellation:** the processes of the demo are killed.
     """
     command = [sys.executable, "-m", "trimig", "demo", "--json", "--size", str(size), "--hot", str(size)]
     command += ["--dirty-rate", "4M" if postcopy else "0"]
     if postcopy:
         command += ["--postcopy-after", "1%", "-p", f"max-postcopy-bandwidth={cap}"]
         command += ["-c", f"postcopy-preempt={'on' if preempt else 'off'}"]
-        # So that nearly everything is left to postcopy, as with QEMU, which is asked for it at once.
+        # Nearly all pages are left to postcopy, as with QEMU, which switches to postcopy at once.
         command += ["--bandwidth", "64M"]
     done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
     try:
@@ -96,7 +96,7 @@ async def qemu_run(size: int, cap: int, qemu: str, *, preempt: bool = False) -> 
     Args:
         preempt: as for :func:`trimig_run`.
 
-    **Cancellation:** both are killed.
+    **Cancellation:** both QEMUs are killed.
     """
     found: list[Result] = []
     try:
@@ -146,7 +146,7 @@ async def _qemu_run(nursery: trio.Nursery, size: int, cap: int, qemu: str, *, pr
         faults=len(waits),
         fault_median_ms=statistics.median(waits) if waits else None,
         fault_p99_ms=percentile(waits, 99) if waits else None,
-        # What 7.2 says of a guest without processors is no duration.
+        # QEMU 7.2 reports no valid downtime for a guest without processors.
         downtime_ms=downtime if 0 < downtime < 1e6 else None,
         total_s=seconds,
         bytes_per_s=size / seconds if seconds else None,
@@ -154,7 +154,7 @@ async def _qemu_run(nursery: trio.Nursery, size: int, cap: int, qemu: str, *, pr
 
 
 async def _touch(side: QemuSide, size: int, limit: int) -> list[float]:
-    """Seconds beyond those for a page that is there, for each of the pages touched while memory comes."""
+    """The extra seconds over a present page, for each page that is touched while memory arrives."""
 
     async def touch(page: int) -> float:
         began = time.perf_counter()
@@ -175,7 +175,7 @@ async def _touch(side: QemuSide, size: int, limit: int) -> list[float]:
 async def run(
     size: int, repeat: int, qemu: str | None, timeout: float, progress: Callable[[str], None]
 ) -> list[Result]:
-    """All runs, interleaved; one that fails is told and left out."""
+    """All runs, interleaved; a failed run is reported and left out."""
     results: list[Result] = []
     for number in range(repeat):
         calls: list[tuple[str, Callable[[], Any]]] = [
@@ -219,7 +219,7 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """For people, with the figures to reach."""
+    """The table as text, with the figures to reach."""
     lines = [
         f"{'pair':<22} {'limit':>8} {'runs':>4} {'faults':>6} {'median':>9} {'99 %':>9} {'downtime':>9} {'GB/s':>5}"
     ]

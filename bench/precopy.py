@@ -1,13 +1,13 @@
 """``python -m bench precopy``: the same RAM moved by every pair in turn, round by round.
 
-**The interval**, the same for every pair: both processes are up, their memory is allocated (and the source's filled), the
-destination listens. The coordinator reads ``CLOCK_MONOTONIC``, writes the start command to the source (QMP ``migrate``, or
-a line to the Python side), and reads the clock again when *both* sides have said that they are complete (QMP event
-``MIGRATION``/``completed``, or a line). Connecting is inside, starting processes is not. CPU time is read from the kernel
-at the same two moments.
+**The interval** is the same for every pair. Before it, both processes are up, their memory is allocated (and the
+source's filled), and the destination listens. The coordinator reads ``CLOCK_MONOTONIC``, writes the start command to
+the source (QMP ``migrate``, or a line to the Python side), and reads the clock again when *both* sides have reported
+completion (QMP event ``MIGRATION``/``completed``, or a line). Connecting is inside the interval, starting processes is
+not. CPU time is read from the kernel at the same two moments.
 
-**Order**: each round measures every combination once, and each round starts with another pair, so that slow drifts of the
-machine and the place in the order fall on all alike.
+**Order**: each round measures every combination once, and each round starts with another pair, so that slow drifts of
+the machine and the place in the order affect all pairs alike.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ class Plan:
     pairs: Sequence[str]
     qemu: str | None
     verify: bool = True
-    #: Seconds after which one run is given up.
+    #: Time limit of one run, in seconds.
     timeout: float = 300.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Left:
-    """A combination that has no figure, or one run of it, and why."""
+    """A combination without a figure, or one failed run of it, and the reason."""
 
     pair: str
     memory: str
     pages: str
     reason: str
-    #: From 1; None: it was not tried at all.
+    #: From 1; None: there was no run at all.
     round: int | None = None
 
 
 @dataclasses.dataclass(slots=True)
 class Outcome:
-    """What a plan gave."""
+    """The results of a plan."""
 
     measurements: list[Measurement] = dataclasses.field(default_factory=list)
     skipped: list[Left] = dataclasses.field(default_factory=list)
@@ -114,7 +114,7 @@ async def measure(pair: str, setup: Setup, *, verify: bool) -> Measurement:
     """One run of one pair, in two new processes.
 
     Raises:
-        BenchError: a side did not start or failed, or the destination's memory is not the source's.
+        BenchError: a side did not start or failed, or the destination's memory differs from the source's.
 
     **Cancellation:** both processes are killed.
     """
@@ -176,7 +176,7 @@ async def _open(nursery: trio.Nursery, engine: str, role: str, setup: Setup) -> 
 
 
 def _first(group: BaseExceptionGroup[BenchError]) -> BenchError:
-    """One of the errors of both sides; the first, which the other is mostly a consequence of."""
+    """One of the errors of both sides: the first, because the second is mostly its consequence."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

@@ -1,7 +1,7 @@
 """A QEMU as one side: ``-M none`` with nothing but RAM, driven by QMP over its standard input and output.
 
-Such a QEMU has no vCPU, needs no KVM and starts in 50 ms. What the coordinator writes into its memory through the memfd
-before the migration starts is sent, since all pages are dirty at first.
+Such a QEMU has no vCPU, needs no KVM and starts in 50 ms. The coordinator writes into its memory through the memfd
+before the migration starts. QEMU sends that, because all pages are dirty at first.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from bench.measure import guest_mapping
 from bench.memory import PAGE_SIZE, TEMPLATE_PAGES, MemoryKind, as_pages, differing, expected, fill, mismatches
 from bench.sides import Report, Setup, Side
 
-#: The RAM block's name on the wire, and the machine's. The trimig sides use the same.
+#: The name of the RAM block on the wire, and the name of the machine. The trimig sides use the same names.
 RAM_BLOCK = "m0"
 MACHINE = "none"
 
 
 def find_qemu(wanted: str | None) -> str | None:
-    """The path of a QEMU to use: *wanted*, or the one of this machine; None if there is none."""
+    """The path of a QEMU to use: *wanted*, or the installed one; None if there is none."""
     return shutil.which(wanted or "qemu-system-x86_64")
 
 
@@ -121,9 +121,9 @@ class QemuSide(Side):
         return wrong
 
     async def command(self, name: str, arguments: JsonObject | None = None) -> Any:
-        """The answer to a QMP command. BenchError if it is refused.
+        """The answer to a QMP command. BenchError if QEMU refuses the command.
 
-        **Cancellation:** it may have been executed; kill it.
+        **Cancellation:** QEMU may have executed the command; kill it.
         """
         await self._child.send({"execute": name, "arguments": arguments or {}})
         while True:
@@ -137,10 +137,10 @@ class QemuSide(Side):
 
 
 async def open_qemu_side(nursery: trio.Nursery, role: str, setup: Setup) -> QemuSide:
-    """Start a QEMU and make it ready.
+    """Start a QEMU and prepare it.
 
     Raises:
-        BenchError: it did not start, or refused a setting.
+        BenchError: QEMU did not start, or refused a setting.
     """
     assert setup.qemu is not None, "the caller leaves out the pairs with QEMU when there is none"
     kind = setup.kind(role)

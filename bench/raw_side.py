@@ -1,4 +1,4 @@
-"""One side of the raw socket copy: what the sockets and the memory allow, with nothing on top.
+"""One side of the raw socket copy: the upper limit that sockets and memory allow.
 
 Blocking sockets, ``sendall`` straight from the source's memory, ``recv_into`` straight into the destination's, no
 headers, one byte back at the end. Run by :mod:`bench.sides`.
@@ -13,12 +13,12 @@ import sys
 
 from bench.memory import MEMORY_KINDS, Pages, allocate, fill_in_fork, mismatches
 
-#: How much is asked for at once; more does not help, less costs calls.
+#: Bytes requested at once; more does not help, fewer cost calls.
 CHUNK = 1 << 20
 
 
 def send_memory(pages: Pages, host: str, port: int, tls: str | None = None) -> None:
-    """Connect, send all of *pages*, and wait for the other end to have it; over TLS with the certificates in *tls*."""
+    """Connect, send all of *pages*, and wait for the answer of the other end; over TLS with *tls*'s files."""
     with _secured(socket.create_connection((host, port)), tls, server=False) as connection:
         connection.sendall(pages.data.cast("B"))
         if connection.recv(1) != b"k":
@@ -26,7 +26,7 @@ def send_memory(pages: Pages, host: str, port: int, tls: str | None = None) -> N
 
 
 def receive_memory(pages: Pages, listener: socket.socket, tls: str | None = None) -> None:
-    """Accept one connection, receive into all of *pages*, and say so."""
+    """Accept one connection, receive into all of *pages*, and answer."""
     connection, _ = listener.accept()
     with _secured(connection, tls, server=True) as connection, pages.data.cast("B") as view:
         have = 0

@@ -1,7 +1,7 @@
-"""The two ends of a measured migration, as the coordinator sees them.
+"""The two ends of a measured migration, for the coordinator.
 
-A side is a process of its own. It is made ready first (guest memory allocated, the source's filled); only then does
-the interval begin, with :meth:`Side.begin` on the source.
+A side is a process of its own. The coordinator prepares it first (guest memory allocated, the source's filled); only
+then does the interval begin, with :meth:`Side.begin` on the source.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bench.memory import SOURCE_KIND, MemoryKind
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What both sides of one measurement are told."""
+    """The settings for both sides of one measurement."""
 
     size: int
     memory: MemoryKind
@@ -28,13 +28,13 @@ class Setup:
     qemu: str | None = None
 
     def kind(self, role: str) -> MemoryKind:
-        """What the RAM of that role is: see :mod:`bench.memory` for why the source's is always the same."""
+        """The kind of the RAM of that role; :mod:`bench.memory` says why the source's is always the same."""
         return SOURCE_KIND if role == "source" else self.memory
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a side can say about a migration that is over; None for what it cannot."""
+    """The report of a side about a finished migration; None for unknown values."""
 
     downtime_ms: float | None = None
     total_ms: float | None = None
@@ -42,12 +42,12 @@ class Report:
 
 
 class Side(abc.ABC):
-    """One end. All methods are called once, in the order in which they stand here."""
+    """One end. The coordinator calls each method once, in the order of this class."""
 
     @property
     @abc.abstractmethod
     def pid(self) -> int:
-        """The process that is measured."""
+        """The measured process."""
 
     @abc.abstractmethod
     async def listen(self) -> str:
@@ -55,23 +55,23 @@ class Side(abc.ABC):
 
     @abc.abstractmethod
     async def begin(self, uri: str) -> None:
-        """Source: begin. Returns when the command is written, not when the migration is done."""
+        """Source: begin. Returns when the command is written, before the migration is done."""
 
     @abc.abstractmethod
     async def finished(self) -> None:
-        """Wait until this side says that the migration is complete.
+        """Wait until this side reports that the migration is complete.
 
         Raises:
-            BenchError: it failed, and why.
+            BenchError: the migration failed; the message says why.
         """
 
     @abc.abstractmethod
     async def report(self) -> Report:
-        """The side's own figures."""
+        """The figures that the side reports."""
 
     @abc.abstractmethod
     async def mismatches(self) -> int:
-        """Destination: how many pages are not what the source had."""
+        """Destination: the number of pages that differ from the source's."""
 
 
 class PythonSide(Side):
@@ -119,10 +119,10 @@ class PythonSide(Side):
 
 
 async def open_python_side(nursery: trio.Nursery, engine: str, role: str, setup: Setup) -> PythonSide:
-    """Start a ``raw`` or ``trimig`` side and wait until its memory is there (and filled, at the source).
+    """Start a ``raw`` or ``trimig`` side and wait until its memory is allocated (and filled, at the source).
 
     Raises:
-        BenchError: it did not start.
+        BenchError: the side did not start.
     """
     arguments = [role, str(setup.size), setup.kind(role).name, setup.pages]
     child = await start_python_child(nursery, f"{engine} {role}", f"bench.{engine}_side", arguments)

@@ -1,7 +1,7 @@
 """``python -m bench transports``: the same RAM from trimig to trimig over every transport in turn, round by round.
 
-The interval is that of :mod:`bench.precopy`. TLS has a yardstick of its own: a plain copy over Python's blocking TLS
-sockets (``raw-tls``), because it is encryption that sets its pace.
+The interval is that of :mod:`bench.precopy`. TLS has its own baseline: a plain copy over Python's blocking TLS
+sockets (``raw-tls``), because encryption limits its speed.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from bench.errors import BenchError
 from bench.memory import MEMORY_KINDS
 from bench.sides import PythonSide, Setup, open_python_side
 
-#: What is measured, in this order in each round.
+#: The measured transports, in the order of each round.
 TRANSPORTS: Final = ("tcp", "unix", "exec", "ws", "tls", "wss", "raw", "raw-tls")
 
-#: (what, beside what, at least): the figures to reach.
+#: (transport, baseline, lowest ratio): the figures to reach.
 FLOORS: Final = (("unix", "tcp", 1.0), ("ws", "tcp", 0.5), ("tls", "raw-tls", 0.8))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """How one transport is asked for."""
+    """The addresses and settings for one transport."""
 
     engine: str
     listen: Mapping[str, Any]
-    #: Where the source goes; None for where the destination says that it listens.
+    #: The source's URI; None for the URI that the destination reports.
     to: str | None
     migrate: Mapping[str, Any]
 
 
 def way(transport: str, directory: Path) -> Way:
-    """How to use *transport*, with files in *directory*."""
+    """The addresses and settings of *transport*, with files in *directory*."""
     tls = {"tls": str(directory)} if transport in ("tls", "wss", "raw-tls") else {}
     if transport.startswith("raw"):
         return Way(engine="raw", listen=tls, to=None, migrate=tls)
@@ -58,7 +58,7 @@ def way(transport: str, directory: Path) -> Way:
 
 
 def make_certificates(directory: Path) -> None:
-    """Certificates for both sides, laid out as QEMU wants them.
+    """Certificates for both sides, in QEMU's layout.
 
     Raises:
         BenchError: trustme is not installed.
@@ -79,7 +79,7 @@ async def measure(transport: str, size: int, directory: Path) -> float:
     """Seconds of one migration.
 
     Raises:
-        BenchError: a side failed, or the memory is not the same.
+        BenchError: a side failed, or the memory differs.
 
     **Cancellation:** both processes are killed.
     """
@@ -120,7 +120,7 @@ async def _both(source: PythonSide, destination: PythonSide) -> None:
 async def run(
     transports: Sequence[str], size: int, repeat: int, timeout: float, progress: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Bytes per second of every run, by transport; a run that fails is told and left out."""
+    """Bytes per second of every run, by transport; a failed run is reported and left out."""
     found: dict[str, list[float]] = {name: [] for name in transports}
     with tempfile.TemporaryDirectory(prefix="trimig-bench-") as name:
         directory = Path(name)
@@ -140,7 +140,7 @@ async def run(
 
 
 def table(found: Mapping[str, Sequence[float]]) -> str:
-    """The medians, each beside tcp and TLS beside its yardstick."""
+    """The medians, each with its ratio to tcp, and TLS with its ratio to its baseline."""
     medians = {name: statistics.median(speeds) for name, speeds in found.items() if speeds}
     lines = [f"{'transport':<10} {'runs':>4}  {'GB/s':>5}  {'(min-max)':<11}  {'of tcp':>6}"]
     for name, speed in medians.items():

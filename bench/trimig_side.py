@@ -1,4 +1,4 @@
-"""One side of a migration by trimig, with its run loop under the stopwatch. Run by :mod:`bench.sides`."""
+"""One side of a migration by trimig, with its run loop measured. Run by :mod:`bench.sides`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from trimig.config import TlsX509
 
 
 def add_machine(guest: trimig.AppGuest, size: int) -> Pages:
-    """Give *guest* what a ``-M none`` QEMU has, so that each takes the other for its own; returns its memory."""
+    """Make *guest* look like a ``-M none`` QEMU, so that each accepts the other; returns its memory."""
     block = guest.add_ram(RAM_BLOCK, size)
     guest.add_device(trimig.guests.TimerState())
     return block.pages
 
 
 def make_config(tls: str | None = None, *, return_path: bool = True) -> trimig.Config:
-    """No rate limit, everything else as it comes; with the credentials in the directory *tls*, if any."""
+    """No rate limit, otherwise the defaults; with the credentials in the directory *tls*, if any."""
     parameters = trimig.Parameters(
         max_bandwidth=0, tls_creds="tls0" if tls else "", tls_hostname="localhost" if tls else ""
     )
@@ -38,9 +38,9 @@ def make_config(tls: str | None = None, *, return_path: bool = True) -> trimig.C
 
 
 async def wait_address(events: AsyncIterator[trimig.Event]) -> str:
-    """The URI under which a destination that is being started can be reached; *events* from before it was.
+    """The URI of a destination that is being started; *events* was opened before the start.
 
-    Not ``monitor.addresses``: some transports have their peer at once, and listen no more when somebody looks.
+    Not ``monitor.addresses``: some transports get their peer at once, and may not listen any more at a later look.
     """
     async for event in events:
         if event.name == "LISTENING":
@@ -49,7 +49,7 @@ async def wait_address(events: AsyncIterator[trimig.Event]) -> str:
 
 
 class TrimigSide:
-    """Answers the coordinator's commands. Made before the event loop starts, since it may fork."""
+    """Answers the coordinator's commands. Made before the event loop starts, because it may fork."""
 
     def __init__(self, role: str, size: int, kind: str, pattern: str) -> None:
         self._role = role
@@ -63,12 +63,12 @@ class TrimigSide:
         self._instrument = SliceInstrument()
 
     async def serve(self) -> None:
-        """Until the coordinator is gone."""
+        """Answer commands until the coordinator is gone."""
         async for command in commands():
             match command["do"]:
                 case "listen":
                     if self._summary is not None:
-                        self._make_guest()  # the last one was handed over and runs
+                        self._make_guest()  # the last guest was handed over and runs
                     monitor = trimig.Monitor()
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(_announce, monitor.events())
@@ -93,7 +93,7 @@ class TrimigSide:
             populate(self._pages)
 
     async def _watch(self, migration: Awaitable[trimig.Summary]) -> None:
-        """Run it with the instrument on, and say how it ended; the figures are computed when they are asked for."""
+        """Run the migration with the instrument on, and report its end; the figures are computed on request."""
         trio.lowlevel.add_instrument(self._instrument)
         try:
             self._summary = await migration
@@ -129,7 +129,7 @@ async def _announce(events: AsyncIterator[trimig.Event]) -> None:
 
 
 def say(**message: object) -> None:
-    """Answer the coordinator. A short line into a pipe that it reads: this does not block."""
+    """Answer the coordinator. The write is a short line into a pipe that the coordinator reads: it does not block."""
     print(json.dumps(message), flush=True)
 
 

@@ -1,10 +1,10 @@
-"""A migration with a deadline: if it takes too long it never happened, and can be tried again.
+"""A migration with a deadline: if it takes too long it has no effect, and can be tried again.
 
     python examples/deadline.py
 
-trimig has no timeouts of its own for a migration as a whole: the caller cancels it, with any trio cancel scope. A
-cancelled migration leaves the application running as it was. Here the first attempt goes over a link that is far too
-slow, and is given up after half a second; the second one may use all of the bandwidth, and succeeds.
+trimig has no time limit for a migration as a whole: the caller cancels the migration, with any trio cancel scope. A
+cancelled migration leaves the application running as before. Here the first attempt uses a link that is far too
+slow, and is cancelled after half a second. The second attempt may use all of the bandwidth, and succeeds.
 """
 
 import sys
@@ -27,7 +27,7 @@ class Counter:
         self.words = np.frombuffer(self.guest.add_ram("words", SIZE).view, dtype=np.uint64)
 
     async def count(self) -> None:
-        """For ever, while the guest runs here."""
+        """Count for ever, while the guest runs here."""
         while True:
             try:
                 async with self.guest.running():
@@ -38,7 +38,7 @@ class Counter:
 
 
 async def attempt(source: Counter, config: trimig.Config, seconds: float) -> Counter | None:
-    """Migrate *source* to a new Counter within *seconds*; returns that, or None if it did not happen."""
+    """Migrate *source* to a new Counter within *seconds*; returns it, or None if the time was too short."""
     destination = Counter(running=False)
     monitor = trimig.Monitor()
     arrived = False
@@ -67,7 +67,7 @@ async def attempt(source: Counter, config: trimig.Config, seconds: float) -> Cou
 async def main() -> int:
     """Two attempts."""
     here = Counter(running=True)
-    here.words[1:] = 1  # not zero, so that it has to be sent
+    here.words[1:] = 1  # not zero, so that the pages must be sent
     async with trio.open_nursery() as nursery:
         nursery.start_soon(here.count)
 
@@ -83,7 +83,7 @@ async def main() -> int:
         print("second attempt:")
         there = await attempt(here, FAST, seconds=60)
         if there is None:
-            nursery.cancel_scope.cancel()  # it would count on here for ever
+            nursery.cancel_scope.cancel()  # otherwise the application would count for ever
     assert there is not None
     sound = there.guest.run_state == "running" and bool(np.array_equal(there.words, here.words))
     print(f"  the application runs there, at {int(there.words[0])}: {'equal' if sound else 'NOT EQUAL'}")

@@ -2,9 +2,9 @@
 
     python examples/handover.py
 
-Starts examples/receiver.py as the successor, a process of its own, and migrates the application's state to it while
-requests keep changing it. The application stops for milliseconds only. The successor goes on working, checks the table
-against the ledger, and its exit code says whether they agree.
+Starts examples/receiver.py as the successor, a separate process, and migrates the application's state to it while
+requests keep changing that state. The application stops for milliseconds only. The successor continues the work, checks
+the table against the ledger, and its exit code says whether they agree.
 """
 
 import subprocess
@@ -23,7 +23,7 @@ async def main() -> int:
     """Serve, start the successor, hand over; returns the successor's exit code."""
     sessions = Sessions(running=True)
     sessions.fill()
-    # A successor on another host would be told where to listen, for example tcp:0.0.0.0:4444.
+    # A successor on another host would get the address to listen at, for example tcp:0.0.0.0:4444.
     command = [sys.executable, str(SUCCESSOR), "tcp:127.0.0.1:0"]
     successor = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
     assert successor.stdout is not None
@@ -35,11 +35,11 @@ async def main() -> int:
             try:
                 summary = await trimig.migrate(sessions.guest, address)
             except trimig.TrimigError as error:
-                # After a MigrationError the guest runs on in this process. A real application would serve on.
+                # After a MigrationError the guest still runs in this process. A real application would serve on.
                 print(f"not handed over, the owner is {sessions.guest.owner.value}: {error}")
                 nursery.cancel_scope.cancel()
                 return 1
-            # From here on the table is the successor's. Our tasks are told so, and end.
+            # From here on the successor owns the table. The tasks of this process are told so, and end.
         print(
             f"handed over after {sessions.ledger.updates} updates: {summary.total_time:.2f} s, "
             f"{summary.iterations} passes, downtime {summary.downtime * 1000:.1f} ms, "

@@ -1,10 +1,10 @@
-"""A program without any async code moves its state to a successor, and changes its mind once before.
+"""A program without any async code migrates its state to a successor, after one cancelled attempt.
 
     python examples/portal_sync.py
 
 Ordinary threads serve requests on a table of 32 MiB. The engine runs in a thread of its own, behind a portal. The first
-migration is cancelled half way: the program serves on as if nothing had been. The second one hands the table over.
-For the example the successor lives in the same process; on another host it would call ``portal.receive``.
+migration is cancelled half way: the program serves on as before. The second migration hands the table over.
+In this example the successor lives in the same process; on another host it would call ``portal.receive``.
 """
 
 import sys
@@ -17,7 +17,7 @@ SIZE = 32 * trimig.MiB
 
 
 def state(*, running: bool) -> trimig.AppGuest:
-    """The table, filled where it is used, empty where it is received."""
+    """The table: filled in the process that uses it, empty in the receiver."""
     guest = trimig.AppGuest("table", running=running)
     table = guest.add_ram("table", SIZE)
     if running:
@@ -29,9 +29,9 @@ def main() -> int:
     """Migrate, cancel, migrate again; returns 0 if the successor has every byte."""
     slowly = trimig.Config(parameters=trimig.Parameters(max_bandwidth=8 * trimig.MiB))
     with Portal() as portal, state(running=True) as mine, state(running=False) as successor:
-        # A receiver serves one attempt, so the first one gets a receiver of its own, which is then of no use any more.
-        with state(running=False) as nobody:
-            first = portal.start_receive(nobody, "tcp:127.0.0.1:0")
+        # A receiver serves one attempt, so the first attempt gets a receiver that is not used again.
+        with state(running=False) as idle:
+            first = portal.start_receive(idle, "tcp:127.0.0.1:0")
             attempt = portal.start_migrate(mine, first.wait_listening()[0], slowly)
             while attempt.statistics().transferred < trimig.MiB:
                 time.sleep(0.01)  # a real program would do its work here
@@ -45,7 +45,7 @@ def main() -> int:
             except trimig.TrimigError as error:
                 print(f"the receiver was told: {error}")
         receiver = portal.start_receive(successor, "tcp:127.0.0.1:0")
-        # Blocks like any other call. Ctrl-C would put the guest back before KeyboardInterrupt is raised here.
+        # Blocks like any other call. Ctrl-C would restore the guest before KeyboardInterrupt is raised here.
         try:
             summary = portal.migrate(mine, receiver.wait_listening()[0])
             receiver.result()

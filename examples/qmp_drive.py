@@ -1,13 +1,14 @@
-"""Drives a migration over QMP with QEMU's own Python client, and prints what happened in a form that can be compared.
+"""Drives a migration over QMP with QEMU's own Python client, and prints a transcript that can be compared.
 
     python examples/qmp_drive.py SOURCE DESTINATION     # QMP addresses: a path, or HOST:PORT
     python examples/qmp_drive.py                        # starts two `trimig run` of its own
 
 The script knows nothing of trimig: it drives two QEMUs as well as two `trimig run`, unchanged. The source must be a
-running guest; the destination must have been started with `-incoming defer` (`--incoming defer`). It sets capabilities,
-asks for what must be refused, migrates to a sink and cancels that, migrates for good with a pause before the switchover,
-and continues it (without a pause with `--no-pause`). On the way it writes down the class of each error, the members of `query-migrate` in each status, and
-the order of the events on both sides. Two programs that speak the same protocol give the same transcript.
+running guest; the destination must have been started with `-incoming defer` (`--incoming defer`). The script sets
+capabilities, sends commands that must be refused, migrates to a sink and cancels that, migrates for good with a pause
+before the switchover, and continues the migration (without a pause with `--no-pause`). It records the class of each
+error, the members of `query-migrate` in each status, and the order of the events on both sides. Two programs that speak
+the same protocol give the same transcript.
 
 Needs `pip install qemu.qmp`.
 """
@@ -23,9 +24,9 @@ from typing import Any
 from qemu.qmp import EventListener, ExecuteError, QMPClient
 from qemu.qmp.protocol import ConnectError
 
-#: Bytes per second for the migration that is to be cancelled: any guest is larger than what goes over in that time.
+#: Bytes per second for the migration to cancel: any guest is larger than the bytes sent in that time.
 SLOW = 100_000
-#: What is refused in every status in which no migration is under way; the argument is the URI of a sink.
+#: Commands that must be refused without a migration under way; the argument is the URI of a sink.
 REFUSED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("no-such-command", {}),
     ("migrate", {}),
@@ -55,7 +56,7 @@ class Side:
         return await self.client.execute(command, {key.replace("_", "-"): value for key, value in arguments.items()})
 
     async def refused(self, command: str, arguments: Mapping[str, Any]) -> str:
-        """The class of the error that a command ends in."""
+        """The class of the error answer to a command."""
         try:
             await self.client.execute(command, arguments)
         except ExecuteError as error:
@@ -67,7 +68,7 @@ class Side:
         return str((await self.execute("query-migrate")).get("status", "none"))
 
     async def wait(self, *wanted: str) -> str:
-        """Until the migration is in one of these statuses."""
+        """Wait until the migration is in one of these statuses."""
         while (status := await self.status()) not in wanted:
             if status in ("completed", "failed", "cancelled"):
                 raise RuntimeError(f"{self.name}: the migration is {status}, not {' or '.join(wanted)}")
@@ -75,7 +76,7 @@ class Side:
         return status
 
     async def wait_run_state(self, wanted: str) -> None:
-        """Until the guest is in that run state."""
+        """Wait until the guest is in that run state."""
         while True:
             if (await self.execute("query-status"))["status"] == wanted:
                 return
@@ -88,7 +89,7 @@ class Side:
         return f"{info.get('status', 'none')}: {' '.join(sorted(names)) or '-'}"
 
     async def listen(self, listener: EventListener) -> None:
-        """Write events down. Of the passes only the first, and that of the stopped guest: the rest depends on the machine."""
+        """Record events. Of the passes only the first, and that of the stopped guest: others depend on the host."""
         async for event in listener:
             name = str(event["event"])
             data = event.get("data", {})
@@ -117,10 +118,10 @@ def say_events(*sides: Side) -> None:
 
 @contextlib.asynccontextmanager
 async def connected(side: Side, address: str) -> AsyncIterator[None]:
-    """Connect *side*, and write its events down meanwhile."""
+    """Connect *side*, and record its events meanwhile."""
     host, colon, port = address.rpartition(":")
     target: Any = (host, int(port)) if colon and port.isdigit() else address.removeprefix("unix:")
-    for attempt in range(200):  # it may have been started a moment ago
+    for attempt in range(200):  # the program may have been started a moment ago
         try:
             await side.client.connect(target)
             break
@@ -142,7 +143,7 @@ async def connected(side: Side, address: str) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def sink() -> AsyncIterator[str]:
-    """A place that takes a migration and never answers; yields its URI."""
+    """A sink that takes a migration and never answers; yields its URI."""
 
     async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
@@ -155,14 +156,14 @@ async def sink() -> AsyncIterator[str]:
 
 
 async def settled(*sides: Side) -> None:
-    """Events stand before the answer to a later command, so after one all of the past have come."""
+    """Events come before the answer to a later command, so after one command all earlier events have come."""
     for side in sides:
         await side.execute("query-status")
-    await asyncio.sleep(0.05)  # the listener's own task writes them down
+    await asyncio.sleep(0.05)  # the listener's own task records them
 
 
 async def refusals(side: Side) -> None:
-    """What is refused when nothing is under way."""
+    """Send the commands that must be refused without a migration under way."""
     for command, arguments in REFUSED:
         words = " ".join(f"{key}={value!r}" for key, value in arguments.items() if key != "capabilities")
         say("error", side, f"{command}{words and ' '}{words}: {await side.refused(command, arguments)}")
@@ -177,12 +178,12 @@ async def drive(source: Side, destination: Side, *, pause: bool) -> None:
             "migrate-set-capabilities",
             capabilities=[{"capability": name, "state": state} for name, state in on.items()],
         )
-    await source.execute("migrate_cancel")  # harmless without a migration
+    await source.execute("migrate_cancel")  # has no effect without a migration
     await refusals(source)
     say("error", destination, f"migrate: {await destination.refused('migrate', {'uri': 'tcp:127.0.0.1:1'})}")
     say("members", source, await source.members())
 
-    # The first one goes nowhere, slowly, and is cancelled.
+    # The first migration goes to a sink, slowly, and is cancelled.
     await source.execute("migrate-set-parameters", max_bandwidth=SLOW)
     async with sink() as uri:
         await source.execute("migrate", uri=uri)
@@ -199,7 +200,7 @@ async def drive(source: Side, destination: Side, *, pause: bool) -> None:
     await settled(source)
     say_events(source)
 
-    # The second one is for good.
+    # The second migration completes.
     await source.execute("migrate-set-parameters", max_bandwidth=0, downtime_limit=300)
     await destination.execute("migrate-incoming", uri="tcp:127.0.0.1:0")
     say("members", destination, await destination.members())
@@ -224,14 +225,14 @@ async def drive(source: Side, destination: Side, *, pause: bool) -> None:
 
 
 async def address_of(side: Side) -> str:
-    """Where it listens, with the port that the kernel chose."""
+    """The address that the destination listens at, with the port that the kernel chose."""
     address = (await side.execute("query-migrate"))["socket-address"][0]
     return f"tcp:{address['host']}:{address['port']}"
 
 
 @contextlib.asynccontextmanager
 async def hosts() -> AsyncIterator[tuple[str, str]]:
-    """Two `trimig run`: a guest, and a place for it."""
+    """Two `trimig run`: a source with a guest, and a destination."""
     with tempfile.TemporaryDirectory(prefix="qmp-drive-") as directory:
         addresses = (f"{directory}/source", f"{directory}/destination")
         command = [sys.executable, "-m", "trimig", "run", "--guest", "process:size=16M,dirty-rate=1M,hot=1M"]
@@ -257,7 +258,7 @@ async def hosts() -> AsyncIterator[tuple[str, str]]:
 
 
 async def main(addresses: tuple[str, str] | None, *, pause: bool) -> None:
-    """Connect both, and tell the story."""
+    """Connect both, and print the transcript."""
     async with contextlib.AsyncExitStack() as stack:
         source, destination = Side("source"), Side("destination")
         found = await stack.enter_async_context(hosts()) if addresses is None else addresses

@@ -1,10 +1,11 @@
-"""The receiving side: a process that takes over the state of another one, and goes on with its work.
+"""The receiving side: a process that takes over the state of another one, and continues its work.
 
-    python examples/receiver.py tcp:0.0.0.0:4444     waits there for one handover
-    python examples/receiver.py                      sends itself something, to show how it goes
+    python examples/receiver.py tcp:0.0.0.0:4444     waits at this address for one handover
+    python examples/receiver.py                      migrates a table to itself, as a demonstration
 
-The first line on stdout is the address it waits on (a port 0 is resolved), so that a program can start it and find it;
-examples/handover.py does. It then works on what it got, checks it, and exits with 0 if not one update was lost.
+The first line on stdout is the address that the process waits at (a port 0 is resolved), so that a program can start
+the process and connect to it; examples/handover.py does. The process then works on the received table, checks it, and
+exits with 0 if not one update was lost.
 """
 
 import functools
@@ -19,7 +20,7 @@ TABLE = 64 * trimig.MiB
 
 
 class Ledger(trimig.Device):
-    """What must agree with the table: the sum of all its words is ``start`` + ``updates``, modulo 2**64."""
+    """The ledger of the table: the sum of all words of the table is ``start`` + ``updates``, modulo 2**64."""
 
     vmstate = trimig.VMState(
         "ledger", version=1, fields=(trimig.Field("start", "uint64"), trimig.Field("updates", "uint64"))
@@ -46,7 +47,7 @@ class Sessions:
         self.ledger.start = int(self.table.sum())
 
     async def work(self) -> None:
-        """Serve requests until the guest has gone: each changes 100 rows of the first 4 MiB, while the guest runs here."""
+        """Serve requests while the guest runs here: each request changes 100 rows of the first 4 MiB."""
         random = np.random.default_rng()
         while True:
             try:
@@ -64,7 +65,7 @@ class Sessions:
 
 
 async def receive(uri: str) -> bool:
-    """Wait for one handover on *uri*, work on for a moment, and check."""
+    """Wait for one handover on *uri*, continue the work for a moment, and check."""
     sessions = Sessions(running=False)
     monitor = trimig.Monitor()
 

@@ -1,13 +1,13 @@
 """A schedule that repeats: the one place that touches trio's private scheduler seed.
 
 trio shuffles the tasks that are ready at the same time, on purpose. A sweep injects an event at edge n and presumes
-that everything before edge n is as it was in the run before; without a seed that is false for most runs, and the
-coverage is an illusion.
+that everything before edge n is the same as in the run before. Without a seed that is false for most runs, and the
+sweep does not cover what it claims.
 
-trio offers no public way to fix the order (its issues 32, 239 and 2022 ask for one). What is set here is what trio's
-own test of determinism sets; ``tests/testing/test_determinism.py`` fails loudly if an upgrade of trio changes it.
+trio offers no public way to fix the order (its issues 32, 239 and 2022 ask for one). This module sets the same
+attributes as trio's own test of determinism; ``tests/testing/test_determinism.py`` fails if a new trio changes them.
 
-A fixed schedule covers tasks and :class:`trio.testing.MockClock`. It ends at real sockets, threads and wall clocks.
+A fixed schedule covers tasks and :class:`trio.testing.MockClock`. Real sockets, threads and wall clocks are outside.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _RANDOM = "_r"
 def deterministic_schedule(seed: int) -> Iterator[None]:
     """Let every :func:`trio.run` in this block start from the schedule that *seed* stands for.
 
-    Equal seeds give equal schedules, different seeds give different interleavings of the same program. The generator
-    and the flag get back the state they had, whatever happens in the block. Enter it around one ``trio.run``, not
-    inside one; it is process-wide, so only one at a time.
+    Equal seeds give equal schedules, different seeds give different interleavings of the same program. The block's end
+    restores the state of the generator and the flag, whatever happens in the block. Enter it around one ``trio.run``,
+    not inside one. The setting is process-wide, so only one block at a time.
 
     Raises:
         RuntimeError: this version of trio has no such seed any more.

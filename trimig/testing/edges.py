@@ -1,12 +1,12 @@
-"""The instrument behind the sweeps: it counts *edges* and does something at one of them.
+"""The instrument behind the sweeps: it counts *edges* and performs an action at one of them.
 
 An edge is the instant just before or just after the run loop runs one step of one task. *Before*: the task has been
-woken with its result and meets a cancel one checkpoint later ("it worked, and then we were cancelled"). *After*: the
-task is parked, and a cancel takes it out of its wait ("cancelled while waiting"). Both are needed: they find different
+woken with its result and meets a cancel one checkpoint later (the call succeeded, and then the task was cancelled).
+*After*: the task is parked, and a cancel takes the task out of its wait. Both kinds are needed: they find different
 mistakes.
 
-Cancelling a scope and jumping the clock are safe in these two hooks, because a current task is set. They would not be
-in ``before_io_wait``, where the timeout of the wait has been computed already.
+Cancelling a scope and jumping the clock are safe in these two hooks, because trio has set a current task. They are not
+safe in ``before_io_wait``, where trio has computed the timeout of the wait already.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Final, Literal, Self, get_args
 
-import outcome  # trio's own: what trio.lowlevel.reschedule takes
+import outcome  # trio's dependency: trio.lowlevel.reschedule takes its types
 import trio
 
 EdgeKind = Literal["before", "after"]
@@ -49,7 +49,7 @@ class EdgeInstrument(trio.abc.Instrument):
         self._actions = dict(actions)
         self._root: trio.Nursery | None = None
         self._known: dict[trio.lowlevel.Task, bool] = {}
-        #: Names of the tasks at each edge: equal up to the action in two runs with the same seed.
+        #: Names of the tasks at each edge. Two runs with the same seed have equal names up to the action.
         self.traces: dict[EdgeKind, list[str]] = {"before": [], "after": []}
         #: Every instant of virtual time at which there was an edge, ascending.
         self.times: list[float] = []
@@ -97,16 +97,16 @@ class EdgeInstrument(trio.abc.Instrument):
 
 
 class Stuck(AssertionError):
-    """Nothing can ever happen again: every task waits, and no timer is set."""
+    """The run is stuck: every task waits, and no timer is set."""
 
 
 class StuckInstrument(trio.abc.Instrument):
-    """Breaks a run that would hang for ever, which a time limit cannot do where a shield holds it off.
+    """Breaks a run that would hang for ever, which a time limit cannot do if a shield holds the cancellation off.
 
     With every task parked and no deadline left, a run on an autojump clock goes round its I/O wait without a step.
     After many such rounds the tasks at the leaves are woken with :class:`Stuck`, wherever they wait. That breaks the
-    contract of whatever they wait for, so the run is good for nothing but its error. Real sockets and threads look
-    the same as a hang here; sweeps have none.
+    contract of the primitive they wait for, so only the error of that run is valid. A wait for a real socket or thread
+    looks the same as a hang; sweeps have none.
     """
 
     _ROUNDS = 2000
@@ -140,7 +140,7 @@ def _leaves(task: trio.lowlevel.Task) -> Iterator[trio.lowlevel.Task]:
 
 
 class InstrumentErrors(logging.Handler):
-    """Collects what went wrong inside any instrument while the block runs, where trio would only log it."""
+    """Collects the errors of all instruments while the block runs; trio would only log them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class InstrumentErrors(logging.Handler):
 
 
 def first_difference(expected: Sequence[str], found: Sequence[str]) -> int | None:
-    """The first place (from 1) at which two traces differ, addresses in task names aside; None if they are equal."""
+    """The first place (from 1) at which two traces differ, apart from addresses in names; None if they are equal."""
     if expected == found:
         return None
     for place, (left, right) in enumerate(zip(expected, found, strict=False), 1):

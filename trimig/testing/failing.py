@@ -1,8 +1,8 @@
-"""Calls that fail, or never return, at a number of one's choice.
+"""Makes one call of the caller's choice fail, or never return.
 
-An instrument can cancel a task but cannot raise into one. So the things that an engine calls are wrapped: all wrappers
-that share one :class:`Calls` count together, in the order in which the calls are made, and call number *n* fails. A
-sweep over n then fails every call once, without knowing their names.
+An instrument can cancel a task but cannot raise into one. So this module wraps the things that an engine calls. All
+wrappers with the same :class:`Calls` count together, in the order of the calls, and call number *n* fails. A
+sweep over n then fails every call once, without knowing the names of the calls.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Calls:
     Args:
         fail_at: the number of the call to fail, from 1; None for none.
         error: makes the exception from a text; any exception class with one argument will do.
-        hang: never return instead (until cancelled).
-        when: ``"before"`` the call has any effect, or ``"after"`` it has had all of it (streams only: the contract of
-            a guest's calls says that a call which raises had no effect).
+        hang: the call never returns instead (until cancelled).
+        when: ``"before"`` the call has any effect, or ``"after"`` its whole effect (streams only: by the contract of
+            a guest's calls, a call that raises had no effect).
         only: names of the calls that count (``"source.pause"``, ``"a.send_all"``); None for all.
     """
 
@@ -55,7 +55,7 @@ class Calls:
         self.hang = hang
         self.when = when
         self.only = only
-        #: Calls are counted; a sweep turns it on for the part under test only.
+        #: Whether calls are counted; a sweep turns this on for the part under test only.
         self.armed = True
         #: The names of all calls counted, in order.
         self.names: list[str] = []
@@ -78,7 +78,7 @@ class Calls:
         return result
 
     async def close(self, name: str, call: Callable[[], Awaitable[None]]) -> None:
-        """Make *call*, which closes something, and fail behind it even if it was cancelled: a forced close is.
+        """Make *call*, which closes something, and fail after it even if it was cancelled: it has closed then too.
 
         **Cancellation:** *call* has been made.
         """
@@ -105,9 +105,9 @@ class Calls:
 
 @final
 class FailingStream(trio.abc.HalfCloseableStream):
-    """Passes everything on to *stream*, and counts it as ``<label>.send_all``, ``<label>.receive_some``, ….
+    """Passes everything on to *stream*, and counts its calls as ``<label>.send_all``, ``<label>.receive_some``, ….
 
-    A failing ``aclose`` has closed the stream behind, as the contract of :class:`trio.abc.AsyncResource` demands.
+    A failing ``aclose`` has closed the wrapped stream, as the contract of :class:`trio.abc.AsyncResource` demands.
     """
 
     def __init__(self, stream: trio.abc.HalfCloseableStream, calls: Calls, *, label: str = "stream") -> None:
@@ -247,7 +247,7 @@ class FailingGuest:
 
 @final
 class FailingLazyGuest(FailingGuest):
-    """The same for a guest that can run before its memory is here."""
+    """A :class:`FailingGuest` for a guest that can run before its memory is here."""
 
     def __init__(self, guest: LazyGuest, calls: Calls, *, label: str = "guest") -> None:
         super().__init__(guest, calls, label=label)

@@ -1,8 +1,8 @@
-"""A guest without a machine: memory in NumPy arrays, a script instead of a processor, and a journal of what was done.
+"""A guest without a machine: memory in NumPy arrays, a script instead of a processor, and a journal of its events.
 
-:class:`ScriptedGuest` has no task and no thread. What it writes follows from how long it has been running on trio's
-clock, and is worked out when somebody looks (a dirty-tracking sync, a pause, a digest). So a guest costs nothing
-between two looks, and a run under :func:`~trimig.testing.deterministic_schedule` repeats to the byte.
+:class:`ScriptedGuest` has no task and no thread. Its writes follow from its running time on trio's clock, and are
+computed when the test looks at the guest (a dirty-tracking sync, a pause, a digest). So a guest costs nothing between
+two looks, and a run under :func:`~trimig.testing.deterministic_schedule` repeats to the byte.
 
 :class:`~trimig.testing.OwnerReferee` watches several of them.
 """
@@ -24,7 +24,7 @@ from .parts import FakeBlock, FakeDevice, MarksTracker
 
 Content = Literal["random", "zero", "mixed"]
 
-#: After a leap in time only so many writes are carried out; the stamps go on as if all had been.
+#: The most writes after a leap in time; the stamps continue as if all writes had been made.
 _MOST_WRITES_AT_ONCE: Final = 4096
 
 
@@ -38,7 +38,7 @@ class Write(NamedTuple):
 
 
 class JournalEntry(NamedTuple):
-    """Something that took effect on a guest.
+    """An event that took effect on a guest.
 
     ``event`` is one of ``pause``, ``resume``, ``activate``, ``throttle``, ``save``, ``load``, ``claim``, ``release``,
     ``track``, ``sync``, ``untrack``; ``time`` is virtual, and 0 outside a run.
@@ -52,21 +52,21 @@ class JournalEntry(NamedTuple):
 class ScriptedGuest:
     """Implements :class:`trimig.guest.Guest` in this process, for tests.
 
-    Time is *guest time*: seconds that the guest has been running, by trio's clock, less what a throttle takes. Every
-    coroutine has a checkpoint before its effect and one behind it, so that a cancel can come on either side.
+    Time is *guest time*: the guest's running time in seconds, by trio's clock, less the throttled time. Every
+    coroutine has a checkpoint before its effect and one after it, so that a cancel can come on either side.
 
     Args:
         name: machine name.
         blocks: pages of each RAM block, in order.
-        content: what memory starts with; ``"mixed"`` leaves every third page zero.
+        content: the initial memory; ``"mixed"`` leaves every third page zero.
         seed: for content, and for the pages that *rate* and *dirty_per_sync* hit.
-        devices: their state; None for a guest that takes and gives sections as bytes (:attr:`sections`).
-        run_state: QEMU's name; it runs if this is ``"running"``.
+        devices: their state; None for a guest with sections as bytes (:attr:`sections`).
+        run_state: QEMU's name; the guest runs if this is ``"running"``.
         script: writes at given guest times, in any order.
         rate: random pages written per second of guest time. Each write stamps the running number of the write.
         dirty_per_sync: random pages written at each sync and at each pause while running: a busy guest even where
             virtual time stands still, as it does on a link without latency.
-        working_set: the pages that random writes hit are the first so many (over all blocks in order); None for all.
+        working_set: random writes hit only so many pages, the first ones (over all blocks in order); None for all.
         delays: virtual seconds that a call takes, by name (``{"pause": 0.01, "activate": 2}``), between its two
             checkpoints and before its effect.
     """
@@ -108,22 +108,22 @@ class ScriptedGuest:
         self._rate = rate
         self._dirty_per_sync = dirty_per_sync
         self._delays = dict(delays or {})
-        self._stolen = 0.0  # share of running time that the throttle takes
+        self._stolen = 0.0  # the share of running time that the throttle takes
         self._looked_at: float | None = None
         self._rate_writes = 0
         self._trackers: list[MarksTracker] = []
         self._watchers: list[Callable[[str], None]] = []
         #: Why the guest is claimed, or None.
         self.claimed: str | None = None
-        #: Sections as bytes, of a guest without devices of its own.
+        #: The sections as bytes, for a guest without devices.
         self.sections: tuple[DeviceSection, ...] = ()
-        #: What took effect, in order.
+        #: The events, in order.
         self.journal: list[JournalEntry] = []
         #: Calls that no correct engine makes (device state of a running guest), in words.
         self.misuse: list[str] = []
-        #: The guest was started by a call (resume, activate), not only made running.
+        #: A call started the guest (resume, activate); it was not only created running.
         self.executed = False
-        #: Seconds it has been running.
+        #: The guest's running time in seconds.
         self.guest_time = 0.0
         #: Writes made so far.
         self.writes = 0
@@ -131,16 +131,16 @@ class ScriptedGuest:
     def __repr__(self) -> str:
         return f"<ScriptedGuest {self._name} {self._run_state}>"
 
-    # What a test looks at
+    # For the test
 
     @property
     def running(self) -> bool:
-        """It is executing now."""
+        """Whether the guest is executing now."""
         return self._run_state == "running"
 
     @property
     def tracking(self) -> int:
-        """Dirty trackers that are on; 0 when no migration is under way."""
+        """The number of dirty trackers that are on; 0 without a migration."""
         return len(self._trackers)
 
     def events(self) -> list[str]:
@@ -148,7 +148,7 @@ class ScriptedGuest:
         return [entry.event for entry in self.journal]
 
     def digest(self) -> str:
-        """Of all RAM and device state, brought up to date."""
+        """The digest of all RAM and device state, brought up to date."""
         self.look()
         digest = hashlib.blake2b(digest_size=16)
         for block, pages in self._memory.items():
@@ -160,11 +160,11 @@ class ScriptedGuest:
         return digest.hexdigest()
 
     def on_event(self, watcher: Callable[[str], None]) -> None:
-        """Call *watcher* with ``"start"``, ``"stop"`` or ``"load"`` at the very moment; it must not fail."""
+        """Call *watcher* with ``"start"``, ``"stop"`` or ``"load"`` at that moment; *watcher* must not fail."""
         self._watchers.append(watcher)
 
     def write(self, block: str, page: int, value: int) -> None:
-        """Fill a page, as the guest itself would: trackers notice it."""
+        """Fill a page, like a write of the guest: trackers notice it."""
         self._memory[block][page] = value
         self._mark(block, page)
 
@@ -192,31 +192,31 @@ class ScriptedGuest:
 
     @property
     def owner(self) -> Owner:
-        """Whether it may run here."""
+        """Whether the guest may run here."""
         return self._owner.owner
 
     def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
-        """The owner from now on."""
+        """Set the owner."""
         self._owner.set(owner, gone=gone, settle=settle)
 
     async def settle(self, owner: Owner) -> None:
-        """State who owns it. **Cancellation:** cancelled before anything was done, or not at all."""
+        """Set the owner. **Cancellation:** cancelled before any effect, or not at all."""
         await self._owner.settle(owner)
 
     def claim(self, purpose: str) -> None:
-        """Reserve it; StateError if it is reserved."""
+        """Reserve the guest; StateError if it is reserved."""
         if self.claimed is not None:
             raise StateError(f"the guest is busy: {self.claimed}")
         self.claimed = purpose
         self._note("claim", purpose)
 
     def release(self) -> None:
-        """End of the reservation."""
+        """End the reservation."""
         self.claimed = None
         self._note("release")
 
     async def pause(self) -> None:
-        """Stop. **Cancellation:** it may or may not be paused."""
+        """Stop. **Cancellation:** the guest may or may not be paused."""
         await self._enter("pause")
         if self.running:
             self.sync_point(note=False)
@@ -225,7 +225,7 @@ class ScriptedGuest:
         await trio.lowlevel.checkpoint()
 
     async def resume(self) -> None:
-        """Go on. **Cancellation:** it may or may not run."""
+        """Run again. **Cancellation:** the guest may or may not run."""
         with self._owner.starting():
             await self._enter("resume")
             self._note("resume")
@@ -233,7 +233,7 @@ class ScriptedGuest:
         await trio.lowlevel.checkpoint()
 
     async def activate(self, run_state: str) -> None:
-        """Be brought into *run_state*. **Cancellation:** it may or may not be there."""
+        """Bring the guest into *run_state*. **Cancellation:** the guest may or may not have that state."""
         await self._enter("activate")
         self._note("activate", run_state)
         self._set_run_state(run_state)
@@ -244,7 +244,7 @@ class ScriptedGuest:
         return MarksTracker(self)
 
     async def throttle(self, percent: int) -> None:
-        """Take running time away. **Cancellation:** may or may not have happened."""
+        """Reduce the running time. **Cancellation:** the throttle may or may not be set."""
         await self._enter("throttle")
         self.look()
         self._stolen = percent / 100
@@ -262,7 +262,7 @@ class ScriptedGuest:
         return sections
 
     async def load_devices(self, sections: Sequence[DeviceSection]) -> None:
-        """Take over; RemoteProtocolError for an unknown device. **Cancellation:** devices may be half loaded."""
+        """Load devices; RemoteProtocolError for an unknown device. **Cancellation:** devices may be half loaded."""
         await self._enter("load")
         if self.running:
             self.misuse.append("load_devices into a running guest")
@@ -278,7 +278,7 @@ class ScriptedGuest:
                 device.load(section.payload, section.version_id)
         await trio.lowlevel.checkpoint()
 
-    # Time, and what the guest does in it
+    # Time, and the guest's writes in it
 
     def look(self) -> None:
         """Bring memory up to date with the clock. Does nothing outside a run, or while the guest is stopped."""
@@ -297,7 +297,7 @@ class ScriptedGuest:
             self._write_random(due)
 
     def sync_point(self, *, note: bool = True) -> None:
-        """A look at which a busy guest is caught writing (``dirty_per_sync``)."""
+        """Make the writes of a busy guest at each look (``dirty_per_sync``)."""
         self.look()
         if self.running:
             self._write_random(self._dirty_per_sync)
@@ -305,13 +305,13 @@ class ScriptedGuest:
             self._note("sync")
 
     def attach(self, tracker: MarksTracker) -> None:
-        """Tell *tracker* of every write from now on."""
+        """Tell *tracker* about every write from now on."""
         if tracker not in self._trackers:
             self._trackers.append(tracker)
             self._note("track")
 
     def detach(self, tracker: MarksTracker) -> None:
-        """Tell it no more. Idempotent."""
+        """Stop telling *tracker*. Idempotent."""
         if tracker in self._trackers:
             self.look()
             self._trackers.remove(tracker)

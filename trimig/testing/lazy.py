@@ -1,7 +1,7 @@
 """A scripted guest that can run before its memory is here, for tests of postcopy on a virtual clock.
 
-Its "page faults" are a script: once it runs, it touches given pages one after the other, and waits at each that is
-absent until somebody places it.
+Its page faults are a script: once the guest runs, it touches given pages one after the other, and waits at each absent
+page until the engine places it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LazyScriptedGuest(ScriptedGuest):
     """Implements :class:`trimig.guest.LazyGuest`; a destination.
 
     Args:
-        touches: pages of the first block that it touches once it runs, in this order. It writes nothing.
+        touches: pages of the first block that the guest touches once it runs, in this order. It writes nothing.
         options: as for :class:`ScriptedGuest`.
     """
 
@@ -43,11 +43,11 @@ class LazyScriptedGuest(ScriptedGuest):
         super().__init__(**options)
         self._lazy = tuple(LazyFakeBlock(block) for block in super().ram)
         self.touches = list(touches)
-        #: Pages that were placed although they were there.
+        #: Pages that were placed although they were present.
         self.overwritten: list[tuple[int, int]] = []
         #: Pages that the guest had to wait for.
         self.faults = 0
-        #: The memory that is open at present.
+        #: The open memory, if any.
         self.memory: ScriptedMemory | None = None
         self.on_event(self._look_who_runs)
 
@@ -61,7 +61,7 @@ class LazyScriptedGuest(ScriptedGuest):
             self.memory.go_on()
 
     async def missing_memory(self) -> ScriptedMemory:
-        """From here on an absent page is waited for. **Cancellation:** no effect."""
+        """From now on the guest waits for absent pages. **Cancellation:** no effect."""
         await trio.lowlevel.checkpoint()
         if self.running:
             self.misuse.append("missing_memory() of a running guest")
@@ -84,11 +84,11 @@ class ScriptedMemory:
         self._waiting: int | None = None
 
     def fileno(self) -> int:
-        """Readable when the guest waits."""
+        """A descriptor that is readable while the guest waits."""
         return self._event
 
     def waits(self) -> Sequence[Wait]:
-        """Who has begun to wait since the last call."""
+        """The faults since the last call."""
         try:
             os.eventfd_read(self._event)
         except BlockingIOError:
@@ -97,7 +97,7 @@ class ScriptedMemory:
         return waits
 
     def go_on(self) -> None:
-        """The guest touches what it touches next, until a page is absent."""
+        """Let the guest touch its next pages, until one is absent."""
         guest = self._guest
         gone = guest.ram[0].gone
         if not guest.running or (self._waiting is not None and gone[self._waiting]):
@@ -113,7 +113,7 @@ class ScriptedMemory:
                 return
 
     def place(self, block: int, first: int, pages: Pages) -> int:
-        """Put *pages* there where they are absent."""
+        """Place *pages* where they are absent."""
         target = self._guest.ram[block]
         placed = 0
         for page in range(first, first + len(pages)):
@@ -127,7 +127,7 @@ class ScriptedMemory:
         return placed
 
     def place_zeros(self, block: int, first: int, count: int) -> int:
-        """As :meth:`place`, with zeros; a page that is there stays as it is."""
+        """As :meth:`place`, with zeros; a present page is not changed."""
         target = self._guest.ram[block]
         placed = int(np.count_nonzero(target.gone[first : first + count]))
         target.gone[first : first + count] = False  # its content is zero already

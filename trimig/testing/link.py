@@ -1,13 +1,13 @@
 """A network connection that exists only in this process, with limits and faults, on trio's clock.
 
-``trio.testing.memory_stream_pair`` never blocks a sender and cannot break on both sides at once, so no back-pressure
-bug and no cut shows on it. Here each direction has a bounded window, a rate, a latency and random chunk sizes, and a
-:class:`Fault` may strike after any byte. There is no task behind it: delivery times are computed from
-``trio.current_time()`` when somebody asks, so a link works on :class:`trio.testing.MockClock` and costs nothing idle.
+``trio.testing.memory_stream_pair`` never blocks a sender and cannot break on both sides at once, so it shows no
+back-pressure bug and no cut. Here each direction has a bounded window, a rate, a latency and random chunk sizes, and a
+:class:`Fault` may strike after any byte. There is no background task: each call computes delivery times from
+``trio.current_time()``, so a link works on :class:`trio.testing.MockClock` and costs nothing while idle.
 
-What passes is never reordered, lost in the middle or altered; TCP does not do that either. "Lossy" means late or cut.
+Bytes are never reordered, lost in the middle or altered; TCP does not do that either. "Lossy" means late or cut.
 
-How an end sees the other going away:
+How an end sees that the other end goes away:
 
 * after ``send_eof`` it reads what was sent, then ``b""``; it can go on sending;
 * after ``aclose`` it reads the same, and its sends raise :exc:`trio.BrokenResourceError`;
@@ -73,7 +73,7 @@ class VirtualStream(trio.abc.HalfCloseableStream):
             self._check_sendable()
             await trio.lowlevel.checkpoint()
             rest = memoryview(data).cast("B")
-            while rest:  # a fault behind the very last byte is the next call's news, as it would be on a socket
+            while rest:  # a fault behind the very last byte fails the next call, as on a socket
                 self._check_sendable()
                 n = self._out.accept(rest)
                 rest = rest[n:]
@@ -82,7 +82,7 @@ class VirtualStream(trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint()
 
     async def wait_send_all_might_not_block(self) -> None:
-        """Wait for room in the window; errors as for :meth:`send_all`.
+        """Wait for room in the window; raises the errors of :meth:`send_all`.
 
         **Cancellation:** has no effect.
         """
@@ -96,7 +96,7 @@ class VirtualStream(trio.abc.HalfCloseableStream):
                 await self._out.senders.park()
 
     async def send_eof(self) -> None:
-        """No more bytes from this end; the way back stays open. Harmless when repeated.
+        """Send no more bytes from this end; the other direction stays open. Idempotent.
 
         **Cancellation:** nothing was done.
         """
@@ -110,7 +110,7 @@ class VirtualStream(trio.abc.HalfCloseableStream):
                 self._out.end()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """What has arrived, at most *max_bytes* and at most a random chunk; ``b""`` at the end.
+        """The received bytes, at most *max_bytes* and at most a random chunk; ``b""`` at the end.
 
         Raises:
             trio.BrokenResourceError: the connection was reset.
@@ -143,7 +143,7 @@ class VirtualStream(trio.abc.HalfCloseableStream):
             raise trio.ClosedResourceError("this end of the virtual link was closed")
 
     def close(self) -> None:
-        """Close at once, without a checkpoint. What was sent is still delivered. Idempotent."""
+        """Close at once, without a checkpoint. The bytes sent so far are still delivered. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -152,7 +152,7 @@ class VirtualStream(trio.abc.HalfCloseableStream):
             self._out.reset(lose=True)
         else:
             self._out.end()
-        # A sender learns of the close unless the way of that news is swallowed.
+        # A sender learns of the close unless a fault swallows everything in that direction.
         if not self._out.silent:
             self._in.send_broken = True
         self._in.queue.clear()
@@ -179,10 +179,10 @@ class VirtualLink:
         chunk: smallest and largest amount that ``receive_some`` hands out, drawn anew for each call; None hands out
             all that has arrived.
         faults: at most a few; each strikes once.
-        reset_on_unread: an end that is closed with unread bytes resets the connection, which also destroys what it
-            sent and the other has not read yet. TCP does this, and it has eaten many a last error message.
+        reset_on_unread: closing an end with unread bytes resets the connection, which also destroys bytes that this end
+            sent and the other has not read yet. TCP does this, and so loses many a last error message.
         record: keep all bytes sent (:meth:`recorded`).
-        keepalive: seconds after a blackhole, or silence, in which whoever hears nothing finds that out, as TCP does.
+        keepalive: seconds after a blackhole or silence until a waiting receiver finds that out, as with TCP.
 
     With *rate* or *latency* in use, ends must be used inside :func:`trio.run`.
     """
@@ -223,7 +223,7 @@ class VirtualLink:
             self.add_fault(fault)
 
     def sent(self, direction: Direction) -> int:
-        """Bytes that senders have handed over."""
+        """Bytes that senders have handed to the link."""
         return self._pipes[direction].sent
 
     def delivered(self, direction: Direction) -> int:
@@ -258,7 +258,7 @@ class VirtualLink:
         self._strike(Fault(direction=direction, after=self._pipes[direction].sent, kind=kind, seconds=seconds))
 
     def strike_due(self) -> None:
-        """Let those faults strike whose byte is reached; the ends call it, nobody else needs to."""
+        """Let those faults strike whose byte is reached; only the ends need to call this."""
         for pipe in self._pipes.values():
             if pipe.faults:
                 due = [fault for fault in pipe.faults if fault.after <= pipe.sent]
@@ -288,13 +288,13 @@ class VirtualLink:
                     each.wake()
             case "silence":
                 pipe.silence(lose=False)
-                pipe.dead_at = trio.current_time() + self._keepalive  # its receiver's probes are not answered either
+                pipe.dead_at = trio.current_time() + self._keepalive  # the receiver's probes get no answer
                 pipe.wake()
             case "stall":
                 pipe.free_at = max(pipe.free_at, trio.current_time()) + fault.seconds
 
 
 def virtual_link(*, seed: int = 0, window: int = 65536) -> tuple[VirtualStream, VirtualStream]:
-    """The two ends of a plain :class:`VirtualLink`, where its counters and faults are not needed."""
+    """The two ends of a plain :class:`VirtualLink`, for tests without counters and faults."""
     link = VirtualLink(seed=seed, window=window)
     return link.a, link.b

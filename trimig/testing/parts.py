@@ -1,4 +1,4 @@
-"""What a scripted guest is made of: blocks of NumPy arrays, a device, and a dirty tracker."""
+"""The parts of a scripted guest: blocks of NumPy arrays, a device, and a dirty tracker."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FakeBlock:
 
     @property
     def pages(self) -> Pages:
-        """The memory, shape ``(pages, PAGE_SIZE)``, with all writes that the guest has made until now."""
+        """The memory, shape ``(pages, PAGE_SIZE)``, with all writes of the guest up to now."""
         self._look()
         return self._pages
 
@@ -46,13 +46,13 @@ class FakeBlock:
 
 
 class FakeDevice:
-    """A device of *size* opaque bytes. The first eight count the writes of the guest it belongs to.
+    """A device of *size* opaque bytes. The first eight count the writes of its guest.
 
     Args:
         idstr: device id string.
         instance_id: tells devices of the same idstr apart.
         size: bytes of state, at least 8.
-        seed: for the bytes it starts with.
+        seed: for the initial bytes.
         load_error: raised by :meth:`load`, to play a destination that refuses.
     """
 
@@ -75,7 +75,7 @@ class FakeDevice:
         self.load_error = load_error
 
     def tick(self, writes: int) -> None:
-        """The guest has made so many writes."""
+        """Set the number of writes."""
         self.data[:8] = writes.to_bytes(8, "big")
 
     def save(self) -> bytes:
@@ -88,7 +88,7 @@ class FakeDevice:
         return len(self.data) if len(data) >= len(self.data) else None
 
     def load(self, payload: bytes, version_id: int) -> None:
-        """Take over the bytes; RemoteProtocolError for another size or a newer version."""
+        """Load the bytes; RemoteProtocolError for another size or a newer version."""
         self._check(version_id)
         if len(payload) != len(self.data):
             raise RemoteProtocolError(f"{len(payload)} bytes for a device of {len(self.data)}", section=self.idstr)
@@ -113,7 +113,7 @@ class FakeDevice:
 
 
 class MarksTracker:
-    """Dirty tracking by the guest's own marks: exact, because nothing else writes its memory."""
+    """Dirty tracking by the guest's own marks: exact, because only the guest writes its memory."""
 
     method = "marks"
 
@@ -142,7 +142,7 @@ class MarksTracker:
         self._guest.detach(self)
 
     def mark(self, block: str, page: int) -> None:
-        """The guest has written a page."""
+        """Mark a page that the guest has written."""
         self._dirty[block][page] = True
 
     def _clear(self) -> None:

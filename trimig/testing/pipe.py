@@ -26,11 +26,11 @@ DIRECTIONS: Final[tuple[Direction, ...]] = get_args(Direction)
 FAULT_KINDS: Final[tuple[FaultKind, ...]] = get_args(FaultKind)
 
 
-#: What ``receive_some()`` returns at most when the caller names no size.
+#: The most bytes of ``receive_some()`` if the caller names no size.
 DEFAULT_RECEIVE = 65536
 
 
-#: On a link with a rate, bytes arrive in pieces of this size, as packets do, and not when a whole send is through.
+#: On a link with a rate, bytes arrive in pieces of this size, like packets, and not all at the end of a send.
 _PACKET = 4096
 
 
@@ -41,19 +41,19 @@ def opposite(direction: Direction) -> Direction:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One event that strikes when exactly *after* bytes have been sent in *direction*; they are still delivered.
+    """One event that strikes when exactly *after* bytes have been sent in *direction*; those bytes are still delivered.
 
     ``after=0`` strikes before the first byte. The kinds, seen from the sender S and the receiver R of that direction:
 
-    * ``"eof"``: something between the two closed both connections. R reads the bytes, then ``b""``; so does S with
-      what R had sent before. Every further send raises :exc:`trio.BrokenResourceError`.
-    * ``"reset"``: R reads the bytes, then :exc:`trio.BrokenResourceError`; S gets that at once, and what R had sent and
-      S had not read is lost.
-    * ``"half-close"``: R reads the bytes, then ``b""``; S cannot send any more. The way back is whole.
-    * ``"blackhole"``: nothing passes any more, either way, not even the news of a close. Sends succeed until the
+    * ``"eof"``: a device between the two closed both connections. R reads the bytes, then ``b""``. S reads
+      the bytes that R had sent before, then ``b""``. Every further send raises :exc:`trio.BrokenResourceError`.
+    * ``"reset"``: R reads the bytes, then :exc:`trio.BrokenResourceError`; S gets that at once, and loses the
+      bytes that R had sent and S had not read.
+    * ``"half-close"``: R reads the bytes, then ``b""``; S cannot send any more. The other direction still works.
+    * ``"blackhole"``: nothing passes any more in either direction, not even a close. Sends succeed until the
       window is full, then block; reads block.
     * ``"silence"``: the same in this direction only.
-    * ``"stall"``: what is sent later in this direction arrives *seconds* later.
+    * ``"stall"``: bytes sent later in this direction arrive *seconds* later.
     """
 
     direction: Direction
@@ -82,7 +82,7 @@ class Transfer(NamedTuple):
 
 
 class InUse:
-    """Turns two tasks in the same call into an error instead of a mix."""
+    """Raises an error if two tasks make the same call at once, instead of mixing their data."""
 
     __slots__ = ("_busy", "_message")
 
@@ -100,7 +100,7 @@ class InUse:
 
 
 class Pipe:
-    """One direction: what is on its way, and how it ends. Everything that changes state is synchronous."""
+    """One direction: the bytes on their way, and how the direction ends. Every change of state is synchronous."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Pipe:
         self.random = random.Random(f"{seed} {direction}")
         self.faults: list[Fault] = []
         self.queue: collections.deque[tuple[float, memoryview]] = collections.deque()
-        self.queued = 0  # bytes that occupy the window, swallowed ones included
+        self.queued = 0  # bytes that occupy the window, including swallowed ones
         self.sent = 0
         self.delivered = 0
         self.dropped = 0
@@ -133,7 +133,7 @@ class Pipe:
         self.send_broken = False
         self.receive_broken = False  # raised once the queue is empty
         self.silent = False
-        self.dead_at = math.inf  # the receiver's kernel has found out by then that nothing comes any more
+        self.dead_at = math.inf  # by then the receiver's kernel has found out that no more bytes come
         self.senders = trio.lowlevel.ParkingLot()
         self.receivers = trio.lowlevel.ParkingLot()
 
@@ -146,7 +146,7 @@ class Pipe:
         return self.window - self.queued
 
     def accept(self, data: memoryview) -> int:
-        """Take as many bytes as the window, and the next fault, allow; strike the fault that this reaches."""
+        """Take as many bytes as the window and the next fault allow; strike the fault that is then reached."""
         n = min(len(data), self.room)
         for fault in self.faults:
             n = min(n, fault.after - self.sent)
@@ -179,10 +179,10 @@ class Pipe:
         self.free_at = start
 
     def take(self, max_bytes: int) -> bytes | None:
-        """What the receiver gets now, or None if it must wait.
+        """The bytes that the receiver gets now, or None if it must wait.
 
         Raises:
-            trio.BrokenResourceError: reset, and nothing left to read.
+            trio.BrokenResourceError: reset, and no bytes left to read.
         """
         now = trio.current_time()
         limit = max_bytes
@@ -212,13 +212,13 @@ class Pipe:
         return None
 
     def next_change(self) -> float:
-        """When something becomes readable without anybody doing anything; infinity if nothing does."""
+        """The next time at which bytes become readable without any action; infinity if there is none."""
         if self.queue:
             return self.queue[0][0]
         return self.dead_at if self.eof_at is None else min(self.eof_at, self.dead_at)
 
     def end(self) -> None:
-        """No more bytes: the receiver reads end of file behind what is on its way, unless the news is swallowed."""
+        """Send no more bytes: the receiver reads end of file after the bytes on their way, unless swallowed."""
         if self.eof_at is None and not self.silent:
             self.eof_at = max(trio.current_time(), self.free_at) + self.latency
         self.wake()
@@ -230,7 +230,7 @@ class Pipe:
         self.wake()
 
     def silence(self, *, lose: bool) -> None:
-        """Swallow everything from now on; with *lose*, also what is on its way and has not arrived yet."""
+        """Swallow all bytes from now on; with *lose*, also the bytes on their way that have not arrived."""
         self.silent = True
         if lose:
             self.lose(after=trio.current_time())

@@ -1,6 +1,6 @@
-"""Judges who ran when: the promise "exactly one owner", checked at the very moment and not afterwards.
+"""Checks the promise "exactly one owner" at every start, stop and load of a guest, and not only afterwards.
 
-The referee hangs on the guests themselves and is deliberately ignorant of the engine and of its statuses.
+The referee watches the guests themselves and knows neither the engine nor its statuses, on purpose.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Violation(NamedTuple):
-    """What :class:`OwnerReferee` found. ``kind`` is ``"both-run"`` or ``"outrun"``."""
+    """A breach that :class:`OwnerReferee` found. ``kind`` is ``"both-run"`` or ``"outrun"``."""
 
     time: float
     kind: Literal["both-run", "outrun"]
@@ -25,12 +25,12 @@ class Violation(NamedTuple):
 class OwnerReferee:
     """Watches guests that are the same machine on several hosts, and notes each breach of "exactly one owner".
 
-    * ``both-run``: two of them run at the same instant, for however short a time.
-    * ``outrun``: a guest goes on from an old state although another one has been started since and this one was not
-      loaded afresh. Nothing runs twice at any instant then, but what the other did is lost.
+    * ``both-run``: two of them run at the same instant, even for a moment.
+    * ``outrun``: a guest continues from an old state although another one has been started since and this one was not
+      loaded again. Then no two guests run at one instant, but the work of the other one is lost.
 
     Args:
-        guests: by the label that reports use, such as ``source=…, destination=…``.
+        guests: by their labels in reports, such as ``source=…, destination=…``.
     """
 
     def __init__(self, **guests: ScriptedGuest) -> None:

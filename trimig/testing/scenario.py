@@ -1,9 +1,9 @@
-"""One scenario, run once: two sides over a virtual link, with something injected at one point.
+"""One scenario, run once: two sides over a virtual link, with an event injected at one point.
 
-A :class:`Scenario` says how to run and what must hold; a :class:`Point` says what happens at which instant of which
-schedule. :func:`replay` puts the two together, in one ``trio.run`` on a virtual clock and a fixed schedule, and either
-returns a :class:`Run` or raises :class:`SweepFailure`, which names the point. The sweeps in
-:mod:`trimig.testing.sweep` are loops around it.
+A :class:`Scenario` says how to run and which rules must hold; a :class:`Point` says which event comes at which instant
+of which schedule. :func:`replay` puts the two together, in one ``trio.run`` on a virtual clock and a fixed schedule,
+and either returns a :class:`Run` or raises :class:`SweepFailure`, which names the point. The sweeps in
+:mod:`trimig.testing.sweep` are loops around :func:`replay`.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class CancelAt:
     kind: EdgeKind
     n: int
     victims: tuple[str, ...] = ("source",)
-    #: The task whose edge it is; for reports only.
+    #: The task of that edge; for reports only.
     task: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LeapAt:
-    """Let *seconds* pass at once at edge *n*, as after a host was suspended: every timer expires together."""
+    """Let *seconds* pass at once at edge *n*, as after a suspend of the host: every timer expires together."""
 
     kind: EdgeKind
     n: int
     seconds: float = 3600.0
-    #: The task whose edge it is; for reports only.
+    #: The task of that edge; for reports only.
     task: str = ""
 
 
@@ -66,7 +66,7 @@ class FailCall:
     n: int
     error: type[Exception] | None = OSError
     when: Literal["before", "after"] = "before"
-    #: What the call is; for reports only.
+    #: The name of the call; for reports only.
     name: str = ""
 
 
@@ -75,7 +75,7 @@ Injection = CancelAt | LeapAt | ExpireAt | FailCall | Fault
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """All that is needed to repeat one run: the seed of the schedule and what is injected (several if you like)."""
+    """Everything needed to repeat one run: the seed of the schedule and the injected events (one or several)."""
 
     seed: int
     inject: tuple[Injection, ...] = ()
@@ -109,19 +109,19 @@ class End:
 
 
 class LinkMaker(Protocol):
-    """:class:`VirtualLink`, or a :func:`functools.partial` of it."""
+    """Makes a link: :class:`VirtualLink`, or a :func:`functools.partial` of it."""
 
     def __call__(self, *, seed: int) -> VirtualLink:
         """A new link."""
 
 
 class SweepContext:
-    """What a scenario gets for one run.
+    """The context that a scenario gets for one run.
 
     Attributes:
-        seed: of the schedule, the link, and whatever the scenario wants to vary.
+        seed: of the schedule, of the link, and of anything else that the scenario varies.
         link: the link under test; the point's faults are on it.
-        calls: give it to :class:`~trimig.testing.FailingGuest` and :class:`~trimig.testing.FailingStream`.
+        calls: for :class:`~trimig.testing.FailingGuest` and :class:`~trimig.testing.FailingStream`.
         clock: virtual time; starts at 0.
     """
 
@@ -158,20 +158,20 @@ class SweepContext:
                 case LeapAt():
                     actions[injection.kind, injection.n] = functools.partial(self.clock.jump, injection.seconds)
         self.edges = EdgeInstrument(actions)
-        #: How each side ended, as far as it has.
+        #: How each side ended; sides that have not ended are missing.
         self.ends: dict[str, End] = {}
-        #: How many edges there had been when each side ended.
+        #: The number of edges at the end of each side.
         self.exits: dict[str, dict[EdgeKind, int]] = {}
         self.expired = 0
 
     def new_link(self) -> VirtualLink:
-        """A sound link like :attr:`link`, for a second attempt."""
+        """A link like :attr:`link` without faults, for a second attempt."""
         return self._make_link(seed=self.seed)
 
     async def run(self, **sides: Side) -> dict[str, End]:
-        """Run the sides at once, each under a scope of its own, until all have ended. Once in a scenario.
+        """Run the sides at once, each under a scope of its own, until all have ended. Call it once in a scenario.
 
-        This is the part under test: its edges count, its calls count, its scopes are the victims. Errors of the
+        This is the part under test: the sweep counts its edges and calls, and cancels its scopes. Errors of the
         expected classes become part of the result; all others propagate, and fail the run.
 
         **Cancellation:** cancels all sides.
@@ -195,7 +195,7 @@ class SweepContext:
         return {name: self.ends[name] for name in sides}
 
     async def calm(self, **sides: Side) -> dict[str, End]:
-        """The same without any injection, for what comes before or after the part under test.
+        """As :meth:`run` without any injection, for the time before or after the part under test.
 
         **Cancellation:** cancels all sides.
         """
@@ -241,15 +241,15 @@ class SweepContext:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario(Generic[T]):
-    """How to run something once, and what must hold afterwards, whatever was injected."""
+    """How to run once, and which rules must hold afterwards, whatever was injected."""
 
     #: The coroutine function; makes its guests, calls :meth:`SweepContext.run` once, returns the outcome.
     body: Callable[[SweepContext], Awaitable[T]]
-    #: Judges each outcome, the baseline's too: raises, or returns False, if a rule is broken.
+    #: Checks each outcome, also the baseline's: raises, or returns False, if a rule is broken.
     check: Callable[[T], object] | None = None
     #: Makes links; called with ``seed=``.
     link: LinkMaker = VirtualLink
-    #: Errors that a side may end with. Anything else fails the run.
+    #: Errors that a side may end with. Any other error fails the run.
     expected: tuple[type[Exception], ...] = (TrimigError,)
     #: Virtual seconds that a whole run may take (not counting a leap).
     limit: float = 86400.0
@@ -259,12 +259,12 @@ class Scenario(Generic[T]):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Run(Generic[T]):
-    """What was observed in one run."""
+    """The observations of one run."""
 
     point: Point
     outcome: T
     ends: Mapping[str, End]
-    #: All that was to be injected was.
+    #: All planned events were injected.
     fired: bool
     #: Names of the tasks at each edge of each kind.
     traces: Mapping[EdgeKind, tuple[str, ...]]
@@ -285,10 +285,10 @@ _NOTHING: Final = object()
 
 
 def replay(scenario: Scenario[T], point: Point, *, check: bool = True) -> Run[T]:
-    """Run *scenario* once with what *point* says.
+    """Run *scenario* once with the injections of *point*.
 
     Args:
-        scenario: what to run.
+        scenario: how to run and which rules must hold.
         point: from :attr:`SweepFailure.point`, from :attr:`SweepReport.samples`, or written by hand.
         check: False leaves out the scenario's own check, to look at a bad outcome.
 
@@ -306,7 +306,7 @@ def replay(scenario: Scenario[T], point: Point, *, check: bool = True) -> Run[T]
 
 
 def _reason(exc: BaseException) -> str:
-    """One line; of a group, its leaves."""
+    """One line for an exception; for a group, its leaves."""
     if isinstance(exc, BaseExceptionGroup):
         return f"{type(exc).__name__} of " + "; ".join(_reason(leaf) for leaf in exc.exceptions)
     return f"{type(exc).__name__}: {exc}"
@@ -355,7 +355,7 @@ def _execute(scenario: Scenario[T], point: Point) -> Run[T]:
 
 
 def _fired(context: SweepContext, point: Point) -> bool:
-    """Whether everything was injected: each kind of injection leaves its own trace."""
+    """Whether everything was injected: each kind of injection leaves a trace of its own."""
     edges = sum(isinstance(i, CancelAt | LeapAt) for i in point.inject)
     faults = {i for i in point.inject if isinstance(i, Fault)}
     expected = sum(len(i.victims) for i in point.inject if isinstance(i, ExpireAt))

@@ -1,6 +1,6 @@
-"""Streams around streams, and a listener without sockets.
+"""A stream around a stream, and a listener without sockets.
 
-:class:`DribbleStream` finds readers that take one chunk for one message; :class:`VirtualListener` lets servers run on
+:class:`DribbleStream` finds readers that take one chunk for one message. :class:`VirtualListener` lets servers run on
 virtual links.
 """
 
@@ -17,10 +17,10 @@ from .link import VirtualLink, VirtualStream
 
 @final
 class DribbleStream(trio.abc.HalfCloseableStream):
-    """Passes everything on a few bytes at a time, one by default, in both directions.
+    """Passes all bytes on in small pieces, one byte by default, in both directions.
 
     Args:
-        stream: the stream behind; it is owned from now on.
+        stream: the wrapped stream, which is owned from now on.
         send: bytes per inner ``send_all``.
         receive: bytes per ``receive_some`` at most.
     """
@@ -33,7 +33,7 @@ class DribbleStream(trio.abc.HalfCloseableStream):
         self._receive = receive
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send byte by byte; errors of the stream behind.
+        """Send byte by byte; raises the errors of the wrapped stream.
 
         **Cancellation:** any part of *data* may have been sent.
         """
@@ -53,7 +53,7 @@ class DribbleStream(trio.abc.HalfCloseableStream):
         await self._stream.send_eof()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        """At most one byte; errors of the stream behind. **Cancellation:** nothing was taken."""
+        """At most one byte; raises the errors of the wrapped stream. **Cancellation:** nothing was taken."""
         limit = self._receive if max_bytes is None else min(max_bytes, self._receive)
         return await self._stream.receive_some(limit)
 
@@ -79,7 +79,7 @@ class VirtualListener(trio.abc.Listener[VirtualStream]):
         self.links: list[VirtualLink] = []
 
     async def connect(self) -> VirtualStream:
-        """The client's end (``a``) of a new link; need not be accepted yet.
+        """The client's end (``a``) of a new link; the server need not have accepted it yet.
 
         Raises:
             ConnectionRefusedError: the listener is closed.
@@ -112,7 +112,7 @@ class VirtualListener(trio.abc.Listener[VirtualStream]):
             await self._waiting.park()
 
     async def aclose(self) -> None:
-        """Close, and close what was never accepted. **Cancellation:** it is closed nevertheless."""
+        """Close, and close the connections that were never accepted. **Cancellation:** it is closed nevertheless."""
         self._closed = True
         while self._pending:
             self._pending.popleft().close()

@@ -1,8 +1,8 @@
-"""Sweeps: one scenario again and again, with one event injected at point 1, then 2, then 3, until there is no more.
+"""Sweeps: run one scenario again and again, with one event injected at point 1, then 2, then 3, to the last point.
 
-Each kind of sweep is a small frozen object that lists the points of one seed, given the baseline (the run in which
-nothing is injected). :func:`run_sweep` runs them all and compares each run with the baseline up to its point: if the
-schedules differ there, the coverage would be an illusion, and the sweep fails.
+Each kind of sweep is a small frozen object that lists the points of one seed, given the baseline (the run without
+injection). :func:`run_sweep` runs them all and compares each run with the baseline up to its point. If the
+schedules differ there, the sweep does not cover what it claims, and fails.
 
 The functions here are synchronous: they call ``trio.run`` for each point. So do not call them from async tests.
 """
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Sweep(Protocol):
-    """A set of points. Write your own for combinations: a point may inject several things."""
+    """A set of points. Write another class for combinations: a point may inject several events."""
 
     def points(self, baseline: Run[Any]) -> Iterator[Point]:
         """All points for the seed of *baseline*, the innermost loop over time."""
@@ -61,9 +61,9 @@ class TimeLeap:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DeadlineSweep:
-    """Let a deadline of *victims* expire just before, at and just after every instant at which something happened.
+    """Let a deadline of *victims* expire just before, at and just after every instant with an edge.
 
-    An expired deadline takes another way through the run loop than a cancel. Worth it only where time passes: give
+    An expired deadline takes another path through the run loop than a cancel. Use it only if time passes: give
     the link a latency.
     """
 
@@ -81,15 +81,15 @@ class DeadlineSweep:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FaultSweep:
-    """Break the link at every byte of every direction, in every way."""
+    """Break the link at every byte of every direction, with every kind of fault."""
 
     kinds: Sequence[FaultKind] = ("eof", "reset", "blackhole")
     directions: Sequence[Direction] = DIRECTIONS
-    #: How long a ``"stall"`` lasts.
+    #: The length of a ``"stall"``.
     seconds: float = 60.0
 
     def points(self, baseline: Run[Any]) -> Iterator[Point]:
-        """Bytes by kinds by directions, from before the first byte to behind the last."""
+        """All combinations of kind, direction and byte, from before the first byte to behind the last."""
         for direction, kind in itertools.product(self.directions, self.kinds):
             seconds = self.seconds if kind == "stall" else 0.0
             for after in range(baseline.sent[direction] + 1):
@@ -98,11 +98,11 @@ class FaultSweep:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CallSweep:
-    """Let every counted call fail once with each of *errors*; None among them lets it hang."""
+    """Let every counted call fail once with each of *errors*; None among them makes the call hang."""
 
     errors: Sequence[type[Exception] | None] = (OSError,)
     when: Literal["before", "after"] = "before"
-    #: Which calls, by name (``"source.pause"``); None for all.
+    #: The names of the calls (``"source.pause"``); None for all.
     only: Callable[[str], bool] | None = None
 
     def points(self, baseline: Run[Any]) -> Iterator[Point]:
@@ -115,23 +115,23 @@ class CallSweep:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SweepReport:
-    """What a sweep did. ``str()`` of it is one paragraph for the test's output."""
+    """The result of a sweep. ``str()`` of it is one paragraph for the test's output."""
 
     sweeps: tuple[Sweep, ...]
     seeds: tuple[int, ...]
-    #: All runs, the baselines included.
+    #: All runs, including the baselines.
     runs: int
-    #: Runs in which something was injected.
+    #: Runs with an injection.
     points: int
-    #: Those of them in which it happened: all, or the sweep would have failed, but for deadlines that came too late.
+    #: Runs in which the event happened: all (or the sweep fails), except for deadlines that came too late.
     fired: int
-    #: How often each outcome came, the baselines' included.
+    #: How often each outcome came, including those of the baselines.
     outcomes: Mapping[Hashable, int]
     #: The first point of each outcome, for :func:`replay`.
     samples: Mapping[Hashable, Point]
 
     def show(self) -> SweepReport:
-        """Write itself to standard output, where pytest shows it with ``-s`` or ``-rP``; returns itself."""
+        """Write the report to standard output, which pytest shows with ``-s`` or ``-rP``; returns the report."""
         sys.stdout.write(f"{self}\n")
         return self
 
@@ -146,18 +146,18 @@ def run_sweep(scenario: Scenario[T], *sweeps: Sweep, seeds: Sequence[int] = (0, 
     """Run every point of every sweep under every seed, and stop at the first that breaks a rule.
 
     Args:
-        scenario: what to run and what must hold.
-        sweeps: what to inject.
+        scenario: how to run and which rules must hold.
+        sweeps: the events to inject.
         seeds: each is another interleaving of the same program.
-        every: take only each so-manyth point of a sweep, another set of them for each seed; 1 takes all.
+        every: take only each *every*-th point of a sweep, another set of them for each seed; 1 takes all.
 
     Returns:
-        The report; show it, so that the number of runs is seen.
+        The report; print it, so that the number of runs is visible.
 
     Raises:
         SweepFailure: at a point (``.point``; the baseline's injects nothing). Also if a schedule differs from the
             baseline's before its point, or a point is not reached.
-        ValueError: nothing to sweep.
+        ValueError: there are no points.
     """
     if not sweeps or not seeds or every < 1:
         raise ValueError("a sweep needs at least one kind, one seed, and a stride of at least 1")
@@ -228,7 +228,7 @@ def _count(run: Run[Any], outcomes: collections.Counter[Hashable], samples: dict
 
 
 def _compare(baseline: Run[Any], run: Run[Any]) -> None:
-    """The run must have repeated the baseline up to its point, and the point must have been reached."""
+    """Check that the run repeated the baseline up to its point, and that the point was reached."""
     for injection in run.point.inject:
         match injection:
             case CancelAt() | LeapAt():
