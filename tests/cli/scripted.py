@@ -59,7 +59,7 @@ class Feed:
 
 @dataclasses.dataclass
 class Scripted:
-    """Answers as a QEMU would; ``query-migrate`` goes through *script* from ``migrate`` on, and stays at its end."""
+    """Answers as a QEMU would; ``query-migrate`` steps through *script* from ``migrate`` on, and stays at its end."""
 
     script: Sequence[Mapping[str, Any]] = ()
     run_state: str = "running"
@@ -74,14 +74,14 @@ class Scripted:
             "max-bandwidth": 1 << 27, "downtime-limit": 300, "tls-creds": "", "cpu-throttle-tailslow": False
         }
     )  # fmt: skip
-    #: Where ``migrate_cancel`` leads, and what is refused: command -> desc.
+    #: The script after ``migrate_cancel``, and the refused commands: command -> desc.
     cancelled: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"status": "cancelled"})
     refuses: dict[str, str] = dataclasses.field(default_factory=dict)
-    #: Called with each command and the number of times it was called, before it is executed.
+    #: Called with each command and its number of calls, before the command is executed.
     before: Callable[[str, int], None] = lambda name, count: None
     feed: Sequence[Mapping[str, Any]] = ()
     executed: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
-    #: How often a client has connected.
+    #: The number of connections so far.
     connections: int = 0
 
     async def execute(self, name: str, arguments: Mapping[str, Any] | None = None) -> Any:

@@ -46,7 +46,7 @@ from trimig.cli.remote.tracker import Tracker
 def test_status_says_run_state_migration_and_owner(
     invoke: Invoke, run_state: str, info: dict[str, Any], owner: str, code: int
 ) -> None:
-    """What trimig says of the owner is taken; of a QEMU it follows, and where it does not, it is unknown."""
+    """The owner is the one that trimig reports; for a QEMU it is derived, or unknown if that is impossible."""
     result = invoke(Scripted(run_state=run_state, info=info), "status")
     assert result.exit_code == code
     assert result.stdout.startswith(f"guest: {run_state}; migration: {info.get('status', 'none')}; owner: {owner}")
@@ -112,13 +112,13 @@ def test_set_knows_the_types_of_the_other_side(invoke: Invoke) -> None:
     assert guest.parameters["downtime-limit"] == 50
     assert guest.parameters["cpu-throttle-tailslow"] is True
     assert "-p downtime-limit=50\n" in result.stdout
-    # Without anything to set it shows them all, in words that can be given back to it.
+    # Without arguments the command shows all settings, in a form that the command accepts.
     shown = invoke(guest, "set").stdout.splitlines()
     assert {"-c events=on", "-c auto-converge=on", "-p max-bandwidth=33554432"} <= set(shown)
 
 
 def test_set_is_all_or_nothing(invoke: Invoke) -> None:
-    """D11: a parameter that is refused takes the capabilities back as well."""
+    """D11: a refused parameter makes the command restore the capabilities as well."""
     guest = Scripted(refuses={"migrate-set-parameters": "Parameter 'downtime_limit' expects an integer"})
     result = invoke(guest, "set", "-c", "events", "-p", "downtime-limit=9999999")
     assert result.exit_code == 1
@@ -195,7 +195,7 @@ def test_events_say_that_they_are_off(invoke: Invoke) -> None:
 
 
 def test_events_until_the_end_need_the_capability(invoke: Invoke) -> None:
-    """H2: without it no event would ever tell."""
+    """H2: without the capability no event would ever announce the end."""
     result = invoke(Scripted(), "events", "--until-end")
     assert (result.exit_code, "trimig set -c events" in result.stderr) == (1, True)
 
@@ -213,7 +213,7 @@ def test_nobody_there_is_one_sentence(tmp_path: Path) -> None:
 def test_server_that_does_not_greet_is_not_waited_for(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A QEMU that has a client on that socket already takes the connection, and says nothing."""
+    """A QEMU with a client on that socket accepts the connection, and sends nothing."""
     monkeypatch.setattr(remote, "CONNECT_LIMIT", 0.1)
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(tmp_path / "silent"))
@@ -262,7 +262,7 @@ def test_migrate_and_wait_tells_failures_apart(invoke: Invoke, end: dict[str, An
 
 
 def interrupt_at(command: str, count: int = 2) -> Callable[[str, int], None]:
-    """Ctrl-C when *command* is given for the *count*-th time."""
+    """Ctrl-C at the *count*-th call of *command*."""
 
     def before(name: str, times: int) -> None:
         if (name, times) == (command, count):
@@ -280,7 +280,7 @@ def test_ctrl_c_cancels_there_and_says_what_became_of_the_guest(invoke: Invoke) 
 
 
 def test_ctrl_c_that_comes_too_late_is_a_migration_that_is_done(invoke: Invoke) -> None:
-    """The cancel is refused after the decision; what counts is how it ended."""
+    """The cancel is refused after the commit; the outcome decides."""
     guest = Scripted(
         script=[ACTIVE, step("device", owner="unknown"), step("device", owner="unknown"), DONE],
         before=interrupt_at("query-migrate"),
@@ -297,7 +297,7 @@ def test_time_limit_cancels_like_a_signal(invoke: Invoke) -> None:
 
 
 def test_lost_connection_leaves_the_owner_open(invoke: Invoke) -> None:
-    """The migration goes on without us: exit code 3, and whom to ask."""
+    """The migration goes on: exit code 3, and a hint which side to ask."""
 
     def break_off(name: str, count: int) -> None:
         if (name, count) == ("query-migrate", 2):
@@ -315,7 +315,7 @@ def test_words_that_do_not_go_together_are_wrong_usage(invoke: Invoke, words: li
 
 
 def test_progress_never_steps_back() -> None:
-    """Passes, the share of the first copy and the bytes only grow, whatever order the answers come in."""
+    """Passes, the share of the first copy and the bytes only grow, in whatever order the answers come."""
     tracker = Tracker({"downtime-limit": 300, "max-bandwidth": 0})
     infos = [
         step("setup"),
@@ -332,7 +332,7 @@ def test_progress_never_steps_back() -> None:
         assert figures == sorted(figures), kind
     phases = [p.phase for p in shown]
     assert phases == sorted(phases, key=["connecting", "first copy", "chase", "switchover", "completed"].index)
-    # Each pass that is over is told once, with what was dirtied in it.
+    # Each finished pass is shown once, with the memory that was dirtied in it.
     assert [(p.iteration, p.remaining) for p in shown if p.passed] == [(1, 30 * MB), (2, 0)]
 
 
@@ -350,7 +350,7 @@ def passes(dirtied: int) -> list[dict[str, Any]]:
 
 
 class Watched(Scripted):
-    """Looks at what is set, and where the memory goes, at the moment the stream begins."""
+    """Checks the settings and the destination of the memory at the moment the stream begins."""
 
     def migrate(self, uri: str) -> Any:
         self.sink = uri
@@ -367,7 +367,7 @@ def test_dry_run_predicts_and_leaves_everything_as_it_was(invoke: Invoke) -> Non
     assert record["verdict"] == "converges"
     assert record["total_time_ms"]["low"] <= record["total_time_ms"]["likely"] <= record["total_time_ms"]["high"]
     assert len(record["measured"]["passes"]) == 3
-    # Locked while it ran, and nothing of it is left.
+    # Locked during the run, and restored afterwards.
     capabilities, parameters = guest.locked
     assert capabilities["pause-before-switchover"]
     assert not capabilities["return-path"]
@@ -375,14 +375,14 @@ def test_dry_run_predicts_and_leaves_everything_as_it_was(invoke: Invoke) -> Non
     assert (parameters["downtime-limit"], parameters["max-bandwidth"]) == (0, 1 << 27)
     assert (guest.capabilities, guest.parameters) == before
     assert guest.info["status"] == "cancelled"
-    # The sink is handed over, so that it needs no right to any file; what was not used is closed.
+    # The command passes a descriptor of the sink, so the process needs no access to a file; an unused one is closed.
     assert guest.sink == "fd:trimig-dry-run"
     assert guest.names.index("getfd") < guest.names.index("migrate")
     assert ("closefd", {"fdname": "trimig-dry-run"}) in guest.executed
 
 
 def test_dry_run_without_descriptors_uses_a_port_of_this_machine(invoke: Invoke) -> None:
-    """A relay of a unix socket passes none."""
+    """A relay of a unix socket passes no descriptors."""
     guest = Watched(script=[{}, *passes(100)], refuses={"getfd": "No file descriptor supplied via SCM_RIGHTS"})
     result = invoke(guest, "migrate", "--dry-run", "--json")
     assert result.exit_code == 0, result.stderr
@@ -398,13 +398,13 @@ def test_dry_run_predicts_for_the_bandwidth_and_limit_that_are_given(invoke: Inv
     assert "would help   a bandwidth of" in result.stdout
     assert "would help   a downtime-limit of" in result.stdout
     assert (guest.parameters["downtime-limit"], guest.parameters["max-bandwidth"]) == (300, 1 << 27)
-    # At 1 MiB/s nothing but the first copy would be seen in ten seconds: it was made faster for the measurement.
+    # At 1 MiB/s ten seconds would show only the first copy, so the measurement runs faster.
     tuned = [values["max-bandwidth"] for name, values in guest.executed if "max-bandwidth" in values]
     assert tuned == [1 << 20, TOTAL // 4, 1 << 27]
 
 
 def test_dry_run_of_an_idle_guest_is_held_by_the_second_lock(invoke: Invoke) -> None:
-    """N4: it stands in pre-switchover, and is cancelled at once."""
+    """N4: the migration is in pre-switchover, and is cancelled at once."""
     idle = step("pre-switchover", ram=ram(sync=2, pages=TOTAL // PAGE, remaining=0))
     guest = Watched(script=[{}, idle])
     result = invoke(guest, "migrate", "--dry-run")

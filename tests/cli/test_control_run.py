@@ -21,7 +21,7 @@ GUEST = "process:size=32M,dirty-rate=4M,hot=2M"
 
 @asynccontextmanager
 async def hosts(directory: Path, *more: str) -> AsyncIterator[tuple[str, str]]:
-    """A running guest and a place for it, by their QMP addresses; both are ended in order."""
+    """A running guest and its destination, by their QMP addresses; both are ended in order."""
     addresses = f"unix:{directory}/source", f"unix:{directory}/destination"
     with trio.fail_after(LIMIT):
         async with AsyncExitStack() as stack:
@@ -36,7 +36,7 @@ async def hosts(directory: Path, *more: str) -> AsyncIterator[tuple[str, str]]:
 
 
 async def asked(*words: str) -> dict[str, Any]:
-    """What a command says in JSON; it must succeed."""
+    """The JSON output of a command, which must succeed."""
     code, out, err = await trimig_command(*words, "--json")
     assert code == 0, err
     found: dict[str, Any] = json.loads(out)
@@ -44,7 +44,7 @@ async def asked(*words: str) -> dict[str, Any]:
 
 
 async def where(address: str) -> str:
-    """The URI at which a receiver waits."""
+    """The URI of a waiting receiver."""
     while True:
         if found := (await asked("info", "--qmp", address)).get("socket-address"):
             return qmp.uri_of(found[0])
@@ -52,7 +52,7 @@ async def where(address: str) -> str:
 
 
 async def test_guest_is_tried_dry_and_migrated(tmp_path: Path) -> None:
-    """The dry run leaves nothing behind; the migration after it says who owns the guest, on both sides."""
+    """The dry run changes nothing; after the real migration both sides report the owner."""
     async with hosts(tmp_path) as (source, destination):
         before = await asked("set", "--qmp", source)
         found = await asked("migrate", "--dry-run", "--seconds", "4", "--qmp", source)

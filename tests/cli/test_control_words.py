@@ -1,4 +1,4 @@
-"""Words to a guest behind a QMP socket are passed on only where they mean something, and what is said is true."""
+"""Commands to a guest behind a QMP socket are passed on only in a matching status, and their reports are true."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trimig import cli
     "status", ["none", "failed", "cancelled", "completed", "cancelling", "device", "postcopy-paused"]
 )
 def test_word_that_comes_too_late_or_too_soon_is_an_error(invoke: Invoke, command: str, status: str) -> None:
-    """A QEMU accepts some of these in any status, and nothing comes of it."""
+    """A QEMU accepts some of these in any status, without effect."""
     guest = Scripted(info={} if status == "none" else {"status": status})
     result = invoke(guest, command)
     assert (result.exit_code, result.stdout) == (1, "")
@@ -74,7 +74,7 @@ HELD = step("pre-switchover", ram=ram(sync=2, pages=TOTAL // PAGE, remaining=0))
 
 
 def test_socket_is_free_for_who_lets_it_go_on(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A QEMU serves one client at a time: while nothing moves, the socket is left to the one that continues it."""
+    """A QEMU serves one client at a time, so the command leaves the socket while it waits for the continue."""
     monkeypatch.setattr("trimig.cli.remote.migrate._PAUSED_EVERY", 0.01)
     guest = Scripted(script=[step("setup"), ACTIVE, HELD, HELD, HELD, HELD, DONE])
     result = invoke(guest, "migrate", "tcp:b:4444", "--wait", "-c", "pause-before-switchover")
@@ -98,7 +98,7 @@ def test_signal_cancels_what_is_held(invoke: Invoke, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("command", [["send", "{file}", "tcp:127.0.0.1:1"], ["demo", "--size", "1M"]])
 def test_pause_that_nothing_could_end_is_refused(command: list[str], tmp_path: Path) -> None:
-    """Also where it comes from a file; off is as good as not there."""
+    """Also from a file; off counts as absent."""
     (tmp_path / "guest").write_bytes(stream())
     (tmp_path / "c.toml").write_text("[capabilities]\npause-before-switchover = true\n")
     words = [word.format(file=tmp_path / "guest") for word in command]

@@ -1,4 +1,4 @@
-"""``trimig demo`` as a stranger runs it: real processes, and what it says when they are killed."""
+"""``trimig demo`` as a user runs it: real processes, and its reports when they are killed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trimig.cli.display import LineView
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("demo", "--size", "16M", "--hot", "4M", "--dirty-rate", "8M")
-#: Slow enough to be met in the middle of the first copy.
+#: Slow enough for a test to act in the middle of the first copy.
 SLOW = (*SMALL, "--bandwidth", "16M")
 
 
@@ -49,7 +49,7 @@ def run(*arguments: str) -> tuple[int, str, str]:
 
 
 def events(process: subprocess.Popen[str], phase: str) -> dict[str, Any]:
-    """Read progress until something of that phase (or event) comes."""
+    """Read progress until a picture of that phase (or event) comes."""
     assert process.stderr is not None
     for line in process.stderr:
         message: dict[str, Any] = json.loads(line)
@@ -66,7 +66,7 @@ def lives(pid: int) -> bool:
 
 
 def family(pid: int) -> list[int]:
-    """*pid* and all below it."""
+    """*pid* and all its descendants."""
     found = [pid]
     for parent in found:
         with contextlib.suppress(OSError):
@@ -162,13 +162,13 @@ MOMENTS = ["begin", "first copy", "chase", "switchover", "end"]
 
 @pytest.mark.parametrize("seed", range(10))
 def test_killed_host_is_noticed_and_the_owner_is_told_right(seed: int) -> None:
-    """Either process, at a moment that the seed picks."""
+    """Kill either process, at a random moment from the seed."""
     rng = random.Random(seed)
     victim, moment = seed % 2, MOMENTS[seed // 2]
     with started(*SMALL, "--bandwidth", "64M", "--downtime-limit", "10", "--hops", "3", "--json") as process:
         hosts = events(process, "note")["hosts"]
         events(process, moment)
-        # A pause of up to 50 ms, so that the moment is any one.
+        # A pause of up to 50 ms gives a random moment.
         select.select([], [], [], rng.random() * 0.05)
         below = family(hosts[0]) + family(hosts[1])
         os.kill(hosts[victim], signal.SIGKILL)
@@ -183,11 +183,11 @@ def test_killed_host_is_noticed_and_the_owner_is_told_right(seed: int) -> None:
     assert result["survivor"] == survivor
     assert str(result["owner"]) in ("source", "destination", "unknown")
     if result["owner"] == "unknown":
-        # Only a source can be left without knowing.
+        # Only a source can be left with an unknown owner.
         assert (killed, process.returncode, result["guest"]) == ("destination", 3, "paused")
     else:
         assert process.returncode == 1
-        # The worker itself has said so, and proved its memory; or there is none any more.
+        # The worker itself reported its state and proved its memory, or no worker is left.
         expected = ("running", True) if result["owner"] == survivor else ("lost", None)
         assert (result["guest"], result.get("guest_verified")) == expected
     assert result["fate"] in err

@@ -1,4 +1,4 @@
-"""The displays: what they say of a migration, where it stands on a terminal, and that no line is there twice."""
+"""The displays: their texts, their place on a terminal, and no repeated line."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ FOLLOWING = dataclasses.replace(CHASE, status="postcopy-active", dirty_rate=None
 
 
 class Terminal(io.TextIOBase):
-    """As much of a terminal as is used: text, new lines, carriage return, up, and erasing to the end."""
+    """The used part of a terminal: text, new lines, carriage return, up, and erasing to the end."""
 
     def __init__(self, columns: int, lines: int = 24) -> None:
         self.size = os.terminal_size((columns, lines))
@@ -133,7 +133,7 @@ def test_picture_fits_and_has_its_figures(columns: int, now: Picture) -> None:
 
 @pytest.mark.parametrize("columns", [50, 80])
 def test_columns_stay_where_they_are(columns: int) -> None:
-    """Whatever the figures are: the heads, and the last digit of each figure."""
+    """For all figures: the heads, and the last digit of each figure."""
     view = LiveView(SizedScreen(Terminal(columns)))
     seen = set()
     for scale in (1, 7, 1000, 123456):
@@ -154,7 +154,7 @@ def test_columns_stay_where_they_are(columns: int) -> None:
 
 
 def test_postcopy_shows_requests_and_no_dirty_rate() -> None:
-    """The rate of a guest that runs elsewhere is not known; the passes before it keep theirs."""
+    """The dirty rate of a guest that runs elsewhere is unknown; the earlier passes keep theirs."""
     view = LiveView(SizedScreen(Terminal(80)))
     view.show(dataclasses.replace(CHASE, passed=True))
     before = [line for line in view.lines(CHASE, 80) if line.split()[:1] == ["4"]]
@@ -207,7 +207,7 @@ def test_terminal_that_becomes_narrower_is_cleaned_up_all_the_same() -> None:
     screen = SizedScreen(terminal)
     screen.draw(["x" * 90, "y"])
     terminal.size = os.terminal_size((50, 24))
-    terminal.rows, terminal._row = ["x" * 50, "x" * 40, "y"], 2  # what it makes of its lines
+    terminal.rows, terminal._row = ["x" * 50, "x" * 40, "y"], 2  # the wrapped lines
     screen.draw(["z"])
     assert terminal.rows == ["z"]
 
@@ -260,7 +260,7 @@ def told_of(infos: list[dict[str, Any]], **settings: Any) -> tuple[list[Picture]
 
 
 def chase_of_a_qemu(rests: list[int], **more: Any) -> list[dict[str, Any]]:
-    """One look at each pass; it sends 100 MB/s and says nothing of convergence."""
+    """One picture for each pass; the guest sends 100 MB/s and reports no convergence."""
     first = step("active", ram=ram(sync=1, pages=1000, remaining=TOTAL - 1000 * PAGE), **more)
     return [first] + [
         step(

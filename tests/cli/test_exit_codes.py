@@ -1,4 +1,4 @@
-"""What each error means to each command: one table of exit codes, and they are told in the help."""
+"""The exit code of each command for each error, in one table; the help lists the codes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trimig.cli.exit_codes import SENTENCE
 from trimig.errors import Ownership
 from trimig.status import owner
 
-#: One error of each class, and the code that every command ends with.
+#: One error of each class, and its exit code in every command.
 ERRORS: Final[list[tuple[Exception, int]]] = [
     (trimig.MigrationError("it failed"), 1),
     (trimig.ConfigError("unknown option", name="x"), 2),
@@ -70,7 +70,7 @@ class _Monitor:
 @pytest.mark.parametrize("status", trimig.Status)
 @pytest.mark.parametrize("role", trimig.Role)
 def test_of_a_hosted_guest(role: trimig.Role, status: trimig.Status) -> None:
-    """`trimig run` ends by the truth of whichever migration it was in, coming or going."""
+    """`trimig run` ends with the exit code of its last migration, outgoing or incoming."""
     host = _Host(config=trimig.Config(), as_json=False)
     parts = {
         name: _Monitor(side, status if side is role else trimig.Status.NONE)
@@ -93,7 +93,7 @@ def guest(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
 def test_each_error_in_each_command(command: str, guest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raised where the command does its work."""
+    """Raised at the place where the command does its work."""
     words = [word.format(stream=guest, target=guest.parent / "t", out=guest.parent / "o") for word in CALLS[command]]
     if command == "run":
         words[words.index("nonsense")] = "process:size=1M"
@@ -164,7 +164,7 @@ def test_force_does_not_help_where_the_owner_is_not_known(guest: Path) -> None:
 
 @pytest.mark.parametrize("how", ["closed", "reset"])
 async def test_destination_that_ends_without_a_word_is_explained(guest: Path, how: str) -> None:
-    """A QEMU that cannot load what came writes the reason into its own log, and exits."""
+    """A QEMU that cannot load the stream writes the reason into its own log, and exits."""
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = listener.socket.getsockname()[1]
 

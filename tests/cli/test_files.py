@@ -1,4 +1,4 @@
-"""Files that commands are given: nothing that holds a guest is written over, and nothing that is no file is replaced."""
+"""Files as arguments of commands: no saved guest is overwritten, and only regular files are replaced."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def invoke(*words: object) -> Result:
-    """A command in this process."""
+    """Run a command in this process."""
     return CliRunner().invoke(cli.main, [str(word) for word in words])
 
 
 @pytest.fixture
 def guest(tmp_path: Path) -> Path:
-    """A saved one; its block is ``ram``."""
+    """A saved guest; its block is ``ram``."""
     path = tmp_path / "guest"
     path.write_bytes(stream())
     return path
@@ -53,7 +53,7 @@ def written(command: str, guest: Path, out: Path, *more: str) -> Result:
 def test_what_is_no_file_is_never_replaced(
     command: str, kind: str, guest: Path, tmp_path: Path, *, linked: bool
 ) -> None:
-    """``--out /dev/null --force`` of root made a file of /dev/null."""
+    """``--out /dev/null --force`` as root once replaced /dev/null by a file."""
     out = tmp_path / "other"
     with socket.socket(socket.AF_UNIX) as listener:
         if kind == "pipe":
@@ -144,14 +144,14 @@ NAME_TAKERS = [
 
 @pytest.mark.parametrize("words", NAME_TAKERS, ids=" ".join)
 def test_an_empty_name_is_wrong_usage(words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an unset variable of a shell gives it."""
+    """An empty name, as from an unset variable of a shell."""
     monkeypatch.chdir(tmp_path)
     result = invoke(*(word.format("") for word in words))
     assert (result.exit_code, "an empty name" in result.stderr) == (2, True), result.stderr
 
 
 def test_a_disk_that_is_full_is_named(guest: Path, tmp_path: Path) -> None:
-    """In a process that may write no large file."""
+    """In a process with a limit on the size of files."""
     code = (
         "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"

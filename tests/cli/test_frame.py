@@ -1,4 +1,4 @@
-"""The frame of the command line: options, one way to run, errors as a sentence and an exit code."""
+"""The common part of the command line: options, one way to run, errors as a sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def invoke(*arguments: str) -> Result:
 
 @pytest.fixture
 def probe(monkeypatch: pytest.MonkeyPatch) -> list[trimig.Config]:
-    """A command ``demo`` that only notes the configuration that it gets, and fails as ``--fail`` says."""
+    """A command ``demo`` that only records its configuration, and fails as ``--fail`` says."""
     seen: list[trimig.Config] = []
 
     @click.command()
@@ -52,7 +52,7 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> list[trimig.Config]:
 FAILURES: dict[str, Exception] = {
     "transport": trimig.TransportFailed("cannot connect to tcp:h:1: connection refused"),
     "bytes": trimig.RemoteProtocolError("bad magic", offset=4, section="ram"),
-    "uncertain": trimig.HandoverUncertain("nobody knows"),
+    "uncertain": trimig.HandoverUncertain("the owner is unknown"),
     "option": trimig.ConfigError("unknown protocol", name="uri"),
     "file": FileNotFoundError(2, "No such file or directory", "/no/file"),
     "bug": KeyError("x"),

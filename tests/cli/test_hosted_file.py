@@ -1,4 +1,4 @@
-"""A parked guest that ``trimig run`` hosts and migrates away: the record beside its file says who has it."""
+"""A parked guest that ``trimig run`` hosts and migrates away: the record beside its file names the owner."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ async def test_a_migration_that_fails_leaves_no_record(guest: Path, tmp_path: Pa
 
 
 async def test_an_answer_that_is_missing_is_recorded_and_settled(guest: Path, tmp_path: Path) -> None:
-    """The destination takes everything and then says nothing more."""
+    """The destination takes everything and then sends nothing more."""
     listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
     uri = f"tcp:127.0.0.1:{listener.socket.getsockname()[1]}"
     toml = tmp_path / "trimig.toml"
     toml.write_text("[engine]\nhandover-timeout = 2.0\n")
 
     async def destination() -> None:
-        """Echoes every PING, and no more."""
+        """Echo every PING, and no more."""
         peer = await listener.accept()
         async with peer:
             read = b""

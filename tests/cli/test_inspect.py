@@ -1,4 +1,4 @@
-"""``trimig inspect`` and ``export``: what they print, and their exit codes."""
+"""``trimig inspect`` and ``export``: their output, and their exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``trimig inspect`` of a stream that is cut: everything up to the cut, then what is wrong; never a traceback."""
+"""``trimig inspect`` of a cut stream: everything up to the cut, then the error; never a traceback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from tests.stream.made import device, elements, joined
 from trimig.cli import main
 
-#: With enough RAM sections that some are left out of the list.
+#: With enough RAM sections that the list leaves some out.
 LONG = dict(elements())
 LONG["part"] *= 9
 WHOLE = joined(LONG)

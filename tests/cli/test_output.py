@@ -1,4 +1,4 @@
-"""Output that fails: every command ends with the exit code that it has otherwise, and without a traceback."""
+"""Output that fails: every command ends with its usual exit code, and without a traceback."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LIMIT: Final = 60
 
 
 class FullDisk(io.TextIOBase):
-    """Fails at each write or flush, as a file on a full disk; or with another error."""
+    """Fails at each write or flush, like a file on a full disk; or with another error."""
 
     def __init__(self, number: int = errno.ENOSPC) -> None:
         self._error = OSError(number, os.strerror(number))
@@ -51,7 +51,7 @@ def scripted() -> Scripted:
     return Scripted(info=ACTIVE, script=[ACTIVE, COMPLETED], capabilities={"events": True}, feed=ENDED)
 
 
-#: Words of each command that end by themselves; ``{…}`` is replaced by a file of the test.
+#: Arguments of each command with which it ends by itself; ``{…}`` is replaced by a file of the test.
 CALLS: Final[dict[str, list[str]]] = {
     "demo": ["--size", "1M", "--hot", "2M"],
     "run": ["--guest", "nonsense", "--qmp", "unix:/nowhere"],
@@ -80,7 +80,7 @@ def test_table_has_every_command() -> None:
 
 @pytest.fixture
 def code_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """``code_of(words, stdout)`` runs a command in this process with that stdout; files are new each time."""
+    """``code_of(words, stdout)`` runs a command in this process with that stdout; the files are new for each call."""
 
     @contextlib.asynccontextmanager
     async def connect(address: str) -> AsyncIterator[Scripted]:
@@ -127,7 +127,7 @@ def test_code_does_not_depend_on_the_output(code_of: Callable[..., int], command
     assert code_of(words, closed, closed) == code
 
 
-# -- as processes: what the interpreter does at its end counts as well -------------------------------------------------
+# -- as processes, because the interpreter also flushes output at its end ----------------------------------------------
 
 
 def shell(line: str, *words: object) -> subprocess.CompletedProcess[str]:
@@ -190,7 +190,7 @@ def test_run_ends_in_order_without_output(tmp_path: Path) -> None:
 
 
 def test_data_on_stdout_that_fails_is_a_failure(tmp_path: Path) -> None:
-    """What export writes to stdout is not a message about the outcome but the outcome."""
+    """The output of export on stdout is not a report but the result itself."""
     (tmp_path / "guest").write_bytes(stream())
     done = shell('trimig export "$1" --format raw --block ram --out - >/dev/full', tmp_path / "guest")
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
@@ -199,7 +199,7 @@ def test_data_on_stdout_that_fails_is_a_failure(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [9, 12, 15])
 def test_demo_with_few_descriptors_ends_at_once(limit: int) -> None:
-    """An error or the proof, but within the time of a short run."""
+    """An error or the proof, within the time of a short run."""
     done = shell(f"ulimit -n {limit}; trimig demo --size 1M --json")
     assert "Traceback" not in done.stderr
     assert (done.returncode == 0) == ('"verified": true' in done.stdout)
@@ -208,7 +208,7 @@ def test_demo_with_few_descriptors_ends_at_once(limit: int) -> None:
 
 
 def test_a_warning_is_said_once(tmp_path: Path) -> None:
-    """It is logged as well, and the log without a handler of its own would go to stderr, too."""
+    """The text is logged as well, and a log without a handler of its own would go to stderr, too."""
     for name, more in (("guest", []), ("other", ["--json"])):
         (tmp_path / name).write_bytes(stream())
         words = ["send", str(tmp_path / name), f"file:{tmp_path / 'out'}", *more]

@@ -1,4 +1,4 @@
-"""``trimig receive``, ``send`` and ``settle`` as processes: exit codes, the record of the owner, nothing left behind."""
+"""``trimig receive``, ``send`` and ``settle`` as processes: exit codes, the record of the owner, no leftovers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def saved(tmp_path: Path) -> Path:
 
 @asynccontextmanager
 async def started(*arguments: object) -> AsyncIterator[trio.Process]:
-    """A running ``trimig``, with stdout and stderr as pipes; gone when the block is left."""
+    """A running ``trimig``, with stdout and stderr as pipes; killed at the end of the block."""
     process = await trio.lowlevel.open_process(
         [sys.executable, "-m", "trimig", *map(str, arguments)],
         stdin=subprocess.DEVNULL,
@@ -107,7 +107,7 @@ async def test_a_guest_goes_from_file_to_file(saved: Path, tmp_path: Path) -> No
     assert record is not None
     assert record.owner is Ownership.DESTINATION
     assert sorted(await trio.to_thread.run_sync(os.listdir, tmp_path)) == ["guest", "guest.owner", "target"]
-    # It may serve as a template, but not silently; and where nobody listens nothing changes.
+    # The file may serve as a template, but only with a warning; and without a listener nothing changes.
     code, _, err = await trimig_command("send", saved, "tcp:127.0.0.1:1", "--force")
     assert code == 1
     assert f"was handed over to {record.destination}" in err
@@ -137,7 +137,7 @@ async def test_receive_in_json(saved: Path, tmp_path: Path) -> None:
 
 
 async def test_a_lost_answer_is_remembered_until_it_is_settled(saved: Path, tmp_path: Path) -> None:
-    """T2: exit code 3, and no second attempt before somebody has looked."""
+    """T2: exit code 3, and no second attempt before a user has settled the owner."""
     config = tmp_path / "config.toml"
     config.write_text("handover-timeout = 2\n")
     monitor = trimig.Monitor()
@@ -179,7 +179,7 @@ async def test_settled_as_source_it_can_be_sent(saved: Path) -> None:
 
 
 async def part_of(peer: trio.SocketStream) -> bytes:
-    """What comes next, and something does."""
+    """The next output, which must come."""
     data = await peer.receive_some()
     assert data, "the other side has ended"
     return bytes(data)
@@ -190,7 +190,8 @@ async def test_a_signal_before_the_decision_leaves_the_guest_here(saved: Path) -
     with trio.fail_after(LIMIT):
         address = f"tcp:127.0.0.1:{listener.socket.getsockname()[1]}"
         async with listener, started("send", saved, address) as sender, await listener.accept() as peer:
-            # The first PING is answered, as every destination does. Then all of it is there but the decision; no PONG comes.
+            # The relay answers the first PING, as every destination does. Then all arrives except the commit; no PONG
+            # comes.
             received, ping = b"", b"\x08\x00\x02\x00\x04"
             while len(received) < received.find(ping) + 9 or ping not in received:
                 received += await part_of(peer)
@@ -214,7 +215,7 @@ async def test_a_signal_while_waiting_leaves_no_file(tmp_path: Path) -> None:
 
 
 async def test_a_killed_receiver_leaves_no_file(saved: Path, tmp_path: Path) -> None:
-    """SIGKILL while pages are being written: on a file system that keeps files without a name, as ext4 and tmpfs do."""
+    """SIGKILL while pages are being written, on a file system with unnamed files, like ext4 and tmpfs."""
     folder = tmp_path / "folder"
     folder.mkdir()
     with trio.fail_after(LIMIT):

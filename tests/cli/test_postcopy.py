@@ -1,4 +1,5 @@
-"""``trimig demo``, ``send`` and ``receive`` by postcopy, as processes: the switch, a cut, and signals behind the switch."""
+"""``trimig demo``, ``send`` and ``receive`` by postcopy, as processes: the switch, a cut, and signals after the
+switch."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ from trimig.wire.devices import description
 __all__ = ["saved"]  # a fixture
 
 DEMO = ("demo", "--size", "32M", "--hot", "8M", "--dirty-rate", "16M", "--json")
-#: A first copy of half a second, to be met in the middle.
+#: A first copy of half a second, so that a test can act in the middle.
 SLOW = ("--bandwidth", "64M")
 
 
@@ -53,8 +54,8 @@ def test_a_demo_by_postcopy_and_by_two_hops_proves_its_guest() -> None:
 
 
 def test_a_demo_that_is_cut_recovers_by_itself_and_shows_it() -> None:
-    """O6: postcopy-paused is no end; --cut-after shows the way through it."""
-    # It writes all of its memory, most of which will not have been sent at the switch, and follows for a second.
+    """O6: postcopy-paused is no end; --cut-after shows the recovery."""
+    # The guest writes all of its memory, so most is left at the switch, and the rest takes a second.
     code, out, err = run(*DEMO, "--hot", "32M", *SLOW, "--postcopy-after", "30%", "--cut-after", "40%")
     result = json.loads(out)
     assert (code, result["verified"], result["recoveries"]) == (0, True, 1), err
@@ -83,14 +84,14 @@ def test_a_demo_without_postcopy_has_no_figures_of_it() -> None:
 
 
 def test_the_first_signal_behind_the_switch_is_refused_and_the_second_gives_up() -> None:
-    """Gaps G7 and G8: no cancel in postcopy; what is said then, and what insisting comes to."""
+    """Gaps G7 and G8: no cancel in postcopy; the text of the refusal, and the effect of a second signal."""
     with started_demo(*DEMO, *SLOW, "--postcopy-after", "10%", "-p", "max-postcopy-bandwidth=1M") as process:
         assert process.stderr is not None
         assert process.stdout is not None
         until(process.stderr, '"postcopy-active"')
         process.send_signal(signal.SIGINT)
         assert "too late to cancel: the guest is at the destination" in until(process.stderr, "SIGINT")
-        # It goes on.
+        # The demo goes on.
         until(process.stderr, '"postcopy-active"')
         process.send_signal(signal.SIGINT)
         assert "giving the rest up" in until(process.stderr, "SIGINT")
@@ -107,7 +108,7 @@ def test_the_first_signal_behind_the_switch_is_refused_and_the_second_gives_up()
     [(0, "paused", "which is paused there: a part of its memory never came"), (1, "lost", "which died with it")],
 )
 def test_a_host_that_is_killed_behind_the_switch(victim: int, state: str, said: str) -> None:
-    """O6, T1: the owner is the destination, whoever dies; the source is never said to have the guest again."""
+    """O6, T1: the owner is the destination, whichever process dies; the source is never reported as the owner again."""
     with started_demo(*DEMO, *SLOW, "--postcopy-after", "10%", "-p", "max-postcopy-bandwidth=1M") as process:
         assert process.stderr is not None
         assert process.stdout is not None
@@ -171,7 +172,7 @@ async def test_a_guest_goes_from_file_to_file_by_postcopy(saved: Path, tmp_path:
 
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
-    """A guest whose memory follows for half a minute at the rate of :data:`TRICKLE`."""
+    """A guest whose memory arrives for half a minute at the rate of :data:`TRICKLE`."""
     records, pages = RecordWriter(), 2048
     memory = np.random.default_rng(1).integers(1, 255, (pages, 4096), np.uint8)
     out = wire.file_header() + wire.configuration("toy-1.0", [])
@@ -187,7 +188,7 @@ def large(tmp_path: Path) -> Path:
     return path
 
 
-#: The guest first; and then its memory as slowly as this.
+#: The guest first, and then its memory at this slow rate.
 TRICKLE = ("--postcopy-after", "0%", "-p", "max-postcopy-bandwidth=256K", "--json")
 
 
@@ -198,7 +199,7 @@ async def until_line(pipe: trio.abc.ReceiveStream, word: str) -> str:
 
 
 async def test_a_receiver_that_dies_behind_the_switch_takes_the_guest_with_it(large: Path, tmp_path: Path) -> None:
-    """O6, T1: the source keeps its half, and says whose the guest is; nothing may start it again by accident."""
+    """O6, T1: the source keeps its half, and reports the owner; nothing may start the guest again by accident."""
     with trio.fail_after(LIMIT):
         async with started("receive", LISTEN, "--save", tmp_path / "target", "-c", "postcopy-ram") as receiver:
             assert receiver.stdout is not None
@@ -219,8 +220,8 @@ async def test_a_receiver_that_dies_behind_the_switch_takes_the_guest_with_it(la
 
 
 async def test_a_sender_that_is_told_twice_gives_the_rest_up(large: Path, tmp_path: Path) -> None:
-    """Gap G7: the first signal is refused with the reason. The receiver says that its guest is not whole, and keeps its half;
-    both halves make the guest again."""
+    """Gap G7: the first signal is refused with the reason. The receiver reports that its guest is incomplete, and keeps
+    its half; both halves make the guest again."""
     target = tmp_path / "target"
     waiting = ("receive", LISTEN, "--save", target, "-c", "postcopy-ram", "--recover-for", "0.5", "--json")
     with trio.fail_after(LIMIT):
@@ -257,7 +258,7 @@ async def test_a_sender_that_is_told_twice_gives_the_rest_up(large: Path, tmp_pa
 
 
 async def test_a_receiver_that_is_told_twice_keeps_its_half(large: Path, tmp_path: Path) -> None:
-    """In a hurry, too: what has come is nowhere else, if the source is lost as well."""
+    """Also after a quick second signal: the received pages exist nowhere else, if the source is lost as well."""
     target = tmp_path / "target"
     with trio.fail_after(LIMIT):
         async with started("receive", LISTEN, "--save", target, "-c", "postcopy-ram", "--json") as receiver:

@@ -1,4 +1,4 @@
-"""QEMU's own ``qmp-shell`` drives two ``trimig run`` through a whole life: settings, a cancelled migration, and one that arrives."""
+"""QEMU's own ``qmp-shell`` drives two ``trimig run``: settings, a cancelled migration, and a completed one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.cli.test_run import GUEST, hosting, status
 
 
 async def shell(address: Path, *lines: str) -> list[str]:
-    """What qmp-shell prints for these lines, each answer without its prompt."""
+    """The output of qmp-shell for these lines, each answer without its prompt."""
     tool = Path(sys.executable).with_name("qmp-shell")
     done = await trio.run_process(
         [str(tool), str(address)],
@@ -28,7 +28,7 @@ ON = 'migrate-set-capabilities capabilities=[{"capability":"events","state":true
 
 
 async def test_qmp_shell_drives_a_migration_from_the_settings_to_the_end(tmp_path: Path) -> None:
-    """Set, migrate, query, cancel, migrate again, complete; errors come back as QMP's own kind."""
+    """Set, migrate, query, cancel, migrate again, complete; errors are QMP errors."""
     here, there = tmp_path / "a", tmp_path / "b"
     async with (
         hosting(f"unix:{here}", "--guest", GUEST) as (_, source),

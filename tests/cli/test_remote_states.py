@@ -1,4 +1,4 @@
-"""What the commands with ``--qmp`` conclude from the statuses of any QEMU."""
+"""The conclusions of the commands with ``--qmp`` from the statuses of any QEMU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``trimig run`` as a process: what it hosts, what it says, how it ends."""
+"""``trimig run`` as a process: its guests, its output, its end."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def hosting(address: str, *words: object) -> AsyncIterator[tuple[trio.Proc
 
 
 async def ends(process: trio.Process) -> tuple[int, str]:
-    """Exit code, and what else it says."""
+    """Exit code, and the remaining output."""
     assert process.stderr is not None
     text = await text_of(process.stderr)
     assert "Traceback" not in text
@@ -152,7 +152,7 @@ async def test_signal_at_rest(tmp_path: Path, number: signal.Signals) -> None:
 
 
 async def test_signal_during_a_migration(tmp_path: Path) -> None:
-    """It is cancelled; the destination does not get the guest, and can wait for another one."""
+    """The migration is cancelled; the destination does not get the guest, and can wait for another one."""
     to = f"unix:{tmp_path}/m"
     async with (
         hosting(f"unix:{tmp_path}/a", "--guest", GUEST) as (process, client),
@@ -206,7 +206,7 @@ async def test_uuids_that_differ(tmp_path: Path) -> None:
         await source.execute("migrate", {"uri": to})
         await status(source, "failed")
         assert (await source.execute("query-status"))["status"] == "running"
-        # It was not the source that the other one waits for: that goes on waiting.
+        # It was not the expected source: the destination goes on waiting.
         assert (await other.execute("query-status"))["status"] == "inmigrate"
         await other.execute("quit")
         _, text = await ends(two)
@@ -214,7 +214,7 @@ async def test_uuids_that_differ(tmp_path: Path) -> None:
 
 
 async def test_uncertain_end_has_a_code_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The destination takes too long to answer the decision: nobody knows, and the exit code and a sentence say so."""
+    """The destination takes too long to answer the commit: exit code and text say that the owner is unknown."""
     (tmp_path / "mymodule.py").write_text(MODULE)
     (tmp_path / "short.toml").write_text("handover-timeout = 0.3\n")
     monkeypatch.chdir(tmp_path)
@@ -249,7 +249,7 @@ async def test_lines_for_machines(tmp_path: Path) -> None:
 
 
 async def test_guest_that_dies(tmp_path: Path) -> None:
-    """Commands say so, a migration fails with the reason, and the end is a sentence and exit code 1."""
+    """Commands report it, a migration fails with the reason, and the end is a sentence and exit code 1."""
     async with hosting(f"unix:{tmp_path}/q", "--guest", GUEST) as (process, client):
         children = (await trio.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()).split()
         assert len(children) == 1
@@ -266,7 +266,7 @@ async def test_guest_that_dies(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", ["4K", "1M", "16M", "100M", "256M", "2G"])
 def test_hot_memory_fits_whatever_the_size(size: str) -> None:
-    """A size alone is enough: how much of it is written again and again follows from it."""
+    """A size alone is enough: the size of the working set follows from it."""
     options = guest_spec._process_options(f"size={size}")
     assert options["hot"] <= options["size"]
     assert options["hot"] == min(32 << 20, options["size"] // 8)

@@ -25,7 +25,7 @@ class Control:
         self._packed = packed
 
     async def ask(self, name: str, **arguments: Any) -> Any:
-        """The answer of a command, which comes in the kind of frame that the command came in."""
+        """The answer to a command, in the kind of frame of the command."""
         command = {"execute": name, "arguments": arguments, "id": name}
         await self._connection.send_message(msgpack.packb(command) if self._packed else json.dumps(command))
         while True:

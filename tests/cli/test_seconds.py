@@ -1,4 +1,4 @@
-"""Time limits on the command line: a number above 0 that is one."""
+"""Time limits on the command line: only a finite number above 0 is accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals before, while and after a command watches for them: 130 where it ended by one, else what became of the guest."""
+"""Signals before, while and after a command watches for them: 130 if the signal ended it, else its own exit code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trimig.monitor.monitor import core_of
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 
-#: Runs the command with the words behind it, and raises a signal where the first word says.
+#: Runs a command with the remaining arguments, and raises a signal at the point of the first argument.
 PROGRAM: Final = """
 import atexit, importlib, signal, sys
 import trimig.__main__
@@ -101,7 +101,7 @@ def test_a_hangup_stays_ignored_where_it_is(tmp_path: Path) -> None:
     assert (done.returncode, "SIGHUP" in done.stderr) == (0, False), done.stderr
 
 
-# -- what a signal is said to lead to ----------------------------------------------------------------------------------
+# -- the text for the consequences of a signal -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

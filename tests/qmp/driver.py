@@ -1,4 +1,4 @@
-"""Machines without sockets for their clients: commands go straight in, answers and events are kept."""
+"""Machines without sockets for their clients: commands are calls, and answers and events are recorded."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Talk:
         self.afterwards.append(call)
 
     async def say(self, name: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        """Execute a command; what a client would get as ``return``."""
+        """Execute a command; the value that a client would get as ``return``."""
         return await self.machine.execute(name, arguments or {}, self)
 
     async def refused(self, name: str, arguments: Mapping[str, Any] | None = None) -> str:
-        """The sentence with which a command is refused."""
+        """The sentence of the refusal of a command."""
         with pytest.raises(CommandFailed) as caught:
             await self.say(name, arguments)
         assert caught.value.error_class == "GenericError"
@@ -70,7 +70,7 @@ class Talk:
             await monitor.wait_changed()
 
     async def over(self) -> Status:
-        """Wait for the end of what goes on, with all that comes behind it; the outgoing status."""
+        """Wait for the end of the running jobs and of their consequences; the outgoing status."""
         await self.machine._jobs.wait()
         return self.machine.outgoing.status
 
@@ -102,7 +102,7 @@ async def pair(
     other: ScriptedGuest | None = None,
     config: Config | None = None,
 ) -> AsyncIterator[tuple[Talk, Talk, str]]:
-    """A guest that runs, a machine that waits for it, and where."""
+    """A running guest, a machine that waits for it, and the address of that machine."""
     uri = f"unix:{tmp_path}/migration"
     guest = guest or ScriptedGuest()
     if other is None:
@@ -116,7 +116,7 @@ async def pair(
 
 
 def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Connections do not come about, however long one waits."""
+    """Make every connection attempt wait for ever."""
 
     async def connect(uri: str, config: Config) -> trio.abc.Stream:
         await trio.sleep_forever()

@@ -1,4 +1,4 @@
-"""A dispatcher with commands for tests, and a client that sends what it is told, byte by byte."""
+"""A dispatcher with commands for tests, and a client that sends given bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NEGOTIATE: Final = b'{"execute":"qmp_capabilities"}\n'
 
 
 class Bug(Exception):
-    """What no dispatcher should raise."""
+    """An error that no dispatcher should raise."""
 
 
 class Fake:
@@ -30,7 +30,7 @@ class Fake:
     Attributes:
         executed: name and arguments of each command, in order.
         fds: descriptors that were taken; closed by :meth:`close`.
-        subscribers: who is told of events.
+        subscribers: the receivers of events.
         hold: ``wait`` ends when it is set.
         waiting: ``wait`` has begun.
         ended: set when ``quit`` has been answered.
@@ -83,7 +83,7 @@ class Fake:
         return lambda: self.subscribers.remove(told)
 
     def tell(self, name: str, **data: Any) -> None:
-        """Everybody is told of an event."""
+        """Send an event to all subscribers."""
         event: dict[str, Any] = {"event": name, "timestamp": {"seconds": 1, "microseconds": 2}}
         if data:
             event["data"] = data
@@ -91,13 +91,13 @@ class Fake:
             told(event)
 
     def close(self) -> None:
-        """Close what was taken."""
+        """Close the descriptors that were taken."""
         while self.fds:
             os.close(self.fds.pop())
 
 
 class Raw:
-    """A client without manners."""
+    """A client that sends any bytes, right or wrong."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self.stream = stream
@@ -112,7 +112,7 @@ class Raw:
         assert await self.stream.socket.sendmsg([data], rights) == len(data)
 
     async def read(self) -> Any:
-        """The next message; None: the server has closed."""
+        """The next message; None if the server has closed."""
         while (message := self._reader.next_message()) is None:
             try:
                 data = await self.stream.receive_some(1 << 16)
@@ -155,7 +155,7 @@ async def talking(address: str) -> AsyncIterator[Raw]:
 
 @asynccontextmanager
 async def serving(where: str | Path, **options: Any) -> AsyncIterator[tuple[Fake, str]]:
-    """A server around a fake; *where* is an address, or a directory for a unix socket."""
+    """A server around a fake dispatcher; *where* is an address, or a directory for a unix socket."""
     address = f"unix:{where}/qmp" if isinstance(where, Path) else where
     fake = Fake()
     with trio.fail_after(LIMIT):
@@ -171,6 +171,6 @@ async def serving(where: str | Path, **options: Any) -> AsyncIterator[tuple[Fake
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that cannot notify; the time limit is the test's."""
+    """Wait for a condition without notification; the test has a time limit."""
     while not condition():  # noqa: ASYNC110  # there is no event to wait for
         await trio.sleep(0.005)

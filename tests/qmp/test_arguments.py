@@ -1,4 +1,4 @@
-"""Arguments that are missing, too many, of the wrong type or out of range: beside a real QEMU, which is refused alike."""
+"""Arguments that are missing, too many, of the wrong type or out of range: trimig and a real QEMU refuse alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trimig.qmp import CommandFailed
 
 ROW = {"capability": "events", "state": True}
 
-#: Commands that leave nothing behind, and whether they are refused in the same words.
+#: Commands without an effect, and whether both refuse them in the same words.
 SAME_WORDS: list[tuple[str, dict[str, Any]]] = [
     ("bogus", {}),
     ("query-version", {"x": 1}),
@@ -57,7 +57,7 @@ SAME_WORDS: list[tuple[str, dict[str, Any]]] = [
     ("query-status", {}),
 ]
 
-#: The same refused and accepted, in words of our own.
+#: Commands that both refuse or accept, with trimig's own words.
 OWN_WORDS: list[tuple[str, dict[str, Any]]] = [
     ("migrate", {"uri": "tcp:foo"}),
     ("migrate", {"uri": "unix:"}),
@@ -89,7 +89,7 @@ OWN_WORDS: list[tuple[str, dict[str, Any]]] = [
 
 
 async def ours(commands: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, str]]:
-    """``(error class, text)`` of each; empty where it is accepted."""
+    """``(error class, text)`` of each command; empty if the command is accepted."""
     found = []
     async with hosted() as talk:
         for name, arguments in commands:
@@ -133,7 +133,7 @@ async def test_refused_like_a_qemu() -> None:
 @pytest.mark.qemu
 @pytest.mark.parametrize("uri", ["tcp:foo", "unix:", "pigeon:1", "rdma:1", "fd:nosuch", "fd:999999"])
 async def test_status_behind_a_bad_address_is_that_of_a_qemu(uri: str) -> None:
-    """B5, B6, F8: the members of query-migrate and the events; ``owner`` is ours."""
+    """B5, B6, F8: the members of query-migrate and the events; ``owner`` is trimig's own."""
     async with Qemu.start(ram="16M") as vm, hosted() as talk:
         await talk.capabilities(events=True)
         with pytest.raises(QmpError):

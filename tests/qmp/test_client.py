@@ -1,4 +1,4 @@
-"""The QMP client against a server that does as each test says: answers out of order, garbage, silence, an early end."""
+"""The QMP client against a scripted server: answers out of order, garbage, silence, an early end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GREETING = {"QMP": {"version": {"qemu": {"major": 9}}, "capabilities": ["oob"]}}
 
 
 class Server:
-    """One connection's other end."""
+    """The server's end of one connection."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
@@ -47,7 +47,7 @@ class Server:
 
 @asynccontextmanager
 async def talk() -> AsyncIterator[tuple[qmp.Client, Server]]:
-    """A client behind the negotiation, and its server."""
+    """A client after the negotiation, and its server."""
     ours, theirs = memory_stream_pair()
     server = Server(theirs)
     with trio.fail_after(LIMIT):
@@ -58,7 +58,7 @@ async def talk() -> AsyncIterator[tuple[qmp.Client, Server]]:
 
 
 async def refused(data: bytes) -> TransportFailed:
-    """Why the client does not take a server that says *data* first."""
+    """The error of a client whose server sends *data* first."""
     ours, theirs = memory_stream_pair()
     with trio.fail_after(LIMIT):
         await theirs.send_all(data)
@@ -210,7 +210,7 @@ async def test_descriptors_need_a_unix_socket() -> None:
 
 @pytest.mark.parametrize("steps", range(12))
 async def test_cancelled_after_any_number_of_steps_nothing_is_left(steps: int) -> None:
-    """The task that reads and the stream end with the block; descriptors are looked at behind each test."""
+    """The reading task and the stream end with the block; every test checks the descriptors."""
     ours, theirs = memory_stream_pair()
     server = Server(theirs)
     living = trio.lowlevel.current_statistics().tasks_living

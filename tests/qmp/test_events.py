@@ -1,4 +1,4 @@
-"""Events: which, in what order, and when nobody has asked for them."""
+"""Events: their names, their order, and the events without the capability ``events``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from trimig.status import Status
 
 
 async def test_order_of_a_migration(tmp_path: Path) -> None:
-    """H1, H4, states.md part 9. H7: who acts upon ``completed`` on the destination finds the guest running."""
+    """H1, H4, states.md part 9. H7: a client that acts upon ``completed`` on the destination finds the guest
+    running."""
     async with pair(tmp_path) as (source, destination, uri):
         seen: list[str] = []
 
@@ -49,7 +50,7 @@ async def test_pause_before_the_switchover_comes_behind_stop(tmp_path: Path) -> 
 
 
 async def test_nothing_is_told_without_the_capability(tmp_path: Path) -> None:
-    """H2, B14: but for STOP and RESUME, and ``setup`` of an arrival."""
+    """H2, B14: except for STOP and RESUME, and ``setup`` of an incoming migration."""
     async with pair(tmp_path) as (source, destination, uri):
         await source.capabilities(events=False)
         await destination.capabilities(events=False)
@@ -60,7 +61,7 @@ async def test_nothing_is_told_without_the_capability(tmp_path: Path) -> None:
 
 
 async def test_one_end_is_told_however_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """H3, gap G11: a cancel that loses against something else gives no second end."""
+    """H3, gap G11: a cancel that comes too late gives no second end."""
     async with pair(tmp_path) as (source, _, uri):
         await source.capabilities(pause_before_switchover=True)
         await source.say("migrate", {"uri": uri})

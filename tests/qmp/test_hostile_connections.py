@@ -1,4 +1,4 @@
-"""Whatever one connection sends, the servers serve the next one: QMP over unix and tcp, and over a websocket."""
+"""After any bytes on one connection the servers serve the next one: QMP over unix and tcp, and over a websocket."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ KEY = b"\x01\x80\xff\x3d"
 
 
 def frame(opcode: int, payload: bytes, *, final: bool = True) -> bytes:
-    """As a client sends it."""
+    """A frame as a client sends it."""
     data = bytearray(payload)
     if data:
         mask(memoryview(data), KEY)
     return Header(opcode=Opcode(opcode), final=final, length=len(data), key=KEY).encode() + data
 
 
-#: Sequences of frames that break a rule, or come when the server has already closed.
+#: Sequences of frames that break a rule, or come after the server has closed.
 FRAMES = [
     frame(8, b"\x03\xe8") + frame(9, b"behind the end") + frame(1, b"{}"),
     frame(8, b""),
@@ -54,7 +54,7 @@ FRAMES = [
 
 
 async def throw(address: str, data: bytes) -> bytes:
-    """Connect, send, and read what comes until the server closes or nothing more is sent and it has answered."""
+    """Connect, send, and read until the server closes or has answered the last message."""
     host, _, port = address.removeprefix("ws://").removeprefix("tcp:").partition("/")[0].rpartition(":")
     kind, _, rest = address.partition(":")
     stream = await trio.open_unix_socket(rest) if kind == "unix" else await trio.open_tcp_stream(host, int(port))
@@ -81,7 +81,7 @@ async def test_control_websocket_survives_any_handshake() -> None:
             answer = await throw(address, data)
             if answer:
                 assert answer.startswith(b"HTTP/1.1 ")
-        # The instance that ended a process.
+        # This input once ended the server process.
         assert b" 400 " in await throw(address, REQUEST.replace(b"Host: ", b"Host: x\xf0").replace(b"?a=b", b""))
         await still_good(good)
         async with open_websocket_url(address) as another:

@@ -1,4 +1,4 @@
-"""``migrate-incoming``: once, or again after what came to nothing."""
+"""``migrate-incoming``: once, or again after a failure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trimig.wire import encoder as wire
 
 
 async def arrives(source: Talk, destination: Talk, uri: str) -> None:
-    """A whole migration, to show that the destination is still of use."""
+    """A whole migration, which shows that the destination still works."""
     await destination.say("migrate-incoming", {"uri": uri})
     await source.say("migrate", {"uri": uri})
     assert await source.over() is Status.COMPLETED
@@ -56,8 +56,8 @@ async def test_deferred_machine_waits_for_its_address(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("uri", ["pigeon:1", "tcp:foo", "fd:nosuch", "fd:999999", "exec:", "file:"])
 async def test_address_that_cannot_be_understood(tmp_path: Path, uri: str) -> None:
-    """B8, B13, B14: ``setup`` is told, asked for or not, before the address is looked at; the state stays none, and
-    it may be tried again."""
+    """B8, B13, B14: ``setup`` is emitted before the address is checked, with events on or off; the status stays none,
+    and the command may be repeated."""
     async with hosted() as source, hosted(waiting=True) as talk:
         for _ in range(2):
             await talk.refused("migrate-incoming", {"uri": uri})
@@ -77,8 +77,8 @@ async def test_address_that_is_in_use(tmp_path: Path) -> None:
 
 
 async def test_stream_that_is_none(tmp_path: Path) -> None:
-    """Gap G13: a QEMU exits, and its monitor and the reason with it. Here what does not begin as a source is sent away;
-    a source that goes wrong later fails the attempt with a reason, and the next one may succeed."""
+    """Gap G13: a QEMU exits, and its monitor and the reason with it. A trimig drops a connection that does not begin
+    like a source. A source that fails later makes the attempt fail with a reason, and the next attempt may succeed."""
     async with hosted() as source, hosted(waiting=True) as talk:
         await talk.capabilities(events=True)
         await talk.say("migrate-incoming", {"uri": f"unix:{tmp_path}/s"})
@@ -100,8 +100,8 @@ async def test_stream_that_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["exec", "file", "fd"])
 async def test_guest_comes_from_what_was_kept(tmp_path: Path, kind: str) -> None:
-    """B7: out of a command, a file, a pipe. Where one need not wait for a connection, everything may be over before the
-    command has returned."""
+    """B7: from a command, a file, a pipe. Without a wait for a connection, the migration may end before the
+    command returns."""
     path = tmp_path / "kept"
     async with hosted() as source, hosted(waiting=True) as talk:
         await source.say("migrate", {"uri": f"file:{path}"})
@@ -120,7 +120,7 @@ async def test_guest_comes_from_what_was_kept(tmp_path: Path, kind: str) -> None
 
 
 async def test_guest_goes_on_from_where_it_has_come_to(tmp_path: Path) -> None:
-    """G10, U1: the destination's part of query-migrate, and the source's over it once there is one."""
+    """G10, U1: the destination's part of query-migrate; the members of an outgoing migration replace it."""
     async with hosted() as first, hosted(waiting=True) as second, hosted(waiting=True) as third:
         await arrives(first, second, f"unix:{tmp_path}/s")
         assert {**await second.query(), "owner": ""} == {"status": "completed", "owner": ""}
@@ -134,7 +134,8 @@ async def test_guest_goes_on_from_where_it_has_come_to(tmp_path: Path) -> None:
 async def test_after_a_failed_attempt_nothing_listens_until_it_is_asked_for(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """B13: what is said is what is done: no address, no socket; another migrate-incoming makes one."""
+    """B13: the machine listens exactly where it says: without an address there is no socket; migrate-incoming makes
+    one."""
     async with hosted() as source, hosted(waiting=True) as talk:
         first, second = f"unix:{tmp_path}/a", f"unix:{tmp_path}/b"
         await talk.say("migrate-incoming", {"uri": first})
@@ -159,7 +160,8 @@ async def test_after_a_failed_attempt_nothing_listens_until_it_is_asked_for(
 async def test_a_guest_that_its_source_may_have_taken_back_is_settled(
     owner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has come, so nothing is waited for; it does not run before somebody has said whose it is."""
+    """The guest has arrived, so the machine waits for nothing. The guest does not run before a client settles the
+    owner."""
     said: list[Owner] = []
     statuses = (Status.ACTIVE, Status.HANDOVER, Status.POSTCOPY_ACTIVE, Status.POSTCOPY_UNCERTAIN, Status.UNCERTAIN)
 

@@ -1,4 +1,4 @@
-"""The machine: its run states, who may let the guest run, its end."""
+"""The machine: its run states, the permission to run the guest, its end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trimig.testing import ScriptedGuest
 
 
 def big(**options: object) -> ScriptedGuest:
-    """A guest that takes a while at the rates that the tests set."""
+    """A guest whose migration takes a while at the rates of the tests."""
     return ScriptedGuest(blocks={"ram": 256}, **options)  # type: ignore[arg-type]  # passed through
 
 
@@ -36,7 +36,7 @@ async def test_run_states_of_a_guest_at_rest() -> None:
 
 
 async def test_run_states_of_a_migration_with_a_pause(tmp_path: Path) -> None:
-    """The run states of states.md part 10, and who may change them: nobody while the guest is being handed over."""
+    """The run states of states.md part 10, and their changes: no client can change them during the handover."""
     async with pair(tmp_path, ScriptedGuest(delays={"save": 0.05})) as (source, destination, uri):
         assert (await source.state(), await destination.state()) == ("running", "inmigrate")
         await source.capabilities(pause_before_switchover=True)
@@ -54,7 +54,7 @@ async def test_run_states_of_a_migration_with_a_pause(tmp_path: Path) -> None:
 
 
 async def test_guest_that_was_handed_over_does_not_run_again(tmp_path: Path) -> None:
-    """QEMU lets ``cont`` start it again in postmigrate, whether or not the destination runs it; here it is refused."""
+    """QEMU lets ``cont`` start the guest again in postmigrate, even if the destination runs it; trimig refuses."""
     async with pair(tmp_path) as (source, destination, uri):
         await source.say("migrate", {"uri": uri})
         assert await source.over() is Status.COMPLETED
@@ -72,8 +72,8 @@ async def test_guest_that_was_handed_over_does_not_run_again(tmp_path: Path) -> 
 async def test_uncertain_handover_is_settled_by_word_of_the_client(
     tmp_path: Path, owner: str, state: str, runs: bool
 ) -> None:
-    """Gaps G1 and G2: QEMU resumes its guest when the answer is lost, and two guests run. Here the guest stands still, neither
-    cont, cancel nor migrate change that, until somebody says who owns it."""
+    """Gaps G1 and G2: QEMU resumes its guest when the answer is lost, and two guests run. In trimig the guest stays
+    paused. Neither cont, cancel nor migrate change that, until a client settles the owner."""
     other = ScriptedGuest(run_state="inmigrate", delays={"activate": 0.5})
     async with pair(tmp_path, None, other, Config(handover_timeout=0.1)) as (source, _, uri):
         await source.say("migrate", {"uri": uri})
@@ -110,8 +110,8 @@ async def test_stop_and_cont_while_memory_is_sent(tmp_path: Path) -> None:
 
 
 async def test_resume_that_meets_the_switchover_undoes_it(tmp_path: Path) -> None:
-    """Gap G11: the state changes between a test and the action. ``cont`` was allowed, and takes so long that the
-    switchover begins meanwhile: were both to succeed, the guest would run on both sides."""
+    """Gap G11: the state changes between a check and the action. ``cont`` was allowed, and takes so long that the
+    switchover begins meanwhile: if both succeeded, the guest would run on both sides."""
     async with pair(tmp_path, ScriptedGuest(delays={"resume": 0.3})) as (source, destination, uri):
         await source.say("stop")
         source.nursery.start_soon(source.say, "cont")
@@ -125,7 +125,7 @@ async def test_resume_that_meets_the_switchover_undoes_it(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("first", ["stop", "cont"])
 async def test_stop_and_cont_before_the_guest_has_come(tmp_path: Path, first: str) -> None:
-    """As in QEMU they say whether it shall run when it comes, also while a source is connected."""
+    """As in QEMU, ``stop`` and ``cont`` decide whether the guest runs on arrival, also while a source is connected."""
     async with pair(tmp_path, big()) as (source, destination, uri):
         await destination.say("cont" if first == "stop" else "stop")
         assert await destination.state() == "inmigrate"

@@ -1,4 +1,4 @@
-"""The message reader: every way in which a stream can be cut, broken, or too much."""
+"""The message reader: streams that are cut, broken, or too large."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trimig.qmp.messages import MAX_DEPTH, Malformed, MessageReader, encode
 
 LIMIT = 256
 
-#: A stream, and what is in it: messages, or the beginning of what is said about a mistake.
+#: A stream and its contents: messages, or the beginning of an error text.
 STREAMS: dict[str, tuple[bytes, list[Any]]] = {
     "one with CR LF": (b'{"execute":"stop"}\r\n', [{"execute": "stop"}]),
     "one without an end of line": (b'{"execute":"stop"}', [{"execute": "stop"}]),
@@ -140,7 +140,7 @@ def test_where_the_bytes_are_cut_decides_nothing(chunks: list[bytes]) -> None:
 @settings(max_examples=200, deadline=None)
 @given(_HOSTILE)
 def test_a_good_line_after_anything_and_a_fresh_line_is_read(chunks: list[bytes]) -> None:
-    """Only if what came before is not the beginning of something that goes on over the end of its line."""
+    """Only if the bytes before are not the beginning of a message that continues on the next line."""
     reader = MessageReader()
     found = read(reader, b"".join(chunks), b"\n")
     closed = any(isinstance(one, str) and "is closed" in one for one in found)
@@ -167,7 +167,7 @@ REQUESTS = {
 
 @pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
 def test_what_begins_like_another_protocol_is_the_end_however_it_is_cut(request_: bytes) -> None:
-    """One fatal mistake and no message, in one piece, byte by byte, and cut at every place."""
+    """One fatal error and no message, in one piece, byte by byte, and cut at every place."""
     pieces = [(request_,), tuple(request_[at : at + 1] for at in range(len(request_)))]
     pieces += [(request_[:at], request_[at:]) for at in range(1, len(request_))]
     for chunks in pieces:

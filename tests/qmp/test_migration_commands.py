@@ -1,4 +1,4 @@
-"""``migrate`` and what steers it, in every status; descriptors by name."""
+"""``migrate`` and the commands that control it, in every status; descriptors by name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def test_nothing_to_query_before_the_first_migration() -> None:
 
 
 async def test_cancel_without_a_migration() -> None:
-    """F9: it succeeds, and has no effect."""
+    """F9: the command succeeds, and has no effect."""
     async with hosted() as talk:
         assert await talk.say("migrate_cancel") == {}
         assert (await talk.query(), talk.events) == ({}, [])
@@ -71,7 +71,8 @@ async def test_members_of_each_status(tmp_path: Path) -> None:
     ],
 )
 async def test_address_that_cannot_be_used(uri: str, text: str) -> None:
-    """B5, F8: the QMP error and ``error-desc`` are the same text, the status is failed; the next one may begin."""
+    """B5, F8: the QMP error and ``error-desc`` are the same text, the status is failed; the next migration may
+    begin."""
     async with hosted() as talk:
         await talk.capabilities(events=True)
         for _ in range(2):
@@ -108,7 +109,7 @@ async def test_block_migration_is_refused_and_leaves_nothing(arguments: dict[str
 
 
 async def test_two_migrations_at_the_same_instant(monkeypatch: pytest.MonkeyPatch) -> None:
-    """F1: exactly one begins, and the other one's refusal does not disturb it."""
+    """F1: exactly one begins, and the refusal of the other does not disturb it."""
     unreachable(monkeypatch)
     async with hosted() as talk:
         outcomes: list[Any] = []
@@ -146,8 +147,9 @@ async def hold(talk: Talk, status: Status, uri: str) -> None:
 async def test_cancel_in_each_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Status, stopped: bool
 ) -> None:
-    """F10, C2, gaps G4, G5, G12 and G19: cancelled at once, the guest is as it was (QEMU leaves one that was paused in postmigrate,
-    where it cannot be migrated again, and waits for a connect that cannot be interrupted); and it can be tried again."""
+    """F10, C2, gaps G4, G5, G12 and G19: after a cancel the guest is as before at once, and the next attempt may begin.
+    QEMU leaves a paused guest in postmigrate, where it cannot be migrated again, and waits for a connect that cannot be
+    cancelled."""
     guest = ScriptedGuest(blocks={"ram": 256}, delays={"save": 0.2})
     async with pair(tmp_path, guest) as (source, destination, uri):
         if status is Status.SETUP:
@@ -164,7 +166,7 @@ async def test_cancel_in_each_status(
         assert await source.state() == ("paused" if stopped else "running")
         assert (await source.query())["status"] == "cancelled"
         assert source.names().count("cancelled") == 1
-        # Again, and this time to the end; all counters begin anew (F7).
+        # Again, and this time to the end; all counters start anew (F7).
         monkeypatch.undo()
         while not destination.machine.incoming.addresses:
             if destination.machine.incoming_state == "failed":
@@ -179,7 +181,7 @@ async def test_cancel_in_each_status(
 
 
 async def test_migrate_again_after_a_failure(tmp_path: Path) -> None:
-    """F7: no old error is left."""
+    """F7: no old error remains."""
     async with pair(tmp_path) as (source, _, uri):
         await source.say("migrate", {"uri": f"unix:{tmp_path}/nobody"})
         assert await source.over() is Status.FAILED
@@ -190,7 +192,7 @@ async def test_migrate_again_after_a_failure(tmp_path: Path) -> None:
 
 
 async def test_continue_only_out_of_the_pause(tmp_path: Path) -> None:
-    """F13, F14, F15: the present status is named; one too many does not skip a later pause."""
+    """F13, F14, F15: the error names the present status; one continue too many does not skip a later pause."""
     async with pair(tmp_path) as (source, _, uri):
         await source.capabilities(pause_before_switchover=True)
         assert "state: none" in await source.refused("migrate-continue", {"state": "pre-switchover"})
@@ -221,7 +223,7 @@ class Blockable(ScriptedGuest):
 
 
 async def test_blocked_guest(tmp_path: Path) -> None:
-    """F3, I1, I4, I6: the most recent reason, all of them in ``blocked-reasons``, nothing else changes."""
+    """F3, I1, I4, I6: the error has the most recent reason, ``blocked-reasons`` all of them; nothing else changes."""
     guest = Blockable()
     async with pair(tmp_path, guest) as (source, _, uri):
         first, second = guest.blockers.add("the disk is copied"), guest.blockers.add("a card is passed through")
@@ -244,7 +246,7 @@ def given(talk: Talk) -> socket.socket:
 
 
 def ended(sock: socket.socket) -> bool:
-    """The other end is closed everywhere."""
+    """Check that the other end is closed everywhere."""
     sock.setblocking(False)
     try:
         while sock.recv(1 << 16):
@@ -287,7 +289,7 @@ async def test_descriptors_that_are_not_used_are_closed() -> None:
 
 
 async def test_descriptor_of_a_refused_migration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused before its turn, it is kept; refused after it was taken, it is closed and not leaked."""
+    """A descriptor is kept if the command is refused first, and closed if the command is refused after taking it."""
     unreachable(monkeypatch)
     async with hosted() as talk:
         with given(talk) as ours:
@@ -304,7 +306,7 @@ async def test_descriptor_of_a_refused_migration(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_descriptor_that_the_transport_never_got(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TLS credentials that are missing are found before the descriptor is looked at."""
+    """Missing TLS credentials are found before the descriptor is checked."""
     config = Config().with_options(parameters=["tls-creds=nowhere"])
     async with hosted(None, config) as talk:
         with given(talk) as ours:

@@ -1,4 +1,4 @@
-"""Commands for libvirt and its like: objects, yank, the monitor for people, the dirty rate, and what is empty here."""
+"""Commands for libvirt and similar clients: objects, yank, the human monitor, the dirty rate, and empty answers."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ async def test_an_object_that_is_none_is_refused_and_changes_nothing(arguments: 
 
 
 async def test_an_object_in_use_stays(tmp_path: Path) -> None:
-    """A running migration keeps what it names; when it is over, the object may go."""
+    """A running migration keeps the objects that it names; afterwards the object may be deleted."""
     async with hosted() as talk:
         await talk.say("object-add", {"qom-type": "tls-creds-x509", "id": "tls0", "dir": str(tmp_path)})
         await talk.say("object-add", {"qom-type": "tls-creds-x509", "id": "other", "dir": str(tmp_path)})
@@ -218,7 +218,7 @@ async def test_a_processor_cannot_be_chosen() -> None:
 
 
 async def measured(talk: Any) -> dict[str, Any]:
-    """The result, when it is there."""
+    """The result, once it exists."""
     while True:
         found: dict[str, Any] = await talk.say("query-dirty-rate")
         if found["status"] != "measuring":
@@ -228,7 +228,7 @@ async def measured(talk: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("mode", ["page-sampling", "dirty-bitmap", None])
 async def test_the_dirty_rate_is_what_was_written(mode: str | None) -> None:
-    """1024 pages of 4 KiB in 100 ms are 40 MiB/s, less what the machine was slower."""
+    """1024 pages of 4 KiB in 100 ms are 40 MiB/s, or less on a slow machine."""
     guest = ScriptedGuest(blocks={"ram": 2048}, dirty_per_sync=1024, working_set=1024)
     async with hosted(guest) as talk:
         assert (await talk.say("query-dirty-rate"))["status"] == "unstarted"

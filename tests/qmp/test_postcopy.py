@@ -1,4 +1,4 @@
-"""Postcopy over QMP: the switch, the pause, the recovery, and what is refused in each status."""
+"""Postcopy over QMP: the switch, the pause, the recovery, and the refused commands of each status."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def able(tmp_path: Path, *, background: int = 40 << 20) -> AsyncIterator[t
 
 
 async def test_switch_to_postcopy(tmp_path: Path) -> None:
-    """F19, G10, H1: the guest goes ahead; its memory follows, and the statuses are QEMU's."""
+    """F19, G10, H1: the guest runs at the destination before its memory arrives; the statuses are QEMU's."""
     async with able(tmp_path) as (source, destination, uri):
         await source.say("migrate", {"uri": uri})
         await source.until(Status.ACTIVE)
@@ -50,18 +50,19 @@ async def test_switch_to_postcopy(tmp_path: Path) -> None:
         assert [name for name in names if name != "MIGRATION_PASS"] == [
             "setup", "active", "STOP", "postcopy-active", "completed",
         ]  # fmt: skip
-        # One pass is counted before the memory is sent, one where the guest has been stopped, and at least one between.
+        # One pass is counted before the memory is sent, one after the stop of the guest, and at least one between.
         assert names.index("MIGRATION_PASS") < names.index("active")
         assert names[names.index("STOP") + 1] == "MIGRATION_PASS"
         assert names.count("MIGRATION_PASS") >= 3
         await destination.until(Status.COMPLETED, incoming=True)
         assert destination.names() == ["setup", "active", "postcopy-active", "RESUME", "completed"]
         assert destination.guest.digest() == source.guest.digest()
-        await source.say("migrate-start-postcopy")  # F18: too late, and accepted silently
+        await source.say("migrate-start-postcopy")  # F18: too late, and accepted without effect
 
 
 async def test_pause_before_the_switch_to_postcopy(tmp_path: Path) -> None:
-    """N2, H1: active, pre-switchover, postcopy-active; the guest does not run there before it is continued."""
+    """N2, H1: active, pre-switchover, postcopy-active; the guest does not run at the destination before the
+    continue."""
     async with able(tmp_path) as (source, destination, uri):
         await source.capabilities(postcopy_ram=True, pause_before_switchover=True)
         await source.say("migrate", {"uri": uri})
@@ -79,7 +80,7 @@ async def test_pause_before_the_switch_to_postcopy(tmp_path: Path) -> None:
 
 
 async def test_asked_for_before_the_first_pass(tmp_path: Path) -> None:
-    """F20: the request is kept, and gone with its migration."""
+    """F20: the request is kept until its migration ends."""
     async with able(tmp_path) as (source, destination, uri):
         await source.say("migrate", {"uri": uri})
         await source.say("migrate-start-postcopy")
@@ -115,7 +116,7 @@ async def test_pause_and_recover(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("yanked", ["source", "destination"])
 async def test_a_yank_in_postcopy_pauses_and_loses_nothing(yanked: str, tmp_path: Path) -> None:
-    """On either side; a second one, where there is no connection, does nothing."""
+    """On either side; a second yank, without a connection, has no effect."""
     async with able(tmp_path, background=1 << 20) as (source, destination, uri):
         await source.say("migrate", {"uri": uri})
         await source.say("migrate-start-postcopy")
@@ -135,7 +136,7 @@ async def test_a_yank_in_postcopy_pauses_and_loses_nothing(yanked: str, tmp_path
 
 
 async def test_after_the_end_of_an_attempt_a_switch_is_accepted_and_does_nothing(tmp_path: Path) -> None:
-    """F18, as QEMU: however it ended, also where it could not begin."""
+    """F18, as QEMU: after every kind of end, also after a failed start."""
     async with hosted() as talk:
         await talk.capabilities(postcopy_ram=True)
         await talk.refused("migrate", {"uri": "tcp:nonsense"})
@@ -158,7 +159,7 @@ async def test_refused_where_nothing_is_in_postcopy(tmp_path: Path) -> None:
 
 
 async def test_guest_that_cannot_is_refused_the_capability(tmp_path: Path) -> None:
-    """C5, S7: where a guest is waited for, the host and the guest must be able to; the reason is given."""
+    """C5, S7: a waiting destination needs support by the host and the guest; the error gives the reason."""
     rows = {"capabilities": [{"capability": "postcopy-ram", "state": True}]}
     async with hosted(waiting=True) as talk:
         assert "Python's global lock" in await talk.refused("migrate-set-capabilities", rows)
@@ -182,7 +183,7 @@ async def test_address_that_cannot_be_listened_at_leaves_it_paused(tmp_path: Pat
 
 @pytest.mark.parametrize("side", ["source", "destination"])
 async def test_end_of_a_machine_in_a_paused_postcopy(tmp_path: Path, side: str) -> None:
-    """The process ends, and does not wait for a connection that will not come; the guest stands still."""
+    """The process ends without waiting for a connection that will not come; the guest stays paused."""
     async with able(tmp_path, background=1 << 20) as (source, destination, uri):
         await source.say("migrate", {"uri": uri})
         await source.say("migrate-start-postcopy")
@@ -203,7 +204,7 @@ async def test_end_of_a_machine_in_a_paused_postcopy(tmp_path: Path, side: str) 
 
 
 async def test_a_guest_without_its_memory_is_not_started(tmp_path: Path) -> None:
-    """`cont` is what tools say to whatever is paused."""
+    """Management tools send `cont` to every paused guest."""
     async with able(tmp_path, background=1 << 20) as (source, destination, uri):
         await source.say("migrate", {"uri": uri})
         await source.say("migrate-start-postcopy")

@@ -1,4 +1,4 @@
-"""``query-qmp-schema``: it is whole, it is what is executed, and clients find their way in it."""
+"""``query-qmp-schema``: it is complete, it matches the commands, and clients can follow it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_type_that_is_named_is_there_and_every_one_that_is_there_is_named(
     assert tops == {"qmp_capabilities", "query-commands", *COMMANDS, *EVENTS}
 
 
-#: What a SchemaInfo of each kind has, beside its name and ``meta-type``.
+#: The members of a SchemaInfo of each kind, beside its name and ``meta-type``.
 MEMBERS = {
     "builtin": {"json-type"},
     "enum": {"values", "members"},
@@ -65,7 +65,7 @@ def test_each_entry_is_of_qemus_form() -> None:
 
 
 def walk(path: str) -> bool:
-    """Whether *path* leads somewhere; its parts are those of libvirt: members, ``+VARIANT``, ``^VALUE``, ``*OPTIONAL``."""
+    """Whether *path* exists; its parts are libvirt's: members, ``+VARIANT``, ``^VALUE``, ``*OPTIONAL``."""
     entries = by_name()
     first, *rest = path.split("/")
     here: Entry | None = entries.get(first)
@@ -131,7 +131,7 @@ def test_parameters_and_capabilities_are_all_there() -> None:
 
 
 def test_objects_are_those_of_the_configuration() -> None:
-    """Each type of the schema is read, and no property of it is unknown."""
+    """Every type of the schema is read, and every property of it is known."""
     samples: dict[str, object] = {"bool": True, "str": "x", "list": []}
     for qom_type, properties in TYPES.items():
         values = {
@@ -154,7 +154,7 @@ async def test_it_is_a_command_and_commands_are_those_of_the_table() -> None:
 
 @pytest.mark.parametrize("status", ["none", "completed"])
 async def test_answers_are_as_the_schema_says(status: str) -> None:
-    """Every query without an argument; members that it has, and only those that the schema has."""
+    """Every query without an argument; the answer has only members that the schema has."""
     async with hosted() as talk:
         if status == "completed":
             await talk.say("calc-dirty-rate", {"calc-time": 50, "calc-time-unit": "millisecond"})

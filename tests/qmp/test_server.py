@@ -56,7 +56,7 @@ async def test_greeting_negotiation_and_a_command(where: str) -> None:
             assert names == ["qmp_capabilities", "query-commands", *fake.commands]
 
 
-#: Before the negotiation: a line, and the words of QEMU 7.2 about it (where it offers no out-of-band execution).
+#: Before the negotiation: a line, and QEMU 7.2's answer to it (without an offer of out-of-band execution).
 BEFORE = {
     "a command": (
         b'{"execute":"stop"}',
@@ -94,7 +94,7 @@ async def test_before_the_negotiation(sent: bytes, answer: dict[str, Any], tmp_p
             assert len(fake.subscribers) == ("return" in answer)
 
 
-#: After it, as QEMU 7.2 says it.
+#: After the negotiation, QEMU 7.2's answers.
 AFTER = {
     "negotiation again": (
         NEGOTIATE,
@@ -217,7 +217,7 @@ async def test_one_too_many_is_refused_in_words_and_the_next_one_is_welcome(wher
         raw = await dial(address)
         async with raw.stream:
             while "QMP" not in await raw.read():
-                await raw.stream.aclose()  # its place is not free yet
+                await raw.stream.aclose()  # its place is still taken
                 raw = await dial(address)
             assert await raw.ask(NEGOTIATE) == {"return": {}}
 
@@ -239,7 +239,7 @@ async def test_one_that_never_reads_events_is_dropped_and_disturbs_nobody(
 
 
 async def test_one_that_asks_much_and_reads_nothing_waits_for_itself(tmp_path: Path) -> None:
-    """It is not dropped: its own answers cannot be too many, for it is not heard meanwhile."""
+    """The client is not dropped: the server reads no commands meanwhile, so the answers are limited."""
     async with serving(tmp_path) as (fake, address), talking(address) as raw, talking(address) as other:
         asked = 0
         with trio.move_on_after(0.3):
@@ -275,7 +275,7 @@ async def test_one_that_closes_its_sending_side_only_gets_all_answers(where: str
 async def test_one_that_vanishes_with_answers_under_way(where: str) -> None:
     async with serving(where) as (fake, address):
         async with talking(address) as raw:
-            # More than a socket takes, less than what makes the server stop reading: sending would wait for ever.
+            # More than a socket buffer, less than the server's limit for reading: the send would wait for ever.
             await raw.send(b"".join(line("echo", n, text="x" * 5000) for n in range(90)))
         await until(lambda: not fake.subscribers)
         async with talking(address) as other:
@@ -289,7 +289,7 @@ async def test_a_huge_line_is_answered_and_the_connection_ended(where: str) -> N
             try:
                 await raw.send(b'{"execute":"' + b"x" * (MAX_MESSAGE + 1))
             except trio.BrokenResourceError:
-                return  # it was closed on before all was sent
+                return  # the server closed the connection before all was sent
 
         nursery.start_soon(much)
         assert await raw.read() == error(f"a message of more than {MAX_MESSAGE} bytes")
@@ -301,7 +301,8 @@ async def test_a_huge_line_is_answered_and_the_connection_ended(where: str) -> N
 async def test_a_request_of_a_web_page_executes_nothing_and_is_logged(
     where: str, first: str, caplog: pytest.LogCaptureFixture, *, negotiated: bool
 ) -> None:
-    """The whole of it in one packet, and with its body behind; the connection is closed at once, others go on."""
+    """The whole request in one packet, and with its body behind; the connection is closed at once, other clients
+    stay."""
     head = f"{first} / HTTP/1.1\r\nHost: x\r\nContent-Length: 200\r\n\r\n".encode()
     body = NEGOTIATE + line("stop")
     for pieces in ([head + body], [head, body], [head[:2], head[2:] + body]):
@@ -347,7 +348,7 @@ async def test_a_descriptor_reaches_the_command_it_came_with(tmp_path: Path) -> 
 
 
 async def test_pipelined_descriptors_come_in_order_also_ahead_of_their_command(tmp_path: Path) -> None:
-    """As QEMU's own scripts do it: the descriptor comes beside a space."""
+    """As QEMU's own scripts do: the descriptor comes with a space."""
     paths = [tmp_path / name for name in "abc"]
     async with serving(tmp_path) as (fake, address), talking(address) as raw:
         for path in paths:
@@ -361,7 +362,7 @@ async def test_pipelined_descriptors_come_in_order_also_ahead_of_their_command(t
 
 @pytest.mark.parametrize("each", [1, MAX_FDS, MAX_FDS + 5])
 async def test_descriptors_that_nobody_takes_are_closed(each: int, tmp_path: Path) -> None:
-    """The further ones at once, the first ones with the connection."""
+    """The surplus descriptors at once, the others with the connection."""
     async with serving(tmp_path) as (fake, address):
         before = count()
         with (tmp_path / "file").open("wb") as file:

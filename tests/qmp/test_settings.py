@@ -15,7 +15,7 @@ from trimig.testing import LazyScriptedGuest, ScriptedGuest
 
 
 async def test_capabilities_are_listed_in_order() -> None:
-    """C1: without ``block``, which is not built."""
+    """C1: without ``block``, which trimig does not have."""
     async with hosted() as talk:
         found = await talk.say("query-migrate-capabilities")
         assert [row["capability"] for row in found] == [name for name in CAPABILITY_NAMES if name != "block"]
@@ -23,7 +23,7 @@ async def test_capabilities_are_listed_in_order() -> None:
 
 @pytest.mark.parametrize("bad", ["block", "multifd", "no-such"])
 async def test_rejected_list_of_capabilities_changes_nothing(bad: str) -> None:
-    """C3, C6, gap G10: in QEMU 2.11 what stands in a rejected list takes effect all the same."""
+    """C3, C6, gap G10: in QEMU 2.11 the other members of a rejected list take effect all the same."""
     async with hosted() as talk:
         before = await talk.say("query-migrate-capabilities")
         rows = [{"capability": name, "state": True} for name in ("events", "pause-before-switchover", bad)]
@@ -35,7 +35,7 @@ async def test_rejected_list_of_capabilities_changes_nothing(bad: str) -> None:
 
 
 async def test_capabilities_of_a_listening_destination(tmp_path: Path) -> None:
-    """C2: as in QEMU they may be set until somebody has connected, and hold for who connects; not from then on."""
+    """C2: as in QEMU they may be set until a source has connected, and apply to that source; later they are refused."""
     async with pair(tmp_path, ScriptedGuest(blocks={"ram": 256})) as (source, destination, uri):
         await destination.capabilities(pause_before_switchover=True)
         assert destination.machine.incoming.config.capabilities.pause_before_switchover
@@ -77,7 +77,7 @@ async def test_parameters_are_all_there_and_change_alone() -> None:
     ],
 )
 async def test_ranges_of_parameters(name: str, good: list[Any], bad: list[Any]) -> None:
-    """D3-D11: a bad value is refused, and leaves the others of its list as they were too."""
+    """D3-D11: a bad value is refused, and the other values of its list are not changed either."""
     async with hosted() as talk:
         for value in good:
             await talk.say("migrate-set-parameters", {name: value})
@@ -109,8 +109,8 @@ async def test_legacy_commands() -> None:
 
 
 async def test_bandwidth_is_changed_while_memory_is_sent(tmp_path: Path) -> None:
-    """D13, D16: a migration that would take minutes is over at once when the limit is lifted, and a refused change
-    leaves it alone."""
+    """D13, D16: a migration that would take minutes ends at once when the limit is lifted, and a refused change
+    has no effect on it."""
     async with pair(tmp_path, ScriptedGuest(blocks={"ram": 1024})) as (source, _, uri):
         await source.say("migrate-set-parameters", {"max-bandwidth": 10_000})
         await source.say("migrate", {"uri": uri})
@@ -132,7 +132,7 @@ async def test_next_migration_gets_what_was_set_meanwhile(tmp_path: Path) -> Non
 
 
 async def test_whole_lists_of_newer_qemus_are_taken_back(caplog: pytest.LogCaptureFixture) -> None:
-    """What libvirt does: it reads everything, and sets everything again."""
+    """As libvirt does: read every parameter, and set every parameter again."""
     async with hosted() as talk:
         await talk.say("migrate-set-capabilities", {"capabilities": await talk.say("query-migrate-capabilities")})
         await talk.say("migrate-set-parameters", await talk.say("query-migrate-parameters"))
@@ -144,7 +144,7 @@ async def test_whole_lists_of_newer_qemus_are_taken_back(caplog: pytest.LogCaptu
 
 
 async def test_after_a_lost_postcopy_capabilities_may_change(tmp_path: Path) -> None:
-    """The one table of idle statuses decides, also behind `postcopy-lost`."""
+    """The table of idle statuses decides, also after `postcopy-lost`."""
     async with hosted() as talk:
         for monitor in (talk.machine.outgoing, talk.machine.incoming):
             monitor._core._status = Status.POSTCOPY_LOST
@@ -153,7 +153,7 @@ async def test_after_a_lost_postcopy_capabilities_may_change(tmp_path: Path) -> 
 
 
 async def test_a_second_connection_is_asked_for_before_the_first_can_come(tmp_path: Path) -> None:
-    """postcopy-preempt on a side that listens already would be ignored, so it is refused there; off again as well."""
+    """A listening side would ignore postcopy-preempt, so turning it on or off there is refused."""
     target = LazyScriptedGuest(content="zero", run_state="inmigrate")
     async with hosted(target, waiting=True) as talk:
         await talk.capabilities(postcopy_ram=True, postcopy_preempt=True)

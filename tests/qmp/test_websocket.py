@@ -1,4 +1,4 @@
-"""QMP over a websocket: frames of both kinds, hostile ones, and who is let in."""
+"""QMP over a websocket: frames of both kinds, hostile frames, and refused clients."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def serving(fake: Fake | None = None) -> AsyncIterator[tuple[Fake, str]]:
 
 @asynccontextmanager
 async def client(address: str) -> AsyncIterator[WebSocketConnection]:
-    """Behind the greeting, which is text."""
+    """A client after the greeting, which is text."""
     async with open_websocket_url(address) as connection:
         greeting = await connection.get_message()
         assert isinstance(greeting, str)
@@ -41,7 +41,7 @@ async def client(address: str) -> AsyncIterator[WebSocketConnection]:
 
 
 async def ask(connection: WebSocketConnection, frame: str | bytes) -> tuple[type, dict[str, Any]]:
-    """The answer to one frame, and the kind of frame it came in."""
+    """The answer to one frame, and the kind of the answer's frame."""
     await connection.send_message(frame)
     found = await connection.get_message()
     return type(found), msgpack.unpackb(found) if isinstance(found, bytes) else json.loads(found)
@@ -105,7 +105,7 @@ def nested(depth: int) -> bytes:
     ids=str,
 )
 async def test_hostile_frame_gets_an_error_and_the_connection_lives(frame: str | bytes) -> None:
-    """QMP's own kind of error; nobody else's conversation, and not the server, ends by it."""
+    """QMP's own kind of error; the conversations of other clients and the server go on."""
     async with serving() as (fake, address), client(address) as other, client(address) as connection:
         await negotiated(connection, packed=False)
         await negotiated(other, packed=True)
@@ -124,7 +124,7 @@ async def test_hostile_frame_gets_an_error_and_the_connection_lives(frame: str |
 
 
 async def status_of(address: str, path: str, *headers: str) -> int:
-    """What the server says to a handshake, without a client library, since ours leaves its socket open when refused."""
+    """The server's answer to a handshake, without a client library: trimig's leaves its socket open after a refusal."""
     host, _, port = address.removeprefix("ws://").partition("/")[0].rpartition(":")
     lines = [
         f"GET {path} HTTP/1.1", f"Host: {host}", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13",
@@ -139,7 +139,7 @@ async def status_of(address: str, path: str, *headers: str) -> int:
 
 
 async def test_who_is_let_in() -> None:
-    """Pages in a browser are not, whatever site they are of; and there is one path."""
+    """Pages in a browser are refused, from every site; and there is only one path."""
     async with serving() as (_, address):
         assert await status_of(address, "/qmp") == 101
         assert await status_of(address, "/qmp", "Origin: http://evil.example") == 403
