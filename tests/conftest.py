@@ -1,4 +1,4 @@
-"""What every test gets: nothing may be left open behind it, and a missing QEMU is said.
+"""The checks around every test: no open descriptor or process is left behind, and a missing QEMU is reported.
 
 * A test that leaves a descriptor or a child process behind fails at its teardown, with what was left.
 * Tests marked ``qemu`` are skipped without QEMU, but fail where ``CI`` is set, so that they cannot silently stop running.
@@ -23,8 +23,8 @@ from tests.fuzzed import Fuzzed, Inputs
 from tests.qemu import installed
 from tests.qemu.table import Outcomes, written
 
-# The machines that run this are shared and slow now and then: a slow example is no failure. CI draws the same examples
-# each time; elsewhere new ones are welcome.
+# The machines of these tests are shared and slow now and then: a slow example is no failure. CI draws the same examples
+# each time; other runs draw new ones.
 hypothesis.settings.register_profile("trimig", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 hypothesis.settings.load_profile("trimig")
 
@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Reading all of the tests would be most of the time of the smallest tier."""
+    """For the smallest tier, reading all test files would take most of the time."""
     return True if tiers.without_use(collection_path, config.option.markexpr) else None
 
 
@@ -58,18 +58,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_report_header() -> str:
-    """What a repetition of this run needs."""
+    """The data needed to repeat this run."""
     return f"trimig: samples of sweeps are drawn with TRIMIG_TEST_SEED={tiers.seed()}"
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Collect what became of the cells of the matrix, and how many inputs were tried."""
+    """Collect the outcomes of the cells of the matrix, and the number of tried inputs."""
     _outcomes.note(report.user_properties, report.outcome)
     _inputs.note(report.user_properties, report.when)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say it, and write it."""
+    """Print the outcomes, and write them to a file."""
     if _outcomes.found:
         terminalreporter.section("trimig and QEMU")
         for cell in _outcomes.failed():
@@ -85,7 +85,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture
 def fuzzed(record_property: Callable[[str, object], None]) -> Fuzzed:
-    """Say how many inputs were tried, and of what: it is printed at the end of the run."""
+    """Report the number of tried inputs and their kind, for the end of the run."""
 
     def count(subject: str, inputs: int) -> None:
         record_property("fuzzed", (subject, inputs))
@@ -94,7 +94,7 @@ def fuzzed(record_property: Callable[[str, object], None]) -> Fuzzed:
 
 
 def missing_qemu(found: object | None, environ: Mapping[str, str], version: str | None = None) -> None:
-    """Skip, or fail in CI, if there is no QEMU: *found* is None. *version* is the one that was asked for."""
+    """Skip, or fail in CI, if there is no QEMU: *found* is None. *version* is the requested one."""
     if found is not None:
         return
     if version is None:
@@ -115,7 +115,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Remember failures: the traceback of a failed test keeps its objects alive, so leaks say nothing there."""
+    """Record failures: the traceback of a failed test keeps its objects alive, so the leak check says nothing there."""
     report = yield
     if report.failed:
         item.stash[_failed] = True
@@ -123,7 +123,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def open_descriptors() -> dict[int, str]:
-    """What each open descriptor of this process is: ``"socket:[4711]"``, ``"/dev/null"``, …"""
+    """The target of each open descriptor of this process: ``"socket:[4711]"``, ``"/dev/null"``, …"""
     found: dict[int, str] = {}
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -145,7 +145,7 @@ def children() -> set[int]:
 
 
 class LeakCheck:
-    """Compares the process now with what it was when this was made."""
+    """Compares the process now with its state when this object was made."""
 
     def __init__(self) -> None:
         self._descriptors = open_descriptors()
@@ -153,15 +153,16 @@ class LeakCheck:
         self._modules = len(sys.modules)
 
     def leaks(self) -> list[str]:
-        """One line for each descriptor and child too many."""
+        """One line for each surplus descriptor and child."""
         if found := self._look():
-            # What only waits in a reference cycle is not leaked; collecting each time would cost too much.
+            # Garbage in a reference cycle is no leak; a collection after each test would cost too much.
             gc.collect()
             found = self._look()
         return found
 
     def _look(self) -> list[str]:
-        # An import may open a file once and keep it (a random device, a data file): let it, if something was imported.
+        # An import may open a file once and keep it (a random device, a data file): allow that if a module was
+        # imported.
         imported = len(sys.modules) > self._modules
         left = [
             f"descriptor {fd}: {target}"

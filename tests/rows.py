@@ -1,4 +1,4 @@
-"""The behaviours that tests name, one row each, and which test names which: ``python -m tests.rows``.
+"""The behaviours that tests name, one row each, and the tests that name each row: ``python -m tests.rows``.
 
 A test says in its docstring what it is a test of: ``M2, P9: neither paused nor resumed on the way``. Three kinds of names
 look alike, so two of them have a word in front:
@@ -343,7 +343,7 @@ def tags(root: Path = TESTS) -> Iterator[Tag]:
 
 
 def main() -> None:
-    """Print each row, the tests that name it, and at the end the rows without one."""
+    """Print each row, the tests that name it, and at the end the rows without a test."""
     found: dict[str, list[str]] = {name: [] for name in ROWS}
     for tag in tags():
         if tag.kind == "row" and tag.name in found:

@@ -1,4 +1,4 @@
-"""Which tests run: ``pytest -m smoke`` some, plain ``pytest`` most, ``pytest -m full`` all.
+"""The tiers of tests: ``pytest -m smoke`` runs some, plain ``pytest`` most, ``pytest -m full`` all.
 
 A test marked ``full`` runs only with ``-m full``. Sweeps over very many points, of which any sample is as good as another, take a
 part of them in the ordinary run: some points always, and others that the id of the commit decides (:mod:`tests.sweeps.sampled`).
@@ -16,7 +16,7 @@ from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 
-#: What ``-m smoke`` runs: files, and tests of files. Something of every subject; a minute on a busy machine of two cores.
+#: The tests of ``-m smoke``: files, and single tests. Some of every subject; a minute on a busy machine of two cores.
 SMOKE: Final = (
     "tests/cli/test_exit_codes.py",
     "tests/cli/test_frame.py::test_the_module_is_the_command",
@@ -51,7 +51,7 @@ _everything = False
 
 
 def choose(expression: str, arguments: list[str]) -> str:
-    """The expression of marks with which pytest is to select the tests, for the one that was given.
+    """The expression of marks with which pytest selects the tests, for the given one.
 
     Tests that are named one by one (``FILE::NAME``) run whatever their marks are.
     """
@@ -70,7 +70,7 @@ def smoke(name: str) -> bool:
 
 
 def without_use(path: Path, expression: str) -> bool:
-    """Whether a file of tests need not even be read, since the expression of marks would leave out all of it."""
+    """Whether a test file need not even be read, because the expression of marks leaves out all of its tests."""
     if expression != "smoke" or path.suffix != ".py" or not path.name.startswith("test_"):
         return False
     name = path.relative_to(ROOT).as_posix()
@@ -78,13 +78,13 @@ def without_use(path: Path, expression: str) -> bool:
 
 
 def everything() -> bool:
-    """Whether this run is to leave nothing out."""
+    """Whether this run leaves no test out."""
     return _everything
 
 
 @functools.cache
 def seed() -> int:
-    """The number that this run's samples are drawn with: of the commit, or 0 where there is no git."""
+    """The seed of this run's samples: from the commit, or 0 without git."""
     if given := os.environ.get("TRIMIG_TEST_SEED"):
         return int(given)
     try:

@@ -1,4 +1,4 @@
-"""``python -m tests.mutate``: which changes of the program no test notices."""
+"""``python -m tests.mutate``: lists the changes of the program that no test notices."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def randomly(count: int, seed: int) -> list[Mutant]:
-    """*count* random changes of the modules where a slip costs a guest."""
+    """*count* random changes of the modules in which an error can lose a guest."""
     files = [path.relative_to(ROOT).as_posix() for place in named.MODULES for path in sorted(ROOT.glob(place))]
     found = operators.sample(ROOT, files, count, seed)
     return [Mutant(change, named.tests_of(change.file)) for change in found]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 if something survived, 2 for bad arguments or tests that fail unchanged."""
+    """Returns the exit code: 0, 1 if a change survived, 2 for bad arguments or tests that fail unchanged."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__)
     parser.add_argument("--named", action="store_true", help="the named changes (without either: both kinds)")
     parser.add_argument("--random", type=int, metavar="N", help="N random changes (default 100)")

@@ -1,4 +1,4 @@
-"""Faults by name, each with the tests that must notice it, and which tests belong to which module.
+"""Named faults, each with the tests that must notice it, and the tests of each module.
 
 A change is the text that stands in the file now, once, and the text that stands there then; tests/test_mutate.py says when
 the program has moved on and a line here must follow it.
@@ -11,7 +11,7 @@ from pathlib import Path
 from .operators import Change
 from .run import Mutant
 
-#: Where random changes are made: a slip here costs a guest.
+#: The modules for random changes: an error in them can lose a guest.
 MODULES = ("trimig/status.py", "trimig/wire/*.py", "trimig/engine/*.py")
 
 _ENGINE = (
@@ -43,7 +43,7 @@ _TESTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def tests_of(file: str) -> tuple[str, ...]:
-    """What must notice a change of *file*."""
+    """The tests that must notice a change of *file*."""
     return next(tests for part, tests in _TESTS if part in file)
 
 
@@ -210,7 +210,7 @@ def mutants(root: Path) -> list[Mutant]:
     """All of :data:`NAMED`.
 
     Raises:
-        ValueError: the old text of one does not stand once in its file.
+        ValueError: the old text of a fault does not stand exactly once in its file.
     """
     found = []
     for name, file, old, new, tests in NAMED:

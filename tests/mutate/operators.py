@@ -1,4 +1,4 @@
-"""Small changes of Python source: where they can be made, and what the source is then.
+"""Small changes of Python source: their places, and the changed source.
 
 They are made in the text, at the places that the syntax tree names, so that nothing else of a file changes.
 """
@@ -44,7 +44,7 @@ def _short(text: str) -> str:
 
 
 def changes(file: str, source: str) -> list[Change]:
-    """All that can be made in *source*, in the order of the text; a few of them do not compile."""
+    """All possible changes of *source*, in the order of the text; a few of them do not compile."""
     finder = _Finder(file, source)
     return sorted(finder.find(ast.parse(source)), key=lambda change: (change.start, change.end, change.new))
 
@@ -93,7 +93,7 @@ class _Finder:
         return Change(self._file, line, start, end, self._source[start:end], new)
 
     def find(self, tree: ast.AST) -> Iterator[Change]:
-        """Inside of functions: what stands outside is mostly tables and types."""
+        """Changes inside of functions: the code outside is mostly tables and types."""
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 for statement in node.body:
@@ -102,7 +102,7 @@ class _Finder:
 
     def _inside(self, node: ast.AST) -> Iterator[Change]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            return  # it has its own turn
+            return  # the nested function is visited separately
         yield from self._one(node)
         for name, value in ast.iter_fields(node):
             if name in ("annotation", "returns"):

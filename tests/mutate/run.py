@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .operators import Change
 
-#: What a copy needs.
+#: The files of a copy.
 PARTS = ("trimig", "tests", "examples", "bench", "pyproject.toml", "README.md")
 
 
@@ -36,7 +36,7 @@ class Mutant:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """How it went.
+    """The result of one change.
 
     ``outcome``: *noticed* (a test failed), *hung* (it took longer than the limit, which a person notices), *survived*.
     ``by``: the test that failed, or the last line that pytest printed.
@@ -75,7 +75,7 @@ def copies(root: Path, count: int) -> Iterator[list[Path]]:
 
 
 def pytest(tree: Path, tests: Sequence[str], limit: float) -> tuple[int | None, str]:
-    """(exit code, or None after *limit* seconds; the line that says most) of the tests in *tree*."""
+    """(exit code, or None after *limit* seconds; the most informative line) of the tests in *tree*."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
     environ = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "CI": ""}
     with (
@@ -89,7 +89,7 @@ def pytest(tree: Path, tests: Sequence[str], limit: float) -> tuple[int | None, 
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            # The session is its own: this ends what its tests have started as well.
+            # The tests have a session of their own, so this also ends the processes that they have started.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -100,7 +100,7 @@ def pytest(tree: Path, tests: Sequence[str], limit: float) -> tuple[int | None, 
 
 
 def judge(tree: Path, mutant: Mutant, limit: float) -> Verdict:
-    """Change *tree*, run the tests, put it back."""
+    """Change *tree*, run the tests, restore *tree*."""
     file = tree / mutant.change.file
     source = file.read_text()
     began = time.monotonic()
@@ -122,9 +122,9 @@ def run(
     told: Callable[[Verdict], None] = lambda _: None,
     broken: Callable[[str], None],
 ) -> list[Verdict]:
-    """Judge them all, in *jobs* copies at a time; *told* hears of each as it comes.
+    """Test all changes, in *jobs* copies at a time; *told* is called with each result.
 
-    Those whose tests fail twice in an unchanged copy are not judged, and *broken* hears of it.
+    Changes whose tests fail twice in an unchanged copy are skipped; *broken* is called for them.
     """
     with copies(root, jobs) as trees, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         free: queue.SimpleQueue[Path] = queue.SimpleQueue()

@@ -1,4 +1,4 @@
-"""Two things at once: a link that breaks, and a cancel at every edge before and after that.
+"""Two disturbances at once: a link that breaks, and a cancel at every edge before and after that.
 
 :func:`trimig.testing.run_sweep` compares each run with the undisturbed one, which a fault before the edge makes
 impossible; here the run with the fault alone is what the others are compared with.
@@ -15,13 +15,13 @@ from tests import tiers
 from tests.sweeps.sampled import SEEDS, some
 from trimig.testing import CancelAt, Fault, FaultKind, Point, Run, Scenario, SweepFailure, replay
 
-#: Faults under one interleaving, and edges under one fault, that a sample takes besides the first and the last.
+#: Faults under one interleaving, and edges under one fault, that a sample has besides the first and the last.
 FAULTS = 6
 EDGES = 5
 
 
 def around_the_decision(baseline: Run[Any], kinds: Sequence[FaultKind]) -> Iterator[Fault]:
-    """Faults in the middle of memory, before and behind the decision (the last byte), and around the answer."""
+    """Faults in the middle of memory, before and after the commit (the last byte), and around the answer."""
     last, answer = baseline.sent["a->b"], baseline.sent["b->a"]
     for kind in kinds:
         for after in (last // 2, last - 1, last):
@@ -37,16 +37,16 @@ def sweep_cancels_and_faults(
     victims: tuple[str, ...],
     every: int,
 ) -> int:
-    """Cancel *victims* at each so-manyth edge of each run with a fault. Prints and returns the number of runs.
+    """Cancel *victims* at each *every*-th edge of each run with a fault. Prints and returns the number of runs.
 
     Without ``-m full`` it is a sample of the faults, and of the edges under each of them.
 
     Raises:
-        SweepFailure: a rule was broken, or the schedule was not repeated up to the edge.
+        SweepFailure: a rule was broken, or the schedule did not repeat up to the edge.
     """
     outcomes: collections.Counter[Any] = collections.Counter()
     for seed in SEEDS:
-        # The first fault and the last are always among them.
+        # The sample always has the first fault and the last.
         every_fault = list(faults(replay(scenario, Point(seed=seed))))
         for fault in some(every_fault, FAULTS, scenario, seed, always=(0, -1)):
             broken = replay(scenario, Point(seed=seed, inject=(fault,)))

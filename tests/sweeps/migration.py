@@ -1,4 +1,4 @@
-"""One small migration between two scripted guests, and everything that must hold after it, whatever was done to it."""
+"""One small migration between two scripted guests, and every rule that must hold after it, whatever was injected."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from trimig.wire.constants import ReturnPath
 HANDOVER_TIMEOUT = 2.0
 TEARDOWN_GRACE = 1.0
 STALL_TIMEOUT = 4.0
-#: Virtual seconds after which a host that is gone is noticed: a source may be silent for any time before its switchover.
+#: Virtual seconds until a dead host is noticed: a source may be silent for any time before its switchover.
 KEEPALIVE = 60.0
-#: Seconds in pre-switchover, where a migration is held.
+#: Seconds in pre-switchover, if the migration is held.
 HELD = 0.5
 
 Outcome = tuple[str, str, str]
@@ -56,7 +56,7 @@ def make_config(*, return_path: bool = True, description: bool = True, hold: boo
 def make_guests(
     seed: int, *, pages: int, content: Literal["zero", "random", "mixed"], dirty: int, run_state: str
 ) -> tuple[ScriptedGuest, ScriptedGuest]:
-    """A source and what is to become of it."""
+    """The properties of a source and of its migration."""
     source = ScriptedGuest(
         blocks={"ram": pages},
         content=content,
@@ -77,7 +77,7 @@ def make_guests(
 
 
 class Watched(trimig.Monitor):
-    """A monitor that notes how much had been sent when the decision was handed to the transport."""
+    """A monitor that records how much had been sent when the transport got the commit."""
 
     def __init__(self, link: VirtualLink) -> None:
         super().__init__()
@@ -96,7 +96,8 @@ class Watched(trimig.Monitor):
             self.held_at = None  # another attempt, over another link
         if new is Status.PRE_SWITCHOVER:
             self.held_at = self._link.sent("a->b")
-            # Not a task of a side's own, which a cancel would take away; it ends after HELD seconds in any case.
+            # A system task, because a cancel of a side would end the side's own task; it ends after HELD seconds in any
+            # case.
             trio.lowlevel.spawn_system_task(self._go_on)
         if new is Status.DEVICE and self.held_at is not None:
             assert self._link.sent("a->b") == self.held_at, "something was sent while it was held"
@@ -108,12 +109,12 @@ class Watched(trimig.Monitor):
 
 
 class NotingStream(trio.abc.HalfCloseableStream):
-    """Passes everything on, and notes what was said, and whether a send ever ended in an error or a cancellation."""
+    """Passes everything on, and records the sent bytes, and whether a send ever ended in an error or a cancellation."""
 
     def __init__(self, stream: trio.abc.HalfCloseableStream) -> None:
         self._stream = stream
         self.cut = False
-        #: All that was to be sent. Of what it says behind a send that was cut, nothing has left.
+        #: All bytes to be sent. After a send that was cut, none of the later bytes has left.
         self.said = bytearray()
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -141,7 +142,7 @@ class NotingStream(trio.abc.HalfCloseableStream):
 
 
 class ProbedStream(NotingStream):
-    """An end of a link whose keepalive breaks it where the call below was made to hang: a destination waits without a limit.
+    """An end of a link whose keepalive breaks a hanging call: a destination waits without a limit.
 
     Faults of the link itself are noticed by the link's own keepalive.
     """
@@ -158,21 +159,21 @@ class ProbedStream(NotingStream):
 
 
 class DeliveringStream(NotingStream):
-    """Can also tell when the other end has taken everything; it asks now and then."""
+    """A stream that also reports when the other end has taken everything, by polling."""
 
     def __init__(self, stream: trio.abc.HalfCloseableStream, link: VirtualLink) -> None:
         super().__init__(stream)
         self._link = link
 
     async def delivered(self) -> None:
-        """Wait for it. **Cancellation:** no effect."""
+        """Wait until the other end has taken everything. **Cancellation:** no effect."""
         await trio.lowlevel.checkpoint()
         while self._link.delivered("a->b") < self._link.sent("a->b"):  # noqa: ASYNC110 - the link has no event for that
             await trio.sleep(0.25)
 
 
 class SilentStream(DeliveringStream):
-    """There may be nobody who answers."""
+    """The other end may never answer."""
 
     perhaps_silent = True
 
@@ -181,7 +182,7 @@ STREAMS: dict[str, Callable[..., NotingStream]] = {"delivering": DeliveringStrea
 
 
 class Life:
-    """What a guest was when it was stopped, and whether it was still that when it was started again."""
+    """The guest's state when it was stopped, and whether the state was the same when it was started again."""
 
     def __init__(self, guest: ScriptedGuest) -> None:
         self._guest = guest
@@ -199,7 +200,7 @@ class Life:
 
 
 async def politely(monitor: trimig.Monitor, side: Callable[[], Awaitable[trimig.Summary]]) -> trimig.Summary:
-    """Run *side*; a cancel of this task is passed on as a call of Monitor.cancel(), and the outcome waited for."""
+    """Run *side*; turn a cancel of this task into a call of Monitor.cancel(), and wait for the outcome."""
     result: list[trimig.Summary | trimig.TrimigError] = []
     done = trio.Event()
 
@@ -218,8 +219,8 @@ async def politely(monitor: trimig.Monitor, side: Callable[[], Awaitable[trimig.
         except trio.Cancelled:
             nursery.cancel_scope.shield = True
             while monitor.status is Status.NONE:
-                await trio.lowlevel.checkpoint()  # without a migration under way a cancel would do nothing
-            with contextlib.suppress(trimig.StateError):  # too late, and said so
+                await trio.lowlevel.checkpoint()  # without a migration under way a cancel would have no effect
+            with contextlib.suppress(trimig.StateError):  # too late, and reported as such
                 monitor.cancel("the sweep")
             await done.wait()
     if isinstance(result[0], trimig.TrimigError):
@@ -240,7 +241,7 @@ async def migrate_once(
     hold: bool = False,
     stream: str = "",
 ) -> Outcome:
-    """Migrate under whatever the context injects, judge, settle what is open, and migrate again undisturbed."""
+    """Migrate under any injection of the context, check the rules, settle the owner, and migrate again undisturbed."""
     source, target = make_guests(ctx.seed, pages=pages, content=content, dirty=dirty, run_state=run_state)
     referee = OwnerReferee(source=source, destination=target)
     life = Life(source)
@@ -270,7 +271,7 @@ async def migrate_once(
         sides = {"source": send, "destination": take}
     ends = await ctx.run(**sides)
     if sender.held_at is not None:
-        await trio.sleep(HELD)  # for the one who lets it go on
+        await trio.sleep(HELD)  # until the caller lets the migration go on
     assert trio.lowlevel.current_statistics().tasks_living == living
     assert ctx.link.closed
     referee.check()
@@ -283,7 +284,7 @@ async def migrate_once(
     outcome = (str(ends["source"]), str(ends["destination"]), "+".join(referee.running()) or "nobody runs")
     if sender.owner is trimig.Ownership.SOURCE:
         if source.run_state != run_state:
-            await source.resume()  # a GuestNotResumed, which says that it may be tried again
+            await source.resume()  # a GuestNotResumed says that the resume may be tried again
         await migrate_again(ctx, sender, taker, source, target, run_state)
         referee.check()
     return outcome
@@ -292,7 +293,7 @@ async def migrate_once(
 def judge_ends(
     ends: dict[str, End], monitors: dict[str, trimig.Monitor], source: ScriptedGuest, target: ScriptedGuest
 ) -> None:
-    """Nothing is left behind, and every end is one that the interface names."""
+    """No task and no claim is left, and every end is one that the interface names."""
     for guest in (source, target):
         assert not guest.claimed, f"{guest} is still claimed"
         assert not guest.tracking, f"{guest} is still tracked"
@@ -319,7 +320,7 @@ def judge_owner(
     *,
     confirmed: bool,
 ) -> None:
-    """What each side says of the owner is true."""
+    """The owner that each side reports is true."""
     here, there = ends["source"], ends["destination"]
     arrived = there.kind == "returned"
     assert not life.changed, "the source was started again other than it had been stopped"
@@ -348,17 +349,17 @@ def judge_owner(
 
 
 def judge_doubt(ctx: SweepContext, monitor: Watched, outgoing: NotingStream, answering: NotingStream) -> None:
-    """Nothing that this side could see tells the answer: the decision may have left, and no SHUT has come."""
+    """This side cannot know the answer: the commit may have left, and no SHUT has come."""
     assert monitor.decided_at is not None
     left = ctx.link.sent("a->b") > monitor.decided_at
-    # A stream that fails in send_all does not say how much it took (trio.abc.SendStream): then nobody can know.
+    # A stream that fails in send_all does not say how much it took (trio.abc.SendStream): then no side can know.
     assert left or outgoing.cut, "not a byte of the decision had left, and that could be known"
     come = bytes(answering.said[: ctx.link.delivered("b->a")])
     assert not has_shut(come) or ctx.calls.fired, "the answer was there to be read"
 
 
 def has_shut(answers: bytes) -> bool:
-    """Whether a whole SHUT is among these messages of a destination; the last of them may be incomplete."""
+    """Whether the messages of a destination include a whole SHUT; the last message may be incomplete."""
     while len(answers) >= 4:
         number, length = int.from_bytes(answers[:2]), int.from_bytes(answers[2:4])
         if number == ReturnPath.SHUT:
@@ -368,7 +369,7 @@ def has_shut(answers: bytes) -> bool:
 
 
 async def settle(doubt: trimig.HandoverUncertain, source: ScriptedGuest, target: ScriptedGuest) -> None:
-    """Say what an operator would find at the destination."""
+    """Settle as an operator would who looks at the destination."""
     before = target.run_state
     await doubt.settle(trimig.Ownership.DESTINATION if target.executed else trimig.Ownership.SOURCE)
     assert target.run_state == before

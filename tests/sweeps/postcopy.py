@@ -1,4 +1,4 @@
-"""One postcopy migration over a virtual link, recovered over others, and everything that must hold after it."""
+"""One postcopy migration over a virtual link, recovered over others, and every rule that must hold after it."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from trimig.testing import (
 HANDOVER_TIMEOUT = 2.0
 TEARDOWN_GRACE = 1.0
 STALL_TIMEOUT = 4.0
-#: Virtual seconds for which both sides try to find each other again.
+#: Virtual seconds for which both sides try to reconnect.
 RECOVERY = 30.0
 
 Outcome = tuple[str, str, str]
 
 
 def make_config(*, recovery: bool = True, background: int = 0, preempt: bool = False) -> trimig.Config:
-    """Postcopy, at a bandwidth where the rest never fits the downtime limit."""
+    """Postcopy, at a bandwidth at which the rest never fits the downtime limit."""
     return trimig.Config(
         capabilities=trimig.Capabilities(postcopy_ram=True, postcopy_preempt=preempt),
         parameters=trimig.Parameters(max_bandwidth=0, downtime_limit=1, max_postcopy_bandwidth=background),
@@ -57,10 +57,10 @@ def make_config(*, recovery: bool = True, background: int = 0, preempt: bool = F
 
 
 class Meeting:
-    """Where two sides find each other again after their link broke.
+    """The meeting point of two sides whose link broke.
 
     Args:
-        faults: of the links that are made here, one after the other; sound ones when they are used up.
+        faults: of the links that are made here, one after the other; later links have none.
     """
 
     def __init__(self, faults: list[Fault]) -> None:
@@ -83,7 +83,7 @@ class Meeting:
         return place[1][0]
 
     async def connect(self, _: str | None) -> AnyStream:
-        """Refused unless somebody waits."""
+        """Refused unless the destination waits."""
         await trio.lowlevel.checkpoint()
         if not self._free:
             raise TransportFailed("nobody waits there")
@@ -98,10 +98,10 @@ class Meeting:
 
 
 class Backlog:
-    """Second connections, made by the source and accepted by the destination, or not.
+    """Second connections, which the source makes and the destination accepts or not.
 
     Args:
-        faults: of the links that are made here, one after the other; sound ones when they are used up.
+        faults: of the links that are made here, one after the other; later links have none.
     """
 
     def __init__(self, faults: list[Fault]) -> None:
@@ -111,7 +111,7 @@ class Backlog:
         self.links: list[VirtualLink] = []
 
     async def connect(self) -> AnyStream:
-        """One more, whether somebody accepts it or not."""
+        """One more connection, accepted later or never."""
         await trio.lowlevel.checkpoint()
         link = VirtualLink(seed=11, window=8192, latency=0.001, rate=1e6)
         if self._faults:
@@ -129,7 +129,7 @@ class Backlog:
         return self._waiting.pop(0)
 
     async def close(self) -> None:
-        """As when nobody listens any more: who was not accepted is sent away."""
+        """Stop listening: connections that were not accepted are closed."""
         while self._waiting:
             await closing.close(self._waiting.pop())
 
@@ -148,7 +148,7 @@ async def postcopy_once(
     background: int = 0,
     seen: Callable[[Backlog], None] = lambda _: None,
 ) -> Outcome:
-    """Migrate by postcopy under whatever the context injects, and judge."""
+    """Migrate by postcopy under any injection of the context, and check the rules."""
     source = ScriptedGuest(
         blocks={"ram": pages}, content=content, seed=ctx.seed, run_state=run_state,
         devices=[FakeDevice("clock", size=8, seed=ctx.seed)],
@@ -245,7 +245,7 @@ async def postcopy_once(
 
 
 def given(stream: AnyStream) -> Callable[[], Awaitable[AnyStream]]:
-    """An opener of it."""
+    """An opener of the link."""
 
     async def opener() -> AnyStream:
         await trio.lowlevel.checkpoint()

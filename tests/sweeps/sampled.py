@@ -1,4 +1,5 @@
-"""Which points of a sweep are tried: all with ``-m full``; else the outermost, and a sample drawn by the commit's id.
+"""The points of a sweep that are tried: all with ``-m full``; else the outermost, and a sample drawn by the commit's
+id.
 
 The outermost points of each kind are always the same ones: the first and the last edge of each task, the first and the last
 two bytes of each direction for each kind of fault, the first call of each name. So what a test says of the ends that must
@@ -29,9 +30,9 @@ from trimig.testing import (
 
 T = TypeVar("T")
 
-#: Interleavings under which each sweep is done.
+#: The number of interleavings of each sweep.
 SEEDS: Final = (0, 1, 2)
-#: Points of one sweep under one of them, besides the outermost.
+#: The number of points of one sweep under one interleaving, besides the outermost.
 SAMPLE: Final = 20
 
 
@@ -52,7 +53,7 @@ class Sampled:
     size: int
 
     def points(self, baseline: Run[Any]) -> Iterator[Point]:
-        """In the order of the other sweep."""
+        """The points, in the order of the other sweep."""
         every = list(self.sweep.points(baseline))
         yield from some(every, self.size, baseline.point.seed, self.sweep, always=outermost(every))
 
@@ -83,8 +84,8 @@ def sweep(
     """:func:`trimig.testing.run_sweep` over the points of this tier, shown.
 
     Args:
-        every: with ``-m full``, only each so-manyth point.
-        size: else how many points are drawn, for each sweep and each seed.
+        every: with ``-m full``, only each *every*-th point.
+        size: otherwise the number of drawn points, for each sweep and each seed.
     """
     if tiers.everything():
         return run_sweep(scenario, *sweeps, seeds=seeds, every=every).show()

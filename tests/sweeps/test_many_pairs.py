@@ -1,4 +1,4 @@
-"""Fifty guests on their way by postcopy at once, their connections cut again and again: none gets a page of another."""
+"""Fifty postcopy migrations at once, their connections cut again and again: no guest gets a page of another."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from trimig.monitor.core import MonitorCore
 from trimig.testing import FakeDevice, Fault, LazyScriptedGuest, ScriptedGuest, VirtualLink
 
 PAIRS = 50
-#: Of a link that is cut: everything before the switch fits into less.
+#: Bytes until the cut of a link; the part before the switch is smaller.
 BEHIND_THE_SWITCH = 30_000
-#: Virtual seconds for which a pair looks for each other among the others: about 120 tries.
+#: Virtual seconds for which a pair tries to find each other among the others: about 120 tries.
 SEARCH = 600.0
 
 
 class Both:
-    """One pair: a source with its own content, and where it goes."""
+    """One pair: a source with its own content, and its destination."""
 
     def __init__(self, number: int, seed: int) -> None:
         chosen = random.Random(f"{seed} {number}")
@@ -71,7 +71,7 @@ class Both:
         self.ends.append(await receive_stream(self.target, ways, make_config(), self.taker))
 
     def whole(self) -> None:
-        """It has arrived, it alone."""
+        """The guest has arrived, and only that guest."""
         assert [type(end) for end in self.ends] == [trimig.Summary] * 2, self.ends
         assert (self.source.owner, self.target.owner) == (Owner.ELSEWHERE, Owner.HERE)
         assert not self.target.overwritten
@@ -81,7 +81,7 @@ class Both:
 
 
 async def at_once(seed: int) -> int:
-    """All pairs; returns how many recoveries there were."""
+    """Run all pairs; returns the number of recoveries."""
     pairs = [Both(number, seed) for number in range(PAIRS)]
     with trio.fail_after(3600):
         async with trio.open_nursery() as nursery:
@@ -104,7 +104,7 @@ def test_fifty_pairs_at_once(fuzzed: Fuzzed) -> None:
 
 
 class Crowd:
-    """One place where all destinations wait, and where a source comes to its own or to any other one."""
+    """One meeting point for all destinations; a source reaches its own destination or any other one."""
 
     def __init__(self, seed: int) -> None:
         self.chosen = random.Random(f"crowd {seed}")
@@ -114,7 +114,7 @@ class Crowd:
         self.links: list[VirtualLink] = []
 
     def accept(self, number: int) -> Callable[[str | None], Awaitable[AnyStream]]:
-        """Where destination *number* waits."""
+        """Wait there as destination *number*."""
 
         async def opener(_: str | None) -> AnyStream:
             place = self.waiting[number] = []
@@ -131,7 +131,7 @@ class Crowd:
         return opener
 
     def connect(self, number: int) -> Callable[[str | None], Awaitable[AnyStream]]:
-        """Where source *number* comes to: in one of four tries to its own destination, otherwise to any that waits."""
+        """The link of source *number*: in one of four tries to its own destination, otherwise to any waiting one."""
 
         async def opener(_: str | None) -> AnyStream:
             await trio.lowlevel.checkpoint()
@@ -179,7 +179,7 @@ class Lost(Both):
         self.ends.append(await receive_stream(self.target, ways, self._config, self.taker))
 
     def whole(self) -> None:
-        """It has arrived; where only the last word was lost, its source says so."""
+        """The guest has arrived; if only the last message was lost, the source reports that."""
         for end in self.ends:
             if isinstance(end, PostcopyLost):
                 assert "all memory had been sent, so the destination may be complete" in str(end)
@@ -191,7 +191,7 @@ class Lost(Both):
 
 
 async def in_a_crowd(seed: int) -> tuple[int, int, int]:
-    """All pairs; how many came to a wrong destination, how many were refused, how many sources missed the last word."""
+    """Run all pairs; the numbers of wrong destinations, of refusals, and of sources that missed the last message."""
     crowd = Crowd(seed)
     pairs = [Lost(number, seed, crowd) for number in range(PAIRS)]
     with trio.fail_after(10 * SEARCH):
@@ -206,7 +206,7 @@ async def in_a_crowd(seed: int) -> tuple[int, int, int]:
 
 
 def test_fifty_pairs_that_come_to_wrong_destinations(fuzzed: Fuzzed) -> None:
-    """O6, O8: a destination refuses the sources of others, and its own gets in; no page is of another guest."""
+    """O6, O8: a destination refuses the sources of others, and accepts its own; no page belongs to another guest."""
     rounds = some(range(40), 1)
     wrong = refused = unheard = 0
     for seed in rounds:
@@ -214,6 +214,6 @@ def test_fifty_pairs_that_come_to_wrong_destinations(fuzzed: Fuzzed) -> None:
         wrong, refused, unheard = wrong + found[0], refused + found[1], unheard + found[2]
     fuzzed("sources at destinations of other guests", wrong)
     assert wrong > len(rounds) * PAIRS
-    # The others were cut before they could be refused.
+    # The others were cut before the refusal.
     assert wrong // 2 < refused <= wrong
     assert unheard < len(rounds) * PAIRS // 2

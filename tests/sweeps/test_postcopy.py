@@ -39,14 +39,14 @@ BOTH = SOURCE + DESTINATION
 
 pytestmark = pytest.mark.timeout(600)
 BREAKS: tuple[FaultKind, ...] = tuple(kind for kind in FAULT_KINDS if kind != "stall")
-#: More than either side says on a second connection.
+#: More bytes than either side sends on a second connection.
 RECOVERY_BYTES = 76
 #: Both sides are done, and the guest runs at the destination.
 DONE = ("returned", "returned", "destination")
 
 
 def swept(there: Scenario[Outcome], *sweeps: Sweep) -> set[Hashable]:
-    """The points of this tier: of all, those of the first seed, and a third, each time others, of the rest. The ends."""
+    """The points of this tier: all of the first seed, and a changing third of the other seeds. The ends."""
     first, *others = SEEDS
     reports = [sweep(there, *sweeps, seeds=(first,)), sweep(there, *sweeps, seeds=others, every=3)]
     return {outcome for report in reports for outcome in report.outcomes}
@@ -57,17 +57,17 @@ def kinds_of_end(outcomes: Iterable[object]) -> str:
 
 
 def test_every_fault_at_every_byte_is_recovered_or_undone() -> None:
-    """O5, O6: before the package the source goes on, behind it both find each other again."""
+    """O5, O6: before the package the source keeps the guest, after the package both sides reconnect."""
     outcomes = swept(scenario(), FaultSweep(kinds=BREAKS))
     assert DONE in outcomes
     assert ("TransportFailed", "TransportFailed", "source") in outcomes
     ends = {
         DONE,
         ("TransportFailed", "TransportFailed", "source"),
-        # The package is on its way, or the word that it has come is not.
+        # The package, or the message that it has arrived, is lost.
         ("HandoverUncertain", "TransportFailed", "source"),
         ("HandoverUncertain", "returned", "destination"),
-        # Everything has come, and the last word about it has not.
+        # All pages have arrived, and the last message about that is lost.
         ("PostcopyLost", "returned", "destination"),
     }
     assert outcomes <= ends
@@ -78,14 +78,14 @@ def test_every_fault_at_every_byte_is_recovered_or_undone() -> None:
 @pytest.mark.parametrize("polite", [False, True], ids=["cancelled", "asked"])
 @pytest.mark.parametrize("victims", [SOURCE, DESTINATION, BOTH], ids="+".join)
 def test_cancel_at_every_edge(victims: tuple[str, ...], *, polite: bool) -> None:
-    """Gaps G6, G7, G11: before the package it never happened; behind it a cancel destroys nothing."""
+    """Gaps G6, G7, G11: before the package a cancel leaves no trace; after it a cancel destroys nothing."""
     outcomes = swept(scenario(polite=polite), CancelSweep(victims=victims))
     assert DONE in outcomes
     assert "PostcopyLost" not in kinds_of_end(outcomes)
 
 
 def behind_the_switch(baseline: Run[Any]) -> Iterator[Fault]:
-    """The connection is lost in the middle of the pages that follow, and just before the end."""
+    """The connection is lost in the middle of the remaining pages, and just before the end."""
     last = baseline.sent["a->b"]
     yield Fault(direction="a->b", after=last - 30, kind="reset")
     yield Fault(direction="a->b", after=last - 1, kind="eof")
@@ -94,14 +94,14 @@ def behind_the_switch(baseline: Run[Any]) -> Iterator[Fault]:
 @pytest.mark.parametrize("polite", [False, True], ids=["cancelled", "asked"])
 @pytest.mark.parametrize("victims", [SOURCE, DESTINATION], ids="+".join)
 def test_cancel_at_every_edge_of_a_recovery(victims: tuple[str, ...], *, polite: bool) -> None:
-    """Gap G8: a cancel strikes where the migration is paused, and is not lost and hangs nowhere."""
+    """Gap G8: a cancel comes while the migration is paused; the cancel is not lost and does not hang."""
     runs = sweep_cancels_and_faults(scenario(polite=polite), behind_the_switch, victims=victims, every=5)
     assert runs > 40
 
 
 @pytest.mark.parametrize("kind", BREAKS)
 def test_a_second_fault_at_every_byte_of_the_recovery(kind: FaultKind) -> None:
-    """O6, row A.2: recovery itself fails half way, at any byte, and the next one succeeds."""
+    """O6, row A.2: the recovery itself fails half way, at any byte, and the next one succeeds."""
     outcomes: collections.Counter[Any] = collections.Counter()
     for seed in SEEDS:
         (first, *_) = behind_the_switch(replay(scenario(), Point(seed=seed)))
@@ -109,7 +109,7 @@ def test_a_second_fault_at_every_byte_of_the_recovery(kind: FaultKind) -> None:
             for after in some(range(RECOVERY_BYTES), 8, kind, seed, direction, always=(0, 1, -1)):
                 there = scenario(again=(Fault(direction=direction, after=after, kind=kind),))
                 outcomes[replay(there, Point(seed=seed, inject=(first,))).outcome] += 1
-    # Everything has come, and the last word about it has not; nothing else stays open.
+    # All pages have arrived, and the last message about that is lost; no other state stays open.
     assert set(outcomes) <= {DONE, ("PostcopyLost", "returned", "destination")}, outcomes
 
 
@@ -129,9 +129,9 @@ def test_deadlines_and_leaps() -> None:
 
 # -- with a second connection (postcopy-preempt) -----------------------------------------------------------------------
 
-#: What the second connection carries where the background has a limit: two zero pages that were asked for, and the end word.
+#: The bytes of the second connection if background pages have a limit: two requested zero pages, and the end word.
 BESIDE_BYTES = 30
-#: Bytes per second for pages that nobody asked for.
+#: Bytes per second for pages without a request.
 BACKGROUND = 64 << 10
 
 
@@ -144,7 +144,7 @@ def second(**options: object) -> Any:
 
 
 def test_the_second_connection_carries_what_was_asked_for() -> None:
-    """Row 36; and :data:`BESIDE_BYTES` is what the sweeps below go through."""
+    """Row 36; and :data:`BESIDE_BYTES` is the number of bytes for the sweeps below."""
     sent: list[int] = []
     watched = second(seen=lambda backlog: sent.extend(link.sent("a->b") for link in backlog.links))
     for seed in SEEDS:
@@ -154,9 +154,9 @@ def test_the_second_connection_carries_what_was_asked_for() -> None:
 
 @pytest.mark.parametrize("kind", BREAKS)
 def test_every_fault_at_every_byte_of_the_second_connection(kind: FaultKind) -> None:
-    """Row 37, O6: the first time, and the time after that; each time both are made again.
+    """Row 37, O6: the first connections, and those of the recovery; both are made again each time.
 
-    One that is gone before the destination has seen it is none: then the source keeps its guest.
+    A second connection that breaks before the destination has seen it does not count: then the source keeps its guest.
     """
     outcomes: collections.Counter[Any] = collections.Counter()
     for seed in SEEDS:
@@ -182,7 +182,7 @@ def test_faults_of_the_first_connection_with_a_second_beside_it() -> None:
 
 @pytest.mark.parametrize("victims", [SOURCE, DESTINATION], ids="+".join)
 def test_cancel_at_every_edge_with_a_second_connection(victims: tuple[str, ...]) -> None:
-    """Gaps G6 and G7: the task that sends urgent pages, the one that reads them and the one that accepts end with the rest."""
+    """Gaps G6 and G7: the tasks that send urgent pages, read them and accept connections end with the others."""
     outcomes = swept(second(), CancelSweep(victims=victims))
     assert DONE in outcomes
     assert "PostcopyLost" not in kinds_of_end(outcomes)

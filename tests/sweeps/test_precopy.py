@@ -1,4 +1,4 @@
-"""T1, T3, T5, T7: a migration disturbed at every point never leaves two guests, no guest, or anything behind.
+"""T1, T3, T5, T7: a migration disturbed at any point never leaves two guests, no guest, or any resource behind.
 
 Each run is judged by :mod:`tests.sweeps.migration`, settled where the owner is in doubt, and followed by a second
 migration of the same guest wherever the source still has it.
@@ -26,7 +26,7 @@ from trimig.testing import (
     TimeLeap,
 )
 
-#: All that end a connection or its use; a stall only delays it.
+#: All faults that end a connection or its use; a stall only delays it.
 BREAKS: tuple[FaultKind, ...] = tuple(kind for kind in FAULT_KINDS if kind != "stall")
 SOURCE, DESTINATION = ("source",), ("destination",)
 BOTH = SOURCE + DESTINATION
@@ -40,7 +40,7 @@ def kinds_of_end(outcomes: Iterable[object]) -> str:
 
 @pytest.mark.parametrize("victims", [SOURCE, DESTINATION, BOTH], ids="+".join)
 def test_cancel_at_every_edge(victims: tuple[str, ...]) -> None:
-    """F10, K11, L12, L14: a cancelled migration never happened; after the decision it has happened."""
+    """F10, K11, L12, L14: a cancelled migration leaves no trace; after the commit the migration has happened."""
     report = sweep(scenario(pages=2), CancelSweep(victims=victims))
     assert report.runs > 60
     assert "cancelled" in kinds_of_end(report.outcomes)
@@ -49,7 +49,7 @@ def test_cancel_at_every_edge(victims: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("victims", [SOURCE, DESTINATION, BOTH], ids="+".join)
 def test_polite_cancel_at_every_edge(victims: tuple[str, ...]) -> None:
-    """F10, gaps G2 and G4: Monitor.cancel() ends the same way, and is refused once the decision is under way."""
+    """F10, gaps G2 and G4: Monitor.cancel() has the same outcomes, and is refused once the commit is under way."""
     report = sweep(scenario(pages=2, polite=True), CancelSweep(victims=victims))
     assert "MigrationCancelled" in kinds_of_end(report.outcomes)
     assert "'cancelled'" not in kinds_of_end(report.outcomes)
@@ -62,13 +62,13 @@ def test_cancel_of_a_paused_guest_at_every_edge() -> None:
 
 
 def test_cancel_without_a_return_path() -> None:
-    """Gap G3: nobody can be asked, but a cancel is as exact as ever."""
+    """Gap G3: no peer can answer, but a cancel is as exact as ever."""
     sweeps = CancelSweep(), CancelSweep(victims=DESTINATION)
     sweep(scenario(pages=2, return_path=False), *sweeps)
 
 
 def test_cut_without_a_return_path() -> None:
-    """Gap G3: the source never says that the guest is here after the decision has left."""
+    """Gap G3: after the commit has left, the source never reports that it owns the guest."""
     faults = FaultSweep(kinds=BREAKS)
     sweep(scenario(pages=2, dirty=0, return_path=False, description=False), faults, every=5)
 
@@ -83,17 +83,17 @@ def test_every_fault_at_every_byte(seed: int) -> None:
 
 
 def test_cut_at_every_byte_with_the_description() -> None:
-    """T1, T2: behind the decision comes text about the devices; a cut inside it does not undo the decision."""
+    """T1, T2: after the commit comes the description of the devices; a cut inside it does not undo the commit."""
     sweep(scenario(pages=2, dirty=0), FaultSweep(kinds=("eof", "reset")), every=9)
 
 
 def test_faults_while_pages_move() -> None:
-    """L9: the same with data pages and a guest that writes; sampled, since most bytes are inside a page."""
+    """L9: the same with data pages and a guest that writes; sampled, because most bytes are inside a page."""
     sweep(scenario(pages=3, content="random", dirty=1), FaultSweep(kinds=BREAKS), every=997)
 
 
 def test_a_stall_is_no_failure() -> None:
-    """T3: a second of silence, less than any limit, changes nothing but the time."""
+    """T3: a second of silence, less than any limit, changes only the duration."""
     faults = FaultSweep(kinds=("stall",), seconds=1.0)
     report = sweep(scenario(pages=2, dirty=0, description=False), faults, every=3)
     assert set(report.outcomes) == {("returned", "returned", "destination")}
@@ -119,14 +119,14 @@ def test_time_leaps_at_every_edge() -> None:
 
 @pytest.mark.parametrize("victims", [SOURCE, DESTINATION, BOTH], ids="+".join)
 def test_deadlines_around_every_event(victims: tuple[str, ...]) -> None:
-    """T3: the caller's own time limit, which is another way through the run loop than a cancel."""
+    """T3: the caller's own time limit, which takes another path through the run loop than a cancel."""
     sweep(scenario(pages=2), DeadlineSweep(victims=victims))
 
 
 @pytest.mark.parametrize("polite", [False, True], ids=["cancelled", "asked"])
 @pytest.mark.parametrize("victims", [SOURCE, DESTINATION], ids="+".join)
 def test_cancel_while_the_link_breaks(victims: tuple[str, ...], polite: bool) -> None:
-    """T1, F11, gaps G1 and G2: the worst of both, around the decision above all."""
+    """T1, F11, gaps G1 and G2: both disturbances at once, above all around the commit."""
     runs = sweep_cancels_and_faults(
         scenario(pages=2, dirty=0, description=False, polite=polite),
         functools.partial(around_the_decision, kinds=BREAKS),
@@ -142,7 +142,7 @@ def test_cancel_while_the_link_breaks(victims: tuple[str, ...], polite: bool) ->
 @pytest.mark.parametrize("polite", [False, True], ids=["cancelled", "asked"])
 @pytest.mark.parametrize("victims", [SOURCE, DESTINATION], ids="+".join)
 def test_cancel_of_a_held_migration_at_every_edge(victims: tuple[str, ...], polite: bool) -> None:
-    """N3, N4, N5, F10, gaps G4-G6 and G11: before, at, in and behind pre-switchover; nothing is sent in it."""
+    """N3, N4, N5, F10, gaps G4-G6 and G11: before, at, in and after pre-switchover; no byte is sent in it."""
     report = sweep(scenario(pages=2, hold=True, polite=polite), CancelSweep(victims=victims))
     assert ("returned", "returned", "destination") in report.outcomes
 
@@ -165,11 +165,11 @@ def test_calls_that_fail_around_a_held_migration(error: type[Exception] | None) 
     sweep(scenario(pages=2, hold=True), CallSweep(errors=(error,)))
 
 
-# -- streams that can say more, or less ----------------------------------------------------------------------------
+# -- streams that report more, or less ---------------------------------------------------------------------------------
 
 
 def test_cancel_where_delivery_is_waited_for() -> None:
-    """Gap G3: the decision and the wait for its delivery are one, and shielded."""
+    """Gap G3: the commit and the wait for its delivery are one step, and shielded."""
     report = sweep(
         scenario(pages=2, return_path=False, stream="delivering"),
         CancelSweep(),
@@ -179,7 +179,7 @@ def test_cancel_where_delivery_is_waited_for() -> None:
 
 
 def test_cut_where_delivery_is_waited_for() -> None:
-    """Gap G3: what was not delivered is uncertain, not completed."""
+    """Gap G3: a commit that was not delivered is uncertain, not completed."""
     faults = FaultSweep(kinds=("reset", "blackhole"))
     there = scenario(pages=2, dirty=0, return_path=False, description=False, stream="delivering")
     report = sweep(there, faults, every=3)
@@ -187,6 +187,6 @@ def test_cut_where_delivery_is_waited_for() -> None:
 
 
 def test_cancel_and_cut_where_perhaps_nobody_answers() -> None:
-    """K1, T1: as long as somebody does, the same rules hold as for any other stream."""
+    """K1, T1: if the peer does answer, the same rules hold as for any other stream."""
     there = scenario(pages=2, dirty=0, description=False, stream="perhaps silent")
     sweep(there, CancelSweep(), FaultSweep(kinds=("eof", "reset")), every=5)

@@ -119,7 +119,7 @@ async def test_busy_guest_writes_at_each_sync_and_at_the_pause_without_time() ->
 
 
 async def test_marks_name_exactly_the_pages_that_changed(autojump_clock: MockClock) -> None:
-    """What the marks say and what memory says agree, over many syncs."""
+    """The marks and the changes of the memory agree, over many syncs."""
     guest = ScriptedGuest(blocks={"ram": 16}, rate=7, dirty_per_sync=1, seed=3)
     tracker = guest.dirty_tracker()
     await tracker.start()

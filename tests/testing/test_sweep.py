@@ -63,9 +63,9 @@ async def exactly(stream: Stream, n: int) -> bytes:
 
 @dataclasses.dataclass
 class Toy:
-    """A handover in four messages: state, Ready, Commit, Started. *careful* is the difference between right and wrong.
+    """A handover in four messages: state, Ready, Commit, Started. *careful* selects the correct or the wrong version.
 
-    The careless one takes the answer for the decision: whatever interrupts it between Commit and Started lets it
+    The careless version takes the answer for the commit: an interruption between Commit and Started lets the source
     resume a guest that the other side has just started.
     """
 
@@ -204,7 +204,7 @@ def test_the_careless_source_is_found_and_its_point_replays(victims: tuple[str, 
 
 
 def test_every_kind_of_sweep_passes_on_the_careful_protocol() -> None:
-    """T1, T3: whatever is injected, one owner or a reported uncertainty, and an end in bounded time."""
+    """T1, T3: after every injection there is one owner or a reported uncertainty, and an end in bounded time."""
     report = run_sweep(
         scenario(expected=(TrimigError,)),
         CancelSweep(victims=("destination",)),
@@ -294,7 +294,7 @@ def test_report_shows_the_number_of_runs_and_each_outcome(capsys: pytest.Capture
     assert len(others) == len(report.outcomes) == 2
 
 
-# What must make a sweep fail
+# Errors that must make a sweep fail
 
 
 def failing(body: Any, **settings: Any) -> str:

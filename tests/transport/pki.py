@@ -1,4 +1,4 @@
-"""Throw-away certificates in directories laid out as for QEMU, and streams between two ends of ours."""
+"""Throw-away certificates in directories with QEMU's layout, and streams between two ends of trimig."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Pki:
     """A CA, and a directory for each set of credentials that it has signed.
 
     Args:
-        root: where the directories are made.
+        root: the directories are made below it.
     """
 
     def __init__(self, root: Path) -> None:
@@ -81,7 +81,7 @@ Ends = tuple[trio.abc.Stream, trio.abc.Stream]
 
 
 async def outcome(call: Awaitable[object]) -> object:
-    """What *call* returns, or the error of ours that it raises."""
+    """The result of *call*, or the trimig error that it raises."""
     try:
         return await call
     except TrimigError as error:
@@ -89,7 +89,7 @@ async def outcome(call: Awaitable[object]) -> object:
 
 
 async def try_both(uri: str, client: Config, server: Config, to: Callable[[str], str] = str) -> tuple[object, object]:
-    """What becomes of a client that connects and of the server that accepts it: a stream, or an error."""
+    """The results of a connecting client and an accepting server: a stream, or an error."""
     found: dict[str, object] = {}
     with trio.fail_after(30):
         async with transport.listening(uri, lambda _: None, server) as listener, trio.open_nursery() as nursery:
@@ -107,7 +107,7 @@ async def try_both(uri: str, client: Config, server: Config, to: Callable[[str],
 
 @asynccontextmanager
 async def connected(uri: str, client: Config, server: Config) -> AsyncIterator[Ends]:
-    """A connection between two ends of ours: client, server."""
+    """A connection between two ends of trimig: client, server."""
     near, far = await try_both(uri, client, server)
     for end in (near, far):
         if isinstance(end, TrimigError):

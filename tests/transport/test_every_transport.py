@@ -30,7 +30,7 @@ from trimig.guest import PAGE_SIZE
 
 LIMIT = 20
 SIZE = 4 * MiB
-#: So that a pass takes a tenth of a second.
+#: With this limit a pass takes a tenth of a second.
 BANDWIDTH = 40 * MiB
 TRANSPORTS = ("tcp", "unix", "exec", "fd", "ws", "wss", "tls over tcp", "tls over unix")
 
@@ -51,7 +51,7 @@ def empty() -> trimig.AppGuest:
 
 
 class Way:
-    """One transport: where the destination waits, what the source is told, and the configuration of both.
+    """One transport: the destination's address, the source's address, and the configuration of both.
 
     A new address for every attempt, because some can be used only once.
     """
@@ -61,7 +61,7 @@ class Way:
         self._directory = directory
         self._count = 0
         self._pair: tuple[int, int] | None = None
-        # A relay whose source was cancelled before it had connected says nothing: that is found out by the silence.
+        # If the source is cancelled before it has connected, a relay sends nothing: the stall timeout finds that out.
         plain = trimig.Config(
             parameters=trimig.Parameters(max_bandwidth=BANDWIDTH), handover_timeout=10, stall_timeout=2
         )
@@ -90,7 +90,7 @@ class Way:
         return f"fd:{self._pair[1]}"
 
     def connect(self, listening: str) -> str:
-        """The address for the source, from the one that the destination tells."""
+        """The address for the source, made from the one that the destination reports."""
         match self._name:
             case "exec":
                 return exec_relay("connect", self._directory / f"s{self._count}")
@@ -100,7 +100,7 @@ class Way:
         return listening
 
     async def ready(self, monitor: trimig.Monitor) -> str:
-        """Wait until the source can connect; where."""
+        """Wait until the source can connect; the address."""
         if self._name == "exec":
             path = trio.Path(self._directory / f"s{self._count}")
             while not await path.exists():  # noqa: ASYNC110 - it is another process that makes it
@@ -129,7 +129,7 @@ class Attempt:
         self.ends: list[End] = [None, None]
 
     async def run(self) -> None:
-        """Until both sides have ended; what they ended with is in :attr:`ends`."""
+        """Wait until both sides have ended; their results are in :attr:`ends`."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._side, 1, functools.partial(self._receive, self._way.listen()))
             uri = await self._way.ready(self.monitors[1])
@@ -174,7 +174,7 @@ async def test_migration_arrives(tmp_path: Path, name: str) -> None:
         await arrives(Way(name, tmp_path), source, target)
 
 
-#: What is cancelled when: a status of the source, or the share of the memory that it has sent.
+#: The points of the cancels: a status of the source, or the share of the memory that has been sent.
 POINTS: tuple[str | float, ...] = ("setup", "active", 0.2, 0.5, 0.9, "device")
 
 
@@ -232,7 +232,7 @@ def is_the_sources(attempt: Attempt, source: trimig.AppGuest, target: trimig.App
 @pytest.mark.parametrize("victim", ["source", "destination"])
 @pytest.mark.parametrize("name", TRANSPORTS)
 async def test_cancel_at_six_points(tmp_path: Path, name: str, victim: str) -> None:
-    """T7, F10: politely and by scope in turn; afterwards it never happened, and the next one arrives."""
+    """T7, F10: by Monitor.cancel and by scope in turn; the guest is as before, and the next attempt completes."""
     number = 0 if victim == "source" else 1
     way = Way(name, tmp_path)
     async with two_guests() as (source, target):
@@ -262,9 +262,9 @@ def sockets() -> dict[int, str]:
 
 
 def cut(before: dict[int, str], children_before: set[int]) -> None:
-    """Break every connection, and kill every child, that has come since."""
+    """Break every connection, and kill every child, that has been made since."""
     for pid in children() - children_before:
-        os.killpg(pid, signal.SIGKILL)  # each command is the leader of a group of its own
+        os.killpg(pid, signal.SIGKILL)  # each command leads a process group of its own
     for fd, target in sockets().items():
         if before.get(fd) != target:
             with socket.socket(fileno=os.dup(fd)) as sock, contextlib.suppress(OSError):
@@ -288,7 +288,8 @@ async def test_cut_in_the_middle(tmp_path: Path, name: str) -> None:
 
 
 async def test_file_holds_the_whole_of_it_or_nothing_counts(tmp_path: Path) -> None:
-    """B3, gap G3: one way only. Cancelled at each point the guest is here; whole, it can be loaded."""
+    """B3, gap G3: one direction only. After a cancel at each point the source has the guest; a whole stream can be
+    loaded."""
     async with two_guests() as (source, target):
         config = trimig.Config(parameters=trimig.Parameters(max_bandwidth=BANDWIDTH))
         for index, point in enumerate(POINTS):
@@ -312,7 +313,7 @@ async def test_file_holds_the_whole_of_it_or_nothing_counts(tmp_path: Path) -> N
 @pytest.mark.parametrize("victim", ["source", "destination"])
 @pytest.mark.parametrize("name", TRANSPORTS)
 async def test_yanked_in_the_middle(tmp_path: Path, name: str, victim: str) -> None:
-    """As a cut: both sides fail, the guest is the source's, the next attempt arrives. What has no socket is refused."""
+    """As a cut: both sides fail, the source owns the guest, the next attempt completes. Refused without a socket."""
     number = 0 if victim == "source" else 1
     way = Way(name, tmp_path)
     async with two_guests() as (source, target):
@@ -333,5 +334,5 @@ async def test_yanked_in_the_middle(tmp_path: Path, name: str, victim: str) -> N
         assert not refusals
         is_the_sources(attempt, source, target)
         assert isinstance(attempt.ends[0], trimig.TransportFailed), attempt.ends
-        attempt.monitors[number].yank()  # without a connection it does nothing
+        attempt.monitors[number].yank()  # without a connection this has no effect
         await arrives(way, source, target)

@@ -1,4 +1,4 @@
-"""``exec:`` with real children: both directions, every way a command can end, and what is left of it."""
+"""``exec:`` with real children: both directions, every end of a command, and no process left behind."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def incoming(text: str) -> AsyncIterator[exec.ExecStream]:
 
 
 async def read_all(stream: trio.abc.ReceiveStream) -> bytes:
-    """Everything up to the end."""
+    """All bytes up to the end."""
     data = b""
     while more := await stream.receive_some():
         data += more
@@ -52,7 +52,7 @@ async def read_all(stream: trio.abc.ReceiveStream) -> bytes:
 
 
 async def read_line(stream: trio.abc.ReceiveStream) -> str:
-    """One line, read bytewise."""
+    """One line, read byte by byte."""
     data = b""
     while not data.endswith(b"\n"):
         data += await stream.receive_some(1)
@@ -60,20 +60,21 @@ async def read_line(stream: trio.abc.ReceiveStream) -> str:
 
 
 def alive(group: int) -> list[int]:
-    """The processes of a group that are not just waiting for init to collect them."""
+    """The processes of a group that are not zombies of init."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, of_group = path.read_text().rpartition(")")[2].split()[:3]
         except (FileNotFoundError, ProcessLookupError):
-            continue  # just ended
+            continue  # the process has just ended
         if int(of_group) == group and state != "Z":
             found.append(int(path.parent.name))
     return found
 
 
 async def gone(group: int) -> None:
-    """Wait until a group that was sent SIGKILL has ended: the kernel may need a moment for a process that is not a child."""
+    """Wait until a group that was sent SIGKILL has ended: for a process that is not a child the kernel may need a
+    moment."""
     while alive(group):  # noqa: ASYNC110 - there is no event for it
         await trio.sleep(0.005)
 
@@ -90,13 +91,13 @@ async def test_what_cannot_be_a_command_is_refused(rest: str, words: str) -> Non
 
 
 async def test_stream_goes_to_its_stdin_through_a_shell(tmp_path: Path) -> None:
-    """B3: redirection, pipes and quotes are the shell's; delivered() returns when the command has ended."""
+    """B3: the shell handles redirection, pipes and quotes; delivered() returns when the command has ended."""
     path = tmp_path / "a file"
     async with command(f"cat | cat > '{path}'") as stream:
         await stream.send_all(PATTERN)
         await stream.delivered()
         assert path.read_bytes() == PATTERN
-        await stream.delivered()  # it stays delivered
+        await stream.delivered()  # a second call returns at once
 
 
 async def test_stream_comes_from_its_stdout(tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ async def test_stream_comes_from_its_stdout(tmp_path: Path) -> None:
 
 
 async def test_both_directions_at_once() -> None:
-    """The other pipe is the return path; much more than fits into the pipes goes round, and the end with it."""
+    """The other pipe is the return path; more data than the pipes hold goes round, and the end with it."""
     for role in (command, incoming):
         async with role("cat") as stream:
             back: list[bytes] = []
@@ -145,7 +146,7 @@ async def test_only_a_command_that_takes_the_stream_may_be_silent() -> None:
 
 
 async def test_command_inherits_nothing_but_its_three_pipes() -> None:
-    """Not even what is inheritable here."""
+    """Not even inheritable descriptors."""
     fd = os.open("/dev/null", os.O_RDONLY)
     os.set_inheritable(fd, True)
     try:
@@ -177,11 +178,12 @@ async def test_command_has_a_session_of_its_own() -> None:
     ],
 )
 async def test_delivery_to_a_command_that_does_not_end_well_has_failed(text: str, words: str) -> None:
-    """QEMU ignores the exit status, and what was left in the pipe (stream.md part 13): here it is a failure."""
+    """QEMU ignores the exit status and the unread rest of the pipe (stream.md part 13); for trimig both are
+    failures."""
     async with command(text) as stream:
 
         async def send() -> None:
-            await Channel(stream).send(b"1234567")  # a command that is quick to end is noticed already here
+            await Channel(stream).send(b"1234567")  # a command that ends quickly is noticed here already
             await stream.delivered()
 
         with pytest.raises(TransportFailed, match=words) as caught:
@@ -215,7 +217,7 @@ async def test_command_that_closes_its_stdin_and_lives_is_not_waited_for() -> No
     ],
 )
 async def test_end_of_a_command_that_failed_is_an_error(text: str, words: str) -> None:
-    """What it wrote before is still to be had."""
+    """The bytes that the command wrote before can still be read."""
     async with incoming(text) as stream:
         channel = Channel(stream)
         view = memoryview(bytearray(10))
@@ -235,7 +237,7 @@ async def test_end_of_a_command_that_lives_on_is_an_end() -> None:
 
 
 async def test_much_on_stderr_neither_blocks_the_command_nor_is_kept() -> None:
-    """8 MiB of complaints: the end of them is shown, in one line."""
+    """8 MiB of error messages: the error shows their end, in one line."""
     noise = "head -c 8388608 /dev/zero | tr '\\0' 'x' >&2; printf 'last\\nwords\\033[31m' >&2"
     async with command(f"cat > /dev/null; {noise}; exit 2") as stream:
         await stream.send_all(b"abc")
@@ -294,7 +296,7 @@ async def test_command_that_cannot_be_started_is_a_failure(monkeypatch: pytest.M
     ],
 )
 async def test_closing_ends_the_command_and_its_whole_group(text: str, *, cancelled: bool) -> None:
-    """Whatever it does about SIGTERM, in a cancelled scope too; and nothing of it stays, not even a zombie."""
+    """Also if the command ignores SIGTERM, and in a cancelled scope; no process of it stays, not even a zombie."""
     check = LeakCheck()
     with trio.fail_after(LIMIT):
         stream = await exec.connect(f"echo $$; {text}", Config())
@@ -309,13 +311,13 @@ async def test_closing_ends_the_command_and_its_whole_group(text: str, *, cancel
 
 
 async def test_what_the_command_left_in_the_background_is_ended_after_it() -> None:
-    """The shell is gone long before; its group is not."""
+    """The shell ended long before; its group still has a process."""
     async with command("(trap '' TERM; exec sleep 1000) > /dev/null 2>&1 & echo $!") as stream:
         pid = int(await read_line(stream))
         await stream.delivered()
         assert alive(stream.pid) == [pid]
     with trio.fail_after(LIMIT):
-        while alive(stream.pid):  # nothing is left that could tell when SIGKILL has been obeyed
+        while alive(stream.pid):  # no process is left that could report the effect of SIGKILL
             await trio.lowlevel.checkpoint()
 
 
@@ -330,7 +332,7 @@ async def test_command_that_is_killed_by_others_is_collected() -> None:
 
 
 async def test_where_children_are_collected_by_the_kernel_nobody_can_tell() -> None:
-    """SIGCHLD ignored: the status is lost, and a delivery without word is none."""
+    """SIGCHLD ignored: the status is lost, and a delivery without a status is no delivery."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         async with command("cat > /dev/null") as stream:
@@ -383,7 +385,7 @@ async def test_each_wait_can_be_cancelled_and_leaves_nothing(
 
 @pytest.mark.parametrize("steps", range(6))
 async def test_start_that_is_cancelled_leaves_no_child(steps: int) -> None:
-    """Before the command is started or at once behind: either there is a stream to close, or there is nothing."""
+    """Before the start of the command or just after: either there is a stream to close, or no command runs."""
     check = LeakCheck()
     made: list[exec.ExecStream] = []
 
@@ -402,5 +404,5 @@ async def test_start_that_is_cancelled_leaves_no_child(steps: int) -> None:
 
 
 def test_bounds_of_the_end_are_short() -> None:
-    """Closing holds a cancellation off for that long at most; it is part of the teardown, which has seconds."""
+    """Closing holds a cancellation off for at most that long; it is part of the teardown, which takes seconds."""
     assert Config().teardown_grace > 2 * _child.TERM_SECONDS + _child.VERDICT_SECONDS

@@ -1,4 +1,4 @@
-"""``fd:``: sockets and pipes, everything that is neither, and that a descriptor is used once."""
+"""``fd:``: sockets and pipes, all other kinds of descriptors, and that a descriptor is used once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DATA = bytes(range(256)) * 1024
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """Both ends; what a test leaves open is closed."""
+    """Both ends; those that a test leaves open are closed."""
     ends = os.pipe()
     kept = [os.fstat(end) for end in ends]
     yield ends
@@ -44,7 +44,7 @@ def is_open(number: int) -> bool:
 
 @pytest.mark.parametrize("rest", ["", "name", "-1", "+3", " 3", "3 ", "0x3", "٣", "4.0", "99999999999", "/dev/stdin"])
 async def test_what_is_not_a_number_is_refused(rest: str) -> None:
-    """B4: a name means something to the QMP server only, which hands the number on."""
+    """B4: only the QMP server knows names; it passes the number on."""
     for call in (fd.connect, fd.listen):
         with pytest.raises(ConfigError, match="needs the number of an open descriptor") as caught:
             await call(rest, Config())
@@ -75,7 +75,7 @@ async def test_socket_has_both_directions(family: socket.AddressFamily) -> None:
 
 
 async def test_pipe_has_one_direction_and_says_so(pipe: tuple[int, int]) -> None:
-    """B4, B7: so the engine knows that there is no return path."""
+    """B4, B7: from this the engine knows that there is no return path."""
     reading, writing = pipe
     sender = await fd.connect(str(writing), Config())
     listener = await fd.listen(str(reading), Config())
@@ -106,7 +106,7 @@ async def test_pipe_has_one_direction_and_says_so(pipe: tuple[int, int]) -> None
 
 @pytest.mark.parametrize("blocking", [True, False])
 async def test_mode_of_a_pipe_is_what_it_was(pipe: tuple[int, int], *, blocking: bool) -> None:
-    """B18: the mode belongs to everybody who has the pipe; a shell would fail with EAGAIN."""
+    """B18: all processes with the pipe share the mode; a shell would fail with EAGAIN."""
     for end, call in zip(pipe, (fd.listen, fd.connect), strict=True):
         other = os.dup(end)
         try:
@@ -165,7 +165,7 @@ USELESS: Final[dict[str, tuple[Callable[[Path], int], str]]] = {
 
 @pytest.mark.parametrize("kind", USELESS)
 async def test_what_carries_no_stream_is_refused_and_closed(kind: str, tmp_path: Path) -> None:
-    """B4: consumed all the same."""
+    """B4: the descriptor is consumed all the same."""
     make, words = USELESS[kind]
     for call in (fd.connect, fd.listen):
         number = make(tmp_path)
@@ -175,7 +175,7 @@ async def test_what_carries_no_stream_is_refused_and_closed(kind: str, tmp_path:
 
 
 async def test_fifo_of_both_directions_is_refused(tmp_path: Path) -> None:
-    """It would hand the stream back to its sender."""
+    """The pipe would return the stream to its sender."""
     os.mkfifo(tmp_path / "fifo")
     for call in (fd.connect, fd.listen):
         number = os.open(tmp_path / "fifo", os.O_RDWR)
@@ -195,7 +195,7 @@ async def test_wrong_end_of_a_pipe_is_refused_and_closed(pipe: tuple[int, int]) 
 
 
 async def test_what_the_run_loop_itself_needs_is_refused_and_left_alone() -> None:
-    """A number mistyped must not be the end of everything."""
+    """A mistyped number must not break the process."""
     loop = next(n for n in os.listdir("/proc/self/fd") if "eventpoll" in _target(n))
     for call in (fd.connect, fd.listen):
         with pytest.raises(TransportFailed, match="something of the kernel's"):
@@ -283,7 +283,8 @@ trio.run(main)
 
 
 async def test_standard_input_and_output_are_taken_and_something_stands_in_for_them(tmp_path: Path) -> None:
-    """What is opened next must not become standard output; and what is refused (a file as stderr) stays open."""
+    """A file that is opened later must not become standard output; a refused descriptor (a file as stderr) stays
+    open."""
     errors = tmp_path / "errors"
     with errors.open("wb") as stderr:
         done = await trio.run_process(
@@ -295,7 +296,7 @@ async def test_standard_input_and_output_are_taken_and_something_stands_in_for_t
 
 
 async def test_child_that_was_given_the_other_end_finds_it_as_it_was(pipe: tuple[int, int]) -> None:
-    """One end is with a shell that does blocking reads."""
+    """A shell with blocking reads has one end."""
     reading, writing = pipe
     child = await trio.lowlevel.open_process(["wc", "-c"], stdin=reading, stdout=subprocess.PIPE)
     os.close(reading)
@@ -309,7 +310,7 @@ async def test_child_that_was_given_the_other_end_finds_it_as_it_was(pipe: tuple
 
 @pytest.mark.parametrize("kind", ["socket", "pipe"])
 async def test_guest_goes_through_descriptors(kind: str) -> None:
-    """B4, B7, A.1 row 16, T to T: through a socket with an answer, through a pipe without; none is left."""
+    """B4, B7, A.1 row 16, T to T: over a socket with an answer, over a pipe without; no descriptor is left."""
     check = LeakCheck()
     if kind == "socket":
         ours, theirs = socket.socketpair()

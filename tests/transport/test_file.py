@@ -1,4 +1,4 @@
-"""``file:``: the bytes on disk, what is around them, and no trace of what failed."""
+"""``file:``: the bytes on disk, the bytes around them, and no trace of a failed stream."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def test_bad_address_is_refused(rest: str, words: str) -> None:
 
 @asynccontextmanager
 async def reading(rest: str) -> AsyncIterator[trio.abc.ReceiveStream]:
-    """What stands in a file."""
+    """The contents of a file."""
     listener = await file.listen(rest, Config())
     async with await listener.accept() as stream:
         listener.close()
@@ -114,7 +114,7 @@ async def test_new_file_is_its_owners_only_and_holds_the_stream(tmp_path: Path) 
 
 @pytest.mark.parametrize("before", [b"", b"short", b"h" * 4096, b"h" * 10_000_000])
 async def test_before_the_offset_nothing_changes(tmp_path: Path, before: bytes) -> None:
-    """A header of somebody else's (libvirt's, for example); what was behind the offset is gone."""
+    """A header of another program (libvirt, for example); the bytes behind the offset are gone."""
     path = tmp_path / "stream"
     path.write_bytes(before)
     path.chmod(0o640)
@@ -126,7 +126,7 @@ async def test_before_the_offset_nothing_changes(tmp_path: Path, before: bytes) 
 
 @pytest.mark.parametrize(("mode", "after"), [(0o666, 0o660), (0o644, 0o640), (0o640, 0o640), (0o600, 0o600)])
 async def test_file_that_is_replaced_is_closed_to_others(tmp_path: Path, mode: int, after: int) -> None:
-    """It holds the memory of a guest from then on."""
+    """From then on the file holds the memory of a guest."""
     path = tmp_path / "stream"
     path.write_bytes(b"old")
     path.chmod(mode)
@@ -168,7 +168,7 @@ async def test_disk_has_the_file_and_its_name_when_it_is_delivered(
 
 @pytest.mark.parametrize("cancelled", [False, True])
 async def test_file_that_was_made_for_nothing_is_removed(tmp_path: Path, *, cancelled: bool) -> None:
-    """T3: closed without delivery there is no trace, whatever the working directory is by then."""
+    """T3: closed without delivery the file leaves no trace, also after a change of the working directory."""
     check = LeakCheck()
     old = os.getcwd()
     os.chdir(tmp_path)
@@ -190,7 +190,7 @@ async def test_file_that_was_made_for_nothing_is_removed(tmp_path: Path, *, canc
 
 @pytest.mark.parametrize("before", [b"", b"abc", b"h" * 512, b"h" * 9999])
 async def test_file_that_was_there_keeps_what_is_not_ours(tmp_path: Path, before: bytes) -> None:
-    """Half a stream in it would be taken for a stream."""
+    """Half a stream in the file would be taken for a stream."""
     path = tmp_path / "stream"
     path.write_bytes(before)
     async with await file.connect(f"{path},offset=512", Config()) as stream:
@@ -227,7 +227,7 @@ async def test_file_that_cannot_be_removed_is_told_of(
 
 @pytest.mark.parametrize("kind", ["directory", "fifo", "null", "socket"])
 async def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
-    """To open a FIFO as others do would wait for its other end, where no cancel gets through."""
+    """A blocking open of a FIFO would wait for its other end, and could not be cancelled."""
     path = tmp_path / "thing"
     if kind == "directory":
         path.mkdir()
@@ -325,7 +325,7 @@ async def test_listening_that_is_left_closes_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rounds", range(8))
 async def test_cancelled_at_any_step_it_never_happened(tmp_path: Path, rounds: int) -> None:
-    """Opening, writing, delivering: the file is whole, or there is none."""
+    """Opening, writing, delivering: the file is whole, or does not exist."""
     check = LeakCheck()
     done = False
 
@@ -358,7 +358,7 @@ async def test_cancelled_at_any_step_it_never_happened(tmp_path: Path, rounds: i
 async def test_closed_while_it_is_written_to_waits_for_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The number of a closed descriptor may be another file's at once: nobody may write to it any more."""
+    """The number of a closed descriptor may soon be another file's: no write may go to it any more."""
     real = os.pwrite
     gate = trio.Event()
     token = trio.lowlevel.current_trio_token()
@@ -389,7 +389,7 @@ async def test_closed_while_it_is_written_to_waits_for_the_disk(
 
 
 async def test_guest_is_stored_and_fetched(tmp_path: Path) -> None:
-    """A migration into a file and out of it, behind the header of somebody else; no return path, and that is said."""
+    """A migration into a file and out of it, behind another program's header; no return path, and a note about that."""
     path = tmp_path / "guest"
     path.write_bytes(b"HEAD")
     source, target = ScriptedGuest(run_state="running"), ScriptedGuest(run_state="prelaunch")

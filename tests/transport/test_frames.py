@@ -1,4 +1,4 @@
-"""Frames of websockets: headers at every split, broken rules, masks wherever they begin."""
+"""Websocket frames: headers at every split, broken rules, masks from every start."""
 
 from __future__ import annotations
 

@@ -32,13 +32,13 @@ ANSWER = (
     b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n"
     b"Server: x\r\n"
 )
-#: What decides something in HTTP, and what is no ASCII.
+#: Bytes with a meaning in HTTP, and bytes that are not ASCII.
 BYTES = b"\x00\t\n\r ,:;=\x7f\x80\xc3\xf0\xff"
 SEED = 20
 
 
 def mutations(good: bytes, random_ones: int) -> list[bytes]:
-    """Each of BYTES in each place; then cut, doubled and random changes, the same in every run."""
+    """Each of BYTES in each place; then cuts, repetitions and random changes, the same in every run."""
     found = [good[:at] + bytes((byte,)) + good[at + 1 :] for at in range(len(good)) for byte in BYTES]
     source = random.Random(SEED)
     for _ in range(random_ones):
@@ -74,7 +74,7 @@ async def test_any_request_is_answered_or_refused() -> None:
             outcomes["accepted"] += 1
         await server.send_eof()
         answer = await client.receive_some()
-        # A head that is not over is no request, and gets no answer.
+        # An incomplete head is no request, and gets no answer.
         if b"\r\n\r\n" in request:
             assert answer.startswith(b"HTTP/1.1 "), (request, answer)
             assert answer.split()[1] in (b"101", b"400", b"426"), (request, answer)
@@ -103,7 +103,7 @@ async def test_byte_beyond_ascii_is_a_bad_request(change: tuple[bytes, bytes]) -
 
 
 async def answered(make: bytes) -> str:
-    """What a client makes of that answer; its key is put in for ``%s``."""
+    """The result of a client for that answer; ``%s`` is replaced by its key."""
     client, server = memory_stream_pair()
     result = ""
 

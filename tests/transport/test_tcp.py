@@ -81,7 +81,7 @@ async def test_bad_address_is_refused(rest: str, words: str) -> None:
 
 
 async def talk(listener: tcp.TcpListener, to: str) -> None:
-    """Connect to *to*, say something both ways, and close."""
+    """Connect to *to*, send bytes both ways, and close."""
     async with trio.open_nursery() as nursery:
         accepted: list[trio.abc.Stream] = []
 
@@ -141,7 +141,7 @@ async def test_empty_host_is_every_address() -> None:
 
 @needs_ipv6
 async def test_connection_on_any_of_several_addresses_is_taken() -> None:
-    """One of two listeners gets it, the other waits no longer; and the next one may come on the other."""
+    """One of two listeners gets the connection, the other waits no longer; the next one may come on the other."""
     listeners = [*await trio.open_tcp_listeners(0, host="127.0.0.1"), *await trio.open_tcp_listeners(0, host="::1")]
     both = tcp.TcpListener(listeners)
     try:
@@ -175,7 +175,7 @@ async def test_of_two_connections_at_once_one_is_kept_and_none_is_leaked() -> No
 
 
 class TwoAddresses(trio.abc.HostnameResolver):
-    """A name with an address of each family, as "localhost" has on many machines."""
+    """A name with an address of each family, like "localhost" on many machines."""
 
     async def getaddrinfo(self, host: object, port: object, family: int = 0, *_: object, **__: object) -> list[Any]:
         await trio.lowlevel.checkpoint()
@@ -201,7 +201,7 @@ async def two_addresses() -> AsyncIterator[None]:
 
 @needs_ipv6
 async def test_free_port_is_the_same_on_every_address_of_a_name(two_addresses: None) -> None:
-    """One address is told, and whoever resolves the name himself comes through as well."""
+    """The listener reports one address, and a client that resolves the name itself can connect as well."""
     listener = await tcp.listen("name:0", Config())
     try:
         host, _, port = listener.uri.rpartition(":")
@@ -246,7 +246,7 @@ def test_families_are_those_of_qemu(options: str, family: int, both: bool) -> No
 async def test_listener_takes_the_families_that_qemu_takes(
     at: str, reached: tuple[str, ...], not_reached: tuple[str, ...]
 ) -> None:
-    """Both families, one, or the one that the options name."""
+    """Both families, one, or the family that the options name."""
     listener = await tcp.listen(at, Config())
     port = listener.uri.rpartition(":")[2]
     try:
@@ -284,7 +284,7 @@ async def test_connection_is_of_the_family_that_was_asked_for(two_addresses: Non
 async def test_port_that_is_free_on_one_address_only_is_not_taken(
     two_addresses: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next one is; and when there is none at all, that is said, and nothing is left open."""
+    """The next address is used; if there is none, the error says so, and no socket is left open."""
     real = _inet.open_listeners
     taken: list[socket.socket] = []
     most = 2
@@ -350,7 +350,7 @@ async def test_closing_twice_is_harmless() -> None:
 
 
 async def test_connecting_can_be_cancelled() -> None:
-    """Gap G12: a QEMU waits until the attempt ends by itself. Nothing is left (see the check for descriptors)."""
+    """Gap G12: a QEMU waits until the attempt ends by itself. No socket is left (see the check for descriptors)."""
     listener = await tcp.listen("127.0.0.1:0", Config())
     try:
         with trio.CancelScope() as scope:
@@ -362,7 +362,7 @@ async def test_connecting_can_be_cancelled() -> None:
 
 
 class Unreachable(trio.abc.SocketFactory):
-    """Sockets whose connect never ends, as to a host that drops everything."""
+    """Sockets whose connect never ends, as to a host that drops every packet."""
 
     def __init__(self) -> None:
         self.closed = 0
@@ -401,7 +401,7 @@ async def test_connecting_to_a_silent_host_can_be_cancelled(autojump_clock: trio
 
 
 async def test_both_ends_notice_a_host_that_is_gone() -> None:
-    """Keepalive: silence is allowed to a source that is held, so nothing else would tell."""
+    """Keepalive: a held source may be silent, so only keepalive notices that its host is gone."""
     listener = await tcp.listen("127.0.0.1:0", Config())
     try:
         stream = await tcp.connect(listener.uri.removeprefix("tcp:"), Config())

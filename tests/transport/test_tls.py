@@ -1,4 +1,4 @@
-"""TLS over streams, tcp and unix: who is let in, what both sides say when not, and that the stream is a stream."""
+"""TLS over streams, tcp and unix: accepted and refused peers, the errors on both sides, and the stream's contract."""
 
 from __future__ import annotations
 
@@ -40,19 +40,20 @@ def client(pki: Pki) -> Path:
 
 
 async def said(result: object) -> str:
-    """The error in *result*; where TLS 1.3 lets a client believe that all is well, the one of its first read."""
+    """The error in *result*; with TLS 1.3 a client may believe that it is accepted, then the error of its first
+    read."""
     if isinstance(result, trio.abc.Stream):
         with pytest.raises(trio.BrokenResourceError) as caught:
             await result.receive_some(1)
         await trio.aclose_forcefully(result)
-        # What the engine reports is the cause.
+        # The engine reports the cause.
         return str(caught.value.__cause__)
     assert isinstance(result, TransportFailed), result
     return str(result)
 
 
 async def refused(uri: str, near: Config, far: Config) -> tuple[str, str]:
-    """What client and server say of a connection that does not come about."""
+    """The errors of client and server for a failed connection."""
     one, other = await try_both(uri, near, far)
     return await said(one), await said(other)
 
@@ -75,7 +76,7 @@ async def exchange(near: trio.abc.Stream, far: trio.abc.Stream, size: int) -> No
     assert got == {near: words[far], far: words[near]}
 
 
-# -- who is let in -----------------------------------------------------------------------------------------------------
+# -- accepted and refused peers ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheme", ["tcp", "unix"])
@@ -108,7 +109,7 @@ async def test_wrong_name_is_refused_by_the_client_and_both_say_so(server: Path,
 
 
 async def test_unix_has_no_name_to_check(server: Path, client: Path, tmp_path: Path) -> None:
-    """A.1 row 4: the side that listens gets to know as well."""
+    """A.1 row 4: the listening side gets an error as well."""
     near, far = await refused(f"unix:{tmp_path}/s", secure(client), secure(server))
     assert "no host name to check the certificate with; set tls-hostname" in near
     assert "the connection was cut" in far
@@ -122,7 +123,7 @@ async def test_server_of_another_ca_is_refused(client: Path, tmp_path: Path) -> 
 
 
 async def test_client_without_a_certificate_is_refused_by_who_verifies(server: Path, pki: Pki) -> None:
-    """A.1 row 15: TLS 1.3 tells the client after its handshake; what it gets is the alert, in words."""
+    """A.1 row 15: TLS 1.3 tells the client after its handshake; the client's error has the alert, in words."""
     near, far = await refused(TCP, secure(pki.anonymous()), secure(server))
     assert "TLS alert 'certificate required': it wants to see a certificate of this side" in near
     assert "the client shows no certificate, and verify-peer asks for one" in far
@@ -142,7 +143,7 @@ async def test_client_that_does_not_verify_goes_anywhere(client: Path, tmp_path:
 
 
 async def test_only_clients_on_the_list_are_let_in(server: Path, client: Path) -> None:
-    """A.1 rows 12, 13: names are compared as QEMU writes them."""
+    """A.1 rows 12, 13: names are compared in QEMU's form."""
     rule = AuthzRule(match="*,CN=host-a", policy="allow", format="glob")
     friendly = secure(server, AuthzList(id="who", rules=(rule,)), authz="who")
     async with connected(TCP, secure(client), friendly) as (near, far):
@@ -204,7 +205,7 @@ async def test_plain_client_of_a_tls_server_is_told_apart(server: Path) -> None:
 
 
 async def test_tls_client_of_a_plain_server_says_what_it_may_be(client: Path) -> None:
-    """The server finds no magic, and drops it; the client cannot tell that from other refusals. The server goes on."""
+    """The server finds no magic, and drops the connection, but goes on. The client cannot tell the reason."""
     guest, monitor = ScriptedGuest(run_state="prelaunch"), trimig.Monitor()
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
@@ -244,7 +245,7 @@ async def test_cancelled_handshake_leaves_nothing_open(client: Path) -> None:
         await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     while await far.receive_some():
-        pass  # its hello
+        pass  # the client's hello
 
 
 async def test_listener_goes_on_after_a_client_that_failed(server: Path, client: Path) -> None:
@@ -264,7 +265,7 @@ async def test_listener_goes_on_after_a_client_that_failed(server: Path, client:
         await trio.aclose_forcefully(stream)
 
 
-# -- what is wrong with the files --------------------------------------------------------------------------------------
+# -- errors in the files -----------------------------------------------------------------------------------------------
 
 
 def spoil(directory: Path, name: str, content: bytes | None) -> None:
@@ -291,7 +292,7 @@ async def test_bad_file_is_named_before_anybody_connects(
 
 @pytest.mark.parametrize("side", ["client", "server"])
 def test_expired_certificate_is_named(side: _credentials.Side, pki: Pki) -> None:
-    """B17; with sanity-check=off it is the other side that refuses."""
+    """B17; with sanity-check=off the other side refuses."""
     directory = pki.make(side, expired=True)
     with pytest.raises(ConfigError, match=f"{side}-cert.pem cannot be used by a {side}: certificate has expired"):
         _credentials.load(secure(directory), side)
@@ -461,14 +462,14 @@ async def test_cut_connection_is_an_error_and_an_orderly_end_is_not(server: Path
     await near.send_all(b"something")
     with trio.CancelScope() as scope:
         scope.cancel()
-        await near.aclose()  # nobody waits, and still the end is announced
+        await near.aclose()  # the peer does not wait, and the end is announced all the same
     assert await far.receive_some() == b"something"
     assert await far.receive_some() == b""
     await trio.aclose_forcefully(far)
 
 
 async def test_sender_is_told_why_the_other_side_refused(server: Path, pki: Pki) -> None:
-    """A.1 row 15, without anybody reading: the write fails, and the alert that came before is looked for."""
+    """A.1 row 15, with no task reading: the write fails, and the error has the alert that came before."""
     near, far = await try_both(TCP, secure(pki.anonymous()), secure(server))
     assert isinstance(far, TransportFailed)
     assert isinstance(near, trio.abc.Stream)
@@ -510,5 +511,5 @@ async def test_host_name_that_is_none_is_refused(server: Path, client: Path) -> 
     ],
 )
 def test_names_are_escaped_as_gnutls_does(value: str, expected: str) -> None:
-    """As QEMU 7.2 printed them of a certificate made for it."""
+    """In the form in which QEMU 7.2 printed them for such a certificate."""
     assert _credentials._escaped(value) == expected

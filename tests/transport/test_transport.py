@@ -1,4 +1,4 @@
-"""URIs: what is understood, what is refused before anything is touched, and what is not built."""
+"""URIs: accepted ones, those refused before anything is opened, and schemes that trimig does not have."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def test_bad_uri_is_refused_by_both_calls_before_anything_happens(uri: str
         with pytest.raises(ConfigError):
             await call(guest, uri, monitor=monitor)
         assert guest.run_state == before
-        guest.claim("another attempt")  # it was given back
+        guest.claim("another attempt")  # the first attempt's claim was released
         guest.release()
         assert monitor.status in (Status.NONE, Status.FAILED)
 
@@ -99,9 +99,9 @@ async def test_listening_ends_if_the_address_cannot_be_told() -> None:
 
     def fail(uri: str) -> None:
         told.append(uri)
-        raise RuntimeError("nobody wants to know")
+        raise RuntimeError("an error of the listener")
 
-    with pytest.raises(RuntimeError, match="nobody"):
+    with pytest.raises(RuntimeError, match="an error of the listener"):
         async with transport.listening("tcp:127.0.0.1:0", fail):
             raise AssertionError("it was entered")
     with pytest.raises(TransportFailed):
@@ -110,7 +110,7 @@ async def test_listening_ends_if_the_address_cannot_be_told() -> None:
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 async def test_waiting_for_a_connection_can_be_cancelled(kind: str, tmp_path: Path) -> None:
-    """T3, gap G12: nothing is left listening, not even a file."""
+    """T3, gap G12: no socket is left, and no file."""
     uri = "tcp:127.0.0.1:0" if kind == "tcp" else f"unix:{tmp_path}/s"
     told: list[str] = []
     async with trio.open_nursery() as nursery:
@@ -130,7 +130,7 @@ async def test_waiting_for_a_connection_can_be_cancelled(kind: str, tmp_path: Pa
 
 
 async def test_cancelled_receive_leaves_no_address() -> None:
-    """T3: a receiver that nobody connects to ends at once, and its guest may be used again."""
+    """T3: a receiver without a connection ends at once, and its guest may be used again."""
     monitor, guest = trimig.Monitor(), ScriptedGuest(run_state="prelaunch")
     async with trio.open_nursery() as nursery:
 

@@ -1,4 +1,4 @@
-"""``unix:`` on real sockets: who may connect, and which file is removed when."""
+"""``unix:`` on real sockets: the allowed users, and when which file is removed."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def path(tmp_path: Path) -> str:
 
 
 def there(path: str) -> bool:
-    """Whether there is anything, be it a dangling link."""
+    """Whether the path exists, also as a dangling link."""
     return os.path.lexists(path)
 
 
 def fill(path: str) -> None:
-    """Make a file that somebody needs."""
+    """Make a file that must not be removed."""
     Path(path).write_text("precious")
 
 
 def content(path: str) -> str:
-    """What is in it."""
+    """The contents of the file."""
     return Path(path).read_text()
 
 
 async def talk(listener: unix.UnixListener, path: str) -> None:
-    """Connect, say something both ways, and close."""
+    """Connect, send bytes both ways, and close."""
     near = await unix.connect(path, Config())
     far = await listener.accept()
     async with near, far:
@@ -59,7 +59,7 @@ async def test_connection(path: str) -> None:
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
 async def test_socket_is_for_its_owner_only(path: str, umask: int) -> None:
-    """From the first moment: the guest's memory goes through it."""
+    """From the first moment, because the guest's memory goes through the socket."""
     old = os.umask(umask)
     try:
         listener = await unix.listen(path, Config())
@@ -112,7 +112,7 @@ async def test_second_close_removes_no_successor(path: str) -> None:
 
 
 async def test_orphaned_socket_is_replaced(path: str) -> None:
-    """What a receiver that was killed leaves behind."""
+    """The socket file that a killed receiver leaves."""
     with socket.socket(socket.AF_UNIX) as killed:
         killed.bind(path)
         killed.listen()
@@ -125,7 +125,7 @@ async def test_orphaned_socket_is_replaced(path: str) -> None:
 
 
 async def test_live_socket_is_neither_removed_nor_disturbed(path: str) -> None:
-    """The one who listens there must not take the probe for its peer: it accepts one connection only."""
+    """The listener must not take the probe for its peer: it accepts only one connection."""
     listener = await unix.listen(path, Config())
     try:
         with pytest.raises(TransportFailed, match=f"cannot listen on unix:{path}: Address already in use"):
@@ -223,7 +223,7 @@ async def test_socket_that_nobody_listens_on(path: str) -> None:
 
 
 async def test_listening_and_connecting_can_be_cancelled(path: str) -> None:
-    """Gap G12: and leave nothing behind."""
+    """Gap G12: and no file is left."""
     with trio.CancelScope() as scope:
         scope.cancel(reason="the test")
         await unix.listen(path, Config())

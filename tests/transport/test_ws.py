@@ -1,4 +1,4 @@
-"""ws: and wss:, against ourselves, against the independent library websockets, and against peers that break rules."""
+"""ws: and wss:, against trimig, against the independent library websockets, and against peers that break rules."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ async def test_it_is_a_stream_as_trio_wants_it(below: Callable[[], Pair], *, swa
 
 
 class Raw:
-    """A peer that sends frames as the test likes, and reads what comes."""
+    """A peer that sends any frames, and reads the answers."""
 
     def __init__(self, *, client: bool) -> None:
         ours, theirs = memory_stream_pair()
@@ -183,7 +183,7 @@ async def test_long_writes_become_several_frames_and_arrive_whole(*, client: boo
         nursery.start_soon(sender.send_all, data.data)
         buffer = memoryview(bytearray(1 << 20))
         while len(got) < len(data):
-            # Places and sizes of every kind, small ones too.
+            # Offsets and sizes of every kind, small ones too.
             start = chance.randrange(8)
             size = chance.choice((1, 100, 5000, 1 << 18, (1 << 20) - 8))
             count = await receiver.receive_into(buffer[start : start + size])
@@ -224,7 +224,7 @@ async def test_peer_that_breaks_a_rule_is_told_and_refused(
 
 
 async def test_message_that_is_too_long_is_refused_before_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether one frame says so, or its fragments add up."""
+    """Whether one frame is too long, or the sum of its fragments."""
     monkeypatch.setattr(_websocket, "MAX_MESSAGE", 1000)
     for already in (0, 600):
         raw = Raw(client=True)
@@ -304,7 +304,7 @@ async def test_who_is_cancelled_still_says_that_it_goes() -> None:
 
 
 async def test_cancelled_write_leaves_nothing_that_can_be_written() -> None:
-    """Rule C3: nobody knows how much has left."""
+    """Rule C3: an unknown part of the data has been sent."""
     near, far = lockstep_stream_pair()
     stream = WebSocketStream(near, client=True)
     with trio.CancelScope() as scope:
@@ -422,7 +422,7 @@ async def test_path_of_the_listener_must_be_asked_for() -> None:
 
 @pytest.mark.parametrize("scheme", ["ws", "wss"])
 async def test_guest_moves_and_no_task_is_left(scheme: str, directory: Path) -> None:
-    """B1, T1: every byte, with a return path, and nothing in the background afterwards."""
+    """B1, T1: every byte, with a return path, and no task left afterwards."""
     config = secure(directory) if scheme == "wss" else Config()
     before = trio.lowlevel.current_statistics().tasks_living
     with peers.source(8 << 20) as guest, peers.machine(8 << 20, running=False) as there:
@@ -438,7 +438,7 @@ async def test_guest_moves_and_no_task_is_left(scheme: str, directory: Path) -> 
 
 @pytest.mark.parametrize("side", ["source", "destination"])
 async def test_cancelled_migration_leaves_no_task(side: str) -> None:
-    """T3: cancelled in the middle; then the same guest goes elsewhere."""
+    """T3: cancelled in the middle; then the same guest goes to another destination."""
     config = peers.settings(bandwidth=2 << 20)
     before = trio.lowlevel.current_statistics().tasks_living
     with peers.source(8 << 20) as guest:
