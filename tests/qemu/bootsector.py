@@ -24,10 +24,10 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-#: The range that is dirtied, one byte in each page of 4 KiB. Nothing of the BIOS lies in it once it has booted us.
+#: The range that is dirtied, one byte in each page of 4 KiB. The BIOS does not use it after the boot.
 DIRTY_START: Final = 0x10000
 DIRTY_END: Final = 0x90000
-#: Where the 32-bit counter lives: right behind the sector itself.
+#: The address of the 32-bit counter: right behind the sector itself.
 COUNTER: Final = 0x7E00
 
 _ORIGIN: Final = 0x7C00
@@ -75,7 +75,7 @@ class _Code:
 
 
 def boot_sector(*, hz: int = 100) -> bytes:
-    """The image of a disk that holds nothing but the guest; it counts *hz* times a second (19 to 1000)."""
+    """The image of a disk with only the guest; it counts *hz* times a second (19 to 1000)."""
     if not 19 <= hz <= 1000:
         raise ValueError("hz: the timer can do 19 to 1000 here")
     code = _Code()
@@ -134,7 +134,7 @@ def _for_each_page(code: _Code, name: str, body: str, check: str | None = None) 
 
 
 def _flush_tlb(code: _Code) -> None:
-    """Change write protection, which means nothing without paging; a change flushes. Destroys EAX."""
+    """Change write protection, which has no effect without paging; a change flushes. Destroys EAX."""
     code.emit("0f 20 c0")  # mov eax, cr0
     code.emit("66 35 00 00 01 00")  # xor eax, 1 << 16
     code.emit("0f 22 c0")  # mov cr0, eax
@@ -199,9 +199,9 @@ _LINE = re.compile(r"[0-9a-f]{8}")
 
 
 def parse_counts(text: str) -> list[int]:
-    """The counter values in *text*, what the serial port printed; an unfinished last line does not count.
+    """The counter values in *text*, the output of the serial port; an unfinished last line does not count.
 
-    For a migrated guest, give it the source's text followed by the destination's: a line may be cut between them.
+    For a migrated guest, pass the source's text followed by the destination's: a line may be cut between them.
 
     Raises:
         ValueError: a line is not a count; ``!`` means that the guest found a wrong page.

@@ -9,11 +9,11 @@ from typing import Final
 
 from tests.qemu.pairs import by_pairs
 
-#: ``pc`` is the newest of the version's own; ``none`` has RAM and nothing else.
+#: ``pc`` is the newest one of the version; ``none`` has only RAM.
 MACHINES: Final = ("pc", "pc-i440fx-7.2", "none")
-#: From trimig to QEMU; from QEMU, to be parked; and from QEMU through trimig to the next version that has the machine type.
+#: To QEMU; from QEMU, to be parked; and from QEMU through trimig to the next version with the machine type.
 DIRECTIONS: Final = ("to", "from", "through")
-#: What each mode is, in a few words.
+#: The modes, each with a short description.
 MODES: Final = {
     "precopy": "over TCP, with a return path",
     "one-way": "without a return path",
@@ -32,7 +32,7 @@ MODES: Final = {
     "ack": "with switchover-ack",
     "snapshot": "a background snapshot",
 }
-#: The version that has a mode first.
+#: The first version that has a mode.
 SINCE: Final = {"channels": (8, 2), "ack": (8, 1), "preempt": (7, 1), "snapshot": (6, 0)}
 
 
@@ -55,7 +55,7 @@ class Cell:
 
 
 def impossible(cell: Cell) -> str | None:
-    """Why there can be no such migration, or None."""
+    """The reason why such a migration is impossible, or None."""
     since = SINCE.get(cell.mode)
     if since is not None and cell.numbers < since:
         return f"QEMU {cell.version} does not know {MODES[cell.mode]}: {since[0]}.{since[1]} is the first"
@@ -65,11 +65,11 @@ def impossible(cell: Cell) -> str | None:
 
 
 def every(versions: Sequence[str]) -> list[Cell]:
-    """All cells, the impossible ones too."""
+    """All cells, including the impossible ones."""
     return [Cell(*values) for values in itertools.product(versions, MACHINES, DIRECTIONS, MODES)]
 
 
 def chosen(versions: Sequence[str]) -> set[Cell]:
-    """Cells that have each value together with each other one, where that is possible."""
+    """Cells in which each value occurs together with each other value, where that is possible."""
     possible = [dataclasses.astuple(cell) for cell in every(versions) if impossible(cell) is None]
     return {Cell(*values) for values in by_pairs(possible)}

@@ -31,12 +31,12 @@ Machine = str
 
 #: Name of the RAM block on the wire, and id of the memory backend.
 RAM_BLOCK: Final = "m0"
-#: Seconds a QEMU may take to open its monitor, or to be gone after SIGKILL. Far above what a loaded machine needs.
+#: Seconds in which a QEMU must open its monitor, or be gone after SIGKILL. Far more than a loaded machine needs.
 _START_LIMIT: Final = 30.0
 _KILL_LIMIT: Final = 10.0
-#: Below one cylinder SeaBIOS sees no disk on q35.
+#: With less than one cylinder SeaBIOS sees no disk on q35.
 _DISK_SIZE: Final = 1 << 20
-#: Seconds between two looks at something that cannot notify us.
+#: Seconds between two polls of a state without notifications.
 _POLL: Final = 0.01
 
 _UNITS: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -62,8 +62,8 @@ class Qemu:
     Attributes:
         qmp: its monitor.
         pid: its process id.
-        installed: which QEMU it is.
-        machine: its machine type, as it was asked for.
+        installed: the QEMU that runs.
+        machine: its machine type, as the test asked for it.
         ram: guest memory, shape ``(size,)``, writable and shared with QEMU; None without a memory file.
     """
 
@@ -105,7 +105,7 @@ class Qemu:
         extra: Sequence[str] = (),
         pass_fds: Sequence[int] = (),
     ) -> AsyncIterator[Qemu]:
-        """Run a QEMU for as long as the block lasts.
+        """Run a QEMU while the block lasts.
 
         Args:
             machine: its type.
@@ -120,7 +120,7 @@ class Qemu:
             pass_fds: descriptors QEMU inherits, for ``fd:`` URIs.
 
         Raises:
-            QemuExited: it did not come up.
+            QemuExited: QEMU did not start.
             FileNotFoundError: there is no such QEMU.
 
         **Cancellation:** the process is killed and reaped.
@@ -150,7 +150,7 @@ class Qemu:
             if machine != "none":
                 argv += ["-chardev", f"file,id=serial0,path={directory}/serial", "-serial", "chardev:serial0"]
             if boot is not None:
-                # A copy of its own for each QEMU: two of them must not lock the same image.
+                # A copy for each QEMU, because two of them must not lock the same image.
                 (directory / "disk").write_bytes(boot.ljust(_DISK_SIZE, b"\0"))
                 argv += ["-drive", f"if=ide,format=raw,file={directory}/disk"]
             if paused:
@@ -177,20 +177,20 @@ class Qemu:
             try:
                 with trio.fail_after(_START_LIMIT):
                     await qmp.negotiate()
-                    # Each change of status then is in qmp.events, also those that polling would miss.
+                    # With events qemu.qmp.events has each change of status, also those that polling would miss.
                     await vm.set_capabilities({"events": True})
             except QmpClosed as exc:
                 raise QemuExited(f"QEMU did not start: {' '.join(argv)}") from exc
             yield vm
 
-    # What it said and whether it lives
+    # The output of QEMU, and whether it runs
 
     def stderr_text(self) -> str:
-        """What it printed on stdout and stderr so far."""
+        """The output of QEMU on stdout and stderr so far."""
         return (self._directory / "stderr").read_text(errors="replace")
 
     def serial_text(self) -> str:
-        """What the guest printed on COM1 so far."""
+        """The output of the guest on COM1 so far."""
         return (self._directory / "serial").read_bytes().decode("ascii", errors="replace")
 
     async def wait_serial(self, predicate: Callable[[str], bool]) -> str:
@@ -202,7 +202,8 @@ class Qemu:
         return text
 
     async def wait_exit(self) -> int:
-        """Wait until it has exited by itself; its return code. QEMU 7.2 exits with 1 when incoming migration fails."""
+        """Wait until QEMU has exited by itself; its return code. QEMU 7.2 exits with 1 when incoming migration
+        fails."""
         return await self._process.wait()
 
     def kill(self) -> None:
@@ -210,8 +211,8 @@ class Qemu:
         self._process.kill()
 
     async def quit(self) -> int:
-        """Ask it to quit and wait until it has; its return code."""
-        with contextlib.suppress(QmpClosed):  # it may be gone before its answer is read
+        """Ask QEMU to quit and wait for its exit; its return code."""
+        with contextlib.suppress(QmpClosed):  # QEMU may exit before its answer is read
             await self.qmp.execute("quit")
         return await self._process.wait()
 
@@ -239,8 +240,8 @@ class Qemu:
         """Start a migration to *uri*; with *wait* until it completed. Returns the last ``query-migrate``.
 
         Raises:
-            QmpError: it was refused at once.
-            AssertionError: it failed or was cancelled while waited for.
+            QmpError: the migration was refused at once.
+            AssertionError: the migration failed or was cancelled during the wait.
         """
         await self.set_capabilities(capabilities or {})
         await self.set_parameters(parameters or {})
@@ -248,12 +249,13 @@ class Qemu:
         return await self.wait_migration_status("completed") if wait else await self.query_migrate()
 
     async def incoming(self, uri: str) -> str:
-        """``migrate-incoming`` of a QEMU started with ``incoming="defer"``; the URI at which it really listens."""
+        """``migrate-incoming`` of a QEMU started with ``incoming="defer"``; the URI at which QEMU really listens."""
         await self.qmp.execute("migrate-incoming", {"uri": uri})
         return await self.incoming_uri(uri)
 
     async def incoming_uri(self, uri: str) -> str:
-        """The URI at which it listens, with the port the kernel chose; *uri* itself where QEMU names no socket."""
+        """The URI at which QEMU listens, with the port that the kernel chose; *uri* itself if QEMU reports no
+        socket."""
         for address in (await self.query_migrate()).get("socket-address", ()):
             if address["type"] == "inet":
                 host = f"[{address['host']}]" if ":" in address["host"] else address["host"]
@@ -297,7 +299,7 @@ class Qemu:
         return [event["data"]["status"] for event in self.qmp.events if event["event"] == "MIGRATION"]
 
     def _explain(self, _kind: type[BaseException] | None, exc: BaseException | None, _tb: object) -> bool:
-        """Put what QEMU said beside a failure."""
+        """Add the output of QEMU to a failure."""
         if exc is not None and not isinstance(exc, trio.Cancelled):
             code = self._process.poll()
             state = "running" if code is None else f"exited with {code}"
@@ -308,7 +310,7 @@ class Qemu:
 
 
 async def _kill(process: trio.Process) -> None:
-    """SIGKILL, and reap: bounded, and in spite of a cancellation."""
+    """SIGKILL, and reap: within a time limit, and in spite of a cancellation."""
     if process.poll() is None:
         process.kill()
     with trio.move_on_after(_KILL_LIMIT, shield=True):
@@ -320,13 +322,13 @@ async def _kill(process: trio.Process) -> None:
 def _memory(
     stack: contextlib.AsyncExitStack, inherited: list[int], memory_file: Path | bool, size: int
 ) -> tuple[str, NDArray[np.uint8]]:
-    """A shared mapping of the future guest RAM, and the path by which QEMU opens the same."""
+    """A shared mapping of the future guest RAM, and the path by which QEMU opens the same memory."""
     if isinstance(memory_file, Path):
         path = str(memory_file)
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     else:
         fd = os.memfd_create("trimig-test-ram")
-        # Resolved by QEMU, in its own process, where the descriptor has the same number.
+        # QEMU resolves the path in its own process, where the descriptor has the same number.
         path = f"/proc/self/fd/{fd}"
         inherited.append(fd)
     stack.callback(os.close, fd)
@@ -336,13 +338,13 @@ def _memory(
 
 
 async def write_capture(path: Path, machine: Machine, *, boot: bytes | None = None, ram: str = "16M") -> None:
-    """Write what a QEMU of that type sends to a file: the plain stream, without return path.
+    """Write the stream that a QEMU of that type sends to a file: the plain stream, without return path.
 
-    ``none`` gets random memory; a machine with a boot sector is caught while it counts.
+    ``none`` gets random memory; a machine with a boot sector is saved while it counts.
     """
     async with Qemu.start(machine, ram, boot=boot) as vm:
         if machine == "none":
-            # Some of each kind: random pages, pages of one repeated byte, and (most) zero pages.
+            # Pages of each kind: random pages, pages of one repeated byte, and (most) zero pages.
             vm.ram[: 1 << 20] = random_ram(1 << 20, seed=1)
             vm.ram[2 << 20 : 3 << 20] = 0x5A
         if boot is not None:

@@ -23,11 +23,11 @@ from tests.qemu.test_tls import x509
 from tests.transport.pki import ID, Pki
 from trimig import MiB, Status
 
-#: Starts one more QEMU.
+#: Starts another QEMU.
 Spare: TypeAlias = Callable[[], AbstractAsyncContextManager[Qemu]]
 
 UUID: Final = "00112233-4455-6677-8899-aabbccddeeff"
-#: Bytes per second at which a guest of this size is never done before something is asked for.
+#: Bytes per second at which a guest of this size never completes before the test acts.
 SLOW: Final = 1 * MiB
 POSTCOPY: Final = ("postcopy", "preempt", "recovery")
 _CAPABILITIES: Final[Mapping[str, Sequence[str]]] = {
@@ -39,19 +39,19 @@ _CAPABILITIES: Final[Mapping[str, Sequence[str]]] = {
     "ack": ("switchover-ack",),
     "snapshot": ("background-snapshot",),
 }
-#: No answer can come, or none is wanted.
+#: The modes in which no answer can come, or none is wanted.
 _ONE_WAY: Final = ("one-way", "snapshot", "file")
 
 
 @dataclasses.dataclass
 class Hop:
-    """What one mode asks of both sides.
+    """The settings of both sides for one mode.
 
     Attributes:
         mode: one of :data:`tests.qemu.cells.MODES`.
         directory: for sockets and files.
         pki: makes certificates.
-        trickle: bytes per second for the pages that follow in postcopy, where the connection is to be cut in the middle.
+        trickle: bytes per second for the remaining pages in postcopy, if the connection is to be cut in the middle.
     """
 
     mode: str
@@ -68,17 +68,18 @@ class Hop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Closes what was not used."""
+        """Closes the unused descriptors."""
         if self.theirs is not None:
             os.close(self.theirs)
         if self.ours is not None:
             with contextlib.suppress(OSError):  # a migration closes it
                 os.close(self.ours)
 
-    # -- what QEMU is told ---------------------------------------------------------------------------------------------
+    # -- the settings of QEMU
+    # ----------------------------------------------------------------------------------------------
 
     def arguments(self, endpoint: str) -> list[str]:
-        """More of QEMU's command line; *endpoint* is ``"client"`` for a source and ``"server"`` for a destination."""
+        """Further arguments of QEMU; *endpoint* is ``"client"`` for a source and ``"server"`` for a destination."""
         if self.mode == "uuid":
             return ["-uuid", UUID]
         return x509(self.pki.make(endpoint), endpoint) if self.mode == "tls" else []
@@ -86,7 +87,7 @@ class Hop:
     async def prepare(self, vm: Qemu, *, source: bool) -> None:
         """Set the capabilities and parameters of a QEMU."""
         names = _CAPABILITIES.get(self.mode, ())
-        if not source:  # these are the source's alone
+        if not source:  # the following settings are only for a source
             names = [name for name in names if name not in ("pause-before-switchover", "validate-uuid")]
         capabilities = dict.fromkeys(names, True)
         await vm.set_capabilities({"return-path": self.mode not in _ONE_WAY, **capabilities})
@@ -103,10 +104,11 @@ class Hop:
             os.close(self.theirs)
             self.theirs = None
 
-    # -- what trimig is told -------------------------------------------------------------------------------------------
+    # -- the settings of trimig
+    # --------------------------------------------------------------------------------------------
 
     def config(self, vm: Qemu, *, source: bool) -> trimig.Config:
-        """Of our side, where *vm* is the other one."""
+        """The configuration of trimig's side; *vm* is the other side."""
         slow = self.mode in POSTCOPY
         config = trimig.Config(
             capabilities=trimig.Capabilities(return_path=self.mode not in _ONE_WAY),
@@ -117,7 +119,7 @@ class Hop:
             ),
         )
         names = _CAPABILITIES.get(self.mode, ())
-        if not source or self.mode == "snapshot":  # these are the source's alone
+        if not source or self.mode == "snapshot":  # the following settings are only for a source
             names = [name for name in names if name.startswith("postcopy") or name == "switchover-ack"]
         config = config.with_options(capabilities=names)
         if self.mode == "ack" and vm.machine == "none" and vm.installed.numbers >= (11, 1):
@@ -135,7 +137,7 @@ class Hop:
         return self.directory / "path"
 
     async def opened_at(self, vm: Qemu) -> str:
-        """Let a QEMU listen; the address for our side."""
+        """Let a QEMU listen; the address for trimig's side."""
         match self.mode:
             case "unix" | "exec":
                 uri = await vm.incoming(f"unix:{self.path}")
@@ -154,7 +156,7 @@ class Hop:
 
     @property
     def listen(self) -> str:
-        """Where our side listens."""
+        """The address at which trimig's side listens."""
         if self.mode == "fd":
             return f"fd:{self.ours}"
         if self.mode == "tls":
@@ -162,7 +164,7 @@ class Hop:
         return f"unix:{self.path}" if self.mode in ("unix", "exec") else peers.LISTEN
 
     async def begin(self, vm: Qemu, uri: str) -> None:
-        """``migrate`` at a QEMU towards our address."""
+        """``migrate`` at a QEMU to the address of trimig."""
         arguments: dict[str, Any] = {"uri": _named(uri) if self.mode == "tls" else uri}
         if self.mode == "exec":
             arguments = {"uri": exec_relay("connect", self.path)}
@@ -184,9 +186,9 @@ def _named(uri: str) -> str:
 
 
 async def send(hop: Hop, guest: trimig.Guest, vm: Qemu, spare: Spare) -> None:
-    """Send a guest of ours to a QEMU that waits with ``incoming="defer"``, and wait until both have completed.
+    """Send a guest of trimig to a QEMU that waits with ``incoming="defer"``, and wait until both have completed.
 
-    *spare* starts another QEMU like it, for an attempt that is cancelled.
+    *spare* starts another QEMU of the same kind, for an attempt that is cancelled.
     """
     if hop.mode == "file":
         await trimig.migrate(guest, f"file:{hop.path}", hop.config(vm, source=True))
@@ -221,7 +223,7 @@ async def _switch(monitor: trimig.Monitor) -> None:
 
 
 async def _moved(monitor: trimig.Monitor, pages: int) -> None:
-    """Wait until that many more pages have gone or come."""
+    """Wait until that many more pages have been sent or received."""
     before = monitor.statistics()
     async for picture in monitor.watch(0.01):
         if picture.normal_pages + picture.zero_pages - before.normal_pages - before.zero_pages >= pages:
@@ -248,7 +250,7 @@ async def _continue(monitor: trimig.Monitor, vm: Qemu) -> None:
 
 
 async def _send_and_cancel(hop: Hop, guest: trimig.Guest, vm: Qemu) -> None:
-    """An attempt that is cancelled while memory is on its way."""
+    """An attempt that is cancelled while memory is being sent."""
     uri = await hop.opened_at(vm)
     monitor = trimig.Monitor()
     config = hop.config(vm, source=True)
@@ -267,7 +269,7 @@ async def _send_and_cancel(hop: Hop, guest: trimig.Guest, vm: Qemu) -> None:
 
 
 async def receive(hop: Hop, vm: Qemu, make: Callable[[], trimig.ParkedGuest]) -> trimig.ParkedGuest:
-    """Let a QEMU send its guest to us, and wait until both have completed."""
+    """Let a QEMU send its guest to trimig, and wait until both have completed."""
     if hop.mode == "file":
         return await _received_from_a_file(hop, vm, make)
     await hop.prepare(vm, source=True)
@@ -295,10 +297,10 @@ async def receive(hop: Hop, vm: Qemu, make: Callable[[], trimig.ParkedGuest]) ->
 
 
 async def _cut_twice(vm: Qemu, monitor: trimig.Monitor) -> None:
-    """A QEMU source is paused by us, and by itself; it finds us again both times.
+    """A QEMU source is paused, once by trimig and once by itself; it reconnects both times.
 
-    A QEMU from 11.1 on, cut before it knows that the guest is here, would take it back; when it does know, we cannot tell, so
-    that the status here is ``postcopy-uncertain`` until it has come again.
+    A QEMU from 11.1 on that is cut before it knows the guest's arrival would take the guest back. If it does know,
+    trimig cannot tell, so trimig's status is ``postcopy-uncertain`` until QEMU has reconnected.
     """
     for ours in (True, False):
         await monitor.wait_status(Status.POSTCOPY_ACTIVE)
@@ -334,7 +336,7 @@ async def _received_from_a_file(hop: Hop, vm: Qemu, make: Callable[[], trimig.Pa
 
 
 async def _receive_and_cancel(hop: Hop, vm: Qemu, make: Callable[[], trimig.ParkedGuest]) -> None:
-    """An attempt that is cancelled at the QEMU while memory is on its way; its guest runs on."""
+    """An attempt that is cancelled at the QEMU while memory is being sent; its guest runs on."""
     await vm.set_parameters({"max-bandwidth": SLOW, "downtime-limit": 1})
     with make() as guest:
         async with peers.arriving(guest, hop.config(vm, source=False)) as arrival:

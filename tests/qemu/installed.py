@@ -1,4 +1,4 @@
-"""Which QEMUs there are: the installed one, and those of other versions, each in a root directory of its own.
+"""The QEMUs of this machine: the installed one, and those of other versions, each in a root directory of its own.
 
 ``TRIMIG_QEMU_ROOTS`` (``/var/tmp/trimig-qemu`` unless set) is a directory of roots; ``tests/qemu/roots.sh`` makes two of them. A
 root is any directory with a QEMU and the libraries that it needs below it. Each QEMU is asked for its version; the name of a
@@ -19,9 +19,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-#: The versions that trimig is tested against. CI fails without one of them.
+#: The versions that trimig is tested against. CI fails if one of them is missing.
 WANTED: Final = ("7.2", "10.0", "11.1")
-#: Where roots are looked for unless ``TRIMIG_QEMU_ROOTS`` names another directory.
+#: The directory of the roots unless ``TRIMIG_QEMU_ROOTS`` names another one.
 ROOTS: Final = "/var/tmp/trimig-qemu"
 
 _NAME: Final = "qemu-system-x86_64"
@@ -32,7 +32,7 @@ _FIRMWARE: Final = tuple(
 _LIBRARIES: Final = ("lib", "lib64", "usr/lib", "usr/lib64", "usr/local/lib", "usr/local/lib64")
 _PT_INTERP: Final = 3
 _MOST_LINKS: Final = 40
-#: Seconds that ``--version`` may take on a machine that is busy.
+#: Seconds that ``--version`` may take on a busy machine.
 _ASK_LIMIT: Final = 60.0
 
 
@@ -41,10 +41,10 @@ class Installed:
     """A QEMU that can be started.
 
     Attributes:
-        version: ``"10.0"``: the first two numbers of what it says itself.
+        version: ``"10.0"``: the first two numbers of the version that QEMU reports.
         full: ``"10.0.13"``.
         command: the beginning of its command line.
-        environment: variables that it needs beside those of this process.
+        environment: variables that QEMU needs beside those of this process.
     """
 
     version: str
@@ -59,7 +59,7 @@ class Installed:
 
 
 class BrokenRoot(Exception):
-    """There is a QEMU in a root, and it does not start."""
+    """A root has a QEMU that does not start."""
 
 
 def installed() -> dict[str, Installed]:
@@ -104,7 +104,7 @@ def choose(version: str | None) -> Installed:
 
 
 def versions() -> list[str]:
-    """Those that tests are written for, and whatever else there is; oldest first."""
+    """The versions that tests are written for, and all other ones; oldest first."""
     return sorted({*WANTED, *installed()}, key=lambda version: [int(part) for part in version.split(".")])
 
 
@@ -122,7 +122,7 @@ def _look(wanted: str, path: str, where: str) -> tuple[tuple[str, Installed], ..
 
 
 def _ask(command: tuple[str, ...], environment: Mapping[str, str]) -> Installed:
-    """Start it with ``--version``."""
+    """Start QEMU with ``--version``."""
     try:
         ended = subprocess.run(
             [*command, "--version"],
@@ -143,7 +143,7 @@ def _ask(command: tuple[str, ...], environment: Mapping[str, str]) -> Installed:
 
 
 def _in_root(root: Path) -> Installed | None:
-    """The QEMU of a root; None if it has none (a log file, a root that is just being made)."""
+    """The QEMU of a root; None if it has none (a log file, an unfinished root)."""
     binary = next((found for name in _BINARIES if (found := _inside(root, name)) is not None), None)
     if binary is None or root.name == "part":
         return None
@@ -174,7 +174,8 @@ def _libraries(root: Path) -> list[Path]:
 
 
 def _inside(root: Path, name: str) -> Path | None:
-    """What *name* is for a process whose root directory is *root*: links lead to places below it. None if absent."""
+    """The file *name* as a process with the root directory *root* sees it: links lead to places below it. None if
+    absent."""
     waiting = [part for part in reversed(Path(name).parts) if part != "/"]
     here = root
     links = 0
@@ -195,7 +196,7 @@ def _inside(root: Path, name: str) -> Path | None:
 
 
 def _interpreter(binary: Path) -> str | None:
-    """The dynamic loader that an ELF file of 64 bits asks for; None if it needs none."""
+    """The dynamic loader that an ELF file of 64 bits names; None if it needs none."""
     with binary.open("rb") as file:
         header = file.read(64)
         if header[:5] != b"\x7fELF\x02":

@@ -1,4 +1,4 @@
-"""Few combinations of many parameters that have each value together with each other value at least once."""
+"""A small set of combinations of many parameters, in which each value occurs with each other value at least once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Pair: TypeAlias = tuple[int, int, str, str]
 
 
 def pairs_of(combination: Combination) -> set[Pair]:
-    """The pairs of values in it."""
+    """The pairs of values in the combination."""
     numbered = list(enumerate(combination))
     return {(i, j, one, other) for (i, one), (j, other) in itertools.combinations(numbered, 2)}
 

@@ -1,4 +1,4 @@
-"""Guests of ours that a ``-M none`` QEMU takes for its own, and ways to run the engine against that QEMU."""
+"""Guests of trimig that a ``-M none`` QEMU accepts, and ways to run the engine against that QEMU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.qemu.relay import Relay
 #: Seconds for a whole test; it takes far less, and nothing is asserted about it.
 LIMIT: Final = 60
 LISTEN: Final = "tcp:127.0.0.1:0"
-#: Of the guests for tests where the amount of memory does not matter.
+#: The RAM of guests in tests in which its size does not matter.
 SMALL: Final = 1 << 20
 PAGE: Final = 4096
 
@@ -33,7 +33,7 @@ def machine(
     timer: bool = True,
     on_pause: Callable[[], Awaitable[None]] | None = None,
 ) -> trimig.AppGuest:
-    """A guest with the RAM and the one device of ``-M none``; the arguments make it differ."""
+    """A guest with the RAM and the one device of ``-M none``; the arguments change it."""
     guest = trimig.AppGuest(name, running=running, on_pause=on_pause)
     guest.add_ram(block, size)
     if timer:
@@ -42,12 +42,12 @@ def machine(
 
 
 def memory(guest: trimig.AppGuest) -> NDArray[np.uint8]:
-    """All of its RAM, flat and writable."""
+    """All of the guest's RAM, flat and writable."""
     return guest.ram[0].pages.reshape(-1)
 
 
 def mix(ram: NDArray[np.uint8], *, seed: int) -> None:
-    """Random pages, pages of one repeated byte, zero pages, and pages that are zero but for their last byte."""
+    """Random pages, pages of one repeated byte, zero pages, and pages that are zero except for their last byte."""
     ram[:] = random_ram(len(ram), seed=seed)
     pages = ram.reshape(-1, PAGE)
     pages[1::8] = 0
@@ -79,7 +79,7 @@ def settings(
 async def target(
     size: int = SMALL, *, uri: str = LISTEN, version: str | None = None
 ) -> AsyncIterator[tuple[Qemu, str]]:
-    """A QEMU that waits for a migration, and where."""
+    """A QEMU that waits for a migration, and its address."""
     with trio.fail_after(LIMIT):
         async with Qemu.start("none", f"{size >> 20}M", incoming="defer", version=version) as vm:
             yield vm, await vm.incoming(uri)
@@ -87,13 +87,13 @@ async def target(
 
 @asynccontextmanager
 async def relayed(size: int = SMALL) -> AsyncIterator[tuple[Qemu, Relay]]:
-    """A QEMU that waits for a migration behind a relay."""
+    """A QEMU that waits for a migration behind a relay, and the relay."""
     async with target(size) as (vm, uri), Relay(uri) as relay:
         yield vm, relay
 
 
 async def accepted(guest: trimig.AppGuest) -> None:
-    """Another QEMU takes *guest*, whole: nothing of what was tried before is in the way."""
+    """Another QEMU receives *guest* whole: earlier attempts have left nothing behind."""
     async with target(guest.ram[0].length) as (vm, uri):
         await trimig.migrate(guest, uri, settings())
         await vm.wait_status("running")
@@ -102,7 +102,7 @@ async def accepted(guest: trimig.AppGuest) -> None:
 
 @dataclasses.dataclass(slots=True)
 class Arrival:
-    """What :func:`trimig.receive` does in the background of :func:`arriving`."""
+    """The background :func:`trimig.receive` of :func:`arriving`."""
 
     uri: str
     monitor: trimig.Monitor
@@ -110,31 +110,31 @@ class Arrival:
     scope: trio.CancelScope
     outcome: trimig.Summary | trimig.TrimigError | None = None
     done: trio.Event = dataclasses.field(default_factory=trio.Event)
-    #: Why connections were dropped, which were not the source's.
+    #: Why connections were dropped that were not the source's.
     drops: list[str] = dataclasses.field(default_factory=list)
     dropping: trio.Event = dataclasses.field(default_factory=trio.Event)
 
     def heard(self, event: trimig.Event) -> None:
-        """Listens to the monitor."""
+        """The listener of the monitor."""
         if event.name == "CONNECTION_DROPPED":
             self.drops.append(str(event.data["reason"]))
             self.dropping.set()
             self.dropping = trio.Event()
 
     async def dropped(self, count: int = 1) -> str:
-        """Wait until that many connections have been dropped; why the last one was."""
+        """Wait until that many connections have been dropped; the reason of the last drop."""
         while len(self.drops) < count:
             await self.dropping.wait()
         return self.drops[count - 1]
 
     async def wait_pages(self, count: int) -> None:
-        """Wait until that many pages have come, zero ones not counted."""
+        """Wait until that many pages have arrived, without zero pages."""
         async for picture in self.monitor.watch(0.01):
             if picture.normal_pages >= count:
                 break
 
     async def summary(self) -> trimig.Summary:
-        """Of the receiver, which must succeed."""
+        """The summary of the receiver, which must succeed."""
         await self.done.wait()
         if isinstance(self.outcome, trimig.TrimigError):
             raise self.outcome
@@ -142,7 +142,7 @@ class Arrival:
         return self.outcome
 
     async def error(self) -> trimig.TrimigError:
-        """Of the receiver, which must fail."""
+        """The error of the receiver, which must fail."""
         await self.done.wait()
         assert isinstance(self.outcome, trimig.TrimigError), self.outcome
         return self.outcome
@@ -152,7 +152,7 @@ class Arrival:
 async def arriving(
     guest: trimig.Guest, config: trimig.Config | None = None, *, uri: str = LISTEN
 ) -> AsyncIterator[Arrival]:
-    """Receive into *guest* while the block runs; it ends when the receiver has."""
+    """Receive into *guest* while the block runs; the block ends when the receiver has ended."""
     monitor = trimig.Monitor()
     arrival = Arrival("", monitor, trio.CancelScope())
     monitor.add_listener(arrival.heard)
@@ -168,7 +168,7 @@ async def arriving(
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(receive)
-            # A descriptor is no address that could be told.
+            # A descriptor has no address to report.
             while not (monitor.addresses or uri.startswith("fd:")):
                 await monitor.wait_changed()
             arrival.uri = monitor.addresses[0] if monitor.addresses else uri
@@ -181,7 +181,7 @@ async def arriving(
 
 
 async def on_status(events: AsyncIterator[trimig.Event], status: str, act: Callable[[], object]) -> None:
-    """Call *act* when *events* (of the attempt that is about to begin) say that it has reached *status*."""
+    """Call *act* when *events* (of the attempt that is about to begin) show *status*."""
     async for event in events:
         if event.name == "MIGRATION" and event.data["status"] == status:
             act()
@@ -195,7 +195,7 @@ async def while_migrating(
     beside: Callable[[], Awaitable[object]],
     **hooks: Callable[[], Awaitable[None]],
 ) -> trimig.Summary:
-    """Migrate, with *beside* as a task next to it that ends by itself; an error of either is raised bare."""
+    """Migrate, with *beside* as a second task that ends by itself; an error of either is raised bare."""
     failure: trimig.TrimigError | None = None
     summary: trimig.Summary | None = None
     try:
@@ -226,7 +226,7 @@ def statuses(monitor_events: list[trimig.Event]) -> list[str]:
 
 
 def members(info: Mapping[str, object]) -> set[str]:
-    """The names in a ``query-migrate``, those of ``ram`` as ``ram.total``; without those that are trimig's own."""
+    """The names in a ``query-migrate``, those of ``ram`` as ``ram.total``; without the names that only trimig has."""
     names = set(info) - {"owner", "dirty-tracking", "convergence"}
     ram = info.get("ram")
     return names | ({f"ram.{name}" for name in ram} if isinstance(ram, Mapping) else set())

@@ -36,14 +36,14 @@ class QmpError(Exception):
 
 
 class QmpClosed(Exception):
-    """The monitor's connection ended, as a rule because QEMU exited."""
+    """The monitor's connection ended, usually because QEMU exited."""
 
 
 class QmpClient:
     """One QMP connection. Several tasks may wait in it at once.
 
     Attributes:
-        greeting: what QEMU sent first; there after :meth:`negotiate`.
+        greeting: QEMU's first message; set by :meth:`negotiate`.
         events: every event seen so far, oldest first.
     """
 
@@ -126,7 +126,7 @@ class QmpClient:
         await trio.aclose_forcefully(self._stream)
 
     async def _until(self, ready: Callable[[], bool], what: str) -> None:
-        """Return when *ready*; meanwhile read, or let another task read. A cancel leaves whole messages behind."""
+        """Return when *ready*; meanwhile read, or let another task read. A cancel leaves no partial message."""
         await trio.lowlevel.checkpoint()
         while not ready():
             if self._closed:
@@ -142,7 +142,7 @@ class QmpClient:
                 self._closed = True
             finally:
                 self._reading = False
-                # After a cancel too: one of the others has to take over the reading.
+                # Also after a cancel, because another waiting task has to continue the reading.
                 self._news.unpark_all()
 
     def _feed(self, chunk: bytes) -> None:

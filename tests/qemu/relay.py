@@ -18,7 +18,7 @@ from typing import Final, Self
 
 import trio
 
-#: Bytes a direction keeps at most beyond those it holds back; then the sender feels back-pressure.
+#: The most bytes that a direction keeps beyond those it holds back; then the sender feels back-pressure.
 _WINDOW: Final = 1 << 18
 _CHUNK: Final = 1 << 16
 
@@ -29,16 +29,16 @@ class Direction:
     The faults are plain attributes; set them before the connection or while it lasts (then call :meth:`changed`).
 
     Attributes:
-        hold_last: keep that many of the newest bytes back, at every moment, until :meth:`release`.
-        hold_from: keep everything from that offset on back, until :meth:`release`.
+        hold_last: hold that many of the newest bytes back, at every moment, until :meth:`release`.
+        hold_from: hold everything from that offset on back, until :meth:`release`.
         drop_from: read but never pass on anything from that offset on; nor the end of the stream.
         cut_at: pass on exactly that many bytes, then close both connections.
         delay: seconds before each chunk (of at most 64 KiB) is passed on.
-        received: bytes that came in.
+        received: bytes that the relay has received.
         delivered: bytes that were handed to the other side's socket.
         ended: the sender has closed this direction.
-        read: all that came in, where :attr:`keep` is set.
-        keep: see there.
+        read: all received bytes, if :attr:`keep` is set.
+        keep: whether :attr:`read` is filled.
     """
 
     def __init__(self) -> None:
@@ -58,21 +58,21 @@ class Direction:
 
     @property
     def held(self) -> int:
-        """Bytes that have come in and are neither delivered nor dropped yet."""
+        """Received bytes that are neither delivered nor dropped yet."""
         return len(self._buffer)
 
     def release(self) -> None:
-        """Pass on what was held back, and hold nothing back any more."""
+        """Pass on the held bytes, and hold nothing back any more."""
         self.hold_last = 0
         self.hold_from = None
         self.changed()
 
     def changed(self) -> None:
-        """Make a running relay look at the attributes again."""
+        """Make a running relay read the attributes again."""
         self._news.unpark_all()
 
     async def wait_until(self, predicate: Callable[[Direction], bool]) -> None:
-        """Wait until *predicate* holds for this direction (looked at whenever bytes move)."""
+        """Wait until *predicate* holds for this direction (checked whenever bytes move)."""
         await trio.lowlevel.checkpoint()
         while not predicate(self):
             await self._news.park()
@@ -89,7 +89,7 @@ class Direction:
             self.changed()
 
     def _due(self) -> int:
-        """How many bytes of the buffer may go now."""
+        """How many bytes of the buffer may be passed on now."""
         due = len(self._buffer) - self.hold_last
         if self.hold_from is not None:
             due = min(due, self.hold_from - self._passed)
@@ -136,12 +136,12 @@ class Relay:
     over all connections, so use one relay per attempt where offsets matter.
 
     Attributes:
-        forward: from whoever connects to the target.
+        forward: from the client to the target.
         back: the other direction.
-        port: where it listens.
+        port: the port at which the relay listens.
         uri: the same as ``tcp:127.0.0.1:port``.
         connections: how many were accepted.
-        connected: set when both sides of the first connection are there.
+        connected: set when both sides of the first connection are connected.
     """
 
     def __init__(self, target: str) -> None:
@@ -165,7 +165,7 @@ class Relay:
     def cut(self, *, reset: bool = False) -> None:
         """Close both ends of the present connection now; with *reset* by RST, which may lose delivered bytes.
 
-        Without a connection it does nothing.
+        Without a connection this has no effect.
         """
         self._reset = reset
         if self._scope is not None:
@@ -187,7 +187,7 @@ class Relay:
         try:
             return await self._nursery_manager.__aexit__(kind, exc, traceback)
         except BaseExceptionGroup as group:
-            # The nursery is our own affair: a test that fails inside the block must show its own exception.
+            # The nursery is internal: a test that fails inside the block must show its own exception.
             if exc is not None and list(group.exceptions) == [exc]:
                 return False
             raise
@@ -202,7 +202,7 @@ class Relay:
 
     async def _relay(self, client: trio.SocketStream) -> None:
         self._reset = False
-        # A peer that goes away is no failure of the relay: it hands the news on by closing the other side.
+        # A closing peer is no failure of the relay: the relay closes the other side.
         with contextlib.suppress(OSError, trio.BrokenResourceError), trio.CancelScope() as self._scope:
             async with await trio.open_tcp_stream(*self._target) as server:
                 self.connected.set()
@@ -228,7 +228,7 @@ class Relay:
 
 
 #: A command that passes a stream on to a unix socket, both ways, as ``socat - UNIX:PATH`` does. It ends when the other
-#: side has closed, which for a migration is when everything has been said.
+#: side has closed, which for a migration is after the last message.
 _RELAY = """
 import os, socket, sys, threading
 sock = socket.socket(socket.AF_UNIX)

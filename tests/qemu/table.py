@@ -1,4 +1,4 @@
-"""The table of the matrix: what became of each cell, as the tests have seen it.
+"""The table of the matrix: the outcome of each tested cell.
 
 ``pytest --matrix FILE`` writes it. A run of some of the tests gives a table in which the other cells are "not run".
 """
@@ -12,7 +12,7 @@ from typing import Final
 from tests.qemu import cells
 from tests.qemu.cells import Cell
 
-#: In the words of pytest, from the best to the worst: the phases of a test may end differently.
+#: The words of pytest, from the best to the worst: the phases of a test may end differently.
 _ORDER: Final = ("passed", "skipped", "failed")
 _WORDS: Final = {"passed": "ok", "skipped": "not here", "failed": "**FAILED**"}
 _TITLES: Final = {
@@ -24,19 +24,19 @@ _TITLES: Final = {
 
 @dataclasses.dataclass
 class Outcomes:
-    """What became of the cells that were tested."""
+    """The outcomes of the tested cells."""
 
     found: dict[Cell, str] = dataclasses.field(default_factory=dict)
 
     def note(self, properties: Sequence[tuple[str, object]], outcome: str) -> None:
-        """Take in one phase of a test; one without a cell in its properties says nothing."""
+        """Add one phase of a test; a test without a cell in its properties is skipped."""
         for name, value in properties:
             if name == "cell" and isinstance(value, list | tuple):
                 cell = Cell(*value)
                 self.found[cell] = max(self.found.get(cell, "passed"), outcome, key=_ORDER.index)
 
     def counts(self) -> str:
-        """One line: how many cells, and what became of them."""
+        """One line: the number of cells, and their outcomes."""
         number = {outcome: list(self.found.values()).count(outcome) for outcome in _ORDER}
         rest = f", {number['skipped']} not possible on this machine" if number["skipped"] else ""
         return f"QEMU: {len(self.found)} cells: {number['passed']} passed, {number['failed']} failed{rest}"

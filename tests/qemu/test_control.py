@@ -1,4 +1,4 @@
-"""The control commands, as processes, with real QEMUs behind the QMP sockets; and one script that drives either kind."""
+"""The control commands, as processes, with real QEMUs behind the QMP sockets; and one script that drives both kinds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.qemu
 ROOT = Path(__file__).resolve().parents[2]
 DRIVE = ROOT / "examples" / "qmp_drive.py"
 LIMIT = 90
-#: Bytes per second at which nothing comes to its end within a test.
+#: Bytes per second at which no migration completes within a test.
 SLOW = "200K"
 
 
@@ -36,7 +36,7 @@ SLOW = "200K"
 async def controlled(
     path: Path, machine: str = "none", ram: str = "16M", **more: Any
 ) -> AsyncIterator[tuple[Qemu, str]]:
-    """A QEMU with a second QMP socket at *path*, and the address of that."""
+    """A QEMU with a second QMP socket at *path*, and the address of that socket."""
     extra = ["-qmp", f"unix:{path},server=on,wait=off"]
     async with Qemu.start(machine, ram, extra=extra, **more) as vm:
         if machine == "none":
@@ -46,7 +46,7 @@ async def controlled(
 
 @contextlib.asynccontextmanager
 async def pair(tmp_path: Path) -> AsyncIterator[tuple[Qemu, str, Qemu, str]]:
-    """A source with its QMP address, a destination, and where that waits."""
+    """A source with its QMP address, a destination, and the address at which it waits."""
     with trio.fail_after(LIMIT):
         async with (
             controlled(tmp_path / "source") as (vm, address),
@@ -128,7 +128,7 @@ async def test_ctrl_c_cancels_in_the_qemu_and_the_next_one_succeeds(tmp_path: Pa
 
 
 async def test_switchover_waits_for_continue(tmp_path: Path) -> None:
-    """N1, F13, F14: before, there is nothing that could go on; then it does."""
+    """N1, F13, F14: before pre-switchover the command is refused; then the migration goes on."""
     async with pair(tmp_path) as (vm, address, there, uri):
         code, _, err = await command("continue", "--qmp", address)
         assert (code, "no migration that waits before its switchover" in err) == (1, True)
@@ -143,7 +143,7 @@ async def test_switchover_waits_for_continue(tmp_path: Path) -> None:
 
 
 async def test_postcopy_between_two_qemus_with_a_lost_connection(tmp_path: Path) -> None:
-    """O6, row 35: the command switches, waits where it is paused, and ends when both have found each other again."""
+    """O6, row 35: the command switches, waits while the migration is paused, and ends after the recovery."""
     slow = ("-p", "max-bandwidth=4M", "-p", "max-postcopy-bandwidth=1M")
     with trio.fail_after(LIMIT):
         async with (
@@ -201,7 +201,7 @@ async def test_events_of_a_qemu_until_the_end(tmp_path: Path) -> None:
             seen = trio.Event()
 
             async def make_events() -> None:
-                while not seen.is_set():  # nothing else tells that the command has begun to follow
+                while not seen.is_set():  # there is no other sign that the command has begun to follow
                     await vm.qmp.execute("stop")
                     await vm.qmp.execute("cont")
                     await trio.sleep(0.02)
@@ -221,13 +221,13 @@ async def test_events_of_a_qemu_until_the_end(tmp_path: Path) -> None:
 
 
 async def settings(address: str) -> dict[str, Any]:
-    """All that can be set."""
+    """All settings."""
     found: dict[str, Any] = json.loads((await command("set", "--json", "--qmp", address))[1])
     return found
 
 
 async def test_dry_run_leaves_a_running_guest_as_it_was(tmp_path: Path) -> None:
-    """It counts on, its memory is right, its settings are as before; and then it is migrated for good."""
+    """The guest counts on, its memory is right, its settings are as before; then it is migrated for good."""
     with trio.fail_after(LIMIT):
         async with controlled(tmp_path / "source", "pc", "64M", boot=boot_sector()) as (vm, address):
             await vm.wait_serial(lambda text: text.count("\n") >= 3)
@@ -250,7 +250,7 @@ async def test_dry_run_leaves_a_running_guest_as_it_was(tmp_path: Path) -> None:
 
 
 async def test_dry_run_predicts_what_the_link_will_take(tmp_path: Path) -> None:
-    """16 MiB of random memory at 1 MiB/s: some 16 seconds, whatever the sink on this host takes."""
+    """16 MiB of random memory at 1 MiB/s: about 16 seconds, although the sink on this host is faster."""
     with trio.fail_after(LIMIT):
         async with controlled(tmp_path / "source") as (vm, address):
             code, out, err = await command("migrate", "--dry-run", "--json", "-p", "max-bandwidth=1M", "--qmp", address)
@@ -285,7 +285,7 @@ async def test_nobody_behind_the_socket(tmp_path: Path) -> None:
 
 
 async def transcript(*arguments: str) -> list[str]:
-    """What examples/qmp_drive.py prints; without addresses it starts two ``trimig run``."""
+    """The output of examples/qmp_drive.py; without addresses it starts two ``trimig run``."""
     code, out, err = await command(*arguments, program=(str(DRIVE),))
     assert (code, err) == (0, "")
     return out.splitlines()
@@ -300,7 +300,7 @@ async def qemu_transcript(tmp_path: Path, *options: str) -> list[str]:
 
 
 async def test_script_of_an_independent_client_drives_two_qemus(tmp_path: Path) -> None:
-    """G1-G3, G10, H1: what it writes down is what states.md and config.md say of 7.2."""
+    """G1-G3, G10, H1: the transcript agrees with what states.md and config.md say about 7.2."""
     with trio.fail_after(LIMIT):
         lines = [line.split(None, 2) for line in await qemu_transcript(tmp_path)]
     members = {(who, text.split(":")[0]): text.split(": ")[1].split() for kind, who, text in lines if kind == "members"}
@@ -315,7 +315,7 @@ async def test_script_of_an_independent_client_drives_two_qemus(tmp_path: Path) 
 
 
 def shape(lines: list[str]) -> list[str]:
-    """A transcript without what is trimig's own: three members, and a reason where QEMU gives none."""
+    """A transcript without the additions of trimig: three members, and a reason that QEMU does not give."""
     ours = {"owner", "dirty-tracking", "convergence", "error-desc"}
     return [" ".join(word for word in line.split() if word not in ours) for line in lines]
 
@@ -341,7 +341,7 @@ async def test_transcripts_of_qemu_and_trimig_agree(tmp_path: Path, *, pause: bo
 
 
 async def test_dry_run_of_a_qemu_of_another_user(tmp_path: Path) -> None:
-    """The sink is passed as a descriptor: a QEMU that may open none of our files can write to it all the same."""
+    """The sink is passed as a descriptor, so a QEMU without access to the user's files can write to it."""
     with trio.fail_after(LIMIT), tempfile.TemporaryDirectory() as directory:
         os.chmod(directory, 0o777)
         path = f"{directory}/qmp"

@@ -1,4 +1,4 @@
-"""Where the stream's end has a description, and where it has none, with real QEMUs on both sides."""
+"""Streams whose end has a description or none, with real QEMUs on both sides."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MiB = 1 << 20
 
 @pytest.mark.parametrize("version", versions())
 async def test_parked_by_postcopy_and_sent_on_by_precopy(version: str) -> None:
-    """The QEMU at the end waits for nothing, also where postcopy was possible and not begun."""
+    """The QEMU at the end does not wait for a description, also if postcopy was possible and not used."""
     for able in (False, True):
         with trio.fail_after(LIMIT), trimig.ParkedGuest() as guest:
             async with arriving(guest, config()) as arrival, Qemu.start("none", "64M", version=version) as vm:
@@ -51,7 +51,7 @@ async def test_parked_by_postcopy_and_sent_on_by_precopy(version: str) -> None:
 
 @pytest.mark.parametrize("return_path", [True, False])
 async def test_a_source_that_describes_nothing(*, return_path: bool) -> None:
-    """``suppress-vmdesc``: taken when nothing follows its end."""
+    """``suppress-vmdesc``: accepted if no byte follows the end of file."""
     with trio.fail_after(LIMIT), trimig.ParkedGuest() as guest:
         async with (
             arriving(guest, settings()) as arrival,

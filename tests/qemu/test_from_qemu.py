@@ -1,4 +1,5 @@
-"""trimig as the destination of a real QEMU: every byte, refusals told to the source, cancels on either side."""
+"""trimig as the destination of a real QEMU: every byte, refusals with a message to the source, cancels on both
+sides."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ RETURN_PATH = {"return-path": True}
 
 
 async def took(vm: Qemu, *, run_state: str = "running") -> None:
-    """Another trimig gets the guest of *vm*, whole."""
+    """Another trimig receives the guest of *vm*, whole."""
     with peers.machine(len(vm.ram), running=False) as guest:
         async with peers.arriving(guest) as arrival:
             await vm.migrate(arrival.uri, capabilities=RETURN_PATH, parameters={"max-bandwidth": 0})
@@ -36,7 +37,7 @@ async def took(vm: Qemu, *, run_state: str = "running") -> None:
 @pytest.mark.parametrize("return_path", [True, False])
 @pytest.mark.parametrize("scheme", ["tcp", "unix"])
 async def test_64_mib_of_mixed_pages_arrive_byte_for_byte(tmp_path: Path, scheme: str, *, return_path: bool) -> None:
-    """A.1 rows 1, 6, B7, J2, J5, P1: into memory that was not empty; QEMU says completed, and has seen what it sees of QEMU."""
+    """A.1 rows 1, 6, B7, J2, J5, P1: into memory that was not empty; QEMU completes, and sees trimig as a QEMU."""
     async with Qemu.start("none", "64M") as vm:
         peers.mix(vm.ram, seed=2)
         with peers.machine(BIG, running=False) as guest:
@@ -70,7 +71,7 @@ async def test_a_limited_source_sends_many_sections() -> None:
 
 
 async def test_twice_in_a_row_and_there_and_back() -> None:
-    """A guest goes from QEMU to trimig to QEMU to trimig; then the first QEMU, told to go on, sends its copy again."""
+    """A guest goes from QEMU to trimig to QEMU to trimig; then the first QEMU is continued and sends its copy again."""
     async with Qemu.start("none", "1M") as first:
         peers.mix(first.ram, seed=4)
         with peers.machine(running=False) as here:
@@ -95,7 +96,7 @@ async def test_twice_in_a_row_and_there_and_back() -> None:
 
 
 async def test_paused_guest_arrives_paused() -> None:
-    """P9, M2, M3: and it is resumed here by whoever wants to."""
+    """P9, M2, M3: the guest arrives paused, and the caller can resume it."""
     async with Qemu.start("none", "1M") as vm:
         await vm.qmp.execute("stop")
         with peers.machine(running=False) as guest:
@@ -117,7 +118,7 @@ async def test_paused_guest_arrives_paused() -> None:
     ],
 )
 async def test_refused_guest_stays_with_qemu(options: dict[str, Any], words: str, section: str, was: str) -> None:
-    """J5, K4, P4, gap G13: a typed error with its place here, SHUT 1 there; QEMU's guest is as it was.
+    """J5, K4, P4, gap G13: a typed error with the place in trimig, SHUT 1 to QEMU; QEMU's guest is as it was.
 
     QEMU leaves a guest that was paused in "postmigrate" instead, from which it does not migrate again before somebody
     has said "cont" (gap G19); that is its own affair, and "cont" works.
@@ -147,7 +148,8 @@ async def test_refused_guest_stays_with_qemu(options: dict[str, Any], words: str
 
 
 async def test_a_qemu_with_another_machine_is_not_waited_for() -> None:
-    """J5, P4: its name comes before there is a return path. It is dropped, and the right one can still come."""
+    """J5, P4: the wrong name comes before the return path. The connection is dropped, and the right source can still
+    come."""
     async with Qemu.start("none", "1M") as right, Qemu.start("microvm", "1M") as wrong:
         peers.mix(right.ram, seed=5)
         with peers.machine(running=False) as guest:
@@ -165,7 +167,7 @@ async def test_a_qemu_with_another_machine_is_not_waited_for() -> None:
 
 
 class Unwilling(trimig.AppGuest):
-    """It arrives, and cannot be brought to life."""
+    """The guest arrives, and cannot be started."""
 
     async def activate(self, run_state: str) -> None:
         await trio.lowlevel.checkpoint()
@@ -173,7 +175,7 @@ class Unwilling(trimig.AppGuest):
 
 
 async def test_guest_that_cannot_be_brought_to_life_stays_with_qemu() -> None:
-    """J5, K4: the decision has been read, and is given back with SHUT 1: QEMU runs, and only QEMU."""
+    """J5, K4: the commit has been read, and the guest is returned with SHUT 1: only QEMU runs it."""
     async with Qemu.start("none", "1M") as vm:
         with Unwilling("none", running=False) as guest:
             guest.add_ram("m0", SMALL)
@@ -191,7 +193,7 @@ async def test_guest_that_cannot_be_brought_to_life_stays_with_qemu() -> None:
 
 @pytest.mark.parametrize("return_path", [True, False])
 async def test_migrate_cancel_at_qemu_is_one_typed_error_here(*, return_path: bool) -> None:
-    """F10, P4: while it sends. The same guest object, and this process, then take the next attempt."""
+    """F10, P4: while QEMU sends. The same guest object, and this process, then take the next attempt."""
     async with Qemu.start("none", "16M") as vm:
         peers.mix(vm.ram, seed=6)
         with peers.machine(16 * MiB, running=False) as guest:
@@ -217,7 +219,7 @@ async def test_migrate_cancel_at_qemu_is_one_typed_error_here(*, return_path: bo
 @pytest.mark.parametrize("how", ["monitor", "scope"])
 @pytest.mark.parametrize("return_path", [True, False])
 async def test_cancelled_receiver_leaves_qemu_running(how: str, *, return_path: bool) -> None:
-    """T3: trimig is cancelled in the middle of the RAM; QEMU hears of it, runs on, and finds another destination."""
+    """T3: trimig is cancelled in the middle of the RAM; QEMU gets an error, runs on, and finds another destination."""
     async with Qemu.start("none", "16M") as vm:
         peers.mix(vm.ram, seed=7)
         with peers.machine(16 * MiB, running=False) as guest:
@@ -242,7 +244,7 @@ async def test_cancelled_receiver_leaves_qemu_running(how: str, *, return_path: 
 
 
 async def test_cancelled_while_it_listens() -> None:
-    """T3: nobody has connected; the socket is gone afterwards, and the same address is free again."""
+    """T3: no source has connected; the socket is gone afterwards, and the same address is free again."""
     with peers.machine(running=False) as guest:
         async with peers.arriving(guest) as arrival:
             arrival.monitor.cancel("the test")
@@ -258,7 +260,7 @@ async def test_cancelled_while_it_listens() -> None:
 
 
 async def test_qemu_dies_while_it_sends() -> None:
-    """T1: the guest died with it; here it is a typed error, and no guest runs on a half."""
+    """T1: the guest died with QEMU; trimig raises a typed error, and no guest runs with half of its memory."""
     with peers.machine(16 * MiB, running=False) as guest:
         async with peers.arriving(guest) as arrival:
             async with Qemu.start("none", "16M") as vm:

@@ -33,19 +33,19 @@ from trimig import Ownership, Status
 
 pytestmark = pytest.mark.qemu
 
-#: What a QEMU destination sends in a migration with return path: PONG 1, the
+#: The messages of a QEMU destination in a migration with return path: PONG 1, the
 #: PONG of trimig's mark, the PONG of the prepare step, SHUT 0.
 MESSAGE = 8
 #: How far around the end-of-file byte the connection is cut, in bytes.
 AROUND = 30
-#: Cuts that are tried at the same time, each with QEMUs of its own.
+#: Number of cuts at the same time, each with QEMUs of its own.
 LANES = 4
 
 log = logging.getLogger(__name__)
 
 
 async def in_lanes(points: list[int], one: Callable[[int], Awaitable[None]]) -> None:
-    """*one* for every point, LANES at a time; a failure says at which point."""
+    """*one* for every point, LANES at a time; a failure names its point."""
     queue = list(reversed(points))
 
     async def lane() -> None:
@@ -63,7 +63,7 @@ async def in_lanes(points: list[int], one: Callable[[int], Awaitable[None]]) -> 
 
 
 class Shape:
-    """Where the decision stands in the stream of a guest that nobody writes to."""
+    """The place of the commit in the stream of an idle guest."""
 
     #: Offset of the end-of-file byte.
     eof: int
@@ -73,7 +73,7 @@ class Shape:
 
 @pytest.fixture(scope="module")
 def outgoing() -> Shape:
-    """Of the guest of :func:`peers.source`, sent by trimig."""
+    """The layout for the guest of :func:`peers.source`, sent by trimig."""
     shape = Shape()
 
     async def measure() -> None:
@@ -93,7 +93,8 @@ def outgoing() -> Shape:
 
 @pytest.fixture(scope="module")
 def incoming() -> Shape:
-    """Of a QEMU with the memory of :func:`sender`; a parked guest keeps the description, whose length is needed."""
+    """The layout for a QEMU with the memory of :func:`sender`; a parked guest keeps the description, whose length is
+    needed."""
     shape = Shape()
 
     async def measure() -> None:
@@ -115,7 +116,7 @@ def incoming() -> Shape:
 
 
 async def test_cut_at_each_byte_before_the_decision_leaves_one_guest_here(outgoing: Shape) -> None:
-    """T1, L9: PONG cannot have come, or the decision was not sent: the guest runs here, QEMU exits and has not run.
+    """T1, L9: PONG cannot have come, or no commit was sent: the guest runs at the source, QEMU exits and has not run.
 
     The last of the points is the end-of-file byte itself: everything before it is delivered, the proof is there, and
     then the connection ends while the caller's commit hook is still busy.
@@ -129,7 +130,7 @@ async def test_cut_at_each_byte_before_the_decision_leaves_one_guest_here(outgoi
 
                     async def commit() -> None:
                         assert point == 0  # nothing less is ever proved
-                        await trio.sleep(math.inf)  # ended by the connection's end, which is noticed meanwhile
+                        await trio.sleep(math.inf)  # ended by the connection's end, which the engine notices meanwhile
 
                     with pytest.raises(trimig.TransportFailed) as caught:
                         await trimig.migrate(guest, relay.uri, peers.settings(), commit=commit)
@@ -147,8 +148,8 @@ async def test_cut_at_each_byte_before_the_decision_leaves_one_guest_here(outgoi
 async def test_cut_at_each_byte_behind_the_decision_is_uncertain(outgoing: Shape) -> None:
     """T1, T2, gaps G1, G2: HandoverUncertain exactly from the first byte on; QEMU runs if it got that byte.
 
-    The decision and the description leave in one write, and the relay keeps what is behind the point. Point 0: it was
-    sent, and not delivered. The caller looks at the destination, and its word settles it.
+    The commit and the description leave in one write, and the relay keeps the bytes behind the point. Point 0: the
+    commit was sent, and not delivered. The caller looks at the destination, and settles the owner.
     """
     with trio.fail_after(LIMIT):
 
@@ -197,7 +198,8 @@ async def test_cut_at_each_byte_behind_the_decision_is_uncertain(outgoing: Shape
 
 @pytest.mark.parametrize("kept", ["the whole of it", "the description", "the last byte"])
 async def test_decision_held_back_and_released_completes(outgoing: Shape, kept: str) -> None:
-    """A slow network is no fault: neither side runs the guest meanwhile, it cannot be cancelled, and then it is done."""
+    """A slow network is no fault: neither side runs the guest meanwhile, a cancel is refused, and then the migration
+    ends."""
     point = {"the whole of it": 0, "the description": 1, "the last byte": outgoing.total - outgoing.eof - 1}[kept]
     async with peers.relayed() as (vm, relay):
         with peers.source() as guest:
@@ -220,7 +222,7 @@ async def test_decision_held_back_and_released_completes(outgoing: Shape, kept: 
 
 
 async def test_scope_cancelled_during_the_handover_is_too_late() -> None:
-    """Rule C7, gap G2: the cancellation is held off until the answer has come, and the answer counts."""
+    """Rule C7, gap G2: the cancellation is held off until the answer has come, and the answer decides."""
     async with peers.relayed() as (vm, relay):
         with peers.source() as guest:
             relay.back.hold_from = 3 * MESSAGE
@@ -241,14 +243,14 @@ async def test_scope_cancelled_during_the_handover_is_too_late() -> None:
 
 
 async def shielded(call: Callable[[], Awaitable[None]]) -> None:
-    """*call*, beside what is cancelled."""
+    """*call*, beside the cancelled task."""
     with trio.CancelScope(shield=True):
         await call()
 
 
 @pytest.mark.parametrize("silent", ["dropped", "delayed beyond the timeout"])
 async def test_lost_answer_is_uncertain_while_qemu_runs(silent: str) -> None:
-    """T2, gap G1: SHUT is lost with the connection alive: paused here, running there, until it is settled."""
+    """T2, gap G1: SHUT is lost with the connection alive: paused here, running at QEMU, until the owner is settled."""
     async with peers.relayed() as (vm, relay):
         with peers.source() as guest:
             if silent == "dropped":
@@ -262,7 +264,7 @@ async def test_lost_answer_is_uncertain_while_qemu_runs(silent: str) -> None:
             await vm.wait_status("running")
             assert guest.run_state == "paused"
             with pytest.raises(trimig.StateError):
-                await trimig.migrate(guest, relay.uri, monitor=monitor)  # the question comes first
+                await trimig.migrate(guest, relay.uri, monitor=monitor)  # refused until the owner is settled
             await caught.value.settle(Ownership.DESTINATION)
             with pytest.raises(trimig.StateError, match="already settled"):
                 await caught.value.settle(Ownership.SOURCE)
@@ -287,7 +289,7 @@ async def test_answer_cut_anywhere_is_no_answer(drop: int) -> None:
 
 @pytest.mark.parametrize("then", ["comes late", "never comes", "cancelled", "cut", "reset"])
 async def test_proof_of_prepare(then: str) -> None:
-    """The PONG behind the devices: QEMU has everything and waits; until the decision all of it can be taken back."""
+    """The PONG after the devices: QEMU has everything and waits; until the commit the source can still cancel."""
     async with peers.relayed() as (vm, relay):
         with peers.source() as guest:
             relay.back.hold_from = 2 * MESSAGE
@@ -324,7 +326,7 @@ async def test_proof_of_prepare(then: str) -> None:
 
 
 async def test_commit_hook_that_fails_takes_everything_back() -> None:
-    """DESIGN.md part 5: QEMU has proved that it has the guest; the decision could not be recorded: it goes on here."""
+    """DESIGN.md part 5: QEMU has proved that it has the guest; the commit could not be recorded: the source goes on."""
     async with peers.target() as (vm, uri):
         with peers.source() as guest:
 
@@ -340,7 +342,7 @@ async def test_commit_hook_that_fails_takes_everything_back() -> None:
 
 
 async def test_destination_started_by_somebody_else() -> None:
-    """``-S`` at QEMU: the guest is handed over and confirmed, and stands still until QEMU is told to go on."""
+    """``-S`` at QEMU: the guest is handed over and confirmed, and stays paused until QEMU gets ``cont``."""
     with trio.fail_after(LIMIT):
         async with Qemu.start("none", "1M", incoming="defer", paused=True) as vm:
             with peers.source() as guest:
@@ -356,7 +358,7 @@ async def test_destination_started_by_somebody_else() -> None:
 
 
 async def test_cut_at_each_byte_of_qemus_ending(incoming: Shape) -> None:
-    """T1, gap G1: up to the end-of-file byte the guest is QEMU's alone; with it, it is here, once.
+    """T1, gap G1: up to the end-of-file byte only QEMU has the guest; with that byte trimig has it, once.
 
     Behind that byte QEMU resumes its copy on the bare cut, by itself. With ``autostart=False`` the guest here is whole
     and paused, so that there are never two that run; whoever knows that QEMU is gone resumes it.
@@ -396,7 +398,7 @@ async def test_cut_at_each_byte_of_qemus_ending(incoming: Shape) -> None:
 
 @pytest.mark.parametrize("autostart", [True, False])
 async def test_answer_to_qemu_is_lost(*, autostart: bool) -> None:
-    """T2, gap G1: what QEMU does when SHUT does not come, and that the guest here is not two guests.
+    """T2, gap G1: QEMU's reaction to a missing SHUT, and that trimig's guest is not a second one.
 
     As long as the connection stands QEMU waits, and does not run. When it is cut QEMU resumes its guest, without a
     question. A guest that was started here at once then runs twice, by QEMU's doing, and nothing here can know it;
@@ -422,7 +424,7 @@ async def test_answer_to_qemu_is_lost(*, autostart: bool) -> None:
 
 
 class Slow(trimig.AppGuest):
-    """It takes its time to be brought to life."""
+    """A guest whose start takes a while."""
 
     def __init__(self) -> None:
         super().__init__("none", running=False)
@@ -438,7 +440,8 @@ class Slow(trimig.AppGuest):
 
 
 async def test_qemu_is_told_only_when_the_guest_is_really_there() -> None:
-    """J5, M8: nothing but PONG has left while the guest is still being brought to life; QEMU stands still until SHUT."""
+    """J5, M8: trimig has sent only PONGs while the guest is still being started; QEMU's guest stays stopped until
+    SHUT."""
     async with Qemu.start("none", "1M") as vm:
         with Slow() as guest:
             async with peers.arriving(guest) as arrival, Relay(arrival.uri) as relay:
@@ -457,7 +460,7 @@ async def test_qemu_is_told_only_when_the_guest_is_really_there() -> None:
 
 
 async def test_receiver_cancelled_while_the_guest_comes_to_life() -> None:
-    """Too late: the decision has been read. The guest arrives, QEMU is told, and no cancellation is left over."""
+    """Too late: the commit has been read. The guest arrives, QEMU gets SHUT, and no cancellation is left over."""
     async with Qemu.start("none", "1M") as vm:
         with Slow() as guest:
             async with peers.arriving(guest) as arrival:
@@ -474,7 +477,7 @@ async def test_receiver_cancelled_while_the_guest_comes_to_life() -> None:
 
 @pytest.mark.parametrize("kept", [1, 7, 400])
 async def test_ending_of_qemu_held_back_and_released(incoming: Shape, kept: int) -> None:
-    """A slow network: the guest runs nowhere while the end is on its way, and then here."""
+    """A slow network: no side runs the guest while the end is on its way, and then trimig does."""
     async with Qemu.start("none", "1M") as vm:
         peers.mix(vm.ram, seed=1)
         with peers.machine(running=False) as guest:
@@ -491,9 +494,9 @@ async def test_ending_of_qemu_held_back_and_released(incoming: Shape, kept: int)
 
 
 async def test_without_return_path_qemu_is_done_when_its_socket_is(incoming: Shape) -> None:
-    """Gap G3: QEMU gives the guest up as soon as its bytes are in a socket; one that is cut then is nowhere.
+    """Gap G3: QEMU gives the guest up as soon as its bytes are in a socket; after a cut no side has the guest.
 
-    trimig cannot change that; what it can do is not to run a guest that is not whole, and to say that it got none.
+    trimig cannot change that. It does not run an incomplete guest, and reports that no guest arrived.
     """
     async with Qemu.start("none", "1M") as vm:
         peers.mix(vm.ram, seed=1)

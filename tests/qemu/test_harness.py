@@ -1,4 +1,4 @@
-"""The harness itself, QEMU to QEMU: what it builds on must hold before trimig is judged with it."""
+"""The harness itself, QEMU to QEMU: its assumptions must hold before it tests trimig."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def test_boot_sector_counts_on_after_a_migration(machine: Machine) -> None
 
 @pytest.mark.qemu
 async def test_relay_between_qemus_decides_when_the_guest_runs_there() -> None:
-    """Without a return path the source is done as soon as the socket took its bytes; the last one starts the guest."""
+    """Without a return path the source is done when the socket has its bytes; the last byte starts the guest."""
     boot = boot_sector()
     with trio.fail_after(LIMIT):
         async with (
@@ -105,14 +105,14 @@ async def test_captures_are_whole_streams_that_qemu_loads(captures: dict[str, Pa
     for path in captures.values():
         data = path.read_bytes()
         assert data.startswith(b"QEVM\x00\x00\x00\x03")
-        # It ends with the description, or QEMU was not done when the file was taken.
+        # The file ends with the description, or QEMU was not done when the file was renamed.
         start = data.rindex(b'{"page_size"')
         assert int.from_bytes(data[start - 4 : start], "big") == len(data) - start
     with trio.fail_after(LIMIT):
         async with Qemu.start("pc", "16M", boot=boot_sector(), incoming=f"exec:cat '{captures['pc']}'") as vm:
             await vm.wait_status("running")
             text = await vm.wait_serial(lambda text: text.count("\n") >= 5)
-            # Where it was caught may be inside a line; from the first whole one on it counts by one.
+            # The guest may have been saved inside a line; from the first whole line on it counts by one.
             counts = parse_counts(text.partition("\n")[2])
             assert counts == list(range(counts[0], counts[0] + len(counts)))
             assert counts[0] > 3
@@ -132,7 +132,7 @@ async def test_refusals_and_failed_starts_say_why() -> None:
     async with Qemu.start("none", "16M") as vm:
         with pytest.raises(QmpError, match="valid migration protocol"):
             await vm.migrate("nonsense:1")
-        # A port nobody listens on: refused after the command was accepted.
+        # A port without a listener: refused after the command was accepted.
         (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         port = listener.socket.getsockname()[1]
         await listener.aclose()
@@ -147,7 +147,7 @@ async def test_refusals_and_failed_starts_say_why() -> None:
 
 @pytest.mark.qemu
 async def test_cancelled_start_and_block_leave_no_process() -> None:
-    """The fixture no_leaks looks for the children."""
+    """The fixture no_leaks checks the children."""
     for deadline in (0.0, 0.02, 0.3):
         with trio.move_on_after(deadline) as scope:
             async with Qemu.start("none", "16M", paused=True):

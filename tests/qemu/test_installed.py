@@ -1,4 +1,4 @@
-"""Finding QEMUs: by what they say, below any root, whatever is called how."""
+"""Finding QEMUs by the version that they report, below any root, under any name."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_versions_are_what_each_says_and_not_what_its_directory_is_called(roots:
     fake(roots / "whatever", "12.1.0", where="usr/local/bin")
     (roots / "10.0.log").write_text("not a root")
     (roots / "empty").mkdir()
-    fake(roots / "part", "5.0.0")  # is just being made
+    fake(roots / "part", "5.0.0")  # an unfinished root
     found = installed.installed()
     assert list(found) == ["9.2", "12.1"]
     assert [qemu.full for qemu in found.values()] == ["9.2.50", "12.1.0"]
@@ -102,7 +102,7 @@ def test_links_of_a_root_lead_to_places_below_it(roots: Path) -> None:
 
 
 def test_libraries_that_one_program_has_for_itself_are_those_of_the_root(tmp_path: Path) -> None:
-    """A library of the root names /usr/lib/own as the place of another: that is not the one of this machine."""
+    """A library path of the root, /usr/lib/own, is a link: it means the root's directory, not this machine's."""
     for name in ("usr/lib/libown.so.1", "usr/lib/own/libhelp-1.1.so", "usr/lib/data/text"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -122,7 +122,7 @@ async def test_each_is_what_its_monitor_says(qemu: Installed) -> None:
 
 @pytest.mark.qemu
 async def test_postcopy_and_files_work_with_each(qemu: Installed, tmp_path: Path) -> None:
-    """What the harness gives a QEMU is good for postcopy too; sockets and files are the same ones for both sides."""
+    """The machines of the harness support postcopy too; sockets and files have the same form for both sides."""
     capabilities = {"postcopy-ram": True}
     with trio.fail_after(LIMIT):
         async with (
@@ -146,7 +146,8 @@ async def test_postcopy_and_files_work_with_each(qemu: Installed, tmp_path: Path
 
 
 async def _begins(path: Path, start: bytes) -> None:
-    """Wait until that file has those first bytes: the command writes it a little later than QEMU has completed."""
+    """Wait until that file has those first bytes: the command writes the file a little later than QEMU has
+    completed."""
     while True:
         if await trio.Path(path).exists() and (await trio.Path(path).read_bytes()).startswith(start):
             return
@@ -159,7 +160,7 @@ def _names(found: Sequence[str]) -> list[str]:
 
 @pytest.mark.qemu
 def test_versions_that_the_project_names_are_those_of_the_roots() -> None:
-    """Where the roots are, both are found, and no version twice."""
+    """If the variable names roots, both are found, and no version twice."""
     found = list(installed.installed())
     assert len(found) == len(set(found))
     if (Path(os.environ.get("TRIMIG_QEMU_ROOTS", installed.ROOTS)) / "11.1").is_dir():

@@ -21,7 +21,7 @@ BOTH_HAVE = {"return-path": True}
 
 
 def with_capabilities(**capabilities: bool) -> trimig.Config:
-    """The usual settings and some capabilities more."""
+    """The usual settings and some further capabilities."""
     config = peers.settings()
     return dataclasses.replace(config, capabilities=dataclasses.replace(config.capabilities, **capabilities))
 
@@ -30,7 +30,7 @@ def with_capabilities(**capabilities: bool) -> trimig.Config:
 
 
 async def test_held_at_our_side_and_then_taken_by_a_qemu() -> None:
-    """N1, N3, F14: QEMU waits as long as we like, and has everything at the end."""
+    """N1, N3, F14: QEMU waits as long as the source waits, and gets everything at the end."""
     async with peers.target() as (vm, uri):
         with peers.source() as guest:
             monitor = trimig.Monitor()
@@ -52,7 +52,7 @@ async def test_held_at_our_side_and_then_taken_by_a_qemu() -> None:
 
 
 async def test_cancelled_while_it_is_held_and_then_taken() -> None:
-    """N4, A.1 cancel in this status: the guest runs here again, and another QEMU takes it."""
+    """N4, A.1 cancel in this status: the guest runs at the source again, and another QEMU receives it."""
     async with peers.target() as (vm, uri):
         with peers.source() as guest:
             monitor = trimig.Monitor()
@@ -72,7 +72,7 @@ async def test_cancelled_while_it_is_held_and_then_taken() -> None:
 
 @pytest.mark.parametrize("ending", ["continued", "cancelled"])
 async def test_held_at_the_side_of_a_qemu(ending: str) -> None:
-    """N1, N3, N4: QEMU's own pause, longer than our stall timeout; then it goes on, or is cancelled."""
+    """N1, N3, N4: QEMU's own pause, longer than trimig's stall timeout; then it goes on, or is cancelled."""
     async with Qemu.start("none", "1M") as vm:
         peers.mix(vm.ram, seed=5)
         with peers.machine(running=False) as guest:
@@ -96,7 +96,7 @@ async def test_held_at_the_side_of_a_qemu(ending: str) -> None:
 
 
 async def waited(arrival: peers.Arrival) -> None:
-    """TimeoutError if the receiver is still at it after more than its stall timeout."""
+    """TimeoutError if the receiver still waits after more than its stall timeout."""
     with trio.move_on_after(1.0):
         await arrival.done.wait()
         return
@@ -119,7 +119,7 @@ def uuid_of(vm: str | None) -> tuple[str, ...]:
 
 @ROWS
 async def test_uuid_from_trimig_to_qemu(here: str | None, there: str | None, *, passes: bool) -> None:
-    """A.1 rows 18 to 21: QEMU compares what we send, in its order of bytes."""
+    """A.1 rows 18 to 21: QEMU compares the UUID that trimig sends, in its order of bytes."""
     async with Qemu.start("none", f"{SMALL >> 20}M", incoming="defer", extra=uuid_of(there)) as vm:
         uri = await vm.incoming(peers.LISTEN)
         with peers.source() as guest:
@@ -140,7 +140,7 @@ async def test_uuid_from_trimig_to_qemu(here: str | None, there: str | None, *, 
 
 @ROWS
 async def test_uuid_from_qemu_to_trimig(here: str | None, there: str | None, *, passes: bool) -> None:
-    """A.1 rows 18 to 21: and we compare what QEMU sends."""
+    """A.1 rows 18 to 21: trimig compares the UUID that QEMU sends."""
     async with Qemu.start("none", "1M", extra=uuid_of(here)) as vm:
         peers.mix(vm.ram, seed=6)
         with peers.machine(running=False) as guest:

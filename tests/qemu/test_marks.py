@@ -1,4 +1,4 @@
-"""Marks between trimigs, with a QEMU on either end: it sees one more PING of a source, and nothing else of them.
+"""Marks between trimigs, with a QEMU on either end: a source sends one more PING, and QEMU sees no other part of them.
 
 Every migration here runs twice, as it is and with the marks taken out, and both outcomes are compared.
 """
@@ -32,15 +32,15 @@ PING = bytes.fromhex("08 0002 0004 74726d01")
 PING_1 = bytes.fromhex("08 0002 0004 00000001")
 PONG = bytes.fromhex("0002 0004 74726d01")
 PONG_1 = bytes.fromhex("0002 0004 00000001")
-#: What QEMU's return path has: SHUT, PONG, two forms of REQ_PAGES, RECV_BITMAP, RESUME_ACK, SWITCHOVER_ACK.
+#: The messages of QEMU's return path: SHUT, PONG, two forms of REQ_PAGES, RECV_BITMAP, RESUME_ACK, SWITCHOVER_ACK.
 MESSAGES = range(1, 8)
-#: Of the device of ``-M none``.
+#: The device of ``-M none``.
 TIMER = {"timer": 24}
 
 
 @contextlib.contextmanager
 def without_marks() -> Iterator[None]:
-    """A trimig as it would be if there were no marks."""
+    """A trimig without marks."""
     ping = wire.ping
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wire, "ping", lambda value: b"" if value == PING_MARK else ping(value))
@@ -50,11 +50,11 @@ def without_marks() -> Iterator[None]:
 
 @dataclasses.dataclass
 class Seen:
-    """What went over the wire, and what became of it."""
+    """The bytes on the wire, and the outcome."""
 
     forward: bytes
     back: bytes
-    #: Each side's own word for the end, and everything else that must not depend on the marks.
+    #: Each side's own report of the end, and everything else that must not depend on the marks.
     outcome: tuple[object, ...]
 
 
@@ -72,7 +72,7 @@ def messages(back: bytes) -> list[tuple[int, bytes]]:
 
 
 def commands(found: list[Element]) -> Iterator[str]:
-    """The words of all elements, those of the package too."""
+    """The names of all elements, including those of the package."""
     for element in found:
         yield element.word
         yield from commands(list(element.inner))
@@ -92,7 +92,7 @@ def nothing_but_qemus(back: bytes) -> None:
 
 
 def has_ended(error: trimig.TrimigError) -> tuple[type[trimig.TrimigError], trimig.Ownership | None]:
-    """What is compared of an error."""
+    """The compared parts of an error."""
     return type(error), error.owner
 
 
@@ -100,7 +100,7 @@ def has_ended(error: trimig.TrimigError) -> tuple[type[trimig.TrimigError], trim
 
 
 async def to_qemu(version: str, *, name: str = "none", cancelled: bool = False) -> Seen:
-    """By precopy. A guest that is not of the QEMU's machine type is refused; one is cancelled in the middle."""
+    """By precopy. A guest without the QEMU's machine type is refused; one is cancelled in the middle."""
     async with peers.target(version=version) as (vm, uri), Relay(uri) as relay:
         relay.forward.keep = relay.back.keep = True
         with peers.source(name=name) as guest:
@@ -133,7 +133,7 @@ async def cancel_after(monitor: trimig.Monitor, pages: int) -> None:
 
 
 async def test_precopy_to_qemu(qemu: Installed) -> None:
-    """The same bytes in both directions but the PING and its echo; the same end."""
+    """The same bytes in both directions except for the PING and its echo; the same end."""
     marked = await to_qemu(qemu.version)
     with without_marks():
         plain = await to_qemu(qemu.version)
@@ -145,7 +145,7 @@ async def test_precopy_to_qemu(qemu: Installed) -> None:
 
 @pytest.mark.parametrize("how", ["refused", "cancelled"])
 async def test_what_does_not_arrive_at_qemu(qemu: Installed, how: str) -> None:
-    """No reason is sent to a QEMU: it could not read it."""
+    """No reason is sent to a QEMU, which could not read it."""
     run = functools.partial(
         to_qemu, qemu.version, name="pc" if how == "refused" else "none", cancelled=how == "cancelled"
     )
@@ -153,7 +153,7 @@ async def test_what_does_not_arrive_at_qemu(qemu: Installed, how: str) -> None:
     with without_marks():
         plain = await run()
     left, right = without_the_ping(marked.forward), plain.forward
-    both = min(len(left), len(right))  # how far it has come depends on the moment
+    both = min(len(left), len(right))  # the progress at the cancel depends on the moment
     assert left[:both] == right[:both]
     assert trailing_reason(marked.forward) is None
     nothing_but_qemus(marked.back)
@@ -161,7 +161,7 @@ async def test_what_does_not_arrive_at_qemu(qemu: Installed, how: str) -> None:
 
 
 def able(background: int) -> trimig.Config:
-    """Postcopy, and precopy too slow to be done before it is asked for."""
+    """Postcopy, and precopy too slow to complete before the switch."""
     return trimig.Config(
         capabilities=trimig.Capabilities(postcopy_ram=True),
         parameters=trimig.Parameters(max_bandwidth=MiB, downtime_limit=1, max_postcopy_bandwidth=background),
@@ -169,7 +169,7 @@ def able(background: int) -> trimig.Config:
 
 
 async def postcopy_to_qemu(version: str, *, cut: bool) -> tuple[list[bytes], list[bytes], tuple[object, ...]]:
-    """By postcopy, whole or over two connections: what was sent and answered on each."""
+    """By postcopy, whole or over two connections: the bytes sent and answered on each."""
     size = 8 * MiB
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(trio.fail_after(peers.LIMIT))
@@ -203,7 +203,7 @@ async def postcopy_to_qemu(version: str, *, cut: bool) -> tuple[list[bytes], lis
 
 
 def relay_to(uri: str) -> Relay:
-    """A relay that keeps what goes through it."""
+    """A relay that keeps all bytes."""
     relay = Relay(uri)
     relay.forward.keep = relay.back.keep = True
     return relay
@@ -222,7 +222,7 @@ async def test_postcopy_to_qemu(qemu: Installed) -> None:
 
 
 async def test_recovery_towards_qemu(qemu: Installed) -> None:
-    """The second connection of a recovery has no mark at all, since the first one was not answered."""
+    """The second connection of a recovery has no mark at all, because the first mark had no answer."""
     forward, back, outcome = await postcopy_to_qemu(qemu.version, cut=True)
     assert len(forward) == 2
     found = list(commands(elements(forward[1], TIMER, head=False)))
@@ -264,7 +264,7 @@ async def from_qemu(version: str, *, block: str = "m0", cancelled: bool = False)
 
 @pytest.mark.parametrize("how", ["arrives", "is refused", "is cancelled"])
 async def test_precopy_from_qemu(qemu: Installed, how: str) -> None:
-    """Exactly what is answered without marks: no second PONG, and no reason where it ends badly."""
+    """Exactly the answers without marks: no second PONG, and no reason after a failure."""
     run = functools.partial(
         from_qemu, qemu.version, block="other" if how == "is refused" else "m0", cancelled=how == "is cancelled"
     )
@@ -305,7 +305,7 @@ async def test_postcopy_from_qemu(qemu: Installed) -> None:
 
 
 def test_marks_are_numbers_of_no_qemu() -> None:
-    """What the tests above look for."""
+    """The marks that the tests above look for."""
     assert not {int(mark) for mark in Mark} & set(MESSAGES)
     assert PONG_MARK.to_bytes(4) != PING[5:]
     assert wire.ping(PING_MARK) == PING

@@ -1,4 +1,4 @@
-"""Rows of QEMU's own test matrix that no other file here has: nobody listens, and cancel after each status.
+"""Rows of QEMU's own test matrix that no other file here has: no listener, and cancel after each status.
 
 The other rows are named in the docstrings of test_to_qemu, test_from_qemu, test_lifecycle, test_tls and
 test_transports.
@@ -27,13 +27,13 @@ from trimig import MiB
 pytestmark = pytest.mark.qemu
 
 SIZE = 4 * MiB
-#: Nothing comes to its end at this rate within a test; the first pass takes four seconds.
+#: No migration completes at this rate within a test; the first pass takes four seconds.
 SLOW = 1 * MiB
 NOBODY = "unix:/nonexistent/socket"
 
 
 async def closed_port() -> str:
-    """A TCP address at which nobody listens."""
+    """A TCP address without a listener."""
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = listener.socket.getsockname()[1]
     await listener.aclose()
@@ -42,7 +42,7 @@ async def closed_port() -> str:
 
 @asynccontextmanager
 async def place(kind: str) -> AsyncIterator[str]:
-    """Somewhere that a guest may go, or not: a QEMU, or a guest of ours."""
+    """A destination, good or bad: a QEMU, or a guest of trimig."""
     if kind == "qemu":
         async with peers.target(SIZE) as (_, uri):
             yield uri
@@ -50,12 +50,12 @@ async def place(kind: str) -> AsyncIterator[str]:
         with peers.machine(SIZE, running=False) as there:
             async with peers.arriving(there) as arrival:
                 yield arrival.uri
-                arrival.scope.cancel()  # where nobody has connected
+                arrival.scope.cancel()  # if no source has connected
             assert there.run_state != "running"
 
 
 async def goes(guest: trimig.AppGuest, kind: str, monitor: trimig.Monitor) -> None:
-    """The same guest and monitor, and a new destination: it arrives there, every byte as it was, and runs."""
+    """The same guest and monitor, and a new destination: the guest arrives, every byte as it was, and runs."""
     if kind == "qemu":
         async with peers.target(SIZE) as (vm, uri):
             await trimig.migrate(guest, uri, peers.settings(), monitor=monitor)
@@ -114,7 +114,7 @@ async def test_cancel_after_each_status_and_then_a_new_target(status: str, kind:
 
 @pytest.mark.parametrize("kind", ["qemu", "trimig"])
 async def test_cancel_after_completed_takes_nothing_back(kind: str) -> None:
-    """A.2 cancel after completed: T→Q and T→T; the destination keeps the guest, and it stands still here."""
+    """A.2 cancel after completed: T→Q and T→T; the destination keeps the guest, and the source's stays paused."""
     monitor = trimig.Monitor()
     with trio.fail_after(peers.LIMIT), peers.source(SIZE) as guest:
         await goes(guest, kind, monitor)
@@ -128,7 +128,7 @@ async def test_cancel_after_completed_takes_nothing_back(kind: str) -> None:
     "status", ["none", "setup", "active", "pre-switchover", "cancelling", "cancelled", "completed", "failed"]
 )
 async def test_cancel_at_qemu_after_each_status_and_then_a_new_target(status: str) -> None:
-    """F10, A.1 row 24, A.2 cancel after each status: Q→T. ``setup`` is right behind ``migrate``, or just after it."""
+    """F10, A.1 row 24, A.2 cancel after each status: Q→T. ``setup`` is right after ``migrate``, or a moment later."""
     async with Qemu.start("none", "4M") as vm:
         peers.mix(vm.ram, seed=11)
         await vm.set_capabilities({"return-path": True, "pause-before-switchover": status == "pre-switchover"})
@@ -192,7 +192,7 @@ async def test_trimig_finds_nobody_and_then_trimig() -> None:
 
 
 async def test_qemu_finds_nobody_and_then_trimig() -> None:
-    """B16, A.1 row 17: Q→T; QEMU's own outcome, and then its guest comes to us."""
+    """B16, A.1 row 17: Q→T; QEMU's own outcome, and then its guest arrives at trimig."""
     async with Qemu.start("none", "4M") as vm:
         peers.mix(vm.ram, seed=12)
         with peers.machine(SIZE, running=False) as guest, trio.fail_after(peers.LIMIT):

@@ -1,4 +1,4 @@
-"""What is newer than QEMU 7.2, with each QEMU that there is: PING 0x42 in postcopy, and the capability switchover-ack."""
+"""Features newer than QEMU 7.2, with each installed QEMU: PING 0x42 in postcopy, and the capability switchover-ack."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def test_postcopy_towards_each_version(version: str) -> None:
 @pytest.mark.parametrize("version", [v for v in versions() if tuple(map(int, v.split("."))) >= (11, 1)])
 @pytest.mark.parametrize("answered", [False, True])
 async def test_a_connection_that_breaks_at_the_proof(version: str, *, answered: bool) -> None:
-    """Gap G24: a source from 11.1 on that has not read the answer takes its guest back; here it is not run then."""
+    """Gap G24: a source from 11.1 on that has not read the answer takes its guest back; trimig does not run it then."""
     with trio.fail_after(LIMIT), trimig.ParkedGuest() as guest:
         async with (
             arriving(guest, config(recovery_timeout=5.0)) as arrival,
@@ -59,7 +59,7 @@ async def test_a_connection_that_breaks_at_the_proof(version: str, *, answered: 
             )
             await arrival.wait_pages(2000)
             if not answered:
-                # PONG 1 and 2 come before the package; everything behind them is lost.
+                # PONG 1 and 2 come before the package; all later messages are lost.
                 relay.back.drop_from = 16
                 relay.back.changed()
             await vm.qmp.execute("migrate-start-postcopy")
@@ -83,7 +83,7 @@ async def test_a_connection_that_breaks_at_the_proof(version: str, *, answered: 
 @pytest.mark.parametrize("version", NEWER)
 @pytest.mark.parametrize("machine", ["pc", "pc-i440fx-10.0", "pc-i440fx-7.2"])
 async def test_switchover_ack_through_trimig(version: str, machine: str) -> None:
-    """From a QEMU, parked, and on to another one: no side waits for a word that does not come."""
+    """From a QEMU, parked, and on to another one: no side waits for a message that does not come."""
     on = {"switchover-ack": True, "return-path": True}
     with trio.fail_after(LIMIT), trimig.ParkedGuest() as guest:
         plain = settings()

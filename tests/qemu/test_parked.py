@@ -1,4 +1,4 @@
-"""A QEMU's guest is parked in trimig and given to another QEMU: byte for byte, and without a gap in what it counts."""
+"""A QEMU's guest is parked in trimig and sent to another QEMU: byte for byte, and without a gap in its count."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def receive_from(vm: Qemu, guest: trimig.ParkedGuest, *, return_path: bool
 
 @pytest.mark.parametrize("return_path", [True, False])
 async def test_ram_of_a_qemu_arrives_byte_for_byte(tmp_path: Path, *, return_path: bool) -> None:
-    """B7: 64 MiB of random memory, received and on the disk before the source is told."""
+    """B7: 64 MiB of random memory, received and on the disk before the source gets the answer."""
     file = tmp_path / "guest"
     with trimig.ParkedGuest(file) as guest:
         async with Qemu.start("none", "64M") as vm:
@@ -65,7 +65,7 @@ async def count_on(vm: Qemu, lines: int) -> str:
 
 
 async def test_a_counting_guest_goes_on_behind_the_parking(tmp_path: Path) -> None:
-    """A QEMU gives its guest to a file; trimig sends that to one QEMU, and another loads the file itself."""
+    """A QEMU saves its guest in a file; trimig sends that to one QEMU, and another loads the file itself."""
     file = tmp_path / "guest"
     with trio.fail_after(LIMIT), trimig.ParkedGuest(file) as parked:
         async with Qemu.start("pc", "16M", boot=boot_sector()) as vm:
@@ -91,7 +91,7 @@ async def test_a_counting_guest_goes_on_behind_the_parking(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("machine", ["none", "pc", "q35", "microvm"])
 async def test_capture_is_saved_again_to_equal_bytes(captures: dict[str, Path], tmp_path: Path, machine: str) -> None:
-    """What was saved loads and saves to the same bytes, and devices and description are those of the capture."""
+    """The saved file loads and saves to the same bytes, and devices and description are those of the capture."""
     once, twice = tmp_path / "once", tmp_path / "twice"
     with await trimig.ParkedGuest.load(captures[machine]) as guest:
         await guest.save(once)

@@ -28,7 +28,7 @@ MiB = 1 << 20
 
 
 def config(*, bandwidth: int = 40 * MiB, background: int = 0, **options: object) -> trimig.Config:
-    """Postcopy is possible, and precopy too slow to be done before it is asked for."""
+    """Postcopy is possible, and precopy too slow to complete before the switch."""
     return trimig.Config(
         capabilities=trimig.Capabilities(postcopy_ram=True),
         parameters=trimig.Parameters(max_bandwidth=bandwidth, downtime_limit=10, max_postcopy_bandwidth=background),
@@ -65,7 +65,7 @@ async def test_to_qemu(pages: int) -> None:
 
 
 async def test_from_qemu() -> None:
-    """P3: a QEMU's memory follows its devices into a parked guest, which is whole in the end."""
+    """P3: a QEMU's memory follows its devices into a parked guest, which is complete at the end."""
     with trimig.ParkedGuest() as guest:
         async with arriving(guest, config()) as arrival, Qemu.start("none", "64M") as vm:
             vm.ram[:] = random_ram(SIZE, seed=7)
@@ -89,7 +89,7 @@ async def test_from_qemu() -> None:
 
 
 async def in_postcopy(monitor: trimig.Monitor, share: float) -> None:
-    """Wait until that share of what is left at the switch has gone."""
+    """Wait until that share of the rest at the switch has been sent."""
     await monitor.wait_status(Status.POSTCOPY_ACTIVE)
     before = monitor.statistics()
     async for picture in monitor.watch(0.005):
@@ -99,7 +99,7 @@ async def in_postcopy(monitor: trimig.Monitor, share: float) -> None:
 
 
 async def test_recovery_towards_qemu_twice() -> None:
-    """O6, row 35: the connection is cut in the middle, and again; nothing is lost, nothing comes twice."""
+    """O6, row 35: the connection is cut in the middle, twice; no page is lost, and no page comes twice."""
     with trio.fail_after(LIMIT), source(SIZE) as guest:
         async with Qemu.start("none", "64M", incoming="defer") as vm:
             await vm.set_capabilities({"postcopy-ram": True})
@@ -124,7 +124,7 @@ async def test_recovery_towards_qemu_twice() -> None:
 
 
 async def test_recovery_from_qemu_twice() -> None:
-    """O6, P12, row 35: a QEMU source is paused by us, and by itself; both times a new connection goes on."""
+    """O6, P12, row 35: a QEMU source is paused by trimig, and by itself; both times a new connection goes on."""
     with trimig.ParkedGuest() as guest:
         async with arriving(guest, config()) as arrival, Qemu.start("none", "64M") as vm:
             vm.ram[:] = random_ram(SIZE, seed=8)
@@ -157,7 +157,7 @@ async def test_recovery_from_qemu_twice() -> None:
 
 
 async def in_postcopy_there(monitor: trimig.Monitor, pages: int) -> None:
-    """Wait until that many more pages have come."""
+    """Wait until that many more pages have arrived."""
     await monitor.wait_status(Status.POSTCOPY_ACTIVE)
     before = monitor.statistics()
     async for picture in monitor.watch(0.005):
@@ -175,7 +175,7 @@ async def count_on(vm: Qemu, lines: int) -> str:
 
 
 async def test_a_counting_guest_goes_through_postcopy_twice(tmp_path: Path) -> None:
-    """O8, P3, P12: out of a QEMU by postcopy, kept, saved, and into another by postcopy, which asks for its pages."""
+    """O8, P3, P12: out of a QEMU by postcopy, parked, saved, and into another by postcopy, which requests its pages."""
     with trio.fail_after(LIMIT), trimig.ParkedGuest(tmp_path / "guest") as parked:
         async with (
             arriving(parked, config()) as arrival,
@@ -213,7 +213,7 @@ async def test_a_counting_guest_goes_through_postcopy_twice(tmp_path: Path) -> N
 
 @contextlib.contextmanager
 def huge_memory(size: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """A memfd of 2 MiB pages, filled; skips where the host has none to give."""
+    """A memfd of 2 MiB pages, filled; skips if the host has no such pages free."""
     free = int(re.search(r"HugePages_Free:\s+(\d+)", Path("/proc/meminfo").read_text())[1])  # type: ignore[index]
     if free * 2 * MiB < size:
         pytest.skip(f"{size // (2 * MiB)} huge pages are needed (sysctl vm.nr_hugepages), {free} are free")
@@ -229,7 +229,7 @@ def huge_memory(size: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
 
 
 async def test_from_a_qemu_with_huge_pages() -> None:
-    """P12: its units are host pages of 2 MiB, its RAM is kept here in pages of 4 KiB; recovery with bitmaps, too."""
+    """P12: QEMU's units are host pages of 2 MiB, trimig keeps its RAM in pages of 4 KiB; recovery with bitmaps, too."""
     with huge_memory(16 * MiB) as (fd, content), trimig.ParkedGuest() as guest:
         backend = f"memory-backend-file,id=m0,share=on,size=16M,mem-path=/proc/self/fd/{fd}"
         huge = ["-object", backend, "-machine", "memory-backend=m0"]
@@ -240,7 +240,7 @@ async def test_from_a_qemu_with_huge_pages() -> None:
             await vm.migrate(
                 arrival.uri,
                 capabilities={"postcopy-ram": True},
-                # So slow that seconds are left for the cut, however late this process is told.
+                # Slow enough that seconds are left for the cut, even if this process gets its event late.
                 parameters={"max-bandwidth": MiB, "downtime-limit": 0, "max-postcopy-bandwidth": MiB},
                 wait=False,
             )

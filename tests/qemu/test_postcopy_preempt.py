@@ -43,7 +43,7 @@ def preempt(**options: int) -> trimig.Config:
 
 
 async def touch(vm: Qemu, addresses: range) -> None:
-    """Read the guest's memory as its processor would: what is missing is asked for."""
+    """Read the guest's memory as its processor would: missing pages are requested."""
     for address in addresses:
         await vm.qmp.execute("human-monitor-command", {"command-line": f"xp /1xb {address:#x}"})
 
@@ -113,7 +113,7 @@ async def test_from_qemu(pki: Pki, *, tls: bool, recovery: bool) -> None:
 
 
 async def test_a_counting_guest_asks_for_its_pages_on_the_second_connection(tmp_path: Path) -> None:
-    """Row 36 with a machine that computes: out of a QEMU, kept, and into another, which faults."""
+    """Row 36 with a machine that computes: out of a QEMU, parked, and into another, which faults."""
     ours = preempt(bandwidth=MiB, background=MiB)
     with trio.fail_after(peers.LIMIT), trimig.ParkedGuest(tmp_path / "guest") as parked:
         async with (

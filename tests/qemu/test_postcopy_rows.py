@@ -95,7 +95,7 @@ async def test_from_qemu_over_tls(pki: Pki, *, recovery: bool) -> None:
 
 
 async def recovered_from(vm: Qemu, monitor: trimig.Monitor, listen: str) -> None:
-    """Let a QEMU source find us again."""
+    """Let a QEMU source reconnect to trimig."""
     monitor.recover(listen)
     while not monitor.addresses:
         await monitor.wait_changed()
@@ -106,7 +106,7 @@ async def recovered_from(vm: Qemu, monitor: trimig.Monitor, listen: str) -> None
 
 
 async def mute_listener(act: Callable[[str], Awaitable[None]], said: bytes) -> None:
-    """Somebody who accepts a connection, says *said*, and goes: no peer."""
+    """A listener that accepts a connection, sends *said*, and closes: no peer."""
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with listener:
         host, port = listener.socket.getsockname()[:2]
@@ -117,8 +117,8 @@ async def mute_listener(act: Callable[[str], Awaitable[None]], said: bytes) -> N
 
 
 async def test_double_failure_of_our_source(tmp_path: Path) -> None:
-    """A.2, recovery/double-failures: the handshake is answered with one byte and a close, then nobody listens; paused each
-    time, and the third attempt succeeds."""
+    """A.2, recovery/double-failures: the handshake is answered with one byte and a close, then there is no listener;
+    paused each time, and the third attempt succeeds."""
     with trio.fail_after(peers.LIMIT), peers.source(SIZE) as guest:
         async with Qemu.start("none", "16M", incoming="defer") as vm:
             await vm.set_capabilities({"postcopy-ram": True})
@@ -153,7 +153,7 @@ async def test_double_failure_of_our_source(tmp_path: Path) -> None:
 
 
 async def test_double_failure_of_our_destination() -> None:
-    """A.2: two connections that are no source's are dropped; then the QEMU comes."""
+    """A.2: two connections of strangers are dropped; then the QEMU comes."""
     with trimig.ParkedGuest() as guest:
         async with peers.arriving(guest, config()) as arrival, Qemu.start("none", "16M") as vm:
             vm.ram[:] = random_ram(SIZE, seed=5)
@@ -187,7 +187,8 @@ async def test_double_failure_of_our_destination() -> None:
 
 
 async def test_killed_destination_leaves_the_source_paused_with_all_it_has() -> None:
-    """B.7 42, S of issue 4's real processes: SIGKILL in postcopy-active. The owner was the destination, and that is said."""
+    """B.7 42, S of issue 4's real processes: SIGKILL in postcopy-active. The error reports the destination as the
+    owner."""
     with trio.fail_after(peers.LIMIT), peers.source(SIZE) as guest:
         async with Qemu.start("none", "16M", incoming="defer") as vm:
             await vm.set_capabilities({"postcopy-ram": True})
@@ -210,7 +211,7 @@ async def test_killed_destination_leaves_the_source_paused_with_all_it_has() -> 
 
 
 async def test_killed_source_leaves_a_destination_that_names_what_it_lacks() -> None:
-    """When all is lost: the pages that never came are named, and what came is kept."""
+    """When all is lost: the error names the missing pages, and the received pages are kept."""
     with trimig.ParkedGuest() as guest:
         async with peers.arriving(guest, config()) as arrival, Qemu.start("none", "16M") as vm:
             vm.ram[:] = random_ram(SIZE, seed=6)

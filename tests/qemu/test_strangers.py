@@ -24,7 +24,7 @@ MULTIFD = {"multifd": True, "return-path": True}
 
 @asynccontextmanager
 async def among_strangers(uri: str, *, opaque: bool = False) -> AsyncIterator[None]:
-    """Strangers that are there before the block, and go on all the time; *opaque* as for :meth:`Strangers.crowd`."""
+    """Strangers that connect before the block, and all the time; *opaque* as for :meth:`Strangers.crowd`."""
     strangers = Strangers(uri)
     try:
         await strangers.crowd(opaque=opaque)
@@ -80,7 +80,7 @@ async def test_preempt_among_strangers(*, cut: bool) -> None:
 
 @pytest.mark.parametrize("second", [False, True], ids=["one connection", "postcopy-preempt"])
 async def test_multifd_at_the_source_only_is_said_on_both_sides(*, second: bool) -> None:
-    """Also where a second connection is waited for, which the channels of multifd could be taken for."""
+    """Also while a second connection is expected, which looks like a channel of multifd."""
     async with Qemu.start("none", "16M") as vm:
         vm.ram[:] = random_ram(SIZE, seed=4)
         with trimig.ParkedGuest() as guest:
@@ -94,7 +94,8 @@ async def test_multifd_at_the_source_only_is_said_on_both_sides(*, second: bool)
 
 @pytest.mark.parametrize("size", [SIZE, peers.SMALL], ids=["memory that fills buffers", "memory that does not"])
 async def test_multifd_at_the_destination_only_is_said(size: int) -> None:
-    """The destination reads nothing before further connections have come. The guest here never stands still for that."""
+    """The destination reads nothing before further connections have come. The source's guest is never stopped for
+    that."""
     with trio.fail_after(peers.LIMIT), peers.source(size) as guest:
         async with Qemu.start("none", f"{size >> 20}M", incoming="defer") as vm:
             await vm.set_capabilities({"multifd": True})

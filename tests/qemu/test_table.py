@@ -1,4 +1,4 @@
-"""The table of the matrix says what the tests have seen."""
+"""The table of the matrix shows the outcomes of the tests."""
 
 from __future__ import annotations
 

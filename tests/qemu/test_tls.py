@@ -50,7 +50,7 @@ def client(pki: Pki) -> Path:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row that QEMU tests: what each side is told, and whether that works."""
+    """One row that QEMU tests: the settings of each side, and whether the migration works."""
 
     scheme: str = "tcp"
     hostname: str = ""
@@ -58,7 +58,7 @@ class Row:
     anonymous: bool = False
     verify: bool = True
     works: bool = True
-    #: In what trimig says as the client, and as the server.
+    #: Words in the error of trimig as the client, and as the server.
     client_says: str = ""
     server_says: str = ""
 
@@ -103,7 +103,7 @@ def fast(config: Config) -> Config:
 
 @asynccontextmanager
 async def waiting(uri: str, extra: list[str], **parameters: Any) -> AsyncIterator[tuple[Qemu, str]]:
-    """A QEMU that waits for a migration with TLS, and where."""
+    """A QEMU that waits for a migration with TLS, and its address."""
     with trio.fail_after(peers.LIMIT):
         async with Qemu.start("none", "1M", incoming="defer", extra=extra) as vm:
             await vm.set_parameters({"tls-creds": ID, **parameters})
@@ -111,7 +111,7 @@ async def waiting(uri: str, extra: list[str], **parameters: Any) -> AsyncIterato
 
 
 async def sent_to_qemu(uri: str, vm: Qemu, config: Config) -> None:
-    """A guest of ours goes to *vm* and runs there, every byte as it was."""
+    """A guest of trimig goes to *vm* and runs there, every byte as it was."""
     with peers.source() as guest:
         summary = await trimig.migrate(guest, uri, fast(config))
         assert summary.confirmed
@@ -120,9 +120,9 @@ async def sent_to_qemu(uri: str, vm: Qemu, config: Config) -> None:
 
 
 async def refused_to_qemu(uri: str, vm: Qemu, config: Config, words: str) -> str:
-    """The attempt fails, saying *words*; the guest runs on; what QEMU said of it.
+    """The attempt fails with *words* in the error; the guest runs on; returns QEMU's error.
 
-    A QEMU 7.2 whose handshake fails says so and stays; one that fails behind it exits.
+    A QEMU 7.2 whose handshake fails reports that and stays; one that fails after the handshake exits.
     """
     with peers.source() as guest:
         with pytest.raises(trimig.TransportFailed, match=words) as caught:
@@ -165,11 +165,11 @@ async def keeping_on(guest: trimig.Guest, config: Config, uri: str, words: str) 
 
 
 async def from_qemu(uri: str, config: Config, extra: list[str], words: str | None = None, **parameters: Any) -> None:
-    """A QEMU sends its guest to us; with *words*, it is refused, and fails; we say *words*, and listen on."""
+    """A QEMU sends its guest to trimig. With *words* QEMU is refused, and fails; trimig's error has *words*."""
     async with Qemu.start("none", "1M", extra=extra) as vm:
         peers.mix(vm.ram, seed=7)
         settings = {"tls-creds": ID, "max-bandwidth": 0, **parameters}
-        # Without a return path all of so small a guest is in the sockets' buffers before it is refused.
+        # Without a return path all of so small a guest is in the sockets' buffers before the refusal.
         able = {"return-path": True}
         with peers.machine(running=False) as guest:
             if words is None:
@@ -232,7 +232,7 @@ async def test_trimig_sends_to_trimig(row: Row, server: Path, client: Path, pki:
 
 @pytest.mark.parametrize("friendly", [True, False])
 async def test_qemu_is_let_in_by_its_name_or_not(server: Path, client: Path, *, friendly: bool) -> None:
-    """A.1 rows 12, 13: Q→T. The name is the one that a QEMU as the server prints of the same client."""
+    """A.1 rows 12, 13: Q→T. The name is the one that a QEMU as the server prints for the same client."""
     async with waiting(
         TCP, [*x509(server, "server"), "-object", "authz-simple,id=who,identity=nobody"], **{"tls-authz": "who"}
     ) as (vm, uri):
@@ -245,7 +245,7 @@ async def test_qemu_is_let_in_by_its_name_or_not(server: Path, client: Path, *, 
 
 
 async def test_plain_qemu_and_tls_do_not_hang_together(server: Path, client: Path) -> None:
-    """One side with TLS and the other without: an error on both, whichever it is."""
+    """Only one side uses TLS: an error on both sides, in either case."""
     with trio.fail_after(peers.LIMIT):
         async with peers.target() as (vm, uri):
             await refused_to_qemu(uri, vm, secure(client), "the other side may not want TLS")
@@ -260,7 +260,7 @@ KEY = "00112233445566778899aabbccddeeff"
 
 
 def psk(directory: Path, key: str = KEY) -> tuple[Config, Path]:
-    """A configuration with that key, and the directory of it."""
+    """A configuration with that key, and the directory of the key."""
     directory.mkdir()
     (directory / "keys.psk").write_text(f"qemu:{key}\n")
     return Config(parameters=Parameters(tls_creds=ID), objects=(TlsPsk(id=ID, dir=directory),)), directory

@@ -42,7 +42,7 @@ async def test_64_mib_of_mixed_pages_arrive_byte_for_byte(tmp_path: Path, scheme
     """A.1 rows 1, 6, B1, B2, K1, K5, L1, L2, L4, M3, M5, M8, M9: random, repeated, zero and almost zero pages."""
     address = LISTEN if scheme == "tcp" else f"unix:{tmp_path}/socket"
     async with peers.target(BIG, uri=address) as (vm, uri):
-        vm.ram[BIG // 2 :] = 0xEE  # what was in the destination's memory before must not shine through zero pages
+        vm.ram[BIG // 2 :] = 0xEE  # zero pages must replace the old contents of the destination's memory
         with peers.source(BIG) as guest:
             monitor = trimig.Monitor()
             events = monitor.events()
@@ -73,7 +73,7 @@ async def test_paused_guest_arrives_paused(*, return_path: bool) -> None:
 async def test_writers_are_caught_at_one_instant() -> None:
     """A.1 row 1, L5, L6: each write makes the same change in two far pages; at the destination the two are equal.
 
-    Two tasks write for as long as they are let in; bandwidth and downtime limit force several passes.
+    Two tasks write as long as the guest runs; bandwidth and downtime limit force several passes.
     """
     size = 16 * MiB
     half = size // PAGE // 2
@@ -85,13 +85,13 @@ async def test_writers_are_caught_at_one_instant() -> None:
             monitor = trimig.Monitor()
 
             async def write(lane: int) -> None:
-                with contextlib.suppress(trimig.NotOwner):  # when the guest has gone
+                with contextlib.suppress(trimig.NotOwner):  # after the handover
                     while True:
                         async with guest.running():
                             written[lane] += 1
                             page = (written[lane] * 2 + lane) % 128
                             pages[page, :4] = np.frombuffer(written[lane].to_bytes(4, "big"), np.uint8)
-                            await trio.lowlevel.checkpoint()  # the other lane may come in between
+                            await trio.lowlevel.checkpoint()  # the other lane may run in between
                             pages[half + page] = pages[page]
                         await trio.sleep(0.003)
 
@@ -116,7 +116,7 @@ async def test_writers_are_caught_at_one_instant() -> None:
 
 
 async def test_state_of_the_device_is_the_one_at_the_pause() -> None:
-    """M5: the clock of the machine goes with it; QEMU hands it on to the next trimig."""
+    """M5: the clock of the machine is migrated; QEMU passes it on to the next trimig."""
     ran = 3_600_000_000_000  # one hour, in ns
     async with peers.target() as (vm, uri):
         with peers.source(timer=False) as guest:
@@ -138,7 +138,7 @@ async def test_state_of_the_device_is_the_one_at_the_pause() -> None:
     [(fault, True) for fault in ("machine", "block", "size", "device")] + [("block", False), ("size", False)],
 )
 async def test_what_qemu_refuses_runs_on_here_and_goes_elsewhere(fault: str, return_path: bool) -> None:
-    """L9, L12, T7: QEMU exits without a word (gap G13); the guest runs, and another destination gets it.
+    """L9, L12, T7: QEMU exits without a message (gap G13); the guest runs, and another destination receives it.
 
     Without return path a refusal is noticed only while bytes still flow (gap G3): one at the beginning of a
     stream that is longer than the sockets' buffers. The device stands at its end.
@@ -192,7 +192,7 @@ async def test_cancelled_after_each_status_it_never_happened(status: str, how: s
             monitor = trimig.Monitor()
             events = monitor.events()
             scope = trio.CancelScope()
-            # Slow enough that "active" cannot be over before the cancel strikes.
+            # Slow enough that "active" cannot be over before the cancel takes effect.
             config = peers.settings(bandwidth=0 if status == "device" else 4 * MiB)
 
             def cancel() -> None:
@@ -218,7 +218,7 @@ async def test_cancelled_after_each_status_it_never_happened(status: str, how: s
             assert seen[-3] == status
             assert monitor.info()["status"] == "cancelled"
             if status != "setup":
-                # It had the beginning of a stream: it gives up, and has not run.
+                # QEMU had the beginning of a stream: it gives up, and has not run.
                 assert await vm.wait_exit() == 1
                 assert not any(event["event"] == "RESUME" for event in vm.qmp.events)
         await peers.accepted(guest)
@@ -226,7 +226,7 @@ async def test_cancelled_after_each_status_it_never_happened(status: str, how: s
 
 @pytest.mark.parametrize("when", ["active", "prepare", "after the decision"])
 async def test_qemu_is_killed(when: str) -> None:
-    """L9, T1, row "kill of either process": here the guest runs on until the decision; after it nobody may guess.
+    """L9, T1, row "kill of either process": until the commit the source's guest runs on; after it no side may guess.
 
     For the last two QEMU is stopped by a signal first, so that it certainly has not answered. After the decision the
     caller, who knows that QEMU is dead, says so, and the guest runs here again.
@@ -268,7 +268,8 @@ async def test_qemu_is_killed(when: str) -> None:
 
 
 async def test_a_fence_that_kills_the_destination_settles_it_at_once() -> None:
-    """T2: the caller's fence is asked instead of a person; it shoots QEMU, and the guest runs here."""
+    """T2: the caller's fence is called instead of a question to the user; it kills QEMU, and the source's guest
+    runs."""
     with peers.source() as guest:
         async with peers.target() as (vm, uri):
 
@@ -292,7 +293,8 @@ async def test_a_fence_that_kills_the_destination_settles_it_at_once() -> None:
 
 
 async def test_info_has_the_members_of_qemus_query_migrate_in_each_status() -> None:
-    """G2, G4, G5, G9: the same migration once by QEMU and once by trimig, looked at in every status that can be met."""
+    """G2, G4, G5, G9: the same migration once by QEMU and once by trimig, compared in every status that can be
+    observed."""
     size = 8 * MiB
     ours: dict[str, set[str]] = {}
     theirs: dict[str, set[str]] = {}

@@ -1,4 +1,4 @@
-"""``exec:``, ``fd:`` and ``file:`` with a real QEMU at the other end, or as the reader of what was stored."""
+"""``exec:``, ``fd:`` and ``file:`` with a real QEMU at the other end, or as the reader of a stored stream."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIZE = 16 * MiB
 
 
 async def exists(path: Path) -> None:
-    """Wait for a file, which somebody else makes."""
+    """Wait for a file that another process makes."""
     while True:
         if await trio.Path(path).exists():
             return
@@ -67,7 +67,7 @@ class Monitor:
             yield monitor
 
     async def execute(self, name: str, *, fd: int | None = None, **arguments: str) -> dict[str, Any]:
-        """The answer to a command, an error too; *fd* goes with it."""
+        """The answer to a command, also an error; *fd* goes with the command."""
         line = json.dumps({"execute": name, "arguments": arguments}).encode() + b"\n"
         extra = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         await self._socket.sendmsg([line], extra)
@@ -80,12 +80,12 @@ class Monitor:
                 return answer
 
     async def getfd(self, name: str, fd: int) -> None:
-        """Hand a descriptor over, for good."""
+        """Pass a descriptor on; this process closes its own."""
         assert await self.execute("getfd", fd=fd, fdname=name) == {"return": {}}
         os.close(fd)
 
     async def check_consumed(self, name: str) -> None:
-        """A.1 row 16: what was used is not to be had again."""
+        """A.1 row 16: QEMU no longer has a used descriptor."""
         answer = await self.execute("closefd", fdname=name)
         assert f"'{name}' not found" in answer["error"]["desc"]
 
@@ -102,7 +102,7 @@ def with_monitor(tmp_path: Path) -> list[str]:
 async def test_what_exec_and_file_store_a_stock_qemu_loads(tmp_path: Path, *, return_path: bool) -> None:
     """B1, B3: stored by a command or by file:, behind an offset too; every byte of RAM, and it runs.
 
-    With a return path asked for as well: a command that stores has nothing to answer, and that is no error.
+    With a return path requested as well: a command that stores the stream has no answer, and that is no error.
     """
     stored = {
         "command": (f"exec:cat > {tmp_path}/command", f"exec:cat {tmp_path}/command"),
@@ -122,7 +122,7 @@ async def test_what_exec_and_file_store_a_stock_qemu_loads(tmp_path: Path, *, re
 
 
 async def test_what_a_qemu_stores_is_loaded_by_exec_and_file(tmp_path: Path) -> None:
-    """B3, B7: every byte of RAM; a stored stream has nobody to answer to."""
+    """B3, B7: every byte of RAM; a stored stream has no peer that could read an answer."""
     async with Qemu.start("none", f"{SIZE >> 20}M") as vm:
         peers.mix(vm.ram, seed=2)
         wanted = vm.ram.copy()
@@ -170,7 +170,7 @@ async def test_command_that_brings_the_stream_takes_the_answer_back(tmp_path: Pa
 
 
 async def test_refusal_of_a_qemu_behind_a_command_leaves_the_guest_here(tmp_path: Path) -> None:
-    """L9, B3: QEMU exits without a word; the command ends with it."""
+    """L9, B3: QEMU exits without a message; the command ends with it."""
     async with peers.target(SIZE, uri=f"unix:{tmp_path}/socket") as (vm, _):
         with peers.source(SIZE, block="other") as guest:
             with pytest.raises(trimig.TransportFailed) as caught:
@@ -181,7 +181,7 @@ async def test_refusal_of_a_qemu_behind_a_command_leaves_the_guest_here(tmp_path
 
 
 async def test_command_that_fails_before_the_end_is_a_migration_that_failed() -> None:
-    """B3: what it said is in the message; the guest runs on."""
+    """B3: the error has the command's stderr; the guest runs on."""
     with peers.source(SIZE) as guest:
         check = LeakCheck()
         before = peers.memory(guest).copy()
@@ -199,7 +199,8 @@ async def test_command_that_fails_before_the_end_is_a_migration_that_failed() ->
 async def test_command_that_fails_with_all_of_the_stream_leaves_the_guest_paused_here() -> None:
     """B3: QEMU completes, and the guest may be lost (stream.md part 13).
 
-    Here nobody takes it for done: what lies beyond the command may have the whole guest, so a person settles it.
+    trimig does not report success: a process behind the command may have the whole guest, so the user settles the
+    owner.
     """
     with peers.source(SIZE) as guest:
         check = LeakCheck()
@@ -219,7 +220,7 @@ async def test_command_that_fails_with_all_of_the_stream_leaves_the_guest_paused
 
 @pytest.mark.parametrize("kind", ["unix", "tcp", "pipe"])
 async def test_to_a_qemu_through_a_descriptor(tmp_path: Path, kind: str) -> None:
-    """B4, B7, A.1 row 16, T to Q: it gets its end by getfd; both ends are consumed."""
+    """B4, B7, A.1 row 16, T to Q: QEMU gets its end by getfd; both ends are consumed."""
     async with Qemu.start("none", f"{SIZE >> 20}M", incoming="defer", extra=with_monitor(tmp_path)) as vm:
         ours, theirs = _ends(kind)
         async with Monitor.open(tmp_path / "qmp") as monitor:
@@ -246,7 +247,7 @@ async def test_from_a_qemu_through_a_descriptor(tmp_path: Path, kind: str) -> No
                 await monitor.getfd("fd-mig", theirs)
                 async with receiving(guest, f"fd:{ours}") as summaries:
                     await vm.set_capabilities({"return-path": kind != "pipe"})
-                    # The name is known to this monitor only.
+                    # Only this monitor knows the name.
                     assert "return" in await monitor.execute("migrate", uri="fd:fd-mig")
                 (summary,) = summaries
                 assert summary.confirmed is (kind != "pipe")
@@ -258,7 +259,7 @@ async def test_from_a_qemu_through_a_descriptor(tmp_path: Path, kind: str) -> No
 
 
 def _ends(kind: str) -> tuple[int, int]:
-    """The sending side's descriptor and the receiving side's; for the tests above, ours or theirs."""
+    """The sending side's descriptor and the receiving side's; for the tests above, trimig's or QEMU's."""
     if kind == "pipe":
         reading, writing = os.pipe()
         return writing, reading
@@ -285,7 +286,7 @@ async def test_cancelled_after_each_status_nothing_is_left(tmp_path: Path, schem
             check = LeakCheck()
             uri, other = _sink(scheme, tmp_path)
             monitor = trimig.Monitor()
-            # Slow enough that "active" cannot be over before the cancel strikes; a pipe holds a part of it unread.
+            # Slow enough that "active" cannot be over before the cancel takes effect; a pipe holds a part of it unread.
             config = peers.settings(bandwidth=0 if status == "device" else 2 * MiB)
             try:
                 async with trio.open_nursery() as nursery:
@@ -320,7 +321,7 @@ def _sink(scheme: str, tmp_path: Path) -> tuple[str, int | None]:
 
 
 async def _drain(fd: int) -> None:
-    """Read whatever comes, until the end."""
+    """Read all bytes, until the end."""
     async with trio.lowlevel.FdStream(fd) as stream:
         while await stream.receive_some():
             pass

@@ -30,9 +30,9 @@ from tests.qemu.pairs import by_pairs, pairs_of
 from tests.transport.pki import Pki
 
 SIZE = "16M"
-#: A postcopy that is to be cut must not be over too soon, nor take too long: a guest that counts has few pages that are not zero.
+#: A postcopy to be cut must not be over too soon, nor take too long: a guest that counts has few non-zero pages.
 TRICKLE = {"none": 4 << 20, "counts": 512 << 10}
-#: Seconds for all of a test. It is done in a few; a busy machine may take many times that.
+#: Seconds for one whole test. A test takes a few; a busy machine may take many times that.
 LIMIT = 100
 
 
@@ -46,7 +46,7 @@ def test_chosen_cells_have_every_possible_pair_of_values() -> None:
     wanted = set().union(*(pairs_of(combination) for combination in possible))
     assert wanted == set().union(*(pairs_of(combination) for combination in chosen))
     assert len(chosen) < len(possible) / 4
-    # Nothing is missing but what has a reason.
+    # A missing cell has a reason.
     absent = set().union(*(pairs_of(dataclasses.astuple(cell)) for cell in cells.every(versions))) - wanted
     assert absent == {(0, 3, "7.2", "channels"), (0, 3, "7.2", "ack"), (2, 3, "to", "snapshot")}
 
@@ -81,7 +81,7 @@ def machine_types(version: str) -> dict[str, str]:
 
 
 def full_name(cell: Cell) -> str:
-    """The machine type as any version has it; skips where this one has it no more."""
+    """The machine type in the form of all versions; skips if this version does not have it any more."""
     names = machine_types(cell.version)
     if cell.machine not in names:
         pytest.skip(f"QEMU {cell.version} has no machine type {cell.machine}")
@@ -89,7 +89,7 @@ def full_name(cell: Cell) -> str:
 
 
 def next_version(version: str, machine: str) -> str:
-    """The version to which a guest goes on: the next newer one that has its machine type, or the oldest that has."""
+    """The version to which a guest goes on: the next newer one with its machine type, or the oldest one with it."""
     there = list(installed.installed())
     at = there.index(version) + 1
     return next(name for name in (*there[at:], *there[:at]) if machine in machine_types(name))
@@ -97,7 +97,7 @@ def next_version(version: str, machine: str) -> str:
 
 @contextlib.asynccontextmanager
 async def running(cell: Cell, machine: str, hop: Hop) -> AsyncIterator[Qemu]:
-    """A QEMU with a guest that runs: it counts, or has memory of all kinds."""
+    """A QEMU with a running guest: it counts, or has memory of all kinds."""
     counts = machine != "none"
     async with Qemu.start(
         machine,
@@ -115,7 +115,7 @@ async def running(cell: Cell, machine: str, hop: Hop) -> AsyncIterator[Qemu]:
 
 @contextlib.asynccontextmanager
 async def waiting(version: str, machine: str, hop: Hop) -> AsyncIterator[Qemu]:
-    """A QEMU like it that waits for a guest."""
+    """Another such QEMU that waits for a guest."""
     boot = boot_sector() if machine != "none" else None
     arguments = hop.arguments("server")
     async with Qemu.start(machine, SIZE, version=version, incoming="defer", boot=boot, extra=arguments) as vm:
@@ -123,7 +123,7 @@ async def waiting(version: str, machine: str, hop: Hop) -> AsyncIterator[Qemu]:
 
 
 async def goes_on(vm: Qemu, before: str) -> None:
-    """The guest counts on where it had stopped."""
+    """The guest counts on from the point at which it was stopped."""
     text = await vm.wait_serial(lambda text: text.count("\n") >= 5)
     assert_no_gap(parse_counts(before + text))
 
@@ -137,7 +137,7 @@ async def goes_on_from_a_snapshot(vm: Qemu, last: int) -> None:
 
 
 def same_memory(guest: trimig.ParkedGuest, vm: Qemu) -> None:
-    """Every byte of the main memory is that of the QEMU."""
+    """Every byte of the main memory equals QEMU's."""
     (block,) = [block for block in guest.ram if block.name == "m0"]
     wrong = np.flatnonzero(np.asarray(block.pages).reshape(-1) != vm.ram)
     assert wrong.size == 0, (
@@ -161,7 +161,7 @@ def _parameters() -> list[ParameterSet]:
 
 @pytest.fixture
 def cell(request: pytest.FixtureRequest) -> Cell:
-    """The cell of this test, noted for the table."""
+    """The cell of this test, recorded for the table."""
     found: Cell = request.param
     request.node.user_properties.append(("cell", dataclasses.astuple(found)))
     missing_qemu(installed.installed().get(found.version), os.environ, found.version)
@@ -194,7 +194,7 @@ async def test_guest_arrives_whole(cell: Cell, machine: str, target: str, pki: P
 
 
 async def _application_to_qemu(cell: Cell, pki: Pki, tmp_path: Path) -> None:
-    """A guest of ours, which runs, in a QEMU that takes it for its own."""
+    """A guest of trimig, which runs, in a form that the QEMU accepts."""
     with Hop(cell.mode, tmp_path, pki, TRICKLE["none"]) as hop, peers.source(16 << 20) as guest:
         guest.uuid = hops.UUID if cell.mode == "uuid" else None
         async with waiting(cell.version, "none", hop) as vm:
@@ -206,7 +206,7 @@ async def _application_to_qemu(cell: Cell, pki: Pki, tmp_path: Path) -> None:
 
 
 async def _capture_to_qemu(cell: Cell, machine: str, pki: Pki, tmp_path: Path) -> None:
-    """What a QEMU has written to a file is sent to another QEMU."""
+    """A file that a QEMU has written is sent to another QEMU."""
     file = tmp_path / "capture"
     start = Hop("uuid" if cell.mode == "uuid" else "precopy", tmp_path, pki)
     async with running(cell, machine, start) as vm:
@@ -225,7 +225,7 @@ async def _capture_to_qemu(cell: Cell, machine: str, pki: Pki, tmp_path: Path) -
 
 
 async def _on_to_qemu(version: str, machine: str, hop: Hop, guest: trimig.ParkedGuest, before: str) -> None:
-    """A parked guest that counts goes to a QEMU, and counts on."""
+    """A parked guest that counts is sent to a QEMU, and counts on."""
     with hop:
         spare = functools.partial(waiting, version, machine, Hop("precopy", hop.directory, hop.pki))
         async with waiting(version, machine, hop) as vm:
