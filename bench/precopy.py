@@ -31,7 +31,7 @@ TRIMIG_NEEDS_MEMFD = "AppGuest's memory is a memfd, so trimig is not measured as
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to run."""
+    """The combinations to run, and how often."""
 
     size: int
     repeat: int

@@ -1,10 +1,10 @@
 """The checks around every test: no open descriptor or process is left behind, and a missing QEMU is reported.
 
-* A test that leaves a descriptor or a child process behind fails at its teardown, with what was left.
-* Tests marked ``qemu`` are skipped without QEMU, but fail where ``CI`` is set, so that they cannot silently stop running.
+* A test that leaves a descriptor or a child process behind fails at its teardown, and the failure names them.
+* Tests marked ``qemu`` are skipped without QEMU, but fail if ``CI`` is set, so that CI never omits them silently.
   The same holds for each version of QEMU that a test names.
 * The option ``-m`` chooses between some, most and all of the tests (:mod:`tests.tiers`).
-* ``--matrix FILE`` writes what became of each pairing with a QEMU (:mod:`tests.qemu.table`).
+* ``--matrix FILE`` writes the outcome of each pairing with a QEMU (:mod:`tests.qemu.table`).
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """The behaviours that tests name, one row each, and the tests that name each row: ``python -m tests.rows``.
 
-A test says in its docstring what it is a test of: ``M2, P9: neither paused nor resumed on the way``. Three kinds of names
-look alike, so two of them have a word in front:
+A docstring names the behaviours that its test checks: ``M2, P9: neither paused nor resumed on the way``. Three kinds of
+names look alike, so two of them have a word in front:
 
-* ``M2``, ``O1-O4``: a row of :data:`ROWS`, something that a migration must do;
-* ``gap G13``, ``gaps G1 and G2``: an entry of :data:`GAPS`, something that QEMU gets wrong and trimig must not;
+* ``M2``, ``O1-O4``: a row of :data:`ROWS`, a thing that a migration must do;
+* ``gap G13``, ``gaps G1 and G2``: an entry of :data:`GAPS`, an error of QEMU that trimig must not have;
 * ``rule C7``: one of the sixteen rules for code that may be cancelled.
 
-``tests/test_rows.py`` checks that each name exists. ``python -m tests.rows`` prints the rows with their tests, and those
-that no test names.
+``tests/test_rows.py`` checks that each name exists. ``python -m tests.rows`` prints the rows with their tests, and the
+rows without a test.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ B12 second address while listening
 B13 second address after a failure
 B14 setup event of a receiver
 B15 connecting in the background
-B16 nobody at the address
+B16 no listener at the address
 B17 TLS
 B18 mode of the descriptors
 B19 one connection without multifd

@@ -1,8 +1,9 @@
 """The tiers of tests: ``pytest -m smoke`` runs some, plain ``pytest`` most, ``pytest -m full`` all.
 
-A test marked ``full`` runs only with ``-m full``. Sweeps over very many points, of which any sample is as good as another, take a
-part of them in the ordinary run: some points always, and others that the id of the commit decides (:mod:`tests.sweeps.sampled`).
-So a failure can be repeated at its commit, and in time all points are visited. ``TRIMIG_TEST_SEED`` sets another number.
+A test marked ``full`` runs only with ``-m full``. Sweeps over very many points run a sample of them in the ordinary
+run, because any sample is as good as another: some points always, and others that the id of the commit decides
+(:mod:`tests.sweeps.sampled`). So a failure can be repeated at its commit, and over time all points run.
+``TRIMIG_TEST_SEED`` sets another number.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _everything = False
 def choose(expression: str, arguments: list[str]) -> str:
     """The expression of marks with which pytest selects the tests, for the given one.
 
-    Tests that are named one by one (``FILE::NAME``) run whatever their marks are.
+    Tests that are named one by one (``FILE::NAME``) run with any marks.
     """
     global _everything
     _everything = expression == "full"

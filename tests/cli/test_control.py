@@ -1,4 +1,4 @@
-"""The control commands against a scripted guest: what they ask for, what they say, and what they put back.
+"""The control commands against a scripted guest: the commands they send, their output, and the restored settings.
 
 The same commands against real processes are in ``tests/qemu/test_control.py``.
 """
@@ -202,11 +202,11 @@ def test_events_until_the_end_need_the_capability(invoke: Invoke) -> None:
 
 def test_nobody_there_is_one_sentence(tmp_path: Path) -> None:
     for words in (["status"], ["migrate", "tcp:127.0.0.1:1"], ["migrate", "--dry-run"], ["events"]):
-        result = CliRunner().invoke(cli.main, [*words, "--qmp", f"unix:{tmp_path}/nobody"])
+        result = CliRunner().invoke(cli.main, [*words, "--qmp", f"unix:{tmp_path}/absent"])
         assert result.exit_code == 1
         assert result.stderr.startswith("trimig: ")
         assert len(result.stderr.splitlines()) == 1
-        assert "nobody" in result.stderr
+        assert "absent" in result.stderr
 
 
 @pytest.mark.parametrize("words", [["status"], ["migrate", "tcp:127.0.0.1:1", "--wait"]])

@@ -1,7 +1,7 @@
 """Named faults, each with the tests that must notice it, and the tests of each module.
 
-A change is the text that stands in the file now, once, and the text that stands there then; tests/test_mutate.py says when
-the program has moved on and a line here must follow it.
+A change has the text of the file now, which must occur once, and the text that replaces it. tests/test_mutate.py fails
+when the program has changed and a line here must be adapted.
 """
 
 from __future__ import annotations

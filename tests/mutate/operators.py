@@ -1,6 +1,6 @@
 """Small changes of Python source: their places, and the changed source.
 
-They are made in the text, at the places that the syntax tree names, so that nothing else of a file changes.
+The changes are made in the text, at the places that the syntax tree names, so that the rest of the file stays the same.
 """
 
 from __future__ import annotations

@@ -7,15 +7,15 @@ Each round it
 2. increments the 32-bit counter, and prints it on COM1 as eight hexadecimal digits and a newline;
 3. sleeps until the next tick of the timer.
 
-Before 1 and before 3 it flushes the processor's TLB. QEMU 7.2 without KVM needs that: when it has looked which pages are dirty
-it does not make the next write to such a page known again, until the TLB is flushed. A guest that never does so can lose its last
-writes in a migration, also between two QEMUs.
+The guest flushes the processor's TLB before step 1 and before step 3. QEMU 7.2 without KVM needs that: after a look at
+the dirty pages QEMU does not notice the next write to such a page until the TLB is flushed. A guest that never flushes
+can lose its last writes in a migration, also between two QEMUs.
 
 So a migrated guest goes on printing without a gap only if its RAM (checked by itself), its registers and the state of
 its timer, interrupt controller and serial port all arrived. If a page is wrong it prints ``!`` and stops, which
 :func:`parse_counts` reports.
 
-It lives in the low 640 KiB, so that it needs no protected mode.
+The guest lives in the low 640 KiB, so that it needs no protected mode.
 """
 
 from __future__ import annotations

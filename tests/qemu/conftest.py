@@ -30,7 +30,7 @@ def qemu(request: pytest.FixtureRequest) -> Installed:
 def captures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """By machine type, a file with the whole stream that QEMU sends to a file or pipe.
 
-    ``none``: 16 MiB, a part of it random; ``pc`` and ``q35``: caught while the boot sector counts; ``microvm``: in its
+    ``none``: 16 MiB, a part of it random; ``pc`` and ``q35``: saved while the boot sector counts; ``microvm``: in its
     firmware. The RAM block is ``m0`` in each. Made once per session; treat them as read-only.
     """
     directory = tmp_path_factory.mktemp("captures")

@@ -1,9 +1,9 @@
 """Real QEMU processes as migration peers.
 
-Without KVM (``-accel tcg``), without display and default devices. The monitor is a socket pair and guest RAM a memfd
-that both are inherited, so nothing has to be waited for, cleaned up, or agreed on in the file system; TCP ports are the
-kernel's choice (port 0) and asked back. Whatever happens, the process is gone when the context is left, and what it
-said on stderr stands beside the failure. Any QEMU of :mod:`tests.qemu.installed` can be one.
+QEMU runs without KVM (``-accel tcg``), without display and default devices. It inherits the monitor, a socket pair, and
+the guest RAM, a memfd. So there is nothing to wait for, to clean up or to agree on in the file system. The kernel
+chooses TCP ports (port 0), and QEMU reports them. The process is always gone at the end of the context, and a failure
+shows its stderr. Any QEMU of :mod:`tests.qemu.installed` can be used.
 """
 
 from __future__ import annotations

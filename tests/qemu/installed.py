@@ -1,9 +1,10 @@
 """The QEMUs of this machine: the installed one, and those of other versions, each in a root directory of its own.
 
-``TRIMIG_QEMU_ROOTS`` (``/var/tmp/trimig-qemu`` unless set) is a directory of roots; ``tests/qemu/roots.sh`` makes two of them. A
-root is any directory with a QEMU and the libraries that it needs below it. Each QEMU is asked for its version; the name of a
-root's directory says nothing. A QEMU of a root is started by the dynamic loader of its root, with the libraries and the
-firmware of its root. So it needs no privileges, and it sees the same files, sockets and descriptors as any other process.
+``TRIMIG_QEMU_ROOTS`` (``/var/tmp/trimig-qemu`` unless set) is a directory of roots; ``tests/qemu/roots.sh`` makes two
+of them. A root is any directory with a QEMU and the libraries that it needs below it. Each QEMU reports its own
+version; the name of a root's directory has no meaning. The dynamic loader of a root starts the root's QEMU, with the
+libraries and the firmware of the root. So the QEMU needs no privileges, and sees the same files, sockets and
+descriptors as other processes.
 """
 
 from __future__ import annotations
@@ -63,10 +64,10 @@ class BrokenRoot(Exception):
 
 
 def installed() -> dict[str, Installed]:
-    """Every QEMU of this machine by version, oldest first. Of two with one version the installed one counts.
+    """Every QEMU of this machine by version, oldest first. If a version exists twice, the installed one is used.
 
     Raises:
-        BrokenRoot: a root has a QEMU that cannot be asked for its version; the message says why.
+        BrokenRoot: a QEMU of a root does not report its version; the message says why.
     """
     where = os.environ.get("TRIMIG_QEMU_ROOTS", ROOTS)
     return dict(_look(os.environ.get("TRIMIG_TEST_QEMU", ""), os.environ.get("PATH", ""), where))
@@ -75,8 +76,8 @@ def installed() -> dict[str, Installed]:
 def default() -> Installed | None:
     """The QEMU of a test that does not choose a version; None if there is none.
 
-    It is the one that ``TRIMIG_TEST_QEMU`` names (a version, a name on the path, or a path), else the installed one, else
-    the oldest of the roots.
+    The default is the QEMU that ``TRIMIG_TEST_QEMU`` names (a version, a name on the path, or a path), else the
+    installed one, else the oldest of the roots.
     """
     found = installed()
     wanted = os.environ.get("TRIMIG_TEST_QEMU", "")

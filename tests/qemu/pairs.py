@@ -21,8 +21,8 @@ def pairs_of(combination: Combination) -> set[Pair]:
 def by_pairs(possible: Iterable[Combination]) -> Sequence[Combination]:
     """Some of the *possible* combinations, with each pair of values that occurs in them.
 
-    Always the same ones for the same argument. It takes the combination with the most pairs that are new, again and again; of
-    equals the first. That is not the fewest combinations that would do, but not many more.
+    The result is always the same for the same argument. The function repeatedly takes the combination with the most new
+    pairs; among equal ones, the first. That is not the smallest possible set, but not a much larger one.
     """
     rest = {combination: pairs_of(combination) for combination in possible}
     missing: set[Pair] = set().union(*rest.values()) if rest else set()

@@ -1,8 +1,8 @@
 """A small QMP client for tests, on trio.
 
-It has no background task: whichever task waits for something reads the stream, and wakes the others with what it
-found. So there is no nursery around the caller's code, and a failing test shows its own exception rather than a group.
-The price: events are collected only while somebody waits; until then QEMU keeps them.
+The client has no background task: a task that waits reads the stream, and wakes the other waiting tasks. So there is no
+nursery around the caller's code, and a failing test shows its own exception rather than a group.
+The disadvantage: events are collected only while a task waits; until then QEMU keeps them.
 """
 
 from __future__ import annotations

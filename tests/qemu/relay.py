@@ -1,6 +1,6 @@
 """A TCP relay between two migration peers that can delay, hold back, drop and cut at exact bytes.
 
-It stands between two real processes, where a virtual link cannot: ``async with Relay("tcp:127.0.0.1:4444") as relay``
+The relay connects two real processes, which a virtual link cannot: ``async with Relay("tcp:127.0.0.1:4444") as relay``
 and then migrate to ``relay.uri``. *forward* is the direction of the migration stream, *back* the return path.
 """
 
@@ -26,7 +26,7 @@ _CHUNK: Final = 1 << 16
 class Direction:
     """One direction of a relay, and its faults. All offsets count from its first byte.
 
-    The faults are plain attributes; set them before the connection or while it lasts (then call :meth:`changed`).
+    The faults are attributes; set them before the connection or during it (then call :meth:`changed`).
 
     Attributes:
         hold_last: hold that many of the newest bytes back, at every moment, until :meth:`release`.
@@ -132,8 +132,8 @@ class Direction:
 class Relay:
     """Listens on a loopback port and passes one connection after the other on to *target* (``tcp:host:port``).
 
-    A connection that breaks on one side is closed on the other. The counts of :attr:`forward` and :attr:`back` go on
-    over all connections, so use one relay per attempt where offsets matter.
+    A connection that breaks on one side is closed on the other. The counts of :attr:`forward` and :attr:`back` include
+    all connections, so use one relay per attempt if offsets matter.
 
     Attributes:
         forward: from the client to the target.

@@ -3,8 +3,8 @@
 #
 #   roots.sh [DIR]     DIR: else $TRIMIG_QEMU_ROOTS, else /var/tmp/trimig-qemu
 #
-# Run it as root or with sudo, on a Debian. It takes about two minutes and 1.5 GiB. What is there already is kept, so it can be
-# run again, also after an interruption. The tests start a QEMU of a root without chroot (tests/qemu/installed.py).
+# Run it as root or with sudo, on a Debian. It takes about two minutes and 1.5 GiB. Finished roots are kept, so the
+# script can be run again, also after an interruption. The tests start a QEMU of a root without chroot (tests/qemu/installed.py).
 # The root 10.0 has a Python 3.13 as well, for the tests of TLS with PSK (tests/qemu/root_python.sh).
 set -euo pipefail
 readonly where=${1:-${TRIMIG_QEMU_ROOTS:-/var/tmp/trimig-qemu}}

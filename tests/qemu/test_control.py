@@ -277,8 +277,8 @@ async def test_interrupted_dry_run_restores_the_qemu(tmp_path: Path) -> None:
 
 
 async def test_nobody_behind_the_socket(tmp_path: Path) -> None:
-    code, out, err = await command("status", "--qmp", f"unix:{tmp_path}/nobody")
-    assert (code, out, err.count("\n"), "nobody" in err) == (1, "", 1, True)
+    code, out, err = await command("status", "--qmp", f"unix:{tmp_path}/absent")
+    assert (code, out, err.count("\n"), "absent" in err) == (1, "", 1, True)
 
 
 # -- one script, two programs ------------------------------------------------------------------------------------------

@@ -120,8 +120,8 @@ async def test_paused_guest_arrives_paused() -> None:
 async def test_refused_guest_stays_with_qemu(options: dict[str, Any], words: str, section: str, was: str) -> None:
     """J5, K4, P4, gap G13: a typed error with the place in trimig, SHUT 1 to QEMU; QEMU's guest is as it was.
 
-    QEMU leaves a guest that was paused in "postmigrate" instead, from which it does not migrate again before somebody
-    has said "cont" (gap G19); that is its own affair, and "cont" works.
+    QEMU leaves a guest that was paused in "postmigrate" instead, and does not migrate it again before a client
+    has sent "cont" (gap G19). That is QEMU's behaviour, and "cont" works.
     """
     async with Qemu.start("none", "1M") as vm:
         peers.mix(vm.ram, seed=5)

@@ -1,16 +1,16 @@
 """The switchover between trimig and a real QEMU, with a relay between them that loses, delays and cuts at exact bytes.
 
-What is proved, in both directions: at no point do two guests run, and where the network makes the answer unknowable,
-trimig says so and runs the guest nowhere.
+Two facts are proved in both directions: at no point do two guests run, and if the network makes the answer unknowable,
+trimig reports that and runs the guest on no side.
 
-*trimig as the source* offers a proof (PING behind the devices, answered when all is loaded) and then decides with the
-end-of-file byte. A QEMU destination obeys: without that byte it exits and has not run; with it it runs, whatever
-happens to the description behind it.
+*trimig as the source* asks for a proof (a PING after the devices, answered when all is loaded) and then commits with
+the end-of-file byte. A QEMU destination follows it: without that byte QEMU exits and has not run; with that byte QEMU
+runs, whatever happens to the description after it.
 
-*QEMU as the source* knows no decision: if the connection ends before SHUT has come, it resumes its guest by itself, also
-when everything had left and the destination runs already (states.md G1). Nothing that a destination does afterwards can
-help. So a trimig destination sends SHUT 0 only when the guest is really there, and has an answer to the race:
-``Config(autostart=False)`` leaves the guest paused until somebody who knows that the source is gone resumes it.
+*QEMU as the source* has no commit: if the connection ends before SHUT has come, QEMU resumes its guest by itself, also
+if everything had left and the destination runs already (states.md G1). No later action of a destination can
+help. So a trimig destination sends SHUT 0 only when its guest is really complete. Against the race there is
+``Config(autostart=False)``: the guest stays paused until a user who knows that the source is gone resumes it.
 """
 
 from __future__ import annotations
@@ -360,8 +360,8 @@ async def test_destination_started_by_somebody_else() -> None:
 async def test_cut_at_each_byte_of_qemus_ending(incoming: Shape) -> None:
     """T1, gap G1: up to the end-of-file byte only QEMU has the guest; with that byte trimig has it, once.
 
-    Behind that byte QEMU resumes its copy on the bare cut, by itself. With ``autostart=False`` the guest here is whole
-    and paused, so that there are never two that run; whoever knows that QEMU is gone resumes it.
+    After that byte QEMU resumes its copy at the cut, by itself. With ``autostart=False`` trimig's guest is whole
+    and paused, so that never two run; a user who knows that QEMU is gone resumes trimig's guest.
     """
     with trio.fail_after(LIMIT):
 
@@ -400,9 +400,9 @@ async def test_cut_at_each_byte_of_qemus_ending(incoming: Shape) -> None:
 async def test_answer_to_qemu_is_lost(*, autostart: bool) -> None:
     """T2, gap G1: QEMU's reaction to a missing SHUT, and that trimig's guest is not a second one.
 
-    As long as the connection stands QEMU waits, and does not run. When it is cut QEMU resumes its guest, without a
-    question. A guest that was started here at once then runs twice, by QEMU's doing, and nothing here can know it;
-    autostart=False is the answer.
+    While the connection stands QEMU waits, and does not run. At a cut QEMU resumes its guest, without a
+    question. A guest that trimig started at once then runs twice. QEMU causes that, and trimig cannot know it;
+    autostart=False prevents it.
     """
     async with Qemu.start("none", "1M") as vm:
         peers.mix(vm.ram, seed=1)

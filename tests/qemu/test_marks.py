@@ -1,6 +1,6 @@
 """Marks between trimigs, with a QEMU on either end: a source sends one more PING, and QEMU sees no other part of them.
 
-Every migration here runs twice, as it is and with the marks taken out, and both outcomes are compared.
+Every migration here runs twice, with the marks and without them, and both outcomes are compared.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.qemu
 SIZE = 4 * MiB
 #: No migration completes at this rate within a test; the first pass takes four seconds.
 SLOW = 1 * MiB
-NOBODY = "unix:/nonexistent/socket"
+NO_LISTENER = "unix:/nonexistent/socket"
 
 
 async def closed_port() -> str:
@@ -100,7 +100,7 @@ async def test_cancel_after_each_status_and_then_a_new_target(status: str, kind:
         before = peers.memory(guest).copy()
         if status == "failed":
             with pytest.raises(trimig.TransportFailed):
-                await trimig.migrate(guest, NOBODY, peers.settings(), monitor=monitor)
+                await trimig.migrate(guest, NO_LISTENER, peers.settings(), monitor=monitor)
         elif status != "none":
             at = {"cancelling": ["active", "cancelling"], "cancelled": ["active"]}.get(status, [status])
             await cancelled_in(guest, kind, monitor, *at)
@@ -134,7 +134,7 @@ async def test_cancel_at_qemu_after_each_status_and_then_a_new_target(status: st
         await vm.set_capabilities({"return-path": True, "pause-before-switchover": status == "pre-switchover"})
         with peers.machine(SIZE, running=False) as guest, trio.fail_after(peers.LIMIT):
             if status == "failed":
-                await vm.migrate(NOBODY, wait=False)
+                await vm.migrate(NO_LISTENER, wait=False)
                 await vm.wait_migration_status("failed")
             elif status == "completed":
                 async with peers.arriving(guest) as arrival:
@@ -181,7 +181,7 @@ async def test_trimig_finds_nobody_and_then_trimig() -> None:
     """B16, A.1 row 17: T→T; status failed with the reason, the guest runs on, the retry works."""
     monitor = trimig.Monitor()
     with trio.fail_after(peers.LIMIT), peers.source(SIZE) as guest:
-        for uri in (await closed_port(), NOBODY):
+        for uri in (await closed_port(), NO_LISTENER):
             with pytest.raises(trimig.TransportFailed) as caught:
                 await trimig.migrate(guest, uri, peers.settings(), monitor=monitor)
             assert caught.value.owner is trimig.Ownership.SOURCE
@@ -196,7 +196,7 @@ async def test_qemu_finds_nobody_and_then_trimig() -> None:
     async with Qemu.start("none", "4M") as vm:
         peers.mix(vm.ram, seed=12)
         with peers.machine(SIZE, running=False) as guest, trio.fail_after(peers.LIMIT):
-            for uri in (await closed_port(), NOBODY):
+            for uri in (await closed_port(), NO_LISTENER):
                 await vm.migrate(uri, wait=False)
                 await vm.wait_migration_status("failed")
                 assert await vm.query_status() == "running"

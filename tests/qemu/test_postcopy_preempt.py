@@ -1,6 +1,6 @@
 """Rows 36, 37, 40 and 41 of USERS.md A.1: the second connection of postcopy-preempt, with QEMU 7.2 on the other end.
 
-Rows 40 and 41 with X.509, since Python's ssl has no PSK before 3.13.
+Rows 40 and 41 use X.509, because Python's ssl has no PSK before 3.13.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The rows of QEMU's own matrix about postcopy that need more than two ends and a socket: TLS, and recovery that fails.
 
-Rows 38 and 39 of USERS.md A.1 with X.509, since Python's ssl has no PSK before 3.13; the double failures of A.2. Rows 36, 37,
-40 and 41 need the capability postcopy-preempt, which is not built.
+Rows 38 and 39 of USERS.md A.1 use X.509, because Python's ssl has no PSK before 3.13. The double failures are those of
+A.2. Rows 36, 37, 40 and 41 need the capability postcopy-preempt; they are in test_postcopy_preempt.py.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ async def test_double_failure_of_our_source(tmp_path: Path) -> None:
                 await mute_listener(recover, b"\x00")
                 await monitor.wait_status(Status.POSTCOPY_RECOVER)
                 await monitor.wait_status(Status.POSTCOPY_PAUSED)
-                monitor.recover(f"unix:{tmp_path}/nobody")
+                monitor.recover(f"unix:{tmp_path}/absent")
                 while not any(event.name == "RECOVERY_FAILED" for event in seen):
                     await monitor.wait_changed()
                 assert monitor.status is Status.POSTCOPY_PAUSED

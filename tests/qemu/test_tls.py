@@ -1,7 +1,7 @@
 """TLS with a real QEMU as the other end: the rows of QEMU's own test matrix (USERS.md A.1), in both directions.
 
 QEMU loads the same directories as ``tls-creds-x509`` and ``tls-creds-psk``. In each row that fails, the guest runs on
-at the source, and the side that waits has failed as well.
+at the source, and the waiting side has failed as well.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ async def test_writers_are_caught_at_one_instant() -> None:
                 summary = await trimig.migrate(guest, uri, config, monitor=monitor)
                 last = tuple(written)
                 await trio.sleep(0.01)
-                assert tuple(written) == last  # nobody is let in any more
+                assert tuple(written) == last  # no write is possible any more
                 nursery.cancel_scope.cancel()
             await vm.wait_status("running")
             arrived = vm.ram.reshape(-1, PAGE)
@@ -140,8 +140,8 @@ async def test_state_of_the_device_is_the_one_at_the_pause() -> None:
 async def test_what_qemu_refuses_runs_on_here_and_goes_elsewhere(fault: str, return_path: bool) -> None:
     """L9, L12, T7: QEMU exits without a message (gap G13); the guest runs, and another destination receives it.
 
-    Without return path a refusal is noticed only while bytes still flow (gap G3): one at the beginning of a
-    stream that is longer than the sockets' buffers. The device stands at its end.
+    Without return path the source notices a refusal only while bytes still flow (gap G3): one at the beginning of a
+    stream that is longer than the sockets' buffers. The device stands at the stream's end.
     """
     size = SMALL if return_path else 32 * MiB
     options: dict[str, dict[str, Any]] = {"machine": {"name": "pc"}, "block": {"block": "pc.ram"}}
@@ -228,8 +228,8 @@ async def test_cancelled_after_each_status_it_never_happened(status: str, how: s
 async def test_qemu_is_killed(when: str) -> None:
     """L9, T1, row "kill of either process": until the commit the source's guest runs on; after it no side may guess.
 
-    For the last two QEMU is stopped by a signal first, so that it certainly has not answered. After the decision the
-    caller, who knows that QEMU is dead, says so, and the guest runs here again.
+    In the last two cases a signal stops QEMU first, so that QEMU certainly has not answered. After the commit the
+    caller, who knows that QEMU is dead, settles the owner, and the source's guest runs again.
     """
     stop_at: dict[str, Callable[[], None]] = {}
 

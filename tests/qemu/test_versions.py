@@ -1,7 +1,7 @@
 """The matrix: each version of QEMU, its machine types, both directions and through trimig, in each mode of migration.
 
-Some cells, chosen so that each value meets each other one, are in the README's test command; ``pytest -m full`` has all of them.
-Each test checks every byte of RAM, or that a guest that counts goes on counting without a gap.
+The README's test command runs some cells, chosen so that each value meets each other one; ``pytest -m full`` runs all
+of them. Each test checks every byte of RAM, or that a guest that counts goes on counting without a gap.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ async def test_unknown_scheme_fails_without_a_text() -> None:
 async def test_nobody_at_the_address(tmp_path: Path) -> None:
     """B15, B16: the command returns, then the status is failed, with the reason."""
     async with hosted() as talk:
-        assert await talk.say("migrate", {"uri": f"unix:{tmp_path}/nobody"}) == {}
+        assert await talk.say("migrate", {"uri": f"unix:{tmp_path}/absent"}) == {}
         assert await talk.over() is Status.FAILED
         assert "cannot connect" in (await talk.query())["error-desc"]
 
@@ -183,7 +183,7 @@ async def test_cancel_in_each_status(
 async def test_migrate_again_after_a_failure(tmp_path: Path) -> None:
     """F7: no old error remains."""
     async with pair(tmp_path) as (source, _, uri):
-        await source.say("migrate", {"uri": f"unix:{tmp_path}/nobody"})
+        await source.say("migrate", {"uri": f"unix:{tmp_path}/absent"})
         assert await source.over() is Status.FAILED
         await source.refused("migrate", {"uri": "tcp:foo"})
         await source.say("migrate", {"uri": uri, "detach": True})

@@ -142,7 +142,7 @@ async def test_after_the_end_of_an_attempt_a_switch_is_accepted_and_does_nothing
         await talk.refused("migrate", {"uri": "tcp:nonsense"})
         assert (await talk.query())["status"] == "failed"
         assert await talk.say("migrate-start-postcopy") == {}
-        await talk.say("migrate", {"uri": f"unix:{tmp_path}/nobody"})
+        await talk.say("migrate", {"uri": f"unix:{tmp_path}/absent"})
         assert await talk.over() is Status.FAILED
         assert await talk.say("migrate-start-postcopy") == {}
 

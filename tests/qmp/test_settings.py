@@ -126,7 +126,7 @@ async def test_bandwidth_is_changed_while_memory_is_sent(tmp_path: Path) -> None
 async def test_next_migration_gets_what_was_set_meanwhile(tmp_path: Path) -> None:
     async with hosted() as talk:
         await talk.say("migrate-set-parameters", {"downtime-limit": 42})
-        await talk.say("migrate", {"uri": f"unix:{tmp_path}/nobody"})
+        await talk.say("migrate", {"uri": f"unix:{tmp_path}/absent"})
         await talk.over()
         assert talk.machine.outgoing.config.parameters.downtime_limit == 42
 

@@ -1,7 +1,7 @@
 """Two disturbances at once: a link that breaks, and a cancel at every edge before and after that.
 
-:func:`trimig.testing.run_sweep` compares each run with the undisturbed one, which a fault before the edge makes
-impossible; here the run with the fault alone is what the others are compared with.
+:func:`trimig.testing.run_sweep` compares each run with the undisturbed one, which is impossible with a fault before the
+edge. Here the other runs are compared with the run that has only the fault.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def sweep_cancels_and_faults(
 ) -> int:
     """Cancel *victims* at each *every*-th edge of each run with a fault. Prints and returns the number of runs.
 
-    Without ``-m full`` it is a sample of the faults, and of the edges under each of them.
+    Without ``-m full`` this takes a sample of the faults, and of the edges under each of them.
 
     Raises:
         SweepFailure: a rule was broken, or the schedule did not repeat up to the edge.

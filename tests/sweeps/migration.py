@@ -144,7 +144,7 @@ class NotingStream(trio.abc.HalfCloseableStream):
 class ProbedStream(NotingStream):
     """An end of a link whose keepalive breaks a hanging call: a destination waits without a limit.
 
-    Faults of the link itself are noticed by the link's own keepalive.
+    The link's own keepalive notices faults of the link itself.
     """
 
     def __init__(self, stream: trio.abc.HalfCloseableStream, calls: Calls) -> None:
@@ -281,7 +281,7 @@ async def migrate_once(
         judge_doubt(ctx, sender, outgoing, answering)
         await settle(ends["source"].error, source, target)
         assert sender.status is (Status.COMPLETED if target.executed else Status.FAILED)
-    outcome = (str(ends["source"]), str(ends["destination"]), "+".join(referee.running()) or "nobody runs")
+    outcome = (str(ends["source"]), str(ends["destination"]), "+".join(referee.running()) or "none runs")
     if sender.owner is trimig.Ownership.SOURCE:
         if source.run_state != run_state:
             await source.resume()  # a GuestNotResumed says that the resume may be tried again

@@ -86,7 +86,7 @@ class Meeting:
         """Refused unless the destination waits."""
         await trio.lowlevel.checkpoint()
         if not self._free:
-            raise TransportFailed("nobody waits there")
+            raise TransportFailed("no destination waits there")
         event, streams = self._free.pop(0)
         link = VirtualLink(seed=7, window=8192, latency=0.001, rate=1e6)
         if self._faults:
@@ -233,7 +233,7 @@ async def postcopy_once(
         assert taker.owner is trimig.Ownership.SOURCE
         assert source.run_state == run_state
     else:
-        assert taker.owner is trimig.Ownership.DESTINATION, f"{here}, {there}: nobody has it"
+        assert taker.owner is trimig.Ownership.DESTINATION, f"{here}, {there}: no side has it"
         assert not source.running
     if taker.status is Status.POSTCOPY_LOST:
         assert not target.running
@@ -241,7 +241,7 @@ async def postcopy_once(
             assert isinstance(there.error, trimig.PostcopyLost), repr(there.error)
             gone = sum(int(block.gone.sum()) for block in target.ram)
             assert gone == sum(end - begin for runs in there.error.missing.values() for begin, end in runs)
-    return str(here), str(there), "+".join(referee.running()) or "nobody runs"
+    return str(here), str(there), "+".join(referee.running()) or "none runs"
 
 
 def given(stream: AnyStream) -> Callable[[], Awaitable[AnyStream]]:

@@ -1,9 +1,8 @@
-"""The points of a sweep that are tried: all with ``-m full``; else the outermost, and a sample drawn by the commit's
-id.
+"""The points of a sweep that run: all with ``-m full``; else the outermost, and a sample drawn by the commit's id.
 
-The outermost points of each kind are always the same ones: the first and the last edge of each task, the first and the last
-two bytes of each direction for each kind of fault, the first call of each name. So what a test says of the ends that must
-come can rest on them; the sample adds others from commit to commit (:func:`tests.tiers.seed`).
+The outermost points of each kind are always the same ones: the first and the last edge of each task, the first and the
+last two bytes of each direction for each kind of fault, the first call of each name. So a test can rely on the outcomes
+of these points; the sample adds others from commit to commit (:func:`tests.tiers.seed`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """T1, T3, O5, O6, gaps G6, G7, G8: postcopy disturbed at every point.
 
-At each the source owns the guest, or the destination owns it and is complete, or it can be recovered and is; never two,
-and no page twice.
+At each point the source owns the guest, or the destination owns it and is complete, or the migration can be recovered
+and is; never do two own it, and no page comes twice.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """T1, T3, T5, T7: a migration disturbed at any point never leaves two guests, no guest, or any resource behind.
 
-Each run is judged by :mod:`tests.sweeps.migration`, settled where the owner is in doubt, and followed by a second
-migration of the same guest wherever the source still has it.
+:mod:`tests.sweeps.migration` checks each run, settles the owner if it is in doubt, and runs a second
+migration of the same guest if the source still has it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_polite_cancel_at_every_edge(victims: tuple[str, ...]) -> None:
 def test_cancel_of_a_paused_guest_at_every_edge() -> None:
     """L12, M2, M3, gap G19: a guest that was paused stays paused, and can be migrated again."""
     report = sweep(scenario(pages=2, run_state="paused"), CancelSweep())
-    assert all("nobody runs" in str(outcome) for outcome in report.outcomes)
+    assert all("none runs" in str(outcome) for outcome in report.outcomes)
 
 
 def test_cancel_without_a_return_path() -> None:

@@ -399,7 +399,7 @@ def test_an_error_inside_an_instrument_fails_the_sweep() -> None:
 
     assert "an instrument failed" in failing(body)
     with pytest.raises(SweepFailure, match="no such side"):
-        replay(scenario(), Point(seed=0, inject=(CancelAt(kind="after", n=3, victims=("nobody",)),)))
+        replay(scenario(), Point(seed=0, inject=(CancelAt(kind="after", n=3, victims=("absent",)),)))
 
 
 def test_a_check_that_refuses_fails_the_sweep() -> None:
@@ -426,8 +426,8 @@ def test_nothing_to_sweep_is_refused() -> None:
         run_sweep(scenario(), CallSweep(only=lambda name: False))
     with pytest.raises(ValueError, match="at least one"):
         run_sweep(scenario())
-    with pytest.raises(ValueError, match="nobody"):
-        run_cancel_sweep(scenario(), victims=("nobody",))
+    with pytest.raises(ValueError, match="absent"):
+        run_cancel_sweep(scenario(), victims=("absent",))
 
 
 def test_a_scenario_tests_one_part_only() -> None:

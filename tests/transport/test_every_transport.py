@@ -1,7 +1,7 @@
 """Each transport once on real sockets: a migration over it arrives, is cancelled at six points, and is cut.
 
-The sweeps on a virtual clock go through every step; this is the proof that the streams of the real transports keep their
-side of the bargain. That no descriptor, child or task is left is checked behind every test (tests/conftest.py).
+The sweeps on a virtual clock go through every step; these tests prove that the streams of the real transports fulfil
+the same contract. After every test tests/conftest.py checks that no descriptor, child or task is left.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Attempt:
             uri = await self._way.ready(self.monitors[1])
             await self._side(0, functools.partial(self._send, uri))
             if not self.monitors[0].statistics().total:
-                self.scopes[1].cancel("nobody has connected")
+                self.scopes[1].cancel("no source has connected")
 
     async def _send(self, uri: str) -> trimig.Summary:
         return await trimig.migrate(self._guests[0], uri, self._way.here, monitor=self.monitors[0])

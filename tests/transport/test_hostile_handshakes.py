@@ -1,7 +1,7 @@
 """Opening handshakes with any byte in any place: each ends in an answer, in one error, or in a good connection.
 
-The functions are called directly, over memory streams, so that a thousand handshakes take a second. That a server goes
-on serving is in ``tests/qmp/test_hostile_connections.py`` and ``tests/engine/test_lobby.py``.
+The functions are called directly, over memory streams, so that a thousand handshakes take a second. The tests that a
+server goes on serving are in ``tests/qmp/test_hostile_connections.py`` and ``tests/engine/test_lobby.py``.
 """
 
 from __future__ import annotations

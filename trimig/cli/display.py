@@ -31,7 +31,7 @@ _ROWS: Final = 8
 
 
 class View(Protocol):
-    """Where progress is shown. No method fails or waits."""
+    """The interface of a display. No method fails or waits."""
 
     def note(self, text: str, **data: Any) -> None:
         """Show one line that stays; *data* is for JSON."""
