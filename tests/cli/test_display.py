@@ -182,7 +182,7 @@ def test_lines_of_others_stand_above_and_no_line_is_there_twice(monkeypatch: pyt
             if number == 7:
                 display.note_and_print(view, "listening on tcp:h:2", as_json=False)
             view.show(dataclasses.replace(CHASE, iteration=number, passed=True))
-        view.end("sent the guest to tcp:h:1", told=True)
+        view.end("sent the guest to tcp:h:1", on_stdout=True)
         out("sent the guest to tcp:h:1")
     left = [row for row in terminal.rows if row.strip()]
     assert left == [

@@ -78,17 +78,17 @@ class Fake:
                 raise CommandFailed(f"The command {name} has not been found", error_class="CommandNotFound")
         return {}
 
-    def subscribe(self, told: Callable[[Mapping[str, Any]], None]) -> Callable[[], None]:
-        self.subscribers.append(told)
-        return lambda: self.subscribers.remove(told)
+    def subscribe(self, listener: Callable[[Mapping[str, Any]], None]) -> Callable[[], None]:
+        self.subscribers.append(listener)
+        return lambda: self.subscribers.remove(listener)
 
     def tell(self, name: str, **data: Any) -> None:
         """Send an event to all subscribers."""
         event: dict[str, Any] = {"event": name, "timestamp": {"seconds": 1, "microseconds": 2}}
         if data:
             event["data"] = data
-        for told in tuple(self.subscribers):
-            told(event)
+        for listener in tuple(self.subscribers):
+            listener(event)
 
     def close(self) -> None:
         """Close the descriptors that were taken."""

@@ -42,8 +42,8 @@ class View(Protocol):
     def show(self, now: Picture) -> None:
         """How it stands."""
 
-    def end(self, text: str, *, told: bool = False, **data: Any) -> None:
-        """Show the end; *text* is the outcome. With *told* the outcome also goes to stdout; a terminal gets it once."""
+    def end(self, text: str, *, on_stdout: bool = False, **data: Any) -> None:
+        """Show the end; *text* is the outcome. With *on_stdout* stdout gets it too, a terminal only once."""
 
 
 def note_and_print(view: View, text: str, *, as_json: bool, **data: Any) -> None:
@@ -84,7 +84,7 @@ class JsonView:
     def show(self, now: Picture) -> None:
         write_json({"event": "progress", **now.record()}, err=True)
 
-    def end(self, text: str, *, told: bool = False, **data: Any) -> None:
+    def end(self, text: str, *, on_stdout: bool = False, **data: Any) -> None:
         write_json({"event": "end", "text": text, **data}, err=True)
 
 
@@ -109,8 +109,8 @@ class LineView:
                 self._last = now.sentence
                 say(now.sentence)
 
-    def end(self, text: str, *, told: bool = False, **data: Any) -> None:
-        if not (told and same_terminal()):
+    def end(self, text: str, *, on_stdout: bool = False, **data: Any) -> None:
+        if not (on_stdout and same_terminal()):
             say(text)
 
 
@@ -149,9 +149,9 @@ class LiveView:
     def note(self, text: str, **data: Any) -> None:
         say(text)
 
-    def end(self, text: str, *, told: bool = False, **data: Any) -> None:
+    def end(self, text: str, *, on_stdout: bool = False, **data: Any) -> None:
         self.screen.erase()
-        if not (told and same_terminal()):
+        if not (on_stdout and same_terminal()):
             say(text)
 
     def lines(self, now: Picture, columns: int) -> list[str]:

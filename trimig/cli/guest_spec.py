@@ -113,7 +113,7 @@ class OwnerFile:
         self._destination = uri
         await stream.record_decision(self._path, uri)
 
-    def heard(self, event: trimig.Event) -> None:
+    def on_event(self, event: trimig.Event) -> None:
         """Handle an event of the migration; after the commit, the record gets the owner."""
         if event.name != "MIGRATION" or self._destination is None:
             return

@@ -268,13 +268,13 @@ async def follow(
     **Cancellation:** ends the task.
     """
 
-    told = 0  # the last pass whose end has been shown
+    shown_pass = 0  # the last pass whose end has been shown
 
     async def happenings() -> None:
-        nonlocal told
+        nonlocal shown_pass
         async for event in monitor.events():
             if event.name == "PASS":
-                told = event.data["iteration"]
+                shown_pass = event.data["iteration"]
                 await tell(pictures.passed(event))
             elif event.name == "WARNING":
                 warn(event.data["text"])
@@ -286,7 +286,7 @@ async def follow(
             last = pictures.now()
             # The end of the earlier pass is shown first: the display never steps back.
             due = last.iteration - 1 if monitor.status is Status.ACTIVE else last.iteration
-            if told >= due and monitor.status not in TERMINAL:
+            if shown_pass >= due and monitor.status not in TERMINAL:
                 await tell(last)
     if last is not None:
         await tell(last)

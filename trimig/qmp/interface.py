@@ -58,9 +58,9 @@ class Dispatcher(Protocol):
         **Cancellation:** the command has been executed or not, never half.
         """
 
-    def subscribe(self, told: Callable[[Mapping[str, Any]], None]) -> Callable[[], None]:
-        """From now on, call *told* with each event, synchronously and in order; returns the function that ends this.
+    def subscribe(self, listener: Callable[[Mapping[str, Any]], None]) -> Callable[[], None]:
+        """From now on, call *listener* with each event, synchronously and in order; returns the function that ends this.
 
         An event is a whole QMP message: ``{"event": "STOP", "timestamp": {"seconds": …, "microseconds": …}}``, with
-        ``data`` if the event has any. *told* must not block and must not raise.
+        ``data`` if the event has any. *listener* must not block and must not raise.
         """

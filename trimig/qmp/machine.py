@@ -140,10 +140,10 @@ class Machine:
         except TrimigError as error:
             raise CommandFailed(str(error)) from error
 
-    def subscribe(self, told: Callable[[Mapping[str, Any]], None]) -> Callable[[], None]:
+    def subscribe(self, listener: Callable[[Mapping[str, Any]], None]) -> Callable[[], None]:
         """See :class:`trimig.qmp.Dispatcher`."""
         key = object()
-        self._subscribers[key] = told
+        self._subscribers[key] = listener
 
         def remove() -> None:
             self._subscribers.pop(key, None)
@@ -159,8 +159,8 @@ class Machine:
         if data:
             event["data"] = data
         event["timestamp"] = {"seconds": now // 1_000_000, "microseconds": now % 1_000_000}
-        for told in tuple(self._subscribers.values()):
-            told(event)
+        for listener in tuple(self._subscribers.values()):
+            listener(event)
 
     def _migration_event(self, monitor: Monitor, event: Event) -> None:
         wanted = self.config.capabilities.events

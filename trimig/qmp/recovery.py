@@ -25,20 +25,20 @@ async def listen_again(monitor: Monitor, uri: str) -> None:
 
     **Cancellation:** the destination goes on listening in the background.
     """
-    heard: list[Event] = []
-    told = trio.Event()
+    events: list[Event] = []
+    answered = trio.Event()
 
-    def hear(event: Event) -> None:
+    def on_event(event: Event) -> None:
         if event.name in ("LISTENING", "RECOVERY_FAILED"):
-            heard.append(event)
-            told.set()
+            events.append(event)
+            answered.set()
 
-    forget = monitor.add_listener(hear)
+    forget = monitor.add_listener(on_event)
     try:
         monitor.recover(uri)
         with trio.move_on_after(_LISTEN_SECONDS):
-            await told.wait()
+            await answered.wait()
     finally:
         forget()
-    if heard and heard[0].name == "RECOVERY_FAILED":
-        raise TransportFailed(str(heard[0].data["reason"]))
+    if events and events[0].name == "RECOVERY_FAILED":
+        raise TransportFailed(str(events[0].data["reason"]))

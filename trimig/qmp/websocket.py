@@ -149,10 +149,10 @@ async def _client(dispatcher: Dispatcher, connection: MessageStream) -> None:
             nursery.start_soon(_watch, outbox, nursery)
             frames, read = trio.open_memory_channel[str | bytes](1)
             nursery.start_soon(_read, connection, frames)
-            heard = False
+            known = False
             async for frame in read:
                 binary = isinstance(frame, bytes)
-                first, heard = (first if heard else binary), True
+                first, known = (first if known else binary), True
                 await outbox.wait_room()
                 await _answer(conversation, frame, outbox)
             nursery.cancel_scope.cancel("the client has gone")

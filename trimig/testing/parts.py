@@ -41,7 +41,7 @@ class FakeBlock:
         return self._pages
 
     def absent(self) -> PageBitmap | None:
-        """Cannot be told."""
+        """None: a scripted guest does not know its absent pages."""
         return None
 
 

@@ -189,15 +189,15 @@ async def listen(uri: str, config: Config | None = None) -> Listener:
 
 
 @asynccontextmanager
-async def listening(uri: str, told: Callable[[str], None], config: Config | None = None) -> AsyncIterator[Listener]:
-    """Listen on *uri* while the context is open; *told* is called with the address and its real port. As
+async def listening(uri: str, report: Callable[[str], None], config: Config | None = None) -> AsyncIterator[Listener]:
+    """Listen on *uri* while the context is open; *report* is called with the address and its real port. As
     :func:`listen`.
 
     **Cancellation:** nothing is left listening.
     """
     listener = await listen(uri, config)
     try:
-        told(listener.uri)
+        report(listener.uri)
         yield listener
     finally:
         listener.close()

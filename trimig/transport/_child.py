@@ -174,7 +174,7 @@ class Child:
 
     def deaf(self, more: str = "") -> TransportFailed:
         """The error for a command that does not read everything."""
-        return TransportFailed(f"{self.what} reads its input no more{more}{self.said()}")
+        return TransportFailed(f"{self.what} reads its input no more{more}{self._stderr_note()}")
 
     async def failure(self) -> TransportFailed | None:
         """How the command failed, if it has ended or is about to; None if it succeeded or still runs.
@@ -187,7 +187,7 @@ class Child:
             await self._silent.wait()
         if not self._look() or self._status == 0:
             return None
-        return TransportFailed(f"{self.what} {self._ended()}{self.said()}")
+        return TransportFailed(f"{self.what} {self._ended()}{self._stderr_note()}")
 
     def _ended(self) -> str:
         if self._status is None:
@@ -200,7 +200,7 @@ class Child:
             name = str(-self._status)
         return f"was ended by signal {name}"
 
-    def said(self) -> str:
+    def _stderr_note(self) -> str:
         """The end of stderr as the end of a sentence; empty without stderr output."""
         text = " ".join(self._tail.decode("utf-8", "replace").split())
         text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

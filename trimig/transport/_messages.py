@@ -36,8 +36,8 @@ class MessageStream:
         self._buffer = bytearray(early)
         self._max = max_message
         self._sending = trio.Lock()
-        self._torn = False  # a write was cut: nothing more can be written
-        self._said_close = False
+        self._write_cut = False  # a write was cut: nothing more can be written
+        self._close_sent = False
         self._ended = False
 
     async def receive(self) -> str | bytes:
@@ -110,7 +110,7 @@ class MessageStream:
         self._buffer += data
 
     async def _control(self, opcode: Opcode, payload: bytes) -> None:
-        if opcode is Opcode.PING and not self._said_close:
+        if opcode is Opcode.PING and not self._close_sent:
             await self._send(Opcode.PONG, payload)
         elif opcode is Opcode.CLOSE:
             self._ended = True
@@ -136,19 +136,19 @@ class MessageStream:
     async def _send(self, opcode: Opcode, payload: bytes) -> None:
         head = Header(opcode=opcode, final=True, length=len(payload)).encode()
         async with self._sending:
-            if self._torn or (self._said_close and opcode is not Opcode.CLOSE):
+            if self._write_cut or (self._close_sent and opcode is not Opcode.CLOSE):
                 raise ConnectionGone("the websocket is closed")
-            self._torn = True
+            self._write_cut = True
             try:
                 await self._transport.send_all(head + payload)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise ConnectionGone("the connection broke") from error
-            self._torn = False
+            self._write_cut = False
 
     async def _say_close(self, code: int, words: str) -> None:
-        if self._said_close:
+        if self._close_sent:
             return
-        self._said_close = True
+        self._close_sent = True
         with contextlib.suppress(ConnectionGone):
             await self._send(Opcode.CLOSE, close_payload(code, words))
 

@@ -114,10 +114,10 @@ class TlsStream(trio.abc.Stream):
         self._writing = trio.Lock()
         self._sends = False  # a task is in send_all
         self._reads = False  # a task is in receive
-        self._shaken = False
+        self._handshake_done = False
         self._ended = False  # the peer sent close_notify
-        self._heard = False  # a byte of the peer came after the handshake
-        self._torn = False  # a write was cut: nothing more can be written
+        self._peer_has_sent = False  # a byte of the peer came after the handshake
+        self._write_cut = False  # a write was cut: nothing more can be written
         self._closed = False
         self._failure: trio.BrokenResourceError | None = None
         self._verdict = trio.Event()
@@ -142,11 +142,11 @@ class TlsStream(trio.abc.Stream):
         """Send the encrypted bytes. One task at a time, so that the order of records is kept."""
         async with self._writing:
             while self._out.pending:
-                if self._torn:
+                if self._write_cut:
                     _raise(_broken("an earlier write was cut", None))
-                self._torn = True
+                self._write_cut = True
                 await self._transport.send_all(self._out.read())
-                self._torn = False
+                self._write_cut = False
 
     async def _fill(self) -> None:
         """Take in received bytes, or the end of the transport."""
@@ -192,13 +192,13 @@ class TlsStream(trio.abc.Stream):
             _raise(self._failed(error))
         except trio.BrokenResourceError as error:
             _raise(self._fail(f"{_cause(error)}, in the handshake; {_GUESS}", error))
-        self._shaken = True
+        self._handshake_done = True
         if self._socket is not None:
             enlarge(self._socket)
 
     def _failed(self, error: ssl.SSLError) -> trio.BrokenResourceError:
         words = reason(error)
-        if isinstance(error, ssl.SSLEOFError) and not self._heard:
+        if isinstance(error, ssl.SSLEOFError) and not self._peer_has_sent:
             words = f"{words}; {_GUESS}"
         return self._fail(words, error)
 
@@ -316,7 +316,7 @@ class TlsStream(trio.abc.Stream):
             if self._closed:
                 raise trio.ClosedResourceError("this TLS connection was closed") from error
             words = _cause(error)
-            if not self._heard:
+            if not self._peer_has_sent:
                 words = f"{words}; {_GUESS}"
             _raise(self._fail(words, error))
         finally:
@@ -342,7 +342,7 @@ class TlsStream(trio.abc.Stream):
                 break
             self._ended = count == 0
             done += count
-        self._heard = True
+        self._peer_has_sent = True
         if self._ended:
             self._verdict.set()
         return done
@@ -359,7 +359,7 @@ class TlsStream(trio.abc.Stream):
             return
         self._closed = True
         try:
-            if self._shaken and self._failure is None and not self._torn:
+            if self._handshake_done and self._failure is None and not self._write_cut:
                 await self._announce_end()
         finally:
             await self._transport.aclose()

@@ -74,8 +74,8 @@ class WebSocketStream(trio.abc.Stream):
         self._pong: bytes | None = None
         self._sends = False
         self._reads = False
-        self._torn = False  # a write was cut: nothing more can be written
-        self._said_close = False
+        self._write_cut = False  # a write was cut: nothing more can be written
+        self._close_sent = False
         self._ended = False  # the peer sent a CLOSE in order
         self._closed = False
         self._failure: str | None = None
@@ -94,11 +94,11 @@ class WebSocketStream(trio.abc.Stream):
     async def _send_frame(self, opcode: Opcode, payload: bytes | memoryview) -> None:
         """Send one frame; the caller holds the lock."""
         frame = self._encode(opcode, payload)
-        if self._torn:
+        if self._write_cut:
             raise trio.BrokenResourceError("an earlier write to the websocket was cut")
-        self._torn = True
+        self._write_cut = True
         await self._transport.send_all(frame)
-        self._torn = False
+        self._write_cut = False
 
     def _encode(self, opcode: Opcode, payload: bytes | memoryview) -> memoryview:
         """Header and payload in one buffer, masked there, where the payload is aligned."""
@@ -118,7 +118,7 @@ class WebSocketStream(trio.abc.Stream):
 
     async def _answer(self) -> None:
         """Send the pong that is due; the caller holds the lock."""
-        if self._pong is not None and not self._said_close:
+        if self._pong is not None and not self._close_sent:
             payload, self._pong = self._pong, None
             await self._send_frame(Opcode.PONG, payload)
 
@@ -139,7 +139,7 @@ class WebSocketStream(trio.abc.Stream):
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
             self._check()
-            if self._said_close:
+            if self._close_sent:
                 raise trio.BrokenResourceError("the peer has closed this websocket")
             view = memoryview(data).cast("B")
             if not view:
@@ -341,9 +341,9 @@ class WebSocketStream(trio.abc.Stream):
 
     async def _say_close(self, code: int, words: str) -> None:
         """Send a CLOSE, unless that is impossible or takes too long."""
-        if self._said_close or self._torn or self._writing.locked():
+        if self._close_sent or self._write_cut or self._writing.locked():
             return
-        self._said_close = True
+        self._close_sent = True
         frame = self._encode(Opcode.CLOSE, close_payload(code, words))
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError, OSError):
             if self._socket is not None:
@@ -365,7 +365,7 @@ class WebSocketStream(trio.abc.Stream):
         self._closed = True
         try:
             await self._say_close(CloseCode.NORMAL, "")
-            if not (self._reads or self._ended or self._failure or self._torn):
+            if not (self._reads or self._ended or self._failure or self._write_cut):
                 await self._wait_end()
         finally:
             await self._transport.aclose()

@@ -129,27 +129,27 @@ def adopt(fd: int, *, sending: bool) -> _Opened:
     Raises:
         TransportFailed: *fd* is not open, or cannot carry a stream; it is closed.
     """
-    mine = _take(fd)
+    owned = _take(fd)
     try:
-        mode = os.fstat(mine).st_mode
+        mode = os.fstat(owned).st_mode
         if stat.S_ISSOCK(mode):
-            sock = socket.socket(fileno=mine)
-            mine = -1  # the socket owns the descriptor now
+            sock = socket.socket(fileno=owned)
+            owned = -1  # the socket owns the descriptor now
             return _socket_stream(fd, sock)
         if not stat.S_ISFIFO(mode):
             what = next((words for test, words in _KINDS if test(mode)), "something of the kernel's")
             raise TransportFailed(f"descriptor {fd} is {what}: a migration needs a socket or a pipe")
-        _check_direction(fd, fcntl.fcntl(mine, fcntl.F_GETFL) & os.O_ACCMODE, sending=sending)
+        _check_direction(fd, fcntl.fcntl(owned, fcntl.F_GETFL) & os.O_ACCMODE, sending=sending)
         with contextlib.suppress(OSError):  # above the limit of this user; a smaller pipe is only slower
-            fcntl.fcntl(mine, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        stream = PipeSender(mine) if sending else PipeReceiver(mine)
-        mine = -1
+            fcntl.fcntl(owned, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        stream = PipeSender(owned) if sending else PipeReceiver(owned)
+        owned = -1
         return stream
     except OSError as error:
         raise TransportFailed(f"descriptor {fd} cannot be used: {error.strerror or error}") from error
     finally:
-        if mine != -1:
-            os.close(mine)
+        if owned != -1:
+            os.close(owned)
 
 
 def _take(fd: int) -> int:
@@ -167,9 +167,9 @@ def _take(fd: int) -> int:
         # Otherwise a file that is opened later could become standard input or output by accident.
         nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
-            mine = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+            owned = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
             os.dup2(nothing, fd)
-            return mine
+            return owned
         finally:
             os.close(nothing)
     except OSError as error:

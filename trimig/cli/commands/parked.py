@@ -95,7 +95,7 @@ async def _receive(
             f"{len(guest.sections)} devices in {formats.duration(summary.total_time)}; it is in {file} "
             f"({guest.guest_run_state} when it is resumed)"
         )
-        view.end(text, told=True)
+        view.end(text, on_stdout=True)
         if as_json:
             write_json(_received(guest, file, summary))
             return DONE
@@ -280,7 +280,7 @@ async def _send(
         text = f"sent {guest.name or 'the guest'} to {uri} in {formats.duration(summary.total_time)}"
         if not summary.confirmed:
             text += "; no answer has confirmed that it arrived, because there was no return path"
-        view.end(text, told=True)
+        view.end(text, on_stdout=True)
     if as_json:
         write_json({"file": str(file), "destination": uri, "machine": guest.name, **summary_record(summary)})
         return DONE

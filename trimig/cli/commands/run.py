@@ -155,7 +155,7 @@ class _Host:
                     commit=record.decide if record is not None else None,
                 )
                 if record is not None:
-                    machine.outgoing.add_listener(record.heard)
+                    machine.outgoing.add_listener(record.on_event)
                 machine.subscribe(self._event)
                 for monitor in (machine.outgoing, machine.incoming):
                     monitor.add_listener(self._happened)

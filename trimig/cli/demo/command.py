@@ -284,11 +284,11 @@ class Demo:
         if source is not None and source["op"] == "migrate":
             if source["event"] == "done":
                 return trimig.Ownership.DESTINATION
-            told = trimig.Ownership(source.get("owner", "source"))
+            reported = trimig.Ownership(source.get("owner", "source"))
             # The source does not know the owner; a living destination that has not taken the guest does.
-            if told is trimig.Ownership.UNKNOWN and destination is not None and destination["event"] == "failed":
+            if reported is trimig.Ownership.UNKNOWN and destination is not None and destination["event"] == "failed":
                 return trimig.Ownership.SOURCE
-            return told
+            return reported
         if self.source.ended is None:
             return trimig.Ownership.SOURCE  # the source had no request to send the guest yet
         if destination is not None:

@@ -128,7 +128,7 @@ def migrate(
             while state.migration == "pre-switchover" or (state.migration == "postcopy-paused" and not stop.asked):
                 state = await watch.look_again(address, state)
             code, text = _outcome(state, address, uri, stop)
-            view.end(text, told=code == DONE)
+            view.end(text, on_stdout=code == DONE)
         if code == DONE:
             _report(state, uri, text, as_json)
         elif as_json:

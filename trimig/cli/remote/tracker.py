@@ -60,10 +60,12 @@ class Tracker:
             least=self._stall.least,
         )
         bounds = convergence.Bounds(downtime_limit=self._limit, max_bandwidth=self._bandwidth, postcopy=self._postcopy)
-        told = state.info.get("convergence")
-        if isinstance(told, Mapping):
+        reported = state.info.get("convergence")
+        if isinstance(reported, Mapping):
             self._why = Convergence(
-                converging=bool(told["converging"]), reason=str(told["reason"]), advice=tuple(told["advice"])
+                converging=bool(reported["converging"]),
+                reason=str(reported["reason"]),
+                advice=tuple(reported["advice"]),
             )
         else:
             self._why = convergence.explain(progress, bounds)
