@@ -218,7 +218,7 @@ class Sizes(click.ParamType[tuple[int, ...]]):
 def parking(
     sizes: tuple[int, ...], repeat: int, directory: Path, json_file: Path | None, qemu_path: str | None, timeout: float
 ) -> None:
-    """How long a QEMU's guest stands still while it is parked in a file."""
+    """How long a QEMU's guest is stopped while it is parked in a file."""
     qemu = find_qemu(qemu_path)
     if qemu is None:
         raise click.ClickException("there is no QEMU here; --qemu names one")

@@ -50,7 +50,7 @@ def test_status_says_run_state_migration_and_owner(
     result = invoke(Scripted(run_state=run_state, info=info), "status")
     assert result.exit_code == code
     assert result.stdout.startswith(f"guest: {run_state}; migration: {info.get('status', 'none')}; owner: {owner}")
-    assert ("a guest is waited for here" in result.stdout) == (run_state == "inmigrate")
+    assert ("this side waits for a guest here" in result.stdout) == (run_state == "inmigrate")
     assert ("no route to host" in result.stdout) == ("error-desc" in info)
     record = json.loads(invoke(Scripted(run_state=run_state, info=info), "status", "--json").stdout)
     assert (record["run_state"], record["owner"]) == (run_state, owner)

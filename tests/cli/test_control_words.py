@@ -47,9 +47,9 @@ def test_word_in_its_time_is_passed_on(invoke: Invoke, command: str, statuses: l
 @pytest.mark.parametrize(
     ("info", "words"),
     [
-        ({}, "a guest is waited for"),
-        ({"status": "setup"}, "a guest is waited for"),
-        ({"status": "active"}, "a guest is waited for"),
+        ({}, "this side waits for a guest"),
+        ({"status": "setup"}, "this side waits for a guest"),
+        ({"status": "active"}, "this side waits for a guest"),
         ({"status": "failed"}, "the last attempt has failed, and nothing listens here"),
         ({"status": "cancelled"}, "the last attempt has failed, and nothing listens here"),
     ],

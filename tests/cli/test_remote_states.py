@@ -41,8 +41,11 @@ def test_only_four_statuses_are_final(status: str, run_state: str, owner: str, *
 @pytest.mark.parametrize(
     ("info", "words"),
     [
-        ({}, "a guest is waited for here"),
-        ({"socket-address": [{"type": "inet", "host": "::1", "port": "4"}]}, "a guest is waited for at tcp:[::1]:4"),
+        ({}, "this side waits for a guest here"),
+        (
+            {"socket-address": [{"type": "inet", "host": "::1", "port": "4"}]},
+            "this side waits for a guest at tcp:[::1]:4",
+        ),
         (
             {"status": "failed", "error-desc": "it broke"},
             "nothing listens here until migrate-incoming gives an address",

@@ -172,9 +172,9 @@ async def test_command_has_a_session_of_its_own() -> None:
         ("cat > /dev/null; kill -40 $$", "was ended by signal (40|SIGRT)"),
         ("cat > /nonexistent/file", r"failed with exit status [12]; it said: .*nonexistent"),
         ("/nonexistent/command", "failed with exit status 127; it said: .*not found"),
-        ("true", "reads its input no more"),
-        ("sleep 0.1; exit 0", r"reads its input no more \(7 bytes were left\)"),
-        ("exec 0<&-; sleep 0.1", "reads its input no more"),
+        ("true", "does not read its input any more"),
+        ("sleep 0.1; exit 0", r"does not read its input any more \(7 bytes were left\)"),
+        ("exec 0<&-; sleep 0.1", "does not read its input any more"),
     ],
 )
 async def test_delivery_to_a_command_that_does_not_end_well_has_failed(text: str, words: str) -> None:
@@ -204,7 +204,7 @@ async def test_command_that_ends_while_it_is_written_to_is_named_with_its_reason
 
 async def test_command_that_closes_its_stdin_and_lives_is_not_waited_for() -> None:
     async with command("exec 0<&-; echo busy >&2; sleep 1000") as stream:
-        with pytest.raises(trio.BrokenResourceError, match="reads its input no more"):
+        with pytest.raises(trio.BrokenResourceError, match="does not read its input any more"):
             await stream.send_all(PATTERN * 8)
 
 
@@ -337,7 +337,7 @@ async def test_where_children_are_collected_by_the_kernel_nobody_can_tell() -> N
     try:
         async with command("cat > /dev/null") as stream:
             await stream.send_all(b"abc")
-            with pytest.raises(TransportFailed, match="how cannot be told"):
+            with pytest.raises(TransportFailed, match="an unknown status"):
                 await stream.delivered()
     finally:
         signal.signal(signal.SIGCHLD, before)

@@ -80,7 +80,7 @@ class ForgivingStream:
 
 
 def open_closed_files() -> None:
-    """Put /dev/null where descriptors 0, 1 and 2 are closed, so that no socket or file of ours gets their numbers."""
+    """Put /dev/null where descriptors 0, 1 and 2 are closed, so that no later socket or file gets their numbers."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -49,7 +49,9 @@ def words_for(monitor: Monitor, file: object) -> str:
         return "it is over already"
     if status is Status.HANDOVER:
         return "it is too late to cancel: " + (
-            "the guest is being taken over" if arriving else "the decision has been sent, and its answer is waited for"
+            "the guest is being taken over"
+            if arriving
+            else "the decision has been sent, and the answer has not come yet"
         )
     if status in (Status.NONE, Status.SETUP):
         return "ending; no memory has been sent yet"

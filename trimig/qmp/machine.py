@@ -282,7 +282,7 @@ class Machine:
             self._start_on_arrival(False)
         elif self.outgoing.status in _SWITCHING or self.outgoing.status in IN_POSTCOPY:
             raise StateError(
-                "Migration is not finalized yet: the guest stands still for it, and stays so if it succeeds"
+                "Migration is not finalized yet: the migration has paused the guest, which stays paused if it succeeds"
             )
         elif self.guest.run_state == "running":
             await self.guest.pause()

@@ -174,7 +174,7 @@ class Child:
 
     def deaf(self, more: str = "") -> TransportFailed:
         """The error for a command that does not read everything."""
-        return TransportFailed(f"{self.what} reads its input no more{more}{self._stderr_note()}")
+        return TransportFailed(f"{self.what} does not read its input any more{more}{self._stderr_note()}")
 
     async def failure(self) -> TransportFailed | None:
         """How the command failed, if it has ended or is about to; None if it succeeded or still runs.
@@ -191,7 +191,7 @@ class Child:
 
     def _ended(self) -> str:
         if self._status is None:
-            return "ended, and how cannot be told (SIGCHLD is ignored in this process)"
+            return "ended with an unknown status (SIGCHLD is ignored in this process)"
         if self._status >= 0:
             return f"failed with exit status {self._status}"
         try:

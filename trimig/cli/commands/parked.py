@@ -44,7 +44,7 @@ def receive(uri: str, file: Path, force: bool, recover_for: float | None, config
     QEMU of the same machine type loads it with -incoming "exec:cat FILE".
 
     With -c postcopy-ram the source may switch to postcopy: the guest is ready when its last page has come. If the
-    connection is lost behind the switch, URI is waited at again.
+    connection is lost after the switch, the command waits at URI again.
     """
     config = postcopy.recovering(config, recover_for)
     transport.check(uri)

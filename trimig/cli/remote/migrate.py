@@ -153,7 +153,7 @@ def _check_usage(
     if timeout is not None and not wait:
         raise click.UsageError("--timeout needs --wait: without it the command ends before it could cancel")
     if dry and wait:
-        raise click.UsageError("--dry-run and --wait exclude each other: a dry run is waited for in any case")
+        raise click.UsageError("--dry-run and --wait exclude each other: a dry run always waits")
 
 
 async def _begun(remote: Remote, uri: str, *, as_json: bool) -> int:
@@ -300,7 +300,7 @@ async def _cancel(remote: Remote, view: display.View) -> float:
 
 def _lost(address: str, last: str, error: Refused) -> trimig.HandoverUncertain:
     return trimig.HandoverUncertain(
-        f"{error.format_message()}; the migration was {last}, and goes on without us if the process lives. Ask again: "
+        f"{error.format_message()}; the migration was {last}, and goes on if the process still runs. Ask again: "
         f"trimig status --qmp {address}; and ask the destination before the guest is started anywhere"
     )
 

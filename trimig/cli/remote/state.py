@@ -103,7 +103,7 @@ class State:
         if self.migration in ("failed", "cancelled"):
             return "the last attempt has failed, and nothing listens here until migrate-incoming gives an address"
         addresses = self.info.get("socket-address", ())
-        return "a guest is waited for " + (f"at {uri_of(addresses[0])}" if addresses else "here")
+        return "this side waits for a guest " + (f"at {uri_of(addresses[0])}" if addresses else "here")
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
