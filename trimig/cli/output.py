@@ -41,7 +41,7 @@ class ForgivingStream:
             if not self._lost:
                 self._stream.write(text)
         except (OSError, ValueError) as error:
-            self._let_go(error)
+            self._discard_rest(error)
         return len(text)
 
     def writelines(self, lines: Any) -> None:
@@ -55,7 +55,7 @@ class ForgivingStream:
             if not self._lost:
                 self._stream.flush()
         except (OSError, ValueError) as error:
-            self._let_go(error)
+            self._discard_rest(error)
 
     def isatty(self) -> bool:
         """As of the stream; False for a closed stream."""
@@ -64,7 +64,7 @@ class ForgivingStream:
         except ValueError:
             return False
 
-    def _let_go(self, error: Exception) -> None:
+    def _discard_rest(self, error: Exception) -> None:
         """Write nothing more. Buffered output goes to /dev/null: the interpreter flushes it at its end."""
         self._lost = True
         with contextlib.suppress(OSError, ValueError):

@@ -46,7 +46,7 @@ _BEGINNINGS: Final = frozenset(
     {"cont", "migrate", "migrate-continue", "migrate-incoming", "migrate-recover", "x-trimig-settle"}
 )
 #: Seconds for which the machine's end waits for the answer to ``quit``.
-_LAST_WORD_SECONDS: Final = 1.0
+_REPLY_SECONDS: Final = 1.0
 
 
 class Machine:
@@ -101,7 +101,7 @@ class Machine:
         self._version = version
         self._commit = commit
         self._subscribers: dict[object, Callable[[Mapping[str, Any]], None]] = {}
-        self._told: str | None = None
+        self._last_status: str | None = None
         self._resumed = False  # an arrived guest runs, and the clients have no RESUME event yet
         self._jobs = Jobs(nursery)
         self._outgoing_started = False
@@ -177,19 +177,19 @@ class Machine:
                 resumed, self._resumed = self._resumed, False
                 if resumed and status != "postcopy-active":
                     self.emit("RESUME")
-                if wanted and status != self._told and not self._untold(monitor, status):
+                if wanted and status != self._last_status and not self._is_suppressed(monitor, status):
                     self.emit("MIGRATION", status=status)
                 if resumed and status == "postcopy-active":
                     self.emit("RESUME")
-                self._told = status
+                self._last_status = status
 
-    def _untold(self, monitor: Monitor, status: str) -> bool:
-        """Whether a QEMU 7.2 does not emit that status."""
+    def _is_suppressed(self, monitor: Monitor, status: str) -> bool:
+        """Whether a QEMU 7.2 omits the event for that status."""
         if monitor is self.incoming:
             # `migrate-incoming` has emitted `setup`, and only a source has the status `device`.
             return status in ("setup", "device")
         # Only a precopy source emits `device`, after `pre-switchover`.
-        return status == "device" and (self._told != "pre-switchover" or monitor.counters.ahead)
+        return status == "device" and (self._last_status != "pre-switchover" or monitor.counters.ahead)
 
     def announce_shutdown(self, reason: str) -> None:
         """Emit SHUTDOWN, once; :attr:`ended` says when the machine ends.
@@ -207,7 +207,7 @@ class Machine:
         self._nursery.start_soon(self._quit_after_reply, name="trimig.qmp.quit")
 
     async def _quit_after_reply(self) -> None:
-        with trio.move_on_after(_LAST_WORD_SECONDS):
+        with trio.move_on_after(_REPLY_SECONDS):
             await self.ended.wait()
         self.ended.set()
 
@@ -332,7 +332,7 @@ class Machine:
         """
         self.start_error = reason
         self.summary = None
-        self._told = "failed"
+        self._last_status = "failed"
         if self.config.capabilities.events:
             self.emit("MIGRATION", status="setup")
             self.emit("MIGRATION", status="failed")
@@ -413,7 +413,7 @@ class Machine:
 
     def announce_incoming(self) -> None:
         """Emit MIGRATION setup: like QEMU, for a good or a bad address, and also with the capability ``events`` off."""
-        self._told = "setup"
+        self._last_status = "setup"
         self.emit("MIGRATION", status="setup")
 
     async def shutdown(self, reason: str) -> None:

@@ -37,7 +37,7 @@ MAX_FDS: Final = 16
 _BACKLOG: Final = 128
 _READ_BYTES: Final = 1 << 16
 #: Seconds for the last answers to a client that is dismissed, or that sends nothing more.
-_FAREWELL_SECONDS: Final = 1.0
+_CLOSING_SECONDS: Final = 1.0
 
 
 async def listen(address: str) -> Listener:
@@ -101,7 +101,7 @@ async def accept(listener: Listener) -> trio.SocketStream:
 async def _refuse(stream: trio.SocketStream) -> None:
     error = {"error": {"class": "GenericError", "desc": "too many clients"}}
     async with stream:
-        with trio.move_on_after(_FAREWELL_SECONDS):
+        with trio.move_on_after(_CLOSING_SECONDS):
             try:
                 await stream.send_all(encode(error))
             except trio.BrokenResourceError:
@@ -161,7 +161,7 @@ async def _read(
                 outbox.put(call, 0)
             if isinstance(message, Malformed) and message.fatal:
                 log.warning("a QMP client was sent away: %s", message.desc)
-                with trio.move_on_after(_FAREWELL_SECONDS):
+                with trio.move_on_after(_CLOSING_SECONDS):
                     await outbox.wait_empty()
                 return
         try:
@@ -170,7 +170,7 @@ async def _read(
             return
         if not data:
             # The client may have closed its sending side only: the server still answers its commands.
-            with trio.move_on_after(_FAREWELL_SECONDS):
+            with trio.move_on_after(_CLOSING_SECONDS):
                 await outbox.wait_empty()
             return
         reader.feed(data)

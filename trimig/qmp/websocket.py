@@ -40,7 +40,7 @@ _HANDSHAKE_SECONDS: Final = 10.0
 #: Members of one msgpack array or map. The decoder allocates room for all of them before it reads the first.
 _MAX_MEMBERS: Final = 4096
 #: Seconds for the last answers, and for the closing handshake.
-_FAREWELL_SECONDS: Final = 1.0
+_CLOSING_SECONDS: Final = 1.0
 
 
 def parse(address: str) -> tuple[str, int, str]:
@@ -119,7 +119,7 @@ class _Server:
             cleanup.callback(self._left)
             connection = MessageStream(stream, early=early, max_message=MAX_MESSAGE)
             await _client(self._dispatcher, connection)
-            await connection.goodbye(_FAREWELL_SECONDS)
+            await connection.goodbye(_CLOSING_SECONDS)
 
     def _left(self) -> None:
         self.clients -= 1

@@ -51,7 +51,7 @@ _NO_TLS: Final = frozenset(
     }
 )
 #: Explanations of alerts whose name does not say enough.
-_BEHIND: Final = {
+_ALERT_HINTS: Final = {
     "certificate required": "it wants to see a certificate of this side",
     "unknown ca": "it does not know the CA that signed this side's certificate",
     "certificate unknown": "it does not accept this side's certificate",
@@ -61,7 +61,7 @@ _BEHIND: Final = {
     "unknown psk identity": "it does not know this user, or not with this key",
 }
 #: Hint for peers that close without a TLS alert (QEMU does).
-_GUESS: Final = "the other side may not want TLS, or not this side's certificate, name or key"
+_CLOSE_HINT: Final = "the other side may not want TLS, or not this side's certificate, name or key"
 
 
 def reason(error: ssl.SSLError) -> str:
@@ -73,7 +73,7 @@ def reason(error: ssl.SSLError) -> str:
     code = error.reason or ""
     if alert := _ALERT.fullmatch(code):
         name = alert[1].lower().replace("_", " ")
-        behind = f": {_BEHIND[name]}" if name in _BEHIND else ""
+        behind = f": {_ALERT_HINTS[name]}" if name in _ALERT_HINTS else ""
         return f"the other side refused, with the TLS alert '{name}'{behind}"
     if code in _NO_TLS:
         return "what the other side sends is not TLS; is TLS turned on there (tls-creds)?"
@@ -191,7 +191,7 @@ class TlsStream(trio.abc.Stream):
                 await self._flush()
             _raise(self._failed(error))
         except trio.BrokenResourceError as error:
-            _raise(self._fail(f"{_cause(error)}, in the handshake; {_GUESS}", error))
+            _raise(self._fail(f"{_cause(error)}, in the handshake; {_CLOSE_HINT}", error))
         self._handshake_done = True
         if self._socket is not None:
             enlarge(self._socket)
@@ -199,7 +199,7 @@ class TlsStream(trio.abc.Stream):
     def _failed(self, error: ssl.SSLError) -> trio.BrokenResourceError:
         words = reason(error)
         if isinstance(error, ssl.SSLEOFError) and not self._peer_has_sent:
-            words = f"{words}; {_GUESS}"
+            words = f"{words}; {_CLOSE_HINT}"
         return self._fail(words, error)
 
     def _fail(self, words: str, error: BaseException | None) -> trio.BrokenResourceError:
@@ -317,7 +317,7 @@ class TlsStream(trio.abc.Stream):
                 raise trio.ClosedResourceError("this TLS connection was closed") from error
             words = _cause(error)
             if not self._peer_has_sent:
-                words = f"{words}; {_GUESS}"
+                words = f"{words}; {_CLOSE_HINT}"
             _raise(self._fail(words, error))
         finally:
             self._reads = False

@@ -342,7 +342,7 @@ class Demo:
             report["fate"] = "both hosts have ended, and the guest with them"
         else:
             assert keeper is not None
-            report["fate"] = await self._fate(keeper, owner, report)
+            report["fate"] = await self._describe_guest(keeper, owner, report)
             if report["guest"] in ("running", "paused"):
                 report["survivor"] = owner.value
         return report
@@ -352,7 +352,7 @@ class Demo:
         left = [host for host in self._hosts if host.ended is None and not host.worker_died]
         return self._role(left[0]) if len(left) == 1 else None
 
-    async def _fate(self, keeper: HostProcess, owner: trimig.Ownership, report: Message) -> str:
+    async def _describe_guest(self, keeper: HostProcess, owner: trimig.Ownership, report: Message) -> str:
         """Ask the owner's worker for its state, and let it prove its memory."""
         where = f"the {owner.value}, host {keeper.pid},"
         if not self._started:
