@@ -11,7 +11,7 @@ import trio.testing
 
 import trimig
 from tests.engine.pair import ACCEPTED, REFUSED, Destination, Pair, config, played, running
-from trimig.engine.source import PING_PREPARE
+from trimig.engine.source.switchover import PING_PREPARE
 from trimig.status import Status
 from trimig.testing import VirtualLink
 from trimig.wire import encoder as wire

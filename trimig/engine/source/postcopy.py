@@ -35,6 +35,8 @@ from ..ram.postcopy_sender import PostcopySender
 from ..ram.sender import RamSender
 from ..recovery import Search
 from ..shield import lift_shield, shield
+from . import uncertain
+from .answer import take_refusal
 
 if TYPE_CHECKING:
     from ...channel.connections import Connections
@@ -60,7 +62,7 @@ class PostcopySource:
     """The memory of a guest that has gone ahead.
 
     Args:
-        departure: whose end this is; its channel and reader are those of the first connection.
+        out: the migration; its channel and reader are those of the first connection.
         nursery: of the attempt, shielded.
         unsent: by block.
         connections: makes others.
@@ -68,7 +70,7 @@ class PostcopySource:
 
     def __init__(
         self,
-        departure: Outgoing,
+        out: Outgoing,
         nursery: trio.Nursery,
         records: RamSender,
         limiter: Limiter,
@@ -76,15 +78,15 @@ class PostcopySource:
         unsent: Sequence[PageBitmap],
         connections: Connections,
     ) -> None:
-        assert departure.channel is not None
-        assert departure.reader is not None
-        self._departure = departure
-        self._monitor = departure.monitor
-        self._config = departure.config
-        self._counters = departure.counters
+        assert out.channel is not None
+        assert out.reader is not None
+        self._out = out
+        self._monitor = out.monitor
+        self._config = out.config
+        self._counters = out.counters
         self._nursery = nursery
-        self._channel = departure.channel
-        self._reader = departure.reader
+        self._channel = out.channel
+        self._reader = out.reader
         self._records = records
         self._limiter = limiter
         self._blocks = tuple(blocks)
@@ -102,8 +104,8 @@ class PostcopySource:
 
     def _sender_of(self, order: PageOrder) -> PostcopySender:
         self._order = order
-        urgent = self._departure.urgent
-        return PostcopySender(self._channel, self._records, self._limiter, self._blocks, order, self._counters, urgent)
+        preempt = self._out.preempt
+        return PostcopySender(self._channel, self._records, self._limiter, self._blocks, order, self._counters, preempt)
 
     def begin(self) -> None:
         """Hear what is asked for: from the package on, the guest's first accesses come."""
@@ -125,8 +127,8 @@ class PostcopySource:
             if self._release and not self._once_sent:
                 raise PostcopyLost(f"{why}; it cannot be recovered, because release-ram has given the sent memory back")
             await self._recover()
-        c, departure = self._counters, self._departure
-        departure.answered = departure.confirmed = True
+        c, out = self._counters, self._out
+        out.answered = out.confirmed = True
         c.transferred = c.earlier + self._channel.sent
         c.remaining = 0
         self._monitor.advance(Status.COMPLETED)
@@ -153,7 +155,7 @@ class PostcopySource:
             case 0:
                 return "the destination ended the migration before it had everything"
             case code:
-                if (refusal := self._departure.take_refusal()) is not None:
+                if (refusal := take_refusal(self._out)) is not None:
                     raise refusal
                 return f"the destination reported an error (it sent SHUT {code}){self._reader.why}"
         return self._why or str(self._reader.lost or f"no answer came for {formats.duration(config.handover_timeout)}")
@@ -217,19 +219,19 @@ class PostcopySource:
 
     async def _lost(self, why: str) -> None:
         """The connection is gone. Who has the guest follows from how far it came."""
-        monitor, departure = self._monitor, self._departure
+        monitor, out = self._monitor, self._out
         if self._reader.lost is None:
             self._reader.lost = TransportFailed(why)  # before it sees nothing but its own end closed
         self._search.paused(why)
         self._once_sent = self._once_sent or not self._order.remaining
         self._limiter.rest()
         await closing.close(self._channel.stream)
-        await departure.close_urgent()
+        await out.close_preempt()
         self._counters.earlier += self._channel.sent
         self._counters.transferred = self._counters.earlier
         self._counters.error = why
         if monitor.status is Status.HANDOVER:
-            if departure.nothing_left(self._channel):
+            if out.commit_not_sent(self._channel):
                 raise TransportFailed(f"{why}; the guest cannot have reached the destination")
             monitor.advance(Status.POSTCOPY_UNCERTAIN)
             await self._ask_fence(why)
@@ -238,7 +240,7 @@ class PostcopySource:
 
     async def _ask_fence(self, why: str) -> None:
         try:
-            owner = await self._departure.fenced()
+            owner = await uncertain.ask_fence(self._out)
         except TrimigError as error:  # it knows no more than we do: a recovery may still answer the question
             self._monitor.warn(str(error))
             return
@@ -273,9 +275,9 @@ class PostcopySource:
         monitor, config, parameters = self._monitor, self._config, self._monitor.config.parameters
         if monitor.status is Status.POSTCOPY_PAUSED:
             monitor.advance(Status.POSTCOPY_RECOVER)
-        channel = self._channel = self._departure.channel = Channel(stream, stall_timeout=config.stall_timeout)
+        channel = self._channel = self._out.channel = Channel(stream, stall_timeout=config.stall_timeout)
         reader = ReturnPathReader(channel, {b.name: b.length for b in self._blocks})
-        self._reader = self._departure.reader = reader
+        self._reader = self._out.reader = reader
         handshake = self._handshake = _Handshake([block.name for block in self._blocks])
         self.begin()
         self._limiter.move_to(channel, parameters.max_postcopy_bandwidth)
@@ -287,8 +289,8 @@ class PostcopySource:
         seconds = min(config.handover_timeout, self._search.deadline - trio.current_time())
         with self._connected(seconds):
             if config.peer.preempt_pre_7_2:
-                await self._departure.open_urgent()
-            if (attempt := self._departure.attempt) is not None:
+                await self._out.open_preempt()
+            if (attempt := self._out.attempt) is not None:
                 await channel.send(wire.ping(PING_MARK) + wire.command(Mark.ATTEMPT, attempt))
             for block in self._blocks:
                 reader.expect_bitmap(block.name)
@@ -296,7 +298,7 @@ class PostcopySource:
             while not handshake.complete:
                 await self._news.wait()
             if not config.peer.preempt_pre_7_2:
-                await self._departure.open_urgent()
+                await self._out.open_preempt()
             unsent = [~handshake.bitmaps[block.name] for block in self._blocks]
             # A page may be asked for in the same moment as the answer comes.
             order = PageOrder(unsent)
