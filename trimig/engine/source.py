@@ -47,7 +47,7 @@ PING_OPENED = 1
 #: Seconds for the answer to it, which takes a round trip: then its absence is told, and then it ends the attempt. A
 #: longer stall timeout lengthens the second one.
 _ANSWER_SECONDS = 5.0
-_ANSWER_MOST_SECONDS = 15.0
+_ANSWER_MOST_SECONDS = 30.0
 PING_PREPARE = 0x74726967
 #: The same before a switch to postcopy, about the memory that is on its way.
 PING_QUEUED = 0x74726971
@@ -178,7 +178,7 @@ class _Attempt(Departure):
         **Cancellation:** no effect.
         """
         stall = self.config.stall_timeout
-        most = min(stall, max(_ANSWER_MOST_SECONDS, stall / 4))
+        most = min(stall, max(_ANSWER_MOST_SECONDS, stall / 2))
         with trio.move_on_after(most) as limit:
             with trio.move_on_after(_ANSWER_SECONDS) as patience:
                 await reader.wait_life()
