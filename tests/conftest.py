@@ -111,6 +111,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before the fixtures, which may need QEMU themselves."""
     if item.get_closest_marker("qemu") is not None:
         missing_qemu(installed.default(), os.environ)
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            version = item.callspec.params.get("version")
+            if isinstance(version, str):
+                missing_qemu(installed.installed().get(version), os.environ, version)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -225,6 +225,15 @@ def statuses(monitor_events: list[trimig.Event]) -> list[str]:
     return [str(event.data["status"]) for event in monitor_events if event.name == "MIGRATION"]
 
 
+async def wait_lost(monitor: trimig.Monitor) -> None:
+    """Wait until a destination has noticed that its source is gone, in postcopy.
+
+    A QEMU that asks for the proof that the guest runs takes it back if it is cut before it has read that. When it has read it
+    we cannot tell: so the status here is ``postcopy-uncertain`` until it has come again, and of another QEMU ``postcopy-paused``.
+    """
+    await monitor.wait_status(trimig.Status.POSTCOPY_PAUSED, trimig.Status.POSTCOPY_UNCERTAIN)
+
+
 def members(info: Mapping[str, object]) -> set[str]:
     """The names in a ``query-migrate``, those of ``ram`` as ``ram.total``; without those that are trimig's own."""
     names = set(info) - {"owner", "dirty-tracking", "convergence"}

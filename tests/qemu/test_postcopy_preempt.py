@@ -102,10 +102,11 @@ async def test_from_qemu(pki: Pki, *, tls: bool, recovery: bool) -> None:
             await arrival.wait_pages(300)
             await vm.qmp.execute("migrate-start-postcopy")
             if recovery:
+                await vm.wait_migration_status("postcopy-active")
                 await in_postcopy_there(arrival.monitor, 300)
                 arrival.monitor.pause("the test cuts it")
                 await vm.wait_migration_status("postcopy-paused")
-                await arrival.monitor.wait_status(Status.POSTCOPY_PAUSED)
+                await peers.wait_lost(arrival.monitor)
                 await recovered_from(vm, arrival.monitor, listen)
             await vm.wait_migration_status("completed")
             assert (await arrival.summary()).confirmed
