@@ -8,16 +8,23 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import numpy as np
+import pytest
 import trio
 from numpy.typing import NDArray
 
 import trimig
 import trimig.guests
+from tests.qemu import installed
 from tests.qemu.harness import RAM_BLOCK, Qemu, random_ram
 from tests.qemu.relay import Relay
 
 #: Seconds for a whole test; it takes far less, and nothing is asserted about it.
 LIMIT: Final = 60
+_DEFAULT: Final = installed.default()
+#: Of a test that uses the second connection for urgent pages.
+NEEDS_PREEMPT: Final = pytest.mark.skipif(
+    _DEFAULT is not None and _DEFAULT.numbers < (7, 1), reason="no QEMU before 7.1 has postcopy-preempt"
+)
 LISTEN: Final = "tcp:127.0.0.1:0"
 #: Of the guests for tests where the amount of memory does not matter.
 SMALL: Final = 1 << 20

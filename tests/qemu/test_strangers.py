@@ -13,6 +13,7 @@ import trimig
 from tests.engine.test_strangers import Strangers
 from tests.qemu import peers
 from tests.qemu.harness import Qemu, random_ram
+from tests.qemu.peers import NEEDS_PREEMPT
 from tests.qemu.test_postcopy import MiB
 from tests.qemu.test_postcopy_preempt import PREEMPT, preempt
 
@@ -48,6 +49,7 @@ async def test_precopy_among_strangers() -> None:
             assert np.array_equal(vm.ram, peers.memory(guest))
 
 
+@NEEDS_PREEMPT
 @pytest.mark.parametrize("cut", [False, True])
 async def test_preempt_among_strangers(*, cut: bool) -> None:
     """Both connections are found, and after a cut both again."""
