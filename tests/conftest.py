@@ -51,6 +51,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.smoke)
     given = config.option.markexpr
     config.option.markexpr = tiers.choose(given, config.args)
+    if tiers.everything():
+        for item in items:
+            if "fuzzed" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.timeout(tiers.FUZZ_SECONDS))
     try:
         return (yield)
     finally:

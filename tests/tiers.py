@@ -47,6 +47,9 @@ SMOKE: Final = (
 )
 
 #: Set by the option ``-m`` before tests are collected.
+#: A fuzz test with all its inputs may take so long, beside other work.
+FUZZ_SECONDS = 1800
+
 _everything = False
 
 

@@ -22,6 +22,7 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 #: Runs the command with the words behind it, and raises a signal where the first word says.
 PROGRAM: Final = """
 import atexit, importlib, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
 import trimig.__main__
 where, number, words = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 
