@@ -53,8 +53,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.option.markexpr = tiers.choose(given, config.args)
     if tiers.everything():
         for item in items:
-            if "fuzzed" in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.timeout(tiers.FUZZ_SECONDS))
+            if tiers.long(item.nodeid) or "fuzzed" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.timeout(tiers.LONG_SECONDS))
     try:
         return (yield)
     finally:
