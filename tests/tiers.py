@@ -46,6 +46,9 @@ SMOKE: Final = (
     "tests/wire/test_return_path.py",
 )
 
+#: A fuzz test or a sweep with all its inputs may take so long, beside other work.
+LONG_SECONDS = 1800
+
 #: Set by the option ``-m`` before tests are collected.
 _everything = False
 
@@ -75,6 +78,11 @@ def without_use(path: Path, expression: str) -> bool:
         return False
     name = path.relative_to(ROOT).as_posix()
     return not any(wanted.partition("::")[0] == name for wanted in SMOKE)
+
+
+def long(nodeid: str) -> bool:
+    """The test is a sweep, which takes minutes with all its inputs."""
+    return nodeid.startswith("tests/sweeps/")
 
 
 def everything() -> bool:

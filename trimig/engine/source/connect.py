@@ -20,7 +20,7 @@ from .outgoing import SILENT_PEER, Outgoing
 #: Seconds for the first answer, which takes a round trip: then its absence is told, and then it ends the attempt. A longer
 #: stall timeout lengthens the second one.
 _ANSWER_SECONDS: Final = 5.0
-_ANSWER_MOST_SECONDS: Final = 15.0
+_ANSWER_MOST_SECONDS: Final = 30.0
 
 
 async def connect(out: Outgoing) -> None:
@@ -71,7 +71,7 @@ async def await_first_answer(out: Outgoing, reader: ReturnPathReader) -> None:
     **Cancellation:** no effect.
     """
     stall = out.config.stall_timeout
-    most = min(stall, max(_ANSWER_MOST_SECONDS, stall / 4))
+    most = min(stall, max(_ANSWER_MOST_SECONDS, stall / 2))
     with trio.move_on_after(most) as limit:
         with trio.move_on_after(_ANSWER_SECONDS) as patience:
             await reader.wait_life()

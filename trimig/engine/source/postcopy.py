@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import trio
 
 from ... import formats
@@ -29,6 +30,7 @@ from ...wire import encoder as wire
 from ...wire.constants import Command
 from ...wire.encoder import cstr
 from ...wire.marks import PING_MARK, Mark
+from ...wire.postcopy import runs_of
 from ...wire.return_path import Message, PageRequest, Pong, ReceivedPages, ResumeAck, Shut
 from ..order import PING_LOADED, PING_RUNS
 from ..ram.postcopy_sender import PostcopySender
@@ -187,8 +189,10 @@ class PostcopySource:
         """Take what the destination says. RemoteProtocolError if it is not its time for that: then it is paused."""
         match message:
             case PageRequest():
-                self._handshake.check_request()
-                self._sender.request(message)
+                if not self._handshake.ready:  # a fault that was read between the two connections
+                    self._handshake.hold(message)
+                else:
+                    self._sender.request(message)
             case Pong(value=value) if value in (PING_LOADED, PING_RUNS):
                 self._confirmed()
             case ReceivedPages(block=block, pages=pages):
@@ -278,7 +282,7 @@ class PostcopySource:
         channel = self._channel = self._out.channel = Channel(stream, stall_timeout=config.stall_timeout)
         reader = ReturnPathReader(channel, {b.name: b.length for b in self._blocks})
         self._reader = self._out.reader = reader
-        handshake = self._handshake = _Handshake([block.name for block in self._blocks])
+        handshake = self._handshake = _Handshake(self._blocks)
         self.begin()
         self._limiter.move_to(channel, parameters.max_postcopy_bandwidth)
         self._records = RamSender(channel, self._limiter, self._counters, footers=config.peer.send_section_footer)
@@ -308,6 +312,8 @@ class PostcopySource:
             self._sender = self._sender_of(order)
             self._counters.remaining = missing * PAGE_SIZE
             handshake.resuming = True
+            for request in handshake.held():
+                self._sender.request(request)
             await channel.send(wire.command(Command.POSTCOPY_RESUME))
             while not handshake.resumed:
                 await self._news.wait()
@@ -330,11 +336,12 @@ class _Handshake:
     """What the destination has said on a recovery connection, and what it may say next.
 
     Args:
-        blocks: names of the RAM blocks whose bitmaps are asked for.
+        blocks: whose bitmaps are asked for.
     """
 
-    def __init__(self, blocks: Sequence[str]) -> None:
-        self._blocks = tuple(blocks)
+    def __init__(self, blocks: Sequence[RamBlock]) -> None:
+        self._blocks = {block.name: block.length // PAGE_SIZE for block in blocks}
+        self._wanted: dict[str, PageBitmap] = {}
         self.bitmaps: dict[str, PageBitmap] = {}
         self.resuming = False  # RESUME has been sent
         self.resumed = False  # and acknowledged
@@ -344,10 +351,21 @@ class _Handshake:
         """Every bitmap has come."""
         return len(self.bitmaps) == len(self._blocks)
 
-    def check_request(self) -> None:
-        """RemoteProtocolError if no page may be asked for yet."""
-        if not self.resumed and not self.resuming:
-            raise _out_of_order("the destination asks for a page before RESUME")
+    @property
+    def ready(self) -> bool:
+        """What is missing is known, so what is asked for can be sent."""
+        return self.resuming or self.resumed
+
+    def hold(self, request: PageRequest) -> None:
+        """A page is asked for before that: a QEMU does so where its guest meets it while the connection changes."""
+        wanted = self._wanted.setdefault(request.block, np.zeros(self._blocks[request.block], np.bool_))
+        wanted[request.start // PAGE_SIZE :][: request.length // PAGE_SIZE] = True
+
+    def held(self) -> Iterator[PageRequest]:
+        """What was asked for too early, each page once."""
+        for block, wanted in self._wanted.items():
+            for first, end in runs_of(wanted).tolist():
+                yield PageRequest(block=block, start=first * PAGE_SIZE, length=(end - first) * PAGE_SIZE)
 
     def bitmap(self, block: str, pages: PageBitmap) -> None:
         """A bitmap of *block* has come. RemoteProtocolError if it was not asked for, or has come before."""
