@@ -2,7 +2,7 @@
 
 Setup (connect, header, size list), passes over the memory until the rest fits into the downtime limit, the switchover
 (pause, the rest, devices), *prepare* (PING; the PONG proves that the destination has loaded everything), *commit* (end
-of file) and the answer. DESIGN.md part 5 argues the handover; states.md part 14 lists what goes wrong without it.
+of file) and the answer. design.md part 5 argues the handover; states.md part 14 lists what goes wrong without it.
 :mod:`.departure` has what is around the phases.
 """
 
