@@ -22,7 +22,7 @@ import math
 import operator
 import random
 from collections.abc import Sequence
-from typing import Final, Literal, NamedTuple, final, get_args
+from typing import Final, Literal, final, get_args
 
 import trio
 
@@ -77,7 +77,8 @@ class Fault:
             raise ValueError("'stall' needs seconds > 0, and no other kind takes them")
 
 
-class Transfer(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Transfer:
     """One piece of data that a sender handed to the link."""
 
     time: float

@@ -5,15 +5,17 @@ The referee hangs on the guests themselves and is deliberately ignorant of the e
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import trio
 
 from .fakes import ScriptedGuest
 
 
-class Violation(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Violation:
     """What :class:`OwnerReferee` found. ``kind`` is ``"both-run"`` or ``"outrun"``."""
 
     time: float
