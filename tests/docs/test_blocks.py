@@ -25,8 +25,8 @@ from trimig.cli import main
 from . import pages, sessions
 
 #: Pages whose programs or commands a reader copies; each must have some of these.
-PYTHON: Final = ("guide.md", "testing.md")
-CONSOLE: Final = ("guide.md", "operating.md")
+PYTHON: Final = ("README.md", "guide.md", "testing.md")
+CONSOLE: Final = ("README.md", "guide.md", "operating.md")
 
 _FILE: Final = re.compile(r"# ([\w-]+\.py)\n")
 
@@ -53,9 +53,15 @@ ALONE: Final = [
     pytest.param(page, block, id=f"{pages.short(page)}:{block.line}")
     for page in pages.PAGES
     for block in of_language(page, "python")
-    if named(block) is None and page != pages.README
+    if named(block) is None
 ]
-WITH_SESSION: Final = [page for page in pages.PAGES if of_language(page, "console")]
+#: Pages whose console blocks start a QEMU.
+QEMU: Final = frozenset({"README.md"})
+WITH_SESSION: Final = [
+    pytest.param(page, id=pages.short(page), marks=[pytest.mark.qemu] if page.name in QEMU else [])
+    for page in pages.PAGES
+    if of_language(page, "console")
+]
 SHELL: Final = [
     pytest.param(line.strip(), id=f"{pages.short(page)}: {line.strip()[:60]}")
     for page in pages.PAGES
@@ -119,7 +125,7 @@ def test_program_runs(page: Path, block: pages.Block, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", WITH_SESSION, ids=pages.short)
+@pytest.mark.parametrize("page", WITH_SESSION)
 def test_commands_do_what_the_page_shows(page: Path, tmp_path: Path) -> None:
     if page.name in SETUP:
         SETUP[page.name](tmp_path)
