@@ -101,6 +101,13 @@ def test_relative_links_resolve(page: Path) -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize("page", pages.PAGES, ids=pages.short)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    # tests/qtest is a folder of QEMU.
+    named = re.findall(r"`((?:trimig|tests(?!/qtest)|examples|bench|\.ci)/[\w./*-]+)`", pages.prose(pages.read(page)))
+    assert [name for name in named if not any(pages.ROOT.glob(name))] == []
+
+
 def test_a_page_is_reached_by_links_from_the_readme() -> None:
     """Over any number of links."""
     seen = {pages.README}
