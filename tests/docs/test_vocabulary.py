@@ -20,8 +20,8 @@ READ: Final = ("README.md", "trimig/docs")
 
 #: This file has the words, and so has the page that asks for them to be left out.
 _ABOUT_WORDS: Final = frozenset({"tests/docs/test_vocabulary.py"})
-#: A word in quotation marks or in a literal is named, not used.
-_NAMED: Final = re.compile(r"`[^`\n]*`|\"[^\"\n]*\"")
+#: A word in quotation marks or in backticks is named, not used; in Python quotation marks begin what a user reads.
+_NAMED: Final = {".md": re.compile(r"`[^`\n]*`|\"[^\"\n]*\""), ".py": re.compile(r"`[^`\n]*`")}
 
 _PEOPLE: Final = re.compile(
     r"\b(?:nobody|somebody|whoever|anybody|everybody|whomever|whosoever|somebody's|nobody's)\b", re.IGNORECASE
@@ -43,10 +43,10 @@ def files() -> list[Path]:
     return [path for path in found if pages.short(path) not in _ABOUT_WORDS]
 
 
-def complaints(text: str) -> Iterator[str]:
-    """Each line of *text* that has such a word, with its number."""
+def complaints(text: str, suffix: str = ".md") -> Iterator[str]:
+    """Each line of *text*, of a file with that suffix, that has such a word, with its number."""
     for number, line in enumerate(pages.prose(text).splitlines(), 1):
-        plain = _NAMED.sub("`", line)
+        plain = _NAMED[suffix].sub("`", line)
         for pattern in (_PEOPLE, _SUBJECT, _HE):
             if found := pattern.search(plain):
                 yield f"{number}: {found[0][:60]!r} in {line.strip()[:100]!r}"
@@ -54,7 +54,7 @@ def complaints(text: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", files(), ids=pages.short)
 def test_words_are_plain(path: Path) -> None:
-    assert list(complaints(path.read_text(encoding="utf-8"))) == []
+    assert list(complaints(path.read_text(encoding="utf-8"), path.suffix)) == []
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,12 @@ def test_such_a_line_is_noticed(line: str) -> None:
     ],
 )
 def test_a_plain_line_passes(line: str) -> None:
+    assert list(complaints(line)) == []
+
+
+def test_a_message_in_a_program_is_read() -> None:
+    line = 'raise Failed("nobody answers")'
+    assert list(complaints(line, ".py"))
     assert list(complaints(line)) == []
 
 
