@@ -20,6 +20,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 SMOKE: Final = (
     "tests/cli/test_exit_codes.py",
     "tests/cli/test_frame.py::test_the_module_is_the_command",
+    "tests/docs/test_operating.py",
     "tests/engine/test_handover.py",
     "tests/engine/test_lifecycle.py",
     "tests/engine/test_postcopy.py::test_a_guest_runs_while_its_memory_follows[0.0]",
@@ -35,7 +36,6 @@ SMOKE: Final = (
     "tests/test_conftest.py",
     "tests/test_errors.py",
     "tests/test_layers.py",
-    "tests/test_readme.py",
     "tests/test_status.py",
     "tests/testing/test_link.py",
     "tests/transport/test_tcp.py",

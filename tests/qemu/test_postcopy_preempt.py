@@ -1,4 +1,4 @@
-"""Rows 36, 37, 40 and 41 of USERS.md A.1: the second connection of postcopy-preempt, with a QEMU on the other end that has it.
+"""Rows 36, 37, 40 and 41 of qemu-tests.md A.1: the second connection of postcopy-preempt, with a QEMU on the other end that has it.
 
 Rows 40 and 41 with X.509, since Python's ssl has no PSK before 3.13.
 """

@@ -1,6 +1,6 @@
 """The rows of QEMU's own matrix about postcopy that need more than two ends and a socket: TLS, and recovery that fails.
 
-Rows 38 and 39 of USERS.md A.1 with X.509, since Python's ssl has no PSK before 3.13; the double failures of A.2. Rows 36, 37,
+Rows 38 and 39 of qemu-tests.md A.1 with X.509, since Python's ssl has no PSK before 3.13; the double failures of A.2. Rows 36, 37,
 40 and 41 need the capability postcopy-preempt, which is not built.
 """
 

@@ -5,7 +5,7 @@ certain who has the guest; from then on it is the destination's, whatever happen
 pauses the migration on both sides, and the destination's bitmaps tell a later one what is missing.
 
 The caller's cancellation is held off while a connection is there: it would take the guest's memory away from it. It
-strikes where the migration is paused (G7, G8).
+strikes where the migration is paused (gaps G7 and G8).
 """
 
 from __future__ import annotations
