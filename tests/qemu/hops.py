@@ -297,11 +297,7 @@ async def receive(hop: Hop, vm: Qemu, make: Callable[[], trimig.ParkedGuest]) ->
 
 
 async def _cut_twice(vm: Qemu, monitor: trimig.Monitor) -> None:
-    """A QEMU source is paused, once by trimig and once by itself; it reconnects both times.
-
-    A QEMU from 11.1 on that is cut before it knows the guest's arrival would take the guest back. If it does know,
-    trimig cannot tell, so trimig's status is ``postcopy-uncertain`` until QEMU has reconnected.
-    """
+    """A QEMU source is paused, once by trimig and once by itself; it reconnects both times."""
     for ours in (True, False):
         await monitor.wait_status(Status.POSTCOPY_ACTIVE)
         await vm.wait_migration_status("postcopy-active")
@@ -310,7 +306,7 @@ async def _cut_twice(vm: Qemu, monitor: trimig.Monitor) -> None:
             monitor.pause("the test cuts it")
         else:
             await vm.qmp.execute("migrate-pause")
-        await monitor.wait_status(Status.POSTCOPY_PAUSED, Status.POSTCOPY_UNCERTAIN)
+        await peers.wait_lost(monitor)
         await vm.wait_migration_status("postcopy-paused")
         monitor.recover(peers.LISTEN)
         while not monitor.addresses:

@@ -22,6 +22,8 @@ from typing import Final
 
 #: The versions that trimig is tested against. CI fails if one of them is missing.
 WANTED: Final = ("7.2", "10.0", "11.1")
+#: The version in the answer of ``trimig run`` to ``query-version``: the monitor has the members and events of that one.
+SPOKEN: Final = "7.2"
 #: The directory of the roots unless ``TRIMIG_QEMU_ROOTS`` names another one.
 ROOTS: Final = "/var/tmp/trimig-qemu"
 

@@ -326,7 +326,7 @@ async def test_proof_of_prepare(then: str) -> None:
 
 
 async def test_commit_hook_that_fails_takes_everything_back() -> None:
-    """DESIGN.md part 5: QEMU has proved that it has the guest; the commit could not be recorded: the source goes on."""
+    """design.md part 5: QEMU has proved that it has the guest; the commit could not be recorded: the source goes on."""
     async with peers.target() as (vm, uri):
         with peers.source() as guest:
 

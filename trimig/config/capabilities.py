@@ -217,7 +217,7 @@ class Capabilities:
     """The switches, all off but ``return_path``, in the order in which QMP lists them.
 
     QEMU has ``return-path`` off as well. Here it is on, because without it the destination cannot say that it has
-    loaded everything, nor that it has taken over (DESIGN.md part 5).
+    loaded everything, nor that it has taken over (design.md part 5).
 
     Raises:
         ConfigError: on construction, if a rule of config.md 1.1 or newer.md 7 is broken, or a capability is not built yet.
