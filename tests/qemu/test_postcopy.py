@@ -115,7 +115,7 @@ async def test_recovery_towards_qemu_twice() -> None:
                     await vm.qmp.execute("migrate-recover", {"uri": LISTEN})
                     await monitor.wait_status(Status.POSTCOPY_PAUSED)
                     monitor.recover(await vm.incoming_uri(LISTEN))
-                    await monitor.wait_status(Status.POSTCOPY_RECOVER)
+                    await monitor.wait_status(Status.POSTCOPY_RECOVER, Status.POSTCOPY_ACTIVE)
 
             await while_migrating(guest, uri, config(background=40 * MiB), monitor, cut_twice)
             await vm.wait_migration_status("completed")
@@ -149,7 +149,7 @@ async def test_recovery_from_qemu_twice() -> None:
                 while not arrival.monitor.addresses:
                     await arrival.monitor.wait_changed()
                 await vm.qmp.execute("migrate", {"uri": arrival.monitor.addresses[0], "resume": True})
-                await arrival.monitor.wait_status(Status.POSTCOPY_RECOVER)
+                await arrival.monitor.wait_status(Status.POSTCOPY_RECOVER, Status.POSTCOPY_ACTIVE)
             await vm.wait_migration_status("completed")
             summary = await arrival.summary()
             assert summary.confirmed

@@ -139,7 +139,7 @@ async def test_double_failure_of_our_source(tmp_path: Path) -> None:
                 await vm.wait_migration_status("postcopy-paused")
                 await monitor.wait_status(Status.POSTCOPY_PAUSED)
                 await mute_listener(recover, b"\x00")
-                await monitor.wait_status(Status.POSTCOPY_RECOVER)
+                await monitor.wait_status(Status.POSTCOPY_RECOVER, Status.POSTCOPY_ACTIVE)
                 await monitor.wait_status(Status.POSTCOPY_PAUSED)
                 monitor.recover(f"unix:{tmp_path}/absent")
                 while not any(event.name == "RECOVERY_FAILED" for event in seen):
