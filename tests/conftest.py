@@ -51,6 +51,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.smoke)
     given = config.option.markexpr
     config.option.markexpr = tiers.choose(given, config.args)
+    if tiers.everything():
+        for item in items:
+            if tiers.long(item.nodeid) or "fuzzed" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.timeout(tiers.LONG_SECONDS))
     try:
         return (yield)
     finally:
@@ -111,6 +115,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before the fixtures, which may need QEMU themselves."""
     if item.get_closest_marker("qemu") is not None:
         missing_qemu(installed.default(), os.environ)
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            version = item.callspec.params.get("version")
+            if isinstance(version, str):
+                missing_qemu(installed.installed().get(version), os.environ, version)
 
 
 @pytest.hookimpl(wrapper=True)

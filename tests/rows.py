@@ -7,7 +7,8 @@ look alike, so two of them have a word in front:
 * ``gap G13``, ``gaps G1 and G2``: an entry of :data:`GAPS`, something that QEMU gets wrong and trimig must not;
 * ``rule C7``: one of the sixteen rules for code that may be cancelled.
 
-``tests/test_rows.py`` checks that each name exists. ``python -m tests.rows`` prints the rows with their tests, and those
+The pages ``trimig/docs/protocol/features.md``, ``states.md`` part 14 and ``design.md`` part 6 have them in full; "A.1 row 16" is
+a row of ``qemu-tests.md``. ``tests/test_rows.py`` checks that each name exists. ``python -m tests.rows`` prints the rows with their tests, and those
 that no test names.
 """
 

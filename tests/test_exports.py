@@ -172,9 +172,12 @@ def test_main_calls_list_their_errors(function: Callable[..., Any]) -> None:
     assert re.search(r"\*\*Cancellation:\*\* \S+", text)
 
 
-# -- README --------------------------------------------------------------------------------------------------------
+# -- pages ---------------------------------------------------------------------------------------------------------
 
-README: Final = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES: Final = {
+    path.name: path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *(ROOT / "trimig" / "docs").rglob("*.md")]
+}
 
 
 def resolve(dotted: str) -> object:
@@ -191,18 +194,18 @@ def resolve(dotted: str) -> object:
     return found
 
 
-def test_names_in_the_readme_exist() -> None:
-    names = set(re.findall(r"\btrimig(?:\.[A-Za-z_]\w*)+", README)) - {"trimig.toml", "trimig.git"}
+def test_names_on_the_pages_exist() -> None:
+    names = {name for text in PAGES.values() for name in re.findall(r"\btrimig(?:\.[A-Za-z_]\w*)+", text)}
     assert {"trimig.migrate", "trimig.receive", "trimig.Monitor"} <= names
     for dotted in sorted(names):
         resolve(dotted)
 
 
-def test_code_in_the_readme_can_be_compiled() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks
+def test_code_on_the_pages_can_be_compiled() -> None:
+    blocks = [block for text in PAGES.values() for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    assert len(blocks) > 10
     for block in blocks:
-        compile(block, "README.md", "exec")
+        compile(block, "page", "exec")
 
 
 def test_missing_name_would_be_noticed() -> None:

@@ -20,6 +20,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 SMOKE: Final = (
     "tests/cli/test_exit_codes.py",
     "tests/cli/test_frame.py::test_the_module_is_the_command",
+    "tests/docs/test_operating.py",
     "tests/engine/test_handover.py",
     "tests/engine/test_lifecycle.py",
     "tests/engine/test_postcopy.py::test_a_guest_runs_while_its_memory_follows[0.0]",
@@ -35,7 +36,6 @@ SMOKE: Final = (
     "tests/test_conftest.py",
     "tests/test_errors.py",
     "tests/test_layers.py",
-    "tests/test_readme.py",
     "tests/test_status.py",
     "tests/testing/test_link.py",
     "tests/transport/test_tcp.py",
@@ -45,6 +45,9 @@ SMOKE: Final = (
     "tests/wire/test_ram.py",
     "tests/wire/test_return_path.py",
 )
+
+#: A fuzz test or a sweep with all its inputs may take so long, beside other work.
+LONG_SECONDS = 1800
 
 #: Set by the option ``-m`` before tests are collected.
 _everything = False
@@ -75,6 +78,11 @@ def without_use(path: Path, expression: str) -> bool:
         return False
     name = path.relative_to(ROOT).as_posix()
     return not any(wanted.partition("::")[0] == name for wanted in SMOKE)
+
+
+def long(nodeid: str) -> bool:
+    """The test is a sweep, which takes minutes with all its inputs."""
+    return nodeid.startswith("tests/sweeps/")
 
 
 def everything() -> bool:

@@ -229,3 +229,28 @@ def check(role: Role, old: Status, new: Status) -> None:
     """Raise StateError unless *new* may follow *old*."""
     if new not in TRANSITIONS[role].get(old, frozenset()):
         raise StateError(f"a {role.value} cannot go from {old.value} to {new.value}", status=old.value)
+
+
+#: How an attempt ends that is interrupted in a status: (by a cancellation, by a failure). A status that is not here says
+#: itself how the attempt ends.
+ENDS: Final = MappingProxyType(
+    {
+        role: MappingProxyType(
+            dict.fromkeys((_S.SETUP, _S.ACTIVE, _S.PRE_SWITCHOVER, _S.DEVICE), (_S.CANCELLING, _S.FAILED))
+            | dict.fromkeys((_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.POSTCOPY_RECOVER), (_S.POSTCOPY_LOST,) * 2)
+            | {_S.POSTCOPY_UNCERTAIN: (_S.UNCERTAIN,) * 2, _S.HANDOVER: (after_commit,) * 2}
+        )
+        # The source cannot know what became of its decision; the destination has not brought the guest to life.
+        for role, after_commit in ((Role.SOURCE, _S.UNCERTAIN), (Role.DESTINATION, _S.FAILED))
+    }
+)
+
+
+def end_of(role: Role, status: Status, *, cancelled: bool) -> Status | None:
+    """The status that an attempt in *status* comes to if it is interrupted; None if *status* says that itself.
+
+    Args:
+        cancelled: by a cancellation, not by a failure.
+    """
+    ends = ENDS[role].get(status)
+    return None if ends is None else ends[0 if cancelled else 1]

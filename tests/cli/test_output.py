@@ -71,6 +71,7 @@ CALLS: Final[dict[str, list[str]]] = {
     "inspect": ["{stream}", "--fields"],
     "export": ["{stream}", "--format", "raw", "--block", "ram", "--out", "{out}"],
     "merge": ["{stream}", "{stream}", "--out", "{out}"],
+    "docs": ["glossary"],
 }
 
 

@@ -19,6 +19,8 @@ from trimig.monitor.monitor import core_of
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 
+#: Stands in front where the tests themselves may run under nohup.
+NO_NOHUP: Final = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
 #: Runs the command with the words behind it, and raises a signal where the first word says.
 PROGRAM: Final = """
 import atexit, importlib, signal, sys
@@ -54,7 +56,7 @@ trimig.__main__.main()
 
 def ended(where: str, number: int, *words: object) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, where, str(number), *map(str, words)],
+        [sys.executable, "-c", f"{NO_NOHUP}{PROGRAM}", where, str(number), *map(str, words)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

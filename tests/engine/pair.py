@@ -9,7 +9,8 @@ from typing import Any
 import trio
 
 import trimig
-from trimig.engine.source import PING_OPENED, PING_PREPARE
+from trimig.engine.source.announce import PING_OPENED
+from trimig.engine.source.switchover import PING_PREPARE
 from trimig.testing import FakeDevice, OwnerReferee, ScriptedGuest, VirtualLink
 from trimig.wire import encoder as wire
 from trimig.wire.return_path import Message, Pong, Shut, encode

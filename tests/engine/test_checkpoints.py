@@ -1,4 +1,4 @@
-"""Where the engine gives other tasks a turn, and where it must not: STYLE.md's checkpoint rules, and no long slices."""
+"""Where the engine gives other tasks a turn, and where it must not (rules C2 and C11); no long slices."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ async def test_settling_is_a_checkpoint_where_it_has_something_to_do(autojump_cl
 
 
 async def test_other_tasks_get_turns_while_pages_move() -> None:
-    """C of STYLE.md 5.2: a pass over memory does not hold the run loop; here 16 MiB.
+    """rule C11: a pass over memory does not hold the run loop; here 16 MiB.
 
     On the real clock: a virtual one stands still while a task is busy, and the receiver pauses now and then.
     """

@@ -12,7 +12,7 @@ import trio.testing
 
 import trimig
 from tests.engine.pair import ACCEPTED, PREPARED, REFUSED, config, running, waiting
-from trimig.engine.source import PING_PREPARE
+from trimig.engine.source.switchover import PING_PREPARE
 from trimig.guest import DeviceSection
 from trimig.status import Status
 from trimig.testing import DribbleStream, FakeDevice, ScriptedGuest, VirtualLink

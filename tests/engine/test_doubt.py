@@ -22,7 +22,7 @@ from tests.engine.test_postcopy_bad_input import (
     part,
 )
 from tests.engine.test_recovery import ASK, RESUME, Told, answer_until, told
-from trimig.engine.source import PING_QUEUED
+from trimig.engine.source.switchover import PING_QUEUED
 from trimig.errors import HandoverUncertain, Ownership
 from trimig.monitor.core import MonitorCore
 from trimig.status import Status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import trio.testing
 
 import trimig
 from tests.engine.pair import Destination, Pair, config, played, running, told, waiting
-from trimig.engine.source import PING_PREPARE
+from trimig.engine.source.switchover import PING_PREPARE
 from trimig.status import Status
 from trimig.testing import FakeDevice, VirtualLink, Write
 from trimig.wire import encoder as wire
@@ -33,6 +34,8 @@ async def test_events_of_both_sides_in_order(autojump_clock: trio.testing.MockCl
         nursery.start_soon(told, pair.there, there)
         await trio.testing.wait_all_tasks_blocked()
         await pair.both()
+    here = [told for told in here if told[0] != "PHASE"]
+    there = [told for told in there if told[0] != "PHASE"]
     assert here == [
         ("MIGRATION", "setup"),
         ("MIGRATION_PASS", 1),
@@ -54,6 +57,21 @@ async def test_events_of_both_sides_in_order(autojump_clock: trio.testing.MockCl
     ]
     assert pair.source.events() == ["claim", "track", "sync", "pause", "sync", "save", "untrack", "release"]
     assert pair.target.events() == ["claim", "load", "activate", "release"]
+
+
+async def test_phases_of_the_source_in_order(autojump_clock: trio.testing.MockClock) -> None:
+    """Each begins when the one before has ended, and the parts of the downtime are the phases in which the guest stands still."""
+    pair = Pair()
+    phases: list[Mapping[str, Any]] = []
+    pair.here.add_listener(lambda event: phases.append(event.data) if event.name == "PHASE" else None)
+    sent, _ = await pair.both()
+    names = ["connect", "announce", "precopy", "drain", "pause", "rest", "devices", "prepare", "commit", "follow"]
+    assert [(told["phase"], told["step"]) for told in phases] == [(n, s) for n in names for s in ("begin", "end")]
+    seconds = {told["phase"]: told["seconds"] for told in phases if told["step"] == "end"}
+    parts = sent.downtime_parts
+    assert (parts.pause, parts.ram, parts.devices, parts.prepare) == tuple(
+        seconds[name] for name in ("pause", "rest", "devices", "prepare")
+    )
 
 
 async def test_guest_that_runs_arrives_running_with_its_last_state(autojump_clock: trio.testing.MockClock) -> None:

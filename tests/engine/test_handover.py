@@ -11,7 +11,8 @@ import trio.testing
 
 import trimig
 from tests.engine.pair import ACCEPTED, REFUSED, Destination, Pair, config, played, running, waiting
-from trimig.engine.source import PING_OPENED, PING_PREPARE
+from trimig.engine.source.announce import PING_OPENED
+from trimig.engine.source.switchover import PING_PREPARE
 from trimig.status import Status
 from trimig.testing import FakeDevice, Fault, VirtualLink
 from trimig.wire import encoder as wire

@@ -11,7 +11,8 @@ import trio.testing
 
 import trimig
 from tests.engine.pair import ACCEPTED, REFUSED, Pair, config, running, waiting
-from trimig.engine.source import PING_PREPARE, SILENCE_SECONDS
+from trimig.engine.source.precopy import SILENCE_SECONDS
+from trimig.engine.source.switchover import PING_PREPARE
 from trimig.status import Status
 from trimig.testing import VirtualLink
 from trimig.wire import encoder as wire

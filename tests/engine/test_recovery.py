@@ -40,7 +40,6 @@ from trimig.engine.order import LEGAL, Place
 from trimig.engine.recovery import FIRST_DELAY, LONGEST_DELAY
 from trimig.engine.source import migrate_stream
 from trimig.errors import Ownership, PostcopyLost, RemoteProtocolError
-from trimig.guest import PAGE_SIZE
 from trimig.monitor.core import MonitorCore
 from trimig.status import TERMINAL, Status
 from trimig.testing import FakeDevice, ScriptedGuest, virtual_link
@@ -48,7 +47,7 @@ from trimig.wire import Command, Section
 from trimig.wire import encoder as wire
 from trimig.wire import postcopy as pc
 from trimig.wire.devices import globalstate
-from trimig.wire.return_path import PageRequest, Pong, ReceivedPages, ResumeAck, Shut, encode
+from trimig.wire.return_path import Pong, ReceivedPages, ResumeAck, Shut, encode
 
 RESUME = wire.command(Command.POSTCOPY_RESUME)
 ASK = wire.command(Command.RECV_BITMAP, b"\x03ram")
@@ -340,13 +339,11 @@ class Told:
 
 
 BITMAP = encode(ReceivedPages(block="ram", pages=np.zeros(PAGES, np.bool_)))
-REQUEST = encode(PageRequest(block="ram", start=0, length=PAGE_SIZE))
 _ILLEGAL_ANSWERS: dict[str, bytes] = {
     "RESUME_ACK at once": encode(ResumeAck()),
     "RESUME_ACK and an end": encode(ResumeAck()) + encode(Shut(status=0)),
     "an end": encode(Shut(status=0)),
     "an error": encode(Shut(status=1)),
-    "a request": REQUEST,
     "the bitmap twice": BITMAP + BITMAP,
     "an unknown block": encode(ReceivedPages(block="rom", pages=np.zeros(PAGES, np.bool_))),
     "half a bitmap": BITMAP[:20],
@@ -568,8 +565,8 @@ async def test_a_cancellation_waits_while_there_is_a_connection(
 
 
 async def test_who_asks_and_is_silent_then_does_not_use_up_the_time(autojump_clock: trio.testing.MockClock) -> None:
-    """A stranger who knows the name of a block, with usual times; the source comes behind it, and is heard."""
-    config = dataclasses.replace(able(), recovery_retry=True)
+    """A stranger who knows the name of a block; the source comes behind it, and is heard."""
+    config = dataclasses.replace(able(), recovery_retry=True, recovery_timeout=30.0)
     async with paused(config=config) as there:
         began = trio.current_time()
         stranger = await there.connect()

@@ -15,7 +15,7 @@ import trimig
 from tests.engine.pair import Pair
 from tests.reading import PAGE, Element, Memory, elements, ranges, words
 from trimig.channel.channel import Channel
-from trimig.engine.source import PING_QUEUED
+from trimig.engine.source.switchover import PING_QUEUED
 from trimig.status import Status
 from trimig.testing import FakeDevice, LazyScriptedGuest, OwnerReferee, ScriptedGuest, VirtualLink
 

@@ -296,6 +296,10 @@ class Qemu:
         """Every status of a migration so far, as far as events have been read (any QMP call reads them)."""
         return [event["data"]["status"] for event in self.qmp.events if event["event"] == "MIGRATION"]
 
+    def main_statuses(self) -> list[str]:
+        """The same without ``device``, which versions from 10.0 on show of each migration, and older ones of few."""
+        return [status for status in self.migration_statuses() if status != "device"]
+
     def _explain(self, _kind: type[BaseException] | None, exc: BaseException | None, _tb: object) -> bool:
         """Put what QEMU said beside a failure."""
         if exc is not None and not isinstance(exc, trio.Cancelled):

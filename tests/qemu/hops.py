@@ -295,11 +295,7 @@ async def receive(hop: Hop, vm: Qemu, make: Callable[[], trimig.ParkedGuest]) ->
 
 
 async def _cut_twice(vm: Qemu, monitor: trimig.Monitor) -> None:
-    """A QEMU source is paused by us, and by itself; it finds us again both times.
-
-    A QEMU from 11.1 on, cut before it knows that the guest is here, would take it back; when it does know, we cannot tell, so
-    that the status here is ``postcopy-uncertain`` until it has come again.
-    """
+    """A QEMU source is paused by us, and by itself; it finds us again both times."""
     for ours in (True, False):
         await monitor.wait_status(Status.POSTCOPY_ACTIVE)
         await vm.wait_migration_status("postcopy-active")
@@ -308,7 +304,7 @@ async def _cut_twice(vm: Qemu, monitor: trimig.Monitor) -> None:
             monitor.pause("the test cuts it")
         else:
             await vm.qmp.execute("migrate-pause")
-        await monitor.wait_status(Status.POSTCOPY_PAUSED, Status.POSTCOPY_UNCERTAIN)
+        await peers.wait_lost(monitor)
         await vm.wait_migration_status("postcopy-paused")
         monitor.recover(peers.LISTEN)
         while not monitor.addresses:

@@ -21,6 +21,8 @@ from typing import Final
 
 #: The versions that trimig is tested against. CI fails without one of them.
 WANTED: Final = ("7.2", "10.0", "11.1")
+#: The version that ``trimig run`` answers to ``query-version``: its monitor has the members and events of that one.
+SPOKEN: Final = "7.2"
 #: Where roots are looked for unless ``TRIMIG_QEMU_ROOTS`` names another directory.
 ROOTS: Final = "/var/tmp/trimig-qemu"
 

@@ -8,16 +8,23 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import numpy as np
+import pytest
 import trio
 from numpy.typing import NDArray
 
 import trimig
 import trimig.guests
+from tests.qemu import installed
 from tests.qemu.harness import RAM_BLOCK, Qemu, random_ram
 from tests.qemu.relay import Relay
 
 #: Seconds for a whole test; it takes far less, and nothing is asserted about it.
 LIMIT: Final = 60
+_DEFAULT: Final = installed.default()
+#: Of a test that uses the second connection for urgent pages.
+NEEDS_PREEMPT: Final = pytest.mark.skipif(
+    _DEFAULT is not None and _DEFAULT.numbers < (7, 1), reason="no QEMU before 7.1 has postcopy-preempt"
+)
 LISTEN: Final = "tcp:127.0.0.1:0"
 #: Of the guests for tests where the amount of memory does not matter.
 SMALL: Final = 1 << 20
@@ -223,6 +230,15 @@ async def while_migrating(
 def statuses(monitor_events: list[trimig.Event]) -> list[str]:
     """The statuses in *monitor_events*, in order."""
     return [str(event.data["status"]) for event in monitor_events if event.name == "MIGRATION"]
+
+
+async def wait_lost(monitor: trimig.Monitor) -> None:
+    """Wait until a destination has noticed that its source is gone, in postcopy.
+
+    A QEMU that asks for the proof that the guest runs takes it back if it is cut before it has read that. When it has read it
+    we cannot tell: so the status here is ``postcopy-uncertain`` until it has come again, and of another QEMU ``postcopy-paused``.
+    """
+    await monitor.wait_status(trimig.Status.POSTCOPY_PAUSED, trimig.Status.POSTCOPY_UNCERTAIN)
 
 
 def members(info: Mapping[str, object]) -> set[str]:

@@ -49,7 +49,7 @@ async def test_64_mib_of_mixed_pages_arrive_byte_for_byte(tmp_path: Path, scheme
             assert np.array_equal(vm.ram, peers.memory(guest))
             assert guest.run_state == "running"
         assert await vm.query_status() == "postmigrate"
-        assert vm.migration_statuses() == ["setup", "active", "completed"]
+        assert vm.main_statuses() == ["setup", "active", "completed"]
         assert peers.statuses([e async for e in events]) == ["active", "handover", "completed"]
         assert summary.confirmed is return_path
         assert summary.prepared is False  # QEMU does not ask for the proof

@@ -324,7 +324,7 @@ async def test_proof_of_prepare(then: str) -> None:
 
 
 async def test_commit_hook_that_fails_takes_everything_back() -> None:
-    """DESIGN.md part 5: QEMU has proved that it has the guest; the decision could not be recorded: it goes on here."""
+    """design.md part 5: QEMU has proved that it has the guest; the decision could not be recorded: it goes on here."""
     async with peers.target() as (vm, uri):
         with peers.source() as guest:
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import trimig
 from tests.qemu.bootsector import assert_no_gap, boot_sector, parse_counts
 from tests.qemu.harness import Qemu, random_ram
-from tests.qemu.peers import LIMIT, LISTEN, arriving, memory, source, while_migrating
+from tests.qemu.peers import LIMIT, LISTEN, arriving, memory, source, wait_lost, while_migrating
 from trimig import Status
 
 pytestmark = pytest.mark.qemu
@@ -137,12 +137,13 @@ async def test_recovery_from_qemu_twice() -> None:
             await arrival.wait_pages(2000)
             await vm.qmp.execute("migrate-start-postcopy")
             for ours in (True, False):
+                await vm.wait_migration_status("postcopy-active")
                 await in_postcopy_there(arrival.monitor, 1000)
                 if ours:
                     arrival.monitor.pause("the test cuts it")
                 else:
                     await vm.qmp.execute("migrate-pause")
-                await arrival.monitor.wait_status(Status.POSTCOPY_PAUSED)
+                await wait_lost(arrival.monitor)
                 await vm.wait_migration_status("postcopy-paused")
                 arrival.monitor.recover(LISTEN)
                 while not arrival.monitor.addresses:
@@ -245,10 +246,11 @@ async def test_from_a_qemu_with_huge_pages() -> None:
                 wait=False,
             )
             await vm.qmp.execute("migrate-start-postcopy")
+            await vm.wait_migration_status("postcopy-active")
             await in_postcopy_there(arrival.monitor, 1)
             arrival.monitor.pause("the test cuts it")
             await vm.wait_migration_status("postcopy-paused")
-            await arrival.monitor.wait_status(Status.POSTCOPY_PAUSED)
+            await wait_lost(arrival.monitor)
             await vm.qmp.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
             arrival.monitor.recover(LISTEN)
             while not arrival.monitor.addresses:

@@ -1,4 +1,4 @@
-"""Rows 36, 37, 40 and 41 of USERS.md A.1: the second connection of postcopy-preempt, with QEMU 7.2 on the other end.
+"""Rows 36, 37, 40 and 41 of qemu-tests.md A.1: the second connection of postcopy-preempt, with a QEMU on the other end that has it.
 
 Rows 40 and 41 with X.509, since Python's ssl has no PSK before 3.13.
 """
@@ -17,13 +17,14 @@ import trimig
 from tests.qemu import peers
 from tests.qemu.bootsector import assert_no_gap, boot_sector, parse_counts
 from tests.qemu.harness import Qemu, random_ram
+from tests.qemu.peers import NEEDS_PREEMPT
 from tests.qemu.test_postcopy import MiB, after_pages, config, count_on, in_postcopy, in_postcopy_there
 from tests.qemu.test_postcopy_rows import TLS_LISTEN, named, recovered_from
 from tests.qemu.test_tls import x509
 from tests.transport.pki import ID, Pki
 from trimig import Status
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, NEEDS_PREEMPT]
 
 SIZE = 16 * MiB
 PREEMPT = {"postcopy-ram": True, "postcopy-preempt": True}
@@ -102,10 +103,11 @@ async def test_from_qemu(pki: Pki, *, tls: bool, recovery: bool) -> None:
             await arrival.wait_pages(300)
             await vm.qmp.execute("migrate-start-postcopy")
             if recovery:
+                await vm.wait_migration_status("postcopy-active")
                 await in_postcopy_there(arrival.monitor, 300)
                 arrival.monitor.pause("the test cuts it")
                 await vm.wait_migration_status("postcopy-paused")
-                await arrival.monitor.wait_status(Status.POSTCOPY_PAUSED)
+                await peers.wait_lost(arrival.monitor)
                 await recovered_from(vm, arrival.monitor, listen)
             await vm.wait_migration_status("completed")
             assert (await arrival.summary()).confirmed

@@ -1,6 +1,6 @@
 """The rows of QEMU's own matrix about postcopy that need more than two ends and a socket: TLS, and recovery that fails.
 
-Rows 38 and 39 of USERS.md A.1 with X.509, since Python's ssl has no PSK before 3.13; the double failures of A.2. Rows 36, 37,
+Rows 38 and 39 of qemu-tests.md A.1 with X.509, since Python's ssl has no PSK before 3.13; the double failures of A.2. Rows 36, 37,
 40 and 41 need the capability postcopy-preempt, which is not built.
 """
 
@@ -84,10 +84,11 @@ async def test_from_qemu_over_tls(pki: Pki, *, recovery: bool) -> None:
             await arrival.wait_pages(300)
             await vm.qmp.execute("migrate-start-postcopy")
             if recovery:
+                await vm.wait_migration_status("postcopy-active")
                 await in_postcopy_there(arrival.monitor, 300)
                 arrival.monitor.pause("the test cuts it")
                 await vm.wait_migration_status("postcopy-paused")
-                await arrival.monitor.wait_status(Status.POSTCOPY_PAUSED)
+                await peers.wait_lost(arrival.monitor)
                 await recovered_from(vm, arrival.monitor, TLS_LISTEN)
             await vm.wait_migration_status("completed")
             assert (await arrival.summary()).confirmed
@@ -168,9 +169,10 @@ async def test_double_failure_of_our_destination() -> None:
             )  # fmt: skip
             await arrival.wait_pages(300)
             await vm.qmp.execute("migrate-start-postcopy")
+            await vm.wait_migration_status("postcopy-active")
             await in_postcopy_there(monitor, 300)
             await vm.qmp.execute("migrate-pause")
-            await monitor.wait_status(Status.POSTCOPY_PAUSED)
+            await peers.wait_lost(monitor)
             await vm.wait_migration_status("postcopy-paused")
             monitor.recover(peers.LISTEN)
             while not monitor.addresses:
@@ -225,13 +227,18 @@ async def test_killed_source_leaves_a_destination_that_names_what_it_lacks() -> 
             )  # fmt: skip
             await arrival.wait_pages(300)
             await vm.qmp.execute("migrate-start-postcopy")
+            await vm.wait_migration_status("postcopy-active")
             await in_postcopy_there(arrival.monitor, 300)
             vm.kill()
-            await arrival.monitor.wait_status(Status.POSTCOPY_PAUSED)
+            await peers.wait_lost(arrival.monitor)
+            in_doubt = arrival.monitor.status is Status.POSTCOPY_UNCERTAIN
             arrival.monitor.abandon("the source was killed")
             lost = await arrival.error()
-            assert isinstance(lost, trimig.PostcopyLost)
-            ((_, runs),) = lost.missing.items()
+            # A QEMU that asks for the proof may have taken its guest back before it was killed: nobody knows.
+            assert isinstance(lost, trimig.PostcopyLost | trimig.HandoverUncertain)
+            assert isinstance(lost, trimig.HandoverUncertain) is in_doubt
+            ((_, runs),) = arrival.monitor.counters.missing.items()
+            assert isinstance(lost, trimig.HandoverUncertain) or dict(lost.missing) == {"m0": runs}
             here = np.ones(SIZE // 4096, np.bool_)
             for first, end in runs:
                 here[first:end] = False

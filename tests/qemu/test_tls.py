@@ -1,4 +1,4 @@
-"""TLS with a real QEMU as the other end: the rows of QEMU's own test matrix (USERS.md A.1), in both directions.
+"""TLS with a real QEMU as the other end: the rows of QEMU's own test matrix (qemu-tests.md A.1), in both directions.
 
 QEMU loads the same directories as ``tls-creds-x509`` and ``tls-creds-psk``. In each row that fails, the guest runs on
 at the source, and the side that waits has failed as well.

@@ -101,7 +101,7 @@ def test_cancel_at_every_edge_of_a_recovery(victims: tuple[str, ...], *, polite:
 
 @pytest.mark.parametrize("kind", BREAKS)
 def test_a_second_fault_at_every_byte_of_the_recovery(kind: FaultKind) -> None:
-    """O6, row A.2: recovery itself fails half way, at any byte, and the next one succeeds."""
+    """O6, A.2: recovery itself fails half way, at any byte, and the next one succeeds."""
     outcomes: collections.Counter[Any] = collections.Counter()
     for seed in SEEDS:
         (first, *_) = behind_the_switch(replay(scenario(), Point(seed=seed)))

@@ -309,7 +309,7 @@ def test_ordinary_stream_asks_nothing() -> None:
 
 @pytest.mark.parametrize("step", [1, 4, 10_000])
 def test_ping_at_the_end_of_all_sections_is_seen_once_it_is_whole(step: int) -> None:
-    """DESIGN 5: the sender waits there for the answer, and sends the end only after it."""
+    """design.md part 5: the sender waits there for the answer, and sends the end only after it."""
     body = join_sections(NASTY) + PING_7
     buffer = TailBuffer()
     seen = []

@@ -43,12 +43,13 @@ COMMANDS: Final = {
     "inspect": "commands.inspect",
     "export": "commands.images",
     "merge": "commands.images",
+    "docs": "commands.docs",
 }
 
 
 #: How the help groups them.
 GROUPS: Final = {
-    "See it work": ("demo",),
+    "See it work, and read about it": ("demo", "docs"),
     "Host a guest": ("run",),
     "Drive a guest over QMP (of a trimig run or a QEMU)": (
         "migrate", "status", "info", "cancel", "set", "continue", "postcopy", "pause", "recover", "events",

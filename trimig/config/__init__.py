@@ -5,7 +5,7 @@ Names, ranges, defaults and rules are those of QEMU 7.2 to 11.1 (config.md, newe
 and command lines return a new object or raise :class:`~trimig.errors.ConfigError`; they never change an object in part.
 
 ``types`` has the types of option values. ``capabilities``, ``parameters``, ``peer`` and ``config`` have one class each.
-``objects`` has the objects that parameters name (TLS credentials). ``supported`` lists the features that are built.
+``objects`` has the objects that parameters name (TLS credentials). ``built`` lists the features that are built.
 """
 
 from __future__ import annotations

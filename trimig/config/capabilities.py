@@ -218,7 +218,7 @@ class Capabilities:
     """The switches, all off but ``return_path``, in the order in which QMP lists them.
 
     In QEMU ``return-path`` is off as well. Here it is on, because without it the destination cannot confirm that it has
-    loaded everything, nor that it owns the guest (DESIGN.md part 5).
+    loaded everything, nor that it owns the guest (design.md part 5).
 
     Raises:
         ConfigError: on construction, if a rule of config.md 1.1 or newer.md 7 is broken, or a capability is not

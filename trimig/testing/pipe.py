@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import math
 import random
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import trio
 
@@ -73,7 +73,8 @@ class Fault:
             raise ValueError("'stall' needs seconds > 0, and no other kind takes them")
 
 
-class Transfer(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Transfer:
     """One piece of data that a sender handed to the link."""
 
     time: float

@@ -5,8 +5,9 @@ The referee hangs on the guests themselves and is deliberately ignorant of the e
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import trio
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from .fakes import ScriptedGuest
 
 
-class Violation(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Violation:
     """What :class:`OwnerReferee` found. ``kind`` is ``"both-run"`` or ``"outrun"``."""
 
     time: float

@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 
 #: Events handled before other tasks get a turn.
 _SLICE_EVENTS: Final = 32
-#: How long a connection in a recovery may be silent before RESUME. A source has nothing to wait for there. Who is silent may
-#: be a stranger who has asked for the pages of a block, and must not use up the time for the recovery.
+#: How long a connection in a recovery may be silent before RESUME, where the time for the recovery is short: a quarter of
+#: that, but not less than this. Who is silent may be a stranger who has asked for the pages of a block, and must not use it
+#: up. A source waits there for the bitmaps, which may be long, and for a turn of a busy machine.
 _ASKING_SECONDS: Final = 10.0
 
 
@@ -312,8 +313,7 @@ class PostcopyDestination:
                         pass
                     case _:
                         raise RemoteProtocolError(f"{type(event).__name__} in postcopy", offset=event.at)
-            asking = min(channel.stall_timeout, _ASKING_SECONDS) if not self._resumed.is_set() else None
-            count = await channel.receive_into(decoder.writable(), stall_timeout=asking)
+            count = await channel.receive_into(decoder.writable(), stall_timeout=self._patience())
             self._counters.transferred = self._counters.earlier + channel.received
             if count:
                 decoder.received(count)
@@ -321,6 +321,14 @@ class PostcopyDestination:
                 decoder.receive_eof()
                 if decoder.next_event() is None:
                     raise TransportFailed("the connection ended before the guest's memory was complete")
+
+    def _patience(self) -> float | None:
+        """Seconds that the source may be silent; None for the usual ones."""
+        if self._resumed.is_set():
+            return None
+        config = self._config  # a source that is a trimig gives the handshake up after handover_timeout
+        shared = max(_ASKING_SECONDS, config.recovery_timeout / 4)
+        return min(config.stall_timeout, config.handover_timeout, shared)
 
     async def _command(self, event: ev.CommandElement, receiver: PostcopyReceiver) -> None:
         place = Place.FOLLOWING if self._resumed.is_set() else Place.RECOVERING
@@ -422,6 +430,8 @@ class PostcopyDestination:
 
     async def _lost(self, why: str) -> None:
         self._connected = False
+        if self._receiver is not None:
+            self._receiver.hold()
         await closing.close(self._channel.stream)
         await self._urgent.close()
         self._counters.earlier += self._channel.received

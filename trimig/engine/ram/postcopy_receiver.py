@@ -57,6 +57,7 @@ class PostcopyReceiver:
         self._last: int | None = None
         self._whole = trio.Event()
         self._closed = False
+        self._held = False  # nobody may be asked at present
         self.missing = sum(int(np.count_nonzero(~bitmap)) for bitmap in self._received)
         self._look()
 
@@ -117,11 +118,16 @@ class PostcopyReceiver:
             trio.lowlevel.notify_closing(self._memory.fileno())
         self._memory.close()
 
+    def hold(self) -> None:
+        """The connection is lost. What the guest meets from here on is asked for by :meth:`ask_again`."""
+        self._held = True
+
     async def ask_again(self) -> None:
-        """On a new connection: ask for everything that was asked for and has not come. TransportFailed.
+        """On a new connection: ask for everything that the guest waits for, and has not come. TransportFailed.
 
         **Cancellation:** some of it was asked for.
         """
+        self._held = False
         self._last = None  # the new connection's source has not heard a name yet
         for block, asked in enumerate(self._asked):
             for page in np.flatnonzero(asked & ~self._received[block]).tolist():
@@ -137,7 +143,8 @@ class PostcopyReceiver:
             return
         self._asked[block][page] = True
         self._counters.page_requests += 1
-        await self._request(block, page)
+        if not self._held:
+            await self._request(block, page)
 
     async def _request(self, block: int, page: int) -> None:
         named, self._last = self._last != block, block

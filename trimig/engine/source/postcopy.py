@@ -5,7 +5,7 @@ certain who has the guest; from then on it is the destination's, whatever happen
 pauses the migration on both sides, and the destination's bitmaps tell a later one what is missing.
 
 The caller's cancellation is held off while a connection is there: it would take the guest's memory away from it. It
-strikes where the migration is paused (G7, G8).
+strikes where the migration is paused (gaps G7 and G8).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import trio
 
 from ... import formats
@@ -29,12 +30,15 @@ from ...wire import encoder as wire
 from ...wire.constants import Command
 from ...wire.encoder import cstr
 from ...wire.marks import PING_MARK, Mark
+from ...wire.postcopy import runs_of
 from ...wire.return_path import Message, PageRequest, Pong, ReceivedPages, ResumeAck, Shut
 from ..order import PING_LOADED, PING_RUNS
 from ..ram.postcopy_sender import PostcopySender
 from ..ram.sender import RamSender
 from ..recovery import Search
 from ..shield import lift_shield, shield
+from . import uncertain
+from .answer import take_refusal
 
 if TYPE_CHECKING:
     from ...channel.connections import Connections
@@ -60,7 +64,7 @@ class PostcopySource:
     """The memory of a guest that has gone ahead.
 
     Args:
-        departure: whose end this is; its channel and reader are those of the first connection.
+        out: the migration; its channel and reader are those of the first connection.
         nursery: of the attempt, shielded.
         unsent: by block.
         connections: makes others.
@@ -68,7 +72,7 @@ class PostcopySource:
 
     def __init__(
         self,
-        departure: Outgoing,
+        out: Outgoing,
         nursery: trio.Nursery,
         records: RamSender,
         limiter: Limiter,
@@ -76,15 +80,15 @@ class PostcopySource:
         unsent: Sequence[PageBitmap],
         connections: Connections,
     ) -> None:
-        assert departure.channel is not None
-        assert departure.reader is not None
-        self._departure = departure
-        self._monitor = departure.monitor
-        self._config = departure.config
-        self._counters = departure.counters
+        assert out.channel is not None
+        assert out.reader is not None
+        self._out = out
+        self._monitor = out.monitor
+        self._config = out.config
+        self._counters = out.counters
         self._nursery = nursery
-        self._channel = departure.channel
-        self._reader = departure.reader
+        self._channel = out.channel
+        self._reader = out.reader
         self._records = records
         self._limiter = limiter
         self._blocks = tuple(blocks)
@@ -102,8 +106,8 @@ class PostcopySource:
 
     def _sender_of(self, order: PageOrder) -> PostcopySender:
         self._order = order
-        urgent = self._departure.urgent
-        return PostcopySender(self._channel, self._records, self._limiter, self._blocks, order, self._counters, urgent)
+        preempt = self._out.preempt
+        return PostcopySender(self._channel, self._records, self._limiter, self._blocks, order, self._counters, preempt)
 
     def begin(self) -> None:
         """Hear what is asked for: from the package on, the guest's first accesses come."""
@@ -125,8 +129,8 @@ class PostcopySource:
             if self._release and not self._once_sent:
                 raise PostcopyLost(f"{why}; it cannot be recovered, because release-ram has given the sent memory back")
             await self._recover()
-        c, departure = self._counters, self._departure
-        departure.answered = departure.confirmed = True
+        c, out = self._counters, self._out
+        out.answered = out.confirmed = True
         c.transferred = c.earlier + self._channel.sent
         c.remaining = 0
         self._monitor.advance(Status.COMPLETED)
@@ -153,7 +157,7 @@ class PostcopySource:
             case 0:
                 return "the destination ended the migration before it had everything"
             case code:
-                if (refusal := self._departure.take_refusal()) is not None:
+                if (refusal := take_refusal(self._out)) is not None:
                     raise refusal
                 return f"the destination reported an error (it sent SHUT {code}){self._reader.why}"
         return self._why or str(self._reader.lost or f"no answer came for {formats.duration(config.handover_timeout)}")
@@ -185,8 +189,10 @@ class PostcopySource:
         """Take what the destination says. RemoteProtocolError if it is not its time for that: then it is paused."""
         match message:
             case PageRequest():
-                self._handshake.check_request()
-                self._sender.request(message)
+                if not self._handshake.ready:  # a fault that was read between the two connections
+                    self._handshake.hold(message)
+                else:
+                    self._sender.request(message)
             case Pong(value=value) if value in (PING_LOADED, PING_RUNS):
                 self._confirmed()
             case ReceivedPages(block=block, pages=pages):
@@ -217,19 +223,19 @@ class PostcopySource:
 
     async def _lost(self, why: str) -> None:
         """The connection is gone. Who has the guest follows from how far it came."""
-        monitor, departure = self._monitor, self._departure
+        monitor, out = self._monitor, self._out
         if self._reader.lost is None:
             self._reader.lost = TransportFailed(why)  # before it sees nothing but its own end closed
         self._search.paused(why)
         self._once_sent = self._once_sent or not self._order.remaining
         self._limiter.rest()
         await closing.close(self._channel.stream)
-        await departure.close_urgent()
+        await out.close_preempt()
         self._counters.earlier += self._channel.sent
         self._counters.transferred = self._counters.earlier
         self._counters.error = why
         if monitor.status is Status.HANDOVER:
-            if departure.nothing_left(self._channel):
+            if out.commit_not_sent(self._channel):
                 raise TransportFailed(f"{why}; the guest cannot have reached the destination")
             monitor.advance(Status.POSTCOPY_UNCERTAIN)
             await self._ask_fence(why)
@@ -238,7 +244,7 @@ class PostcopySource:
 
     async def _ask_fence(self, why: str) -> None:
         try:
-            owner = await self._departure.fenced()
+            owner = await uncertain.ask_fence(self._out)
         except TrimigError as error:  # it knows no more than we do: a recovery may still answer the question
             self._monitor.warn(str(error))
             return
@@ -273,10 +279,10 @@ class PostcopySource:
         monitor, config, parameters = self._monitor, self._config, self._monitor.config.parameters
         if monitor.status is Status.POSTCOPY_PAUSED:
             monitor.advance(Status.POSTCOPY_RECOVER)
-        channel = self._channel = self._departure.channel = Channel(stream, stall_timeout=config.stall_timeout)
+        channel = self._channel = self._out.channel = Channel(stream, stall_timeout=config.stall_timeout)
         reader = ReturnPathReader(channel, {b.name: b.length for b in self._blocks})
-        self._reader = self._departure.reader = reader
-        handshake = self._handshake = _Handshake([block.name for block in self._blocks])
+        self._reader = self._out.reader = reader
+        handshake = self._handshake = _Handshake(self._blocks)
         self.begin()
         self._limiter.move_to(channel, parameters.max_postcopy_bandwidth)
         self._records = RamSender(channel, self._limiter, self._counters, footers=config.peer.send_section_footer)
@@ -287,8 +293,8 @@ class PostcopySource:
         seconds = min(config.handover_timeout, self._search.deadline - trio.current_time())
         with self._connected(seconds):
             if config.peer.preempt_pre_7_2:
-                await self._departure.open_urgent()
-            if (attempt := self._departure.attempt) is not None:
+                await self._out.open_preempt()
+            if (attempt := self._out.attempt) is not None:
                 await channel.send(wire.ping(PING_MARK) + wire.command(Mark.ATTEMPT, attempt))
             for block in self._blocks:
                 reader.expect_bitmap(block.name)
@@ -296,7 +302,7 @@ class PostcopySource:
             while not handshake.complete:
                 await self._news.wait()
             if not config.peer.preempt_pre_7_2:
-                await self._departure.open_urgent()
+                await self._out.open_preempt()
             unsent = [~handshake.bitmaps[block.name] for block in self._blocks]
             # A page may be asked for in the same moment as the answer comes.
             order = PageOrder(unsent)
@@ -306,6 +312,8 @@ class PostcopySource:
             self._sender = self._sender_of(order)
             self._counters.remaining = missing * PAGE_SIZE
             handshake.resuming = True
+            for request in handshake.held():
+                self._sender.request(request)
             await channel.send(wire.command(Command.POSTCOPY_RESUME))
             while not handshake.resumed:
                 await self._news.wait()
@@ -328,11 +336,12 @@ class _Handshake:
     """What the destination has said on a recovery connection, and what it may say next.
 
     Args:
-        blocks: names of the RAM blocks whose bitmaps are asked for.
+        blocks: whose bitmaps are asked for.
     """
 
-    def __init__(self, blocks: Sequence[str]) -> None:
-        self._blocks = tuple(blocks)
+    def __init__(self, blocks: Sequence[RamBlock]) -> None:
+        self._blocks = {block.name: block.length // PAGE_SIZE for block in blocks}
+        self._wanted: dict[str, PageBitmap] = {}
         self.bitmaps: dict[str, PageBitmap] = {}
         self.resuming = False  # RESUME has been sent
         self.resumed = False  # and acknowledged
@@ -342,10 +351,21 @@ class _Handshake:
         """Every bitmap has come."""
         return len(self.bitmaps) == len(self._blocks)
 
-    def check_request(self) -> None:
-        """RemoteProtocolError if no page may be asked for yet."""
-        if not self.resumed and not self.resuming:
-            raise _out_of_order("the destination asks for a page before RESUME")
+    @property
+    def ready(self) -> bool:
+        """What is missing is known, so what is asked for can be sent."""
+        return self.resuming or self.resumed
+
+    def hold(self, request: PageRequest) -> None:
+        """A page is asked for before that: a QEMU does so where its guest meets it while the connection changes."""
+        wanted = self._wanted.setdefault(request.block, np.zeros(self._blocks[request.block], np.bool_))
+        wanted[request.start // PAGE_SIZE :][: request.length // PAGE_SIZE] = True
+
+    def held(self) -> Iterator[PageRequest]:
+        """What was asked for too early, each page once."""
+        for block, wanted in self._wanted.items():
+            for first, end in runs_of(wanted).tolist():
+                yield PageRequest(block=block, start=first * PAGE_SIZE, length=(end - first) * PAGE_SIZE)
 
     def bitmap(self, block: str, pages: PageBitmap) -> None:
         """A bitmap of *block* has come. RemoteProtocolError if it was not asked for, or has come before."""

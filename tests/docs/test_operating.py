@@ -1,10 +1,9 @@
-"""What the README says of the code is what the code says."""
+"""What the page `operating` says of the code is what the code says."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import Final
 
 from trimig import status, transport
@@ -13,12 +12,14 @@ from trimig.config import BUILT, Config
 from trimig.errors import Ownership
 from trimig.status import CANCELLABLE, IDLE, RECOVERABLE, TRANSITIONS, Role, Status
 
-README: Final = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+from . import pages
+
+PAGE: Final = pages.read(pages.BY_NAME["operating.md"])
 
 #: What each status is, in words; everything else in the table comes from the code.
 MEANING: Final = {
     Status.NONE: "there was no migration yet",
-    Status.SETUP: "connecting, or waiting for somebody to connect",
+    Status.SETUP: "connecting, or waiting for a connection",
     Status.ACTIVE: "memory is on its way; the guest runs",
     Status.PRE_SWITCHOVER: "the guest is stopped, and waits for `continue`",
     Status.DEVICE: "the guest is stopped; the rest of it is on its way",
@@ -76,22 +77,22 @@ def table() -> str:
 
 
 def test_table_of_statuses_is_that_of_the_code() -> None:
-    found = README.partition("<!-- statuses -->\n")[2].partition("\n<!-- /statuses -->")[0]
+    found = PAGE.partition("<!-- statuses -->\n")[2].partition("\n<!-- /statuses -->")[0]
     assert found == table()
 
 
 def test_every_transport_command_and_capability_is_named() -> None:
     for scheme in transport.SCHEMES:
-        assert f"`{scheme}:" in README, scheme
+        assert f"`{scheme}:" in PAGE, scheme
     for command in COMMANDS:
-        assert command in README, command
+        assert re.search(rf"`(?:trimig )?{command}`", PAGE), command
     for capability in BUILT - {"events"}:
-        assert capability in README, capability
+        assert capability in PAGE, capability
 
 
 def test_the_configuration_file_shows_the_defaults() -> None:
     """Whole, and with what is behind ``#``: those options exist, and have no value by default."""
-    block = README.partition("```toml\n")[2].partition("```")[0]
+    block = PAGE.partition("```toml\n")[2].partition("```")[0]
     assert Config.from_toml(block) == Config()
     changed = Config.from_toml(re.sub(r"(?m)^# (?=[a-z-]+ = )", "", block))
     differing = [

@@ -1,4 +1,4 @@
-"""The README's programs, as they stand there: moved without an exception, and safe where nothing listens."""
+"""The first programs of the guide, as they stand there: moved without an exception, and safe where nothing listens."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ import trio
 
 import trimig
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
-PROGRAM = "\n".join(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "async def" in block)
+from . import pages
+
+FILES = [block.text for block in pages.blocks(pages.BY_NAME["guide.md"]) if re.match(r"# \w+\.py\n", block.text)]
+#: Both files without the line that runs them.
+PROGRAM = re.sub(r"^trio\.run\(.*\)$", "", "\n".join(FILES), flags=re.MULTILINE)
+ADDRESS = "unix:handover.sock"
 
 
 def program(address: str) -> tuple[Callable[[], Awaitable[None]], Callable[[], Awaitable[None]], list[trimig.AppGuest]]:
-    """hand_over, take_over, and the guests that they make, with *address* for the README's."""
-    assert PROGRAM.count("tcp:127.0.0.1:4444") == 2
+    """hand_over, take_over, and the guests that they make, with *address* for the page's."""
+    assert PROGRAM.count(ADDRESS) == 2
     names: dict[str, Any] = {}
-    exec(PROGRAM.replace("tcp:127.0.0.1:4444", address), names)  # noqa: S102 - what a reader would run
+    exec(PROGRAM.replace(ADDRESS, address), names)  # noqa: S102 - what a reader would run
     made: list[trimig.AppGuest] = []
 
     class Noted(trimig.AppGuest):
@@ -40,7 +44,9 @@ async def test_the_two_programs_move_the_guest_and_end(tmp_path: Path, capsys: p
             while not (tmp_path / "socket").exists():  # noqa: ASYNC110 - the program has no monitor
                 await trio.sleep(0.01)
             await hand_over()
-    assert "moved; it stood still for" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "moved; it stood still for" in out
+    assert "it runs here; it begins with" in out
     there, here = made
     assert (there.owner, there.run_state) == (trimig.Owner.HERE, "running")
     assert (here.owner, here.run_state) == (trimig.Owner.ELSEWHERE, "paused")

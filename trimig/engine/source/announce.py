@@ -1,0 +1,82 @@
+"""What stands in front of the pages of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from ...guest import (
+    DeviceSection,
+    IdentifiedGuest,
+    OpaqueGuest,
+)
+from ...policy import convergence
+from ...status import Status
+from ...wire import encoder as wire
+from ...wire import postcopy as wire_postcopy
+from ...wire.marks import PING_MARK
+from .. import guest_calls
+from ..device_writer import UUID_SUBSECTION, early_sections, opening
+from ..ram.sender import RamSender
+
+if TYPE_CHECKING:
+    from .outgoing import Outgoing
+
+#: The value of QEMU's PING, directly behind OPEN_RETURN_PATH.
+PING_OPENED: Final = 1
+
+
+async def announce(out: Outgoing) -> None:
+    """Send what stands in front of the pages: header, configuration, the list of RAM blocks. Dirty tracking begins.
+
+    Raises:
+        GuestFailed: the guest's code failed.
+        TransportFailed: the connection was lost.
+
+    **Cancellation:** the destination has a stream that begins and does not end.
+    """
+    config, channel, limiter = out.config, out.channel, out.limiter
+    assert channel is not None
+    assert limiter is not None
+    with guest_calls.guarded("looking at the RAM blocks"):
+        blocks = list(out.guest.ram)
+    if config.capabilities.validate_uuid:
+        warn_without_uuid(out)
+    await channel.send(opening(out.guest, config.peer, validate_uuid=config.capabilities.validate_uuid))
+    if out.reader is not None:
+        await channel.send(wire.command(1) + wire.ping(PING_OPENED) + wire.ping(PING_MARK))
+    if config.capabilities.postcopy_ram:
+        await channel.send(wire_postcopy.advise(wire_postcopy.Advice()))
+    sender = out.sender = RamSender(channel, limiter, out.counters, footers=config.peer.send_section_footer)
+    early: Sequence[DeviceSection] = ()
+    if isinstance(out.guest, OpaqueGuest):
+        early = await out.call("saving the devices in front of the memory", out.guest.save_devices)
+    if ahead := early_sections(early, "list", config.peer):
+        await channel.send(ahead)
+    await sender.start(blocks)
+    if behind := early_sections(early, "pages", config.peer):
+        await channel.send(behind)
+    with guest_calls.guarded("preparing dirty tracking"):
+        tracker = out.tracker = out.guest.dirty_tracker()
+    await out.call("starting dirty tracking", tracker.start)
+    out.counters.dirty_tracking = tracker.method
+    out.count_sync()
+    out.counters.setup_done = trio.current_time()
+    if out.guest.run_state != "running":
+        out.counters.transferred_at_pause = 0  # it stands still all the time, as QEMU counts it
+    out.counters.convergence = convergence.FIRST_COPY
+    await out.advance(Status.ACTIVE)
+
+
+def warn_without_uuid(out: Outgoing) -> None:
+    """Tell it if the capability validate-uuid has no effect, because there is no UUID to be compared."""
+    guest = out.guest
+    if isinstance(guest, OpaqueGuest):
+        named = any(subsection.name == UUID_SUBSECTION for subsection in guest.subsections)
+    else:
+        named = isinstance(guest, IdentifiedGuest) and guest.uuid is not None
+    if not named or not out.config.peer.send_configuration:
+        why = "the guest has none" if not named else "the peer profile has no configuration section for it"
+        out.monitor.warn(f"validate-uuid is on, but no UUID is sent and none is compared: {why}")

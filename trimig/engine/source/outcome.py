@@ -1,0 +1,149 @@
+"""How an outgoing migration ends: the guest first, then the connection, then one error or a summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Final
+
+from ... import formats
+from ...channel import closing
+from ...errors import (
+    GuestNotResumed,
+    MigrationCancelled,
+    Ownership,
+    PeerFailed,
+    TransportFailed,
+    TrimigError,
+)
+from ...monitor.statistics import Downtime, Summary
+from ...status import IN_POSTCOPY, Role, Status, end_of
+from ...wire import encoder as wire
+from ...wire.marks import Mark, reason_bytes
+from .. import guest_calls
+from ..outcome import add_to_message, bare, domain_error, judged, lost_by_cancellation
+from . import uncertain
+from .outgoing import SILENT_PEER, Outgoing
+
+if TYPE_CHECKING:
+    from ...channel.channel import Channel
+
+log = logging.getLogger("trimig.source")
+
+#: Seconds in which the last words of a source must be sent; the guest has been resumed before.
+_REASON_SECONDS: Final = 0.25
+
+
+async def unwind(out: Outgoing, failure: BaseException | None) -> GuestNotResumed | None:
+    """Guest first, then the connection. Decides by the status who owns the guest, and settles the final status."""
+    monitor = out.monitor
+    if monitor.status is Status.HANDOVER:
+        assert out.channel is not None
+        monitor.advance(Status.FAILED if out.commit_not_sent(out.channel) else Status.UNCERTAIN)
+    elif failure is not None or monitor.status in IN_POSTCOPY:
+        cancelled = failure is not None and domain_error(failure, monitor.owner) is None
+        if (end := end_of(Role.SOURCE, monitor.status, cancelled=cancelled)) is not None:
+            monitor.advance(end)
+    guest_failure: GuestNotResumed | None = None
+    try:
+        stop_tracking(out)
+        if monitor.owner is Ownership.SOURCE:
+            guest_failure = await uncertain.resume_here(out)
+    finally:
+        if out.channel is not None:
+            await give_reason(out, out.channel, failure)
+            out.counters.transferred = out.counters.earlier + out.channel.sent
+            await out.close_preempt()
+            in_order = monitor.status is Status.COMPLETED
+            await closing.close(out.channel.stream, out.config.teardown_grace if in_order else 0.0)
+    return guest_failure
+
+
+async def give_reason(out: Outgoing, channel: Channel, failure: BaseException | None) -> None:
+    """Tell a destination that is a trimig why nothing more will come, where the stream can be brought to a boundary."""
+    reader, sender = out.reader, out.sender
+    if out.monitor.owner is not Ownership.SOURCE or reader is None or not reader.marked or sender is None:
+        return
+    error = domain_error(failure, out.monitor.owner) if failure is not None else None
+    if isinstance(error, PeerFailed | TransportFailed) or (rest := channel.mend()) is None:
+        return
+    text = (
+        str(error) if error is not None else f"it was cancelled: {out.monitor.cancel_reason or 'no reason was given'}"
+    )
+    last = rest + sender.boundary + wire.command(Mark.REASON, reason_bytes(text))
+    await closing.farewell(channel, last, min(_REASON_SECONDS, out.config.teardown_grace))
+
+
+def stop_tracking(out: Outgoing) -> None:
+    if out.tracker is None:
+        return
+    try:
+        with guest_calls.guarded("ending the dirty tracking"):
+            out.tracker.stop()
+    except TrimigError as error:
+        out.monitor.warn(str(error))  # the guest goes first, also where this fails
+
+
+async def conclude(out: Outgoing, failure: BaseException | None, guest_failure: GuestNotResumed | None) -> None:
+    """Raise what is to be raised; the final status is set on the way. Returns for a migration that succeeded."""
+    monitor = out.monitor
+    error = domain_error(failure, monitor.owner) if failure is not None else None
+    if isinstance(error, TransportFailed) and out.has_return_path and out.reader is not None and not out.reader.heard:
+        add_to_message(error, SILENT_PEER)
+    if monitor.status is Status.COMPLETED and error is not None:
+        monitor.warn(f"the guest was handed over; behind that: {error}")
+        return
+    if monitor.status is Status.UNCERTAIN:
+        await uncertain.report(out, error)
+        return
+    if guest_failure is not None:
+        guest_failure.others = (error,) if error is not None else ()
+        if monitor.status is not Status.FAILED:
+            monitor.advance(Status.FAILED)
+        out.counters.error = str(guest_failure)
+        raise guest_failure
+    if monitor.status is Status.CANCELLING:
+        monitor.advance(Status.CANCELLED)
+        if error is None and monitor.cancel_reason is not None:
+            error = MigrationCancelled(monitor.cancel_reason)
+        elif error is not None:
+            out.counters.error = str(error)
+        if error is None:
+            assert failure is not None
+            raise bare(failure)
+        raise error
+    if error is None and failure is None and monitor.status is Status.FAILED:
+        error = TransportFailed(
+            f"the transport took nothing of the decision within {formats.duration(out.config.handover_timeout)}"
+        )
+    error = error or lost_by_cancellation(failure, monitor.status)
+    if error is not None:
+        error = judged(error, monitor.status)
+        out.counters.error = str(error)
+        raise error
+    if failure is not None:
+        raise bare(failure)
+
+
+def summary(out: Outgoing) -> Summary:
+    c = out.counters
+    for text in c.warnings:
+        log.warning("%s", text)
+    assert c.finished is not None
+    return Summary(
+        role=Role.SOURCE,
+        confirmed=out.confirmed,
+        prepared=out.prepared,
+        total_time=c.finished - c.started,
+        setup_time=(c.setup_done or c.started) - c.started,
+        downtime=c.downtime or 0.0,
+        downtime_parts=dataclasses.replace(Downtime(), **out.parts),
+        iterations=c.iteration,
+        bytes_transferred=c.transferred,
+        normal_pages=c.normal,
+        zero_pages=c.duplicate,
+        ram_bytes=c.total,
+        dirty_tracking=c.dirty_tracking,
+        warnings=tuple(c.warnings),
+        convergence=c.convergence,
+    )

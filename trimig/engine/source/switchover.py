@@ -1,0 +1,401 @@
+"""The guest stops here, and is handed over: one path for precopy and for postcopy."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from typing import TYPE_CHECKING, Final, Protocol
+
+import numpy as np
+import trio
+
+from ... import formats
+from ...channel.channel import Channel, Delivering
+from ...errors import (
+    GuestFailed,
+    TransportFailed,
+    TrimigError,
+)
+from ...guest import (
+    PAGE_SIZE,
+    PageBitmap,
+)
+from ...memory.tracking import snapshot_of
+from ...policy.rate import WINDOW
+from ...status import Status
+from ...wire import encoder as wire
+from ...wire import postcopy as wire_postcopy
+from ...wire.constants import Command
+from ...wire.marks import ATTEMPT_BYTES, Mark
+from ..device_writer import DeviceSender, coming_state
+from ..order import PING_LOADED, PING_RUNS
+from ..shield import lift_shield, shield
+from .answer import complete, take_refusal
+from .postcopy import PING_DISCARDED, PING_FOLLOWED, PostcopySource, at_least_one
+from .precopy import in_order
+
+if TYPE_CHECKING:
+    from .outgoing import Outgoing
+
+#: PING values that only a trimig sends: the proof of `prepare`, and that of the pages that wait in front of postcopy.
+PING_PREPARE: Final = 0x74726967
+PING_QUEUED: Final = 0x74726971
+
+
+class Switchover(Protocol):
+    """What differs between a switchover with all memory and one to postcopy. The phases call these in this order."""
+
+    async def drain(self) -> None:
+        """Send what would hold the guest up, while it still runs here."""
+
+    async def send_rest(self) -> None:
+        """Send the last pages, or say which pages follow; the guest stands still."""
+
+    async def send_devices(self) -> None:
+        """Save the devices, and send them if they go before the commit."""
+
+    async def prepare(self) -> None:
+        """Wait for the proof that the destination has taken everything so far, if it can give one."""
+
+    async def commit(self, nursery: trio.Nursery) -> None:
+        """Hand the guest over. In precopy the answer is there on return; in postcopy the commit has been sent."""
+
+    async def follow(self) -> None:
+        """Send what follows the guest."""
+
+
+class PrecopySwitchover:
+    """All memory is sent, then the end of the stream is the commit."""
+
+    def __init__(self, out: Outgoing) -> None:
+        assert out.channel is not None
+        assert out.limiter is not None
+        self._out, self._channel, self._limiter = out, out.channel, out.limiter
+        self._devices: DeviceSender | None = None
+
+    async def drain(self) -> None:
+        """Nothing.
+
+        **Cancellation:** no effect.
+        """
+
+    async def send_rest(self) -> None:
+        """Send the last pages without the bandwidth limit.
+
+        **Cancellation:** the guest is resumed by the end of the attempt; this is so until the commit.
+        """
+        out = self._out
+        assert out.sender is not None
+        assert out.tracker is not None
+        self._limiter.lift()
+        last = await _last_pages(out)
+        await _announce(out, self._channel)
+        tracker = out.tracker
+        await out.sender.end([(b, snapshot_of(tracker, b), d) for b, d in zip(out.guest.ram, last, strict=True)])
+
+    async def send_devices(self) -> None:
+        """Send the devices.
+
+        **Cancellation:** as for the rest.
+        """
+        out = self._out
+        self._devices = DeviceSender(out.guest, out.run_state, out.config.peer)
+        saved = await out.call("saving the devices", out.guest.save_devices)
+        await self._channel.send(self._devices.sections(saved))
+
+    async def prepare(self) -> None:
+        """Wait for the PONG behind the devices. TransportFailed: it does not come.
+
+        **Cancellation:** as for the rest.
+        """
+        if self._out.has_return_path:
+            await _wait_loaded(self._out, self._channel, PING_PREPARE)
+            self._out.prepared = True
+
+    async def commit(self, nursery: trio.Nursery) -> None:
+        """Send the end of the stream, and wait for the answer.
+
+        **Cancellation:** held off from the decision on, for at most ``handover_timeout``.
+        """
+        out = self._out
+        assert self._devices is not None
+        await _call_commit_hook(out)
+        await _decide(out, nursery, out.config.handover_timeout)
+        await _send_end(out, self._channel, self._devices.ending())
+
+    async def follow(self) -> None:
+        """Nothing follows.
+
+        **Cancellation:** no effect.
+        """
+
+
+class PostcopySwitchover:
+    """The devices go in a package, which is the commit; the memory follows."""
+
+    def __init__(self, out: Outgoing) -> None:
+        assert out.channel is not None
+        assert out.limiter is not None
+        self._out, self._channel, self._limiter = out, out.channel, out.limiter
+        self._unsent: list[PageBitmap] = []
+        self._package = b""
+        self._following: PostcopySource | None = None
+
+    async def drain(self) -> None:
+        """Wait until what waits in the destination's buffers is read: the guest would stand still for it.
+
+        Raises:
+            TransportFailed: the destination does not answer.
+
+        **Cancellation:** the guest runs on.
+        """
+        out = self._out
+        await _drain(out)
+        _decide_return_path(out)
+        if not out.has_return_path:
+            raise TransportFailed("postcopy needs a return path, and the destination does not answer on this one")
+        await out.open_preempt()
+        out.counters.ahead = True
+        await _wait_loaded(out, self._channel, PING_QUEUED)
+        await _introduce(out, self._channel)
+
+    async def send_rest(self) -> None:
+        """Say which pages follow.
+
+        **Cancellation:** the guest is resumed by the end of the attempt; this is so until the commit.
+        """
+        out = self._out
+        self._unsent = at_least_one(await _last_pages(out))
+        await _announce(out, self._channel)
+        for block, bitmap in zip(out.guest.ram, self._unsent, strict=True):
+            await self._channel.send(b"".join(wire_postcopy.discards(block.name, bitmap)))
+
+    async def send_devices(self) -> None:
+        """Save the devices into the package.
+
+        **Cancellation:** as for the rest.
+        """
+        out = self._out
+        devices = DeviceSender(out.guest, out.run_state, out.config.peer)
+        saved = await out.call("saving the devices", out.guest.save_devices)
+        if (state := coming_state(out.guest, out.run_state, saved)) != "running":
+            out.monitor.warn(
+                f"the run state of the guest is {state}: a QEMU runs it all the same when it comes by postcopy, unless it was "
+                "started with -S"
+            )
+        self._package = wire_postcopy.packaged(
+            wire.command(Command.POSTCOPY_LISTEN)
+            + devices.sections(saved)
+            + wire.ping(PING_LOADED)
+            + wire.ping(PING_RUNS)
+            + wire.command(Command.POSTCOPY_RUN)
+        )
+
+    async def prepare(self) -> None:
+        """Wait for the PONG behind the discards. TransportFailed: it does not come.
+
+        **Cancellation:** as for the rest.
+        """
+        await _wait_loaded(self._out, self._channel, PING_DISCARDED)
+        self._out.prepared = True
+
+    async def commit(self, nursery: trio.Nursery) -> None:
+        """Send the package.
+
+        **Cancellation:** held off from the decision on, while there is a connection.
+        """
+        out, channel, package = self._out, self._channel, self._package
+        assert out.sender is not None
+        await _call_commit_hook(out)
+        out.in_postcopy = True
+        self._limiter.move_to(channel, out.rate)
+        following = self._following = PostcopySource(
+            out, nursery, out.sender, self._limiter, list(out.guest.ram), self._unsent, out.connections
+        )
+        await _decide(out, nursery, math.inf)
+        out.commit_offset = channel.sent + len(package) - 1
+        following.begin()
+        with trio.move_on_after(out.config.handover_timeout):
+            try:
+                await channel.send(package + wire.ping(PING_FOLLOWED))
+            except TrimigError:
+                if out.commit_not_sent(channel):
+                    raise
+        c = out.counters
+        assert c.paused_at is not None
+        c.downtime = trio.current_time() - c.paused_at
+        out.parts["commit"] = c.downtime - sum(out.parts.values())
+        c.transferred_at_postcopy = c.earlier + channel.sent
+
+    async def follow(self) -> None:
+        """Send the memory: see :meth:`.postcopy.PostcopySource.run`.
+
+        **Cancellation:** as there.
+        """
+        assert self._following is not None
+        await self._following.run()
+
+
+async def stop_guest(out: Outgoing) -> None:
+    """Decide whether the return path is used, and stop the guest.
+
+    Raises:
+        GuestFailed: it cannot be stopped.
+
+    **Cancellation:** the guest is resumed by the end of the attempt.
+    """
+    assert out.channel is not None
+    c = out.counters
+    _decide_return_path(out)
+    c.paused_at = trio.current_time()
+    if not out.config.capabilities.pause_before_switchover:
+        await out.advance(Status.DEVICE)
+    await _pause_guest(out)
+    if c.transferred_at_pause is None:
+        c.transferred_at_pause = out.channel.sent
+
+
+async def hold(out: Outgoing) -> None:
+    """pause-before-switchover: nothing is sent until :meth:`trimig.Monitor.resume` is called, however long that takes.
+
+    **Cancellation:** the guest is resumed by the end of the attempt.
+    """
+    await out.advance(Status.PRE_SWITCHOVER)
+    while out.monitor.status is Status.PRE_SWITCHOVER:
+        await out.monitor.wait_changed()
+    await trio.lowlevel.checkpoint_if_cancelled()
+    if out.guest.run_state == "running":
+        await _pause_guest(out)  # its user has resumed it meanwhile
+
+
+def check_stopped(out: Outgoing) -> None:
+    """GuestFailed: the guest runs again."""
+    out.starts = out.count_starts()
+    if out.guest.run_state == "running":
+        raise GuestFailed("the guest was resumed while it was being stopped for the switchover")
+
+
+async def _announce(out: Outgoing, channel: Channel) -> None:
+    """Say that the last pages are next, to a destination that knows this command."""
+    if out.config.peer.send_switchover_start:
+        await channel.send(wire.command(Command.SWITCHOVER_START))
+
+
+async def _call_commit_hook(out: Outgoing) -> None:
+    if out.commit_hook is not None:
+        await out.call("the commit hook", out.commit_hook)
+
+
+async def _decide(out: Outgoing, nursery: trio.Nursery, seconds: float) -> None:
+    """The status `handover`, from which on a cancellation is held off for *seconds* at most.
+
+    The shield is there before any listener is told: a listener that cancels in this very moment comes too late.
+
+    Raises:
+        GuestFailed: the guest runs, or has run since it was stopped.
+
+    **Cancellation:** the decision has not been made.
+    """
+    await trio.lowlevel.checkpoint_if_cancelled()
+    if out.count_starts() != out.starts:
+        raise GuestFailed(
+            "the guest was resumed while its last pages and devices were sent, and what it wrote since would be lost; "
+            "do not resume it before the migration is over"
+        )
+    shield(nursery, seconds)
+    try:
+        out.monitor.advance(Status.HANDOVER)
+    except TrimigError:
+        lift_shield(nursery)
+        raise
+
+
+def _decide_return_path(out: Outgoing) -> None:
+    """From here on the return path counts, or it does not."""
+    if out.reader is not None and not out.has_return_path:
+        out.has_return_path = out.reader.heard
+        if not out.has_return_path:
+            out.warn_one_way("nobody answers on the return path, so there is none")
+
+
+async def _pause_guest(out: Outgoing) -> None:
+    # Looked at only now: its user may have paused or resumed it while the memory was sent.
+    out.run_state = out.guest.run_state
+    if out.run_state == "running":
+        out.paused_by_us = True
+        await out.call("pausing the guest", out.guest.pause)
+        out.monitor.emit("STOP")
+
+
+async def _wait_loaded(out: Outgoing, channel: Channel, value: int) -> None:
+    """Wait until the destination has taken everything that was sent so far."""
+    assert out.reader is not None
+    await channel.send(wire.ping(value))
+    with trio.move_on_after(out.config.handover_timeout) as limit:
+        await out.reader.wait_pong(value)
+    if limit.cancelled_caught:
+        raise TransportFailed(
+            f"the destination did not confirm within {formats.duration(out.config.handover_timeout)} that it has loaded the guest"
+        )
+
+
+async def _drain(out: Outgoing) -> None:
+    """Before the guest goes ahead: what is queued goes out while it still runs here, or it would stand still for it."""
+    assert out.channel is not None
+    limit = out.monitor.config.parameters.downtime_limit / 1000
+    while out.counters.bandwidth and out.channel.backlog() / out.counters.bandwidth > limit:  # noqa: ASYNC110 - the kernel tells nobody
+        await trio.sleep(WINDOW)
+
+
+async def _last_pages(out: Outgoing) -> list[PageBitmap]:
+    """What of each block has not been sent, or has changed since; the guest stands still."""
+    assert out.tracker is not None
+    last = in_order(out, await out.call("finding dirty pages", out.tracker.sync))
+    out.count_sync()
+    last = [a | b for a, b in zip(last, out.left, strict=True)]
+    out.counters.remaining = sum(int(np.count_nonzero(bitmap)) for bitmap in last) * PAGE_SIZE
+    return last
+
+
+async def _send_end(out: Outgoing, channel: Channel, ending: bytes) -> None:
+    """Send the decision and wait for its answer. On return, or by the error raised, the owner is known."""
+    reader = out.reader
+    if reader is not None:
+        reader.decided = True
+    out.commit_offset = channel.sent
+    try:
+        await channel.send(ending)
+    except TrimigError:
+        if not out.has_return_path or out.commit_not_sent(channel):
+            raise
+        # Something may have left. Only the destination's word counts now, if it is still to be had.
+    if out.has_return_path:
+        assert reader is not None
+        await reader.wait_answer()
+    else:
+        await _wait_delivered(out, channel)
+    if (refusal := take_refusal(out)) is not None:
+        raise refusal
+    if not out.has_return_path and not out.answered:
+        out.answered = True
+        complete(out)
+
+
+async def _wait_delivered(out: Outgoing, channel: Channel) -> None:
+    """Without a return path: wait until the transport says that everything is where it was to go, if it can say so."""
+    if not isinstance(channel.stream, Delivering):
+        return
+    try:
+        await channel.stream.delivered()
+    except (TransportFailed, OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+        # Unless somebody has answered after all.
+        if out.reader is None or out.reader.shut is None:
+            raise
+
+
+async def _introduce(out: Outgoing, channel: Channel) -> None:
+    """Tell a destination that is a trimig the id of this attempt, once: a recovery must name the same."""
+    if out.attempt is None and out.reader is not None and out.reader.marked:
+        attempt = secrets.token_bytes(ATTEMPT_BYTES)
+        await channel.send(wire.command(Mark.ATTEMPT, attempt))
+        out.attempt = attempt
