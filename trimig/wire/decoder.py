@@ -45,10 +45,8 @@ class Decoder:
     Args:
         measure: finds the length of device payloads. None: everything from the first FULL section on is returned
             undivided as :class:`TailBytes`, because the wire format does not tell where an unknown device ends.
-        configuration: the stream has a configuration section (the peer's ``send-configuration``). None: the first byte
-            decides.
-        footers: sections end with a footer (the peer's ``send-section-footer``). None: the byte after the first section
-            decides.
+        configuration: the stream has a configuration section (``send-configuration``). None: the first byte decides.
+        footers: sections end with a footer (``send-section-footer``). None: the byte after the first section decides.
         description: a JSON description may follow the end of file.
         max_device_bytes: longest accepted payload of one device.
         max_description_bytes: longest accepted description.
@@ -57,8 +55,7 @@ class Decoder:
             faster and gives the same memory, but not the same bytes if the events are written again.
         continues: the decoder of the stream of which this one reads a later connection or a package: sections and RAM
             blocks are known, and there is no header.
-        records_only: the bytes are the second connection of postcopy-preempt: page records and an end word, no
-            sections.
+        records_only: for the second connection of postcopy-preempt: page records and an end word, no sections.
         buffer_bytes: size of the buffer; it grows only for an element that does not fit, and all elements are bounded.
     """
 
