@@ -68,7 +68,7 @@ async def test_settle_is_refused_where_there_is_nothing_to_settle() -> None:
     for owner in (Owner.HERE, Owner.ELSEWHERE):
         with pytest.raises(StateError, match="already settled"):
             await state(owner).settle(Owner.HERE)
-    with pytest.raises(StateError, match="still waited for"):
+    with pytest.raises(StateError, match="may still come"):
         await state(Owner.UNKNOWN).settle(Owner.HERE)
     with pytest.raises(ValueError, match="definite owner"):
         await state(Owner.UNKNOWN).settle(Owner.UNKNOWN)

@@ -2,12 +2,12 @@
 
 The layers, from the top; imports point downwards only:
 
-* ``trimig.cli``: the command; uses what stands here and nothing below.
+* ``trimig.cli``: the command; it uses the names exported here and nothing below.
 * ``trimig.api``: the two calls, :func:`migrate` and :func:`receive`.
-* ``trimig.guests``, ``trimig.transport``, ``trimig.stream``: what can be migrated, ways there, tools on streams.
+* ``trimig.guests``, ``trimig.transport``, ``trimig.stream``: ready-made guests, transports, tools on streams.
 * ``trimig.engine``: the trio tasks. One nursery per attempt. ``trimig.channel``, below it: connections.
-* ``trimig.memory``, ``trimig.policy``, ``trimig.wire``: Linux memory; decisions; bytes. The last two know no clock.
-* ``trimig.guest``, ``trimig.monitor``, ``trimig.status``, ``trimig.config``, ``trimig.errors``: what all agree on.
+* ``trimig.memory``, ``trimig.policy``, ``trimig.wire``: Linux memory; decisions; bytes. The last two read no clock.
+* ``trimig.guest``, ``trimig.monitor``, ``trimig.status``, ``trimig.config``, ``trimig.errors``: shared by all layers.
 
 ``trimig.testing`` stands beside them: virtual links, fault injection and sweeps, for your tests as for ours.
 """

@@ -36,35 +36,36 @@ async def migrate(
 
     Args:
         guest: what to move. It keeps running until the switchover.
-        to: a URI (``tcp:HOST:PORT``, ``unix:PATH``, …) or a connected stream, which is owned and closed on every path.
-            One that can only send has no return path; if it can tell when everything has arrived where it was to
-            go (``delivered()``), that is waited for.
+        to: a URI (``tcp:HOST:PORT``, ``unix:PATH``, …) or a connected stream. The call owns the stream and closes it on
+            every path. A stream that can only send has no return path. If the stream has a method ``delivered()``, the
+            call waits for it: it returns when all bytes have reached their target.
         config: capabilities, parameters and options; the defaults if None.
-        monitor: watches and steers; may be shared with other tasks.
-        commit: called when the destination has proved that it has everything, and before the decision is sent: the
-            place to record the decision durably. If it fails, everything is taken back.
-        fence: called when the answer to the decision is missing, before HandoverUncertain: returns the owner once that
-            is certain (because the destination was asked, or has been fenced off), UNKNOWN otherwise.
+        monitor: watches and steers the migration; other tasks may use it as well.
+        commit: called after the destination has proved that it has everything, and before the decision is sent. Record
+            the decision durably here. If it fails, the migration is undone.
+        fence: called when the answer to the decision is missing, before HandoverUncertain is raised. It returns the
+            owner once the owner is certain (because it asked the destination, or fenced it off), UNKNOWN otherwise.
 
     Returns:
-        What it took. The destination owns the guest; it is paused here, for good.
+        The figures of the migration. The destination owns the guest; here the guest stays paused for good.
 
     Raises:
-        MigrationError: this side has its guest, in the run state that it had; serving on is safe.
-        GuestNotResumed: this side has its guest, and it stands still; ``guest.resume()`` may be tried again.
+        MigrationError: this side has its guest, in the run state that it had; it is safe to go on.
+        GuestNotResumed: this side has its guest, and the guest stands still; ``guest.resume()`` may be tried again.
         HandoverUncertain: the decision was sent and no answer came. The guest stays paused here, on purpose, until
             ``guest.settle()``.
         PostcopyLost: the destination has the guest, without all of its memory.
-        NotOwner: the guest is not this side's; nothing was done, but a stream given as *to* is closed.
-        StateError: the guest or the monitor is busy, or the guest is blocked (:class:`trimig.Blockers`); the same.
-        ConfigError: the configuration contradicts itself or the transport; the same.
+        NotOwner: this side does not own the guest. Nothing was done, except that a stream given as *to* is closed.
+        StateError: the guest or the monitor is busy, or the guest is blocked (:class:`trimig.Blockers`). Nothing was
+            done, as for NotOwner.
+        ConfigError: the configuration contradicts itself or the transport. Nothing was done, as for NotOwner.
 
     **Cancellation:** up to the decision the migration never happened: the guest is in the run state it had, and a new
     attempt may be made at once. From the decision to its answer a cancellation is held off, for at most
-    ``handover_timeout`` seconds; then the call returns, or raises what is true. In postcopy the switch is the decision.
-    Behind it a cancellation is held off for as long as the memory follows over a connection, however long that takes.
-    While the connection is lost it ends the call: with PostcopyLost, or with HandoverUncertain where the destination had
-    not said yet that it has the guest.
+    ``handover_timeout`` seconds; then the call returns, or raises the error that fits the outcome. In postcopy the
+    switch is the decision. After the switch a cancellation is held off for as long as memory is sent over a connection,
+    however long that takes. While the connection is lost, a cancellation ends the call: with PostcopyLost, or with
+    HandoverUncertain where the destination had not said yet that it has the guest.
     """
     try:
         check_migrate(guest, to, config, monitor, commit, fence)
@@ -83,30 +84,32 @@ async def receive(
     """Be the destination of one migration.
 
     Args:
-        guest: what to fill; it must not be running.
-        at: a URI to listen on (the address with its real port is in ``monitor.addresses``), or a connected stream, which
-            is owned and closed on every path. At a URI the source is known by what it sends: other connections are
-            dropped, or wait in silence, and end nothing. Without TLS who sends a source's first bytes is taken for it.
+        guest: the guest to fill; it must not be running.
+        at: a URI to listen on (the address with its real port is in ``monitor.addresses``), or a connected stream. The
+            call owns the stream and closes it on every path. At a URI the source is recognised by its first bytes.
+            Other connections are dropped, or wait without an answer, and do not end the call. Without TLS, any peer
+            that sends a source's first bytes is taken for the source.
         config: capabilities, parameters and options; the defaults if None.
-        monitor: watches and steers.
+        monitor: watches and steers the migration.
 
     Returns:
-        What it took. The guest is this side's, and in the run state that it had at the source.
+        The figures of the migration. This side owns the guest, in the run state that it had at the source.
 
     Raises:
         MigrationError: the guest is not here and never ran here: its memory and devices are undefined until the next
             whole migration. The source has been told, where there is a return path.
         PostcopyLost: the guest is here without all of its memory, and stands still.
-        HandoverUncertain: the guest came by postcopy, and its source, a QEMU from 11.1 on, may have taken it back: it
-            stands still here until that is settled.
-        NotOwner: it is not known who owns the guest that is there: ``guest.settle()`` first.
-        StateError, ConfigError: the call was not possible; nothing was done, but a stream given as *at* is closed.
+        HandoverUncertain: the guest came by postcopy, and its source, a QEMU from 11.1 on, may have taken it back. The
+            guest stands still here until its owner is settled.
+        NotOwner: the owner of the guest given is not known: call ``guest.settle()`` first.
+        StateError, ConfigError: the call was not possible. Nothing was done, except that a stream given as *at* is
+            closed.
 
-    **Cancellation:** up to the decision of the source as for a MigrationError. If the decision has been read, the guest is
-    brought to life and the call returns, or raises what is true, within ``handover_timeout`` seconds. In postcopy the
-    package is the decision. Behind it a cancellation is held off for as long as the memory follows over a connection,
-    however long that takes. While the connection is lost it ends the call with PostcopyLost, or with HandoverUncertain
-    where the source may have taken its guest back; the guest stands still then.
+    **Cancellation:** up to the decision of the source as for a MigrationError. If the decision has been read, the guest
+    is activated and the call returns, or raises the error that fits the outcome, within ``handover_timeout`` seconds.
+    In postcopy the package is the decision. After it a cancellation is held off for as long as memory is received over
+    a connection, however long that takes. While the connection is lost, a cancellation ends the call with PostcopyLost,
+    or with HandoverUncertain where the source may have taken its guest back; the guest stands still then.
     """
     try:
         check_receive(guest, at, config, monitor)
@@ -148,7 +151,7 @@ def _check_way(name: str, way: object, stream: type[object]) -> None:
 
 
 class _Caller:
-    """Where a source connects to: at first, beside that, and in postcopy again."""
+    """Makes the connections of a source: the first one, further ones, and new ones in postcopy."""
 
     def __init__(self, to: str | trio.abc.SendStream, config: Config) -> None:
         self._to = to
@@ -168,7 +171,7 @@ class _Caller:
         return self._to
 
     async def _again(self, uri: str | None) -> AnyStream:
-        """Another connection when one was lost: to *uri*, or to where the last one went."""
+        """Connect again after a loss: to *uri*, or to the address of the last connection."""
         uri = uri or _address(self._to)
         transport.check(uri)
         stream = await transport.connect(uri, self._config)
@@ -180,7 +183,7 @@ class _Caller:
 
 
 class _Acceptor:
-    """Where a receiver waits for connections: an address where several may come, or the one way there is."""
+    """Accepts the connections of a receiver: several at an address, or one stream that was given."""
 
     def __init__(self, at: str | trio.abc.ReceiveStream, config: Config, monitor: Monitor) -> None:
         self._at = at
@@ -200,7 +203,7 @@ class _Acceptor:
         return await self._accept(self._at)
 
     async def _open(self, uri: str | None) -> transport.SharedListener:
-        """Listen at *uri*, or for None where the last time."""
+        """Listen at *uri*, or for None at the last address."""
         self.close()
         listener = self._listener = await transport.listen(uri or _address(self._at), self._config)
         self._listening(listener.uri)
@@ -208,7 +211,7 @@ class _Acceptor:
         return listener
 
     async def _again(self, uri: str | None) -> AnyStream:
-        """One more: at *uri*, or for None where the last one was."""
+        """Accept one more connection: at *uri*, or for None at the last address."""
         self.close()
         return await self._accept(uri or _address(self._at))
 
@@ -218,15 +221,15 @@ class _Acceptor:
             self._listening(listener.uri)
             return await listener.accept()
         finally:
-            self.close()  # there is one only
+            self.close()  # a stream is one connection
 
     def _listening(self, *addresses: str) -> None:
         if isinstance(self._at, str) and len(addresses) == 1:
-            self._at = addresses[0]  # with its real port: a peer that comes again knows no other
+            self._at = addresses[0]  # with its real port: a peer that reconnects uses that one
         core_of(self._monitor).listening(*addresses)
 
     def close(self) -> None:
-        """Do not listen any more. Idempotent."""
+        """Stop listening. Idempotent."""
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.close()
@@ -239,6 +242,6 @@ def _address(given: str | AnyStream) -> str:
 
 
 async def _dispose(stream: object) -> None:
-    """Close a stream that the engine never got hold of; closing twice is harmless."""
+    """Close a stream that was never passed to the engine; closing twice is harmless."""
     if isinstance(stream, trio.abc.AsyncResource):
         await closing.close(stream)

@@ -1,16 +1,16 @@
-"""Every error trimig raises, and who owns the guest when it does.
+"""Every error that trimig raises, and the owner of the guest for each.
 
-One root, :class:`TrimigError`. What a caller may do follows from the class:
+All errors derive from :class:`TrimigError`. The class tells the caller how to go on:
 
 * :class:`MigrationError` and its leaves, raised by :func:`trimig.migrate`: this side has its guest, in the run state that
-  it had. Raised by :func:`trimig.receive`: this side has no guest and never ran one. Going on is safe.
+  it had. Raised by :func:`trimig.receive`: this side has no guest and never ran one. It is safe to go on.
 * :class:`ConfigError` and :class:`StateError` (with :class:`NotOwner`): the call was not possible, and nothing was
   changed. They say nothing about the owner.
-* :class:`GuestNotResumed`, :class:`HandoverUncertain` and :class:`PostcopyLost` are none of these: here the caller has
-  to do something before the guest may be served.
+* :class:`GuestNotResumed`, :class:`HandoverUncertain` and :class:`PostcopyLost` are none of these: the caller must act
+  before the guest may be used.
 
-The leaves of MigrationError are named by whose fault it was: the peer's bytes (:class:`RemoteProtocolError`), the
-peer's decision (:class:`PeerFailed`), the link (:class:`TransportFailed`), the guest (:class:`GuestFailed`), ours
+The leaves of MigrationError are named by the cause: the peer's bytes (:class:`RemoteProtocolError`), the peer's
+decision (:class:`PeerFailed`), the link (:class:`TransportFailed`), the guest (:class:`GuestFailed`), this side
 (:class:`LocalProtocolError`, :class:`InternalError`), or no fault at all (:class:`MigrationCancelled`,
 :class:`NotConverging`). The engine chooses the class by the status of the migration, never the other way round.
 
@@ -29,18 +29,18 @@ class Ownership(enum.Enum):
 
     SOURCE = "source"
     DESTINATION = "destination"
-    #: The decision was sent and its answer is missing: neither side may be started on a guess.
+    #: The decision was sent and its answer is missing: do not start the guest on either side by a guess.
     UNKNOWN = "unknown"
 
 
 class Owner(enum.Enum):
     """Whether a guest may run in this process: :attr:`trimig.guest.Guest.owner`."""
 
-    #: It is this side's.
+    #: This side owns the guest.
     HERE = "here"
-    #: It has been handed over, or it is to be received and has not arrived.
+    #: The guest has been handed over, or it is to be received and has not arrived.
     ELSEWHERE = "elsewhere"
-    #: It was handed over, and the answer is missing: ``guest.settle`` is the way out.
+    #: The guest was handed over, and the answer is missing: ``guest.settle`` resolves it.
     UNKNOWN = "unknown"
 
 
@@ -49,7 +49,7 @@ class TrimigError(Exception):
 
     Attributes:
         owner: which side of the migration may run the guest now; None where the error says nothing about that.
-        others: further errors of the same attempt, which this one outranked (for logs; never needed to decide).
+        others: further errors of the same attempt, less important than this one (for logs; no decision needs them).
     """
 
     def __init__(self, message: str, *, owner: Ownership | None = None) -> None:
@@ -59,7 +59,7 @@ class TrimigError(Exception):
 
 
 class MigrationError(TrimigError):
-    """The migration did not take place. At the source the guest is as it was; at the destination there is none."""
+    """The migration did not take place. At the source the guest is unchanged; at the destination there is no guest."""
 
     def __init__(self, message: str, *, owner: Ownership | None = Ownership.SOURCE) -> None:
         super().__init__(message, owner=owner)
@@ -90,7 +90,7 @@ class StateError(TrimigError):
 
 
 class NotOwner(StateError):
-    """The guest is not this side's: it was handed over, has not arrived, or its owner is not known.
+    """This side does not own the guest: it was handed over, has not arrived, or its owner is not known.
 
     Attributes:
         guest_owner: the guest's owner at that moment, ELSEWHERE or UNKNOWN.
@@ -102,7 +102,7 @@ class NotOwner(StateError):
 
 
 class LocalProtocolError(MigrationError):
-    """This side was about to break the protocol: the guest or the caller handed over something unsendable."""
+    """This side was about to break the protocol: the guest or the caller gave data that cannot be sent."""
 
 
 class RemoteProtocolError(MigrationError):
@@ -111,7 +111,7 @@ class RemoteProtocolError(MigrationError):
     Attributes:
         offset: position of the offending element in that direction of the stream, in bytes from its start; None
             where the whole stream is meant (something is missing from it).
-        section: what was being read (``"ram"``, ``"0000:00:01.3/piix4_pm"``, ``"configuration"``), or None.
+        section: the section that was being read (``"ram"``, ``"0000:00:01.3/piix4_pm"``, ``"configuration"``), or None.
         reason: the sentence without position.
     """
 
@@ -142,15 +142,15 @@ class PeerFailed(MigrationError):
 
 
 class GuestFailed(MigrationError):
-    """A call into the guest failed (pause, resume, a device, its storage); the message names which."""
+    """A call into the guest failed (pause, resume, a device, its storage); the message names the call."""
 
 
 class NotConverging(MigrationError):
     """The bound on iterations or time was reached while the guest dirtied memory faster than it could be sent.
 
     Attributes:
-        reason: why it does not converge, with the figures that decide it; part of the message.
-        advice: what would help, one clause each; part of the message, too.
+        reason: why the migration does not converge, with the deciding figures; part of the message.
+        advice: measures that would help, one clause each; part of the message, too.
     """
 
     def __init__(self, message: str, *, reason: str = "", advice: Sequence[str] = ()) -> None:
@@ -163,7 +163,7 @@ class MigrationCancelled(MigrationError):
     """:meth:`trimig.Monitor.cancel` was called; the guest is as it was before.
 
     Attributes:
-        reason: what the canceller gave.
+        reason: the reason given to ``cancel``.
     """
 
     def __init__(self, reason: str) -> None:
@@ -174,7 +174,7 @@ class MigrationCancelled(MigrationError):
 class GuestNotResumed(TrimigError):
     """The migration did not take place, and the guest, which is the source's, could not be put back into its run state.
 
-    It stands still. ``guest.resume()`` may be called again.
+    The guest stands still. ``guest.resume()`` may be called again.
     """
 
     def __init__(self, message: str) -> None:
@@ -182,13 +182,13 @@ class GuestNotResumed(TrimigError):
 
 
 class HandoverUncertain(TrimigError):
-    """The decision to hand over was sent, and the answer never came: the destination may be running the guest.
+    """The decision to hand over was sent, and no answer came: the destination may be running the guest.
 
-    The guest stays paused here on purpose. Find out the truth (ask the destination, or fence it), then say it with
+    The guest stays paused here on purpose. Find out the owner (ask the destination, or fence it), then state it with
     :meth:`settle`, or with the guest's own ``settle``.
 
     Attributes:
-        settled: None until :meth:`settle` has been called with success, then the owner that was given.
+        settled: None until :meth:`settle` has succeeded, then the owner that was given.
     """
 
     def __init__(
@@ -200,8 +200,8 @@ class HandoverUncertain(TrimigError):
     ) -> None:
         """
         Args:
-            settle: the guest's; None where no guest is in this process.
-            here: the side that this process is.
+            settle: the guest's ``settle``; None where no guest is in this process.
+            here: the side of this process.
         """
         super().__init__(message, owner=Ownership.UNKNOWN)
         self._settle = settle
@@ -209,13 +209,15 @@ class HandoverUncertain(TrimigError):
         self.settled: Ownership | None = None
 
     async def settle(self, owner: Ownership) -> None:
-        """State who owns the guest. At the source, SOURCE resumes it (if it ran before), DESTINATION gives it up.
+        """State the owner of the guest. At the source, SOURCE resumes the guest (if it ran before), DESTINATION gives
+        it up.
 
         Raises:
             TypeError: *owner* is no :class:`Ownership`.
             ValueError: *owner* is UNKNOWN.
-            StateError: it was settled already, or is being settled by another task right now.
-            GuestNotResumed: it is settled, and the guest could not be resumed; ``guest.resume()`` may be tried again.
+            StateError: the owner was settled already, or another task is settling it right now.
+            GuestNotResumed: the owner is settled, and the guest could not be resumed; ``guest.resume()`` may be tried
+                again.
 
         **Cancellation:** cancelled before anything was done, or not at all.
         """
@@ -238,14 +240,14 @@ class HandoverUncertain(TrimigError):
 
 
 class PostcopyLost(TrimigError):
-    """The guest is at the destination, and the rest of its memory will not come.
+    """The guest is at the destination, and the rest of its memory is lost.
 
-    On the destination the guest stands still; it keeps what it has, and is not migrated on. ``guest.resume()`` runs it with
-    zeros for what it lacks. The source keeps its half, too.
+    On the destination the guest stands still. It keeps the pages it has, and cannot be migrated again.
+    ``guest.resume()`` runs it with zeros for the missing pages. The source keeps its half, too.
 
     Attributes:
-        missing: on the destination, the pages that never came, by the block's name: pairs of the first page and the one
-            behind the last. Empty on the source.
+        missing: on the destination, the pages that never came, by the block's name: pairs of the first page and the
+            page after the last. Empty on the source.
     """
 
     def __init__(self, message: str, *, missing: Mapping[str, Sequence[tuple[int, int]]] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Arguments of the wrong kind are refused by name, where they are given and not where they are first used."""
+"""Refuses arguments of a wrong type by name, where they are given and not where they are first used."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ def expect(name: str, value: object, kind: type[Any] | tuple[type[Any], ...], wh
     """Raise TypeError unless *value* is of *kind*.
 
     Args:
-        name: of the argument.
-        what: the kind in words, as the end of the sentence "... must be".
+        name: the argument's name.
+        what: the type in words, as the end of the sentence "... must be".
     """
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {what}, not {_article(type(value).__name__)}")

@@ -1,7 +1,8 @@
-"""How numbers are written for people: sizes, rates, durations, shares. No other module of trimig formats one.
+"""Writes numbers for people: sizes, rates, durations, shares. No other module of trimig formats numbers.
 
-Units are binary (KiB, MiB, GiB) and always named; a rate is in MiB/s, so that two of them can be compared at a glance. For
-machines (JSON) the unit is in the name of the member: ``_bytes``, ``_bytes_per_s``, ``_ms``, and the value is a number.
+Units are binary (KiB, MiB, GiB) and always named; a rate is in MiB/s, so that two rates can be compared at a glance.
+For machines (JSON) the unit is in the name of the member: ``_bytes``, ``_bytes_per_s``, ``_ms``, and the value is a
+number.
 
 This module imports nothing of trimig.
 """
@@ -62,22 +63,22 @@ def whole_ms(seconds: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share, 0 to 1: ``42 %``. 100 % is only said of all of it."""
+    """A share, 0 to 1: ``42 %``. ``100 %`` means exactly 1."""
     return f"{math.floor(share * 100 + 1e-9)} %"
 
 
 def remaining_time(seconds: float | None, *, at_least: bool = False) -> str:
-    """How long it goes on: ``about 12 s``, ``at least 3 min 5 s``, ``no end in sight``; ``not known yet`` for None."""
+    """A remaining time: ``about 12 s``, ``at least 3 min 5 s``, ``no end in sight``; ``not known yet`` for None."""
     if seconds is None:
         return "not known yet"
     if math.isinf(seconds):
         return "no end in sight"
-    # Below a second an estimate is of no use to a reader, and it would change at each look.
+    # Below a second an estimate is of no use to a reader, and the display would change at each refresh.
     return f"{'at least' if at_least else 'about'} {duration(max(1.0, float(round(seconds))))}"
 
 
 def counted(number: int, singular: str, plural: str | None = None) -> str:
-    """``1 pass``, ``3 passes``; the plural has an s where it is not given."""
+    """``1 pass``, ``3 passes``; without *plural*, an s is added."""
     return f"{number} {singular if number == 1 else plural or f'{singular}s'}"
 
 
@@ -104,7 +105,7 @@ def column_s(seconds: float | None) -> str:
 
 
 def plain(value: float) -> str:
-    """A number without a unit of its own: with one digit behind the point, whole ones without."""
+    """A number without a unit: with one digit after the point, whole numbers without."""
     return _short(value, digits=1)
 
 
@@ -114,7 +115,7 @@ def ms(seconds: float) -> float:
 
 
 def _short(value: float, *, digits: int | None = None) -> str:
-    """About three telling digits, or so many behind the point; without zeros at the end."""
+    """About three significant digits, or *digits* after the point; without zeros at the end."""
     if digits is None:
         size = abs(value)
         digits = 0 if size >= 99.95 else 1 if size >= 0.995 else 3

@@ -1,7 +1,7 @@
 """The interfaces a guest implements. No code.
 
-A *guest* is RAM blocks, devices and a run state. The engine never looks behind these protocols; what comes out of
-the box is in :mod:`trimig.guests`.
+A *guest* is RAM blocks, devices and a run state. The engine uses only these protocols. Ready-made guests are in
+:mod:`trimig.guests`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .errors import Owner
     from .owner import Settle
 
-#: Bytes of a target page on the wire, on x86 and on every guest trimig brings itself.
+#: Bytes of a target page on the wire, on x86 and for every guest of :mod:`trimig.guests`.
 PAGE_SIZE = 4096
 
 PageBitmap = NDArray[np.bool_]
@@ -40,21 +40,21 @@ class RamBlock(Protocol):
     def pages(self) -> Pages:
         """The memory itself, shape ``(length // PAGE_SIZE, PAGE_SIZE)``, writable and C-contiguous.
 
-        The engine takes the address of it and lets the kernel read and write there, so it must stay mapped for as
-        long as a migration runs.
+        The engine takes the address of the array and lets the kernel read and write there, so the memory must stay
+        mapped while a migration runs.
         """
 
     def absent(self) -> PageBitmap | None:
-        """Pages that have no memory behind them yet, and so read as zero; None if that cannot be told cheaply."""
+        """Pages that have no memory behind them yet, and so read as zero; None if finding them is not cheap."""
 
 
 @runtime_checkable
 class FileBackedBlock(RamBlock, Protocol):
-    """A block whose memory is a file, shared between everybody who maps it."""
+    """A block whose memory is a file, shared between all processes that map it."""
 
     @property
     def fd(self) -> int:
-        """The file; byte n of it is byte n of the block. Writing to it is seen in :attr:`pages` at once."""
+        """The file; byte n of the file is byte n of the block. Writes to the file are seen in :attr:`pages` at once."""
 
 
 class DirtyTracker(Protocol):
@@ -62,25 +62,26 @@ class DirtyTracker(Protocol):
 
     @property
     def method(self) -> str:
-        """How it knows: ``"userfaultfd-wp"``, ``"compare"``, ``"marks"`` or ``"none"`` (a guest that never runs)."""
+        """The method of tracking: ``"userfaultfd-wp"``, ``"compare"``, ``"marks"`` or ``"none"`` (a guest that never
+        runs).
+        """
 
     async def start(self) -> None:
-        """From the return on, every write is noticed. Raises GuestFailed; tracking is then off.
+        """Start to notice every write, from the return of this call on. Raises GuestFailed; tracking is then off.
 
         **Cancellation:** tracking may be on; call :meth:`stop`.
         """
 
     async def sync(self) -> Mapping[str, PageBitmap]:
-        """Get and clear: for each RAM block by name, the pages written since the last call (or the start).
+        """Get and clear the pages written since the last call (or the start), for each RAM block by name.
 
-        The arrays are the caller's to keep. A page that is written while the call runs is in this result or in the
-        next one.
+        The caller may keep the arrays. A page that is written during the call is in this result or in the next one.
 
         **Cancellation:** pages written since the last call may be lost; only :meth:`stop` is useful after it.
         """
 
     def stop(self) -> None:
-        """Tracking off, everything given back. Idempotent; never blocks."""
+        """Stop tracking and release all resources. Idempotent; never blocks."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +93,12 @@ class DeviceSection:
     instance_id: int = 0
     version_id: int
     payload: bytes
-    #: The number it had on the wire it came from; None lets the sender choose.
+    #: The section number on the wire that it was received from; None lets the sender choose.
     section_id: int | None = None
-    #: Its object in the JSON description (vmstate.md part 6); None if there was none.
+    #: The device's object in the JSON description (vmstate.md part 6); None if there was none.
     description: Mapping[str, Any] | None = None
-    #: It stands in front of RAM's ``list`` of blocks, or of its first ``pages``; None: behind the RAM.
+    #: Where the section stands: before the RAM's ``list`` of blocks, or before its first ``pages``; None: after the
+    #: RAM.
     before: Literal["list", "pages"] | None = None
 
 
@@ -120,7 +122,7 @@ class DeviceProtocol(Protocol):
         """The payload. The guest is paused."""
 
     def measure(self, data: memoryview, version_id: int) -> int | None:
-        """How many bytes of *data* are one whole payload; None if it goes on behind them.
+        """The number of bytes at the start of *data* that are one whole payload; None if more bytes are needed.
 
         Raises:
             RemoteProtocolError: *data* cannot be the start of a payload of this version.
@@ -139,7 +141,7 @@ class DeviceProtocol(Protocol):
 
 @runtime_checkable
 class Guest(Protocol):
-    """What :func:`trimig.migrate` moves away and :func:`trimig.receive` fills."""
+    """A guest: :func:`trimig.migrate` sends it and :func:`trimig.receive` fills it."""
 
     @property
     def name(self) -> str:
@@ -159,42 +161,45 @@ class Guest(Protocol):
 
     @property
     def owner(self) -> Owner:
-        """Whether it may run here. :class:`trimig.owner.OwnerState` implements this and the next two."""
+        """Whether the guest may run here. :class:`trimig.owner.OwnerState` implements this, set_owner and settle."""
 
     def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
-        """For the engine: the owner from now on.
+        """Set the owner; for the engine.
 
         Args:
-            gone: with ELSEWHERE, it was handed over for certain; else it has not arrived.
-            settle: with UNKNOWN, what :meth:`settle` calls.
+            gone: with ELSEWHERE: True if the guest was handed over for certain, False if it has not arrived.
+            settle: with UNKNOWN, the function that :meth:`settle` calls.
 
         Raises:
-            GuestFailed: it is to be UNKNOWN, and runs or is being started.
+            GuestFailed: the owner is to become UNKNOWN, and the guest runs or is being started.
         """
 
     async def settle(self, owner: Owner) -> None:
-        """State who owns it where that is UNKNOWN. Raises as :meth:`trimig.owner.OwnerState.settle`.
+        """State the owner of the guest where it is UNKNOWN. Raises the errors of
+        :meth:`trimig.owner.OwnerState.settle`.
 
         **Cancellation:** cancelled before anything was done, or not at all.
         """
 
     def claim(self, purpose: str) -> None:
-        """Reserve the guest for one migration; StateError (naming the present purpose) if it has one."""
+        """Reserve the guest for one migration; StateError (naming the present purpose) if the guest is reserved
+        already.
+        """
 
     def release(self) -> None:
-        """The end of what :meth:`claim` began."""
+        """End the reservation of :meth:`claim`."""
 
     async def pause(self) -> None:
-        """Stop executing; when it returns nothing writes guest memory. Raises GuestFailed; it then still runs.
+        """Stop executing; after the return nothing writes guest memory. Raises GuestFailed; the guest then still runs.
 
         **Cancellation:** the guest may or may not be paused; the engine resumes it.
         """
 
     async def resume(self) -> None:
-        """Execute again after :meth:`pause`. Raises GuestFailed; it then does not run, and may be resumed later.
+        """Execute again after :meth:`pause`. Raises GuestFailed; the guest then does not run, and may be resumed later.
 
-        Must be harmless on a guest that runs already, and raise NotOwner unless :attr:`owner` is HERE, also where that
-        changes while it is being resumed (:meth:`trimig.owner.OwnerState.starting`).
+        The call must be harmless on a guest that runs already. It must raise NotOwner unless :attr:`owner` is HERE,
+        also if the owner changes during the call (:meth:`trimig.owner.OwnerState.starting`).
 
         **Cancellation:** as for an error; the engine calls it in a bounded shield only.
         """
@@ -203,7 +208,7 @@ class Guest(Protocol):
         """A new tracker over all of :attr:`ram`."""
 
     async def throttle(self, percent: int) -> None:
-        """Take *percent* (0 to 99) of its running time from the guest; 0 ends it.
+        """Take *percent* (0 to 99) of the guest's running time away; 0 ends the throttling.
 
         **Cancellation:** the old or the new value is in force.
         """
@@ -215,16 +220,16 @@ class Guest(Protocol):
         """
 
     async def load_devices(self, sections: Sequence[DeviceSection]) -> None:
-        """Take over device state on the destination; raises RemoteProtocolError or GuestFailed.
+        """Load device state on the destination; raises RemoteProtocolError or GuestFailed.
 
         **Cancellation:** devices are undefined until the next whole load; the guest must not be run.
         """
 
     async def activate(self, run_state: str) -> None:
-        """The guest is complete and this side's: bring it into *run_state*, and return when it really is there.
+        """Bring the guest, which is complete and owned by this side, into *run_state*; return when it is in that state.
 
-        A guest with a place to keep itself does so before it returns: the source forgets the guest on the strength
-        of this call. If it raises, the guest is not running here.
+        A guest with storage of its own must be stored before this call returns: the source then drops the guest. If
+        this call raises, the guest is not running here.
 
         **Cancellation:** as for an error; the engine calls it in a bounded shield only.
         """
@@ -232,7 +237,7 @@ class Guest(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigSubsection:
-    """One optional part of a stream's configuration section, its payload uninterpreted."""
+    """One optional part of a stream's configuration section, with its payload as bytes."""
 
     name: str
     version: int
@@ -241,33 +246,35 @@ class ConfigSubsection:
 
 @runtime_checkable
 class OpaqueGuest(Guest, Protocol):
-    """A guest whose machine trimig knows nothing of: everything but its RAM is kept, and sent again, as it came."""
+    """A guest of a machine type unknown to trimig: everything but its RAM is kept as it came, and sent again like
+    that.
+    """
 
     @property
     def subsections(self) -> Sequence[ConfigSubsection]:
-        """Of the configuration section."""
+        """The subsections of the configuration section."""
 
     @property
     def description(self) -> bytes | None:
-        """The JSON text that follows the end of the stream; None if it had none."""
+        """The JSON text that follows the end of the stream; None if the stream had none."""
 
     def adopt(self, machine: str, subsections: Sequence[ConfigSubsection], blocks: Sequence[tuple[str, int]]) -> None:
-        """Become the guest that is coming: make the RAM blocks (name, bytes) that its source announces.
+        """Take the shape of the incoming guest: make the RAM blocks (name, bytes) that its source announces.
 
         Raises:
-            GuestFailed: there is no memory for it.
+            GuestFailed: there is not enough memory.
         """
 
     async def ram_received(self) -> None:
-        """All RAM is there; devices and the decision are still to come.
+        """Called when all RAM has been received; devices and the decision are still to come.
 
-        A guest that keeps itself on disk writes its RAM out here, where the source may still take everything back:
-        the proof of the prepare step is sent afterwards, and what is left for :meth:`activate` is small.
+        A guest with storage on disk writes its RAM out here, while the source can still keep the guest: the proof of
+        the prepare step is sent afterwards, and little is left for :meth:`activate`.
 
         Raises:
-            GuestFailed: there is no room for it.
+            GuestFailed: there is not enough room.
 
-        **Cancellation:** nothing is left of what was written once :meth:`release` has been called.
+        **Cancellation:** once :meth:`release` has been called, nothing of the written data is left.
         """
 
     async def load_opaque(self, sections: Sequence[DeviceSection], description: bytes | None) -> None:
@@ -278,17 +285,18 @@ class OpaqueGuest(Guest, Protocol):
 
 
 class ArrivingPages(Protocol):
-    """Which pages of an arriving guest's RAM have come, and were not taken from here since.
+    """The received pages of an incoming guest's RAM that were not taken from here since.
 
-    A page that comes again is here again. The engine adds a page when its new content is in :attr:`RamBlock.pages`. So whoever
-    takes a page first and reads it then has the last content, or finds the page here once more.
+    A page that is received again is added again. The engine adds a page when its new content is in
+    :attr:`RamBlock.pages`. So a caller that first takes a page and then reads it has the last content, or finds the
+    page here once more.
     """
 
     def take(self, most: int) -> tuple[str, NDArray[np.int64]] | None:
-        """Take up to *most* pages (at least one) of one block out of here.
+        """Remove and return up to *most* pages (at least one) of one block.
 
         Returns:
-            The block's name and the pages, rising, each once; None if there are none.
+            The block's name and the pages in ascending order, each once; None if there are no pages.
         """
 
     async def wait(self) -> None:
@@ -300,34 +308,35 @@ class ArrivingPages(Protocol):
 
 @runtime_checkable
 class StoringGuest(OpaqueGuest, Protocol):
-    """A guest that keeps itself in a place of its own, and writes its RAM there while it arrives."""
+    """A guest with storage of its own, which writes its RAM there while it is received."""
 
     def check_store(self) -> None:
-        """Find out whether there is such a place, before anything comes.
+        """Check the storage before anything is received.
 
         Raises:
-            GuestFailed: it can be told now that there is none.
+            GuestFailed: the storage cannot be used.
         """
 
     async def store(self, pages: ArrivingPages) -> None:
-        """Write RAM out while it arrives. The engine calls it in a task of its own once the RAM blocks are there.
+        """Write RAM out while it is received. The engine calls this in a task of its own once the RAM blocks exist.
 
-        It writes until it is cancelled, or returns at once if there is nothing to do. :meth:`OpaqueGuest.ram_received`
-        is called behind it, also if it has failed, and finds the pages that were not taken in the same *pages*.
+        The call writes until it is cancelled, or returns at once if there is nothing to do.
+        :meth:`OpaqueGuest.ram_received` is called after it, also if it has failed, and finds the pages that were not
+        taken in the same *pages*.
 
         Raises:
-            GuestFailed: there is no room for it. While the source can still keep its guest, this ends the migration.
+            GuestFailed: there is not enough room. While the source can still keep its guest, this ends the migration.
 
-        **Cancellation:** what is written counts, and :meth:`OpaqueGuest.ram_received` writes the rest.
+        **Cancellation:** written pages stay written, and :meth:`OpaqueGuest.ram_received` writes the rest.
         """
 
     async def reserve(self, pages: int) -> None:
-        """Set aside the room for *pages* more pages: the source is about to give its guest away before they have come.
+        """Reserve room for *pages* more pages: the source is about to hand the guest over before they have been sent.
 
         It may be called while :meth:`store` runs.
 
         Raises:
-            GuestFailed: there is no such room. The source keeps its guest.
+            GuestFailed: there is not enough room. The source keeps its guest.
 
         **Cancellation:** no effect, or all of it.
         """
@@ -335,15 +344,15 @@ class StoringGuest(OpaqueGuest, Protocol):
 
 @runtime_checkable
 class FramedGuest(OpaqueGuest, Protocol):
-    """A guest that is written again as it came, also where old machine types leave parts of a stream out."""
+    """A guest that is written again as it was received, also where old machine types leave out parts of a stream."""
 
     def framed(self, *, configuration: bool, footers: bool, early: Sequence[DeviceSection]) -> None:
-        """Say how its stream is written, before :meth:`OpaqueGuest.adopt`.
+        """Tell the guest the form of its stream, before :meth:`OpaqueGuest.adopt`.
 
         Args:
-            configuration: it has a configuration section.
-            footers: its sections have footers.
-            early: device sections in front of its memory.
+            configuration: the stream has a configuration section.
+            footers: the sections have footers.
+            early: device sections before the RAM.
         """
 
 
@@ -353,16 +362,16 @@ class IdentifiedGuest(Guest, Protocol):
 
     @property
     def uuid(self) -> str | None:
-        """In its usual form, 8-4-4-4-12 hexadecimal digits; None if it has none."""
+        """The UUID in its usual form, 8-4-4-4-12 hexadecimal digits; None if the machine has none."""
 
 
 @runtime_checkable
 class CountingGuest(Guest, Protocol):
-    """A guest that tells whether it has run since it was last looked at, also if it stands still again."""
+    """A guest that tells whether it has run since the last check, also if it stands still again."""
 
     @property
     def starts(self) -> int:
-        """Rises when it begins to be resumed, and again when that has come to its end."""
+        """A counter that rises at the begin of each resume, and again at its end."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -378,30 +387,31 @@ class Wait:
 class MissingMemory(Protocol):
     """The RAM of a guest that runs here while parts of it are elsewhere (postcopy).
 
-    Whoever placed a page here once must not place another content there: the guest may have written it since.
+    A caller that placed a page must not place other content there: the guest may have written the page since.
     """
 
     def fileno(self) -> int:
-        """A descriptor that is readable when somebody waits."""
+        """A descriptor that is readable when a thread of the guest waits."""
 
     def waits(self) -> Sequence[Wait]:
-        """Who has begun to wait since the last call. Never blocks. OSError."""
+        """The threads that began to wait since the last call. Never blocks. OSError."""
 
     def place(self, block: int, first: int, pages: Pages) -> int:
-        """Put *pages* into *block* from page *first* on, those that are absent there, and wake who waits for them.
+        """Put *pages* into *block* from page *first* on, where pages are absent, and wake the threads that wait for
+        them.
 
         Returns:
-            How many were placed.
+            The number of pages placed.
 
         Raises:
-            OSError: there is no memory, or nobody lives there any more.
+            OSError: there is no memory, or the process of the guest has ended.
         """
 
     def place_zeros(self, block: int, first: int, count: int) -> int:
         """As :meth:`place`, with *count* pages of zeros."""
 
     def close(self) -> None:
-        """What is absent reads as zero from here on, and whoever waits is woken. Idempotent."""
+        """Make absent pages read as zero from now on, and wake all waiting threads. Idempotent."""
 
 
 @runtime_checkable
@@ -409,24 +419,24 @@ class LazyGuest(Guest, Protocol):
     """A guest that can run before all of its memory is here."""
 
     async def missing_memory(self) -> MissingMemory:
-        """From here on the guest waits where it touches a page that has no memory yet. It does not run.
+        """Make the guest wait from now on when it touches a page without memory. The guest does not run now.
 
         Raises:
-            GuestFailed: that is not to be had here; the message names what to look at.
+            GuestFailed: this is not possible here; the message names the setting to check.
 
         **Cancellation:** the guest is as it was, or slower.
         """
 
     async def memory_is_whole(self) -> Sequence[float]:
-        """No page is missing any more; the memory has been closed.
+        """Tell the guest that no page is missing any more; the missing memory has been closed.
 
         Returns:
-            Seconds that each of its processors has waited for pages, as far as it has measured that.
+            Seconds that each processor of the guest has waited for pages, as far as the guest measured it.
 
         Raises:
-            GuestFailed: it does not answer.
+            GuestFailed: the guest does not answer.
 
-        **Cancellation:** it may have been told.
+        **Cancellation:** the guest may have been told.
         """
 
 

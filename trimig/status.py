@@ -1,16 +1,16 @@
-"""The statuses of a migration, which may follow which, and who owns the guest in each.
+"""The statuses of a migration, the legal transitions, and the owner of the guest in each status.
 
-The names are QEMU's (states.md part 1), plus two of our own for what QEMU has no word for:
+The names are QEMU's (states.md part 1), plus four of trimig for situations that QEMU has no name for:
 
-* ``handover``: the decision has been handed to the transport and is not answered yet. QEMU calls this ``active`` or
-  ``device`` and resumes the guest if the connection breaks there, which is how two guests come to run (states.md
-  part 14, G1 and G2).
-* ``uncertain``: that answer never came. The guest stays paused until somebody settles who owns it.
-* ``postcopy-uncertain``: the same where the memory was to follow. The connection may be taken up again, which answers it.
-* ``postcopy-lost``: the guest is at the destination for certain, and the rest of its memory will not follow.
+* ``handover``: the decision has been given to the transport and is not answered yet. QEMU calls this ``active`` or
+  ``device`` and resumes the guest if the connection breaks there, so that two guests may run (states.md part 14, G1 and
+  G2).
+* ``uncertain``: that answer never came. The guest stays paused until its owner is settled.
+* ``postcopy-uncertain``: the same in postcopy. The connection may be recovered, which gives the answer.
+* ``postcopy-lost``: the guest is at the destination for certain, and the rest of its memory is lost.
 
-Both roles live in this one file, so that what one side may do and what the other side may conclude from it are read
-together. The table is the truth; the engine moves through it with :func:`check`, and nothing else changes a status.
+Both roles are in this one file, so that a reader sees the actions of one side beside the conclusions of the other. The
+table decides: the engine changes a status only through :func:`check`.
 
 Source::
 
@@ -54,7 +54,7 @@ class Role(enum.Enum):
 
 
 class Status(enum.Enum):
-    """Where a migration is. The value is the spelling used in messages and in ``info()``."""
+    """The status of a migration. The value is the spelling used in messages and in ``info()``."""
 
     NONE = "none"
     SETUP = "setup"
@@ -63,27 +63,27 @@ class Status(enum.Enum):
     DEVICE = "device"
     #: The decision is on its way and unanswered (source); the stream is complete and is being activated (destination).
     HANDOVER = "handover"
-    #: The answer never came; a person or a program must settle who owns the guest.
+    #: The answer never came; a person or a program must settle the owner of the guest.
     UNCERTAIN = "uncertain"
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLING = "cancelling"
     CANCELLED = "cancelled"
-    #: The guest runs at the destination, and its memory follows.
+    #: The guest runs at the destination, and the rest of its memory is being sent.
     POSTCOPY_ACTIVE = "postcopy-active"
-    #: The connection was lost meanwhile; it can be taken up again.
+    #: The connection was lost in postcopy; it can be recovered.
     POSTCOPY_PAUSED = "postcopy-paused"
-    #: A new connection is there, and the two sides find out what is missing.
+    #: A new connection is open, and the two sides compare which pages are missing.
     POSTCOPY_RECOVER = "postcopy-recover"
-    #: The connection was lost before the destination had said that it runs the guest; or, on the destination, before the
-    #: source is known to have read that, where the source takes its guest back without it.
+    #: The connection was lost before the destination had said that it runs the guest. On the destination: before the
+    #: source is known to have read this, if the source is one that takes its guest back without it.
     POSTCOPY_UNCERTAIN = "postcopy-uncertain"
-    #: It was given up: the destination has the guest and a part of its memory.
+    #: The migration was given up in postcopy: the destination has the guest and a part of its memory.
     POSTCOPY_LOST = "postcopy-lost"
 
     @property
     def qmp(self) -> str:
-        """The nearest of QEMU's own statuses, for clients that know no others."""
+        """The nearest of QEMU's statuses, for clients that know only QEMU's."""
         return _NEAREST.get(self, self.value)
 
 
@@ -98,7 +98,7 @@ _NEAREST: Final = MappingProxyType(
 )
 _SRC, _DST, _UNK = Ownership.SOURCE, Ownership.DESTINATION, Ownership.UNKNOWN
 
-#: Behind the switch to postcopy both sides do the same.
+#: After the switch to postcopy both sides have the same transitions.
 _POSTCOPY: Final = {
     _S.POSTCOPY_ACTIVE: frozenset({_S.COMPLETED, _S.POSTCOPY_PAUSED, _S.POSTCOPY_LOST}),
     _S.POSTCOPY_PAUSED: frozenset({_S.POSTCOPY_RECOVER, _S.POSTCOPY_LOST}),
@@ -115,8 +115,8 @@ TRANSITIONS: Final = MappingProxyType(
                 _S.ACTIVE: frozenset({_S.PRE_SWITCHOVER, _S.DEVICE, _S.FAILED, _S.CANCELLING}),
                 _S.PRE_SWITCHOVER: frozenset({_S.DEVICE, _S.FAILED, _S.CANCELLING}),
                 _S.DEVICE: frozenset({_S.HANDOVER, _S.FAILED, _S.CANCELLING}),
-                # No cancelling from here on: what is on its way cannot be taken back (G2).
-                # To failed only by the destination's own word, or where it is certain that nothing was sent.
+                # No cancelling from here on: sent bytes cannot be taken back (G2). The status becomes failed only if
+                # the destination refuses, or if it is certain that nothing was sent.
                 _S.HANDOVER: frozenset(
                     {_S.COMPLETED, _S.FAILED, _S.UNCERTAIN, _S.POSTCOPY_ACTIVE, _S.POSTCOPY_UNCERTAIN}
                 ),
@@ -136,7 +136,7 @@ TRANSITIONS: Final = MappingProxyType(
                 _S.ACTIVE: frozenset({_S.HANDOVER, _S.FAILED, _S.CANCELLING}),
                 _S.HANDOVER: frozenset({_S.COMPLETED, _S.FAILED, _S.POSTCOPY_ACTIVE}),
                 **_POSTCOPY,
-                # The connection was lost behind the last page, and the guest has everything.
+                # The connection was lost after the last page, and the guest has all its memory.
                 _S.POSTCOPY_PAUSED: _POSTCOPY[_S.POSTCOPY_PAUSED] | {_S.COMPLETED},
                 # A QEMU from 11.1 on takes its guest back if it has not read that the guest runs here (newer.md part 4).
                 _S.POSTCOPY_ACTIVE: _POSTCOPY[_S.POSTCOPY_ACTIVE] | {_S.POSTCOPY_UNCERTAIN},
@@ -157,8 +157,8 @@ _OWNERS: Final = MappingProxyType(
             {_S.HANDOVER: _UNK, _S.UNCERTAIN: _UNK, _S.POSTCOPY_UNCERTAIN: _UNK, _S.COMPLETED: _DST}
             | dict.fromkeys(_POSTCOPY, _DST)
         ),
-        # On the destination `handover` begins when the source's decision has been read: nobody else may run the guest
-        # from then on, unless this side gives it back with SHUT 1.
+        # On the destination `handover` begins when the source's decision has been read: from then on no other side may
+        # run the guest, unless this side gives it back with SHUT 1.
         Role.DESTINATION: MappingProxyType(
             {_S.HANDOVER: _DST, _S.COMPLETED: _DST, _S.UNCERTAIN: _UNK, _S.POSTCOPY_UNCERTAIN: _UNK}
             | dict.fromkeys(_POSTCOPY, _DST)
@@ -166,31 +166,31 @@ _OWNERS: Final = MappingProxyType(
     }
 )
 
-#: Nothing is under way.
+#: No migration is running.
 IDLE: Final = frozenset({_S.NONE, _S.COMPLETED, _S.FAILED, _S.CANCELLED, _S.POSTCOPY_LOST})
-#: The end of an attempt; UNCERTAIN ends the attempt but not the question.
+#: The end of an attempt; after UNCERTAIN the owner is still to be settled.
 TERMINAL: Final = frozenset({_S.COMPLETED, _S.FAILED, _S.CANCELLED, _S.UNCERTAIN, _S.POSTCOPY_LOST})
-#: A cancel is accepted here.
+#: A cancel is accepted in these statuses.
 CANCELLABLE: Final = frozenset({_S.SETUP, _S.ACTIVE, _S.PRE_SWITCHOVER, _S.DEVICE})
 
-#: The connection can be taken up again.
+#: The connection can be recovered.
 RECOVERABLE: Final = frozenset({_S.POSTCOPY_PAUSED, _S.POSTCOPY_UNCERTAIN})
-#: The guest has gone ahead of its memory.
+#: The guest was handed over before all of its memory was sent.
 IN_POSTCOPY: Final = frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.POSTCOPY_RECOVER, _S.POSTCOPY_UNCERTAIN})
 
-#: The answer to the decision is there: the guest is at the destination for certain.
+#: The answer to the decision has come: the guest is at the destination for certain.
 FINISHED: Final = frozenset({_S.COMPLETED})
-#: The attempt has come to nothing, by a fault or by a wish.
+#: The attempt has failed or was cancelled.
 UNSUCCESSFUL: Final = frozenset({_S.FAILED, _S.CANCELLED})
 
 
 def is_idle(status: Status) -> bool:
-    """Nothing is under way and nothing is open: a new attempt may begin, a blocker may be added."""
+    """Whether no migration is running and no owner is open: a new attempt may begin, a blocker may be added."""
     return status in IDLE
 
 
 def check_idle(status: Status) -> None:
-    """Raise StateError unless capabilities may be changed in *status*; the one table is :data:`IDLE`."""
+    """Raise StateError unless capabilities may be changed in *status*, as :data:`IDLE` says."""
     if status not in IDLE:
         raise StateError(
             f"capabilities cannot change while a migration is in progress ({status.value})", status=status.value
@@ -198,27 +198,27 @@ def check_idle(status: Status) -> None:
 
 
 def in_setup(status: Status) -> bool:
-    """An attempt has begun, and no memory has been sent."""
+    """Whether an attempt has begun, and no memory has been sent."""
     return status is _S.SETUP
 
 
 def has_finished(status: Status) -> bool:
-    """The guest has arrived."""
+    """Whether the guest has arrived."""
     return status in FINISHED
 
 
 def has_failed(status: Status) -> bool:
-    """The attempt is over, and the source has its guest. ``uncertain`` is not that."""
+    """Whether the attempt is over, and the source has its guest. False for ``uncertain``."""
     return status in UNSUCCESSFUL
 
 
 def owner(role: Role, status: Status) -> Ownership:
-    """Who may run the guest, as far as the side in *role* can tell."""
+    """The side that may run the guest, as far as the side in *role* can tell."""
     return _OWNERS[role].get(status, _SRC)
 
 
 def guest_owner(role: Role, status: Status) -> Owner:
-    """What the guest in the process of the side in *role* is told."""
+    """The owner that the engine sets for the guest in the process of the side in *role*."""
     side = owner(role, status)
     if side is Ownership.UNKNOWN:
         return Owner.UNKNOWN

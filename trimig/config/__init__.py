@@ -1,11 +1,11 @@
 """Settings: capabilities, parameters, the peer's profile and the engine's options; frozen, and valid once they exist.
 
 Names, ranges, defaults and rules are those of QEMU 7.2 to 11.1 (config.md, newer.md), in Python spelling: ``downtime-limit`` is
-``Parameters.downtime_limit``. The single difference is ``return-path``, which is on by default. What reads QMP, TOML or
-a command line returns a new object or raises :class:`~trimig.errors.ConfigError`; nothing is ever changed half.
+``Parameters.downtime_limit``. The only difference is ``return-path``, which is on by default. The readers of QMP, TOML
+and command lines return a new object or raise :class:`~trimig.errors.ConfigError`; they never change an object in part.
 
-``kinds`` knows what values an option can take, ``capabilities``, ``parameters``, ``peer`` and ``options`` are one class
-each, ``objects`` has what parameters name (TLS credentials), ``built`` lists what has its feature already.
+``types`` has the types of option values. ``capabilities``, ``parameters``, ``peer`` and ``config`` have one class each.
+``objects`` has the objects that parameters name (TLS credentials). ``built`` lists the features that are built.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ from ..errors import ConfigError
 
 
 def uri_of(address: object) -> str:
-    """The URI of one of the ``socket-address`` of query-migrate: an object as QEMU's, or the URI itself.
+    """The URI of one ``socket-address`` of query-migrate, which is an object as QEMU's or the URI itself.
 
     Raises:
-        ConfigError: it is of a kind that cannot be connected to.
+        ConfigError: connecting to an address of this type is not possible.
     """
     match address:
         case str():

@@ -1,7 +1,7 @@
-"""The value of ``block-bitmap-mapping``: under which names the dirty bitmaps of disks travel.
+"""The value of ``block-bitmap-mapping``: the names under which the dirty bitmaps of disks are sent.
 
-Kept apart because it is the one parameter with a structure. It has no effect before the capability ``dirty-bitmaps`` is
-built, and like every parameter it may be set anyway.
+It has a module of its own because it is the only parameter with a structure. It has no effect before the capability
+``dirty-bitmaps`` is built, but like every parameter it may be set.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from ..errors import ConfigError
 from .types import Form, Kind, shown
 
 _NAME: Final = "block-bitmap-mapping"
-#: A name travels behind a length of one byte.
+#: A name is sent after a length of one byte.
 _MAX_NAME: Final = 255
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BitmapAlias:
-    """One bitmap: its *name* here, its *alias* on the wire, and whether it is made persistent there (None: as here)."""
+    """One bitmap: its *name* here, its *alias* on the wire, and whether the destination makes it persistent (None: as
+    here).
+    """
 
     name: str
     alias: str
@@ -30,7 +32,7 @@ class BitmapAlias:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NodeAlias:
-    """One disk: its *node_name* here, its *alias* on the wire, and the bitmaps that travel."""
+    """One disk: its *node_name* here, its *alias* on the wire, and the bitmaps that are sent."""
 
     node_name: str
     alias: str
@@ -39,7 +41,7 @@ class NodeAlias:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Mappings(Kind):
-    """The kind of ``block-bitmap-mapping``: a tuple of :class:`NodeAlias` in which every name has one alias."""
+    """The type of ``block-bitmap-mapping``: a tuple of :class:`NodeAlias` in which every name has one alias."""
 
     @property
     def expects(self) -> str:

@@ -1,8 +1,9 @@
-"""What of QEMU's list works today.
+"""The capabilities and parameter values of QEMU that trimig supports.
 
-Every capability and every parameter of QEMU 7.2 to 11.1 has a name here, but not each has its feature. A capability or a
-value that turns such a feature on is refused. A parameter that would only tune it may be set, and a warning says that
-nothing reads it. A change that builds a feature extends this file and nothing else of :mod:`trimig.config`.
+trimig knows the name of every capability and parameter of QEMU 7.2 to 11.1, but not all features are built. A
+capability or a value that turns on a missing feature is refused. A parameter that only tunes a missing feature may be
+set, and a warning says that it has no effect. A change that builds a feature extends this file and no other file of
+:mod:`trimig.config`.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ BUILT: Final[frozenset[str]] = frozenset(
     }
 )
 
-#: Values of parameters that may be chosen; the others of the same parameter need what is not built.
+#: Values of parameters that may be chosen; the other values of these parameters need features that are not built.
 BUILT_VALUES: Final[Mapping[str, frozenset[object]]] = {
     "multifd-compression": frozenset({"none"}),
     "mode": frozenset({"normal"}),
-    # Without multifd a source looks for zero pages itself, whichever of the two is chosen, as QEMU does.
+    # Without multifd the source finds zero pages itself with either of the two values, as in QEMU.
     "zero-page-detection": frozenset({"legacy", "multifd"}),
 }
 
-#: Parameters that nothing reads yet, and the feature that will. They may be set to any legal value, because scripts set
-#: whole lists and the feature itself is refused when it is turned on; a migration with such a value warns of it.
+#: Parameters without an effect yet, and the feature that they belong to. They may be set to any legal value, because
+#: scripts set whole lists and the feature itself is refused when it is turned on. A migration with such a value logs a
+#: warning.
 UNREAD: Final[Mapping[str, str]] = {
     "compress-level": "the capability compress",
     "compress-threads": "the capability compress",

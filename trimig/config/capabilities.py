@@ -1,9 +1,8 @@
-"""Capabilities: the switches of a migration, and the rules on which go together (config.md part 1, newer.md part 7).
+"""Capabilities: the switches of a migration, and the rules for combining them (config.md part 1, newer.md part 7).
 
 The rules are plain functions over a :class:`Proposal`, one per row of config.md 1.1 and of newer.md 7, each returning
-the error or None. They know the capabilities of QEMU 7.2 to 11.1; whether a capability is *built* is asked last, so that
-a contradiction is reported as such whatever has been built so far, and so that each rule can be tested before its
-feature exists.
+the error or None. They cover the capabilities of QEMU 7.2 to 11.1. The check for *supported* capabilities comes last.
+So a contradiction is always reported as a contradiction, and each rule can be tested before its feature exists.
 """
 
 from __future__ import annotations
@@ -43,21 +42,21 @@ _SNAPSHOT_CONFLICTS: Final = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """A complete set of capabilities that somebody wants, and what the rules need to know to judge it."""
+    """A complete set of wanted capabilities, and the facts that the rules need to check it."""
 
-    #: What would be on, in QMP spelling.
+    #: The capabilities that would be on, in QMP spelling.
     enabled: frozenset[str]
-    #: What is on now.
+    #: The capabilities that are on now.
     before: frozenset[str] = frozenset()
     #: This side waits for, or is, an incoming migration.
     inmigrate: bool = False
-    #: An address is listened at already, and what comes there is judged by the capabilities it was opened with.
+    #: This side listens at an address already; its connections are handled by the capabilities of the time of opening.
     listening: bool = False
     #: The incoming address can give more than one channel.
     several_channels: bool = True
-    #: Why this host cannot do postcopy, or None if it can.
+    #: The reason why this host cannot do postcopy, or None if it can.
     postcopy_obstacle: str | None = None
-    #: Why this host or this guest's memory cannot be snapshotted by write protection, or None.
+    #: The reason why this host or this guest's memory cannot be snapshotted by write protection, or None.
     snapshot_obstacle: str | None = None
     #: The parameter ``multifd-compression``.
     multifd_compression: str = "none"
@@ -73,14 +72,14 @@ def _refused(name: str, why: str) -> ConfigError:
 
 
 def rule_postcopy_host(proposal: Proposal) -> ConfigError | None:
-    """Newly asked for on an incoming side, ``postcopy-ram`` needs the host's support."""
+    """``postcopy-ram``, when turned on for an incoming migration, needs the host's support."""
     if "postcopy-ram" in proposal.enabled - proposal.before and proposal.inmigrate and proposal.postcopy_obstacle:
         return _refused("postcopy-ram", f"is not supported by this host: {proposal.postcopy_obstacle}")
     return None
 
 
 def rule_postcopy_shared(proposal: Proposal) -> ConfigError | None:
-    """``postcopy-ram`` cannot leave shared RAM out."""
+    """``postcopy-ram`` cannot omit shared RAM."""
     if {"postcopy-ram", "x-ignore-shared"} <= proposal.enabled:
         return _refused("postcopy-ram", "is not compatible with x-ignore-shared")
     return None
@@ -99,7 +98,7 @@ def rule_snapshot(proposal: Proposal) -> ConfigError | None:
 
 
 def rule_zero_copy(proposal: Proposal) -> ConfigError | None:
-    """``zero-copy-send`` is for plain multifd only: what is compressed or encrypted is copied anyway."""
+    """``zero-copy-send`` is for plain multifd only: compressing or encrypting pages copies them anyway."""
     if "zero-copy-send" not in proposal.enabled:
         return None
     if "multifd" not in proposal.enabled:
@@ -122,7 +121,9 @@ def rule_incoming_channels(proposal: Proposal) -> ConfigError | None:
 
 
 def rule_before_listening(proposal: Proposal) -> ConfigError | None:
-    """What decides how many connections are waited for is set before the first can come (newer.md part 7)."""
+    """The capabilities that decide the number of connections must be set before the first connection (newer.md part
+    7).
+    """
     for name in ("multifd", "postcopy-preempt"):
         if proposal.listening and name in proposal.enabled ^ proposal.before:
             return _refused(name, "must be set before the incoming migration starts to listen")
@@ -130,14 +131,14 @@ def rule_before_listening(proposal: Proposal) -> ConfigError | None:
 
 
 def rule_preempt_postcopy(proposal: Proposal) -> ConfigError | None:
-    """``postcopy-preempt`` is a way of doing postcopy."""
+    """``postcopy-preempt`` needs ``postcopy-ram``."""
     if "postcopy-preempt" in proposal.enabled and "postcopy-ram" not in proposal.enabled:
         return _refused("postcopy-preempt", "needs postcopy-ram")
     return None
 
 
 def rule_preempt_compress(proposal: Proposal) -> ConfigError | None:
-    """``postcopy-preempt`` cannot take a page away from a compression thread."""
+    """``postcopy-preempt`` cannot interrupt a compression thread."""
     if {"postcopy-preempt", "compress"} <= proposal.enabled:
         return _refused("postcopy-preempt", "is not compatible with compress")
     return None
@@ -151,14 +152,14 @@ def rule_multifd_compress(proposal: Proposal) -> ConfigError | None:
 
 
 def rule_multifd_xbzrle(proposal: Proposal) -> ConfigError | None:
-    """``multifd`` sends whole pages, so there is nothing for ``xbzrle`` to do (refused by QEMU 10.0 and later)."""
+    """``multifd`` sends whole pages, so ``xbzrle`` has no effect (refused by QEMU 10.0 and later)."""
     if {"multifd", "xbzrle"} <= proposal.enabled:
         return _refused("multifd", "is not compatible with xbzrle")
     return None
 
 
 def rule_return_path(proposal: Proposal) -> ConfigError | None:
-    """What waits for a message of the destination needs the return path."""
+    """A capability that waits for a message of the destination needs the return path."""
     for name in ("switchover-ack", "x-colo"):
         if name in proposal.enabled and "return-path" not in proposal.enabled:
             return _refused(name, "needs return-path")
@@ -173,7 +174,7 @@ def rule_dirty_limit(proposal: Proposal) -> ConfigError | None:
 
 
 def rule_mapped_ram(proposal: Proposal) -> ConfigError | None:
-    """``mapped-ram`` gives each page its place in a file: no differences, and no guest that runs on before the end."""
+    """``mapped-ram`` gives each page a fixed place in a file, so it excludes deltas, and postcopy."""
     if "mapped-ram" in proposal.enabled:
         for other in ("xbzrle", "postcopy-ram"):
             if other in proposal.enabled:
@@ -181,7 +182,7 @@ def rule_mapped_ram(proposal: Proposal) -> ConfigError | None:
     return None
 
 
-#: In the order in which they are asked; the first refusal is the one that is reported.
+#: The rules in the order of checking; the first error is reported.
 RULES: Final[tuple[Rule, ...]] = (
     rule_postcopy_host,
     rule_postcopy_shared,
@@ -216,11 +217,12 @@ def check_proposal(proposal: Proposal, *, built: AbstractSet[str] = BUILT) -> No
 class Capabilities:
     """The switches, all off but ``return_path``, in the order in which QMP lists them.
 
-    QEMU has ``return-path`` off as well. Here it is on, because without it the destination cannot say that it has
-    loaded everything, nor that it has taken over (design.md part 5).
+    In QEMU ``return-path`` is off as well. Here it is on, because without it the destination cannot confirm that it has
+    loaded everything, nor that it owns the guest (design.md part 5).
 
     Raises:
-        ConfigError: on construction, if a rule of config.md 1.1 or newer.md 7 is broken, or a capability is not built yet.
+        ConfigError: on construction, if a rule of config.md 1.1 or newer.md 7 is broken, or a capability is not
+            supported yet.
     """
 
     #: Send changed pages as differences after the first iteration.
@@ -239,7 +241,7 @@ class Capabilities:
     postcopy_ram: _Switch = False
     #: Keep a second running copy.
     x_colo: _Switch = False
-    #: Give sent pages back to the host in postcopy.
+    #: Release the memory of sent pages to the host in postcopy.
     release_ram: _Switch = False
     #: Migrate disks in the stream.
     block: _Switch = False
@@ -247,7 +249,7 @@ class Capabilities:
     return_path: _Switch = True
     #: Wait for permission before the switchover.
     pause_before_switchover: _Switch = False
-    #: Pages over several channels.
+    #: Send pages over several channels.
     multifd: _Switch = False
     #: Migrate the dirty bitmaps of disks.
     dirty_bitmaps: _Switch = False
@@ -263,11 +265,11 @@ class Capabilities:
     background_snapshot: _Switch = False
     #: Let the kernel send from guest memory without a copy (multifd).
     zero_copy_send: _Switch = False
-    #: A channel of its own for pages asked for in postcopy.
+    #: A separate channel for pages that the destination requests in postcopy.
     postcopy_preempt: _Switch = False
-    #: Switch over only when the destination's devices have said that they are ready for it.
+    #: Switch over only when the destination's devices have reported that they are ready.
     switchover_ack: _Switch = False
-    #: Slow down the processors that write most, with KVM's dirty ring.
+    #: Slow down the vCPUs that write most, with KVM's dirty ring.
     dirty_limit: _Switch = False
     #: Each page has one fixed place in a file.
     mapped_ram: _Switch = False
@@ -278,7 +280,7 @@ class Capabilities:
 
     @property
     def enabled(self) -> frozenset[str]:
-        """What is on, in QMP spelling."""
+        """The capabilities that are on, in QMP spelling."""
         return frozenset(dashed(name) for name in _KINDS if getattr(self, name))
 
     def check(
@@ -294,7 +296,7 @@ class Capabilities:
         multifd_compression: str = "none",
         tls: bool = False,
     ) -> None:
-        """Judge the set once more, now in a situation: the arguments are those of :class:`Proposal`.
+        """Check the set again in a given situation: the arguments are those of :class:`Proposal`.
 
         Raises:
             ConfigError: a rule is broken.
@@ -314,7 +316,8 @@ class Capabilities:
 
     @classmethod
     def from_qmp(cls, capabilities: object, base: Capabilities | None = None) -> Capabilities:
-        """*base* (or the defaults) changed by the list that ``migrate-set-capabilities`` takes; all of it or nothing.
+        """*base* (or the defaults) changed by the argument list of ``migrate-set-capabilities``, as a whole or not at
+        all.
 
         Raises:
             ConfigError: not a list of ``{"capability": name, "state": bool}``, an unknown name, or a broken rule.
@@ -329,7 +332,7 @@ class Capabilities:
         return read_capabilities(cls() if base is None else base, changes, Form.QMP)
 
     def to_qmp(self) -> list[dict[str, object]]:
-        """The answer to ``query-migrate-capabilities``; like QEMU without ``block`` unless that is built."""
+        """The answer to ``query-migrate-capabilities``; without ``block`` unless it is supported, as in QEMU."""
         return [
             {"capability": dashed(name), "state": getattr(self, name)}
             for name in _KINDS
@@ -344,10 +347,10 @@ CAPABILITY_NAMES: Final[tuple[str, ...]] = tuple(dashed(name) for name in _KINDS
 
 
 def read_capabilities(base: Capabilities, changes: Iterable[tuple[object, object]], form: Form) -> Capabilities:
-    """*base* with *changes*, pairs of QMP name and state, applied one after the other and judged once, as a whole.
+    """*base* with *changes*, pairs of QMP name and state, applied one after the other and checked once, as a whole.
 
     Raises:
-        ConfigError: an unknown name, a state that is none, or a broken rule.
+        ConfigError: an unknown name, an invalid state, or a broken rule.
     """
     states: dict[str, Any] = {}
     for given, state in changes:

@@ -1,4 +1,4 @@
-"""Config: everything one migration is told before it starts, and how it is read from a file or a command line."""
+"""Config: all settings of one migration, and reading them from a file or a command line."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .types import (
 @final
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """All settings of one migration; either side reads what concerns it.
+    """All settings of one migration; each side reads the settings for its role.
 
     Raises:
         ConfigError: on construction, for a value out of its range or a combination that contradicts itself.
@@ -46,20 +46,22 @@ class Config:
 
     capabilities: Annotated[Capabilities, Instance(Capabilities)] = dataclasses.field(default_factory=Capabilities)
     parameters: Annotated[Parameters, Instance(Parameters)] = dataclasses.field(default_factory=Parameters)
-    #: What the other side expects of the stream; by default the guest's machine type decides it.
+    #: The stream format that the other side expects; by default the guest's machine type decides it.
     peer: Annotated[PeerProfile, Instance(PeerProfile)] = BY_MACHINE
-    #: What ``tls-creds`` and ``tls-authz`` name; each id once. That a named one is missing is seen when it is used.
+    #: The objects that ``tls-creds`` and ``tls-authz`` name; each id once. A missing object is an error when it is
+    #: used.
     objects: tuple[ConfigObject, ...] = ()
 
-    #: Seconds that the answer to the decision may take, and before it the PONG that proves the prepare step. It bounds
-    #: a shield, so it is never endless.
+    #: The longest wait in seconds for the answer to the decision, and before that for the PONG that proves the prepare
+    #: step. It bounds a shield, so it must be finite.
     handover_timeout: Annotated[float, Seconds()] = 30.0
-    #: Seconds in which a failed or cancelled attempt puts the guest back and says goodbye. Never endless either.
+    #: The longest time in seconds in which a failed or cancelled attempt restores the guest and closes the connection.
+    #: It must be finite, too.
     teardown_grace: Annotated[float, Seconds()] = 5.0
-    #: Seconds without a byte in either direction after which the peer counts as gone; ``math.inf`` for never.
+    #: Seconds without a byte in either direction after which the connection counts as lost; ``math.inf`` for never.
     stall_timeout: Annotated[float, Seconds(endless=True)] = 60.0
-    #: Postcopy: when the connection is lost, try the same address again, at growing intervals, on both sides. Off: wait
-    #: for :meth:`~trimig.Monitor.recover`, as QEMU does.
+    #: Postcopy: when the connection is lost, both sides try the same address again, at growing intervals. Off: wait for
+    #: :meth:`~trimig.Monitor.recover`, as QEMU does.
     recovery_retry: Annotated[bool, Flag()] = False
     #: Postcopy: seconds without a connection after which the rest of the memory is given up; ``math.inf`` for never.
     recovery_timeout: Annotated[float, Seconds(endless=True)] = math.inf
@@ -67,8 +69,8 @@ class Config:
     max_iterations: Annotated[int | None, OrNone(Whole(1, None))] = None
     #: Seconds from the start after which ``on_bound`` applies; None (or ``math.inf``) for any time.
     max_total_time: Annotated[float | None, OrNone(Seconds(endless=True))] = None
-    #: What happens at one of these bounds: give up (:class:`~trimig.errors.NotConverging`), or switch over whatever
-    #: the downtime will be.
+    #: The action at one of these bounds: give up (:class:`~trimig.errors.NotConverging`), or switch over with any
+    #: downtime.
     on_bound: Annotated[Literal["fail", "switchover"], Choice(("fail", "switchover"))] = "fail"
     #: Destination: RAM or devices that were never received are an error, or only a warning.
     completeness: Annotated[Literal["fail", "warn"], Choice(("fail", "warn"))] = "fail"
@@ -82,18 +84,19 @@ class Config:
     def __post_init__(self) -> None:
         check_fields("option", self, _KINDS)
         check_objects(self.objects)
-        # Each part is sound by itself; what is left are the rules between capabilities and parameters.
+        # Each part has checked itself; only the rules between capabilities and parameters remain.
         self.capabilities.check(
             multifd_compression=self.parameters.multifd_compression, tls=bool(self.parameters.tls_creds)
         )
 
     @classmethod
     def from_toml(cls, source: str | os.PathLike[str]) -> Config:
-        """A configuration from TOML: a string is the text itself, a path object names a file, which is read here.
+        """Read a configuration from TOML: a string is the text itself, a path object names a file to read.
 
         Tables: ``[capabilities]`` and ``[parameters]`` in QMP spelling, ``[peer]`` with ``profile = "by-machine"``
-        or single switches, ``[[objects]]`` with ``qom-type`` and ``id``, ``[engine]`` for the rest (these may also stand
-        before the first table). Underscores serve for dashes everywhere; sizes are integers or strings such as "32M". What is absent keeps its default.
+        or single switches, ``[[objects]]`` with ``qom-type`` and ``id``, ``[engine]`` for the rest (these may also
+        stand before the first table). Underscores may replace dashes everywhere; sizes are integers or strings such as
+        "32M". Absent settings keep their defaults.
 
         Raises:
             ConfigError: unreadable, not TOML, or a setting that is unknown or illegal, named as ``table.key``.
@@ -119,14 +122,14 @@ class Config:
         *,
         tls: str | os.PathLike[str] | None = None,
     ) -> Config:
-        """This configuration changed by command-line options, the later ones over the earlier ones.
+        """This configuration changed by command-line options; later options override earlier ones.
 
         Args:
             capabilities: each ``NAME`` or ``NAME=on|off|true|false``, in QMP spelling.
             parameters: each ``NAME=VALUE``, sizes also as "32M".
             objects: each ``TYPE,id=ID,NAME=VALUE,…`` as for QEMU's ``-object``.
-            tls: a directory of certificates (:class:`TlsX509`), and the wish to use TLS with them: short for an object
-                and the parameter ``tls-creds``.
+            tls: use TLS with the certificates in this directory (:class:`TlsX509`): short for an object and the
+                parameter ``tls-creds``.
 
         Raises:
             ConfigError: an option that is malformed, unknown or illegal, or a contradiction in the result.
@@ -211,7 +214,7 @@ def _read_objects(tables: object) -> tuple[ConfigObject, ...]:
 def _read_table(
     tables: Mapping[str, list[tuple[str, object]]], table: str, read: Callable[[list[tuple[str, object]]], _Read]
 ) -> _Read:
-    """What *read* makes of one table, given pairs of QMP name and value; its errors name the table and the key."""
+    """Read one table with *read*, which gets pairs of QMP name and value; errors name the table and the key."""
     pairs: dict[str, object] = {}
     for key, value in tables[table]:
         name = _ALIASES.get(dashed(key), dashed(key))

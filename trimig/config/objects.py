@@ -1,8 +1,9 @@
-"""Objects that parameters name: TLS credentials, and lists of the clients that a TLS server lets in.
+"""Objects that parameters name: TLS credentials, and lists of the clients that a TLS server accepts.
 
 Types, properties and spellings are those of QEMU's ``-object``: ``tls-creds-x509``, ``tls-creds-psk``, ``authz-simple``
-and ``authz-list``. The parameters ``tls-creds`` and ``tls-authz`` name one by its id. An object is only a description:
-its files are read when a connection needs them, so that renewed certificates count from the next migration on.
+and ``authz-list``. The parameters ``tls-creds`` and ``tls-authz`` refer to an object by its id. An object is only a
+description: its files are read when a connection needs them, so renewed certificates are used from the next migration
+on.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class _Identifier(Kind):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Directory(Kind):
-    """A path; whether it is there is seen when it is used."""
+    """A path; whether it exists is checked when it is used."""
 
     @property
     def expects(self) -> str:
@@ -51,8 +52,8 @@ class TlsX509:
     """Certificates: a directory laid out as for QEMU's ``tls-creds-x509``.
 
     It holds ``ca-cert.pem`` and, if there is one, the revocation list ``ca-crl.pem``; for a server ``server-cert.pem`` and
-    ``server-key.pem``; for a client ``client-cert.pem`` and ``client-key.pem``, without which it is anonymous. A
-    certificate file may go on with the certificates between it and the CA.
+    ``server-key.pem``; for a client ``client-cert.pem`` and ``client-key.pem``, without which the client is anonymous.
+    A certificate file may also contain the certificates between it and the CA.
 
     Raises:
         ConfigError: on construction, for a value of the wrong type.
@@ -62,12 +63,12 @@ class TlsX509:
 
     id: Annotated[str, _Identifier()]
     dir: Annotated[str | os.PathLike[str], _Directory()]
-    #: The side that these credentials are for: the one that connects, or the one that listens. None for either.
+    #: The side that uses these credentials: ``client`` connects, ``server`` listens. None for either.
     endpoint: Annotated[Literal["client", "server"] | None, OrNone(Choice(("client", "server")))] = None
-    #: Server: refuse clients without a valid certificate. Client: refuse such servers; False checks *nothing* about
-    #: the other side, so that whoever stands between can read and change the guest.
+    #: Server: refuse clients without a valid certificate. Client: refuse servers without one; False checks *nothing*
+    #: about the other side, so an attacker on the network can read and change the guest.
     verify_peer: Annotated[bool, Flag()] = True
-    #: Look at this side's own certificate first: it must be valid, fit for its purpose and signed by the CA.
+    #: Check this side's own certificate first: it must be valid, made for this purpose and signed by the CA.
     sanity_check: Annotated[bool, Flag()] = True
 
     def __post_init__(self) -> None:
@@ -89,7 +90,7 @@ class TlsPsk:
     dir: Annotated[str | os.PathLike[str], _Directory()]
     #: As for :class:`TlsX509`.
     endpoint: Annotated[Literal["client", "server"] | None, OrNone(Choice(("client", "server")))] = None
-    #: Client: which line of the file it shows itself with.
+    #: Client: the user name in the file whose key the client uses.
     username: Annotated[str, Text()] = "qemu"
 
     def __post_init__(self) -> None:
@@ -99,7 +100,7 @@ class TlsPsk:
 @final
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AuthzSimple:
-    """Lets in the one client whose certificate has this distinguished name, ``CN=host-a,O=Example``.
+    """Accepts the one client whose certificate has this distinguished name, ``CN=host-a,O=Example``.
 
     The name is written as QEMU (GnuTLS) does: the parts in the order of the certificate, ``C=DE,O=Example,CN=host-a``,
     with a backslash before each of ``, + " \\ < > ;``, and before a ``#`` or a space at the beginning or the end.
@@ -140,10 +141,10 @@ class AuthzRule:
         check_fields("authz-list rule", self, _RULE_KINDS)
 
     def matches(self, name: str) -> bool:
-        """Whether this rule speaks of *name*."""
+        """Whether this rule matches *name*."""
         if self.format == "exact":
             return name == self.match
-        # Not fnmatch: there a "[" begins a set, here it is itself.
+        # Not fnmatch, where a "[" begins a set; here it is an ordinary character.
         parts = (".*" if c == "*" else "." if c == "?" else re.escape(c) for c in self.match)
         return re.fullmatch("".join(parts), name, re.DOTALL) is not None
 
@@ -168,7 +169,8 @@ class _Rules(Kind):
 @final
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AuthzList:
-    """Lets clients in by the first of its rules that matches their distinguished name, and by its policy if none does.
+    """Accepts or refuses clients by the first rule that matches their distinguished name, and by its policy if none
+    matches.
 
     Raises:
         ConfigError: on construction, for a value of the wrong type.
@@ -196,7 +198,7 @@ _TYPES: Final[Mapping[str, type[ConfigObject]]] = {
 }
 _KINDS: Final = {qom_type: kinds_of(cls) for qom_type, cls in _TYPES.items()}
 _RULE_KINDS: Final = kinds_of(AuthzRule)
-#: Properties of QEMU's objects that have no counterpart here, and why.
+#: Properties of QEMU's objects that are not supported, and the reason.
 _REFUSED: Final = {
     "priority": "it is an expression of GnuTLS, and trimig uses OpenSSL",
     "passwordid": "keys with a passphrase are not built into trimig; give the key without one",
@@ -204,7 +206,7 @@ _REFUSED: Final = {
 
 
 def read_object(properties: Mapping[str, object], form: Form = Form.QMP) -> ConfigObject:
-    """The object that *properties* describe: ``qom-type``, ``id`` and the rest, names as QEMU spells them.
+    """Make the object that *properties* describe: ``qom-type``, ``id`` and the rest, in QEMU's spelling.
 
     Raises:
         ConfigError: an unknown type, an unknown or missing property, or a value of the wrong type.
@@ -239,10 +241,10 @@ def _properties(
 
 
 def parse_object(text: str) -> ConfigObject:
-    """The object of one command-line option, as for QEMU's ``-object``.
+    """Make the object of one command-line option, as for QEMU's ``-object``.
 
     ``tls-creds-x509,id=tls0,dir=DIR,endpoint=client,verify-peer=on``: a comma in a value is doubled, and rules are
-    ``rules.0.match=…,rules.0.policy=allow``. What begins with a brace is JSON.
+    ``rules.0.match=…,rules.0.policy=allow``. A text that begins with a brace is JSON.
 
     Raises:
         ConfigError: malformed, or as for :func:`read_object`.
@@ -286,7 +288,7 @@ def check_objects(objects: object) -> None:
 
 
 def with_objects(present: tuple[ConfigObject, ...], more: Iterable[ConfigObject]) -> tuple[ConfigObject, ...]:
-    """*present* and *more*; one of *more* takes the place of one with the same id."""
+    """*present* and *more*; an object of *more* replaces one with the same id."""
     by_id = {one.id: one for one in present}
     by_id.update((one.id, one) for one in more)
     return tuple(by_id.values())

@@ -1,8 +1,9 @@
 """Parameters: the numbers of a migration, with QEMU's names, ranges and defaults (config.md part 2, newer.md part 7).
 
-All of them may be set, whether or not the feature that reads them is built: existing scripts set many. What nothing
-reads yet is in :data:`~trimig.config.built.UNREAD`, and :meth:`Parameters.warnings` names what was set of it. A value
-that would turn a feature on (compressed multifd, a mode other than ``normal``) is refused until it is built.
+All of them may be set, whether or not the feature that reads them is built, because existing scripts set many.
+:data:`~trimig.config.built.UNREAD` lists the parameters without an effect yet, and :meth:`Parameters.warnings` names
+those that were set. A value that would turn on a missing feature (compressed multifd, a mode other than ``normal``) is
+refused until the feature is built.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _TARGET_PAGE: Final = 4096
 #: Spellings of older versions, accepted wherever a name is read.
 PARAMETER_ALIASES: Final[Mapping[str, str]] = {"x-multifd-channels": "multifd-channels"}
 
-#: Older parameters that 7.2 has no place for: their range is checked and their value dropped. A multifd packet of 7.2
+#: Older parameters that 7.2 no longer has: their range is checked and their value dropped. A multifd packet of 7.2
 #: always has room for 512 KiB of pages.
 _GONE: Final = {"x-multifd-page-count": Whole(1, 10000)}
 
@@ -50,7 +51,8 @@ class Parameters:
     """A complete set of parameters.
 
     Raises:
-        ConfigError: on construction, for a value out of its range, or one that needs what is not built yet.
+        ConfigError: on construction, for a value out of its range, or a value that needs a feature that is not built
+            yet.
     """
 
     #: zlib level of the capability ``compress``; 0 stores.
@@ -71,11 +73,11 @@ class Parameters:
     tls_creds: Annotated[str, Text()] = ""
     #: The name that the peer's certificate must have; empty for the one in the address.
     tls_hostname: Annotated[str, Text()] = ""
-    #: Id of the access control list of a TLS server (in ``Config.objects``); empty to let every verified client in.
+    #: Id of the access control list of a TLS server (in ``Config.objects``); empty to accept every verified client.
     tls_authz: Annotated[str, Text()] = ""
     #: Bytes per second; 0 for no limit.
     max_bandwidth: Annotated[int, Size(unit="bytes per second, 0 for no limit")] = 128 * MiB
-    #: The switchover begins when it is expected to take no longer than this, in milliseconds.
+    #: Milliseconds. The switchover begins when its expected downtime is not longer than this.
     downtime_limit: Annotated[int, Whole(0, 2_000_000, "milliseconds")] = 300
     #: Period of COLO checkpoints in milliseconds.
     x_checkpoint_delay: Annotated[int, Whole(0, 2**32 - 1, "milliseconds")] = 20_000
@@ -83,33 +85,35 @@ class Parameters:
     block_incremental: Annotated[bool, Flag()] = False
     multifd_channels: Annotated[int, Whole(1, 255)] = 2
     multifd_compression: Annotated[str, Choice(("none", "zlib", "zstd"))] = "none"
-    #: QEMU 7.2 takes this and the next one from a command without looking at them; here they are set, and checked.
+    #: QEMU 7.2 accepts this parameter and the next one in a command without checking them; here they are checked and
+    #: set.
     multifd_zlib_level: Annotated[int, Whole(0, 9)] = 1
     multifd_zstd_level: Annotated[int, Whole(0, 20)] = 1
     #: Bytes; a power of two of at least one target page.
     xbzrle_cache_size: Annotated[int, Size(_TARGET_PAGE, power_of_two=True)] = 64 * MiB
-    #: Bytes per second for pages that nobody has asked for yet, in postcopy; 0 for no limit.
+    #: Postcopy: bytes per second for pages that the destination has not requested; 0 for no limit.
     max_postcopy_bandwidth: Annotated[int, Size(unit="bytes per second, 0 for no limit")] = 0
     #: Self-announcement of network cards after the switchover: first pause, longest pause, count, growth.
     announce_initial: Annotated[int, Whole(0, 100_000, "milliseconds")] = 50
     announce_max: Annotated[int, Whole(0, 100_000, "milliseconds")] = 550
     announce_rounds: Annotated[int, Whole(0, 1000)] = 5
     announce_step: Annotated[int, Whole(1, 10_000, "milliseconds")] = 100
-    #: Aliases of disks and bitmaps; None for each under its own name.
+    #: Aliases of disks and bitmaps; with None each has its own name.
     block_bitmap_mapping: Annotated[tuple[NodeAlias, ...] | None, OrNone(Mappings())] = None
-    #: What the last pages and the devices can use of the network, in bytes per second; 0 for what was measured.
+    #: Network bandwidth for the last pages and the devices, in bytes per second; 0 for the measured bandwidth.
     avail_switchover_bandwidth: Annotated[int, Size(unit="bytes per second, 0 for what was measured")] = 0
-    #: Who finds the pages of zeros. ``none`` (send them as data) is not built.
+    #: The place where zero pages are found. ``none`` (send them as data) is not built.
     zero_page_detection: Annotated[str, Choice(("none", "legacy", "multifd"))] = "multifd"
-    #: A way to move a guest to another program of the same host; only ``normal`` is built.
+    #: The mode of migration; the others than ``normal`` move a guest to another program on the same host and are not
+    #: built.
     mode: Annotated[str, Choice(("normal", "cpr-reboot", "cpr-transfer", "cpr-exec"))] = "normal"
-    #: Past the host's cache into a file, for the capability ``mapped-ram``.
+    #: Bypass the host's page cache when writing a file, for the capability ``mapped-ram``.
     direct_io: Annotated[bool, Flag()] = False
     multifd_qatzip_level: Annotated[int, Whole(1, 9)] = 1
-    #: Of the capability ``dirty-limit``: how often it looks, and what each processor may write.
+    #: For the capability ``dirty-limit``: the period of its checks, and the dirty rate that each vCPU may have.
     x_vcpu_dirty_limit_period: Annotated[int, Whole(1, 1000, "milliseconds")] = 1000
     vcpu_dirty_limit: Annotated[int, Whole(1, 2**64 - 1, "MB per second")] = 1
-    #: What the mode ``cpr-exec`` executes.
+    #: The command line that the mode ``cpr-exec`` executes.
     cpr_exec_command: Annotated[tuple[str, ...], Words()] = ()
     #: Bytes; a power of two.
     x_rdma_chunk_size: Annotated[int, Size(MiB, 1024 * MiB, power_of_two=True)] = MiB
@@ -131,7 +135,7 @@ class Parameters:
                 )
 
     def warnings(self) -> list[str]:
-        """A sentence for each parameter that is not at its default and that nothing reads yet; empty if there is none."""
+        """A sentence for each parameter that is not at its default and has no effect yet; empty if there is none."""
         return [
             f"the parameter {name} has no effect yet: it belongs to {feature}, which is not built into trimig"
             for name, feature in UNREAD.items()
@@ -151,7 +155,7 @@ class Parameters:
 
     @classmethod
     def from_qmp(cls, arguments: object, base: Parameters | None = None) -> Parameters:
-        """*base* (or the defaults) changed by the arguments of ``migrate-set-parameters``; all of them or nothing.
+        """*base* (or the defaults) changed by the arguments of ``migrate-set-parameters``, as a whole or not at all.
 
         Types are QMP's: a bool is no integer, null is the empty string for ``tls-*``, a size of -1 is 2^64-1.
 
@@ -163,7 +167,7 @@ class Parameters:
         return read_parameters(cls() if base is None else base, arguments.items(), Form.QMP)
 
     def to_qmp(self) -> dict[str, object]:
-        """The answer to ``query-migrate-parameters``: everything, but ``block-bitmap-mapping`` only if it is set."""
+        """The answer to ``query-migrate-parameters``: all parameters, but ``block-bitmap-mapping`` only if it is set."""
         return {
             dashed(name): kind.kind.write(value) if isinstance(kind, OrNone) else kind.write(value)
             for name, kind in _KINDS.items()
@@ -174,7 +178,7 @@ class Parameters:
 _KINDS: Final = kinds_of(Parameters)
 _DEFAULTS: Final = {field.name: field.default for field in dataclasses.fields(Parameters)}
 
-#: What values each can have, by its name in QMP spelling.
+#: The type of each parameter, by its name in QMP spelling.
 PARAMETER_KINDS: Final[Mapping[str, Kind]] = {dashed(name): kind for name, kind in _KINDS.items()}
 
 #: All names, in QMP spelling and in the order of config.md part 2.
@@ -184,10 +188,10 @@ PARAMETER_NAMES: Final[tuple[str, ...]] = tuple(dashed(name) for name in _KINDS)
 def read_parameters(
     base: Parameters, changes: Iterable[tuple[object, object]], form: Form, *, repeats: bool = False
 ) -> Parameters:
-    """*base* with *changes*, pairs of QMP name and value, judged together.
+    """*base* with *changes*, pairs of QMP name and value, checked together.
 
-    With *repeats* the last value of a name counts, as on a command line. Without it a name may come once, in one
-    spelling.
+    With *repeats* the last value of a name counts, as on a command line. Without *repeats* a name may occur once, in
+    one spelling.
 
     Raises:
         ConfigError: an unknown or repeated name, a wrong type or a value out of its range.
@@ -206,7 +210,7 @@ def read_parameters(
             raise ConfigError(f"parameter '{field}' is given twice, as {name} and under its older name", name=name)
         stored = _KINDS[field].read(value, form)
         if stored is None:
-            # None means "not set" in Python only; in a QMP command null is a value of the wrong type.
+            # None means "not set" only in Python; in a QMP command null is a value of the wrong type.
             raise ConfigError(f"parameter '{field}' cannot be null", name=name)
         check_value("parameter", field, _KINDS[field], stored)
         values[field] = stored

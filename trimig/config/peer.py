@@ -1,8 +1,9 @@
-"""Peer profiles: what the other side expects of the stream beyond capabilities and parameters.
+"""Peer profiles: the properties of the stream that the other side expects, in addition to capabilities and parameters.
 
 In QEMU these are properties of the migration object and of the machine. The machine type sets them, not the version of
-the program: an older type switches off what older programs cannot read (config.md part 3, newer.md part 1). Both ends
-must agree on them, because neither the configuration section nor a footer can be told from its absence in advance.
+the program: an older type switches off the parts that older programs cannot read (config.md part 3, newer.md part 1).
+Both ends must agree on them, because a reader cannot know in advance whether the configuration section or a footer is
+present.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .types import Choice, Flag, Form, Text, check_fields, check_value, dashed, 
 @final
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PeerProfile:
-    """How the peer writes and reads a stream. The defaults are those of QEMU 7.2's own machine types.
+    """The form in which the peer writes and reads a stream. The defaults are those of QEMU 7.2's own machine types.
 
     Raises:
         ConfigError: on construction, for a value of the wrong type.
@@ -32,24 +33,24 @@ class PeerProfile:
     send_configuration: Annotated[bool, Flag()] = True
     #: Every section ends with a footer.
     send_section_footer: Annotated[bool, Flag()] = True
-    #: The run state travels always; if off, only where it is neither running nor paused.
+    #: The run state is always sent; if off, only if it is neither running nor paused.
     store_global_state: Annotated[bool, Flag()] = True
-    #: Nothing describes the devices after the end of file.
+    #: No description of the devices follows the end of file.
     suppress_vmdesc: Annotated[bool, Flag()] = False
-    #: The second connection of postcopy-preempt is made right behind the first, as machine types up to 7.2 have it; if
+    #: The second connection of postcopy-preempt is made directly after the first, as for machine types up to 7.2; if
     #: off, at the switch to postcopy.
     preempt_pre_7_2: Annotated[bool, Flag()] = True
-    #: A source says by the command SWITCHOVER_START that the last pages are next. No QEMU before 10.0 can read it.
+    #: The source sends the command SWITCHOVER_START before the last pages. No QEMU before 10.0 can read it.
     send_switchover_start: Annotated[bool, Flag()] = False
-    #: With the capability switchover-ack a destination whose devices ask for nothing sends one SWITCHOVER_ACK; if off,
-    #: none. One too few and such a source waits for ever; one too many and an 11.1 fails.
+    #: With the capability switchover-ack, a destination whose devices need no acknowledgement sends one SWITCHOVER_ACK;
+    #: if off, none. If one is missing, such a source waits for ever. If there is one too many, QEMU 11.1 fails.
     switchover_ack_legacy: Annotated[bool, Flag()] = True
-    #: How the channels of the capability multifd (not built yet) are synchronised, and where pages of zeros travel: ``7.2``
-    #: at the end of each section, ``8.1`` once for each pass, ``9.0`` also with pages of zeros in the channels.
+    #: The synchronisation of the channels of the capability multifd (not built yet), and the channel of zero pages:
+    #: ``7.2`` at the end of each section, ``8.1`` once for each pass, ``9.0`` also with zero pages in the channels.
     multifd_scheme: Annotated[Literal["7.2", "8.1", "9.0"], Choice(("7.2", "8.1", "9.0"))] = "7.2"
-    #: The machine type of the guest decides what is not in :attr:`explicit` and has its default here.
+    #: The machine type of the guest decides the switches that are not in :attr:`explicit` and have their default here.
     by_machine: Annotated[bool, Flag()] = False
-    #: Python names of the switches that were given beside ``by-machine``, and so are not the machine type's.
+    #: Python names of the switches that were given together with ``by-machine``; they override the machine type.
     explicit: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -57,7 +58,7 @@ class PeerProfile:
 
     @property
     def switchover_acks(self) -> int:
-        """How many SWITCHOVER_ACK a source of this profile expects of a destination whose devices ask for none."""
+        """Number of SWITCHOVER_ACK that a source of this profile expects if the destination's devices need none."""
         return 1 if self.switchover_ack_legacy else 0
 
     @staticmethod
@@ -65,7 +66,7 @@ class PeerProfile:
         """The profile of :data:`PEERS` with this name.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is no such profile.
         """
         try:
             return PEERS[name]
@@ -73,10 +74,10 @@ class PeerProfile:
             raise unknown("peer profile", name, PEERS) from None
 
     def for_machine(self, machine: str | None, *, arriving: bool = False) -> PeerProfile:
-        """This profile for one guest: itself, unless the machine type is to decide.
+        """The profile for one guest: this profile, unless the machine type decides.
 
-        How the stream is framed (configuration section, footers, run state) is never the machine type's: who knows its
-        name has read a configuration section.
+        The machine type never decides the framing of the stream (configuration section, footers, run state): a reader
+        that knows the machine type has read a configuration section already.
 
         Args:
             machine: the machine type that the configuration section names; None for a guest of trimig's own.
@@ -88,18 +89,18 @@ class PeerProfile:
         changes = {
             field: getattr(self, field)
             for field in _FIELDS
-            # A configuration section that names the machine is there, and so is what has been read of the stream.
+            # The stream has a configuration section, which names the machine, and its framing has been read already.
             if field in _SEEN or field in self.explicit or getattr(self, field) != getattr(BY_MACHINE, field)
         }
         return _changed(found, {field: value for field, value in changes.items() if value != getattr(found, field)})
 
 
 _KINDS: Final = kinds_of(PeerProfile)
-#: The switches by their Python names, and as they are written.
+#: The switches by their Python names, and in their written form.
 _FIELDS: Final = tuple(name for name in _KINDS if name not in ("name", "by_machine"))
-#: How multifd is done comes with the profile only: nothing reads it before the capability is built.
+#: The multifd scheme comes only with the profile: it has no effect before the capability is built.
 _SWITCHES: Final = tuple(dashed(name) for name in _FIELDS if name != "multifd_scheme")
-#: What can be told from the stream itself.
+#: The switches that can be seen in the stream itself.
 _SEEN: Final = frozenset({"send_configuration", "send_section_footer", "store_global_state"})
 
 #: Machine types of 2.4 to 7.2.
@@ -120,13 +121,13 @@ LEGACY_2_3: Final = PeerProfile(
 )
 #: Machine types up to 2.2.
 LEGACY_2_2: Final = dataclasses.replace(LEGACY_2_3, name="legacy-2.2", suppress_vmdesc=True)
-#: The machine type decides; the default. The switches are those that every reader begins with.
+#: The default: the machine type decides. Every reader begins with these switches.
 BY_MACHINE: Final = PeerProfile(name="by-machine", by_machine=True)
 
-#: A guest of trimig's own, whatever its name is: as machine types of 7.2, which every version of trimig reads.
+#: A guest of trimig itself, with any name: as machine types of 7.2, which every version of trimig reads.
 OWN: Final = dataclasses.replace(QEMU_7_2, name="trimig's own")
-#: A machine type without a version (``none``, ``microvm``, ``q35``): as new as the program that runs it, and that cannot
-#: be told. What is sent is what every program can read.
+#: A machine type without a version (``none``, ``microvm``, ``q35``): as new as the program that runs it, whose version
+#: is not known. The stream has the form that every program can read.
 UNVERSIONED: Final = dataclasses.replace(QEMU_7_2, name="a machine type without a version")
 
 #: The profiles that come with trimig, by name.
@@ -147,7 +148,7 @@ PEERS: Final[Mapping[str, PeerProfile]] = MappingProxyType(
     }
 )
 
-#: From which version of the machine type on a profile holds, the newest first.
+#: The first version of the machine type for each profile, the newest first.
 _SINCE: Final = (
     ((11, 1), QEMU_11_1),
     ((10, 0), QEMU_10_0),
@@ -164,11 +165,11 @@ _VERSION: Final = re.compile(r".*-([0-9]{1,3})\.([0-9]{1,3})(?:-[a-z]+)?", re.DO
 
 
 def profile_for_machine(machine: str, *, arriving: bool = False) -> PeerProfile:
-    """The profile that a QEMU uses with the machine type *machine*: found by the version at the end of its name.
+    """The profile that QEMU uses with the machine type *machine*, found by the version at the end of its name.
 
     Args:
         machine: the name in the configuration section, such as ``pc-i440fx-10.0``.
-        arriving: for the destination. Where no version can be told it waits for nothing that may not come.
+        arriving: for the destination. If the version is not known, it does not wait for anything that may not come.
     """
     version = _VERSION.fullmatch(machine)
     if version is None:
@@ -178,12 +179,12 @@ def profile_for_machine(machine: str, *, arriving: bool = False) -> PeerProfile:
 
 
 def read_peer(changes: Iterable[tuple[str, object]], form: Form) -> PeerProfile:
-    """A profile from pairs of name and value: ``profile`` names the one to begin with, the others are its switches.
+    """Make a profile from pairs of name and value: ``profile`` names the base, the others are its switches.
 
-    Without ``profile`` it begins with ``by-machine``.
+    Without ``profile`` the base is ``by-machine``.
 
     Raises:
-        ConfigError: an unknown name or profile, or a switch with a value that it cannot have.
+        ConfigError: an unknown name or profile, or an illegal value of a switch.
     """
     base = BY_MACHINE
     switches: dict[str, Any] = {}
@@ -207,7 +208,7 @@ def read_peer(changes: Iterable[tuple[str, object]], form: Form) -> PeerProfile:
 
 
 def _changed(base: PeerProfile, changes: Mapping[str, Any]) -> PeerProfile:
-    """*base* with *changes*; its name tells a reader of the log that this is no longer the profile as it comes."""
+    """*base* with *changes*; the new name lists the changes, for the log."""
     if not changes:
         return base
     words = ", ".join(

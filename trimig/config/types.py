@@ -1,9 +1,9 @@
-"""The kinds of value an option can have: what is legal, how it is written, and how a refusal says it.
+"""The types of option values: legal values, written forms, and the text of a refusal.
 
 Each option of :class:`~trimig.config.Parameters` and :class:`~trimig.config.Config` carries one of these in its
 annotation (``Annotated[int, Whole(0, 9)]``), so that the range stands beside the default and one piece of code checks
-them all. A kind reads three written forms: QMP (JSON), TOML, and the text of a command line. Reading never fails by
-itself: what cannot be read is handed on as it is and then found illegal, so that every refusal has the same sentence.
+all options. A type reads three syntaxes: QMP (JSON), TOML, and the text of a command line. Reading never fails: a value
+that cannot be read is returned unchanged and then found illegal, so that every refusal has the same sentence.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _UNITS: Final = {"": 1, "k": KiB, "m": MiB, "g": GiB, "t": 1024 * GiB}
 
 
 class Form(enum.Enum):
-    """How a value is written down."""
+    """The syntax of a written value."""
 
     #: A JSON value of a QMP command.
     QMP = "QMP"
@@ -46,10 +46,10 @@ class Form(enum.Enum):
 
 
 def parse_size(text: str) -> int:
-    """Bytes from a size as people write it: ``"4096"``, ``"32M"``, ``"1.5GiB"``, ``"200 kB"``.
+    """Bytes of a size as people write it: ``"4096"``, ``"32M"``, ``"1.5GiB"``, ``"200 kB"``.
 
-    The suffixes K, M, G and T are powers of 1024, in either case, and may be followed by ``B`` or ``iB``. A fraction needs
-    a suffix, and what it leaves below one byte is dropped.
+    The suffixes K, M, G and T are powers of 1024, in either case, and may be followed by ``B`` or ``iB``. A fraction
+    needs a suffix, and is rounded down to whole bytes.
 
     Raises:
         ConfigError: not a size; negative; or less than one byte without being zero (which would mean something else).
@@ -65,7 +65,7 @@ def parse_size(text: str) -> int:
 
 
 def shown(value: object) -> str:
-    """*value* for a message: never longer than a line, whatever a peer or a file put there."""
+    """*value* for a message, cut to one line, because it may come from a peer or a file."""
     return reprlib.repr(value)
 
 
@@ -75,13 +75,13 @@ def dashed(name: str) -> str:
 
 
 def near(given: object, names: Iterable[str]) -> str:
-    """``; did you mean …?`` with those of *names* that resemble *given*; empty if none does."""
+    """``; did you mean …?`` with the *names* that are similar to *given*; empty if none is."""
     found = difflib.get_close_matches(str(given)[:100], list(names), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def unknown(what: str, given: object, names: Iterable[str]) -> ConfigError:
-    """The refusal of a name that does not exist, with the nearest ones that do."""
+    """The error for an unknown name, with the most similar known names."""
     names = list(names)
     like = difflib.get_close_matches(str(given)[:100], names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(like)}?" if like else f"known are {', '.join(names)}"
@@ -89,19 +89,19 @@ def unknown(what: str, given: object, names: Iterable[str]) -> ConfigError:
 
 
 class Kind:
-    """Base of all kinds."""
+    """Base of all types of option values."""
 
     @property
     def expects(self) -> str:
-        """What is legal, as the end of the sentence "... expects"."""
+        """The legal values, as the end of the sentence "... expects"."""
         raise NotImplementedError
 
     def legal(self, value: object) -> bool:
-        """Whether *value* may be stored as it is."""
+        """Whether *value* may be stored unchanged."""
         raise NotImplementedError
 
     def read(self, value: object, form: Form) -> object:
-        """*value*, given in *form*, as it would be stored; itself if it cannot be read."""
+        """*value*, given in *form*, in its stored form; unchanged if it cannot be read."""
         return value
 
     def write(self, value: object) -> object:
@@ -111,7 +111,7 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Flag(Kind):
-    """True or false. Neither 1 nor "yes": QMP takes them for what they are."""
+    """True or false. Not 1 and not "yes", which QMP does not accept either."""
 
     @property
     def expects(self) -> str:
@@ -153,7 +153,7 @@ class Whole(Kind):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Size(Kind):
-    """A number of bytes. Read as QMP does, -1 is the largest one, 2^64-1."""
+    """A number of bytes. As in QMP, -1 is the largest number, 2^64-1."""
 
     low: int = 0
     high: int = SIZE_MAX
@@ -187,7 +187,7 @@ class Size(Kind):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Text(Kind):
-    """A string; QMP's null is the empty one."""
+    """A string; QMP's null is the empty string."""
 
     @property
     def expects(self) -> str:
@@ -256,7 +256,7 @@ class Seconds(Kind):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OrNone(Kind):
-    """What *kind* allows, or None for "not set"."""
+    """A value of *kind*, or None for "not set"."""
 
     kind: Kind
 
@@ -286,7 +286,7 @@ class Instance(Kind):
 
 
 def kinds_of(cls: type) -> Mapping[str, Kind]:
-    """The kinds in the annotations of *cls*, by Python name, in the order of the fields."""
+    """The types in the annotations of *cls*, by Python name, in the order of the fields."""
     hints = typing.get_type_hints(cls, include_extras=True)
     found = {}
     for name, hint in hints.items():
@@ -297,7 +297,7 @@ def kinds_of(cls: type) -> Mapping[str, Kind]:
 
 
 def check_value(what: str, name: str, kind: Kind, value: object) -> None:
-    """Raise ConfigError unless *value* is legal; *what* says what kind of option *name* (Python spelling) is."""
+    """Raise ConfigError unless *value* is legal; *what* is the noun for the option *name* (Python spelling)."""
     if not kind.legal(value):
         raise ConfigError(f"{what} '{name}' expects {kind.expects}, not {shown(value)}", name=dashed(name))
 

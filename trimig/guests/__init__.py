@@ -1,8 +1,8 @@
-"""What can be migrated out of the box.
+"""The guests that come with trimig.
 
-:class:`AppGuest` is the caller's own state in this process, and :class:`LazyAppGuest` the same for an application that
-awaits its pages; :class:`ProcessGuest` is a worker process that shares its memory with us, :class:`ParkedGuest` what was
-received from a QEMU.
+:class:`AppGuest` is the caller's own state in this process. :class:`LazyAppGuest` is the same for an application that
+awaits its pages. :class:`ProcessGuest` is a worker process that shares its memory with this one. :class:`ParkedGuest`
+is a guest that was received from a QEMU and is kept.
 """
 
 from .app import AppGuest as AppGuest

@@ -1,7 +1,7 @@
 """A trio application as guest: its own memory and devices, in this process.
 
-What the engine needs of an application is that it can be stopped: when :meth:`AppGuest.pause` returns, nothing may
-write the memory or a device any more. The application gets that by changing them only inside the gate::
+The engine must be able to stop an application: when :meth:`AppGuest.pause` returns, nothing may write the memory or a
+device any more. For this the application changes them only inside the gate::
 
     guest = AppGuest("sessions")
     table = guest.add_ram("table", 64 * MiB)
@@ -12,9 +12,9 @@ write the memory or a device any more. The application gets that by changing the
             async with guest.running():          # waits here while the guest is paused
                 apply(request, table.view)       # hold it briefly: pause() waits for the end of this block
 
-Any number of tasks may be inside at once. A pause closes the gate to newcomers, waits until those inside have left,
-and then calls :meth:`AppGuest.on_pause`. After a migration away the gate simply stays closed: this copy of the guest
-must never change again, and its tasks are cancelled by the application.
+Any number of tasks may be inside at once. A pause closes the gate for new tasks, waits until the tasks inside have
+left, and then calls :meth:`AppGuest.on_pause`. After the guest was handed over, the gate stays closed: this copy of the
+guest must never change again, and the application cancels its tasks.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ Hook = Callable[[], Awaitable[None]]
 
 
 class AppGuest(GuestBase):
-    """State of this application that can be moved, or that waits to be received.
+    """State of this application that can be migrated, or that waits to be received.
 
     Use it as a context manager, or call :meth:`close`, to give the memory back.
 
     Args:
         name: the machine name; both ends must agree on it.
         running: False on the receiving side: the gate is closed (run state ``"inmigrate"``) until the guest arrives.
-        dirty_tracking: ``"auto"`` (the kernel's, else comparing), ``"userfaultfd"``, ``"compare"``, or ``"marks"``
-            where the application calls :meth:`mark_dirty` after each write.
+        dirty_tracking: ``"auto"`` (by the kernel, or else by comparing), ``"userfaultfd"``, ``"compare"``, or
+            ``"marks"`` if the application calls :meth:`mark_dirty` after each write.
         on_pause: awaited by every pause, after the last task has left the gate. It may still change the state.
         on_resume: awaited by every resume, before the gate opens. It may change the state already.
 
@@ -73,7 +73,8 @@ class AppGuest(GuestBase):
         self._blocks: list[MemfdBlock] = []
         self._marks: MarkTracker | None = None
         self._gate = Gate(self._owner, is_open=running)
-        #: Whoever pauses or resumes; one at a time, or the one that gives up would undo what the other has done.
+        #: Held by a task that pauses or resumes. Only one at a time, otherwise a cancelled call would undo the work of
+        #: the other.
         self._turn = trio.Lock()
 
     def __enter__(self) -> Self:
@@ -85,9 +86,9 @@ class AppGuest(GuestBase):
         self.close()
 
     def close(self) -> None:
-        """Give all RAM blocks back. Arrays that were made from them keep theirs alive. Idempotent; never fails.
+        """Close all RAM blocks. Arrays that were made from a block keep its memory alive. Idempotent; never fails.
 
-        Not while a migration runs: cancel it and wait for its end before.
+        Do not call it while a migration runs: cancel the migration and wait for its end first.
         """
         for block in self._blocks:
             block.close()
@@ -115,34 +116,36 @@ class AppGuest(GuestBase):
         return MemfdBlock(name, length)
 
     def running(self) -> Hold:
-        """``async with guest.running():`` holds off a pause; entering it waits while the guest does not run.
+        """``async with guest.running():`` holds off a pause; entering waits while the guest does not run.
 
-        May be nested within one task. A throttled guest is slowed down here: entering waits, in proportion to the
-        time that was spent inside before.
+        One task may nest it. A throttled guest is slowed down here: entering waits, in proportion to the time that the
+        guest's tasks spent inside before.
 
         Raises:
-            NotOwner: on entering; the guest was handed over, also while this waited; or it has not arrived, or its owner
-                is not known, when the wait begins. While the owner is not known, tasks that wait go on waiting.
+            NotOwner: on entering: the guest was handed over, also during the wait; or the guest has not arrived, or its
+                owner is not known, when the wait begins. Tasks that wait already go on waiting while the owner is not
+                known.
 
-        **Cancellation:** a cancelled entry has not entered. Inside, the block is the caller's.
+        **Cancellation:** a cancelled task has not entered. The code inside is the caller's.
         """
         return Hold(self._gate)
 
     async def wait_running(self) -> None:
-        """Return when the guest runs: it may have to arrive first. It may be paused again at the caller's next checkpoint.
+        """Return when the guest runs, if need be after its arrival. It may be paused again at the caller's next
+        checkpoint.
 
         Raises:
-            NotOwner: it was handed over.
+            NotOwner: the guest was handed over.
 
         **Cancellation:** no effect.
         """
         await self._gate.wait_open()
 
     def mark_dirty(self, block: str, start: int, length: int) -> None:
-        """Say that bytes ``[start, start + length)`` of *block* were written; for ``dirty_tracking="marks"``.
+        """Record that bytes ``[start, start + length)`` of *block* were written; for ``dirty_tracking="marks"``.
 
-        Call it after the write and within the same ``running()`` block. Cheap, and harmless with other methods or
-        while no migration runs.
+        Call it after the write and within the same ``running()`` block. The call is cheap, and harmless with other
+        methods or while no migration runs.
 
         Raises:
             ValueError: the range is not in such a block.
@@ -154,7 +157,7 @@ class AppGuest(GuestBase):
             self._marks.mark(block, start, length)
 
     def dirty_tracker(self) -> DirtyTracker:
-        """A tracker over all blocks. GuestFailed if userfaultfd was demanded and is not to be had."""
+        """A tracker over all blocks. GuestFailed if userfaultfd was demanded and is not available."""
         tracker = choose_tracker(self._ram, prefer=self._method)
         if isinstance(tracker, MarkTracker):
             self._marks = tracker
@@ -163,24 +166,25 @@ class AppGuest(GuestBase):
     async def on_pause(self) -> None:
         """Called by :meth:`pause` when no task is inside; override it or pass ``on_pause=``.
 
-        **Cancellation:** the guest runs on without a call of :meth:`on_resume`, so leave nothing half paused.
+        **Cancellation:** the guest goes on running without a call of :meth:`on_resume`, so undo a partial pause.
         """
         if self._pause_hook is not None:
             await self._pause_hook()
 
     async def on_resume(self) -> None:
-        """Called by :meth:`resume` before any task is let in; override it or pass ``on_resume=``.
+        """Called by :meth:`resume` before any task may enter; override it or pass ``on_resume=``.
 
-        **Cancellation:** as an error: nobody is let in, and :meth:`resume` may be called again.
+        **Cancellation:** as an error: the gate stays closed, and :meth:`resume` may be called again.
         """
         if self._resume_hook is not None:
             await self._resume_hook()
 
     async def pause(self) -> None:
-        """Close the gate, wait until every task has left it, call :meth:`on_pause`. Nothing to do if it does not run.
+        """Close the gate, wait until every task has left it, call :meth:`on_pause`. No effect if the guest does not
+        run.
 
         Raises:
-            GuestFailed: ``on_pause`` failed, or the caller itself is inside the gate. The guest runs on.
+            GuestFailed: ``on_pause`` failed, or the caller itself is inside the gate. The guest goes on running.
 
         **Cancellation:** the guest is as it was.
         """
@@ -193,7 +197,7 @@ class AppGuest(GuestBase):
             try:
                 await self._gate.wait_empty()
                 await self.on_pause()
-            except Exception as exc:  # the application's own code: whatever it raises, the guest was not paused
+            except Exception as exc:  # the application's own code: after any exception the guest is not paused
                 self._gate.open()
                 raise GuestFailed(f"the application refused to pause: {exc!r}") from exc
             except BaseException:
@@ -202,15 +206,15 @@ class AppGuest(GuestBase):
             self._run_state = "paused"
 
     async def resume(self) -> None:
-        """Call :meth:`on_resume` and open the gate. Nothing to do if the guest runs.
+        """Call :meth:`on_resume` and open the gate. No effect if the guest runs.
 
         Raises:
-            NotOwner: the guest is not this side's.
+            NotOwner: this side does not own the guest.
             GuestFailed: ``on_resume`` failed. The guest does not run.
 
         **Cancellation:** the guest is as it was.
         """
-        if self._run_state == "running":  # or it is just being paused: then the pause is what counts
+        if self._run_state == "running":  # or a pause is in progress, which takes precedence
             await trio.lowlevel.checkpoint()
             return
         async with self._turn:
@@ -225,7 +229,7 @@ class AppGuest(GuestBase):
             self._gate.open()
 
     def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
-        """For the engine: see :class:`trimig.guest.Guest`. Tasks that wait for a guest that has gone are told."""
+        """For the engine: see :class:`trimig.guest.Guest`. Wakes the tasks that wait for a guest that was handed over."""
         super().set_owner(owner, gone=gone, settle=settle)
         if self._owner.gone:
             self._gate.wake()
@@ -243,7 +247,9 @@ class AppGuest(GuestBase):
 
 
 class Gate:
-    """Lets tasks in while it is open; can be closed, and waited upon to be empty. All changes are synchronous."""
+    """A gate that tasks may enter while it is open; it can be closed, and waited for until empty. All changes are
+    synchronous.
+    """
 
     def __init__(self, owner: OwnerState, *, is_open: bool) -> None:
         self._owner = owner
@@ -252,22 +258,22 @@ class Gate:
         self._emptied = trio.Event()
         self._percent = 0
         self._changed = trio.Event()
-        #: Nobody is let in before this time, to make up for what was spent inside.
+        #: The throttle: no task may enter before this time, in proportion to the time spent inside.
         self._not_before = -math.inf
 
     def open(self) -> None:
-        """Let the waiting in. Idempotent."""
+        """Open the gate for waiting and new tasks. Idempotent."""
         if self._opened is not None:
             self._opened.set()
             self._opened = None
 
     def close(self) -> None:
-        """Let nobody in any more. Idempotent."""
+        """Close the gate. Idempotent."""
         if self._opened is None:
             self._opened = trio.Event()
 
     def wake(self) -> None:
-        """Let those who wait look again whether the guest is still this side's."""
+        """Wake the waiting tasks, which check again whether this side owns the guest."""
         if self._opened is not None:
             self._opened.set()
             self._opened = trio.Event()
@@ -275,18 +281,18 @@ class Gate:
         self._changed = trio.Event()
 
     def throttle(self, percent: int) -> None:
-        """From now on; 0 lets those in at once who wait because of it."""
+        """Set the throttle; 0 lets tasks that wait because of it enter at once."""
         self._percent = percent
         self._not_before = -math.inf
         self._changed.set()
         self._changed = trio.Event()
 
     def held_by_caller(self) -> bool:
-        """Whether the task that calls is inside."""
+        """Whether the calling task is inside."""
         return trio.lowlevel.current_task() in self._holders
 
     async def wait_open(self) -> None:
-        """Return while it is open. NotOwner for a guest that has gone."""
+        """Wait until the gate is open. NotOwner for a guest that was handed over."""
         await trio.lowlevel.checkpoint()
         while self._opened is not None:
             if self._owner.gone:
@@ -294,7 +300,7 @@ class Gate:
             await self._opened.wait()
 
     async def wait_empty(self) -> None:
-        """Return when nobody is inside."""
+        """Wait until no task is inside."""
         await trio.lowlevel.checkpoint()
         while self._holders:
             if self._emptied.is_set():
@@ -302,12 +308,12 @@ class Gate:
             await self._emptied.wait()
 
     async def enter(self) -> None:
-        """Wait and go in. No checkpoint follows the going in, so that Cancelled always means outside. NotOwner."""
+        """Wait and enter. No checkpoint follows the entering, so a cancelled task is always outside. NotOwner."""
         task = trio.lowlevel.current_task()
         await trio.lowlevel.checkpoint()
         if task not in self._holders:
             self._owner.check("be used")
-        # Who is inside already gets in again even if the gate has closed: the pause waits for this task anyway.
+        # A task that is inside may enter again even if the gate has closed: the pause waits for this task anyway.
         while task not in self._holders:
             if self._owner.gone:
                 self._owner.check("be used")
@@ -321,7 +327,7 @@ class Gate:
         self._holders[task] = self._holders.get(task, 0) + 1
 
     def leave(self, held: float) -> None:
-        """Go out after *held* seconds inside."""
+        """Leave after *held* seconds inside."""
         task = trio.lowlevel.current_task()
         self._holders[task] -= 1
         if not self._holders[task]:
@@ -334,7 +340,9 @@ class Gate:
 
 
 class Hold:
-    """One stay inside the gate; what :meth:`AppGuest.running` returns. For one task, once at a time."""
+    """The context manager that :meth:`AppGuest.running` returns, for one stay inside the gate. For one task, once at a
+    time.
+    """
 
     __slots__ = ("_gate", "_since")
 

@@ -1,4 +1,4 @@
-"""What all guests that come with trimig have in common: the claim, the run state, the register of devices."""
+"""The base of all guests that come with trimig: the claim, the run state, the register of devices."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _UUID: Final = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
 class GuestBase(abc.ABC):
-    """A guest with declared devices; :class:`trimig.guest.Guest` says what each method owes its caller.
+    """A guest with declared devices; :class:`trimig.guest.Guest` defines the contract of each method.
 
     A subclass appends its blocks to ``_ram``, keeps ``_run_state``, and implements :meth:`pause`, :meth:`resume` and
     :meth:`dirty_tracker`.
 
     Args:
         name: the machine name in the stream; both ends must agree on it.
-        run_state: ``"running"``, or ``"inmigrate"`` for one that waits to be filled, which is not this side's.
+        run_state: ``"running"``, or ``"inmigrate"`` for a guest that waits to be filled and is not owned by this side.
 
     Raises:
         ConfigError: the name is empty or longer than 255 bytes.
@@ -47,7 +47,7 @@ class GuestBase(abc.ABC):
         self._uuid: str | None = None
         first = Owner.ELSEWHERE if run_state == "inmigrate" else Owner.HERE
         self._owner = OwnerState(first, runs=lambda: self._run_state == "running")
-        #: Why it cannot be migrated now.
+        #: The reasons why the guest cannot be migrated now.
         self.blockers = Blockers(busy=lambda: self._purpose)
 
     def __repr__(self) -> str:
@@ -90,12 +90,14 @@ class GuestBase(abc.ABC):
 
     @property
     def throttle_percent(self) -> int:
-        """What :meth:`throttle` was last set to."""
+        """The last value given to :meth:`throttle`."""
         return self._throttle
 
     @property
     def owner(self) -> Owner:
-        """HERE: it may run in this process. ELSEWHERE: it was handed over, or has not arrived. UNKNOWN: see :meth:`settle`."""
+        """HERE: the guest may run in this process. ELSEWHERE: it was handed over, or has not arrived. UNKNOWN: see
+        :meth:`settle`.
+        """
         return self._owner.owner
 
     @property
@@ -108,13 +110,13 @@ class GuestBase(abc.ABC):
         self._owner.set(owner, gone=gone, settle=settle)
 
     async def settle(self, owner: Owner) -> None:
-        """State who owns the guest after :class:`trimig.HandoverUncertain`: HERE resumes it, ELSEWHERE gives it up.
+        """State the owner of the guest after :class:`trimig.HandoverUncertain`: HERE resumes it, ELSEWHERE gives it up.
 
         Raises:
             TypeError: *owner* is no :class:`trimig.Owner`.
             ValueError: *owner* is UNKNOWN.
-            StateError: its owner is known, or the answer is still waited for.
-            GuestNotResumed: it is here and could not be resumed; :meth:`resume` may be tried again.
+            StateError: the owner is known, or the answer may still come.
+            GuestNotResumed: the guest is here and could not be resumed; :meth:`resume` may be tried again.
 
         **Cancellation:** cancelled before anything was done, or not at all.
         """
@@ -127,7 +129,7 @@ class GuestBase(abc.ABC):
         self._purpose = purpose
 
     def release(self) -> None:
-        """The end of :meth:`claim`. Idempotent."""
+        """End the reservation of :meth:`claim`. Idempotent."""
         self._purpose = None
 
     def add_device(self, device: DeviceProtocol) -> None:
@@ -138,7 +140,7 @@ class GuestBase(abc.ABC):
                 migrated although :attr:`blockers` demand that.
             StateError: a migration is under way.
         """
-        if not hasattr(device, "idstr"):  # one that lacks another member is told so where that is needed
+        if not hasattr(device, "idstr"):  # other missing members are reported where they are needed
             expect("device", device, DeviceProtocol, "a trimig.Device")
         self._check_unclaimed("a device cannot be added")
         if not 1 <= len(device.idstr.encode()) <= 255:
@@ -166,11 +168,11 @@ class GuestBase(abc.ABC):
         return [device_section(device) for device in self._devices.values()]
 
     async def load_devices(self, sections: Sequence[DeviceSection]) -> None:
-        """Take over device state. Every device must be given, once; that is checked before the first is loaded.
+        """Load device state. Every device must be given, once; this is checked before the first is loaded.
 
         Raises:
-            RemoteProtocolError: a device is unknown, missing, given twice, or refuses its payload. The one that
-                refuses is unchanged; those before it are loaded.
+            RemoteProtocolError: a device is unknown, missing, given twice, or refuses its payload. A device that
+                refuses is unchanged; the devices before it are loaded.
 
         **Cancellation:** cancelled before the first device is loaded, or not at all.
         """
@@ -194,7 +196,7 @@ class GuestBase(abc.ABC):
             self._devices[section.idstr, section.instance_id].load(section.payload, section.version_id)
 
     async def throttle(self, percent: int) -> None:
-        """Remember *percent*; a subclass whose guest can be slowed down does so.
+        """Store *percent*; a subclass also slows its guest down, if it can.
 
         Raises:
             ValueError: not within 0 to 99.
@@ -204,10 +206,10 @@ class GuestBase(abc.ABC):
         self._throttle = percent
 
     async def activate(self, run_state: str) -> None:
-        """Resume for ``"running"``; otherwise only take the run state over.
+        """Resume for ``"running"``; otherwise only set the run state.
 
         Raises:
-            GuestFailed: it could not be resumed, or it runs although it should not.
+            GuestFailed: the guest could not be resumed, or it runs although it should not.
 
         **Cancellation:** as for :meth:`resume`.
         """

@@ -1,4 +1,4 @@
-"""Devices of the caller's own: a class with a declaration, whose attributes are the state.
+"""Devices of the caller: a class with a declaration, whose attributes are the state.
 
 class Clock(Device):
     vmstate = VMState("clock", fields=(Field("ticks", "uint64"), Field("armed", "timer")))
@@ -20,15 +20,16 @@ from ..wire.devices.vmstate import VMState
 
 
 class Device:
-    """A device whose state is what :attr:`vmstate` declares; implements :class:`trimig.guest.Device`.
+    """A device whose state is declared by :attr:`vmstate`; implements :class:`trimig.guest.DeviceProtocol`.
 
     Every field of the declaration is an attribute of the instance. A nested structure may be any object when it is
-    saved, and is a ``dict`` after it was loaded, unless :meth:`restore` makes something else of it.
+    saved, and is a ``dict`` after it was loaded, unless :meth:`restore` converts it.
 
     Class attributes:
         vmstate: the declaration.
         idstr: the device id string; left out, it is the name of the declaration.
-        unmigratable: why its state cannot be moved at all; a guest that has such a device is refused, both ways.
+        unmigratable: the reason why its state can never be migrated; a guest with such a device is refused, outgoing
+            and incoming.
 
     Raises:
         TypeError: a subclass without declaration, or with an idstr that cannot stand on the wire.
@@ -60,14 +61,14 @@ class Device:
         """Bring the attributes up to date. Called before saving and before describing; the guest is paused."""
 
     def post_load(self, version_id: int) -> None:
-        """Check and use what was loaded from *version_id*.
+        """Check and use the attributes that were loaded from *version_id*.
 
         Raises:
             RemoteProtocolError: to refuse it (a ValueError will do); the attributes are put back.
         """
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Set the attributes from what was decoded. Fields that were not sent are not in *state*."""
+        """Set the attributes from the decoded *state*. Fields that were not sent are not in *state*."""
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -81,7 +82,7 @@ class Device:
         return self.vmstate.encode(self)
 
     def describe(self) -> Mapping[str, Any]:
-        """Its object for the JSON description.
+        """The device's object for the JSON description.
 
         Raises:
             LocalProtocolError: as for :meth:`save`.
@@ -90,15 +91,15 @@ class Device:
         return {"name": self.idstr, "instance_id": self.instance_id, **self.vmstate.describe(self)}
 
     def measure(self, data: memoryview, version_id: int) -> int | None:
-        """How many bytes of *data* are one payload; None if more is needed to tell.
+        """The number of bytes at the start of *data* that are one payload; None if more bytes are needed.
 
         Raises:
-            RemoteProtocolError: no payload of this version begins like that.
+            RemoteProtocolError: no payload of this version begins with these bytes.
         """
         return self.vmstate.measure(data, version_id, local=self, section=self.idstr)
 
     def load(self, payload: bytes, version_id: int) -> None:
-        """Take over the state in *payload*, all of it or nothing.
+        """Load the state in *payload*, as a whole or not at all.
 
         Raises:
             RemoteProtocolError: the version is not readable, the payload does not fit, or :meth:`post_load` refused.

@@ -1,7 +1,7 @@
-"""An application that can run before all of its memory is here, because it asks before it looks.
+"""An application that can run before all of its memory is here, because it awaits its pages before it touches them.
 
-In the same process nobody can be made to wait inside a touch of memory: whoever waited would hold Python's global lock, and
-nobody could bring the page. So the application says what it is about to touch, and awaits it::
+In the same process a thread cannot wait inside a touch of memory: it would hold Python's global lock, and no other
+thread could place the page. So the application names the bytes that it will touch, and awaits them::
 
     guest = LazyAppGuest("sessions", running=False)
     table = guest.add_ram("table", 64 * MiB)
@@ -29,14 +29,14 @@ from .app import AppGuest
 
 
 class LazyBlock(MemfdBlock):
-    """A block that knows which of its pages were discarded, and so have to come before somebody looks at them."""
+    """A block that records its discarded pages, which must be received before the application touches them."""
 
     def __init__(self, name: str, length: int) -> None:
         super().__init__(name, length)
         self.gone: PageBitmap = np.zeros(length // PAGE_SIZE, np.bool_)
 
     def discard_slice(self, first_page: int, count: int) -> None:
-        """As of any block, and remember it."""
+        """Discard as :class:`MemfdBlock` does, and record the pages."""
         super().discard_slice(first_page, count)
         self.gone[first_page : first_page + count] = True
 
@@ -44,8 +44,8 @@ class LazyBlock(MemfdBlock):
 class LazyAppGuest(AppGuest):
     """An :class:`AppGuest` that may be the destination of postcopy; implements :class:`trimig.guest.LazyGuest`.
 
-    Every task that touches its memory must await :meth:`reach` before: what it touches without is zero where it has not
-    come yet, and what it writes there is lost.
+    Every task that touches its memory must await :meth:`reach` before. Otherwise it reads zeros from pages that have
+    not come yet, and its writes to them are lost.
     """
 
     _memory: AwaitedMemory | None = None
@@ -54,14 +54,15 @@ class LazyAppGuest(AppGuest):
         return LazyBlock(name, length)
 
     async def reach(self, block: str, start: int, length: int) -> None:
-        """Return when the bytes ``[start, start + length)`` of *block* are here; outside of postcopy they always are.
+        """Wait until the bytes ``[start, start + length)`` of *block* are here; outside of postcopy they always are.
 
-        Once here they stay. Not inside :meth:`running`: a pause would wait for this, and this for the network.
+        Once here they stay. Do not await it inside :meth:`running`: a pause would wait for this call, and this call for
+        the network.
 
         Raises:
             ValueError: the range is not in such a block.
             StateError: it is awaited inside :meth:`running`, and the bytes are not here.
-            GuestFailed: they will never come; the guest is lost.
+            GuestFailed: the bytes will never come; the guest is lost.
 
         **Cancellation:** no effect.
         """
@@ -80,7 +81,7 @@ class LazyAppGuest(AppGuest):
         await self._memory.wait(number, pages)
 
     def _lazy_blocks(self) -> list[LazyBlock]:
-        """All blocks, in the order of :attr:`ram`, which is how :class:`trimig.guest.Wait` numbers them."""
+        """All blocks, in the order of :attr:`ram`; :class:`trimig.guest.Wait` uses these numbers."""
         blocks = []
         for block in self.ram:
             assert isinstance(block, LazyBlock)
@@ -88,17 +89,19 @@ class LazyAppGuest(AppGuest):
         return blocks
 
     async def missing_memory(self) -> AwaitedMemory:
-        """From here on :meth:`reach` waits for what has no memory. **Cancellation:** no effect."""
+        """Make :meth:`reach` wait for pages without memory from now on. **Cancellation:** no effect."""
         await trio.lowlevel.checkpoint()
         self._memory = AwaitedMemory(self._lazy_blocks())
         return self._memory
 
     async def memory_is_whole(self) -> Sequence[float]:
-        """Nothing is missing any more; the seconds that all tasks together have waited. **Cancellation:** no effect."""
+        """End postcopy: no page is missing any more. Returns the seconds that all tasks have waited. **Cancellation:**
+        no effect.
+        """
         await trio.lowlevel.checkpoint()
         memory, self._memory = self._memory, None
         for block in self._lazy_blocks():
-            block.gone[:] = False  # what release-ram has discarded at a source, too
+            block.gone[:] = False  # includes pages that release-ram has discarded at a source
         return (memory.waited,) if memory is not None else (0.0,)
 
 
@@ -115,11 +118,11 @@ class AwaitedMemory:
         self.waited = 0.0
 
     def here(self, block: int, pages: slice) -> bool:
-        """All of these pages have come."""
+        """Whether all of these pages have come."""
         return not self._absent[block][pages].any()
 
     async def wait(self, block: int, pages: slice) -> None:
-        """Ask for those that have not, and wait for them; raises as :meth:`LazyAppGuest.reach`.
+        """Request the missing pages, and wait for them; raises the errors of :meth:`LazyAppGuest.reach`.
 
         **Cancellation:** no effect.
         """
@@ -141,11 +144,11 @@ class AwaitedMemory:
             self.waited += trio.current_time() - began
 
     def fileno(self) -> int:
-        """Readable when somebody has begun to wait."""
+        """A descriptor that is readable when a task has begun to wait."""
         return self._event
 
     def waits(self) -> Sequence[Wait]:
-        """Who has begun to wait since the last call."""
+        """The waits that began since the last call."""
         try:
             os.eventfd_read(self._event)
         except BlockingIOError:
@@ -154,7 +157,7 @@ class AwaitedMemory:
         return wanted
 
     def place(self, block: int, first: int, pages: Pages) -> int:
-        """Put *pages* there where they are absent."""
+        """Write *pages* where pages are absent."""
         absent = self._absent[block][first : first + len(pages)]
         new = np.flatnonzero(absent)
         self._blocks[block].pages[first + new] = pages[new]
@@ -163,7 +166,7 @@ class AwaitedMemory:
         return len(new)
 
     def place_zeros(self, block: int, first: int, count: int) -> int:
-        """As :meth:`place`; they were discarded, so they are zero already."""
+        """As :meth:`place`; the pages were discarded, so they are zero already."""
         absent = self._absent[block][first : first + count]
         new = int(np.count_nonzero(absent))
         absent[:] = False
@@ -171,7 +174,7 @@ class AwaitedMemory:
         return new
 
     def close(self) -> None:
-        """Whoever still waits is told that it is in vain. Idempotent."""
+        """Fail all tasks that still wait. Idempotent."""
         if self._event >= 0:
             os.close(self._event)
             self._event = -1

@@ -1,4 +1,4 @@
-"""Errors of files that say which file."""
+"""File errors that name the file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Give an OSError that names no file, as those of reading and writing are, the name of this one."""
+    """Add *path* to an OSError without a file name, as raised by reads and writes."""
     try:
         yield
     except OSError as error:

@@ -40,18 +40,18 @@ TIMER: Final = VMState(
 
 
 class TimerState(Device):
-    """The machine's clocks. What comes with instruction counting is kept as attributes and sent on if it came."""
+    """The machine's clocks. State of instruction counting is kept in attributes, and sent if it was received."""
 
     vmstate = TIMER
 
     def __init__(self, *, cpu_ticks_offset: int = 0, cpu_clock_offset: int = 0) -> None:
         super().__init__()
         self.cpu_ticks_offset = cpu_ticks_offset
-        #: Virtual clock in ns.
+        #: Virtual clock in nanoseconds.
         self.cpu_clock_offset = cpu_clock_offset
 
     def restore(self, state: dict[str, Any]) -> None:
-        """As :meth:`Device.restore`; what an earlier load brought in subsections is forgotten."""
+        """As :meth:`Device.restore`; drops subsection values of an earlier load."""
         for name in vars(self).keys() - {"cpu_ticks_offset", "cpu_clock_offset", "instance_id"}:
             delattr(self, name)
         super().restore(state)
@@ -73,5 +73,5 @@ class GlobalState(Device):
         vars(self).update(fields_of(self.run_state))
 
     def post_load(self, version_id: int) -> None:
-        """Take the run state over; RemoteProtocolError if no guest can arrive in it."""
+        """Set the run state; RemoteProtocolError if no guest can arrive in it."""
         self.run_state = run_state_of(self.runstate)

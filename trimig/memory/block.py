@@ -1,7 +1,7 @@
-"""A RAM block on a memfd: memory that other processes can map too, and whose holes can be told without touching them.
+"""A RAM block on a memfd: other processes can map it too, and its holes can be found without touching them.
 
-A memfd, and not ``multiprocessing.shared_memory``: it has no name to collide or to leak, and no helper process that
-removes it under its owner.
+A memfd is used instead of ``multiprocessing.shared_memory``, because a memfd has no name to collide or to leak, and no
+helper process that removes it while it is in use.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ..errors import ConfigError, StateError
 from ..guest import PAGE_SIZE, PageBitmap, Pages
 from .linux import MADV_POPULATE_WRITE, absent_pages
 
-#: So many extents are walked by :meth:`MemfdBlock.absent`, which takes about two milliseconds.
+#: Extents that :meth:`MemfdBlock.absent` walks at most; this takes about two milliseconds.
 MAX_EXTENTS: Final = 1024
 
 
 def check_block(name: str, length: int) -> None:
-    """Raise ConfigError unless a RAM block may be called and sized like this."""
+    """Raise ConfigError unless a RAM block may have this name and length."""
     if not 1 <= len(name.encode()) <= 255:
         raise ConfigError(f"the name of a RAM block has 1 to 255 bytes, {name!r} has {len(name.encode())}")
     if length <= 0 or length % PAGE_SIZE:
@@ -34,7 +34,7 @@ class MemfdBlock:
     """One RAM block of *length* bytes, shared, mapped read-write into this process; all zero, and absent, at first.
 
     The block owns the descriptor and the mapping. ``view`` and ``pages`` are windows into the mapping: an array made
-    from them keeps the mapping (not the descriptor) alive beyond :meth:`close`, until it is dropped itself.
+    from them keeps the mapping (not the descriptor) alive after :meth:`close`, until the array is dropped.
 
     Args:
         name: the id on the wire.
@@ -51,10 +51,11 @@ class MemfdBlock:
         try:
             check_block(name, length)
             if fd is None:
-                label = name[:60].replace("\0", "?")  # for people who look at /proc; the kernel takes 249 bytes
+                label = name[:60].replace("\0", "?")  # shown in /proc; the kernel takes 249 bytes
                 self._fd = os.memfd_create(f"trimig-{label}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
                 os.ftruncate(self._fd, length)
-                # Nobody who is given the descriptor can turn our pages into bus errors by cutting the file short.
+                # The seal: a process that gets the descriptor cannot shorten the file, which would turn our pages into
+                # bus errors.
                 fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             elif (size := os.fstat(fd).st_size) < length:
                 raise ConfigError(f"RAM block {name!r} has {length} bytes, its file only {size}")
@@ -103,11 +104,11 @@ class MemfdBlock:
 
     @property
     def address(self) -> int:
-        """Where it is mapped in this process."""
+        """The address of the mapping in this process."""
         return int(self.pages.ctypes.data)
 
     def absent(self) -> PageBitmap:
-        """Pages with no memory behind them. Does not touch (and so never allocates) any.
+        """Pages with no memory behind them. The call does not touch (and so never allocates) pages.
 
         In a block with very many separate holes only the first thousand or so are found; see :meth:`absent_slice`.
         """
@@ -122,10 +123,10 @@ class MemfdBlock:
     def populate_slice(self, first_page: int, count: int) -> bool:
         """Give memory to *count* pages from *first_page* on, and map them; their content stays.
 
-        Synchronous, and it costs what first touching costs: about a millisecond per MiB, several on a virtual machine
-        whose own memory is still cold. Call it in slices of a hundred or two pages with a checkpoint between. An
-        optimisation only: False if the kernel cannot do it (before Linux 5.14). To dirty tracking the
-        pages may look written. OSError if memory runs out.
+        The call is synchronous and costs as much as a first touch: about a millisecond per MiB, several on a virtual
+        machine whose own memory is still cold. Call it in slices of one or two hundred pages with a checkpoint between.
+        It is only an optimisation: False if the kernel cannot do it (before Linux 5.14). Dirty tracking may see the
+        pages as written. OSError if memory runs out.
         """
         self._check_open()
         first, count = self._clip(first_page, count)
@@ -141,7 +142,7 @@ class MemfdBlock:
     def discard(self) -> None:
         """Give all memory back: every page is absent, and reads as zero, again.
 
-        Not while a migration sends this block: kernel dirty tracking does not see it (there is no write).
+        Do not call it while a migration sends this block: kernel dirty tracking does not see it (there is no write).
         """
         self._check_open()
         self._map.madvise(mmap.MADV_REMOVE)
@@ -170,8 +171,8 @@ class MemfdBlock:
                 view.release()
             self._map.close()
         except BufferError:
-            # Somebody still looks at it. Unmapping under an array would be a crash later; the array holds a reference
-            # to the map object, and that unmaps when it is collected.
+            # An array still uses the mapping. Unmapping now would crash the process at a later access. The array holds
+            # a reference to the map object, which unmaps when it is collected.
             del self._map
 
     def _clip(self, first: int, count: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""Pages that are not here yet: whoever touches one sleeps in the kernel until it is placed (userfaultfd, missing mode).
+"""Missing pages: a thread that touches one sleeps in the kernel until the page is placed (userfaultfd, missing mode).
 
 One :class:`MissingPages` serves the memory of one process, this one or another: the descriptor acts on the address
-space of the process that made it. Placing is atomic for everybody who looks: a page is absent, or whole.
+space of the process that made it. Placing is atomic for all readers: a page is absent, or whole.
 
 This process must not touch a missing page of its own while it holds the GIL: the task that would place it could never
 run. Another process may, and so may code that has released the GIL.
@@ -26,7 +26,7 @@ from . import linux
 if TYPE_CHECKING:
     from .tracking import TrackedRange
 
-#: What postcopy asks of a userfaultfd: faults in shared memory, and who waits.
+#: The features that postcopy needs of a userfaultfd: faults in shared memory, and the ids of waiting threads.
 FEATURES: Final = linux.FEATURE_MISSING_SHMEM | linux.FEATURE_THREAD_ID
 
 _EVENT_PAGEFAULT: Final = 0x12
@@ -44,12 +44,12 @@ _MESSAGE = np.dtype(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Faults:
-    """What one read brought.
+    """The faults of one read.
 
     Attributes:
-        pages: address of the page that each one waits for, in the order in which they began to wait. The same page
-            comes several times if several threads touch it.
-        threads: kernel id of the thread that waits, for each.
+        pages: address of the page that each thread waits for, in the order in which the waits began. The same page is
+            listed several times if several threads touch it.
+        threads: kernel id of each waiting thread.
     """
 
     pages: NDArray[np.uint64]
@@ -60,8 +60,8 @@ class MissingPages:
     """The missing pages of one address space.
 
     Args:
-        descriptor: a userfaultfd with :data:`FEATURES`, not blocking; it is this object's from here on. Wait for it
-            to become readable, then :meth:`read`.
+        descriptor: a userfaultfd with :data:`FEATURES`, not blocking; this object owns it from now on. Wait until it is
+            readable, then call :meth:`read`.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -69,14 +69,15 @@ class MissingPages:
 
     @classmethod
     def open(cls, *, user_mode_only: bool = False) -> MissingPages:
-        """Of this process.
+        """Open a userfaultfd of this process.
 
         Args:
-            user_mode_only: one that does not see system calls touch missing pages will do where no other is
-                permitted. Such a call fails with EFAULT instead of waiting, so that is for programs that make none.
+            user_mode_only: where no other is permitted, accept a userfaultfd that does not see system calls touch
+                missing pages. Such a system call fails with EFAULT instead of waiting, so use this only for programs
+                that make none on this memory.
 
         Raises:
-            MemoryUnavailable: with the sysctl, the device or the kernel version to look at.
+            MemoryUnavailable: names the sysctl, the device or the kernel version to check.
         """
         return cls(linux.open_userfaultfd(FEATURES, user_mode_only=user_mode_only))
 
@@ -85,21 +86,21 @@ class MissingPages:
         return self._fd
 
     def close(self) -> None:
-        """Whoever waits is woken, and what is missing reads as zero from here on. Idempotent."""
+        """Wake all waiting threads; missing pages read as zero from now on. Idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     def register(self, start: int, length: int) -> None:
-        """From here on a touch of an absent page in that range waits. OSError."""
+        """Make a touch of an absent page in the range wait from now on. OSError."""
         linux.register_missing(self._fd, start, length)
 
     def unregister(self, start: int, length: int) -> None:
-        """The range is ordinary memory again; whoever waits in it is woken. OSError."""
+        """Make the range ordinary memory again, and wake the threads that wait in it. OSError."""
         linux.unregister(self._fd, start, length)
 
     def read(self) -> Faults:
-        """Who has begun to wait since the last read; nobody, perhaps. Never blocks. OSError."""
+        """The threads that began to wait since the last read; may be empty. Never blocks. OSError."""
         try:
             raw = os.read(self._fd, _BATCH * _MESSAGE.itemsize)
         except BlockingIOError:
@@ -111,15 +112,15 @@ class MissingPages:
         )
 
     def place(self, start: int, data: NDArray[np.uint8]) -> int:
-        """Fill absent pages from address *start* on, and wake who waits for them.
+        """Fill absent pages from address *start* on, and wake the threads that wait for them.
 
-        A page that is there already is left as it is: its content is newer than *data*, or the same.
+        A page that is present already is not changed: its content is newer than *data*, or the same.
 
         Args:
             data: whole pages, contiguous, of this process.
 
         Returns:
-            How many pages were placed.
+            The number of pages placed.
 
         Raises:
             ValueError: *data* is no run of whole pages.
@@ -156,7 +157,7 @@ class MissingPages:
             if error.errno == errno.EEXIST:
                 linux.wake(self._fd, start + position, PAGE_SIZE)
                 position += PAGE_SIZE
-            elif error.errno != errno.EAGAIN:  # EAGAIN: the layout of the process changed in that moment
+            elif error.errno != errno.EAGAIN:  # EAGAIN: the memory layout of the process changed during the call
                 raise error
         return placed // PAGE_SIZE
 
@@ -165,8 +166,8 @@ class UffdMemory:
     """:class:`trimig.guest.MissingMemory` by userfaultfd.
 
     Args:
-        missing: of the process that runs the guest; this object's from here on.
-        areas: the blocks where that process has them, in the order in which they are numbered.
+        missing: the missing pages of the process that runs the guest; this object owns it from now on.
+        areas: the blocks at their addresses in that process, in the order of their numbers.
     """
 
     def __init__(self, missing: MissingPages, areas: Sequence[TrackedRange]) -> None:
@@ -174,16 +175,16 @@ class UffdMemory:
         self._areas = tuple(areas)
 
     def open(self) -> None:
-        """From here on a touch of an absent page waits. OSError."""
+        """Make a touch of an absent page wait from now on. OSError."""
         for area in self._areas:
             self._missing.register(area.address, area.pages * PAGE_SIZE)
 
     def fileno(self) -> int:
-        """Readable when somebody waits."""
+        """A descriptor that is readable when a thread waits."""
         return self._missing.fileno()
 
     def waits(self) -> list[Wait]:
-        """Who has begun to wait since the last call. Never blocks. OSError."""
+        """The threads that began to wait since the last call. Never blocks. OSError."""
         faults = self._missing.read()
         found = []
         for address, thread in zip(faults.pages.tolist(), faults.threads.tolist(), strict=True):
@@ -194,7 +195,7 @@ class UffdMemory:
         return found
 
     def place(self, block: int, first: int, pages: Pages) -> int:
-        """As :meth:`MissingPages.place`: *pages* go into *block* from page *first* on, those that are absent there."""
+        """As :meth:`MissingPages.place`: put *pages* into *block* from page *first* on, where pages are absent."""
         return self._missing.place(self._address(block, first, len(pages)), pages)
 
     def place_zeros(self, block: int, first: int, count: int) -> int:
@@ -202,7 +203,7 @@ class UffdMemory:
         return self._missing.place_zeros(self._address(block, first, count), count * PAGE_SIZE)
 
     def close(self) -> None:
-        """What is missing reads as zero from here on, and whoever waits is woken. Idempotent."""
+        """Make missing pages read as zero from now on, and wake all waiting threads. Idempotent."""
         self._missing.close()
 
     def _address(self, block: int, first: int, count: int) -> int:

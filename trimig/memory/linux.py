@@ -1,14 +1,14 @@
-"""The Linux calls for guest memory that Python does not offer: userfaultfd, PAGEMAP_SCAN, a walk over the holes of a file.
+"""Linux calls for guest memory that Python does not offer: userfaultfd, PAGEMAP_SCAN, a walk over the holes of a file.
 
-Only what dirty tracking and postcopy need. Everything is a plain function over descriptors and addresses, so that it works on the
-memory of another process as well: a userfaultfd acts on the address space of the process that made it, whoever holds
-the descriptor.
+This module has only the calls that dirty tracking and postcopy need. They are plain functions over descriptors and
+addresses, so they also work on the memory of another process: a userfaultfd acts on the address space of the process
+that made it, whichever process holds the descriptor.
 
 The calls go through ctypes and not through :mod:`fcntl`: newer Pythons repeat an interrupted ``fcntl.ioctl`` by
-themselves and drop what the kernel wrote back when a call fails. ctypes releases the GIL around each call.
+themselves, and drop the data that the kernel wrote back if a call fails. ctypes releases the GIL around each call.
 
-Numbers and layouts are kernel ABI (``linux/userfaultfd.h``, ``linux/fs.h``); all members are 64 bit wide, which is why
-an array of ``uint64`` serves for every structure.
+Numbers and layouts are kernel ABI (``linux/userfaultfd.h``, ``linux/fs.h``); all members are 64 bit wide, so an array
+of ``uint64`` is used for every structure.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ FEATURE_THREAD_ID: Final = 1 << 8
 FEATURE_WP_HUGETLBFS_SHMEM: Final = 1 << 12
 FEATURE_WP_UNPOPULATED: Final = 1 << 13
 FEATURE_WP_ASYNC: Final = 1 << 15
-#: What dirty tracking asks of a userfaultfd: the kernel lifts the protection by itself and remembers that it did.
+#: The features that dirty tracking needs of a userfaultfd: the kernel lifts the protection at a write by itself, and
+#: records it.
 TRACKING_FEATURES: Final = (
     FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC
 )
@@ -70,12 +71,12 @@ _PAGE_IS_WRITTEN: Final = 1 << 1
 _SCAN_ARG_SIZE: Final = 96
 _WALK_END: Final = 4
 
-#: Python has no name for it (Linux 5.14).
+#: Python's mmap module has no name for this constant (Linux 5.14).
 MADV_POPULATE_WRITE: Final = 23
 
 
 class MemoryUnavailable(OSError):
-    """The kernel does not offer, or does not allow, a memory facility; the message says which switch to look at."""
+    """The kernel does not offer, or does not allow, a memory feature; the message names the setting to check."""
 
 
 def _struct(*values: int) -> ctypes.Array[ctypes.c_uint64]:
@@ -143,12 +144,12 @@ def open_userfaultfd(features: int = TRACKING_FEATURES, *, user_mode_only: bool 
     """A userfaultfd of this process, its handshake done; the descriptor is the caller's to close.
 
     Args:
-        features: bits that must be there.
-        user_mode_only: where a full one is not permitted, one that does not report faults taken inside the kernel
-            will do. That is enough for asynchronous write protection, which reports no faults at all.
+        features: required feature bits.
+        user_mode_only: where a full userfaultfd is not permitted, accept one that does not report faults inside the
+            kernel. This is enough for asynchronous write protection, which reports no faults at all.
 
     Raises:
-        MemoryUnavailable: with the sysctl, the device or the kernel version to look at.
+        MemoryUnavailable: names the sysctl, the device or the kernel version to check.
     """
     fd = _new_descriptor(user_mode_only)
     try:
@@ -173,12 +174,15 @@ def register_missing(fd: int, start: int, length: int) -> None:
     _control(fd, _UFFDIO_REGISTER, _struct(start, length, _REGISTER_MISSING, 0))
 
 
-#: Fills a part of a run, given its position and length in bytes: how many bytes were done, and what stopped it.
+#: Fills a part of a run, given its position and length in bytes; returns the number of bytes filled, and the error that
+#: stopped it.
 Fill = Callable[[int, int], tuple[int, OSError | None]]
 
 
 def _filled(fd: int, request: int, arg: ctypes.Array[ctypes.c_uint64], length: int) -> tuple[int, OSError | None]:
-    """One filling call. Its progress stands in the last member of the structure, a negative error number if none."""
+    """Make one fill call. The last member of the structure has the progress, or a negative error number if none was
+    made.
+    """
     try:
         _control(fd, request, arg)
     except OSError as error:
@@ -188,27 +192,27 @@ def _filled(fd: int, request: int, arg: ctypes.Array[ctypes.c_uint64], length: i
 
 
 def copy_pages(fd: int, start: int, source: int, length: int) -> tuple[int, OSError | None]:
-    """Fill absent pages of the registered process with memory of this one. Stops at a page that is there (EEXIST)."""
+    """Fill absent pages of the registered process with memory of this one. Stops at a page that is present (EEXIST)."""
     return _filled(fd, _UFFDIO_COPY, _struct(start, source, length, 0, 0), length)
 
 
 def zero_pages(fd: int, start: int, length: int) -> tuple[int, OSError | None]:
-    """Fill absent pages with zeros. Stops at a page that is there (EEXIST)."""
+    """Fill absent pages with zeros. Stops at a page that is present (EEXIST)."""
     return _filled(fd, _UFFDIO_ZEROPAGE, _struct(start, length, 0, 0), length)
 
 
 def wake(fd: int, start: int, length: int) -> None:
-    """Let whoever waits for these pages look again. OSError."""
+    """Wake the threads that wait for these pages; they repeat their access. OSError."""
     _control(fd, _UFFDIO_WAKE, _struct(start, length))
 
 
 def unregister(fd: int, start: int, length: int) -> None:
-    """Take the range out again; its protection is lifted. OSError."""
+    """Remove the range from *fd*, and lift its protection. OSError."""
     _control(fd, _UFFDIO_UNREGISTER, _struct(start, length))
 
 
 def write_protect(fd: int, start: int, length: int) -> None:
-    """Protect every page of a registered range, those without memory as well. OSError."""
+    """Write-protect every page of a registered range, also pages without memory. OSError."""
     _control(fd, _UFFDIO_WRITEPROTECT, _struct(start, length, _WRITEPROTECT_WP))
 
 
@@ -218,7 +222,7 @@ def write_protect(fd: int, start: int, length: int) -> None:
 class WrittenScanner:
     """Gets and clears the written pages of a range of one process, given its pagemap.
 
-    Get and clear are one step for the kernel (under the page table lock), so no write falls between.
+    Get and clear are one step in the kernel (under the page table lock), so no write falls between.
     """
 
     def __init__(self, pid: int | None = None, *, max_regions: int = 1 << 14) -> None:
@@ -246,12 +250,11 @@ class WrittenScanner:
     def get_and_clear(self, start: int, pages: int) -> PageBitmap:
         """Which of *pages* pages from address *start* on have been written since they were protected last.
 
-        They are protected again on the way. OSError; EPERM if part of the range is not under asynchronous write
-        protection any more.
+        The call protects them again. OSError; EPERM if a part of the range is not under asynchronous write protection
+        any more.
         """
-        # Asking for exactly "written", and returning exactly that, matters: in this form the kernel counts a page
-        # whose page table entry is gone (written, then reclaimed) as written. With any other category in the masks
-        # such a write would be lost.
+        # Both masks must be exactly "written": only then the kernel counts a page whose page table entry is gone
+        # (written, then reclaimed) as written. With any other category in the masks such a write would be lost.
         end = start + pages * PAGE_SIZE
         edges = np.zeros(pages + 1, dtype=np.int8)
         arg = _struct(
@@ -273,7 +276,7 @@ class WrittenScanner:
             found = _control(self._fd, _PAGEMAP_SCAN, arg)
             if found:
                 bounds = ((self._regions[:found, :2] - base) // np.uint64(PAGE_SIZE)).astype(np.intp)
-                # Plain indexed addition is enough: within one answer no two regions begin, or end, at the same page.
+                # Plain indexed addition is enough: no two regions of one answer begin, or end, at the same page.
                 edges[bounds[:, 0]] += 1
                 edges[bounds[:, 1]] -= 1
             arg[2] = arg[_WALK_END]
@@ -283,7 +286,7 @@ class WrittenScanner:
 def probe_tracking(pid: int | None = None) -> None:
     """Raise MemoryUnavailable unless written pages of *pid* (None: this process) can be scanned exactly.
 
-    Whether the process in question can make a userfaultfd is tried only for this one.
+    Making a userfaultfd is tried only for this process.
     """
     if mmap.PAGESIZE != PAGE_SIZE:
         raise MemoryUnavailable(errno.ENOTSUP, f"this kernel's pages have {mmap.PAGESIZE} bytes, not {PAGE_SIZE}")
@@ -301,9 +304,9 @@ def probe_tracking(pid: int | None = None) -> None:
 
 
 def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The parts of ``[start, end)`` of a file that have memory behind them, as byte ranges in rising order.
+    """The parts of ``[start, end)`` of a file that have memory behind them, as byte ranges in ascending order.
 
-    Moves the file offset of *fd*, which nothing else should depend on. OSError.
+    Moves the file offset of *fd*; other code must not depend on it. OSError.
     """
     position = start
     while position < end:
@@ -322,11 +325,11 @@ def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
 def absent_pages(fd: int, first: int, count: int, *, max_extents: int) -> NDArray[np.bool_]:
     """True for each of *count* pages from page *first* on that is a hole of the file.
 
-    The walk takes about two microseconds for each extent. After *max_extents* of them it stops, and the pages that it
-    has not reached are reported as present, which is always safe to say.
+    The walk takes about two microseconds for each extent. It stops after *max_extents* extents, and reports the
+    remaining pages as present, which is always safe.
     """
     state = os.fstat(fd)
-    if state.st_blocks * 512 >= state.st_size:  # no room for holes: spares a walk of about 10 ms for each GiB
+    if state.st_blocks * 512 >= state.st_size:  # the file has no holes: skip a walk of about 10 ms for each GiB
         return np.zeros(count, dtype=np.bool_)
     absent = np.ones(count, dtype=np.bool_)
     origin = first * PAGE_SIZE

@@ -1,4 +1,4 @@
-"""Which pages has the guest written? Four trackers, and the choice between them.
+"""Dirty tracking, which finds the pages that the guest has written: four trackers, and the choice between them.
 
 ========================  ==============================================  =========================================
 tracker                   how it knows                                    price
@@ -10,8 +10,8 @@ tracker                   how it knows                                    price
 :class:`NullTracker`      nothing writes                                  none
 ========================  ==============================================  =========================================
 
-All are exact: no write is lost. With :class:`CompareTracker` that holds only for a sender that takes its pages from
-:meth:`CompareTracker.snapshot`; see there.
+All trackers are exact: no write is lost. With :class:`CompareTracker` this is true only if the sender takes its pages
+from :meth:`CompareTracker.snapshot`; see there.
 
 A migration asks :func:`snapshot_of` where to read a block's pages from, whatever the tracker.
 """
@@ -42,9 +42,9 @@ from .linux import (
 
 _log: Final = logging.getLogger("trimig.memory")
 
-#: Pages that the kernel is asked about, or protects, in one go: 64 MiB, at worst about a millisecond.
+#: Pages that one kernel call scans or protects: 64 MiB, at worst about a millisecond.
 _SCAN_SLICE: Final = (64 << 20) // PAGE_SIZE
-#: Pages that are compared or copied in one go: 2 MiB, below a millisecond.
+#: Pages that are compared or copied in one step: 2 MiB, below a millisecond.
 _COMPARE_SLICE: Final = (2 << 20) // PAGE_SIZE
 
 #: Values of ``prefer`` and of a guest's ``dirty_tracking``.
@@ -53,16 +53,16 @@ METHODS: Final = ("auto", "userfaultfd", "compare", "marks")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrackedRange:
-    """A RAM block as the process that writes it sees it."""
+    """A RAM block at its address in the process that writes it."""
 
     name: str
-    #: Where it is mapped in that process.
+    #: The address of the mapping in that process.
     address: int
     pages: int
 
 
 def tracked_ranges(blocks: Sequence[RamBlock]) -> Sequence[TrackedRange]:
-    """*blocks* where this process has them."""
+    """*blocks* at their addresses in this process."""
     return [
         TrackedRange(name=block.name, address=int(block.pages.ctypes.data), pages=len(block.pages)) for block in blocks
     ]
@@ -71,14 +71,14 @@ def tracked_ranges(blocks: Sequence[RamBlock]) -> Sequence[TrackedRange]:
 class UffdTracker:
     """Dirty tracking by the kernel: userfaultfd asynchronous write protection, read with PAGEMAP_SCAN.
 
-    It sees every write of *one* address space, whatever makes it: Python, C code, a system call that reads into the
-    memory. Writes that another process makes through its own mapping of the same memfd are not seen.
+    The tracker sees every write of *one* address space: by Python, by C code, by a system call that reads into the
+    memory. It does not see writes of another process through its own mapping of the same memfd.
 
     Args:
         ranges: the blocks, at their addresses in the process that writes them.
         pid: that process; None for this one.
-        uffd: a userfaultfd that *pid* made (:func:`trimig.memory.linux.open_userfaultfd`); the tracker owns it from
-            here on. Needed with *pid*; without, :meth:`start` makes one.
+        uffd: a userfaultfd that *pid* made (:func:`trimig.memory.linux.open_userfaultfd`); the tracker owns it from now
+            on. Required with *pid*; without *pid*, :meth:`start` makes one.
     """
 
     method: Final = "userfaultfd-wp"
@@ -95,7 +95,7 @@ class UffdTracker:
         self._stopped = False
 
     async def start(self) -> None:
-        """Protect every page; what was written before does not count. Once only, see :class:`DirtyTracker`.
+        """Write-protect every page; earlier writes do not count. Call it only once, see :class:`DirtyTracker`.
 
         **Cancellation:** tracking may be on in part; call :meth:`stop`.
         """
@@ -119,7 +119,7 @@ class UffdTracker:
         await trio.lowlevel.checkpoint()
 
     async def sync(self) -> Mapping[str, PageBitmap]:
-        """See :class:`DirtyTracker`. GuestFailed if the kernel refuses (the memory was unmapped, say)."""
+        """See :class:`DirtyTracker`. GuestFailed if the kernel refuses (for example, the memory was unmapped)."""
         if not self._on or self._scanner is None:
             raise StateError("dirty tracking is not on")
         result: dict[str, PageBitmap] = {}
@@ -143,7 +143,7 @@ class UffdTracker:
         self._on = False
         if self._uffd >= 0:
             for area in self._registered:
-                # The process may be gone, or have unmapped it: then there is nothing left to lift.
+                # The process may have ended or unmapped the memory: then there is no protection left to lift.
                 with contextlib.suppress(OSError):
                     unregister(self._uffd, area.address, area.pages * PAGE_SIZE)
             os.close(self._uffd)
@@ -155,12 +155,12 @@ class UffdTracker:
 
 
 class CompareTracker:
-    """Dirty tracking by comparing with a copy of the memory. Needs nothing of the kernel.
+    """Dirty tracking by comparing with a copy of the memory. It needs no kernel feature.
 
-    Comparing alone cannot see a page that changed and changed back between two syncs. Whoever sent the page from the
-    guest's memory in between has sent something that the guest has no longer, and will not be told. So **pages must
-    be sent from** :meth:`snapshot`, which holds what they are compared with; then what the destination has is always
-    a state that the next comparison starts from.
+    Comparing cannot see a page that changed and changed back between two syncs. A sender that read the page from the
+    guest's memory in between has sent content that the guest no longer has, and no sync would report the page. So
+    **pages must be sent from** :meth:`snapshot`, the copy that they are compared with. Then the destination always has
+    a state from which the next comparison starts.
     """
 
     method: Final = "compare"
@@ -195,8 +195,8 @@ class CompareTracker:
             raise StateError("dirty tracking is not on")
         result: dict[str, PageBitmap] = {}
         for name, block in self._blocks.items():
-            # A second slice of memory, because another process may write while we compare: what is compared and what
-            # is kept must be the same bytes.
+            # A second copy of the slice, because another process may write during the comparison: the bytes that are
+            # compared and the bytes that are kept must be the same.
             taken = np.empty((min(_COMPARE_SLICE, len(block.pages)), PAGE_SIZE), dtype=np.uint8)
             dirty = np.empty(len(block.pages), dtype=np.bool_)
             for first in range(0, len(dirty), _COMPARE_SLICE):
@@ -219,7 +219,7 @@ class CompareTracker:
 
 
 class MarkTracker:
-    """Dirty tracking by what the application tells with :meth:`mark`."""
+    """Dirty tracking by the calls of :meth:`mark` that the application makes."""
 
     method: Final = "marks"
 
@@ -262,7 +262,7 @@ class MarkTracker:
 
 
 class NullTracker:
-    """For a guest that never runs here: nothing is ever dirty."""
+    """For a guest that never runs here: no page is ever dirty."""
 
     method: Final = "none"
 
@@ -283,7 +283,9 @@ class NullTracker:
 
 
 def snapshot_of(tracker: DirtyTracker, block: RamBlock) -> Pages:
-    """Where a sender must read the pages of *block* from: its memory, or the tracker's snapshot where it keeps one."""
+    """The array that a sender must read the pages of *block* from: its memory, or the tracker's snapshot if there is
+    one.
+    """
     snapshot: Callable[[str], Pages] | None = getattr(tracker, "snapshot", None)
     return block.pages if snapshot is None else snapshot(block.name)
 
@@ -302,7 +304,7 @@ def choose_tracker(blocks: Sequence[RamBlock], *, prefer: str | None = None) -> 
 
     Raises:
         ConfigError: *prefer* is not known.
-        GuestFailed: userfaultfd was asked for by name and is not to be had; the message says what to change.
+        GuestFailed: userfaultfd was asked for by name and is not available; the message says how to enable it.
     """
     prefer = prefer or "auto"
     check_method(prefer)
@@ -328,10 +330,10 @@ def choose_tracker(blocks: Sequence[RamBlock], *, prefer: str | None = None) -> 
 
 
 def log_choice(method: str) -> None:
-    """Say on ``trimig.memory`` how dirty pages are told."""
+    """Log the tracking method on ``trimig.memory``."""
     _log.info("dirty tracking by %s", method)
 
 
 def log_fallback(reason: MemoryUnavailable) -> None:
-    """Say on ``trimig.memory`` that memory is compared, and why."""
+    """Log on ``trimig.memory`` that memory is compared, and the reason."""
     _log.warning("dirty tracking by comparing with a copy, which is slow and doubles the memory: %s", reason.strerror)

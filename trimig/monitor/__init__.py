@@ -1,6 +1,7 @@
-"""The record of one migration: its status, its figures, its events, and who listens to them.
+"""The record of one migration: its status, its figures, its events and its listeners.
 
-:class:`Monitor` is the public half: it watches and steers. :class:`.core.MonitorCore` is the half that the engine moves.
+:class:`Monitor` is the public half, which watches and steers. :class:`.core.MonitorCore` is the half that the engine
+changes.
 """
 
 from .monitor import Monitor as Monitor

@@ -1,8 +1,8 @@
-"""Reasons why a guest cannot be migrated now, given by whoever knows them.
+"""Reasons why a guest cannot be migrated now.
 
-A *blocker* is a reason that somebody adds while he needs the guest to stay (a device is passed through, a disk is being
-copied) and deletes afterwards. A device may also say of itself that it cannot be migrated at all. Both refuse a
-migration before anything is touched.
+A *blocker* is a reason against migration. A component adds it while it needs the guest to stay (a device is passed
+through, a disk is being copied), and deletes it afterwards. A device may also declare that it cannot be migrated at
+all. Both refuse a migration before anything is changed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Blocker:
-    """One reason, while it stands. Made by :meth:`Blockers.add`."""
+    """One reason, in force until it is deleted. Made by :meth:`Blockers.add`."""
 
     def __init__(self, reason: str, delete: Callable[[Blocker], None]) -> None:
         self._reason = reason
@@ -28,11 +28,11 @@ class Blocker:
 
     @property
     def reason(self) -> str:
-        """The sentence for people."""
+        """The reason as a sentence for people."""
         return self._reason
 
     def delete(self) -> None:
-        """The reason has gone. Always allowed, also during a migration; idempotent."""
+        """Delete the blocker. Always allowed, also during a migration; idempotent."""
         self._delete(self)
 
 
@@ -40,7 +40,7 @@ class Blockers:
     """The blockers of one guest.
 
     Args:
-        busy: what the guest is reserved for, or None; during a migration no blocker can be added.
+        busy: returns the purpose that the guest is reserved for, or None; during a migration no blocker can be added.
         only_migratable: nothing that prevents a migration is allowed at all: QEMU's ``--only-migratable``. May be
             changed.
     """
@@ -49,7 +49,7 @@ class Blockers:
         self._busy = busy
         self._blockers: list[Blocker] = []
         self.only_migratable = only_migratable
-        #: For the engine: what the guest lacks since a postcopy was lost. It stays until the next guest comes.
+        #: For the engine: the reason after a lost postcopy (missing pages). It stays until the next guest is received.
         self.lacking: str | None = None
 
     def add(self, reason: str) -> Blocker:
@@ -95,11 +95,11 @@ class Blockable(Protocol):
 
     @property
     def blockers(self) -> Blockers:
-        """Why it cannot be migrated now."""
+        """The blockers of the guest."""
 
 
 def unmigratable(guest: Guest) -> Iterator[str]:
-    """One sentence for each device that says of itself that it cannot be migrated (its attribute ``unmigratable``)."""
+    """One sentence for each device that declares that it cannot be migrated (its attribute ``unmigratable``)."""
     for (idstr, _), device in (guest.devices or {}).items():
         reason: object = getattr(device, "unmigratable", None)
         if reason:
@@ -107,7 +107,7 @@ def unmigratable(guest: Guest) -> Iterator[str]:
 
 
 def reasons(guest: Guest) -> tuple[str, ...]:
-    """Everything that refuses a migration of *guest*: QEMU's ``blocked-reasons``."""
+    """All reasons against a migration of *guest*: QEMU's ``blocked-reasons``."""
     explicit = guest.blockers.reasons if isinstance(guest, Blockable) else ()
     return (*explicit, *unmigratable(guest))
 
@@ -124,14 +124,16 @@ def check_outgoing(guest: Guest) -> None:
 
 
 def lacks(guest: Guest, pages: int) -> None:
-    """For the engine: *guest* lacks that many pages, so it is not to be sent on; 0 if it lacks none, or another comes."""
+    """For the engine: *guest* lacks *pages* pages, so it must not be sent; 0 if none is missing, or the next guest
+    comes.
+    """
     if isinstance(guest, Blockable):
         what = f"{pages} pages of the guest's memory never came, as a postcopy was lost; receive it anew"
         guest.blockers.lacking = what if pages else None
 
 
 def check_incoming(guest: Guest) -> None:
-    """Refuse to fill a guest with a device that cannot be migrated. Blockers do not matter to what comes.
+    """Refuse to fill a guest with a device that cannot be migrated. Blockers do not affect an incoming migration.
 
     Raises:
         StateError: naming the device.

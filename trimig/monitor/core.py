@@ -1,4 +1,6 @@
-"""The state of a monitor, and what the engine does with it. Callers get :class:`trimig.Monitor`, which shows and steers it."""
+"""The state of a monitor, and the methods for the engine. Callers use :class:`trimig.Monitor`, which shows and steers
+it.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,12 @@ if TYPE_CHECKING:
     from ..config.parameters import Parameters
     from ..guest import Guest
 
-#: Events kept for a reader that is not reading; the oldest are dropped first, so that nobody can stall a migration.
+#: Events kept for a slow reader; the oldest are dropped first, so that a reader cannot stall a migration.
 EVENT_BACKLOG = 1024
 
 
 class MonitorCore:
-    """The state of one monitor: the engine moves it, :class:`trimig.Monitor` shows it to callers and steers it."""
+    """The state of one monitor: the engine changes it, :class:`trimig.Monitor` shows it to callers and steers it."""
 
     def __init__(self) -> None:
         self._role: Role | None = None
@@ -50,7 +52,8 @@ class MonitorCore:
         self._addresses: tuple[str, ...] = ()
         self._migrating: Guest | None = None
         self._listeners = Listeners()
-        #: Whose blockers :meth:`info` lists. Each attempt sets it; a caller may set it before the first.
+        #: The guest whose blockers :meth:`info` lists. Each attempt sets it; a caller may set it before the first
+        #: attempt.
         self.guest: Guest | None = None
 
     def __repr__(self) -> str:
@@ -241,40 +244,40 @@ class MonitorCore:
 
     @property
     def counters(self) -> Counters:
-        """what it counts."""
+        """The counters."""
         return self._counters
 
     @property
     def cancel_reason(self) -> str | None:
-        """the reason given to :meth:`cancel` in this attempt."""
+        """The reason given to :meth:`cancel` in this attempt."""
         return self._cancel_reason
 
     @property
     def postcopy_wanted(self) -> bool:
-        """:meth:`start_postcopy` was called in this attempt."""
+        """Whether :meth:`start_postcopy` was called in this attempt."""
         return self._postcopy_wanted
 
     @property
     def given_up(self) -> str | None:
-        """the reason given to :meth:`abandon` in this attempt."""
+        """The reason given to :meth:`abandon` in this attempt."""
         return self._given_up
 
     @property
     def recovery_wanted(self) -> bool:
-        """:meth:`recover` was called, and not taken yet."""
+        """Whether :meth:`recover` was called, and the call was not taken yet."""
         return self._recover_at is not None
 
     def take_recovery(self) -> str | None:
-        """what :meth:`recover` was called with since the last look."""
+        """Take the URI of the last call of :meth:`recover`; None if there was no call since the last take."""
         uri, self._recover_at = self._recover_at, None
         return uri
 
     def interrupt(self, function: Callable[[str], None] | None) -> None:
-        """where :meth:`pause` goes."""
+        """Set the function that :meth:`pause` calls."""
         self._interrupt = function
 
     def begin(self, role: Role, config: Config, guest: Guest | None = None) -> Counters:
-        """a new attempt; all counters are zero, no old error is left.
+        """Begin a new attempt: all counters are zero, no old error is left.
 
         Raises:
             StateError: an attempt is under way, or its outcome is not settled.
@@ -302,21 +305,21 @@ class MonitorCore:
         retuned: Callable[[], None] | None,
         cut: Callable[[], bool] | None = None,
     ) -> None:
-        """where cancellation and changed parameters go, and what breaks the connections."""
+        """Set the functions that a cancel and changed parameters call, and the function that breaks the connections."""
         self._cancel, self._retuned, self._cut = cancel, retuned, cut
 
     def listening(self, *addresses: str) -> None:
-        """the receiver waits here."""
+        """Store the addresses that the receiver listens on."""
         self._addresses = addresses
         if addresses:
             self.emit("LISTENING", addresses=list(addresses))
 
     def advance(self, new: Status) -> None:
-        """the next status. Synchronous: checked, stored and told in one go, the guest's owner with it.
+        """Change the status, and the guest's owner with it. Synchronous: checked, stored and told in one step.
 
         Raises:
             StateError: *new* cannot follow the present status.
-            GuestFailed: the guest is to be handed over, and runs.
+            GuestFailed: the guest is to be handed over, and it runs.
         """
         assert self._role is not None
         _status.check(self._role, self._status, new)
@@ -330,7 +333,7 @@ class MonitorCore:
         self.emit("MIGRATION", status=new.value, owner=self.owner.value)
 
     def emit(self, name: str, **data: Any) -> None:
-        """tell everybody who listens."""
+        """Tell all listeners and waiting tasks of an event."""
         event = Event(name=name, data=MappingProxyType(data), time=trio.current_time())
         self._events.append(event)
         self._event_count += 1
@@ -339,13 +342,13 @@ class MonitorCore:
         self._listeners.tell(event)
 
     def warn(self, text: str) -> None:
-        """something for the summary."""
+        """Add a warning to the summary."""
         self._counters.warnings.append(text)
         self.emit("WARNING", text=text)
 
 
 class _StatusWatch:
-    """See :meth:`Monitor.watch`. An object instead of a generator: it can be dropped anywhere."""
+    """See :meth:`Monitor.watch`. An object instead of a generator, because it can be dropped at any point."""
 
     def __init__(self, monitor: MonitorCore, every: float) -> None:
         self._monitor = monitor

@@ -1,7 +1,7 @@
-"""Functions that are called at each event of a migration, and that cannot hurt it.
+"""Functions that are called at each event of a migration, and that cannot break it.
 
-What a listener raises is its own affair: it is logged, and the listener is removed. This is the only place that catches
-whatever a stranger's function may raise.
+An error of a listener is logged, and the listener is removed. This is the only place that catches every exception of a
+caller's function.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class Listeners:
         self._telling = False
 
     def add(self, listener: Listener) -> Callable[[], None]:
-        """Call *listener* at each event from now on; returns what ends it, which may be called more than once."""
+        """Call *listener* at each event from now on. Returns a function that removes it, which may be called more than
+        once.
+        """
         key = object()
         self._listeners[key] = listener
 
@@ -39,8 +41,8 @@ class Listeners:
     def tell(self, event: Event) -> None:
         """Call all listeners, in the order in which they were added.
 
-        What a listener does may cause the next event (a cancel does); that is told when all have heard of this one, so
-        that everybody hears the same order.
+        A listener may cause the next event (for example by a cancel). That event is told after all listeners have been
+        called for this one, so that all see the same order.
         """
         self._waiting.append(event)
         if self._telling:
@@ -50,7 +52,7 @@ class Listeners:
             while self._waiting:
                 event = self._waiting.popleft()
                 for key, listener in tuple(self._listeners.items()):
-                    if key in self._listeners:  # another one may have removed it meanwhile
+                    if key in self._listeners:  # another listener may have removed it meanwhile
                         self._call(key, listener, event)
         finally:
             self._telling = False

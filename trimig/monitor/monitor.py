@@ -1,4 +1,4 @@
-"""What a caller watches and steers a migration by: :class:`Monitor`, and the records it hands out.
+""":class:`Monitor`, by which a caller watches and steers a migration, and the records that it returns.
 
 A monitor is a plain object without tasks of its own. The caller makes it and passes it to :func:`trimig.migrate` or
 :func:`trimig.receive`; it may be used for one attempt after another, never for two at once. Everything here happens in
@@ -37,7 +37,7 @@ __all__ = (
 )
 
 
-#: The kind of what can be called, for a check while the program runs.
+#: The type of callables, for a check at run time.
 _Function: type[Any] = cast("type[Any]", Callable)
 
 
@@ -54,7 +54,9 @@ class Monitor:
 
     @property
     def guest(self) -> Guest | None:
-        """Whose blockers :meth:`info` lists. Each attempt sets it; a caller may set it before the first."""
+        """The guest whose blockers :meth:`info` lists. Each attempt sets it; a caller may set it before the first
+        attempt.
+        """
         return self._core.guest
 
     @guest.setter
@@ -64,7 +66,7 @@ class Monitor:
 
     @property
     def counters(self) -> Counters:
-        """A picture of what has been counted so far; changing it changes nothing."""
+        """A copy of the counters so far; changing it has no effect."""
         return dataclasses.replace(self._core.counters)
 
     @property
@@ -74,7 +76,7 @@ class Monitor:
 
     @property
     def role(self) -> Role | None:
-        """The side that the present or the last attempt is; None before the first."""
+        """The side of this process in the present or the last attempt; None before the first."""
         return self._core.role
 
     @property
@@ -93,15 +95,15 @@ class Monitor:
         return self._core.addresses
 
     def statistics(self) -> Statistics:
-        """A picture of now."""
+        """The present figures."""
         return self._core.statistics()
 
     def info(self) -> dict[str, Any]:
         """The members of QEMU's ``query-migrate``, present as in its table per status (config.md part 6.1).
 
         Times are in ms, sizes in bytes. Four members are trimig's own: ``owner`` (``source``, ``destination`` or
-        ``unknown``) wherever there is a migration to speak of, ``warnings`` (a list of sentences) if there are any,
-        ``dirty-tracking`` on the source, and there, while it runs, ``convergence`` with ``converging``, ``reason`` and
+        ``unknown``) if there has been a migration, ``warnings`` (a list of sentences) if there are any,
+        ``dirty-tracking`` on the source, and on a running source ``convergence`` with ``converging``, ``reason`` and
         ``advice`` (a list).
         """
         return self._core.info()
@@ -115,7 +117,7 @@ class Monitor:
         return self._core.watch(every)
 
     async def wait_status(self, *statuses: Status) -> Status:
-        """Wait until the status is one of *statuses*, or the attempt has ended; returns the status that it is.
+        """Wait until the status is one of *statuses*, or the attempt has ended; returns the status then.
 
         **Cancellation:** no effect.
         """
@@ -138,10 +140,10 @@ class Monitor:
         return self._core.events()
 
     def add_listener(self, listener: Listener) -> Callable[[], None]:
-        """Call *listener* with each :class:`Event`, at the very moment; returns what ends it.
+        """Call *listener* with each :class:`Event`, at once. Returns a function that removes it.
 
-        It is called by the engine's own task, synchronously: it must not wait, and should be quick. It may call what
-        steers a migration (:meth:`cancel`, :meth:`resume`). If it raises, that is logged, and it is removed.
+        The engine's task calls the listener synchronously: it must not wait, and should be quick. It may steer the
+        migration (:meth:`cancel`, :meth:`resume`). If it raises, the error is logged and the listener is removed.
         """
         expect("listener", listener, _Function, "a function")
         return self._core.add_listener(listener)
@@ -149,7 +151,7 @@ class Monitor:
     # -- steering --------------------------------------------------------------------------------------------------
 
     def cancel(self, reason: str = "no reason was given") -> None:
-        """Ask for the migration to be undone; it ends with :class:`trimig.MigrationCancelled`.
+        """Cancel the migration; it ends with :class:`trimig.MigrationCancelled`.
 
         Without a migration under way this does nothing, as in QEMU.
 
@@ -160,25 +162,27 @@ class Monitor:
         self._core.cancel(reason)
 
     def resume(self) -> None:
-        """Go on with the switchover, out of ``pre-switchover``; the guest stands still there.
+        """Go on with the switchover from ``pre-switchover``, where the guest stands still.
 
         Raises:
-            StateError: the status is another one; nothing was done, and nothing is kept for a later pause.
+            StateError: the status is another one. Nothing was done, and a later ``pre-switchover`` waits again.
         """
         self._core.resume()
 
     def start_postcopy(self) -> None:
         """Switch to postcopy as soon as possible: the guest runs at the destination, and the rest of its memory follows.
 
-        During `setup` it is kept for the first pass. After the end of an attempt it does nothing, as in QEMU.
+        During `setup` the wish is kept for the first pass. After the end of an attempt the call does nothing, as in
+        QEMU.
 
         Raises:
-            StateError: no migration has begun, it goes in, or the capability ``postcopy-ram`` is off.
+            StateError: no migration has begun, the migration is an incoming one, or the capability ``postcopy-ram`` is
+                off.
         """
         self._core.start_postcopy()
 
     def pause(self, reason: str = "it was paused") -> None:
-        """Drop the connection in postcopy, to take it up again over another one (:meth:`recover`).
+        """Close the connection in postcopy, to go on later over a new one (:meth:`recover`).
 
         Raises:
             StateError: the status is not `postcopy-active` or `postcopy-recover`, or everything has been sent.
@@ -187,8 +191,9 @@ class Monitor:
         self._core.pause(reason)
 
     def yank(self) -> None:
-        """Break the connection at once, as if the network had: before the switch to postcopy the migration fails (with the
-        decision under way its owner may become unknown), behind it it is paused. Without a connection it does nothing.
+        """Break the connection at once, like a network failure. Before the switch to postcopy the migration fails (if
+        the decision is under way, the owner may become unknown). After the switch the migration is paused. Without a
+        connection the call does nothing.
 
         Raises:
             StateError: this kind of connection (``exec:``, ``file:``, a stream of the caller's own) cannot be broken.
@@ -196,18 +201,19 @@ class Monitor:
         self._core.yank()
 
     def recover(self, uri: str) -> None:
-        """Take up a paused postcopy migration: a source connects to *uri*, a destination listens there.
+        """Recover a paused postcopy migration: a source connects to *uri*, a destination listens there.
 
-        The destination first. If it comes to nothing, the status is `postcopy-paused` again, and one may try again.
+        Call it on the destination first. If the recovery fails, the status is `postcopy-paused` again, and another try
+        is allowed.
 
         Raises:
-            StateError: the status is another one, or this was asked for already.
+            StateError: the status is another one, or a recovery was asked for already.
         """
         expect("uri", uri, str, "a URI (a str such as 'tcp:host:4444')")
         self._core.recover(uri)
 
     def abandon(self, reason: str = "no reason was given") -> None:
-        """Give a paused postcopy migration up; it ends with :class:`trimig.PostcopyLost`. A second call changes nothing.
+        """Give up a paused postcopy migration; it ends with :class:`trimig.PostcopyLost`. A second call has no effect.
 
         Raises:
             StateError: the status is another one.
@@ -216,25 +222,26 @@ class Monitor:
         self._core.abandon(reason)
 
     def set_parameters(self, **changes: Any) -> Parameters:
-        """Change parameters, all or none, also while a migration runs: the bandwidth limit applies at once, the downtime
-        limit at the next decision.
+        """Change parameters, all or none, also while a migration runs. The bandwidth limit applies at once, the
+        downtime limit at the next decision.
 
         Raises:
-            ConfigError: a name or a value is wrong; nothing was changed.
+            ConfigError: a name or a value is wrong. Nothing was changed.
         """
         return self._core.set_parameters(**changes)
 
     def reconfigure(self, *, capabilities: Capabilities | None = None, autostart: bool | None = None) -> None:
-        """Change what a destination has not needed yet: capabilities until somebody has connected, whether the guest is
-        started until it has come. What is None stays. Without an attempt, and on a source, it has no effect.
+        """Change settings of a destination before they are used: capabilities until a source has connected, and whether
+        the guest is started, until the guest has arrived. None keeps a setting. Without an attempt, and on a source,
+        the call has no effect.
 
         Raises:
-            StateError: it comes too late.
+            StateError: it is too late for the change.
             ConfigError: the capabilities do not go together with the parameters.
         """
         self._core.reconfigure(capabilities=capabilities, autostart=autostart)
 
 
 def core_of(monitor: Monitor) -> MonitorCore:
-    """For the engine: what it moves."""
+    """The state behind *monitor*; for the engine."""
     return monitor._core

@@ -1,4 +1,4 @@
-"""The figures of a migration: what the engine counts, the records that callers get, and QEMU's ``query-migrate``."""
+"""The figures of a migration: the engine's counters, the records that callers get, and QEMU's ``query-migrate``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..status import IN_POSTCOPY, RECOVERABLE, Role, Status
 if TYPE_CHECKING:
     from ..errors import Ownership
 
-#: A QEMU that cannot load what came says why in its log only.
+#: A QEMU that cannot load the stream gives the reason only in its log.
 WHY_CLOSED: Final = (
     "its own log says why. Of a QEMU it is usually another machine type or version, another size of the RAM or of a ROM, or "
     "a device that one side does not have"
@@ -22,7 +22,7 @@ WHY_CLOSED: Final = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Something that happened. ``name`` and ``data`` are QMP's where QMP has such an event."""
+    """An event of a migration. ``name`` and ``data`` are QMP's where QMP has such an event."""
 
     name: str
     data: Mapping[str, Any]
@@ -32,26 +32,26 @@ class Event:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Convergence:
-    """Whether the passes come to an end, why, and what would help."""
+    """Whether the migration converges, the reason, and measures that would help."""
 
     converging: bool
-    #: One sentence with the figures that decide it.
+    #: One sentence with the deciding figures.
     reason: str
-    #: What would help, one clause each, most effective first; empty where nothing needs to.
+    #: Measures that would help, one clause each, most effective first; empty if none is needed.
     advice: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """A picture of a migration; bytes, seconds, bytes per second."""
+    """The figures of a migration at one moment; bytes, seconds, bytes per second."""
 
     status: Status
     owner: Ownership
     #: All RAM of the guest.
     total: int
-    #: Sent over the transport so far (source), or received (destination), everything included.
+    #: All bytes sent over the transport so far (source), or received (destination).
     transferred: int
-    #: RAM that is still to be sent, as of the last dirty sync.
+    #: Bytes of RAM still to be sent, as of the last dirty sync.
     remaining: int
     normal_pages: int
     zero_pages: int
@@ -64,9 +64,10 @@ class Statistics:
     elapsed: float
     #: How dirty pages are found: ``userfaultfd-wp``, ``compare``, ``marks``, ``none``; empty on a destination.
     dirty_tracking: str
-    #: How much of the memory has been copied once, 0 to 1; never falls.
+    #: The share of the memory that has been copied once, 0 to 1; never falls.
     first_copy: float = 0.0
-    #: How near the rest has come to what fits into the downtime limit, 0 to 1, after the first copy; never falls.
+    #: The progress of convergence after the first copy, 0 to 1: 1 when the rest fits into the downtime limit; never
+    #: falls.
     chase: float = 0.0
     #: None before the first pass, and on a destination.
     convergence: Convergence | None = None
@@ -74,14 +75,14 @@ class Statistics:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Downtime:
-    """Where the time went while the guest ran nowhere, in seconds, as this side's clock saw it.
+    """The parts of the downtime, in seconds, by this side's clock.
 
-    A source fills all parts but ``resume``; a destination fills ``resume`` alone: what bringing the guest to life took.
-    On the source that time is inside ``commit``.
+    A source fills all parts but ``resume``; a destination fills only ``resume``, the time to activate the guest. On the
+    source that time is a part of ``commit``.
     """
 
     pause: float = 0.0
-    #: In pre-switchover, until somebody let it go on.
+    #: In pre-switchover, until the permission to go on.
     held: float = 0.0
     ram: float = 0.0
     devices: float = 0.0
@@ -97,11 +98,11 @@ class Downtime:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """How a migration went. Returned only when the destination owns the guest."""
+    """The result of a migration. Returned only when the destination owns the guest."""
 
     role: Role
-    #: The destination said so (source), or was told so (destination). False: there was no return path, and the
-    #: transport took the last byte; nobody has confirmed that the guest arrived.
+    #: True: the destination has confirmed that it owns the guest (source), or has told the source so (destination).
+    #: False: there was no return path, and the transport took the last byte; the arrival of the guest is not confirmed.
     confirmed: bool
     #: The destination proved that it had loaded everything before the decision was sent (needs a return path).
     prepared: bool
@@ -115,9 +116,9 @@ class Summary:
     zero_pages: int
     ram_bytes: int
     dirty_tracking: str
-    #: What went other than it should have, without endangering the guest; one sentence each.
+    #: Problems that did not endanger the guest; one sentence each.
     warnings: tuple[str, ...] = ()
-    #: What the last pass said; None on a destination.
+    #: The convergence after the last pass; None on a destination.
     convergence: Convergence | None = None
 
     @property
@@ -129,7 +130,7 @@ class Summary:
 
 @dataclasses.dataclass(slots=True)
 class Counters:
-    """What the engine counts as it goes. Bytes, seconds; times are trio's clock."""
+    """The engine's counters. Bytes, seconds; times are trio's clock."""
 
     started: float = 0.0
     setup_done: float | None = None
@@ -137,31 +138,33 @@ class Counters:
     finished: float | None = None
     total: int = 0
     transferred: int = 0
-    #: What had been sent when the guest stopped; 0 for one that stood still all along; None while it runs.
+    #: Bytes sent when the guest stopped; 0 for a guest that never ran during the migration; None while it runs.
     transferred_at_pause: int | None = None
-    #: Source: what had been sent when the guest had been handed over to run ahead of its memory; None before that.
+    #: Source: bytes sent at the switch to postcopy; None before that.
     transferred_at_postcopy: int | None = None
     remaining: int = 0
     normal: int = 0
     duplicate: int = 0
-    #: Destination: seconds that each processor has waited for pages, where that is measured.
+    #: Destination: seconds that each processor has waited for pages, where it is measured.
     blocktime: tuple[float, ...] | None = None
-    #: Destination: the pages that never came, by block, where postcopy was lost: the first and the one behind the last.
+    #: Destination: after a lost postcopy, the pages that never came, by block: the first page and the page after the
+    #: last.
     missing: Mapping[str, Sequence[tuple[int, int]]] = dataclasses.field(default_factory=dict)
-    #: Bytes that went over other connections than the present main one: lost ones, and the one for urgent pages.
+    #: Bytes sent over connections other than the present main one: lost connections, and the preempt channel.
     earlier: int = 0
-    #: Pages that a guest in postcopy was found waiting for.
+    #: Pages that the guest in postcopy waited for.
     page_requests: int = 0
-    #: Source: the guest goes before its memory.
+    #: Source: the migration has switched to postcopy.
     ahead: bool = False
     iteration: int = 0
     dirty_sync_count: int = 0
     bandwidth: float = 0.0
     pages_per_second: float = 0.0
     dirty_rate: float = 0.0
-    #: As it is known after each pass.
+    #: Updated after each pass.
     expected_downtime: float | None = None
-    #: The same as QEMU shows it: not changed by a pass that sent next to nothing, or after which nothing was dirty.
+    #: The same in the form that QEMU shows: not changed by a pass that sent almost nothing, or after which no page was
+    #: dirty.
     shown_downtime: float | None = None
     downtime: float | None = None
     dirty_tracking: str = ""
@@ -181,16 +184,16 @@ class Counters:
         return min(1.0, (self.normal + self.duplicate) * PAGE_SIZE / self.total) if self.total else 0.0
 
 
-#: What a source shows while there is something to show; QEMU's running statuses.
+#: The statuses in which a source shows figures; QEMU's running statuses.
 _RUNNING: Final = (
     frozenset({Status.ACTIVE, Status.CANCELLING, Status.PRE_SWITCHOVER, Status.DEVICE, Status.HANDOVER}) | IN_POSTCOPY
 )
-#: Where the reason of a failure is shown, if there is one.
+#: The statuses in which the reason of a failure is shown, if there is one.
 _EXPLAINED: Final = RECOVERABLE | {Status.FAILED, Status.UNCERTAIN, Status.POSTCOPY_LOST}
 
 
 def socket_address(uri: str) -> dict[str, str]:
-    """QEMU's object for a URI that is listened on; for one of ours that QEMU has no type for, ``x-uri`` and the URI."""
+    """QEMU's object for a listening URI; for a transport that QEMU has no type for, ``x-uri`` and the URI."""
     scheme, _, rest = uri.partition(":")
     if scheme == "tcp":
         host, _, port = rest.rpartition(":")
@@ -217,9 +220,9 @@ def query_migrate(
 
     Args:
         addresses: where a destination listens.
-        blocked: why a migration would be refused.
+        blocked: the reasons against a migration.
         downtime_limit: the parameter, in ms.
-        now: the present time on the clock of *c*.
+        now: the present time, by the clock of *c*.
     """
     info: dict[str, Any] = {"blocked-reasons": list(blocked)} if blocked else {}
     if addresses and role is not Role.SOURCE:
@@ -233,7 +236,8 @@ def query_migrate(
         info["warnings"] = list(c.warnings)
     if role is Role.DESTINATION:
         if c.blocktime is not None and status is Status.COMPLETED:
-            # All of them at once; with one processor that is its own time, with several at most the least.
+            # The time in which all processors waited at once. With one processor it is that processor's time, with
+            # several at most the smallest.
             info["postcopy-blocktime"] = _ms(min(c.blocktime, default=0.0))
             info["postcopy-vcpu-blocktime"] = [_ms(seconds) for seconds in c.blocktime]
         return info

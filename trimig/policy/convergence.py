@@ -1,7 +1,7 @@
-"""Iterate once more, switch over, or give up? And why.
+"""Decides after each pass: iterate once more, switch over, or give up; and explains the decision.
 
-Precopy converges when what is left can be sent within the downtime limit. All quantities: bytes, bytes per second,
-seconds.
+Precopy converges when the remaining memory can be sent within the downtime limit. All quantities: bytes, bytes per
+second, seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .eta import NEARER, STALLED_PASSES
 
 
 class Decision(enum.Enum):
-    """What follows a pass."""
+    """The next step after a pass."""
 
     ITERATE = "iterate"
     SWITCH_OVER = "switch over"
@@ -26,15 +26,15 @@ class Decision(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """How long a caller is willing to chase.
+    """The limits of the precopy passes.
 
     Attributes:
         downtime_limit: longest acceptable time to send the rest with the guest stopped, in seconds.
         max_bandwidth: bytes per second that may be sent; 0 for no limit.
         max_iterations: passes over the memory; None for no bound.
         max_total_time: seconds since the start; None for no bound.
-        switch_over: reaching a bound forces the switchover, whatever the downtime, instead of giving up.
-        postcopy: the rest may be fetched after the switchover.
+        switch_over: at a bound, force the switchover with any downtime, instead of giving up.
+        postcopy: the rest of the memory may be sent after the switchover.
     """
 
     downtime_limit: float
@@ -47,7 +47,7 @@ class Bounds:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """Where a migration stands after a pass.
+    """The state of a migration after a pass.
 
     Attributes:
         remaining: bytes of guest memory still to be sent.
@@ -55,10 +55,9 @@ class Progress:
         iteration: passes made.
         elapsed: seconds since the start.
         dirty_rate: bytes of guest memory dirtied per second during the last pass.
-        queued: bytes that the transport has taken and not delivered: they go first.
-        least: the smallest rest that a pass before this one has left; None after the first.
-        switchover_bandwidth: bytes per second that the transport is said to take while the guest stands still; 0 for
-            *bandwidth*.
+        queued: bytes that the transport has taken and not delivered; they are sent first. least: the smallest rest that
+        an earlier pass has left; None after the first pass. switchover_bandwidth: bytes per second that the user
+        expects while the guest stands still; 0 for *bandwidth*.
     """
 
     remaining: int
@@ -71,11 +70,11 @@ class Progress:
     switchover_bandwidth: int = 0
 
 
-#: From this share of the bandwidth limit on, the limit is what binds, and not the link.
+#: From this share of the bandwidth limit on, the limit and not the link is the bottleneck.
 _BINDS: Final = 0.9
-#: What is advised exceeds what is needed by this much, so that it does not fail by a hair.
+#: An advised value exceeds the needed value by this factor, so that it is enough with certainty.
 _MARGIN: Final = 1.1
-#: The largest downtime-limit there is, in seconds.
+#: The largest value of downtime-limit, in seconds.
 _MOST_DOWNTIME: Final = 2000.0
 
 
@@ -89,7 +88,7 @@ def expected_downtime(progress: Progress) -> float:
 
 
 def decide(progress: Progress, bounds: Bounds) -> Decision:
-    """What to do after a pass."""
+    """The decision after a pass."""
     if expected_downtime(progress) <= bounds.downtime_limit:
         return Decision.SWITCH_OVER
     if reached(progress, bounds) is None:
@@ -107,18 +106,20 @@ def reached(progress: Progress, bounds: Bounds) -> str | None:
 
 
 def chase(progress: Progress, bounds: Bounds) -> float:
-    """How near the rest is to what fits into the downtime limit, 0 to 1."""
+    """The progress of convergence, 0 to 1: the bytes that fit into the downtime limit, divided by the bytes that
+    remain.
+    """
     floor = expected_downtime(progress)
     return 1.0 if floor <= bounds.downtime_limit else bounds.downtime_limit / floor
 
 
-#: What is said before the first pass is over.
+#: The explanation before the end of the first pass.
 FIRST_COPY: Final = Convergence(
     converging=True, reason="the memory is being copied for the first time: how fast it changes is not known yet"
 )
 
 
-#: What is said where the rest is small enough, and the destination has not allowed the switchover.
+#: The explanation where the rest is small enough, and the destination has not allowed the switchover.
 NOT_ALLOWED: Final = Convergence(
     converging=False,
     reason="the capability switchover-ack is on, and the destination has not allowed the switchover (no SWITCHOVER_ACK has come)",
@@ -131,7 +132,7 @@ NOT_ALLOWED: Final = Convergence(
 
 
 def explain(progress: Progress, bounds: Bounds) -> Convergence:
-    """Whether it comes to an end, with the figures that decide it, and what would help."""
+    """Whether the migration converges, with the deciding figures, and with measures that would help."""
     floor = expected_downtime(progress)
     if math.isinf(floor):
         return Convergence(
@@ -163,7 +164,7 @@ def sentence(convergence: Convergence) -> str:
 
 
 def stalled(convergence: Convergence) -> str:
-    """What is said once :class:`trimig.policy.eta.Stall` has noticed that it comes no nearer."""
+    """The warning after :class:`trimig.policy.eta.Stall` has found that the passes make no progress."""
     return (
         f"the migration does not converge: {STALLED_PASSES} passes in a row have left no less than those before them. "
         f"{sentence(convergence)}"
@@ -172,7 +173,8 @@ def stalled(convergence: Convergence) -> str:
 
 def _advice(progress: Progress, bounds: Bounds, floor: float) -> tuple[str, ...]:
     found = list(_faster(progress, bounds, progress.dirty_rate))
-    # Where more is dirtied than sent the rest is what one whole pass dirties, and a downtime of that length is enough.
+    # If more is dirtied than sent, the rest is the memory that one whole pass dirties, and a downtime of that length is
+    # enough.
     needed = floor * _MARGIN
     if needed <= _MOST_DOWNTIME:
         found.append(f"raise downtime-limit to {formats.whole_ms(math.ceil(needed * 1000) / 1000)}")
@@ -186,7 +188,7 @@ def _advice(progress: Progress, bounds: Bounds, floor: float) -> tuple[str, ...]
 
 
 def _faster(progress: Progress, bounds: Bounds, wanted: float) -> tuple[str, ...]:
-    """The advice to raise the limit, if it is the limit that binds."""
+    """The advice to raise the bandwidth limit, if the limit is the bottleneck."""
     limit = bounds.max_bandwidth
     if not limit or progress.bandwidth < limit * _BINDS:
         return ()

@@ -1,4 +1,6 @@
-"""How long does a migration still take, and does it go on without an end? Time is an argument; seconds, bytes."""
+"""Estimates the remaining time of a migration, and detects passes without progress. Time is an argument; seconds,
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +9,25 @@ import dataclasses
 import math
 from typing import Final
 
-#: A rest below this is sent in no time: one target page.
+#: A rest below this counts as sent: one target page.
 _LEAST: Final = 4096.0
-#: Seconds of the past that the present speed is taken from.
+#: The present speed is measured over this many past seconds.
 _WINDOW: Final = 5.0
-#: Seconds that must have been seen before a speed is told.
+#: Seconds of measurement before a speed is reported.
 _SEEN: Final = 0.5
-#: So many passes in a row that leave no less make it worth a warning.
+#: This many passes in a row without progress cause a warning.
 STALLED_PASSES: Final = 3
-#: A pass that leaves more than this share of the best one before it has not come nearer.
+#: A pass that leaves more than this share of the smallest earlier rest has made no progress.
 NEARER: Final = 0.95
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Estimate:
-    """The time that is left.
+    """The remaining time.
 
     Attributes:
         seconds: infinite where no end is in sight, None where nothing is known yet.
-        at_least: what comes after it cannot be told yet, so that it takes so long at least.
+        at_least: the phase after the present one is not known yet, so this is a lower bound.
     """
 
     seconds: float | None = None
@@ -36,10 +38,11 @@ UNKNOWN: Final = Estimate()
 
 
 def chase_seconds(*, ahead: float, bandwidth: float, dirty_rate: float, downtime_limit: float) -> float:
-    """From the end of a pass until the guest runs at the destination, if rates stay as they are.
+    """Seconds from the end of a pass until the guest runs at the destination, if the rates stay the same.
 
-    A pass sends what is ahead, and meanwhile the guest dirties ``dirty_rate / bandwidth`` of it anew: a geometric series,
-    up to the pass that leaves what fits into the downtime limit. Infinite where a pass leaves no less than the one before.
+    A pass sends *ahead* bytes, and meanwhile the guest dirties ``dirty_rate / bandwidth`` of that amount again: a
+    geometric series, up to the pass whose rest fits into the downtime limit. Infinite where a pass leaves no less than
+    the one before.
     """
     if bandwidth <= 0:
         return math.inf if ahead > 0 else 0.0
@@ -55,7 +58,7 @@ def chase_seconds(*, ahead: float, bandwidth: float, dirty_rate: float, downtime
 
 
 class Falling:
-    """Something that falls to nothing, seen now and then: how fast it falls, and how long it still takes."""
+    """A quantity that falls to zero, measured from time to time: its speed, and the time until it is zero."""
 
     def __init__(self, window: float = _WINDOW) -> None:
         """*window*: seconds of the past that count."""
@@ -63,7 +66,7 @@ class Falling:
         self._seen: collections.deque[tuple[float, float]] = collections.deque()
 
     def see(self, now: float, left: float) -> None:
-        """So much is *left* at *now*; a rise begins anew."""
+        """Record that *left* remains at *now*; a rise restarts the measurement."""
         if self._seen and (left > self._seen[-1][1] or now < self._seen[-1][0]):
             self._seen.clear()
         self._seen.append((now, left))
@@ -72,7 +75,7 @@ class Falling:
 
     @property
     def per_second(self) -> float | None:
-        """How fast it falls at present; None where too little has been seen."""
+        """The present speed of the fall; None after too short a measurement."""
         if len(self._seen) < 2 or self._seen[-1][0] - self._seen[0][0] < _SEEN:
             return None
         (since, before), (now, left) = self._seen[0], self._seen[-1]
@@ -80,7 +83,7 @@ class Falling:
 
     @property
     def seconds(self) -> float | None:
-        """How long it still takes; None where it cannot be told, or where nothing moves at present."""
+        """The time until zero; None if the speed is not known, or if the quantity does not fall at present."""
         if self._seen and self._seen[-1][1] <= 0:
             return 0.0
         speed = self.per_second
@@ -88,7 +91,7 @@ class Falling:
 
 
 class Outlook:
-    """The time that is left of one migration, told from what is seen of it."""
+    """The remaining time of one migration, estimated from its measured progress."""
 
     def __init__(self) -> None:
         self._end: float | None = None
@@ -96,15 +99,18 @@ class Outlook:
         self._falling = Falling()
 
     def passed(self, now: float, seconds: float) -> None:
-        """A pass is over at *now*, and it takes so long from there (:func:`chase_seconds`; infinite for no end)."""
+        """A pass has ended at *now*, and the rest takes *seconds* from there (:func:`chase_seconds`; infinite for no
+        end).
+        """
         self._end = now + seconds
 
     def look(self, now: float, stage: str, left: float) -> Estimate:
         """The estimate at *now*.
 
         Args:
-            stage: ``first copy`` (what follows is not known yet), ``chase``, or ``following`` (postcopy).
-            left: bytes of the first copy, or of what follows; not looked at in the chase.
+            stage: ``first copy`` (the time of later passes is not known yet), ``chase`` (the later passes), or
+                ``following`` (postcopy).
+            left: remaining bytes of the first copy, or of postcopy; not used in ``chase``.
         """
         if stage != self._stage:
             self._stage, self._falling = stage, Falling()
@@ -117,7 +123,7 @@ class Outlook:
 
 
 class Stall:
-    """Notices, once, that passes leave no less than those before them."""
+    """Detects, once, that passes leave no less than earlier passes."""
 
     def __init__(self) -> None:
         self._least: float | None = None
@@ -126,11 +132,11 @@ class Stall:
 
     @property
     def least(self) -> float | None:
-        """The smallest rest so far; None before the first pass is over."""
+        """The smallest rest so far; None before the end of the first pass."""
         return self._least
 
     def passed(self, remaining: float) -> bool:
-        """A pass has left so much. True for the third in a row that does not come nearer, and never again."""
+        """A pass has left *remaining* bytes. True for the third pass in a row without progress, and never again."""
         nearer = self._least is None or remaining <= self._least * NEARER
         self._in_a_row = 0 if nearer else self._in_a_row + 1
         self._least = remaining if self._least is None else min(self._least, remaining)

@@ -1,12 +1,12 @@
-"""How long would it take, and for how long would the guest stand still? Said from a few passes that were measured.
+"""Forecasts the total time and the downtime of a migration from a few measured passes.
 
-The passes of a precopy are played through in the mind: a pass sends what is left, which takes what is left over the
-bandwidth, and in that time the guest dirties what the next pass has to send. How much that is follows the measured
-points (seconds of a pass, bytes dirtied in it), with straight lines between them: memory that is written over and over
-counts once per pass, so longer passes dirty less per second than short ones.
+The forecast simulates precopy passes. A pass sends the remaining bytes, which takes these bytes divided by the
+bandwidth. In that time the guest dirties the bytes that the next pass has to send. The dirtied bytes follow the
+measured points (seconds of a pass, bytes dirtied in it), with straight lines between them: memory that is written again
+and again counts once per pass, so long passes dirty less per second than short passes.
 
-It is played three times: as measured, and at either end of what was measured (fast link and calm guest, slow link and
-busy guest). So each figure is an interval, and where only one end converges that is said. Quantities: bytes, seconds,
+There are three simulations: as measured, and at either end of the measurement (fast link and calm guest, slow link and
+busy guest). So each figure is an interval. If only one end converges, the verdict says so. Quantities: bytes, seconds,
 bytes per second. No clock, no I/O.
 """
 
@@ -21,38 +21,38 @@ from typing import Final
 
 from .. import formats
 
-#: Passes after which a simulation counts as one that never ends.
+#: A simulation with this many passes counts as endless.
 MAX_PASSES: Final = 200
-#: The spread that is assumed where too few passes were measured to show one: a tenth up and down.
+#: The spread that is assumed if too few passes were measured to show one: a tenth up and down.
 LEAST_SPREAD: Final = 0.1
-#: Passes shorter than this say little about the bandwidth: buffers of the transport take them at once.
+#: Seconds. Shorter passes do not measure the bandwidth: buffers of the transport take their bytes at once.
 _SHORT: Final = 0.02
-#: Nor do passes that send less than this share of the largest: most of their time is spent on other things.
+#: Passes that send less than this share of the largest pass do not measure it either: most of their time is overhead.
 _SMALL: Final = 0.2
-#: A dirty rate this much below the bandwidth is what is advised, so that the advice does not fail by a hair.
+#: The advised dirty rate is below the bandwidth by this factor, so that the advice is enough with certainty.
 _MARGIN: Final = 1.1
 _MIB: Final = 1 << 20
 
 
 class ForecastVerdict(enum.Enum):
-    """What the passes say about the end."""
+    """Whether the migration converges, as far as the passes show."""
 
     CONVERGES = "converges"
-    #: As measured it does, at the unfavourable end of the measurement it does not.
+    #: It converges as measured, and does not converge at the unfavourable end of the measurement.
     PERHAPS = "may not converge"
     DIVERGES = "does not converge"
-    #: Nothing was seen of how the guest dirties its memory.
+    #: The dirty rate of the guest was not measured.
     UNKNOWN = "cannot be told"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One whole pass, as it was measured.
+    """One whole measured pass.
 
     Attributes:
-        sent: bytes that went over the transport.
-        seconds: what the pass took.
-        dirty_rate: bytes per second of guest memory that the guest dirtied meanwhile, each page counted once.
+        sent: bytes sent over the transport.
+        seconds: duration of the pass.
+        dirty_rate: bytes per second of guest memory that the guest dirtied during the pass, each page counted once.
     """
 
     sent: float
@@ -69,26 +69,27 @@ class Interval:
     high: float
 
 
-#: What a switchover takes beside the memory that is left, in seconds: stop, device state, the answer, start. A dry run
-#: does not get that far, so this is an assumption and no measurement.
+#: Seconds that a switchover takes in addition to the remaining memory: stop, device state, the answer, start. A dry run
+#: does not include the switchover, so this is an assumption and no measurement.
 SWITCHOVER: Final = Interval(low=0.001, likely=0.01, high=0.05)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """What is to be expected.
+    """The forecast.
 
     Attributes:
-        verdict: whether it comes to an end.
-        total_time: seconds from the start to the guest running there; None if it does not end or is not known.
-        downtime: seconds in which the guest runs nowhere; None likewise.
-        passes: over the memory, as measured; None likewise.
+        verdict: whether the migration converges.
+        total_time: seconds from the start until the guest runs at the destination; None if there is no end or it is not
+            known.
+        downtime: seconds in which the guest runs on neither side; None likewise.
+        passes: passes over the memory, as measured; None likewise.
         first_copy: seconds that the first copy of all memory takes.
         bandwidth: bytes per second.
-        dirty_rate: bytes per second while the guest is chased, as measured; None if it was not seen.
-        floor: seconds of downtime that the chase comes down to and does not get below; None if it was not seen.
-        reason: one sentence: why it ends or does not.
-        advice: what would help, one clause each; empty where nothing needs to.
+        dirty_rate: bytes per second during the passes after the first copy, as measured; None if it was not measured.
+        floor: the shortest downtime in seconds that the passes can reach; None if it was not measured.
+        reason: one sentence: why the migration converges or does not.
+        advice: measures that would help, one clause each; empty if none is needed.
     """
 
     verdict: ForecastVerdict
@@ -105,7 +106,9 @@ class Forecast:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """One simulation. ``left`` is what is to be sent with the guest stopped, or the least that there ever was."""
+    """One simulation. ``left`` is the number of bytes to send with the guest stopped, or the smallest rest if there is
+    no end.
+    """
 
     ends: bool
     seconds: float
@@ -122,19 +125,19 @@ def forecast(
     bandwidth: float | None = None,
     switchover: Interval = SWITCHOVER,
 ) -> Forecast:
-    """What a migration would be like.
+    """Forecast a migration.
 
     Args:
-        samples: whole passes in order, the first copy first. None at all if the first copy did not come to its end; then
-            *bandwidth* must be given.
+        samples: whole passes in order, the first copy first. Empty if the first copy was not finished; then *bandwidth*
+            must be given.
         first_copy: bytes that the first copy takes on the transport (zero pages take hardly any).
         total: bytes of guest memory; no pass sends more.
         downtime_limit: seconds.
-        bandwidth: bytes per second to assume instead of what was measured.
-        switchover: what comes to the downtime beside the memory.
+        bandwidth: bytes per second to assume instead of the measured value.
+        switchover: seconds of downtime in addition to the memory.
 
     Raises:
-        ValueError: nothing to tell a bandwidth from, or a figure that is negative or not finite.
+        ValueError: no bandwidth can be computed, or a figure is negative or not finite.
     """
     _check(samples, first_copy, total, downtime_limit, bandwidth)
     speed = _bandwidth(samples, bandwidth)
@@ -148,7 +151,7 @@ def forecast(
         return _simulate(first_copy, speed, lambda seconds: min(total, busy * curve(seconds)), limit)
 
     likely, calm, busy = play(speed.likely, 1.0), play(speed.high, 1 - spread), play(speed.low, 1 + spread)
-    chased = play(speed.likely, 1.0, limit=0.0)  # how far it gets, whatever the limit
+    chased = play(speed.likely, 1.0, limit=0.0)  # the smallest rest, without a limit
     floor = chased.left / speed.likely
     rate = _rate_at(curve, max(floor, _SHORT))
     if likely.ends:
@@ -185,7 +188,7 @@ def _check(
 
 
 def _bandwidth(samples: Sequence[Sample], given: float | None) -> Interval:
-    """The mean over all passes, with the slowest and the fastest; a given one counts as exact."""
+    """The mean bandwidth over all passes, with the slowest and the fastest; a given one counts as exact."""
     if given is not None:
         return Interval(low=given, likely=given, high=given)
     most = max(s.sent for s in samples if s.seconds > 0)
@@ -199,9 +202,9 @@ def _bandwidth(samples: Sequence[Sample], given: float | None) -> Interval:
 
 
 def _spread(rates: Sequence[float]) -> float:
-    """How far the dirty rate wandered between passes, as a share of its mean, halved; at most nine tenths.
+    """The variation of the dirty rate between passes, as a share of its mean, halved; at most nine tenths.
 
-    Part of the wandering is not chance but the length of the passes, which the curve knows of already: hence the half.
+    A part of the variation comes from the length of the passes, which the curve has already: so it is halved.
     """
     mean = sum(rates) / len(rates) if rates else 0.0
     if mean <= 0:
@@ -210,10 +213,10 @@ def _spread(rates: Sequence[float]) -> float:
 
 
 def _dirtied(points: Sequence[tuple[float, float]]) -> Callable[[float], float]:
-    """Seconds of a pass -> bytes dirtied in it: straight lines from nothing through the measured points.
+    """Seconds of a pass -> bytes dirtied in it: straight lines from zero through the measured points.
 
-    Beyond the longest measured pass it goes on at the rate of that pass. It never falls: what was dirtied in a short
-    pass is dirtied in a longer one as well.
+    After the longest measured pass the curve goes on at the rate of that pass. The curve never falls: bytes dirtied in
+    a short pass are dirtied in a longer pass as well.
     """
     line = [(0.0, 0.0)]
     for seconds, dirtied in sorted(points):
@@ -237,7 +240,7 @@ def _rate_at(curve: Callable[[float], float], seconds: float) -> float:
 
 
 def _simulate(first: float, bandwidth: float, dirtied: Callable[[float], float], limit: float) -> _Run:
-    """Pass after pass until the rest is through within *limit* seconds, or plainly never will be."""
+    """Simulate passes until the rest can be sent within *limit* seconds, or until there is clearly no end."""
     left, elapsed, passes, least = first, 0.0, 0, math.inf
     while passes < MAX_PASSES:
         seconds = left / bandwidth
@@ -247,7 +250,7 @@ def _simulate(first: float, bandwidth: float, dirtied: Callable[[float], float],
         if left / bandwidth <= limit:
             return _Run(ends=True, seconds=elapsed, passes=passes, left=left)
         if left >= least * (1 - 1e-9):
-            break  # the same pass again and again, or a longer one each time
+            break  # each pass is as long as the last one, or longer
         least = min(least, left)
     return _Run(ends=False, seconds=elapsed, passes=passes, left=min(least, left))
 
@@ -260,7 +263,7 @@ def _interval(
     speed: Interval,
     switchover: Interval,
 ) -> Interval:
-    """A figure of three simulations. Their order is not that of the figures: one pass more ends with less downtime."""
+    """A figure of the three simulations. The figures may be in another order: one pass more ends with less downtime."""
     ends = [figure(calm, speed.high)] if calm.ends else []
     middle = figure(likely, speed.likely)
     if busy.ends:
@@ -279,14 +282,14 @@ def _unknown(copy: Interval, speed: Interval) -> Forecast:
         bandwidth=speed,
         dirty_rate=None,
         floor=None,
-        reason=f"the first copy takes about {formats.duration(copy.likely)} and was not finished, so nothing was seen of how fast the "
-        "guest dirties its memory",
+        reason=f"the first copy takes about {formats.duration(copy.likely)} and was not finished, "
+        "so it was not measured how fast the guest dirties its memory",
         advice=(f"measure for longer: {math.ceil(copy.high * 1.2 + 1)} seconds would do",),
     )
 
 
 def _reason(verdict: ForecastVerdict, bandwidth: float, rate: float, floor: float, limit: float) -> str:
-    """Why, with the figures that decide it."""
+    """The reason for the verdict, with the deciding figures."""
     figures = f"{formats.rate(rate)} are dirtied and {formats.rate(bandwidth)} can be sent"
     if verdict is ForecastVerdict.CONVERGES:
         return f"{figures}, so that what is left fits into the downtime limit of {formats.duration(limit)}"
@@ -299,7 +302,7 @@ def _reason(verdict: ForecastVerdict, bandwidth: float, rate: float, floor: floa
 
 
 def _advice(play: Callable[..., _Run], speed: Interval, floor: float, spread: float, limit: float) -> tuple[str, ...]:
-    """What makes even the unfavourable end converge, found by trying."""
+    """Measures that make even the unfavourable end converge, found by trying."""
     busy = 1 + spread
     found = []
     needed = _least(lambda factor: play(speed.low * factor, busy).ends)
@@ -319,7 +322,7 @@ def _advice(play: Callable[..., _Run], speed: Interval, floor: float, spread: fl
 
 
 def _least(ends: Callable[[float], bool]) -> float | None:
-    """The least factor from 1 to a million for which *ends*, to about a percent; None if there is none."""
+    """The smallest factor from 1 to a million for which *ends* is true, to about a percent; None if there is none."""
     high = 1.0
     while not ends(high):
         high *= 2

@@ -1,7 +1,7 @@
-"""Which pages go next once the guest runs at the other end: those it waits for, then their neighbours, then the rest.
+"""The order of pages in postcopy: first the pages that the guest waits for, then their neighbours, then the rest.
 
-Every page goes once. A request moves the background's position behind the page that was asked for, since whoever
-touched one page is likely to touch the next ones (ram.md part 10).
+Every page is sent once. A request moves the background position to the page after the requested page, because a guest
+that touched one page is likely to touch the next pages (ram.md part 10).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from ..guest import PageBitmap
 
-#: Pages looked at in one step of the search for the next one: few enough to cost microseconds.
+#: Pages searched in one step for the next unsent page: few enough to cost microseconds.
 _LOOK = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
-    """Pages of one block to be sent now, in ascending order. ``urgent``: somebody waits for them."""
+    """Pages of one block to be sent now, in ascending order. ``urgent``: the guest waits for them."""
 
     block: int
     pages: NDArray[np.int64]
@@ -31,10 +31,10 @@ class Batch:
 
 
 class PageOrder:
-    """What is still to be sent, and in which order.
+    """The pages still to be sent, and their order.
 
     Args:
-        unsent: a bitmap for each block; they are this object's from here on, and lose a page when it is handed out.
+        unsent: a bitmap for each block; this object owns them from now on, and clears a page when it is handed out.
     """
 
     def __init__(self, unsent: Sequence[PageBitmap]) -> None:
@@ -47,20 +47,20 @@ class PageOrder:
 
     @property
     def unsent(self) -> Sequence[PageBitmap]:
-        """What has not been handed out, for each block; not to be changed."""
+        """The pages that have not been handed out, for each block; do not change the arrays."""
         return self._unsent
 
     @property
     def urgent(self) -> bool:
-        """Somebody waits for a page that has not been handed out."""
+        """Whether the guest waits for a page that has not been handed out."""
         return bool(self._requests)
 
     def request(self, block: int, first: int, count: int) -> bool:
         """The guest waits for these pages, which exist.
 
         Returns:
-            Whether that is news. Pages that were sent, or asked for before, are not: so no flood of requests makes
-            the queue longer than there are pages.
+            Whether the request is new. Requests for pages that were sent, or asked for before, are not new: so many
+            requests cannot make the queue longer than the number of pages.
         """
         pages = slice(first, first + count)
         news = self._unsent[block][pages] & ~self._wanted[block][pages]
@@ -75,14 +75,14 @@ class PageOrder:
         return self.requested(limit) or self.background(limit)
 
     def take_back(self, batch: Batch) -> None:
-        """That batch was not sent after all: it is the next one."""
+        """*batch* was not sent: make it the next one."""
         self._unsent[batch.block][batch.pages] = True
         self.remaining += len(batch.pages)
         for page in batch.pages[::-1].tolist():
             self._requests.appendleft((batch.block, page, 1))
 
     def requested(self, limit: int) -> Batch | None:
-        """Up to *limit* pages that somebody waits for; None if nobody does."""
+        """Up to *limit* pages that the guest waits for; None if there are none."""
         while self._requests:
             block, first, count = self._requests[0]
             found = self._first_unsent(block, first, first + count)
@@ -97,7 +97,7 @@ class PageOrder:
         return None
 
     def background(self, limit: int) -> Batch | None:
-        """Up to *limit* pages in the background's order; None when every page was handed out."""
+        """Up to *limit* pages in the background order; None when every page was handed out."""
         if not self.remaining:
             return None
         while True:
@@ -118,7 +118,9 @@ class PageOrder:
         return None
 
     def _take(self, block: int, first: int, end: int, limit: int, *, urgent: bool) -> Batch:
-        """The first *limit* unsent pages from *first*, which is one, to *end* at most. Nobody hands them out again."""
+        """Hand out the first *limit* unsent pages from *first*, which is unsent, to *end* at most. No page is handed
+        out twice.
+        """
         unsent = self._unsent[block]
         near = np.flatnonzero(unsent[first : min(end, first + 4 * limit)])
         pages = (near if len(near) >= limit else np.flatnonzero(unsent[first:end]))[:limit] + first

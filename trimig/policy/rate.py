@@ -1,7 +1,7 @@
-"""How much may be sent now, under a limit in bytes per second.
+"""The bytes that may be sent now, under a limit in bytes per second.
 
-The limit is enforced in windows of 100 ms, as QEMU does (states.md part 13: XFER_LIMIT_RATIO), but what a window
-exceeded its share by is taken off the next one, so that the mean is exact although pages are not divisible.
+The limit is enforced in windows of 100 ms, as QEMU does (states.md part 13: XFER_LIMIT_RATIO). If a window exceeds its
+share, the excess is subtracted from the next window, so the mean is exact although pages are not divisible.
 """
 
 from __future__ import annotations
@@ -36,15 +36,17 @@ class Budget:
     def set_rate(self, rate: int, now: float) -> None:
         """Change the limit, at once.
 
-        What was sent in the present window still counts (else a limit that is set again and again would be none), but
-        a debt of an old, higher limit is forgiven with the end of the window.
+        Bytes sent in the present window still count (otherwise a limit that is set again and again would not limit),
+        but the excess under an old, higher limit is dropped at the end of the window.
         """
         self.roll(now)
         self._rate = rate
         self._used = min(self._used, rate * WINDOW)
 
     def roll(self, now: float) -> None:
-        """Begin a new window if the present one is over. Unused share is lost, so that an idle time gives no burst."""
+        """Begin a new window if the present one is over. An unused share is lost, so that no burst follows an idle
+        time.
+        """
         # The margin is for rounding: at `window_end` the window is over.
         passed = int((now - self._start) / WINDOW + 1e-6)
         if passed > 0:
@@ -52,13 +54,13 @@ class Budget:
             self._used = max(0.0, self._used - passed * self._rate * WINDOW)
 
     def available(self, now: float) -> float:
-        """Bytes that may be sent now; not positive where the caller must wait for :attr:`window_end`."""
+        """Bytes that may be sent now; zero or negative if the caller must wait for :attr:`window_end`."""
         if not self._rate:
             return float("inf")
         self.roll(now)
         return self._rate * WINDOW - self._used
 
     def spend(self, count: int) -> None:
-        """*count* bytes are being sent; may exceed what is available by the indivisible rest."""
+        """*count* bytes are being sent; may exceed the available bytes by less than one indivisible piece."""
         if self._rate:
             self._used += count

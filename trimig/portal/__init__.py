@@ -1,4 +1,4 @@
-"""The border to callers that are not on trio: synchronous code, asyncio, and byte streams of anyio."""
+"""The bridge for callers that do not run on trio: synchronous code, asyncio, and byte streams of anyio."""
 
 from .portal import CommitHook as CommitHook
 from .portal import FenceHook as FenceHook

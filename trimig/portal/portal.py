@@ -1,4 +1,4 @@
-"""The border to callers that are not on trio: synchronous code, asyncio, and byte streams of anyio.
+"""The bridge for callers that do not run on trio: synchronous code, asyncio, and byte streams of anyio.
 
 The engine runs on trio and on nothing else. A :class:`Portal` runs it in a thread of its own, and lets other code start
 migrations there, watch them, and cancel them::
@@ -9,11 +9,11 @@ migrations there, watch them, and cancel them::
     async with trimig.portal.Portal() as portal:                # in asyncio
         summary = await portal.start_migrate(guest, "tcp:host-b:4444")
 
-What the engine promises about cancellation holds across the border: a KeyboardInterrupt or an asyncio cancellation
-cancels the migration, and is raised only when the migration has been undone (or was over already), in bounded time. No
-thread outlives the portal, except that trio keeps an idle helper thread for a few seconds if a hook needed one.
+The engine's promises about cancellation hold through the portal: a KeyboardInterrupt or an asyncio cancellation cancels
+the migration, and is raised only when the migration has been undone (or was over already), in bounded time. No thread
+outlives the portal, except that trio keeps an idle worker thread for a few seconds if a hook needed one.
 
-:func:`from_anyio` is for applications that run anyio *on trio*: it makes a channel of one of their streams.
+:func:`from_anyio` is for applications that run anyio *on trio*: it wraps one of their streams as a channel.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: As for :func:`trimig.migrate`, or a plain function, which is then called in a thread.
+#: A hook as for :func:`trimig.migrate`, or a plain function, which is called in a thread.
 CommitHook = Callable[[], Awaitable[None] | None]
 FenceHook = Callable[[], Awaitable[Ownership] | Ownership]
 
@@ -56,7 +56,7 @@ FenceHook = Callable[[], Awaitable[Ownership] | Ownership]
 class Portal:
     """A trio run in a thread of its own. Use it as a context manager, in asyncio as an asynchronous one.
 
-    Leaving the context waits for what is still under way; leaving it by an exception cancels that first.
+    Leaving the context waits for running migrations; leaving it by an exception cancels them first.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class Portal:
                     handle._abort("the portal was left by an exception")
                 await handle._settle_asyncio()
         finally:
-            self._close(kind, error, trace)  # nothing is under way any more: it takes no time
+            self._close(kind, error, trace)  # no migration is running any more, so this does not block
 
     def _close(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -118,11 +118,11 @@ class Portal:
         commit: CommitHook | None = None,
         fence: FenceHook | None = None,
     ) -> Summary:
-        """:func:`trimig.migrate`, seen from synchronous code: it blocks, and returns or raises the same.
+        """:func:`trimig.migrate` for synchronous code: it blocks, and returns or raises the same.
 
         Raises:
             KeyboardInterrupt: the migration was cancelled, and the guest is as it was, unless the destination had it
-                already; a note at the exception and ``monitor.owner`` tell which.
+                already. A note at the exception and ``monitor.owner`` tell which side owns the guest.
         """
         handle, begin = self._migration(guest, to, config, monitor, commit, fence)
         return handle._wait(begin)
@@ -137,7 +137,7 @@ class Portal:
         commit: CommitHook | None = None,
         fence: FenceHook | None = None,
     ) -> Handle:
-        """Begin :func:`trimig.migrate` and return at once; see :class:`Handle` for what comes of it.
+        """Begin :func:`trimig.migrate` and return at once; :class:`Handle` gives the result.
 
         Hooks are coroutine functions, which then run in the portal's thread as trio code, or plain functions, which
         are called in a thread.
@@ -153,7 +153,7 @@ class Portal:
         *,
         monitor: Monitor | None = None,
     ) -> Summary:
-        """:func:`trimig.receive`, seen from synchronous code; KeyboardInterrupt as for :meth:`migrate`."""
+        """:func:`trimig.receive` for synchronous code; KeyboardInterrupt as for :meth:`migrate`."""
         handle, begin = self._reception(guest, at, config, monitor)
         return handle._wait(begin)
 
@@ -193,7 +193,9 @@ class Portal:
         return self._prepare(functools.partial(api.receive, guest, at, config, monitor=monitor), monitor)
 
     def _prepare(self, call: Callable[[], Awaitable[Summary]], monitor: Monitor) -> tuple[Handle, Callable[[], object]]:
-        """A handle, and what begins its migration: an interrupt in between finds something to cancel."""
+        """A handle, and the function that begins its migration. An interrupt between the two can cancel through the
+        handle.
+        """
         portal = self._running()
         assert self._token is not None
         handle = Handle(self, monitor, self._token)
@@ -208,9 +210,9 @@ class Portal:
     @overload
     def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
     def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """The result of *function*, called in the portal's thread; if it is a coroutine function, it runs on trio.
+        """Call *function* in the portal's thread and return its result; a coroutine function runs on trio.
 
-        For what a guest needs before it can be migrated, and for a monitor's own methods.
+        Use it to prepare a guest for a migration, and for the methods of a monitor.
         """
         return self._running().call(functools.partial(function, *args, **kwargs))
 
@@ -229,8 +231,8 @@ class Portal:
 class Handle:
     """A migration that was started through a :class:`Portal`; every method may be called from any other thread.
 
-    In asyncio it can be awaited: that gives the summary or raises the error, and cancelling the waiting task cancels
-    the migration.
+    In asyncio the handle can be awaited: this gives the summary or raises the error, and cancelling the waiting task
+    cancels the migration.
     """
 
     def __init__(self, portal: Portal, monitor: Monitor, token: trio.lowlevel.TrioToken) -> None:
@@ -242,7 +244,7 @@ class Handle:
         self._begun = False
         self._reason = "the caller was cancelled"
         self._outcome: concurrent.futures.Future[Summary] = concurrent.futures.Future()
-        # From now on nobody can cancel the future itself, behind the back of the migration.
+        # From now on a caller cannot cancel the future without cancelling the migration.
         self._outcome.set_running_or_notify_cancel()
 
     def __repr__(self) -> str:
@@ -250,21 +252,21 @@ class Handle:
 
     @property
     def status(self) -> Status:
-        """Where the migration is."""
+        """The status of the migration."""
         return self._monitor.status
 
     @property
     def owner(self) -> Ownership:
-        """Which side may run the guest."""
+        """The side that may run the guest."""
         return self._monitor.owner
 
     @property
     def done(self) -> bool:
-        """It has ended, in whatever way."""
+        """Whether the migration has ended, with success or not."""
         return self._outcome.done()
 
     def statistics(self) -> Statistics:
-        """A picture of now, or of the end."""
+        """The present figures, or those at the end."""
         return self._portal.call(self._monitor.statistics)
 
     def info(self) -> dict[str, Any]:
@@ -276,7 +278,7 @@ class Handle:
         return self._portal.call(functools.partial(self._monitor.set_parameters, **changes))
 
     def wait_listening(self, timeout: float | None = None) -> tuple[str, ...]:
-        """Of a receiver: the addresses it listens on, as soon as it does; empty if it came to its end before.
+        """Wait until a receiver listens, and return its addresses; empty if the migration ended before.
 
         Raises:
             TimeoutError: not within *timeout* seconds.
@@ -285,7 +287,7 @@ class Handle:
         async def wait() -> tuple[str, ...]:
             with trio.move_on_after(float("inf") if timeout is None else timeout):
                 while not self._monitor.addresses and not self.done:
-                    with trio.move_on_after(0.01):  # the end of a call that never began is no change of the monitor
+                    with trio.move_on_after(0.01):  # a call that ends before it begins changes no monitor, so poll
                         await self._monitor.wait_changed()
                 return self._monitor.addresses
             raise TimeoutError("the receiver does not listen yet")
@@ -293,9 +295,9 @@ class Handle:
         return self._portal.call(wait)
 
     def cancel(self, reason: str = "no reason was given") -> None:
-        """Ask for the migration to be undone; :meth:`result` then raises :class:`trimig.MigrationCancelled`.
+        """Cancel the migration; :meth:`result` then raises :class:`trimig.MigrationCancelled`.
 
-        Does nothing if it is over.
+        Does nothing if the migration is over.
 
         Raises:
             StateError: the decision to hand over has been sent and cannot be taken back.
@@ -307,17 +309,17 @@ class Handle:
     def _cancel(self, reason: str) -> None:
         if self.done:
             return
-        if self._monitor.status in IDLE:  # it has not begun yet
+        if self._monitor.status in IDLE:  # the migration has not begun yet
             self._reason = reason
             self._scope.cancel(reason)
         else:
             self._monitor.cancel(reason)
 
     def result(self, timeout: float | None = None) -> Summary:
-        """Wait for the end; the summary, or the error of the migration.
+        """Wait for the end; return the summary, or raise the error of the migration.
 
         Raises:
-            TimeoutError: not over within *timeout* seconds; it goes on.
+            TimeoutError: not over within *timeout* seconds; the migration goes on.
             KeyboardInterrupt: the migration was cancelled, and is over: see :meth:`Portal.migrate`.
         """
         try:
@@ -341,7 +343,7 @@ class Handle:
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _start(self, begin: Callable[[], object]) -> Self:
-        """Begin it, or, if an interrupt comes meanwhile, see that it does not begin or is undone."""
+        """Begin the migration. If an interrupt comes meanwhile, the migration does not begin or is undone."""
         try:
             begin()
         except KeyboardInterrupt as interrupt:
@@ -350,7 +352,7 @@ class Handle:
         return self
 
     def _wait(self, begin: Callable[[], object]) -> Summary:
-        """Begin it and wait for its end. There is no moment in which an interrupt would leave it to itself."""
+        """Begin the migration and wait for its end. At no moment an interrupt leaves the migration running unattended."""
         try:
             begin()
             return self._outcome.result()
@@ -366,12 +368,12 @@ class Handle:
         interrupt.add_note(self._fate())
 
     def _never(self) -> None:
-        """In the portal's thread: if it has not begun, it never will."""
+        """Prevent a migration that has not begun from beginning; runs in the portal's thread."""
         if not self._begun and not self.done:
             self._outcome.set_exception(MigrationCancelled(self._reason))
 
     async def _run(self, call: Callable[[], Awaitable[Summary]]) -> None:
-        """In the portal's thread."""
+        """Run the migration; in the portal's thread."""
         if self.done:
             return  # interrupted before it began
         self._begun = True
@@ -388,19 +390,19 @@ class Handle:
                 self._outcome.set_exception(MigrationCancelled(self._reason))
 
     def _abort(self, reason: str) -> None:
-        """Cancel it the strict way, through its scope; safe in any thread and at any time."""
+        """Cancel the migration through its cancel scope; safe in any thread and at any time."""
         self._reason = reason if not self.done else self._reason
         with contextlib.suppress(trio.RunFinishedError):
             self._token.run_sync_soon(self._scope.cancel, reason)
 
     def _settle(self) -> None:
-        """Wait for the end, whatever it is. An interrupt cancels the migration, and is raised at the end."""
+        """Wait for the end of the migration. An interrupt cancels the migration, and is raised at the end."""
         interrupted: KeyboardInterrupt | None = None
         while not self.done:
             try:
                 concurrent.futures.wait([self._outcome])
             except KeyboardInterrupt as interrupt:
-                # Being undone is bounded in time; leaving earlier would leave the guest to itself.
+                # Undoing takes bounded time; returning earlier would leave the guest unattended.
                 interrupted = interrupt
                 self._abort("KeyboardInterrupt")
         if interrupted is not None:
@@ -412,7 +414,7 @@ class Handle:
         over = asyncio.Event()
 
         def tell(_: object) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed: no task waits any more
                 loop.call_soon_threadsafe(over.set)
 
         self._outcome.add_done_callback(tell)
@@ -427,7 +429,7 @@ class Handle:
             raise cancelled
 
     def _fate(self) -> str:
-        """What became of the guest, for somebody who asked for a cancellation."""
+        """The state of the guest after a cancellation, as a sentence."""
         error = self._outcome.exception()
         if error is None:
             return "it was too late to cancel the migration: the destination owns the guest"
@@ -435,12 +437,12 @@ class Handle:
             return f"the migration was cancelled, and the guest stands still at the source: {error}"
         owner = error.owner if isinstance(error, TrimigError) else self.owner
         if owner is Ownership.UNKNOWN:
-            return f"the migration was interrupted, and it is not known who owns the guest: {error}"
+            return f"the migration was interrupted, and the owner of the guest is not known: {error}"
         return f"the migration was cancelled; the owner of the guest is the {(owner or self.owner).value}"
 
 
 def _trio_hook(hook: Callable[[], Awaitable[T] | T] | None) -> Callable[[], Awaitable[T]] | None:
-    """A hook as the engine wants it: a plain function is called in a thread."""
+    """The hook as an async function: a plain function is called in a thread."""
     if hook is None:
         return None
     if inspect.iscoroutinefunction(hook) or inspect.iscoroutinefunction(type(hook).__call__):

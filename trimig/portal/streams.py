@@ -28,13 +28,13 @@ def from_anyio(stream: anyio.abc.ByteReceiveStream) -> trio.abc.ReceiveStream: .
 def from_anyio(
     stream: anyio.abc.ByteStream | anyio.abc.ByteSendStream | anyio.abc.ByteReceiveStream,
 ) -> trio.abc.HalfCloseableStream | trio.abc.SendStream | trio.abc.ReceiveStream:
-    """A stream of anyio as a channel for :func:`trimig.migrate` and :func:`trimig.receive`, which then own it.
+    """Wrap a stream of anyio as a channel for :func:`trimig.migrate` and :func:`trimig.receive`, which then own it.
 
     The application must run anyio on its trio backend: a stream of an asyncio loop cannot be used from trio. A stream
-    of one direction stays one, and has no return path. The end of the stream and its errors become trio's.
+    of one direction has no return path. The end of the stream and its errors become trio's.
 
     Raises:
-        TypeError: it carries something other than bytes, or is no stream.
+        TypeError: the object is no stream, or a stream of something other than bytes.
     """
     sends = isinstance(stream, anyio.abc.ByteSendStream | anyio.abc.ByteStream)
     receives = isinstance(stream, anyio.abc.ByteReceiveStream | anyio.abc.ByteStream)
@@ -49,7 +49,7 @@ def from_anyio(
 
 @contextlib.contextmanager
 def _as_trio() -> Generator[None, None, None]:
-    """Errors of anyio as trio's. The cause is kept: it names the system's own error."""
+    """Raise errors of anyio as trio's. The cause is kept: it names the error of the operating system."""
     try:
         yield
     except anyio.ClosedResourceError as error:
@@ -67,7 +67,7 @@ class _Wrapped(trio.abc.AsyncResource):
         self._ended = False
 
     def _check(self, *, sending: bool = False) -> None:
-        if self._closed or (sending and self._ended):  # anyio does not look in every case
+        if self._closed or (sending and self._ended):  # anyio does not check this in every case
             raise trio.ClosedResourceError("this stream has been closed")
 
     async def aclose(self) -> None:
@@ -80,14 +80,14 @@ class _Sending(_Wrapped, trio.abc.SendStream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         self._check(sending=True)
         with _as_trio():
-            # anyio's interface is about bytes; what the engine hands over is a view that it will use again.
+            # anyio's interface takes bytes, and the engine gives a view of a buffer that it uses again.
             await self._inner.send(data if isinstance(data, bytes) else bytes(data))
-            if not data:  # for which anyio need not wait at all
+            if not data:  # anyio may return without a checkpoint for empty data
                 await trio.lowlevel.checkpoint()
 
     async def wait_send_all_might_not_block(self) -> None:
         self._check(sending=True)
-        await trio.lowlevel.checkpoint()  # anyio cannot tell; "might not" is never wrong
+        await trio.lowlevel.checkpoint()  # returning at once is always allowed
 
 
 class _Receiving(_Wrapped, trio.abc.ReceiveStream):
@@ -108,4 +108,4 @@ class _Both(_Sending, _Receiving, trio.abc.HalfCloseableStream):
         self._ended = True
         with _as_trio():
             await self._inner.send_eof()
-            await trio.lowlevel.checkpoint()  # anyio need not
+            await trio.lowlevel.checkpoint()  # anyio may return without a checkpoint

@@ -1,4 +1,4 @@
-"""Tools on streams that lie in files or pass by: inspect, export, merge, and the record of who owns a saved guest."""
+"""Tools on streams in files or pipes: inspect, export, merge, and the record of the owner of a saved guest."""
 
 from ..guests.parked.newfile import check_target as check_target
 from .export import FORMATS as FORMATS

@@ -26,17 +26,18 @@ from ..wire.pages.size import wrong_page_size
 from .files import STDIN, reading
 from .pages import PageSet
 
-#: What can be written now.
+#: The formats that can be written.
 FORMATS: Final = ("raw",)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """What was written."""
+    """The result of an export."""
 
     #: Bytes.
     length: int
-    #: What of it is not in the stream and zero here: pairs of an offset and a length, both in bytes.
+    #: Parts of the block that are not in the stream and zero in the file: pairs of an offset and a length, both in
+    #: bytes.
     holes: Sequence[tuple[int, int]]
 
 
@@ -55,7 +56,7 @@ async def export_raw(
         block: the name of the block.
         out: a path, or ``-`` for standard output. Pages that are zero become holes of the file.
         replace: *out* may exist.
-        partial: pages that are not in the stream are zero, and told; otherwise they are an error.
+        partial: write pages that are not in the stream as zeros, and report them; otherwise they are an error.
 
     Raises:
         ConfigError: the stream has no such block (the message names those it has), or *out* is *source*.
@@ -83,10 +84,10 @@ async def export_raw(
 
 
 def _check_other_file(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """ConfigError if *out* is the stream itself, which would be lost."""
+    """Raise ConfigError if *out* is the stream itself, which would be lost."""
     try:
         same = os.path.samestat(os.fstat(0) if source == STDIN else os.stat(source), os.stat(out))
-    except OSError:  # one of them is not there; whoever opens it will say so
+    except OSError:  # one of the files is missing; opening it will report that
         return
     if same:
         raise ConfigError(f"{os.fspath(out)} is the stream itself: the guest in it would be lost", name="out")
@@ -128,7 +129,7 @@ async def _read_on(
     copy: _BlockCopy,
     early: Sequence[DeviceSection],
 ) -> None:
-    """Something is missing: the devices tell whether it is memory that was not plugged in, or pages of another size."""
+    """Read the devices to explain missing pages: memory that was not plugged in, or pages of another size."""
     tail = device_tail.buffer(footers=decoder.footers is not False)
     tail_at = event.at
     found: ev.Element | None = event
@@ -147,13 +148,13 @@ class _BlockCopy:
         self.fd = fd
         self.length = -1
         self.lengths: dict[str, int] = {}
-        #: Pages that were not plugged in, if that is known.
+        #: Pages that were not plugged in, if they are known.
         self.unplugged: Unplugged | None = None
         self.received = PageSet(0)
         self.written = PageSet(0)
 
     def take(self, event: ev.Element) -> None:
-        """Write what belongs to the block."""
+        """Write the pages of the block."""
         match event:
             case ev.RamList() if self.length < 0:
                 lengths = dict(event.blocks)
@@ -171,7 +172,7 @@ class _BlockCopy:
             case ev.ZeroRun(block=self.name):
                 index = event.offsets // PAGE_SIZE
                 self.received.add(index)
-                # A page that is a hole still is zero already.
+                # A page that is still a hole is zero already.
                 do = self.written.contains(index) | (event.fills != 0)
                 if do.any():
                     self._write(event.offsets[do], np.repeat(event.fills[do, None], PAGE_SIZE, axis=1))
@@ -188,7 +189,7 @@ class _BlockCopy:
                 view, at = view[done:], at + done
 
     def finish(self, *, partial: bool) -> Exported:
-        """RemoteProtocolError if it is not whole, and must be."""
+        """Raise RemoteProtocolError if the block must be whole and is not."""
         if self.length < 0:
             raise RemoteProtocolError("the stream has no RAM")
         missing = self.received.missing

@@ -1,4 +1,4 @@
-"""Where the tools get their bytes from: a file, or a pipe such as standard input."""
+"""The input and output of the tools: files, and pipes such as standard input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..channel.offload import offload
 from ..guests.named import naming
 from ..guests.parked.newfile import NewFile
 
-#: Reads bytes to where the view points; 0 at the end.
+#: Reads bytes into the view and returns their number; 0 at the end.
 ReadInto = Callable[[memoryview], Awaitable[int]]
 STDIN: Final = "-"
 
@@ -25,7 +25,7 @@ async def write_new(path: str | os.PathLike[str], text: str, *, replace: bool = 
     """Write a small file, which is on the disk when this returns.
 
     Raises:
-        OSError: it cannot be written, or exists; with its name.
+        OSError: the file cannot be written, or exists; with its name.
 
     **Cancellation:** there is no file of that name, or the whole of it.
     """
@@ -47,9 +47,9 @@ async def reading(source: str | os.PathLike[str]) -> AsyncIterator[ReadInto]:
     """A function that reads *source*: a path, or ``-`` for standard input.
 
     Raises:
-        OSError: it cannot be opened, or is a directory; of a read: it cannot be read. With its name.
+        OSError: the file cannot be opened, or is a directory; in a read: it cannot be read. With its name.
 
-    **Cancellation:** of a read: from a pipe nothing was taken; a file is closed with the context.
+    **Cancellation:** in a read: no bytes were taken from a pipe; a file is closed with the context.
     """
     own = source != STDIN
     fd = await offload(os.open, source, os.O_RDONLY | os.O_CLOEXEC) if own else os.dup(0)
@@ -68,7 +68,7 @@ async def reading(source: str | os.PathLike[str]) -> AsyncIterator[ReadInto]:
         finally:
             os.close(fd)
         return
-    # Pipes, sockets and terminals: may wait for ever, and so must be cancellable, which a thread is not.
+    # Pipes, sockets and terminals: a read may wait for ever, so it must be cancellable, and a thread is not.
     pipe = trio.lowlevel.FdStream(fd)
 
     async def read_into(view: memoryview) -> int:

@@ -1,4 +1,4 @@
-"""What is in a stream: read once from front to back, in bounded memory, and as far as it goes if it is damaged."""
+"""Lists the content of a stream: read once from front to back, in bounded memory, and up to the first damage."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .files import reading
 from .pages import PageSet
 from .report import BlockInfo, CommandInfo, DeviceInfo, SectionInfo, StreamReport
 
-#: Sections and commands that are listed; what comes behind them is only counted.
+#: Sections and commands that are listed; further ones are only counted.
 MAX_LISTED: Final = 20_000
-#: Fields that are listed of all devices together: so many, and one more for so many bytes of device state.
+#: Fields that are listed of all devices together: a fixed number, and one more per this many bytes of device state.
 _FREE_FIELDS, _BYTES_PER_FIELD = 50_000, 16
 
 
@@ -38,7 +38,7 @@ async def inspect_stream(source: str | os.PathLike[str], *, max_device_bytes: in
         max_device_bytes: the most device state that is kept in memory, with the description.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the stream cannot be read.
 
     **Cancellation:** there is no result.
     """
@@ -52,7 +52,7 @@ async def inspect_stream(source: str | os.PathLike[str], *, max_device_bytes: in
             await trio.lowlevel.checkpoint()
         report = await inspector.finish()
     if source != "-":
-        # Where reading has ended early, the file is still as large as it is.
+        # If reading has ended early, the size is still that of the whole file.
         report.size = max(report.size, (await trio.Path(source).stat()).st_size)
     return report
 
@@ -70,9 +70,9 @@ class _Inspector:
         self.fields_left = _FREE_FIELDS
         self.sections: Sequence[DeviceSection] = ()
         self.header: ev.SectionHeader | None = None
-        self.early: list[DeviceSection] = []  # in front of the memory
+        self.early: list[DeviceSection] = []  # device sections before the RAM
         self.early_at: list[int] = []
-        self.page_size: int | None = None  # that the description names, if it is not the usual one
+        self.page_size: int | None = None  # the page size in the description, if it is not the usual one
 
     def received(self, count: int) -> None:
         self.decoder.received(count)
@@ -83,7 +83,7 @@ class _Inspector:
             self.decoder.receive_eof()
 
     async def step(self) -> bool:
-        """Take what the decoder has; True if nothing more can be understood."""
+        """Take all elements that the decoder has; True if the rest cannot be decoded."""
         report = self.report
         if report.error is not None:
             return True
@@ -223,7 +223,7 @@ class _Inspector:
         self.seen[event.block].add(event.offsets // PAGE_SIZE)
 
     async def _package(self, event: ev.PackageElement) -> None:
-        """What postcopy sends at the switch: devices between commands, without a description of them."""
+        """Read the package that postcopy sends at the switch: devices between commands, without a description of them."""
         inside = await device_tail.split_package(event.data, event.at, footers=self.report.footers, damaged=True)
         self.fields_left += len(event.data) // _BYTES_PER_FIELD
         for section, offset in zip(inside.sections, inside.offsets, strict=True):
@@ -261,7 +261,7 @@ class _Inspector:
                 )
         elif report.error is None:
             end = at + len(tail)
-            # Inside the last section: its end could not be found because it is not there.
+            # The stream ends inside the last section, so the end of the section could not be found.
             cut = split.description_text is None
             report.error = (
                 TransportFailed(

@@ -1,8 +1,9 @@
-"""Two halves of a guest -> one: what a lost postcopy has left at the destination, and the memory that stayed at the source.
+"""Merges the two halves of a guest after a lost postcopy: the part at the destination, and the memory at the source.
 
-From the package on the source's guest stands still, so its memory is the truth of that moment; what the destination has got
-of it is the same, page by page. The devices are the destination's, which has all of them. That holds for a guest that was
-only kept: one that ran there has changed its pages, and only its own host can tell which are newer.
+After the package the source's guest stands still, so its memory stays the state of that moment. The pages that the
+destination received are the same, page by page. The devices come from the destination, which has all of them. This is
+true for a guest that was only kept at the destination. A guest that ran there has changed its pages, and only that host
+can tell which pages are newer.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..guests import ParkedGuest
 if TYPE_CHECKING:
     from ..guests.parked.guest import Holes
 
-#: How long writing a guest to a disk may take.
+#: Seconds that writing a guest to a disk may take.
 _KEEPING_SECONDS: Final = 600.0
 #: Pages compared and copied at once, by a call in a thread.
 _SLICE: Final = 4096
@@ -35,19 +36,19 @@ _SLICE: Final = 4096
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Merged:
-    """What was made."""
+    """The result of a merge."""
 
     machine: str
     #: Pages taken from the source's half, by the block's name.
     filled: Mapping[str, int]
-    #: Pages that both halves have, and not with the same content; the destination's were taken.
+    #: Pages that both halves have with different content; the destination's were taken.
     different: Mapping[str, int]
 
 
 async def keep_partial(guest: ParkedGuest, missing: Holes, path: str | os.PathLike[str]) -> None:
-    """:meth:`trimig.ParkedGuest.save_partial`, whoever is in a hurry: there is no second chance. It replaces *path*.
+    """Save a partial guest (:meth:`trimig.ParkedGuest.save_partial`), also under cancellation. It replaces *path*.
 
-    **Cancellation:** held off until it is written, for at most ten minutes.
+    **Cancellation:** held off until the file is written, for at most ten minutes, because there is no second chance.
     """
     saving = functools.partial(guest.save_partial, path, missing, replace=True)
     await closing.bounded(saving, _KEEPING_SECONDS, None)
@@ -62,19 +63,19 @@ async def merge(
     replace: bool = False,
     accept_differences: bool = False,
 ) -> Merged:
-    """Complete the guest in *partial* and save it in *out*, where any QEMU of its machine type can load it from.
+    """Complete the guest in *partial* and save it in *out*; any QEMU of its machine type can load that file.
 
     Args:
-        partial: what :meth:`trimig.ParkedGuest.save_partial` wrote (``trimig receive`` calls it FILE.partial).
-        source: the source's half as a stream: the file that was sent, for example. It may lack other pages.
+        partial: the file that :meth:`trimig.ParkedGuest.save_partial` wrote (``trimig receive`` calls it FILE.partial).
+        source: the source's half as a stream, for example the file that was sent. It may lack other pages.
         raw: RAM blocks of the source's half, by name, each byte for byte in a file (a ``memory-backend-file``, or
-            ``pmemsave`` of a paused QEMU); they go before *source*.
+            ``pmemsave`` of a paused QEMU); they take precedence over *source*.
         replace: *out* may exist.
-        accept_differences: go on where a page that both have is not the same in both.
+        accept_differences: go on if a page in both halves has different content.
 
     Raises:
         ConfigError: the halves are not of the same machine, or a file has another length than its block.
-        StateError: both lack the same pages; or they differ where they should not, so they are not of the same moment.
+        StateError: both halves lack the same pages; or a page differs between them, so they are not of the same moment.
         OSError: a file cannot be read.
         TrimigError: as :meth:`trimig.ParkedGuest.load` and :meth:`trimig.ParkedGuest.save`.
 
@@ -115,7 +116,7 @@ def _bitmap(holes: Mapping[str, Sequence[tuple[int, int]]], name: str, pages: in
 
 
 class _Half:
-    """The destination's half, while it is being completed."""
+    """The destination's half while it is completed."""
 
     def __init__(self, guest: ParkedGuest) -> None:
         self._blocks = {block.name: block for block in guest.ram}
@@ -124,12 +125,12 @@ class _Half:
         self.different: dict[str, int] = {}
 
     async def take_blocks(self, other: ParkedGuest, blocks: Sequence[RamBlock]) -> None:
-        """What *other* has of *blocks*, which are its own."""
+        """Take the pages that *other* has of its RAM blocks *blocks*."""
         for block in blocks:
             await self.take(block.name, block.pages, ~_bitmap(other.holes, block.name, len(block.pages)))
 
     async def take_file(self, name: str, path: Path) -> None:
-        """The whole of that block is in a file."""
+        """Take a whole block from a file."""
         block = self._blocks[name]
         size = await offload(os.path.getsize, path)
         if size != block.length:
@@ -138,7 +139,7 @@ class _Half:
         await self.take(name, pages, np.ones(len(pages), np.bool_))
 
     async def take(self, name: str, pages: NDArray[np.uint8], have: PageBitmap) -> None:
-        """*pages* of that block, of which those in *have* count."""
+        """Take *pages* of a block; only the pages in *have* count."""
         missing = self._missing[name]
         ours = self._blocks[name].pages
         for first in range(0, len(missing), _SLICE):
@@ -151,7 +152,7 @@ class _Half:
             await trio.lowlevel.checkpoint()
 
     def judge(self, *, accept_differences: bool) -> None:
-        """StateError if the result would not be the guest."""
+        """Raise StateError if the result would not be the complete guest."""
         left = {name: int(np.count_nonzero(bitmap)) for name, bitmap in self._missing.items() if bitmap.any()}
         if left:
             words = ", ".join(f"{count} pages of RAM block {name!r}" for name, count in left.items())
@@ -166,6 +167,6 @@ class _Half:
 
 
 def _take_slice(ours: NDArray[np.uint8], theirs: NDArray[np.uint8], fill: PageBitmap, both: PageBitmap) -> int:
-    """Copy the pages *fill*; returns how many of *both* differ."""
+    """Copy the pages *fill*; return the number of pages in *both* that differ."""
     ours[fill] = theirs[fill]
     return int(np.count_nonzero((ours != theirs).any(axis=1) & both)) if both.any() else 0

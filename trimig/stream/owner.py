@@ -1,4 +1,4 @@
-"""Who owns a saved guest: a small record beside its file, on the disk before a decision is sent.
+"""The owner of a saved guest: a small record beside its file, on the disk before a decision is sent.
 
 Without it, a crash or a lost answer during ``trimig send`` would leave a file that looks as if it had never been sent,
 and the next attempt could run the guest a second time.
@@ -26,10 +26,10 @@ _SUFFIX: Final = ".owner"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OwnerRecord:
-    """What is known of a saved guest that was sent."""
+    """The record of a saved guest that was sent."""
 
     owner: Ownership
-    #: Where it was sent to, and from.
+    #: The address that the guest was sent to, and the host that sent it.
     destination: str
     host: str
     #: ISO 8601, with time zone.
@@ -37,21 +37,21 @@ class OwnerRecord:
 
     @staticmethod
     def now(owner: Ownership, destination: str) -> OwnerRecord:
-        """A record of this moment and host."""
+        """A record with the present time and this host."""
         time = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         return OwnerRecord(owner=owner, destination=destination, host=socket.gethostname(), time=time)
 
 
 def record_path(file: Path) -> Path:
-    """Where the record of *file* stands."""
+    """The path of the record of *file*."""
     return file.with_name(file.name + _SUFFIX)
 
 
 def read_record(file: Path) -> OwnerRecord | None:
-    """The record of *file*; None if there is none: it was never sent, or came back.
+    """The record of *file*; None if there is none: the guest was never sent, or came back.
 
     Raises:
-        StateError: it cannot be understood, so nobody can tell.
+        StateError: the record is damaged, so the owner is not known.
         OSError: it cannot be read.
     """
     path = record_path(file)
@@ -74,10 +74,10 @@ def read_record(file: Path) -> OwnerRecord | None:
 
 
 def write_record(file: Path, record: OwnerRecord | None) -> None:
-    """Make *record* the one of *file*, or remove it; on the disk when this returns.
+    """Write *record* for *file*, or remove it; on the disk when this returns.
 
     Raises:
-        OSError: it cannot be written; the one before is still in force.
+        OSError: the record cannot be written; the previous one is still in force.
     """
     path = record_path(file)
     if record is None:
@@ -103,7 +103,7 @@ def write_record(file: Path, record: OwnerRecord | None) -> None:
 
 
 async def record_decision(file: Path, destination: str) -> None:
-    """The decision is about to be sent: from here on nobody knows, until the answer comes.
+    """Record that the decision is about to be sent: from now on the owner is not known, until the answer comes.
 
     **Cancellation:** written, or not; :func:`write_record` sets it right.
     """
@@ -112,10 +112,10 @@ async def record_decision(file: Path, destination: str) -> None:
 
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """No other process sends or settles *file* meanwhile.
+    """Lock *file*, so that no other process sends or settles it meanwhile.
 
     Raises:
-        StateError: one does.
+        StateError: another process does.
         OSError: there is no such file.
     """
     fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,4 +1,6 @@
-"""Which pages of a RAM block a stream has, in memory that follows from the stream and not from what it announces."""
+"""The set of pages of a RAM block that a stream has. Its memory depends on the pages sent, not on the announced
+length.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,15 @@ from ..wire.postcopy import runs_of
 if TYPE_CHECKING:
     from ..guest import PageBitmap
 
-#: Pages of one piece of the map: a page that comes alone costs so many bytes.
+#: Pages of one piece of the map: a single page costs this many bytes.
 _PIECE: Final = 512
 
 
 class PageSet:
     """A set of pages of a block of *length* pages.
 
-    It takes at most a kilobyte for each page that is in it, however long the block is, and about a byte for each page
-    where pages lie close together.
+    It takes at most a kilobyte for each page in the set, for a block of any length, and about a byte for each page if
+    the pages are close together.
     """
 
     def __init__(self, length: int) -> None:
@@ -33,11 +35,11 @@ class PageSet:
 
     @property
     def missing(self) -> int:
-        """Pages of the block that are not in it."""
+        """Number of pages of the block that are not in the set."""
         return self._length - len(self)
 
     def add(self, pages: NDArray[np.int64]) -> None:
-        """Put *pages*, all inside the block, into it."""
+        """Add *pages*, which are all inside the block."""
         for number, where in self._split(pages):
             piece = self._pieces.get(number)
             if piece is None:
@@ -54,7 +56,7 @@ class PageSet:
         return found
 
     def holes(self) -> Iterator[tuple[int, int]]:
-        """The runs of pages that are not in it: the first page, and the one behind the last."""
+        """The runs of pages that are not in the set: the first page, and the page after the last."""
         begin = at = 0
         for number in sorted(self._pieces):
             at = number * _PIECE
@@ -67,7 +69,7 @@ class PageSet:
 
     @staticmethod
     def _split(pages: NDArray[np.int64]) -> Iterator[tuple[int, slice | NDArray[np.int64]]]:
-        """The pieces that *pages* are in, and which of them are in each."""
+        """The pieces of the map that contain *pages*, and the pages in each piece."""
         if not len(pages):
             return
         numbers = pages // _PIECE

@@ -1,4 +1,4 @@
-"""What was found in a stream: the records that :func:`trimig.stream.inspect_stream` returns, and their JSON form."""
+"""The report on a stream: the records that :func:`trimig.stream.inspect_stream` returns, and their JSON form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class SectionInfo:
-    """One section. Offsets and sizes in bytes; the size includes header and footer, and is None if it has no end."""
+    """One section. Offsets and sizes in bytes; the size includes header and footer, and is None if the end is missing."""
 
     kind: str
     section_id: int
@@ -40,7 +40,7 @@ class BlockInfo:
     zero_pages: int = 0
     #: Pages that are not in the stream; None if the stream could not be read to the end of its RAM.
     missing: int | None = None
-    #: Of those that are not in the stream, the pages that a virtio-mem device has not plugged in; they are not missing.
+    #: Pages that are not in the stream because a virtio-mem device has not plugged them in; they are not missing.
     unplugged: int = 0
 
 
@@ -62,59 +62,59 @@ class DeviceInfo:
     instance_id: int
     section_id: int
     version_id: int
-    #: Of the section, and the bytes of its payload.
+    #: Offset of the section, and size and bytes of its payload.
     offset: int
     size: int
     payload: bytes
-    #: Decoded by the description; None if that is not possible.
+    #: The fields, decoded by the description; None if decoding is not possible.
     fields: tuple[Node, ...] | None = None
-    #: Why not.
+    #: The reason why decoding is not possible.
     problem: str | None = None
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class StreamReport:
-    """All that was found. ``error`` is None for a stream that is sound."""
+    """The report on one stream. ``error`` is None for a sound stream."""
 
-    #: Bytes read, and the offset behind the last byte that was understood.
+    #: Bytes read, and the offset after the last byte that was decoded.
     size: int = 0
     good: int = 0
     version: int | None = None
     machine: str | None = None
     subsections: Sequence[ConfigSubsection] = ()
-    #: The stream has a configuration section, and footers.
+    #: Whether the stream has a configuration section, and footers.
     configuration: bool = True
     footers: bool = True
     sections: list[SectionInfo] = dataclasses.field(default_factory=list)
     commands: list[CommandInfo] = dataclasses.field(default_factory=list)
-    #: Sections and commands that are not listed, because there are too many.
+    #: Number of sections and commands that are not listed, because there are too many.
     unlisted: int = 0
     blocks: list[BlockInfo] = dataclasses.field(default_factory=list)
     devices: list[DeviceInfo] = dataclasses.field(default_factory=list)
-    #: From ``globalstate``.
+    #: The run state in ``globalstate``.
     run_state: str | None = None
-    #: The end-of-file byte, or None.
+    #: Offset of the end-of-file byte, or None.
     eof_offset: int | None = None
     #: The text of the description; None if there is none.
     description: bytes | None = None
-    #: Bytes behind the end.
+    #: Number of bytes after the end.
     trailing: int = 0
-    #: What is odd, but not damage.
+    #: Irregularities that are not damage.
     problems: list[str] = dataclasses.field(default_factory=list)
     error: TrimigError | None = None
 
     @property
     def sound(self) -> bool:
-        """Whole, and without damage."""
+        """Whether the stream is whole and without damage."""
         return self.error is None
 
     @property
     def damaged(self) -> bool:
-        """Something is wrong with it; not only something in it that trimig does not read."""
+        """Whether the stream is damaged; False if it only has content that trimig does not read."""
         return self.error is not None and not isinstance(self.error, Unsupported)
 
     def record(self) -> dict[str, Any]:
-        """As JSON: bytes in hexadecimal."""
+        """The report as JSON: bytes in hexadecimal."""
         error = self.error
         return {
             "sound": self.sound,
@@ -167,7 +167,7 @@ def _device_record(device: DeviceInfo) -> dict[str, Any]:
 
 
 def node_record(node: Node) -> dict[str, Any]:
-    """A field as JSON: with ``value``, ``raw`` (hexadecimal) or ``children``."""
+    """One field as JSON: with ``value``, ``raw`` (hexadecimal) or ``children``."""
     record: dict[str, Any] = {"name": node.name, "type": node.type, "offset": node.offset, "size": node.size}
     for name in ("index", "vmsd_name", "version"):
         if (value := getattr(node, name)) is not None:

@@ -1,10 +1,10 @@
 """Bytes <-> events of QEMU's migration stream. No I/O, no clock, no trio.
 
-Everything here works on buffers that somebody else fills and empties, so that it can be tested at every split and
-fuzzed without a run loop. RAM moves in batches: arrays of page offsets and buffers of pages, never page by page.
+All code here works on buffers that the caller fills and empties, so it can be tested at every split and fuzzed without
+a run loop. RAM moves in batches: arrays of page offsets and buffers of pages, never page by page.
 
 :class:`Decoder` and :class:`Encoder` speak the main stream, in the records of :mod:`trimig.wire.events`;
-:mod:`trimig.wire.return_path` has the messages that come back.
+:mod:`trimig.wire.return_path` has the messages from the destination to the source.
 """
 
 from .constants import Command as Command

@@ -10,10 +10,10 @@ from .constants import Command
 from .marks import Mark, is_mark, wrong_length
 from .refusals import unknown_command
 
-#: Bytes in front of the payload: type of the section, number, length.
+#: Bytes before the payload: type of the section, number, length.
 HEAD: Final = 5
 
-#: Payloads of one possible length.
+#: Commands whose payload has a fixed length.
 _LENGTH: Final = {
     Command.OPEN_RETURN_PATH: 0,
     Command.PING: 4,
@@ -33,10 +33,10 @@ def read_command(data: memoryview, *, marks: bool) -> tuple[int, bytes] | None:
         marks: the sender is a trimig that may use the commands of :mod:`.marks`.
 
     Returns:
-        None if it is not all there.
+        None if the command is not complete.
 
     Raises:
-        RemoteProtocolError: without an offset; it is unknown, or has an impossible length.
+        RemoteProtocolError: without an offset; the command is unknown, or has an illegal length.
     """
     if len(data) < HEAD:
         return None

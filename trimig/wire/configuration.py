@@ -1,4 +1,4 @@
-"""The configuration section (stream.md part 4): which machine a stream is of, and what must be known before it is read."""
+"""The configuration section (stream.md part 4): the machine of a stream, and the settings needed to read the stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_MACHINE_NAME: Final = 255
 #: QEMU 7.2 knows 21 capabilities.
 MAX_CAPABILITIES: Final = 256
 
-#: Capabilities that the configuration section may name and that change nothing in what is read.
+#: Capabilities that the configuration section may name and that do not change the stream.
 _HARMLESS_CAPABILITIES: Final = frozenset(CAPABILITY_NAMES) - {
     "x-ignore-shared",
     "mapped-ram",
@@ -31,7 +31,7 @@ _HARMLESS_CAPABILITIES: Final = frozenset(CAPABILITY_NAMES) - {
     "dirty-bitmaps",
     "background-snapshot",
 }
-#: What to do about some that are not read; about the others: turn them off at the source.
+#: Advice for some unsupported capabilities; for the others: turn them off at the source.
 _INSTEAD: Final = {
     "x-ignore-shared": "shared memory stays with the source: turn x-ignore-shared off there",
     "mapped-ram": "its pages stand at fixed places of a file: save it again with mapped-ram off",
@@ -39,18 +39,18 @@ _INSTEAD: Final = {
 
 
 def read_configuration(data: memoryview, offset: int) -> tuple[str, tuple[ConfigSubsection, ...], int] | None:
-    """The machine's name, the subsections, and the bytes that they take.
+    """Read the machine's name and the subsections; the third value is the number of bytes used.
 
     Args:
-        data: from the type byte of the section on.
-        offset: where it stands in the stream.
+        data: bytes from the type byte of the section on.
+        offset: offset of *data* in the stream.
 
     Returns:
         None if more bytes are needed.
 
     Raises:
-        RemoteProtocolError: without an offset, it is malformed.
-        Unsupported: it announces what cannot be read.
+        RemoteProtocolError: without an offset; the section is malformed.
+        Unsupported: it announces a feature that cannot be read.
     """
     if len(data) < 5:
         return None
@@ -59,7 +59,7 @@ def read_configuration(data: memoryview, offset: int) -> tuple[str, tuple[Config
         raise RemoteProtocolError(f"machine name of {length} bytes, at most {MAX_MACHINE_NAME} are accepted")
     ahead = 5 + length
     subsections: list[ConfigSubsection] = []
-    # One byte of the next element decides whether the configuration goes on.
+    # The first byte of the next element decides whether the configuration goes on.
     while len(data) > ahead:
         name = _cstr(data, ahead + 1) if data[ahead] == Section.SUBSECTION else ""
         if name is None:
@@ -68,7 +68,7 @@ def read_configuration(data: memoryview, offset: int) -> tuple[str, tuple[Config
             machine = bytes(data[5 : 5 + length]).decode("utf-8", "surrogateescape")
             return machine, tuple(subsections), ahead
         if any(name == other.name for other in subsections):
-            # Twice means nothing, and without end would be read into memory without end.
+            # A repeated subsection has no meaning, and an endless repetition would fill the memory.
             raise RemoteProtocolError(f"the configuration subsection {name!r} comes twice")
         found = _subsection(data, name, ahead + 2 + data[ahead + 1], offset)
         if found is None:
@@ -121,10 +121,10 @@ def _subsection(data: memoryview, name: str, ahead: int, offset: int) -> tuple[C
 
 
 def check_capability(name: str, offset: int) -> None:
-    """Whether a stream whose configuration names the capability *name* can be read.
+    """Check that a stream whose configuration names the capability *name* can be read.
 
     Raises:
-        Unsupported: it changes the stream, or is not known; with what to do.
+        Unsupported: the capability changes the stream, or is not known; with an advice.
     """
     if name in _HARMLESS_CAPABILITIES:
         return

@@ -9,7 +9,7 @@ MAGIC: Final = b"QEVM"
 VERSION: Final = 3
 RAM_VERSION: Final = 4
 
-#: The state of a section with a length that the peer chose is read only up to this many bytes, unless told otherwise.
+#: The most bytes of a counted string, whose length is one byte.
 MAX_CSTR: Final = 255
 
 

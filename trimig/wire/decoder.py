@@ -1,4 +1,4 @@
-"""Bytes of the main stream -> events, in batches, from a buffer that somebody else fills.
+"""Bytes of the main stream -> events, in batches, from a buffer that the caller fills.
 
 Use::
 
@@ -9,8 +9,8 @@ Use::
         ...                                  # page runs are views into the buffer: use them before writable()
 
 The invariant, which is fuzzed: any bytes give events or one :class:`RemoteProtocolError` with the offset of the
-element it is about, whatever the pieces they come in; nothing is allocated for a length before the length was
-checked. After an error the decoder is dead: every further call raises the same error again.
+wrong element, for any division of the bytes into pieces; nothing is allocated for a length before the length was
+checked. After an error the decoder is unusable: every further call raises the same error again.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ class Decoder:
     """Reads one main stream.
 
     Args:
-        measure: delimits device payloads. None: from the first FULL section on everything is handed out undivided as
-            :class:`TailBytes`, since nothing on the wire tells where an unknown device ends.
-        configuration: the stream has a configuration section (the peer's ``send-configuration``). None: its first byte tells.
-        footers: sections end with a footer (the peer's ``send-section-footer``). None: what follows the first one tells.
+        measure: finds the length of device payloads. None: everything from the first FULL section on is returned
+            undivided as :class:`TailBytes`, because the wire format does not tell where an unknown device ends.
+        configuration: the stream has a configuration section (``send-configuration``). None: the first byte decides.
+        footers: sections end with a footer (``send-section-footer``). None: the byte after the first section decides.
         description: a JSON description may follow the end of file.
         max_device_bytes: longest accepted payload of one device.
         max_description_bytes: longest accepted description.
         max_ram_bytes: largest accepted sum of the RAM blocks.
-        reorder: records of pages and of zero pages that alternate may be handed out as one event of each kind. Faster,
-            and the same memory; not the same bytes if the events are written again.
-        continues: the decoder of the stream that this is a later connection or a package of: sections and RAM blocks are
-            known, and there is no header.
-        records_only: it is the second connection of postcopy-preempt: page records and an end word, no sections.
-        buffer_bytes: size of the buffer; it grows only for an element that does not fit, and all of those are bounded.
+        reorder: alternating records of pages and of zero pages may be returned as one event of each kind. This is
+            faster and gives the same memory, but not the same bytes if the events are written again.
+        continues: the decoder of the stream of which this one reads a later connection or a package: sections and RAM
+            blocks are known, and there is no header.
+        records_only: for the second connection of postcopy-preempt: page records and an end word, no sections.
+        buffer_bytes: size of the buffer; it grows only for an element that does not fit, and all elements are bounded.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Decoder:
             self._started = dict(continues._started)
             self._records.know(continues.blocks)
         self._records_only = records_only
-        #: The sender is a trimig that may use the commands of :mod:`.marks`. Set by who has seen its mark.
+        #: The sender is a trimig that may use the commands of :mod:`.marks`. Set by the caller that has seen its mark.
         self.marks = False
         self._text = DescriptionText(max_description_bytes)
 
@@ -127,7 +127,7 @@ class Decoder:
 
     @property
     def page_size(self) -> int | None:
-        """The size in bytes of the guest's pages, if the places of those that came show that it is not the usual one."""
+        """The size in bytes of the guest's pages, if the offsets of the pages show that it is not the usual one."""
         return self._records.sizes.of_places(self._records.blocks)
 
     @property
@@ -141,7 +141,7 @@ class Decoder:
         return self._records.blocks
 
     def writable(self) -> memoryview:
-        """Room for more bytes, at least one; invalidates the arrays of events handed out before."""
+        """Room for more bytes, at least one; invalidates the arrays of earlier events."""
         if self._pos == self._end:
             self._base += self._pos
             self._pos = self._end = 0
@@ -155,11 +155,11 @@ class Decoder:
         return self._mem[self._end :]
 
     def received(self, count: int) -> None:
-        """*count* bytes were put at the start of what :meth:`writable` returned."""
+        """*count* bytes were put at the start of the view from :meth:`writable`."""
         self._end += count
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """Copy *data* in; for callers with bytes at hand. Takes at most what fits: see :meth:`room`."""
+        """Copy *data* into the buffer. Raises ValueError if *data* does not fit into :meth:`writable`."""
         view = self.writable()
         if len(data) > len(view):
             raise ValueError(f"{len(data)} bytes do not fit into the {len(view)} that are free")
@@ -167,16 +167,16 @@ class Decoder:
         self.received(len(data))
 
     def receive_eof(self) -> None:
-        """The connection has ended behind the bytes given so far."""
+        """The connection has ended after the bytes given so far."""
         self._eof = True
 
     # -- placing pages without the buffer (see trimig.engine.ram.receiver) ---------------------------------------------------
 
     @property
     def open_run(self) -> tuple[str, int, int] | None:
-        """``(block, next offset, length of the run so far)`` while consecutive pages of one block come in, else None.
+        """``(block, next offset, length of the run so far)`` during a run of consecutive pages of one block, else None.
 
-        Only while the buffer holds less than one record: the next bytes to come belong to that record.
+        Only while the buffer holds less than one record: the next bytes belong to that record.
         """
         if self._state != self._read_records or self._end - self._pos >= 8 + PAGE_SIZE:
             return None
@@ -190,16 +190,16 @@ class Decoder:
         return rest
 
     def placed(self, pages: int) -> None:
-        """*pages* whole PAGE records that continue the open run were consumed elsewhere."""
+        """The caller has consumed *pages* whole PAGE records that continue the open run."""
         self._base += pages * (8 + PAGE_SIZE)
         self._records.extend_run(pages)
 
     def end_run(self) -> None:
-        """The open run does not go on as predicted."""
+        """End the open run, which does not go on as predicted."""
         self._records.end_run()
 
     def give_back(self, data: bytes) -> None:
-        """*data* stands at :attr:`offset` after all. The buffer must be empty (see :meth:`take_rest`)."""
+        """Put *data* back at :attr:`offset`. The buffer must be empty (see :meth:`take_rest`)."""
         if self._pos != self._end:
             raise ValueError("bytes can be given back to an empty buffer only")
         self._base += self._pos
@@ -212,11 +212,11 @@ class Decoder:
     # -- events ----------------------------------------------------------------------------------------------------
 
     def next_event(self) -> ev.Element | None:
-        """The next element, or None: more bytes are needed (or, after the end, none are).
+        """The next element; None if more bytes are needed (or, after the end, no more elements follow).
 
         Raises:
             RemoteProtocolError: the bytes are not a stream for this guest.
-            TransportFailed: the connection ended in the middle.
+            TransportFailed: the connection ended in the middle of the stream.
         """
         if self._failure is not None:
             raise self._failure
@@ -254,13 +254,13 @@ class Decoder:
         return int(_BE32.unpack_from(self._mem, self._pos + at)[0])
 
     def _consume(self, count: int) -> int:
-        """Step over *count* bytes; returns the stream offset where they began."""
+        """Skip *count* bytes; returns the stream offset of the first."""
         at = self.offset
         self._pos += count
         return at
 
     def _cstr(self, at: int) -> str | None:
-        """The counted string *at* bytes ahead; None if it is not all there."""
+        """The counted string *at* bytes ahead; None if it is not complete."""
         if not self._have(at + 1):
             return None
         length = self._mem[self._pos + at]
@@ -355,7 +355,7 @@ class Decoder:
             at=self._consume(head + 8),
         )
         if kind is Section.START:
-            # A START announced again replaces the one before, as in QEMU; so the table cannot grow either.
+            # A repeated START replaces the earlier one, as in QEMU; so the table cannot grow.
             self._started = {section_id: header}
             self._records.expect_list = True
         self._section = header
@@ -416,7 +416,7 @@ class Decoder:
         return event
 
     def _read_early(self) -> ev.Element | None:
-        """A device section in front of the memory, of a device that is not known."""
+        """Read a section of an unknown device before the RAM."""
         data = self._footer_search.data
         data += self._mem[self._pos + len(data) : self._end]
         length = self._footer_search.find(self._started, final=self._eof)
@@ -496,5 +496,5 @@ class Decoder:
         return event
 
     def _read_nothing(self) -> ev.Element | None:
-        self._pos = self._end  # bytes behind the description are ignored (stream.md part 7)
+        self._pos = self._end  # bytes after the description are ignored (stream.md part 7)
         return None

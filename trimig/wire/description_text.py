@@ -1,4 +1,4 @@
-"""The description behind the end of a stream, while its text comes in (stream.md part 7)."""
+"""Receives the description after the end of a stream (stream.md part 7)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class DescriptionText:
     """Collects the text.
 
     Args:
-        longest: bytes that are accepted.
+        longest: the most bytes that are accepted.
     """
 
     def __init__(self, longest: int) -> None:
@@ -21,13 +21,13 @@ class DescriptionText:
         self._at = 0
 
     def take(self, data: memoryview, at: int) -> tuple[DescriptionElement | None, int]:
-        """Take what *data*, which stands at the offset *at*, has of it.
+        """Take the part of the text in *data*, which begins at the offset *at*.
 
         Returns:
-            The description if that was the last of it; and the bytes that were taken.
+            The description if it is complete; and the number of bytes taken.
 
         Raises:
-            RemoteProtocolError: without an offset; it is no description, or too long.
+            RemoteProtocolError: without an offset; the bytes are no description, or it is too long.
         """
         used = 0
         if self._text is None:
@@ -49,7 +49,7 @@ class DescriptionText:
         return DescriptionElement(text=bytes(self._text), at=self._at), used
 
     def cut(self, at: int) -> DescriptionElement:
-        """What there is of it at the end of the connection, which is at the offset *at*."""
+        """The incomplete description at the end of the connection, which is at the offset *at*."""
         if self._text is None:
             return DescriptionElement(text=b"", complete=False, at=at)
         return DescriptionElement(text=bytes(self._text), complete=False, at=self._at)

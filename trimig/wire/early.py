@@ -1,8 +1,8 @@
-"""Device sections in front of the memory, of machines that are not known (newer.md part 2).
+"""Device sections before the RAM, of unknown devices (newer.md part 2).
 
-A device that decides which memory there is (virtio-mem) sends a FULL section before the size list or before the first
-pages. Its end is where its footer stands with something legal behind it. That is a guess until the description comes, which
-says how long it is: :class:`trimig.wire.devices.sections.TailSplitter` compares.
+A device that decides which memory exists (virtio-mem) sends a FULL section before the size list or before the first
+pages. Its end is found by its footer with a legal element after it. This is a guess until the description comes, which
+has the length of the section: :class:`trimig.wire.devices.sections.TailSplitter` compares the two.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ _FOOTER_SIZE: Final = 5
 
 
 class FooterSearch:
-    """Looks for the end of one payload, in pieces as they come and without looking at a byte twice."""
+    """Searches the end of one payload, in pieces as they are received, without reading a byte twice."""
 
     def __init__(self, section_id: int) -> None:
         self._footer = bytes((Section.FOOTER,)) + _BE32.pack(section_id)
         self._searched = 0
-        #: What has come from the first byte of the payload on; the caller adds to it.
+        #: The received bytes, from the first byte of the payload on; the caller appends to it.
         self.data = bytearray()
 
     def find(self, started: Container[int], *, final: bool) -> int | None:
         """Length of the payload that :attr:`data` begins with; None if more bytes are needed.
 
         Args:
-            started: ids of the sections of RAM, which may go on behind it.
+            started: ids of the sections of RAM, which may go on after the section.
             final: no more bytes will come.
         """
         data = self.data
@@ -48,7 +48,7 @@ class FooterSearch:
 
 
 def _follows(data: bytearray, at: int, started: Container[int]) -> bool | None:
-    """Whether what stands at *at* can follow a section; None if that cannot be told yet."""
+    """Whether the bytes at *at* can follow a section; None if this is not known yet."""
     if len(data) < at + 5:
         return None if len(data) <= at or data[at] in _BEGINNINGS else False
     kind, number = data[at], int(_BE32.unpack_from(data, at + 1)[0])

@@ -17,8 +17,8 @@ class Elements:
     """The elements of a stream, one after the other.
 
     Args:
-        decoder: is given what is read.
-        read: fills a buffer with the next bytes, and returns how many; 0 at the end of the file.
+        decoder: gets the bytes read.
+        read: fills a buffer with the next bytes, and returns their number; 0 at the end of the file.
     """
 
     def __init__(self, decoder: Decoder, read: Callable[[memoryview], Awaitable[int]]) -> None:
@@ -30,11 +30,11 @@ class Elements:
         """The next element; None at the end of the file.
 
         Raises:
-            RemoteProtocolError: it is malformed.
+            RemoteProtocolError: the stream is malformed.
             TransportFailed: the stream ends too early.
             Unsupported: the file is empty.
 
-        **Cancellation:** as for *read*; bytes may have been read that the decoder was not given.
+        **Cancellation:** as for *read*; bytes may have been read that did not reach the decoder.
         """
         decoder = self._decoder
         while (event := decoder.next_event()) is None and not self._ended:

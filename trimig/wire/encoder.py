@@ -48,7 +48,7 @@ Words = NDArray[np.uint64]
 
 
 def name_bytes(text: str) -> bytes:
-    """A name as it stands on the wire. One that was read there and is no UTF-8 comes out as it was."""
+    """The bytes of a name on the wire. A name that was read from the wire and is not UTF-8 gives its original bytes."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -56,7 +56,7 @@ def name_bytes(text: str) -> bytes:
 
 
 def cstr(text: str) -> bytes:
-    """A counted string; LocalProtocolError if it does not fit one byte of length."""
+    """A counted string; LocalProtocolError if its length does not fit one byte."""
     data = name_bytes(text)
     if len(data) > 255:
         raise LocalProtocolError(f"{text[:40]!r}… has {len(data)} bytes, the wire allows 255 in a name")
@@ -108,7 +108,7 @@ def ram_list(blocks: Iterable[tuple[str, int]], page_sizes: Mapping[str, int] | 
     """The size list of RAM START, without the end word.
 
     Args:
-        page_sizes: host page sizes in bytes that are to be said, by the block's name; only behind ADVISE.
+        page_sizes: host page sizes in bytes to be included, by the block's name; only after ADVISE.
     """
     total, entries = 0, b""
     for name, length in blocks:
@@ -125,7 +125,7 @@ def end_of_stream() -> bytes:
 
 
 def description(text: bytes) -> bytes:
-    """The JSON description, sent behind the end of file."""
+    """The JSON description, sent after the end of file."""
     return _TAG32.pack(Section.VMDESCRIPTION, len(text)) + text
 
 
@@ -136,9 +136,10 @@ def device_section(section: DeviceSection, section_id: int, *, footer: bool = Tr
 
 
 class RecordWriter:
-    """Headers of page records: knows which block the last record named, so that the next may say "the same".
+    """Makes headers of page records. It stores the block that the last record named, so that the next may say "the
+    same".
 
-    That memory survives section borders (ram.md part 4), so one writer serves a whole stream.
+    The stored block stays valid across sections (ram.md part 4), so one writer serves a whole stream.
     """
 
     def __init__(self) -> None:
@@ -148,8 +149,8 @@ class RecordWriter:
         """Headers for one record per offset.
 
         Returns:
-            ``(name, words)``: the first word of each record, big-endian as on the wire, and the counted block name
-            that belongs directly behind the *first* word; empty where that record continues the block before.
+            ``(name, words)``: the first word of each record, big-endian as on the wire, and the counted block name that
+            belongs directly after the *first* word; empty if that record continues the previous block.
         """
         words = offsets.astype(np.uint64) | np.uint64(flag | RamFlag.CONTINUE)
         name = b""
@@ -186,7 +187,7 @@ class RecordWriter:
 class Encoder:
     """Writes events as the decoder reads them: decoding a stream and encoding its events gives the same bytes.
 
-    Three things that no sender writes are not kept: an offset in the end word of a RAM section, bytes behind the
+    Three things that no sender writes are not kept: an offset in the end word of a RAM section, bytes after the
     description, and the announced length of a description that was cut short.
     """
 

@@ -1,8 +1,8 @@
-"""What a stream consists of, one frozen record per element.
+"""The elements of a stream, one frozen record per element.
 
-The same records come out of :class:`trimig.wire.Decoder` and go into :class:`trimig.wire.Encoder`, so that a stream
-that was read can be written again byte for byte. Every event carries ``at``: the offset of its first byte in the
-stream (-1 for an event that was not read from one).
+:class:`trimig.wire.Decoder` returns the same records that :class:`trimig.wire.Encoder` takes, so a stream that was read
+can be written again byte for byte. Every event carries ``at``: the offset of its first byte in the stream (-1 for an
+event that was not read from one).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FileHeader(Element):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Configuration(Element):
-    """The configuration section: which machine this stream is of."""
+    """The configuration section, which names the machine of the stream."""
 
     machine: str
     subsections: tuple[ConfigSubsection, ...] = ()
@@ -57,7 +57,7 @@ class SectionHeader(Element):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PackageElement(Element):
-    """What follows the command PACKAGED: a fragment of the stream, to be read by a decoder of its own."""
+    """The content of a command PACKAGED: a fragment of the stream, to be read by a separate decoder."""
 
     data: bytes
 
@@ -81,8 +81,8 @@ class CommandElement(Element):
 class RamList(Element):
     """The size list of RAM START: names and used lengths in bytes, in the sender's order.
 
-    ``page_sizes`` has the host page size in bytes of the blocks for which the list says it: behind ADVISE, where it is not
-    the usual one.
+    ``page_sizes`` has the host page size in bytes of the blocks for which the list contains it: after ADVISE, if it is
+    not the usual one.
     """
 
     blocks: tuple[tuple[str, int], ...]
@@ -94,10 +94,10 @@ class PageRun(Element):
     """Raw pages of one block.
 
     Attributes:
-        named: the first record carried the block's name (no CONTINUE); all others continue.
+        named: the first record contained the block's name (no CONTINUE); all others continue.
         offsets: int64, shape (n,): byte offsets inside the block, multiples of the page size, checked to be inside it.
         data: uint8, shape (n, page size). A decoder's runs are views into its buffer: use them before the next call
-            that gives it bytes.
+            that gives the decoder bytes.
     """
 
     block: str
@@ -108,7 +108,7 @@ class PageRun(Element):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ZeroRun(Element):
-    """Pages of one block that hold one byte value throughout.
+    """Pages of one block, each filled with one byte value.
 
     Attributes:
         named: as for :class:`PageRun`.
@@ -129,14 +129,14 @@ class RamEnd(Element):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePayload(Element):
-    """The whole payload of a FULL section whose device could be measured."""
+    """The whole payload of a FULL section of a device whose length could be measured."""
 
     payload: bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TailBytes(Element):
-    """Bytes from the first FULL section on, where devices are not known; undivided."""
+    """Undivided bytes from the first FULL section on, if the devices are not known."""
 
     data: bytes
 
@@ -148,10 +148,10 @@ class EndOfStream(Element):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DescriptionElement(Element):
-    """The JSON text behind the end of file.
+    """The JSON text after the end of file.
 
     Attributes:
-        complete: False where the connection ended inside the text, which is harmless: the guest was complete before.
+        complete: False if the connection ended inside the text, which is harmless: the guest was complete before.
     """
 
     text: bytes

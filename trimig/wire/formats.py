@@ -1,4 +1,4 @@
-"""What bytes are that are not a migration stream: other files and other protocols, known by how they begin."""
+"""Recognises bytes that are not a migration stream: other files and other protocols, by their first bytes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Final
 
 from .constants import MAGIC
 
-#: So many bytes are enough for all of them.
+#: Number of bytes that is enough to recognise all formats.
 LOOK: Final = 4096
 
 _UNPACK: Final = "unpack it first"
-#: Beginning -> what it is, and what to do.
+#: First bytes -> name of the format, and advice.
 _BEGINNINGS: Final[tuple[tuple[bytes, str], ...]] = (
     (b"\x1f\x8b", f"a gzip file: {_UNPACK} (gzip -dc)"),
     (b"\x28\xb5\x2f\xfd", f"a zstd file: {_UNPACK} (zstd -dc)"),
@@ -61,13 +61,13 @@ _ELF_CORE: Final = 4
 
 
 def what_is(first: bytes | bytearray | memoryview) -> str | None:
-    """What begins with *first*, as a part of a sentence: ``a gzip file: unpack it first (gzip -dc)``.
+    """The format that begins with *first*, as a part of a sentence: ``a gzip file: unpack it first (gzip -dc)``.
 
     Args:
-        first: the first bytes, up to :data:`LOOK` of them; the more, the better.
+        first: the first bytes, up to :data:`LOOK`; more bytes recognise more formats.
 
     Returns:
-        None for a migration stream, and for what is not known.
+        None for a migration stream, and for an unknown format.
     """
     first = bytes(first[:LOOK])
     if not first:
@@ -87,7 +87,7 @@ def what_is(first: bytes | bytearray | memoryview) -> str | None:
 
 
 def may_become_known(first: bytes | bytearray | memoryview) -> bool:
-    """Whether *first* is too short to tell what it is, and a few bytes more could tell."""
+    """Whether *first* is too short to recognise a format, and a few bytes more could be enough."""
     if bytes(first[:2]) in (b"\x16", b"\x16\x03") and len(first) < 3:
         return True
     known = [MAGIC, b"LibvirtQemudSave", b"LibvirtQemudPart", b"\x7fELF", *(b for b, _ in _BEGINNINGS)]

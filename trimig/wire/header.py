@@ -14,17 +14,17 @@ LENGTH: Final = 8
 
 
 def read_file_header(data: memoryview, *, final: bool) -> int | None:
-    """The version of the stream that begins with *data*.
+    """Read the version of the stream that begins with *data*.
 
     Args:
-        final: nothing follows *data*.
+        final: no bytes follow *data*.
 
     Returns:
         None if more bytes are needed.
 
     Raises:
-        Unsupported: without an offset; it is something else, which is named if it is known.
-        RemoteProtocolError: without an offset; it is of another version.
+        Unsupported: without an offset; *data* is not a migration stream; its format is named if it is known.
+        RemoteProtocolError: without an offset; the stream is of another version.
     """
     have = min(len(data), len(MAGIC))
     if bytes(data[:have]) != MAGIC[:have]:

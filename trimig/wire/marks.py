@@ -1,8 +1,8 @@
-"""What two trimigs say to each other on QEMU's wire (return_path.md part 9): that they are two, and then reasons and ids.
+"""Messages between two trimigs on QEMU's wire (return_path.md part 9): first the marks of both, then reasons and ids.
 
-The source sends one more PING, which every QEMU echoes. A trimig answers it with one more PONG. Only behind these two may
-either side use the commands and messages here, which a QEMU would refuse. All of them are text and figures of a stranger:
-bounded, escaped before they are shown, and never interpreted.
+The source sends one more PING, which every QEMU echoes. A trimig answers it with one more PONG. Only after these two
+messages may either side use the commands and messages here, which a QEMU would refuse. Their text and figures come from
+an untrusted peer: they are bounded, escaped before they are shown, and never interpreted.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import enum
 from typing import Final
 
-#: The source's mark, version 1: a PING directly behind QEMU's first one.
+#: The source's mark, version 1: a PING directly after QEMU's first one.
 PING_MARK: Final = 0x74726D01
-#: The destination's: a PONG behind the echo of the source's mark.
+#: The destination's mark: a PONG after the echo of the source's mark.
 PONG_MARK: Final = 0x74726D81
 
-#: Bytes of a reason.
+#: The most bytes of a reason.
 MAX_REASON: Final = 512
-#: Bytes of a command with a reason, at most.
+#: The most bytes of a command with a reason.
 REASON_ELEMENT: Final = 5 + MAX_REASON
 #: Bytes of the id of an attempt.
 ATTEMPT_BYTES: Final = 16
@@ -26,15 +26,15 @@ ATTEMPT_BYTES: Final = 16
 class Mark(enum.IntEnum):
     """Number of a command, and type of a return-path message."""
 
-    #: Why this side gives the migration up, in UTF-8.
+    #: The reason why this side gives up the migration, in UTF-8.
     REASON = 0x7401
-    #: The sender's monotonic clock in microseconds, be64; answered in kind.
+    #: The sender's monotonic clock in microseconds, be64; the answer is the receiver's clock.
     CLOCK = 0x7402
     #: The id of the attempt, chosen by the source at random.
     ATTEMPT = 0x7403
 
 
-#: Payloads of one possible length.
+#: Marks whose payload has a fixed length.
 LENGTH: Final = {Mark.CLOCK: 8, Mark.ATTEMPT: ATTEMPT_BYTES}
 
 
@@ -44,7 +44,7 @@ def is_mark(number: int) -> bool:
 
 
 def wrong_length(mark: Mark, length: int) -> str | None:
-    """What is wrong with a payload of *length* bytes, as a sentence; None if it is legal."""
+    """The error in a payload of *length* bytes, as a sentence; None if the length is legal."""
     expected = LENGTH.get(mark)
     if expected is not None and length != expected:
         return f"mark {mark.name} with {length} bytes of payload, expected {expected}"
@@ -54,19 +54,19 @@ def wrong_length(mark: Mark, length: int) -> str | None:
 
 
 def reason_bytes(text: str) -> bytes:
-    """The payload for a reason: the text on one line, cut at a character where it is too long."""
+    """The payload for a reason: the text on one line, cut between characters if it is too long."""
     data = " ".join(text.split()).encode("utf-8", "replace")
     return data[:MAX_REASON].decode("utf-8", "ignore").encode()
 
 
 def shown_reason(payload: bytes) -> str:
-    """A reason for people: what is not printable is escaped."""
+    """A reason for people: characters that are not printable are escaped."""
     text = payload.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def trailing_reason(data: bytes) -> str | None:
-    """The reason in a command that ends *data* (the last 517 bytes of a stream are enough); None if there is none."""
+    """The reason in a command at the end of *data* (the last 517 bytes of a stream are enough); None if there is none."""
     head = b"\x08" + Mark.REASON.to_bytes(2)
     at = data.rfind(head)
     while at >= 0:

@@ -1,4 +1,4 @@
-"""Where a device section ends is known to the device only."""
+"""The interface to find the end of a device section, which only the device knows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class Measure(Protocol):
     """Finds the length of a device's payload."""
 
     def __call__(self, idstr: str, instance_id: int, version_id: int, data: memoryview, /) -> int | None:
-        """Bytes of the payload at the start of *data*; None if it is not complete yet.
+        """The number of bytes of the payload at the start of *data*; None if it is not complete yet.
 
         Raises RemoteProtocolError for an unknown device, a version that is too new, or impossible data.
         """

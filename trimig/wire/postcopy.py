@@ -1,4 +1,4 @@
-"""What is said about the switch to postcopy and about its recovery (commands.md parts 4.3 to 4.10, ram.md part 12).
+"""Commands and messages for the switch to postcopy and its recovery (commands.md parts 4.3 to 4.10, ram.md part 12).
 
 Payloads of commands that belong to postcopy, and the bitmaps of received pages that follow RECV_BITMAP on the return
 path. Ranges and bitmaps are NumPy arrays in both directions: a guest of a terabyte has 268 million pages.
@@ -25,16 +25,16 @@ _BE32 = struct.Struct(">I")
 
 #: Ranges in one discard command; QEMU sends no more, and longer lists become several commands.
 RANGES_PER_COMMAND: Final = 12
-#: The word behind a bitmap of received pages.
+#: The word after a bitmap of received pages.
 BITMAP_END: Final = 0x0123456789ABCDEF
-#: Bytes around a bitmap: its length before it, the end mark behind it.
+#: Bytes around a bitmap: the length before it, the end mark after it.
 BITMAP_FRAME: Final = 16
-#: The length of a package stands in 32 bits.
+#: The length of a package has 32 bits.
 MAX_PACKAGE: Final = 0xFFFFFFFF
 
 _DISCARD_VERSION: Final = 0
 
-#: Rows of start and end, in pages; the end is the first page behind.
+#: Rows of start and end, in pages; the end is the first page after the run.
 Runs = NDArray[np.int64]
 
 
@@ -49,10 +49,10 @@ def runs_of(bitmap: PageBitmap) -> Runs:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
-    """What the source says before its first page: postcopy may follow.
+    """The source's announcement before its first page: postcopy may follow.
 
-    ``page_sizes`` is the bitwise or of the host page sizes of all RAM blocks, ``target_page`` the size that pages are
-    tracked in; both in bytes, and both must be the same on the two sides.
+    ``page_sizes`` is the bitwise or of the host page sizes of all RAM blocks, ``target_page`` the size of the tracked
+    pages; both in bytes, and both must be the same on the two sides.
     """
 
     page_sizes: int = PAGE_SIZE
@@ -65,10 +65,10 @@ def advise(advice: Advice) -> bytes:
 
 
 def decode_advise(payload: bytes, *, offset: int) -> Advice | None:
-    """The advice; None for the empty form, which announces dirty bitmaps of disks and no RAM.
+    """Read the advice; None for the empty form, which announces dirty bitmaps of disks and no RAM.
 
     Raises:
-        RemoteProtocolError: another length, or page sizes that are none.
+        RemoteProtocolError: an illegal length, or illegal page sizes.
     """
     if not payload:
         return None
@@ -87,14 +87,14 @@ def decode_advise(payload: bytes, *, offset: int) -> Advice | None:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Discard:
-    """Pages of one block whose content at the destination is out of date: they will come again."""
+    """Pages of one block whose content at the destination is out of date: they will be sent again."""
 
     block: str
     runs: Runs
 
 
 def discards(block: str, stale: PageBitmap) -> Iterator[bytes]:
-    """The POSTCOPY_RAM_DISCARD commands for the set pages of a block; none where no page is set.
+    """The POSTCOPY_RAM_DISCARD commands for the set pages of a block; none if no page is set.
 
     Raises:
         LocalProtocolError: a block's name that is empty or longer than 255 bytes.
@@ -111,9 +111,9 @@ def discards(block: str, stale: PageBitmap) -> Iterator[bytes]:
 
 
 def decode_discard(payload: bytes, blocks: Mapping[str, int], *, offset: int) -> Discard:
-    """The runs of one command, judged by the lengths in bytes of the RAM blocks.
+    """Read the runs of one command, checked against the lengths in bytes of the RAM blocks.
 
-    Ranges may come in any order and may overlap: to discard a page twice is to discard it.
+    Ranges may come in any order and may overlap: discarding a page twice has the same effect as once.
 
     Raises:
         RemoteProtocolError: wrong version or form, an unknown block, a range that is empty, misaligned or outside.
@@ -137,7 +137,7 @@ def decode_discard(payload: bytes, blocks: Mapping[str, int], *, offset: int) ->
     words = np.frombuffer(ranges, ">u8").reshape(-1, 2).astype(np.uint64)
     starts, lengths = words[:, 0], words[:, 1]
     length = blocks[name]
-    # Compared so that nothing can overflow: a start beyond the block is found before anything is added to it.
+    # The order of comparisons prevents an overflow: a start outside of the block is found before the addition.
     wrong = (
         (starts % PAGE_SIZE != 0)
         | (lengths % PAGE_SIZE != 0)
@@ -160,7 +160,8 @@ def decode_discard(payload: bytes, blocks: Mapping[str, int], *, offset: int) ->
 
 
 def packaged(blob: bytes) -> bytes:
-    """The PACKAGED command and its blob: a fragment of the main stream that is read before any of it is acted on.
+    """The PACKAGED command and its blob: a fragment of the main stream that is read as a whole before any of it is
+    loaded.
 
     Raises:
         LocalProtocolError: the blob does not fit 32 bits of length.
@@ -174,12 +175,12 @@ def packaged(blob: bytes) -> bytes:
 
 
 def bitmap_bytes(pages: int) -> int:
-    """Bytes of the bitmap of a block of that many pages, without the words around it."""
+    """Bytes of the bitmap of a block of *pages* pages, without the words around it."""
     return (pages + 63) // 64 * 8
 
 
 def received_bitmap(bitmap: PageBitmap) -> bytes:
-    """What follows a RECV_BITMAP message: length, bits (page k is bit k mod 8 of byte k div 8), end mark."""
+    """The data after a RECV_BITMAP message: length, bits (page k is bit k mod 8 of byte k div 8), end mark."""
     size = bitmap_bytes(len(bitmap))
     bits = np.packbits(bitmap, bitorder="little").tobytes()
     return _BE64.pack(size) + bits.ljust(size, b"\0") + _BE64.pack(BITMAP_END)
@@ -190,20 +191,20 @@ def _bad_bitmap(what: str, offset: int, block: str) -> RemoteProtocolError:
 
 
 def check_bitmap_size(data: bytes | bytearray, pages: int, *, offset: int, block: str) -> None:
-    """Look at the length that a bitmap begins with, once it is there: nobody waits for what cannot be right.
+    """Check the length at the start of a bitmap as soon as it is there, to refuse a wrong bitmap before its bits come.
 
     Raises:
-        RemoteProtocolError: it is not that of a block of *pages* pages.
+        RemoteProtocolError: the length is not that of a block of *pages* pages.
     """
     if len(data) >= _BE64.size and (size := _BE64.unpack_from(data)[0]) != bitmap_bytes(pages):
         raise _bad_bitmap(f"{size} bytes announced, {bitmap_bytes(pages)} belong to {pages} pages", offset, block)
 
 
 def decode_received_bitmap(data: bytes, pages: int, *, offset: int, block: str) -> PageBitmap:
-    """The bitmap of a block of that many pages, from all bytes behind the message.
+    """Read the bitmap of a block of *pages* pages from all bytes after the message.
 
     Raises:
-        RemoteProtocolError: wrong length or end mark, or a set bit behind the last page.
+        RemoteProtocolError: wrong length or end mark, or a set bit after the last page.
     """
 
     expected = bitmap_bytes(pages)

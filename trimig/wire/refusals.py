@@ -1,4 +1,4 @@
-"""Streams that are sound, and still cannot be read here: what is wrong with them is not damage."""
+"""Errors for streams that are sound, but use features that trimig does not read."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Final
 from ..errors import RemoteProtocolError
 from .constants import Command
 
-#: The newest command that is known, and the QEMU that brought it.
+#: The newest known command, and the version of QEMU that introduced it.
 NEWEST_COMMAND: Final = max(Command)
-#: Commands that change nothing in what a guest is.
+#: Commands that do not change the state of a guest.
 _HARMLESS: Final = frozenset({Command.OPEN_RETURN_PATH, Command.PING, Command.SWITCHOVER_START})
 
 
 class Unsupported(RemoteProtocolError):
     """The stream uses something that trimig does not read: a capability, a page size, a command that is newer.
 
-    Nothing is wrong with the stream itself. The message names what it is, and what to do instead.
+    The stream itself is correct. The message names the feature, and how to avoid it.
     """
 
 
@@ -29,7 +29,7 @@ def command_name(number: int) -> str:
 
 
 def unknown_command(number: int, length: int, *, offset: int | None = None) -> RemoteProtocolError:
-    """The error for a command without a name, of *length* bytes: a newer one, or none at all."""
+    """The error for an unknown command of *length* bytes: a newer command, or an illegal number."""
     if number > NEWEST_COMMAND:
         return Unsupported(
             f"command {number:#06x} with {length} bytes of payload is newer than the commands known here, which end with "
@@ -40,10 +40,10 @@ def unknown_command(number: int, length: int, *, offset: int | None = None) -> R
 
 
 def check_kept_command(number: int, length: int, offset: int) -> None:
-    """Whether a guest that is only kept may have had this command in its stream.
+    """Check that the stream of a guest that is only kept may contain this command.
 
     Raises:
-        RemoteProtocolError: it belongs to postcopy or COLO, or has no name.
+        RemoteProtocolError: the command belongs to postcopy or COLO, or is unknown.
     """
     if number not in list(Command):
         raise unknown_command(number, length, offset=offset)
@@ -53,7 +53,7 @@ def check_kept_command(number: int, length: int, offset: int) -> None:
         raise RemoteProtocolError(f"a guest cannot be kept behind the command {command_name(number)}", offset=offset)
 
 
-#: Iterative sections of QEMU beside ``ram``.
+#: Iterative sections of QEMU other than ``ram``.
 _SECTIONS: Final = {
     "dirty-bitmap": "the source migrates dirty bitmaps of disks: turn the capability dirty-bitmaps off at the source",
     "block": "the source migrates its disks: turn the capability block off at the source, or migrate without -b",

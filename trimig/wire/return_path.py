@@ -1,6 +1,6 @@
-"""Return-path messages: what the destination tells the source (return_path.md).
+"""Return-path messages, from the destination to the source (return_path.md).
 
-Each message is be16 type, be16 length, payload. One table drives both directions, so they cannot drift apart.
+Each message is be16 type, be16 length, payload. One table is used for both directions, so they always agree.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FIXED_LENGTH: Final = MappingProxyType(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Shut:
-    """The last message: 0, the guest is the destination's; anything else, the destination refused."""
+    """The last message: 0 means that the destination owns the guest; any other value, that the destination refused."""
 
     status: int
 
@@ -66,14 +66,14 @@ class PageRequest:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ResumeAck:
-    """The destination takes up a paused postcopy migration; always 1."""
+    """The destination goes on with a paused postcopy migration; the value is always 1."""
 
     value: int = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ReceivedPages:
-    """What the destination has of one block when a lost connection is taken up again: True for each page it has."""
+    """The received pages of one block, sent in a recovery: True for each page that the destination has."""
 
     block: str
     pages: PageBitmap
@@ -86,21 +86,23 @@ class SwitchoverAck:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Reason:
-    """Why a trimig gives the migration up; SHUT follows. Shown only through :func:`trimig.wire.marks.shown_reason`."""
+    """The reason why a trimig gives up the migration; SHUT follows. Show it only through
+    :func:`trimig.wire.marks.shown_reason`.
+    """
 
     payload: bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """The id of the attempt, as the source has told it."""
+    """The id of the attempt, as the source has sent it."""
 
     id: bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Clock:
-    """The destination's monotonic clock in microseconds, in answer to the source's."""
+    """The destination's monotonic clock in microseconds, in answer to the source's clock."""
 
     microseconds: int
 
@@ -143,8 +145,8 @@ class ReturnPathDecoder:
     """Turns the bytes of the return path into messages.
 
     Args:
-        blocks: used length in bytes of every RAM block by name, to judge page requests by.
-        marks: the source has sent its mark, so a destination that is a trimig answers it and may use :mod:`.marks`.
+        blocks: used length in bytes of every RAM block by name, to check page requests.
+        marks: the source has sent its mark, so a trimig destination answers it and may use :mod:`.marks`.
     """
 
     def __init__(self, blocks: Mapping[str, int], *, marks: bool = False) -> None:
@@ -156,11 +158,11 @@ class ReturnPathDecoder:
         self._offset = 0
         self._block: str | None = None
         self._shut = False
-        #: Blocks whose bitmap was asked for and has not come.
+        #: Blocks whose bitmap was requested and has not come.
         self._asked: set[str] = set()
 
     def expect_bitmap(self, block: str) -> None:
-        """The destination was asked which pages of *block*, one of the blocks, it has."""
+        """Record that the destination was asked for the received pages of *block*."""
         self._asked.add(block)
 
     @property
@@ -169,7 +171,7 @@ class ReturnPathDecoder:
         return len(self._buffer)
 
     def feed(self, data: bytes | bytearray | memoryview) -> list[Message]:
-        """All messages that *data* completes. Bytes behind SHUT are ignored (return_path.md part 4.1).
+        """All messages that *data* completes. Bytes after SHUT are ignored (return_path.md part 4.1).
 
         Raises:
             RemoteProtocolError: unknown type, wrong length, or a request for memory that does not exist.
@@ -183,7 +185,7 @@ class ReturnPathDecoder:
         return messages
 
     def _next(self) -> Message | None:
-        """The message at the front, with what belongs to it; None if it is not whole yet."""
+        """The message at the front, with its data; None if it is not complete yet."""
         if len(self._buffer) < 4:
             return None
         number, length = _HEADER.unpack_from(self._buffer)
@@ -215,7 +217,7 @@ class ReturnPathDecoder:
                 return Attempt(id=payload)
 
     def _received_pages(self, payload: bytes) -> ReceivedPages | None:
-        """The bitmap that follows the RECV_BITMAP message at the front; None if it is not whole yet."""
+        """The bitmap that follows the RECV_BITMAP message at the front; None if it is not complete yet."""
         if not payload or len(payload) != 1 + payload[0]:
             raise self._error(f"RECV_BITMAP of {len(payload)} bytes does not fit the name inside it")
         name = payload[1:].decode("utf-8", "surrogateescape")
@@ -224,7 +226,7 @@ class ReturnPathDecoder:
         count = self._blocks[name] // PAGE_SIZE
         start = 4 + len(payload)
         end = start + bitmap_bytes(count) + BITMAP_FRAME
-        # Its length is looked at before the rest has come: nobody waits for what cannot be right.
+        # Check the length before the rest has come, to refuse a wrong bitmap early.
         check_bitmap_size(self._buffer[start : start + 8], count, offset=self._offset, block=name)
         if len(self._buffer) < end:
             return None
@@ -277,7 +279,7 @@ class ReturnPathDecoder:
                 return self._request(self._block, payload, named=False)
             case ReturnPath.SWITCHOVER_ACK:
                 return SwitchoverAck()
-            case ReturnPath.RECV_BITMAP:  # it is no message without its bitmap
+            case ReturnPath.RECV_BITMAP:  # a RECV_BITMAP is complete only with its bitmap
                 raise self._error(f"{kind.name} was not asked for: this migration does not use it")
 
     def _request(self, block: str, payload: bytes, *, named: bool) -> PageRequest:

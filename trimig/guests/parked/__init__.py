@@ -1,1 +1,1 @@
-"""A guest that is kept in a file and is not run."""
+"""A guest that is kept in memory or in a file and is not run."""

@@ -1,7 +1,7 @@
-"""A guest that is kept and never run here: what was received from a QEMU, to be given to another one.
+"""A guest that is kept and never run here: received from a QEMU, to be sent to another one.
 
-trimig knows nothing of the machine. RAM lies in memfd blocks; device sections, the configuration and the description
-are kept as the bytes they came in, named through the description, and are sent again exactly as they are.
+trimig does not interpret the machine. RAM is in memfd blocks. Device sections, the configuration and the description
+are kept as bytes and sent again unchanged; the description gives the names of the sections.
 """
 
 from __future__ import annotations
@@ -39,27 +39,28 @@ from .newfile import check_target
 
 _ORDINARY: Final = PeerProfile()
 
-#: A section in front of the devices of a guest without all of its memory, so that no QEMU starts it: it knows no such device.
-#: Its payload is the number of pages that are missing, be64.
+#: A section before the devices of a guest without all of its memory. No QEMU knows this device, so no QEMU starts the
+#: guest. Its payload is the number of missing pages, be64.
 PARTIAL_IDSTR: Final = "trimig/partial"
 
-#: Runs of pages: the first, and the one behind the last.
+#: Runs of pages: the first page, and the page after the last.
 Holes: TypeAlias = Mapping[str, Sequence[tuple[int, int]]]
 
 
 @final
 class ParkedGuest:
-    """Implements :class:`trimig.guest.OpaqueGuest`. Use it as a context, or :meth:`close` it: it holds the RAM.
+    """Implements :class:`trimig.guest.OpaqueGuest`. Use it as a context manager, or :meth:`close` it: it holds the RAM.
 
-    Filled by :func:`trimig.receive` or :meth:`load`; after that it can be sent by :func:`trimig.migrate`, once. A file is
-    not changed by that: who loads it again and sends that guest, too, has two guests.
+    Filled by :func:`trimig.receive` or :meth:`load`; after that it can be sent by :func:`trimig.migrate`, once. Sending
+    does not change the file: a user who loads the file again and sends that guest, too, has two guests.
 
     Args:
-        save_to: keep it in this file too. A receiving side then counts as the owner only when the file is on the disk;
-            until then nothing has this name. RAM is written out before the source is told that everything arrived.
+        save_to: save the guest in this file too. A receiving side then owns the guest only when the file is on the
+            disk; until then no file has this name. RAM is written out before the source is told that everything
+            arrived.
         replace: *save_to* may replace an existing file.
-        peer: how the saved file is written; the profile that the migration itself uses.
-        max_ram: the most bytes of RAM that are accepted; None for as much as the machine has.
+        peer: the form of the saved file; the profile that the migration itself uses.
+        max_ram: the most bytes of RAM that are accepted; None for as much as the host has.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class ParkedGuest:
         self._owner = OwnerState(Owner.ELSEWHERE, runs=lambda: False)
         self._file: writer.SaveFile | None = None
         self._arriving: ArrivingPages | None = None
-        self._failure: OSError | None = None  # of the writing while it arrived
+        self._failure: OSError | None = None  # error of a write during the reception
         self._early: tuple[DeviceSection, ...] = ()
         self._warnings: tuple[str, ...] = ()
         self._holes: Holes = {}
@@ -104,7 +105,7 @@ class ParkedGuest:
         self.close()
 
     def close(self) -> None:
-        """Give the memory back, and remove a file that is not finished. Idempotent."""
+        """Release the memory, and remove an unfinished file. Idempotent."""
         self._discard_file()
         for block in self._ram:
             block.close()
@@ -118,17 +119,17 @@ class ParkedGuest:
     async def load(
         cls, path: str | os.PathLike[str], *, partial: bool = False, max_ram: int | None = None
     ) -> ParkedGuest:
-        """The guest in a file: one that was saved, or any precopy stream (``migrate "exec:cat > FILE"`` of a QEMU).
+        """Load the guest in a file: a saved guest, or any precopy stream (``migrate "exec:cat > FILE"`` of a QEMU).
 
         Args:
-            partial: accept a stream without some of the RAM, which is then zero; see :attr:`holes`.
+            partial: accept a stream that lacks some of the RAM; missing pages are zero, see :attr:`holes`.
             max_ram: the most bytes of RAM that are accepted.
 
         Raises:
             OSError: the file cannot be read.
-            RemoteProtocolError: it is damaged, or no such stream.
-            TransportFailed: it ends too early.
-            GuestFailed: there is no memory for it.
+            RemoteProtocolError: the stream is damaged, or of another form.
+            TransportFailed: the stream ends too early.
+            GuestFailed: there is not enough memory.
 
         **Cancellation:** nothing is left.
         """
@@ -152,25 +153,26 @@ class ParkedGuest:
         return guest
 
     async def save(self, path: str | os.PathLike[str], *, replace: bool = False) -> None:
-        """Write it to a file, which is on the disk when this returns.
+        """Write the guest to a file, which is on the disk when this returns.
 
         Raises:
-            StateError: there is nothing in it yet.
-            GuestFailed: the file cannot be written, or exists; nothing is left of it.
+            StateError: the guest is not filled yet.
+            GuestFailed: the file cannot be written, or exists; no part of a new file is left.
 
         **Cancellation:** there is no file, or the whole of it.
         """
         await self._save(Path(path), await self.save_devices(), {}, replace=replace)
 
     async def save_partial(self, path: str | os.PathLike[str], missing: Holes, *, replace: bool = False) -> None:
-        """Write what has come of a guest that will never be whole. No QEMU can load that, and :meth:`load` only if asked.
+        """Write the received part of a guest that will never be whole. No QEMU can load it, and :meth:`load` only with
+        *partial*.
 
         Args:
             missing: :attr:`trimig.PostcopyLost.missing`.
 
         Raises:
-            StateError: not even its devices have come.
-            ValueError: *missing* does not fit its RAM.
+            StateError: the devices have not come.
+            ValueError: *missing* does not fit the guest's RAM.
             GuestFailed: as for :meth:`save`.
 
         **Cancellation:** there is no file, or the whole of it.
@@ -204,10 +206,10 @@ class ParkedGuest:
                 file.discard()
 
     def check_store(self) -> None:
-        """Find out whether the file ``save_to`` could be made now: its directory and its name. Nothing is left behind.
+        """Check whether the file ``save_to`` could be made now: its directory and its name. No file is left.
 
         Raises:
-            GuestFailed: it could not, and why.
+            GuestFailed: the file could not be made; with the reason.
         """
         if self._save_to is not None:
             try:
@@ -217,29 +219,29 @@ class ParkedGuest:
 
     @property
     def saved_to(self) -> Path | None:
-        """Where a receiving side keeps it."""
+        """The file in which a receiving side saves the guest."""
         return self._save_to
 
     @property
     def peer(self) -> PeerProfile:
-        """How its stream is written."""
+        """The form in which the guest's stream is written."""
         return self._peer
 
     @property
     def warnings(self) -> Sequence[str]:
-        """What was not as it should be in the file it was loaded from."""
+        """Irregularities in the file that the guest was loaded from."""
         return self._warnings
 
     @property
     def holes(self) -> Holes:
-        """Pages that were not in the file it was loaded from, by the block's name; they are zero."""
+        """Pages that were not in the file that the guest was loaded from, by the block's name; they are zero."""
         return self._holes
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
-        """The machine name, ``pc-i440fx-7.2``; empty until it is known."""
+        """The machine name, for example ``pc-i440fx-7.2``; empty until it is known."""
         return self._name
 
     @property
@@ -249,32 +251,34 @@ class ParkedGuest:
 
     @property
     def devices(self) -> Mapping[tuple[str, int], DeviceProtocol] | None:
-        """None: sections are taken as they are."""
+        """None: sections are kept as bytes."""
         return None
 
     @property
     def sections(self) -> Sequence[DeviceSection]:
-        """The device sections, with their objects of the description; empty until it is filled."""
+        """The device sections, with their objects of the description; empty until the guest is filled."""
         return self._sections or ()
 
     @property
     def subsections(self) -> Sequence[ConfigSubsection]:
-        """Of the configuration section."""
+        """The subsections of the configuration section."""
         return self._subsections
 
     @property
     def description(self) -> bytes | None:
-        """The JSON text that followed its stream."""
+        """The JSON text that followed the guest's stream."""
         return self._description
 
     @property
     def run_state(self) -> str:
-        """``inmigrate`` until it is filled, then ``paused``: it never runs here."""
+        """``inmigrate`` until the guest is filled, then ``paused``: it never runs here."""
         return self._run_state
 
     @property
     def guest_run_state(self) -> str:
-        """The run state that it is in wherever it is sent, from its section ``globalstate``; ``running`` without one."""
+        """The run state that the guest will have at its destination, from its section ``globalstate``; ``running``
+        without one.
+        """
         for section in self.sections:
             if section.idstr == globalstate.IDSTR:
                 return globalstate.decode(section.payload, section.version_id)
@@ -284,7 +288,9 @@ class ParkedGuest:
 
     @property
     def owner(self) -> Owner:
-        """HERE once it is filled, ELSEWHERE before that and after it was handed over, UNKNOWN: see :meth:`settle`."""
+        """HERE once the guest is filled, ELSEWHERE before that and after it was handed over, UNKNOWN: see
+        :meth:`settle`.
+        """
         return self._owner.owner
 
     def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
@@ -292,45 +298,46 @@ class ParkedGuest:
         self._owner.set(owner, gone=gone, settle=settle)
 
     async def settle(self, owner: Owner) -> None:
-        """State who owns it after :class:`trimig.HandoverUncertain`. Raises as :meth:`trimig.owner.OwnerState.settle`.
+        """State the owner after :class:`trimig.HandoverUncertain`. Raises the errors of
+        :meth:`trimig.owner.OwnerState.settle`.
 
         **Cancellation:** cancelled before anything was done, or not at all.
         """
         await self._owner.settle(owner)
 
     def claim(self, purpose: str) -> None:
-        """Reserve it. StateError if it is reserved."""
+        """Reserve the guest for one migration. StateError if it is reserved."""
         if self._purpose is not None:
             raise StateError(f"the parked guest is busy: {self._purpose}")
         self._purpose = purpose
 
     def release(self) -> None:
-        """The end of :meth:`claim`; a file that was not finished is removed. Idempotent."""
+        """End the reservation of :meth:`claim`; an unfinished file is removed. Idempotent."""
         self._discard_file()
         self._purpose = None
 
     async def pause(self) -> None:
-        """It never runs. **Cancellation:** no effect."""
+        """No effect: the guest never runs here. **Cancellation:** no effect."""
         await trio.lowlevel.checkpoint()
 
     async def resume(self) -> None:
-        """It stays parked. NotOwner if it is not this side's. **Cancellation:** no effect."""
+        """No effect: the guest stays parked. NotOwner if this side does not own it. **Cancellation:** no effect."""
         await trio.lowlevel.checkpoint()
         self._owner.check("be resumed")
 
     def dirty_tracker(self) -> DirtyTracker:
-        """Nothing is ever dirty."""
+        """A tracker that never reports a dirty page."""
         return NullTracker(self._ram)
 
     async def throttle(self, percent: int) -> None:
-        """It never runs. **Cancellation:** no effect."""
+        """No effect: the guest never runs here. **Cancellation:** no effect."""
         await trio.lowlevel.checkpoint()
 
     async def save_devices(self) -> Sequence[DeviceSection]:
-        """The sections as they came.
+        """The device sections, unchanged.
 
         Raises:
-            StateError: there is nothing in it yet.
+            StateError: the guest is not filled yet.
 
         **Cancellation:** no effect.
         """
@@ -340,14 +347,14 @@ class ParkedGuest:
         return self._sections
 
     async def load_devices(self, sections: Sequence[DeviceSection]) -> None:
-        """A stream that ends without any device section. **Cancellation:** nothing was taken."""
+        """Accept a stream that ends without any device section. **Cancellation:** nothing was taken."""
         await self.load_opaque(sections, None)
 
     async def activate(self, run_state: str) -> None:
-        """Safely kept: in memory, or with ``save_to`` on the disk, under its name.
+        """Return when the guest is kept safely: in memory, or with ``save_to`` on the disk, under its name.
 
         Raises:
-            GuestFailed: the file cannot be written. There is none then.
+            GuestFailed: the file cannot be written. No file is left.
 
         **Cancellation:** as for an error, unless the file has its name already; then it returns.
         """
@@ -368,11 +375,11 @@ class ParkedGuest:
     # -- OpaqueGuest -----------------------------------------------------------------------------------------------
 
     def adopt(self, machine: str, subsections: Sequence[ConfigSubsection], blocks: Sequence[tuple[str, int]]) -> None:
-        """Become the guest that is coming, and forget the one that was here.
+        """Take the shape of the incoming guest, and drop the previous one.
 
         Raises:
-            RemoteProtocolError: a name is no text.
-            GuestFailed: there is no memory for it, or its file cannot be made.
+            RemoteProtocolError: a name is not text.
+            GuestFailed: there is not enough memory, or the file cannot be made.
         """
         self.close()
         self._description = None
@@ -404,7 +411,9 @@ class ParkedGuest:
                 raise writer.failed("the guest cannot be saved to", self._save_to, error) from error
 
     def framed(self, *, configuration: bool, footers: bool, early: Sequence[DeviceSection]) -> None:
-        """A guest of an old machine type is kept, and sent on, without what its stream had not; see :class:`FramedGuest`."""
+        """Keep the form of the stream of an old machine type, and send the guest in the same form; see
+        :class:`FramedGuest`.
+        """
         self._early = tuple(early)
         if (configuration, footers) != (self._peer.send_configuration, self._peer.send_section_footer):
             self._peer = dataclasses.replace(
@@ -415,12 +424,12 @@ class ParkedGuest:
         return writer.SaveFile(path, self, self._ram, replace=self._replace, peer=self._peer, early=self._early)
 
     async def store(self, pages: ArrivingPages) -> None:
-        """Write RAM to ``save_to`` while it arrives, if there is one.
+        """Write RAM to ``save_to`` while it is received, if a file is set.
 
         Raises:
-            GuestFailed: the file cannot be written. Nothing is left of it.
+            GuestFailed: the file cannot be written. No file is left.
 
-        **Cancellation:** what was written counts; :meth:`ram_received` writes the rest.
+        **Cancellation:** written pages stay written; :meth:`ram_received` writes the rest.
         """
         await trio.lowlevel.checkpoint()
         self._arriving = pages
@@ -434,12 +443,12 @@ class ParkedGuest:
             raise writer.failed("the guest cannot be saved to", self._save_to, error) from error
 
     async def ram_received(self) -> None:
-        """Write what is left of RAM to ``save_to``, if there is one.
+        """Write the rest of RAM to ``save_to``, if a file is set.
 
         Raises:
             GuestFailed: the file cannot be written, or :meth:`store` has failed.
 
-        **Cancellation:** :meth:`release` removes what was written.
+        **Cancellation:** :meth:`release` removes the file.
         """
         await trio.lowlevel.checkpoint()
         if self._save_to is None:
@@ -455,7 +464,7 @@ class ParkedGuest:
             raise writer.failed("the guest cannot be saved to", self._save_to, error) from error
 
     async def reserve(self, pages: int) -> None:
-        """Set aside room for *pages* more pages in the file ``save_to``, if there is one.
+        """Reserve room for *pages* more pages in the file ``save_to``, if a file is set.
 
         Raises:
             GuestFailed: the disk has no room for them, or :meth:`store` has failed.
@@ -472,7 +481,7 @@ class ParkedGuest:
             raise writer.failed("there is no room for the guest in", self._save_to, error) from error
 
     async def load_opaque(self, sections: Sequence[DeviceSection], description: bytes | None) -> None:
-        """Keep them. **Cancellation:** nothing was taken."""
+        """Keep the sections and the description. **Cancellation:** nothing was taken."""
         await trio.lowlevel.checkpoint()
         self._sections = tuple(sections)
         self._description = description

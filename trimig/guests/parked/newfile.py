@@ -1,9 +1,9 @@
 """A file that gets its name only when it is whole and on the disk.
 
-Where the file system can, it has no name at all until then (``O_TMPFILE``), so that nothing is left of it however the
-process ends. Elsewhere it grows under a hidden name in the same directory; and a link never replaces a file, so one that
-replaces another has a hidden name for a moment, too. Only SIGKILL or a loss of power leaves that, until the next file for the
-same name is begun: a hidden file that no process holds a lock on is removed then.
+Where the file system supports it (``O_TMPFILE``), the file has no name until then, so nothing is left of it at any end
+of the process. On other file systems it is written under a hidden name in the same directory. A link never replaces a
+file, so a file that replaces another also has a hidden name for a moment. Only SIGKILL or a loss of power leaves a
+hidden file. The next write of the same name removes a hidden file that no process has locked.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import stat
 from pathlib import Path
 from typing import Final
 
-#: What :func:`os.open` says where a file without a name cannot be made: the file system, or the kernel, does not know it.
+#: Errors of :func:`os.open` if the file system or the kernel does not support files without a name.
 _NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS})
 
-#: Of a hidden name: a dot, so many bytes of the name, a dot, twelve digits, and this.
+#: A hidden name consists of a dot, the first _NAME_BYTES bytes of the name, a dot, twelve digits, and this suffix.
 _SUFFIX: Final = ".part"
 _NAME_BYTES: Final = 100
-#: What is not replaced.
+#: Types of files that are not replaced.
 _OTHERS: Final = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
@@ -48,14 +48,15 @@ if _fallocate is not None:
 
 
 def check_target(path: Path, *, replace: bool) -> None:
-    """Whether a new file may get the name *path*, as far as that can be told now. Nothing is left behind.
+    """Check whether a new file may get the name *path*, as far as this is known now. No file is left.
 
     Args:
         replace: a file of that name may be replaced. A symbolic link counts as a file of its own: the link is replaced, and
-            not the file that it names. What is no file, or a link to such a thing (/dev/stdout), is never replaced.
+            not the file that it names. A name that is not a regular file, or a link to one (/dev/stdout), is never
+            replaced.
 
     Raises:
-        OSError: there is no such directory, it cannot be written to, or the name is taken; with its path.
+        OSError: the directory does not exist or is not writable, or the name is taken; with the path.
     """
     NewFile(path, replace=replace).discard()
 
@@ -65,7 +66,7 @@ class NewFile:
 
     Args:
         path: its final name.
-        replace: as for :func:`check_target`. Without it a file that comes up under this name meanwhile is not replaced.
+        replace: as for :func:`check_target`. If False, a file that gets this name meanwhile is not replaced.
 
     Attributes:
         fd: open for reading and writing, at the file's beginning.
@@ -113,9 +114,9 @@ class NewFile:
                 raise
         else:
             if os.path.exists(self._by_descriptor()):
-                self._lock()  # for the moment in which it has a hidden name
+                self._lock()  # for the moment with a hidden name
                 return
-            os.close(self.fd)  # without /proc it could not be given a name
+            os.close(self.fd)  # without /proc the file could not be given a name
         while True:
             hidden = self._hidden_name()
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -124,20 +125,20 @@ class NewFile:
             if os.fstat(self.fd).st_nlink:
                 self._hidden = hidden
                 return
-            os.close(self.fd)  # another process has taken it for one that was left, before it was locked
+            os.close(self.fd)  # another process has removed the file as a leftover, before it was locked
 
     def _hidden_name(self) -> str:
         return f"{_hidden_prefix(self.path)}{secrets.token_hex(6)}{_SUFFIX}"
 
     def _lock(self) -> None:
-        """As long as this process lives, the file is not one that was left behind."""
-        with contextlib.suppress(OSError):  # a file system without locks, where nobody removes any either
+        """Lock the file, so that other processes do not remove it as a leftover while this process lives."""
+        with contextlib.suppress(OSError):  # a file system without locks, where no process removes leftovers either
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _remove_left(self) -> None:
-        """Remove what a killed process has left under a hidden name."""
+        """Remove hidden files that killed processes have left."""
         left = re.compile(re.escape(_hidden_prefix(self.path)) + "[0-9a-f]{12}" + re.escape(_SUFFIX))
-        with contextlib.suppress(OSError):  # it is not what was asked for
+        with contextlib.suppress(OSError):  # removing leftovers is optional
             for name in os.listdir(self._directory):
                 if name != self._hidden and left.fullmatch(name):
                     _remove_if_left(name, self._directory)
@@ -146,14 +147,15 @@ class NewFile:
         return f"/proc/self/fd/{self.fd}"
 
     def write_at(self, position: int, data: bytes) -> None:
-        """Write all of *data* there. OSError."""
+        """Write all of *data* at *position*. OSError."""
         os.lseek(self.fd, position, os.SEEK_SET)
         view = memoryview(data)
         while len(view):
             view = view[os.write(self.fd, view) :]
 
     def start_writing_back(self, start: int, length: int) -> None:
-        """Let the kernel begin to bring these bytes to the disk. That is not waited for, and :meth:`sync` is still needed.
+        """Ask the kernel to begin to write these bytes to the disk. The call does not wait, and :meth:`sync` is still
+        needed.
 
         Raises:
             OSError: the disk has failed.
@@ -166,10 +168,11 @@ class NewFile:
                 raise OSError(code, os.strerror(code))
 
     def reserve(self, start: int, length: int) -> None:
-        """Set aside room on the disk for *length* bytes from *start* on, where the file system can. Its length stays.
+        """Reserve room on the disk for *length* bytes from *start* on, if the file system can. The file's length is
+        unchanged.
 
         Raises:
-            OSError: there is no such room.
+            OSError: there is not enough room.
         """
         if _fallocate is not None and _fallocate(self.fd, _FALLOC_FL_KEEP_SIZE, start, length) < 0:
             code = ctypes.get_errno()
@@ -177,25 +180,25 @@ class NewFile:
                 raise OSError(code, os.strerror(code))
 
     def sync(self) -> None:
-        """What has been written is on the disk when this returns. OSError."""
+        """Wait until all written bytes are on the disk. OSError."""
         os.fdatasync(self.fd)
 
     def finish(self) -> None:
-        """Give it its name. When this returns, the file and its name survive a loss of power, and it is closed.
+        """Give the file its name and close it. When this returns, the file and its name survive a loss of power.
 
         Raises:
-            OSError: the disk failed, or there is a file of that name. Nothing has that name through us then.
+            OSError: the disk failed, or there is a file of that name. The new file does not have the name then.
         """
-        os.ftruncate(self.fd, os.fstat(self.fd).st_size)  # room that was reserved and is not needed
+        os.ftruncate(self.fd, os.fstat(self.fd).st_size)  # release reserved room that is not needed
         os.fsync(self.fd)
         self._take_name()
         try:
             os.fsync(self._directory)
         except OSError:
-            # The caller will say that the file is not there, so it must not be found there.
+            # The caller will report that there is no file, so there must be none.
             os.unlink(self.path)
             raise
-        with contextlib.suppress(OSError):  # all of it is on the disk
+        with contextlib.suppress(OSError):  # the whole file is on the disk
             self._close()
 
     def _take_name(self) -> None:
@@ -218,12 +221,12 @@ class NewFile:
         self._hidden = None
 
     def _link_descriptor(self, name: str) -> None:
-        # With a directory's descriptor Python calls linkat(2), which follows the link in /proc; link(2) would not.
+        # With a directory descriptor Python calls linkat(2), which follows the link in /proc; link(2) does not.
         directory = self._directory
         os.link(self._by_descriptor(), name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=True)
 
     def discard(self) -> None:
-        """Leave nothing of it, unless it has got its final name. Idempotent."""
+        """Remove the file, unless it has its final name. Idempotent."""
         if self.fd < 0:
             return
         if self._hidden is not None:
@@ -241,21 +244,21 @@ class NewFile:
 
 
 def _what_it_is(path: Path) -> str | None:
-    """What has that name, or what a link of that name leads to, if it is neither a file nor a directory."""
+    """The type of *path*, or of the target of a link, in words, if it is neither a regular file nor a directory."""
     try:
         mode = os.stat(path).st_mode
-    except OSError:  # a link that leads nowhere
+    except OSError:  # a link without a target
         return None
     return next((what for test, what in _OTHERS if test(mode)), None)
 
 
 def _hidden_prefix(path: Path) -> str:
-    # Cut by bytes: a name has 255 at most.
+    # Cut by bytes: a name has at most 255 bytes.
     return "." + os.fsdecode(os.fsencode(path.name)[:_NAME_BYTES]) + "."
 
 
 def _remove_if_left(name: str, directory: int) -> None:
-    """Remove that file unless a process still writes it. OSError."""
+    """Remove a hidden file unless a process still writes it. OSError."""
     fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
     try:
         found = os.fstat(fd)
@@ -271,16 +274,16 @@ def _remove_if_left(name: str, directory: int) -> None:
 
 
 def _rename_new(temporary: str, name: str, directory: int) -> None:
-    """Give the file its name unless another one has it."""
+    """Give the file its name unless another file has it."""
     try:
         os.link(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     except FileExistsError:
         raise
-    except OSError:  # a file system without hard links; then the look and the rename cannot be one step
+    except OSError:  # a file system without hard links, where the check and the rename cannot be one step
         with contextlib.suppress(FileNotFoundError):
             os.stat(name, dir_fd=directory, follow_symlinks=False)
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name) from None
         os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     else:
-        with contextlib.suppress(OSError):  # a second name that stays behind is no reason to disown the file
+        with contextlib.suppress(OSError):  # a leftover second name does not make the file invalid
             os.unlink(temporary, dir_fd=directory)

@@ -1,17 +1,19 @@
-"""RAM in a file of its own, as sections of a plain stream: each page once, however often it comes while the guest runs.
+"""RAM in a file, as sections of a plain stream: each page is there once, even if it is received several times.
 
 The records of a block stand in *slots* of equal size. A slot holds the record of one page with data, or the records of a
-*group* of zero pages: a ZERO record has 9 bytes, a PAGE record 4104, so 456 of the one fill the place of the other exactly.
+*group* of zero pages: a ZERO record has 9 bytes, a PAGE record 4104, so 456 ZERO records have exactly the size of one
+PAGE record.
 
-* A page that comes for the first time gets the next slot, at the end of the file.
-* A page that comes again is written over what it was, in its slot; also if it holds zeros now.
-* A page of a group that holds data now takes the slot of the whole group. The other pages of the group wait for a new one.
+* A page that is received for the first time gets the next slot, at the end of the file.
+* A page that is received again overwrites its slot, also if it holds zeros now.
+* A page of a group that holds data now takes the slot of the whole group. The other pages of the group wait for a new
+  slot.
 
-So nothing is ever there twice, nothing has to be filled up, and what is left to do for the last pages does not depend on
-how much of the guest is zero.
+So no page is in the file twice, no padding is needed, and the work for the last pages does not depend on the number of
+zero pages.
 
-The first record behind a section's head names the block, all others say "the same block": a stretch of slots is one
-section, and only the section at the end of the file grows. A reader takes the slots in any order.
+The first record after a section's head names the block, all others say "the same block": a run of slots is one section,
+and only the section at the end of the file grows. The order of the slots does not matter to a reader.
 """
 
 from __future__ import annotations
@@ -38,17 +40,17 @@ Indices = NDArray[np.int64]
 
 _WORD: Final = 8
 _ZERO_RECORD: Final = 9
-#: Bytes of a slot.
+#: Size of a slot in bytes.
 SLOT: Final = _WORD + PAGE_SIZE
 #: Zero pages whose records fill one slot.
 GROUP: Final = SLOT // _ZERO_RECORD
 assert GROUP * _ZERO_RECORD == SLOT
 
-#: Pages of one gathering write.
+#: Pages of one vectored write.
 _GATHER: Final = MAX_ELEMENTS // 2
 
-# What stands in the table of a block for a page. Otherwise the position of the page's slot in the file, negative if the
-# slot holds a group. No slot begins at 0 or 1: a header is before it.
+# Special entries in a block's table of pages. Every other entry is the position of the page's slot in the file,
+# negative if the slot holds a group. No slot begins at 0 or 1, because a header is before it.
 _NONE: Final = 0
 _WAITS: Final = -1
 
@@ -56,13 +58,13 @@ _WAITS: Final = -1
 class RamWriter:
     """Writes the RAM of a guest into a file.
 
-    All methods are ordinary functions that block; one thread at a time may call them. After an error the file is of no use.
+    All methods are blocking functions; only one thread at a time may call them. After an error the file is unusable.
 
     Args:
         fd: open for reading and writing; its offset is moved.
-        start: where the first section begins.
-        blocks: what is written. The memory may change while it is read; such a page has to be written again.
-        footer: bytes behind each section.
+        start: position of the first section.
+        blocks: the blocks to write. The memory may change while it is read; a changed page has to be written again.
+        footer: bytes of the footer after each section.
     """
 
     def __init__(self, fd: int, start: int, blocks: Sequence[MemfdBlock], footer: bytes) -> None:
@@ -71,26 +73,26 @@ class RamWriter:
         self._footer = footer
         self._tables = tuple(np.zeros(block.length // PAGE_SIZE, np.int64) for block in blocks)
         self._waiting: list[Indices] = [np.empty(0, np.int64) for _ in blocks]
-        self._named: set[int] = set()  # slots with the name of their block in it
+        self._named: set[int] = set()  # positions of the slots that contain the name of their block
         self._open: int | None = None  # the block whose section is the last in the file
-        self._continuing = RecordWriter()  # of that section
-        #: Where the file ends.
+        self._continuing = RecordWriter()  # the record writer of that section
+        #: Position of the end of the file.
         self.end = start
 
     @property
     def blocks(self) -> Sequence[MemfdBlock]:
-        """What is written, in the order of the numbers that the methods take."""
+        """The blocks, in the order of the numbers that the methods take."""
         return self._blocks
 
     def write(self, number: int, indices: Indices) -> int:
-        """Write pages as they are now.
+        """Write the present content of pages.
 
         Args:
-            number: of their block.
-            indices: the pages, rising, each once.
+            number: number of their block.
+            indices: the pages in ascending order, each once.
 
         Returns:
-            The bytes of memory that were written.
+            The number of bytes of memory written.
 
         Raises:
             OSError: no room, or the disk failed.
@@ -115,7 +117,9 @@ class RamWriter:
         return (len(again) + len(data)) * PAGE_SIZE
 
     def unwritten(self, number: int, first: int, count: int) -> Indices:
-        """Which of *count* pages of a block from *first* on were not written yet, rising. The block may end before."""
+        """The pages among *count* pages of a block from *first* on that were not written yet, in ascending order. The
+        block may end before.
+        """
         return np.flatnonzero(self._tables[number][first : first + count] == _NONE) + first
 
     def finish(self) -> None:
@@ -129,7 +133,7 @@ class RamWriter:
     # -- what is there -------------------------------------------------------------------------------------------------
 
     def _zero(self, number: int, indices: Indices) -> PageBitmap:
-        """Which of the pages are zero. Memory that is absent stays so: looking at it would make it."""
+        """Which of the pages are zero. Absent pages are not read, because a read would allocate them."""
         block = self._blocks[number]
         first, last = int(indices[0]), int(indices[-1])
         zero = block.absent_slice(first, last - first + 1)[indices - first]
@@ -141,7 +145,7 @@ class RamWriter:
     # -- in place ------------------------------------------------------------------------------------------------------
 
     def _write_over(self, number: int, indices: Indices) -> None:
-        """Pages that have a slot of their own."""
+        """Write pages that have a slot of their own."""
         if not len(indices):
             return
         table, pages = self._tables[number], self._blocks[number].pages
@@ -150,7 +154,7 @@ class RamWriter:
         cuts = (np.flatnonzero(np.diff(positions) != SLOT) + 1).tolist()
         for first, end in zip([0, *cuts], [*cuts, len(indices)], strict=True):
             position = int(positions[first])
-            if end - first == 1 or position in self._named:  # a slot with a name is longer, so it stands alone
+            if end - first == 1 or position in self._named:  # a slot with a name is longer, so it is written alone
                 skip = _WORD + (self._name_size(number) if position in self._named else 0)
                 os.lseek(self._fd, position + skip, os.SEEK_SET)
                 self._write(pages[int(indices[first])].data)
@@ -162,10 +166,10 @@ class RamWriter:
             self._write_records(number, indices[first:end], words.astype(">u8"), b"")
 
     def _break_groups(self, number: int, data: Indices) -> tuple[Indices, Indices]:
-        """Pages *data* of groups hold data now: one takes the slot of each group.
+        """Break the groups whose pages *data* hold data now: one of these pages takes the slot of each group.
 
         Returns:
-            Those that took one, and the pages of the groups that are still zero and have no record any more.
+            The pages that took a slot, and the zero pages of the groups, which have no record any more.
         """
         table = self._tables[number]
         positions, takers = np.unique(-table[data], return_index=True)
@@ -186,7 +190,7 @@ class RamWriter:
         self._tables[number][page] = position
 
     def _members(self, number: int, position: int) -> Indices:
-        """The pages of a group, as they stand in the file."""
+        """The pages of a group, read from the file."""
         skip = self._name_size(number) if position in self._named else 0
         data = b""
         while len(data) < SLOT + skip:
@@ -212,7 +216,7 @@ class RamWriter:
             self.end += len(part) * SLOT + len(name)
 
     def _append_groups(self, number: int, fresh: Indices) -> None:
-        """Zero pages wait until there are enough of them for a slot."""
+        """Add zero pages to the waiting ones, and write those that fill a slot."""
         if len(fresh):
             self._waiting[number] = np.concatenate((self._waiting[number], fresh))
         if len(self._waiting[number]) < GROUP:
@@ -224,7 +228,7 @@ class RamWriter:
             self._append_zeros(number, whole)
 
     def _append_zeros(self, number: int, indices: Indices) -> None:
-        """Groups; the last may be too short for a slot only if nothing of this block follows."""
+        """Write groups; the last one may be too short for a slot only if no page of this block follows."""
         records, named = self._section_of(number)
         data = records.zero_records(self._blocks[number].name, indices * PAGE_SIZE)
         count = -(-len(indices) // GROUP)
@@ -238,7 +242,7 @@ class RamWriter:
         return still
 
     def _slots(self, count: int, named: bool, name_size: int) -> Indices:
-        """Positions of the next *count* slots."""
+        """The positions of the next *count* slots."""
         slots = self.end + SLOT * np.arange(count, dtype=np.int64)
         if named:
             self._named.add(self.end)
@@ -246,7 +250,9 @@ class RamWriter:
         return slots
 
     def _section_of(self, number: int) -> tuple[RecordWriter, bool]:
-        """The last section is of this block. Returns what writes its next record, and whether that names the block."""
+        """Make the last section one of this block. Returns the writer of its next record, and whether the record names
+        the block.
+        """
         if self._open == number:
             return self._continuing, False
         self._close_section()
@@ -274,7 +280,7 @@ class RamWriter:
             view = view[os.write(self._fd, view) :]
 
     def _write_records(self, number: int, indices: Indices, words: wire.Words, name: bytes) -> None:
-        """PAGE records at the file's offset, *name* behind the first word."""
+        """Write PAGE records at the file's offset, with *name* after the first word."""
         base = np.uint64(self._blocks[number].address)
         for begin in range(0, len(indices), _GATHER):
             part, heads = indices[begin : begin + _GATHER], words[begin : begin + _GATHER]

@@ -1,4 +1,4 @@
-"""A guest is read from a file: one that was saved (:mod:`.saving`), or any precopy stream."""
+"""Reads a guest from a file: a saved guest (:mod:`.writer`), or any precopy stream."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from ..named import naming
 if TYPE_CHECKING:
     from ...wire.devices.tail import TailBuffer
 
-#: Bytes read at once: copying them into memory that is still cold takes about a millisecond.
+#: Bytes of one read: copying them into memory that is still cold takes about a millisecond.
 _READ: Final = 512 << 10
 _BUFFER: Final = 2 << 20
 
 
 def peer_of(decoder: Decoder) -> PeerProfile:
-    """How the stream of *decoder* is written, as far as it has been read; an ordinary one where that is not known."""
+    """The form of the stream of *decoder*, as far as it has been read; the usual form where it is not known."""
     configuration, footers = decoder.configuration is not False, decoder.footers is not False
     return PeerProfile(
         name="as in the file",
@@ -48,12 +48,12 @@ def peer_of(decoder: Decoder) -> PeerProfile:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Read:
-    """What was found in a file, beside the guest."""
+    """The result of reading a file, in addition to the guest."""
 
     peer: PeerProfile
-    #: What was not as it should be.
+    #: Irregularities in the file.
     problems: Sequence[str]
-    #: The pages that are in it, by the block's name.
+    #: The pages in the file, by the block's name.
     received: Mapping[str, PageBitmap]
 
 
@@ -61,15 +61,15 @@ async def read_stream(path: Path, guest: OpaqueGuest, *, partial: bool = False) 
     """Fill *guest* from a stream in a file.
 
     Args:
-        partial: RAM that is not in the stream is only reported, and stays zero.
+        partial: only report RAM that is not in the stream; it stays zero.
 
     Raises:
         OSError: the file cannot be read.
-        RemoteProtocolError: it is not a stream, or one that cannot be kept (postcopy).
-        TransportFailed: it ends too early.
-        GuestFailed: there is no memory for it.
+        RemoteProtocolError: the file is not a stream, or a stream that cannot be kept (postcopy).
+        TransportFailed: the stream ends too early.
+        GuestFailed: there is not enough memory.
 
-    **Cancellation:** the guest is undefined until it is filled anew.
+    **Cancellation:** the guest is undefined until it is filled again.
     """
     fd = await offload(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -80,7 +80,7 @@ async def read_stream(path: Path, guest: OpaqueGuest, *, partial: bool = False) 
 
 
 class _Reading:
-    """A guest that is being read from a file."""
+    """The state of reading a guest from a file."""
 
     def __init__(self, guest: OpaqueGuest, decoder: Decoder) -> None:
         self._guest = guest

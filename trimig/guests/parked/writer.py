@@ -1,7 +1,7 @@
-"""A guest is written to a file: a plain stream with each page once, which a stock QEMU loads through ``exec:cat FILE``.
+"""Writes a guest to a file: a plain stream with each page once, which a stock QEMU loads through ``exec:cat FILE``.
 
-A guest that is arriving is written while it still runs at its source, and what is written is on its way to the disk from
-then on. When the source has stopped it, only the pages that came last are left, and its devices.
+An incoming guest is written while it still runs at its source, and the kernel begins at once to bring the pages to the
+disk. After the source has stopped the guest, only the last pages and the devices remain to be written.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ if TYPE_CHECKING:
     from ...config.peer import PeerProfile
     from ...memory.block import MemfdBlock
 
-#: Pages looked at and written by one call in a thread, which is what a cancellation may have to wait for.
+#: Pages checked and written by one call in a thread; a cancellation may have to wait for one such call.
 _SLICE: Final = 2048
-#: Pages of which it is found at once which were never written: a millisecond.
+#: Pages searched in one step for pages that were never written: a millisecond.
 _LOOK: Final = 1 << 20
-#: The kernel is asked to begin writing back after so many new bytes.
+#: The kernel is asked to begin writing back after this many new bytes.
 _WRITE_BACK: Final = 8 << 20
-#: What is not known to be on the disk, in bytes; with more than that the disk is waited for. It bounds the last sync.
+#: The most bytes that may not be on the disk yet; with more the writer waits for the disk. It bounds the last sync.
 _UNSYNCED: Final = 64 << 20
-#: Bytes that are set aside beyond those of the pages: for devices, and for what is being written meanwhile.
+#: Bytes that are reserved in addition to the pages: for devices, and for data that is written meanwhile.
 _MARGIN: Final = 32 << 20
-#: Seconds without a new page after which what was written is brought to the disk.
+#: Seconds without a new page after which the written data is synced to the disk.
 _QUIET: Final = 0.03
-#: At least so many seconds lie between two times, or a trickle of pages would keep the disk busy.
+#: The least seconds between two syncs; otherwise a trickle of pages would keep the disk busy.
 _SYNC_AT_MOST: Final = 0.25
-#: While pages keep coming, seconds after which it is time again.
+#: Seconds between two syncs while pages keep coming.
 _SYNC_EVERY: Final = 1.0
-#: Seconds in which pages gather, so that few of them do not need a call in a thread each.
+#: Seconds in which pages are collected, so that not every page needs a call in a thread.
 _GATHER: Final = 0.01
 
 
 class SaveFile:
-    """A saved guest that is being written.
+    """A saved guest while it is written.
 
     Args:
         path: its final name.
-        replace: a file of that name may be replaced; otherwise it is an error, also if it comes up meanwhile.
-        guest: whose RAM blocks are there.
-        peer: how the stream is written.
-        early: the device sections in front of the memory; others among them are left out.
+        replace: a file of that name may be replaced; if False, such a file is an error, also if it appears meanwhile.
+        guest: the guest; its RAM blocks exist.
+        peer: the form of the stream.
+        early: the device sections before the RAM; other sections among them are left out.
 
     Raises:
         OSError: the name is taken, or the directory cannot be written to.
@@ -82,16 +82,16 @@ class SaveFile:
         self._ram = RamWriter(self._file.fd, len(self._head), blocks, self._footer)
         self._taken: list[tuple[int, Indices]] = []
         self._begun = False
-        self._written_back = 0  # up to here the kernel has been asked to
+        self._written_back = 0  # position up to which the kernel has been asked to write back
         self._unsynced = 0
         self._synced_at = 0.0
 
     def discard(self) -> None:
-        """Remove what has been written, unless it has got its final name. Idempotent."""
+        """Remove the file, unless it has its final name. Idempotent."""
         self._file.discard()
 
     async def write_arriving(self, pages: ArrivingPages) -> None:
-        """Write what arrives while it arrives, until cancelled.
+        """Write pages while they are received, until cancelled.
 
         Raises:
             OSError: no room, or the disk failed.
@@ -114,10 +114,10 @@ class SaveFile:
             await trio.sleep(_GATHER)
 
     async def reserve(self, pages: int) -> None:
-        """Set aside room on the disk for *pages* more pages of data, and for the devices.
+        """Reserve room on the disk for *pages* more pages of data, and for the devices.
 
         Raises:
-            OSError: there is none.
+            OSError: there is not enough room.
 
         **Cancellation:** no effect, or all of it.
         """
@@ -126,7 +126,8 @@ class SaveFile:
     async def write_ram(
         self, pages: ArrivingPages | None = None, absent: Mapping[str, PageBitmap] | None = None
     ) -> None:
-        """The rest, up to the end of RAM: what came last, and what was never written. It is on the disk at the return.
+        """Write the rest, up to the end of RAM: the last received pages, and those that were never written. All is on
+        the disk at the return.
 
         Args:
             absent: pages that are left out, by the block's name.
@@ -134,7 +135,7 @@ class SaveFile:
         Raises:
             OSError: no room, or the disk failed.
 
-        **Cancellation:** a part has been written; :meth:`discard` it.
+        **Cancellation:** a part has been written; call :meth:`discard`.
         """
         await offload(self._begin)
         while pages is not None and await self._write_taken(pages):
@@ -152,10 +153,12 @@ class SaveFile:
         await self._sync()
 
     async def finish(self, sections: Sequence[DeviceSection]) -> None:
-        """Devices and end, and then the final name; when it returns, all of it survives a loss of power.
+        """Write the devices and the end, and then set the final name. When this returns, the file survives a loss of
+        power.
 
         Raises:
-            OSError: no room, the disk failed, or there is a file of that name. Nothing has that name through us then.
+            OSError: no room, the disk failed, or there is a file of that name. The new file does not have the name
+                then.
 
         **Cancellation:** cancelled with nothing done, or not at all.
         """
@@ -168,8 +171,8 @@ class SaveFile:
         self._synced_at = trio.current_time()
 
     async def _write_taken(self, pages: ArrivingPages) -> bool:
-        """Write some of the pages that have come; False if there are none."""
-        # What was taken and not written, because a cancellation came between, is written by the next call.
+        """Write some of the received pages; False if there are none."""
+        # Pages that were taken and not written, because of a cancellation, are written by the next call.
         count = sum(len(indices) for _, indices in self._taken)
         while count < _SLICE and (some := pages.take(_SLICE - count)) is not None:
             name, indices = some
@@ -181,7 +184,7 @@ class SaveFile:
         self._taken = []
         return True
 
-    # These run in a thread.
+    # The following functions run in a thread.
 
     def _begin(self) -> None:
         if not self._begun:

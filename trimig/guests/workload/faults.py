@@ -1,8 +1,9 @@
-"""A thread that touches pages for a worker: it sleeps where one is missing, and nobody else does.
+"""A thread that touches pages for a worker: only this thread sleeps when a page is missing.
 
-A thread that touches a missing page sleeps in the kernel. If it holds Python's global lock meanwhile, the whole process
-sleeps with it: a worker could not even be paused. So the pages of the next writes are touched by a call that has
-released the lock, and the worker writes them when they are there. A guest's own virtual processor waits in the same way.
+A thread that touches a missing page sleeps in the kernel. If the thread holds Python's global lock, the whole process
+sleeps with it, and the worker could not even be paused. So a call that has released the lock touches the pages of the
+next writes, and the worker writes the pages when they are present. A virtual processor of a guest waits in the same
+way.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-# A function of CDLL runs without the global lock; one of PyDLL would hold it.
+# A function of CDLL runs without the global lock; a function of PyDLL would hold it.
 _memmove: Final = ctypes.CDLL(None).memmove
 _memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
-#: Waits that are remembered; the oldest ones make room.
+#: Number of waits that are kept; the oldest are dropped.
 MAX_WAITS: Final = 100_000
 
 
 class Toucher:
-    """Touches what it is asked to, one list after the other. Readable (see :meth:`fileno`) when a list is done."""
+    """Touches lists of addresses, one list after the other. Readable (see :meth:`fileno`) when a list is done."""
 
     def __init__(self) -> None:
         self._done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._lists: queue.SimpleQueue[Sequence[int] | None] = queue.SimpleQueue()
-        #: Nanoseconds that each touch took, in their order.
+        #: Nanoseconds that each touch took, in order.
         self.waits = array.array("Q")
         self._thread = threading.Thread(target=self._run, name="trimig.touch", daemon=True)
         self._thread.start()
@@ -44,14 +45,14 @@ class Toucher:
         self._lists.put(addresses)
 
     def finished(self) -> int:
-        """How many lists were done since the last call."""
+        """Number of lists that were done since the last call."""
         try:
             return os.eventfd_read(self._done)
         except BlockingIOError:
             return 0
 
     def close(self) -> None:
-        """End the thread: no page may be missing any more, or this waits for it."""
+        """End the thread. No page may be missing any more, otherwise this call waits for the page."""
         self._lists.put(None)
         self._thread.join()
         os.close(self._done)

@@ -1,7 +1,7 @@
-"""A guest in a process of its own: a worker on shared memory that is driven over a socket.
+"""A guest in its own process: a worker on shared memory that is controlled over a socket.
 
-The memory is a memfd that both processes map, so what arrives here is there, and what the worker writes is here. The
-worker's writes are tracked through its page tables, by a userfaultfd that it made and passed to us.
+The memory is a memfd that both processes map, so each process sees the data that the other writes. The worker's writes
+are tracked through its page tables, by a userfaultfd that the worker made and passed to this process.
 
 The worker dies with this process (end of file on its socket, and the kernel's parent-death
 signal), and :meth:`ProcessGuest.open` kills it on every way out.
@@ -30,32 +30,32 @@ from .state import Journal, Verification, WorkloadState
 log = logging.getLogger("trimig.guests")
 
 MiB: Final = 1 << 20
-#: Bytes per second that initialising and verifying are sure to reach, on a machine that does other things as well.
+#: Bytes per second that initialising and verifying reach at least, also on a busy machine.
 _SLOWEST: Final = 20 * MiB
-#: Seconds that a Python may take to start, on top of the time limit of a call.
+#: Seconds that a Python process may take to start, in addition to the time limit of a call.
 _STARTING: Final = 30.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStats:
-    """What :meth:`ProcessGuest.stats` returns."""
+    """The result of :meth:`ProcessGuest.stats`."""
 
-    #: Writes since the workload began, here or elsewhere.
+    #: Writes since the workload began, on all hosts.
     writes: int
     running: bool
     #: Percent.
     throttle: int
-    #: Its next write is to a page that is missing.
+    #: True if the next write is to a missing page.
     waiting: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TouchTimes:
-    """How long the worker waited for its pages while some were missing. All times are in nanoseconds."""
+    """The times that the worker waited for missing pages, all in nanoseconds."""
 
-    #: Pages that it touched.
+    #: Number of pages touched.
     touches: int
-    #: Those that it had to wait for; the rest is about them.
+    #: Number of touches that had to wait; the other values are about these.
     waits: int
     median: float
     #: The 99th percentile.
@@ -80,10 +80,10 @@ class ProcessGuest(GuestBase):
         self.add_device(self._journal)
         self._method = dirty_tracking
         self._range = TrackedRange(name=block.name, address=0, pages=state.ram_pages)
-        #: It was told to run and has not answered: it may run at any time.
+        #: The worker was told to run and has not answered: it may run at any time.
         self._perhaps_runs = False
         self._owner = OwnerState(Owner.ELSEWHERE, runs=lambda: self._run_state == "running" or self._perhaps_runs)
-        #: How it waited for its memory when it last came before it (postcopy).
+        #: The waits for missing pages in the last incoming postcopy.
         self.touch_times: TouchTimes | None = None
 
     @classmethod
@@ -105,11 +105,11 @@ class ProcessGuest(GuestBase):
 
         Args:
             size: bytes of RAM, a multiple of 4096.
-            hot: bytes from the start on that are written again and again; rounded down to whole pages.
+            hot: bytes at the start of the RAM that are written again and again; rounded down to whole pages.
             dirty_rate: bytes per second that the worker writes.
-            seed: of content and order; None takes a random one.
-            running: False for a receiver: memory stays empty, and the run state is ``"inmigrate"``. What the workload
-                does (hot, dirty_rate, seed) comes with the guest then, only *size* must agree.
+            seed: seed of content and order; None takes a random one.
+            running: False for a receiver: memory stays empty, and the run state is ``"inmigrate"``. The settings of the
+                workload (hot, dirty_rate, seed) then come with the guest; only *size* must agree.
             stopped: with *running*: ready, but not started; the run state is ``"prelaunch"`` until :meth:`resume`.
             name: the machine name in the stream.
             dirty_tracking: ``"auto"``, ``"userfaultfd"`` or ``"compare"``.
@@ -118,7 +118,7 @@ class ProcessGuest(GuestBase):
         Raises:
             ConfigError: sizes that do not fit together.
             GuestFailed: the worker could not be started, or does not come up; or userfaultfd was demanded and is not
-                to be had.
+                available.
 
         **Cancellation:** nothing is left, on entering as on leaving; leaving does not wait for anything but the kernel.
         """
@@ -175,7 +175,7 @@ class ProcessGuest(GuestBase):
 
     @property
     def block(self) -> MemfdBlock:
-        """Its one RAM block."""
+        """The RAM block of the guest."""
         return self._block
 
     @property
@@ -185,7 +185,7 @@ class ProcessGuest(GuestBase):
 
     @property
     def state(self) -> WorkloadState:
-        """The journal as it was last saved or loaded here."""
+        """The last journal that was saved or loaded here."""
         return self._journal.state
 
     def close(self) -> None:
@@ -193,15 +193,15 @@ class ProcessGuest(GuestBase):
         self._worker.close()
         self._block.close()
 
-    # The requests are made whatever the run state is here: after a cancelled call it may be another one there.
+    # Send the request in every run state: after a cancelled call the worker may be in another state.
 
     async def pause(self) -> None:
-        """The worker has made its last write when this returns. Harmless while it does not run.
+        """Pause the worker; after the return it makes no more writes. Harmless while it does not run.
 
         Raises:
-            GuestFailed: it died or does not answer.
+            GuestFailed: the worker died or does not answer.
 
-        **Cancellation:** it may be paused; :meth:`resume` it.
+        **Cancellation:** the worker may be paused; call :meth:`resume`.
         """
         await self._worker.call("pause")
         self._perhaps_runs = False
@@ -209,13 +209,13 @@ class ProcessGuest(GuestBase):
             self._run_state = "paused"
 
     async def resume(self) -> None:
-        """The worker goes on. Harmless while it runs.
+        """Resume the worker. Harmless while it runs.
 
         Raises:
-            NotOwner: it is not this side's.
-            GuestFailed: it died, does not answer, or has not been given a state.
+            NotOwner: this side does not own the guest.
+            GuestFailed: the worker died, does not answer, or has no state.
 
-        **Cancellation:** it may be running; :meth:`pause` it.
+        **Cancellation:** the worker may be running; call :meth:`pause`.
         """
         with self._owner.starting():
             self._perhaps_runs = True
@@ -230,7 +230,8 @@ class ProcessGuest(GuestBase):
     def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
         """For the engine: see :class:`trimig.guest.Guest`.
 
-        A worker that was told to run and has not answered would run later: if it is not this side's any more, it is killed.
+        A worker that was told to run and has not answered could run later: if this side does not own the guest any
+        more, the worker is killed.
         """
         super().set_owner(owner, gone=gone, settle=settle)
         if owner is not Owner.HERE and self._perhaps_runs:
@@ -257,12 +258,12 @@ class ProcessGuest(GuestBase):
         return WorkerTracker(self._worker, self._range)
 
     async def missing_memory(self) -> UffdMemory:
-        """From here on the worker waits where it touches a page that has no memory yet; the guest must not run.
+        """Make the worker wait from now on when it touches a page without memory; the guest must not run now.
 
-        This process must not touch such a page itself: it would become zero for everybody.
+        This process must not touch such a page itself: the page would become zero for both processes.
 
         Raises:
-            GuestFailed: userfaultfd is not to be had, or the worker runs, died or does not answer.
+            GuestFailed: userfaultfd is not available, or the worker runs, died or does not answer.
 
         **Cancellation:** the worker may touch pages before it writes them, which is slower and changes nothing else.
         """
@@ -278,14 +279,15 @@ class ProcessGuest(GuestBase):
         return memory
 
     async def memory_is_whole(self) -> Sequence[float]:
-        """No page is missing any more; how long the worker waited for those that were, in seconds (its one processor).
+        """Tell the worker that no page is missing any more; returns the seconds that it waited for pages (as one
+        processor).
 
         The details are in :attr:`touch_times` from then on.
 
         Raises:
             GuestFailed: the worker died, does not answer, or was not told that pages are missing.
 
-        **Cancellation:** it may have been told; then it cannot be told again.
+        **Cancellation:** the worker may have been told; then it cannot be told again.
         """
         reply = await self._worker.call("whole")
         self.touch_times = TouchTimes(**{key: value for key, value in reply.items() if key != "id"})
@@ -301,7 +303,7 @@ class ProcessGuest(GuestBase):
         return await super().save_devices()
 
     async def load_devices(self, sections: Sequence[DeviceSection]) -> None:
-        """Take the journal over, and hand it to the worker.
+        """Load the journal, and send it to the worker.
 
         **Cancellation:** the worker may have it; the guest must not be run before the next whole load.
         """
@@ -312,15 +314,15 @@ class ProcessGuest(GuestBase):
         """Let the worker compare every word of its memory with its journal; it does nothing else meanwhile.
 
         Raises:
-            GuestFailed: it died, does not answer, or has no state yet.
+            GuestFailed: the worker died, does not answer, or has no state yet.
 
-        **Cancellation:** the worker compares on, and answers no other call before it is done.
+        **Cancellation:** the worker goes on comparing, and answers no other call before it is done.
         """
         reply = await self._worker.call("verify", within=self._block.length / _SLOWEST)
         return Verification(**{key: value for key, value in reply.items() if key != "id"})
 
     async def stats(self) -> WorkerStats:
-        """What the worker does at present. GuestFailed.
+        """The present activity of the worker. GuestFailed.
 
         **Cancellation:** has no effect on the worker.
         """
@@ -356,8 +358,8 @@ class WorkerTracker:
             result = await self._inner.sync()
         except GuestFailed as exc:
             failure = exc
-        # A process that has died may look to the kernel like one that has written nothing. An answer after the scan
-        # proves that it lived; if it has not, that is the better error, too.
+        # For the kernel a process that has died may look like one that has written nothing. An answer after the scan
+        # proves that the process lived. Without an answer, the error says that it died.
         await self._worker.call("stats")
         if failure is not None:
             raise failure

@@ -1,4 +1,5 @@
-"""The line to the worker process of a :class:`trimig.guests.workload.guest.ProcessGuest`: requests, and their replies.
+"""The control socket to the worker process of a :class:`trimig.guests.workload.guest.ProcessGuest`: requests and
+replies.
 
 No task runs in the background: requests are answered one at a time, and a call reads the socket only while it waits
 for its own reply.
@@ -30,14 +31,14 @@ _DYING: Final = 2.0
 
 
 class Refusal(GuestFailed):
-    """The worker has answered that it does not do what was asked."""
+    """The worker has refused a request."""
 
 
 class Worker:
-    """The worker process and the line to it.
+    """The worker process and the control socket to it.
 
-    Every request has a number, and replies with other numbers are dropped: a call that was cancelled after its
-    request had been sent leaves its reply behind, and the next call passes over it.
+    Every request has a number, and replies with other numbers are dropped: if a call is cancelled after its request was
+    sent, its reply comes later, and the next call skips it.
     """
 
     def __init__(self, call_timeout: float) -> None:
@@ -46,14 +47,14 @@ class Worker:
         self._number = 0
         self._lock = trio.Lock()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # What it says when it fails. In memory, so that nobody has to read along.
+        # The worker's error output. A file in memory, so that no task has to read it meanwhile.
         self._stderr = os.memfd_create("trimig-worker-stderr", os.MFD_CLOEXEC)
         root = str(Path(__file__).resolve().parents[3])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         try:
             with theirs:
-                # Not trio.lowlevel.open_process: it starts the process from a pool thread, and the parent-death
-                # signal is tied to the thread, which ends when it has been idle for a while.
+                # Not trio.lowlevel.open_process: it starts the process from a pool thread. The parent-death signal is
+                # tied to that thread, which ends when it has been idle for a while.
                 self._process = subprocess.Popen(
                     [
                         sys.executable,
@@ -71,7 +72,7 @@ class Worker:
                     env={
                         **os.environ,
                         "PYTHONPATH": os.pathsep.join(paths),
-                        "OPENBLAS_NUM_THREADS": "1",  # NumPy's threads are never used, and start slowly
+                        "OPENBLAS_NUM_THREADS": "1",  # NumPy's threads are not used, and start slowly
                     },
                 )
         except BaseException:
@@ -83,7 +84,7 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """Its process id; the process is not reaped before :meth:`close` or its own end."""
+        """The process id; the process is not reaped before :meth:`close` or its own end."""
         return self._process.pid
 
     async def call(self, op: str, *, within: float = 0.0, **arguments: Any) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class Worker:
 
         Raises:
             GuestFailed: the worker refused, died, or did not answer in time.
-            StateError: it was closed.
+            StateError: the guest was closed.
 
         **Cancellation:** the request may have been carried out.
         """
@@ -103,13 +104,13 @@ class Worker:
         return reply
 
     async def call_sending(self, op: str, fds: Sequence[int], *, within: float, **arguments: Any) -> dict[str, Any]:
-        """As :meth:`call`, and give the worker duplicates of *fds*."""
+        """As :meth:`call`, and send the worker duplicates of *fds*."""
         reply, received = await self._call(op, fds, within, arguments)
         _close_all(received)
         return reply
 
     async def call_receiving(self, op: str) -> int:
-        """As :meth:`call`, for a request that is answered with one descriptor, which is then the caller's."""
+        """As :meth:`call`, for a request that is answered with one descriptor, which the caller then owns."""
         _, fds = await self._call(op, (), 0.0, {})
         if len(fds) != 1:
             _close_all(fds)
@@ -160,7 +161,7 @@ class Worker:
 
     async def _reply(self, number: int) -> tuple[dict[str, Any], list[int]]:
         while True:
-            # A packet is received whole or, if this is cancelled, not at all.
+            # A packet is received whole, or not at all if this is cancelled.
             data, ancillary, _, _ = await self._socket.recvmsg(
                 _MAX_PACKET, socket.CMSG_SPACE(_MAX_FDS * _FD_SIZE), socket.MSG_CMSG_CLOEXEC
             )
@@ -176,7 +177,7 @@ class Worker:
             _close_all(fds)
 
     async def _obituary(self, op: str) -> str:
-        """How the worker ended, for people."""
+        """A sentence on how the worker ended."""
         if self._process.poll() is None:
             pidfd = os.pidfd_open(self.pid)
             try:

@@ -1,15 +1,15 @@
-"""Work that can prove afterwards that not one of its writes was lost or replayed.
+"""The workload: writes to memory, and a check afterwards that no write was lost or replayed.
 
 The workload writes pages, and numbers its writes from 1. Write *s* goes to page ``(stride * (s - 1) + offset) mod hot``
 and fills all of it with words computed from the seed, the page and *s*. The stride is coprime to the number of hot
-pages, so each is hit exactly once in every ``hot`` writes, and the last write that hit a page has a closed form. A
-journal, which moves as device state, says how many writes were made. So the journal determines every word of memory,
-and :func:`verify` compares all of them:
+pages, so each page is written exactly once in every ``hot`` writes, and the last write to a page has a closed form. A
+journal, which is migrated as device state, has the number of writes made. So the journal determines every word of
+memory, and :func:`verify` compares all of them:
 
-* hot pages hold their last write, or the initial pattern (number 0) if they were never hit;
+* hot pages hold their last write, or the initial pattern (number 0) if they were never written;
 * cold pages hold the initial pattern, except that a quarter of them, in runs, stays zero.
 
-A write that is missing, or one too many, shows as the content of another number.
+A missing write, or an extra one, shows as the content of another number.
 
 Pure functions over arrays, in whole batches; nothing here reads a clock or does I/O.
 """
@@ -31,11 +31,11 @@ Words = NDArray[np.uint64]
 Numbers = NDArray[np.int64]
 
 WORDS_PER_PAGE: Final = PAGE_SIZE // 8
-#: Pages that are computed at a time: the scratch memory is twice this.
+#: Pages that are computed at a time; the scratch memory is twice their size.
 BATCH: Final = 128
-#: Cold pages come in runs of this many; every fourth run stays zero.
+#: Length of a run of cold pages; every fourth run stays zero.
 _RUN: Final = 64
-#: How many rounds of writes away from the expected one :func:`verify` looks for what it found instead.
+#: For a wrong page, :func:`verify` searches this many rounds of writes around the expected write.
 _ROUNDS: Final = 64
 
 _U64: Final = np.uint64
@@ -48,7 +48,7 @@ _MIX_2: Final = _U64(0x94D049BB133111EB)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadState:
-    """What the journal says: it determines every byte of the memory.
+    """The content of the journal, which determines every byte of the memory.
 
     Raises:
         ValueError: numbers that do not fit together.
@@ -61,7 +61,7 @@ class WorkloadState:
     hot_pages: int
     #: Bytes per second; each write counts PAGE_SIZE.
     dirty_rate: int
-    #: How many writes have been made.
+    #: Number of writes made.
     writes: int = 0
 
     def __post_init__(self) -> None:
@@ -81,18 +81,18 @@ class WorkloadState:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """The outcome of :func:`verify`. The last five members are about the first wrong word, and None if all is well."""
+    """The result of :func:`verify`. The last five members are about the first wrong word, and None if there is none."""
 
     ok: bool
-    #: Writes that the journal answers for.
+    #: Writes counted in the journal.
     writes: int
     pages_checked: int
     wrong_page: int | None = None
-    #: Its first wrong word, counted in 8 bytes.
+    #: Index of the first wrong 8-byte word in that page.
     wrong_word: int | None = None
     expected: int | None = None
     found: int | None = None
-    #: The write whose content the whole page holds instead, if it is one of the last or next few that go there.
+    #: The write whose content the whole page holds instead, if it is one of the last or next few writes to that page.
     found_write: int | None = None
 
     def __str__(self) -> str:
@@ -121,16 +121,16 @@ def stride_and_offset(state: WorkloadState) -> tuple[int, int]:
 
 
 def pages_of_writes(state: WorkloadState, first: int, count: int) -> Numbers:
-    """To which page each of the writes *first*, *first* + 1, … goes."""
+    """The page of each of the writes *first*, *first* + 1, …"""
     stride, offset = stride_and_offset(state)
     hot = state.hot_pages
-    # Reduced before the product, which then stays below 2**62.
+    # Reduced before the multiplication, so that the product stays below 2**62.
     turn = (np.arange(first - 1, first - 1 + count, dtype=np.int64)) % hot
     return (turn * stride + offset) % hot
 
 
 def last_writes(state: WorkloadState, first: int, count: int) -> Numbers:
-    """For *count* pages from page *first* on: the number of the last write to it, 0 for none, -1 where it is zero."""
+    """The number of the last write to each of *count* pages from page *first* on: 0 for none, -1 for a zero page."""
     pages = np.arange(first, first + count, dtype=np.int64)
     hot = state.hot_pages
     result = np.zeros(count, dtype=np.int64)
@@ -147,7 +147,7 @@ def last_writes(state: WorkloadState, first: int, count: int) -> Numbers:
 
 
 def fill(state: WorkloadState, pages: Numbers, numbers: Numbers, out: Words) -> None:
-    """The content that write *numbers[k]* gives to page *pages[k]*; -1 stands for a zero page.
+    """Compute the content that write *numbers[k]* gives to page *pages[k]*; -1 means a zero page.
 
     Args:
         pages, numbers: shape ``(n,)``.
@@ -157,7 +157,7 @@ def fill(state: WorkloadState, pages: Numbers, numbers: Numbers, out: Words) -> 
     base = (base ^ (base >> _U64(30))) * _MIX_1
     base = (base ^ (base >> _U64(27))) * _MIX_2
     np.add(base[:, None], _RAMP, out=out)
-    # One more round over every word, so that a page does not compress.
+    # One more round over every word, so that a page cannot be compressed.
     shifted = out >> _U64(29)
     np.bitwise_xor(out, shifted, out=out)
     np.multiply(out, _MIX_1, out=out)
@@ -167,7 +167,7 @@ def fill(state: WorkloadState, pages: Numbers, numbers: Numbers, out: Words) -> 
 
 
 def initialise(state: WorkloadState, words: Words) -> None:
-    """Give *words* the content before the first write. Zero pages are not touched: *words* must be zero."""
+    """Set *words* to the content before the first write. Zero pages are not touched: *words* must be zero."""
     scratch = np.empty((BATCH, WORDS_PER_PAGE), dtype=np.uint64)
     fresh = dataclasses.replace(state, writes=0)
     for first in range(0, state.ram_pages, BATCH):
@@ -218,12 +218,12 @@ def verify_slice(state: WorkloadState, words: Words, first: int, count: int) -> 
 
 
 def verify(state: WorkloadState, words: Words) -> Verification:
-    """Compare every word of every page with what *state* says it must be; stops at the first slice that is wrong.
+    """Compare every word of every page with its expected value by *state*; stops at the first wrong slice.
 
     The guest must be paused. About two seconds for each GiB.
 
     Raises:
-        ValueError: *words* is not the memory that *state* is about.
+        ValueError: *words* does not have the size that *state* describes.
     """
     if len(words) != state.ram_pages:
         raise ValueError(f"{len(words)} pages are given, the journal is about {state.ram_pages}")
@@ -235,11 +235,11 @@ def verify(state: WorkloadState, words: Words) -> Verification:
 
 
 def _which_write(state: WorkloadState, page: int, expected: int, content: Words) -> int | None:
-    """The number of the write that left *content* on *page*, among those a few rounds around *expected*."""
+    """The number of the write that left *content* on *page*, among the writes a few rounds around *expected*."""
     candidates = np.array([0], dtype=np.int64)
     if page < state.hot_pages:
         rounds = np.arange(-_ROUNDS, _ROUNDS + 1, dtype=np.int64) * state.hot_pages
-        if expected <= 0:  # never hit: the first write to it is still to come
+        if expected <= 0:  # never written: its first write is still to come
             later = last_writes(dataclasses.replace(state, writes=state.writes + state.hot_pages), page, 1)
             expected = int(later[0])
         near = expected + rounds
@@ -253,7 +253,7 @@ def _which_write(state: WorkloadState, page: int, expected: int, content: Words)
 class Journal(Device):
     """The device ``trimig-workload``: the :class:`WorkloadState` on the wire.
 
-    Its own memory stays what it is: a state about another number of pages is refused.
+    A state with another number of pages is refused, because the size of the memory cannot change.
     """
 
     vmstate = VMState(
@@ -277,6 +277,6 @@ class Journal(Device):
         self.restore(dataclasses.asdict(state))
 
     def post_load(self, version_id: int) -> None:
-        """Refuse numbers that are not possible for this guest (ValueError)."""
+        """Raise ValueError for numbers that are not possible for this guest."""
         if self.state.ram_pages != self._own_pages:
             raise ValueError(f"the workload has {self.state.ram_pages} pages there and {self._own_pages} here")

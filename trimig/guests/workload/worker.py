@@ -1,16 +1,17 @@
 """The worker process of a :class:`trimig.guests.workload.guest.ProcessGuest`: ``python -m trimig.guests.workload.worker FD PARENT``.
 
-It runs the workload of :mod:`trimig.guests.workload.state` on memory that it shares with its host, and does what the host
-says over a socket. No trio, and one thread: writes are made in batches of at most a few hundred microseconds, and
-requests are looked at between batches, so a pause always falls between two writes. While pages are missing (postcopy) a
-second thread touches the pages of a batch first, and requests are answered although it sleeps (:mod:`.touching`).
+It runs the workload of :mod:`trimig.guests.workload.state` on memory that it shares with its host process, and serves
+the host's requests over a socket. It uses one thread and no trio: writes are made in batches of at most a few hundred
+microseconds, and requests are served between batches, so a pause is always between two writes. While pages are missing
+(postcopy) a second thread touches the pages of a batch first, and requests are answered while that thread sleeps
+(:mod:`.faults`).
 
-It never outlives its host: it ends at the end of file on the socket, and the kernel kills it when the thread that
-started it ends.
+The worker never outlives its host: it ends at the end of file on the socket, and the kernel kills it when the thread
+that started it ends.
 
 Requests and replies are JSON objects, one to a packet (SOCK_SEQPACKET). A request has ``id`` and ``op`` (a method
 ``do_<op>`` below, the other members are its arguments); its reply has the same ``id`` and either results or
-``error``, a sentence. Descriptors travel with the packet.
+``error``, a sentence. Descriptors are sent with the packet.
 """
 
 from __future__ import annotations
@@ -35,26 +36,26 @@ from ...memory.linux import TRACKING_FEATURES, MemoryUnavailable, open_userfault
 from .faults import Toucher
 from .state import BATCH, WORDS_PER_PAGE, Words, WorkloadState, initialise, pages_of_writes, verify, write
 
-#: No packet is longer.
+#: The longest packet, in bytes.
 MAX_PACKET: Final = 1 << 16
 _PR_SET_PDEATHSIG: Final = 1
-#: How long the workload tries to catch up with what it could not write in time; older arrears are forgotten.
+#: Seconds for which the workload catches up with late writes; older arrears are dropped.
 _MAX_ARREARS: Final = 0.05
-#: Milliseconds between two looks at the clock.
+#: Milliseconds between two readings of the clock.
 _TICK: Final = 1
 
 
 class RequestRefused(Exception):
-    """The request cannot be met; its text is the reply, and the worker goes on."""
+    """The request cannot be served; the error's text is the reply, and the worker goes on."""
 
 
-#: Nanoseconds. A touch that takes longer had to wait for another process at least; one that finds its page takes one or
-#: two thousand, some tens of thousands if the processor is taken away meanwhile.
+#: Nanoseconds. A touch that takes longer has waited at least for another process. A touch of a present page takes one
+#: or two thousand nanoseconds, or some tens of thousands if the thread is preempted meanwhile.
 WAITED: Final = 60_000
 
 
 class Pacer:
-    """How many writes are due. Time is an argument, in seconds."""
+    """Computes the number of due writes. Time is an argument, in seconds."""
 
     def __init__(self) -> None:
         self._rate = 0.0
@@ -68,7 +69,7 @@ class Pacer:
         self._made = 0
 
     def due(self, now: float) -> int:
-        """Writes to make now. Arrears beyond a limit are dropped, so that a stall is not followed by a burst."""
+        """Number of writes to make now. Arrears above a limit are dropped, so that no burst follows a stall."""
         due = int((now - self._since) * self._rate) - self._made
         limit = int(_MAX_ARREARS * self._rate) + 1
         if due > limit:
@@ -77,7 +78,7 @@ class Pacer:
         return due
 
     def made(self, count: int) -> None:
-        """*count* of them have been made."""
+        """Record that *count* writes have been made."""
         self._made += count
 
 
@@ -90,13 +91,14 @@ class WorkerMain:
         self._running = False
         self._throttle = 0
         self._pacer = Pacer()
-        #: There while pages may be missing; then the pages that were touched, and the one that is being touched.
+        #: Not None while pages may be missing. The next two: the pages that were touched, and the page that is being
+        #: touched.
         self.toucher: Toucher | None = None
         self._touched = np.zeros(0, np.bool_)
         self._awaited: int | None = None
 
     def tick(self) -> int | None:
-        """Write what is due, one batch at most; returns for how many milliseconds there is nothing to do (None: ever)."""
+        """Make the due writes, at most one batch; returns the milliseconds until the next work (None: no work)."""
         if self._state is None or not self._running or not self._state.dirty_rate:
             return None
         due = self._pacer.due(time.monotonic())
@@ -110,7 +112,9 @@ class WorkerMain:
         return _TICK if made == due else 0
 
     def _present(self, state: WorkloadState, count: int) -> int | None:
-        """How many writes can be made without touching a missing page; None: not one, and it is being touched."""
+        """Number of writes that can be made without touching a missing page; None if the first page is missing and
+        being touched.
+        """
         if self.toucher is None:
             return count
         if self._awaited is not None:
@@ -150,7 +154,9 @@ class WorkerMain:
         return {"id": request["id"], **result}, out
 
     def attach(self, fd: int, length: int) -> dict[str, Any]:
-        """Map the shared memory; tell where, and whether its writes can be tracked (``untracked`` says why not)."""
+        """Map the shared memory; reply with its address, and whether its writes can be tracked (``untracked`` has the
+        reason if not).
+        """
         mapping = mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         os.close(fd)
         self._words = np.frombuffer(mapping, dtype=np.uint64).reshape(-1, WORDS_PER_PAGE)
@@ -162,17 +168,19 @@ class WorkerMain:
         return {"address": int(self._words.ctypes.data), "untracked": untracked}
 
     def userfaultfd(self, features: int) -> int:
-        """A new userfaultfd of this process. The host registers and arms it: the descriptor carries our memory."""
+        """Make a userfaultfd of this process. The host registers and arms it: the descriptor acts on this process's
+        memory.
+        """
         try:
             return open_userfaultfd(features)
         except MemoryUnavailable as exc:
             raise RequestRefused(exc.strerror or str(exc)) from exc
 
     def missing(self) -> int:
-        """A userfaultfd for pages that are not here yet; from now on they are touched before they are written."""
+        """Make a userfaultfd for missing pages; from now on pages are touched before they are written."""
         if self._running:
             raise RequestRefused("the guest runs")
-        # One that only sees faults of user code will do: no system call of ours touches the memory.
+        # One that sees only faults of user code is enough: no system call of this process touches the memory.
         fd = self.userfaultfd(FAULT_FEATURES)
         self._touched = np.zeros(len(self._words), np.bool_)
         if self.toucher is None:
@@ -180,7 +188,7 @@ class WorkerMain:
         return fd
 
     def do_whole(self) -> dict[str, Any]:
-        """No page is missing any more. Answers how long the touches took."""
+        """End postcopy: no page is missing any more. Replies with the times of the touches."""
         if self.toucher is None:
             raise RequestRefused("no page was missing")
         self.toucher.close()
@@ -200,7 +208,7 @@ class WorkerMain:
             raise RequestRefused("pages of its memory are missing")
 
     def do_initialise(self, state: dict[str, int]) -> dict[str, Any]:
-        """Fill the memory, which must be zero, and begin with no write made. Does not run yet."""
+        """Fill the memory, which must be zero, and set the number of writes to 0. The workload does not run yet."""
         self._all_here()
         fresh = WorkloadState(**state)
         initialise(fresh, self._words)
@@ -208,7 +216,7 @@ class WorkerMain:
         return {}
 
     def do_pause(self) -> dict[str, Any]:
-        """No write is made after the reply."""
+        """Pause: no write is made after the reply."""
         self._running = False
         return {}
 
@@ -228,27 +236,27 @@ class WorkerMain:
         return {}
 
     def do_save(self) -> dict[str, Any]:
-        """The journal; of a guest that does not run only, or it would be out of date at once."""
+        """Reply with the journal. The workload must not run, or the journal would be out of date at once."""
         if self._running or self._state is None:
             raise RequestRefused("the guest runs" if self._running else "it has no state yet")
         return {"state": dataclasses.asdict(self._state)}
 
     def do_load(self, state: dict[str, int]) -> dict[str, Any]:
-        """Take a journal over."""
+        """Load a journal."""
         if self._running:
             raise RequestRefused("the guest runs")
         self._state = WorkloadState(**state)
         return {}
 
     def do_verify(self) -> dict[str, Any]:
-        """Compare all memory with the journal. Between two writes, so the guest may be running."""
+        """Compare all memory with the journal. It is done between two writes, so the workload may be running."""
         if self._state is None:
             raise RequestRefused("it has no state yet")
         self._all_here()
         return dataclasses.asdict(verify(self._state, self._words))
 
     def do_stats(self) -> dict[str, Any]:
-        """What it does at present."""
+        """Reply with the present activity."""
         writes = 0 if self._state is None else self._state.writes
         waiting = self._running and self._awaited is not None
         return {"writes": writes, "running": self._running, "throttle": self._throttle, "waiting": waiting}
@@ -259,7 +267,7 @@ class WorkerMain:
 
 
 def serve(control: socket.socket) -> None:
-    """Work and answer until the end of file on *control*."""
+    """Make writes and answer requests until the end of file on *control*."""
     worker = WorkerMain()
     poll = select.poll()
     poll.register(control, select.POLLIN)
@@ -286,16 +294,16 @@ def serve(control: socket.socket) -> None:
 
 
 def main() -> None:
-    """Set up the ties to the host, then :func:`serve`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the host to deal with
+    """Tie the process's life to the host, then call :func:`serve`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the host handles Ctrl-C in the terminal
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(sys.argv[2]):  # it died before we could ask to be told
+    if os.getppid() != int(sys.argv[2]):  # the host died before PR_SET_PDEATHSIG was set
         return
     with socket.socket(fileno=int(sys.argv[1])) as control:
         try:
             serve(control)
         except ConnectionError:
-            return  # the host went away while we answered
+            return  # the host ended during the reply
 
 
 if __name__ == "__main__":

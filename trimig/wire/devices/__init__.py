@@ -1,1 +1,1 @@
-"""Device sections: where one ends, what is inside, and the description that QEMU writes behind them."""
+"""Device sections: their ends, their fields, and the description that QEMU writes after them."""

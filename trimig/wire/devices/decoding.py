@@ -1,7 +1,7 @@
 """Decoding and measuring device state by its description (vmstate.md part 7).
 
-Every number in a description is held against the payload, and the number of fields and elements that are looked at is
-bounded by its bytes. A walk can be made in pieces, so that a large one does not hold up anything else.
+Every number in a description is checked against the payload, and the number of fields and elements that are examined is
+bounded by the bytes of the payload. A walk can be made in pieces, so that a large one does not block other work.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from ..constants import MAX_CSTR, Section
 from .description import bad, key_of, section_name, short
 from .vmstate import SCALARS
 
-#: Fields and elements that are looked at before the first byte, and how many more for each byte. A description can name
-#: fields and elements without a single byte, which cost the peer nothing: only this keeps their number down.
+#: Fields and elements that may be examined before the first byte, and how many more for each byte. A description can
+#: name fields and elements without a single byte, which cost the peer nothing: only this limits their number.
 _FREE_STEPS: Final = 1024
 _STEPS_PER_BYTE: Final = 4
-#: Fields and elements of one piece of work: about ten milliseconds on a busy machine.
+#: Fields and elements in one piece of work: about ten milliseconds on a busy machine.
 _PIECE: Final = 2000
 #: Characters of a field's name in a message.
 _SHOWN_NAME: Final = 80
 
 _U32: Final = struct.Struct(">I")
 T = TypeVar("T")
-#: Work in pieces: it yields after each of them, and returns its result.
+#: Work in pieces: a generator that yields after each piece, and returns its result.
 Pieces = Generator[None, None, T]
 
 
@@ -35,23 +35,23 @@ Pieces = Generator[None, None, T]
 class Node:
     """A piece of a decoded payload: a field, an element of an array, or a subsection.
 
-    Exactly one of three kinds: with ``children`` (structures, arrays of structures, subsections), with a ``value``, or
-    with nothing but ``raw``.
+    A node is of one of three kinds: with ``children`` (structures, arrays of structures, subsections), with a
+    ``value``, or with only ``raw``.
     """
 
     name: str
     #: The type in the description; "subsection" for a subsection.
     type: str
-    #: Bytes from the start of the payload.
+    #: Offset in bytes from the start of the payload.
     offset: int
-    #: Bytes of all of it.
+    #: Size in bytes of the whole node.
     size: int
-    #: The whole payload, which all its nodes share.
+    #: The whole payload, which all nodes share.
     payload: memoryview = dataclasses.field(repr=False, compare=False)
-    #: It is an array of plain values.
+    #: Whether the node is an array of plain values.
     array: bool = False
     children: tuple[Node, ...] = ()
-    #: Its place in an array of structures or of elements that are described one by one.
+    #: The node's index in an array of structures, or of elements that are described one by one.
     index: int | None = None
     #: Name of the structure or subsection, and its version.
     vmsd_name: str | None = None
@@ -59,12 +59,12 @@ class Node:
 
     @property
     def raw(self) -> bytes:
-        """Its bytes."""
+        """The bytes of the node."""
         return bytes(self.payload[self.offset : self.offset + self.size])
 
     @property
     def value(self) -> float | tuple[float, ...] | None:
-        """int, bool or float; a tuple of them for an array; None where the type is opaque, or has no plain value."""
+        """An int, bool or float; a tuple of them for an array; None if the type is opaque, or has no plain value."""
         codec = SCALARS.get(self.type)
         if codec is None:
             return None
@@ -74,9 +74,9 @@ class Node:
 
 @dataclasses.dataclass(slots=True)
 class Allowance:
-    """How many fields and elements may be looked at, over all sections of one tail.
+    """The number of fields and elements that may be examined, over all sections of one tail.
 
-    What was spent on a walk that led nowhere stays spent, so the sum is bounded by the bytes of the tail.
+    Steps of a walk that failed stay counted, so the sum is bounded by the bytes of the tail.
     """
 
     free: int = _FREE_STEPS
@@ -86,14 +86,14 @@ class Allowance:
 def decode_payload(
     device: Mapping[str, Any], payload: bytes | memoryview, *, max_nodes: int | None = None
 ) -> tuple[Node, ...]:
-    """The fields and subsections of one whole *payload*, by its object in the description.
+    """Decode the fields and subsections of one whole *payload*, by its object in the description.
 
     The sizes of all fields, nested ones and array elements are checked against each other and against the payload.
-    An array is described by its first element, so where elements differ in size (vmstate.md part 7.6) it is refused;
-    :func:`uncertain_fields` tells which ones those can be.
+    An array is described by its first element. So an array whose elements differ in size (vmstate.md part 7.6) is
+    refused; :func:`uncertain_fields` lists the arrays that may be such.
 
     Args:
-        max_nodes: the most nodes that are made.
+        max_nodes: the largest number of nodes that are made.
 
     Raises:
         RemoteProtocolError: naming device and field: the description does not fit the payload, or there are more nodes.
@@ -118,10 +118,10 @@ def decoding(
 
 
 def measure_payload(device: Mapping[str, Any], data: bytes | memoryview) -> int:
-    """How many bytes at the start of *data* are the payload of *device*, going by its object in the description.
+    """The number of bytes at the start of *data* that are the payload of *device*, by its object in the description.
 
     Raises:
-        RemoteProtocolError: naming device and field: the description does not fit what is there.
+        RemoteProtocolError: naming device and field: the description does not fit the data.
     """
     return whole(measuring(device, data, Allowance()))
 
@@ -132,8 +132,8 @@ def measuring(
     """:func:`measure_payload` in pieces.
 
     Args:
-        allowance: what is left to spend; it is charged.
-        before: bytes in front of *data* that count for the allowance.
+        allowance: the steps left; the steps of this call are subtracted.
+        before: bytes before *data* that count for the allowance.
     """
     walk = _Walk(device, memoryview(data).cast("B"), allowance, keep=False, before=before)
     yield from walk.structure(device, "")
@@ -141,7 +141,7 @@ def measuring(
 
 
 def whole(work: Pieces[T]) -> T:
-    """The result of *work*, all pieces at once."""
+    """Do all pieces of *work* and return its result."""
     while True:
         try:
             next(work)
@@ -151,7 +151,7 @@ def whole(work: Pieces[T]) -> T:
 
 
 def count(nodes: Sequence[Node]) -> int:
-    """Nodes with all that are in them."""
+    """The number of nodes, including all children."""
     return sum(1 + count(node.children) for node in nodes)
 
 
@@ -165,7 +165,7 @@ def uncertain_fields(device: Mapping[str, Any]) -> tuple[str, ...]:
             if not isinstance(field, Mapping):
                 continue
             name = f"{path}{str(field.get('name'))[:_SHOWN_NAME]}"
-            # A scalar has one size, so only compound and opaque elements are in doubt.
+            # A scalar has one size, so only compound and opaque elements are uncertain.
             if "array_len" in field and str(field.get("type")) not in SCALARS:
                 found.append(name)
             look(field.get("struct"), name + ".")
@@ -179,7 +179,7 @@ def uncertain_fields(device: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 class _Walk:
-    """Goes through one payload side by side with its description."""
+    """Walks through one payload in parallel with its description."""
 
     def __init__(
         self,
@@ -211,14 +211,14 @@ class _Walk:
         self.position += size
 
     def step(self, where: str) -> bool:
-        """Count a field or an element; True at the end of a piece of work."""
+        """Count a field or an element; returns True at the end of a piece of work."""
         self._allowance.spent = spent = self._allowance.spent + 1
         if spent > self._limit + _STEPS_PER_BYTE * self.position:
             raise self.error(where, f"{spent} fields and elements are too many for so many bytes")
         return spent % _PIECE == 0
 
     def structure(self, of: Mapping[str, Any], path: str) -> Pieces[tuple[Node, ...]]:
-        """The fields and subsections of *of*."""
+        """Decode the fields and subsections of *of*."""
         nodes: list[Node] = []
         for field in key_of(of, "fields", list, self.section):
             if not isinstance(field, Mapping):
@@ -252,7 +252,7 @@ class _Walk:
         return self._node(name, kind, start, index, where, children=tuple(elements))
 
     def _inner(self, field: Mapping[str, Any], kind: str, where: str) -> Mapping[str, Any] | None:
-        """The description of a structure; None for whatever is taken as *size* bytes."""
+        """The description of a structure; None for a field that is taken as *size* bytes."""
         if kind == "vstruct":
             return field if "fields" in field else None
         if kind != "struct":

@@ -1,14 +1,14 @@
-"""The JSON description at the end of a stream: writing it and reading it.
+"""Writes and reads the JSON description at the end of a stream.
 
 A device section has no length and no tags. The description lists every field that was written with its type and size,
 so a reader that does not know the device can still find its end and its values (:mod:`.decoding`; vmstate.md parts 6 and
 7).
 
-It comes from the peer, so nothing in it is believed before it is checked: the text has limits of size, number of
-items and nesting.
+The description comes from the peer, so everything in it is checked: the text has limits of size, number of items and
+nesting.
 
 Lists (``qtailq``, ``gtree``, …) put the keys of each element into the same JSON object, so that keys occur several
-times. :class:`JsonObject` keeps all of them in order; a text that was parsed is built again to equal bytes.
+times. :class:`JsonObject` keeps all of them in order; a parsed text is written again with equal bytes.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from ...errors import RemoteProtocolError
 _ESCAPED: Final = re.compile(rb"\\.", re.DOTALL)
 #: Half of a surrogate pair, or a whole one, as an escape.
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
-#: Bytes of a text that are looked at in one piece: no single call holds Python's lock for long.
+#: Bytes of a text that are checked in one piece, so that no single call holds Python's lock for long.
 _PIECE: Final = 256 * 1024
-#: Objects that are made in one piece.
+#: Objects that are made in one piece of work.
 _OBJECTS: Final = 256
 _quoted: Final = json.encoder.encode_basestring_ascii
 _NO_MARKS: Final = bytes(b for b in range(256) if b not in b"[]{},")
 
 
 class JsonObject(Mapping[str, Any]):
-    """A JSON object that keeps every key, repeated ones too, in order. Looking up finds the first."""
+    """A JSON object that keeps every key, also repeated ones, in order. A lookup finds the first."""
 
     __slots__ = ("_first", "pairs", "repeated")
 
     def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
-        #: All keys and values as they stand in the text.
+        #: All keys and values in the order of the text.
         self.pairs = tuple(pairs)
         self._first = dict(reversed(self.pairs)) if len(self.pairs) > 1 else dict(self.pairs)
         #: Keys that occur several times.
@@ -65,19 +65,19 @@ class JsonObject(Mapping[str, Any]):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a description may be; a peer that exceeds it is refused. The largest seen so far has 116 KB."""
+    """Limits of a description; a peer that exceeds them is refused. The largest known description has 116 KB."""
 
     #: Bytes of the text.
     max_bytes: int = 16 * 1024 * 1024
     #: Objects, arrays and commas.
     max_items: int = 1_000_000
-    #: Objects and arrays inside each other.
+    #: Nesting depth of objects and arrays.
     max_depth: int = 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """A description whose outermost shape was checked; what is in the devices is checked when it is used."""
+    """A description whose outermost level was checked; the content of the devices is checked when it is used."""
 
     page_size: int
     #: One object per FULL section, in stream order.
@@ -85,12 +85,12 @@ class Description:
 
 
 def build(page_size: int, devices: Sequence[Mapping[str, Any]]) -> bytes:
-    """The text for *devices*, in stream order, as QEMU spaces it."""
+    """The text for *devices*, in stream order, with QEMU's spacing."""
     return dump({"page_size": page_size, "devices": list(devices)})
 
 
 def dump(value: Any) -> bytes:
-    """JSON text of a mapping, a :class:`JsonObject` or what is inside one, with the separators of a description."""
+    """JSON text of a mapping, a :class:`JsonObject` or a value inside one, with the separators of a description."""
     pieces: list[str] = []
     _dump(value, pieces)
     return "".join(pieces).encode()
@@ -123,10 +123,10 @@ def parse(text: bytes, limits: Limits | None = None, *, between: Callable[[], No
     """Read the text of a description.
 
     Args:
-        between: called after every few objects of it; what it raises ends the reading.
+        between: called after every few objects; an exception of it ends the reading.
 
     Raises:
-        RemoteProtocolError: it is not JSON, not a description, or exceeds *limits*.
+        RemoteProtocolError: the text is not JSON, not a description, or exceeds *limits*.
     """
     top = _parse(text, limits or Limits(), between)
     page_size, devices = top.get("page_size"), top.get("devices")
@@ -147,7 +147,7 @@ def _parse(text: bytes, limits: Limits, between: Callable[[], None] | None) -> J
         raise bad(f"it has {len(text)} bytes, more than {limits.max_bytes}")
     _check_shape(text, limits)
     try:
-        # Strings with half a surrogate pair would fail much later, where they are printed.
+        # Strings with half a surrogate pair would fail much later, when they are printed.
         hook: Callable[[list[tuple[str, Any]]], JsonObject]
         hook = _encodable_object if _SURROGATE.search(text) else JsonObject
         if between is not None:
@@ -163,15 +163,15 @@ def _parse(text: bytes, limits: Limits, between: Callable[[], None] | None) -> J
 def _check_shape(text: bytes, limits: Limits) -> None:
     """Count items and levels before anything is built, with work in proportion to the text. RemoteProtocolError."""
     items = depth = at = 0
-    inside = False  # of a string
+    inside = False  # whether the position is inside a string
     while at < len(text):
         stop = min(at + _PIECE, len(text))
         while stop < len(text) and text[stop - 1] == 0x5C:
-            stop += 1  # what a backslash escapes belongs to it
+            stop += 1  # do not separate a backslash from the escaped byte
         piece = text[at:stop]
         if b"\\" in piece:
             piece = _ESCAPED.sub(b"", piece)
-        # Quotes take turns: what stands between every second pair of them is outside of strings.
+        # Opening and closing quotes alternate: every second part between quotes is outside of strings.
         between = piece.split(b'"')
         marks = np.frombuffer(b"".join(between[int(inside) :: 2]).translate(None, _NO_MARKS), np.uint8)
         inside ^= len(between) % 2 == 0
@@ -218,19 +218,19 @@ def _no_constant(name: str) -> Any:
 
 
 def bad(what: str, section: str | None = None) -> RemoteProtocolError:
-    """The error for a description that says *what* is not possible."""
+    """The error for a description that cannot be used; *what* is the reason."""
     return RemoteProtocolError(f"the description of the devices cannot be used: {what}", section=section)
 
 
 def short(value: object) -> str:
-    """*value* for a message, whatever its size."""
+    """*value* for a message, cut to a bounded length."""
     return f"{value!r:.60}"
 
 
 def key_of(of: Mapping[str, Any], key: str, kind: type[Any], section: str) -> Any:
-    """The value of a key that must be there once, with that type."""
+    """The value of a key that must occur once, with the type *kind*."""
     value = of.get(key)
-    # bool is an int for Python, not for us.
+    # In Python bool is a subclass of int; here it is another type.
     if type(value) is not kind:
         raise bad(f"key {key!r} is {short(value)}", section)
     if isinstance(value, int) and not 0 <= value < 2**63:
@@ -241,6 +241,6 @@ def key_of(of: Mapping[str, Any], key: str, kind: type[Any], section: str) -> An
 
 
 def section_name(device: Mapping[str, Any]) -> str:
-    """How a device is called in messages: its idstr, and its instance id unless that is 0."""
+    """The name of a device in messages: its idstr, and its instance id unless that is 0."""
     name, instance = str(device.get("name")), device.get("instance_id")
     return name if not instance else f"{name} ({instance})"

@@ -11,7 +11,7 @@ from .vmstate import Field, VMState
 IDSTR: Final = "globalstate"
 _SIZE: Final = 100
 
-#: Run states that a machine waiting for a migration may go to.
+#: Run states that a machine waiting for a migration may enter.
 RUN_STATES: Final = frozenset(
     {
         "running",
@@ -29,7 +29,7 @@ RUN_STATES: Final = frozenset(
         "colo",
     }
 )
-#: Three more exist, and a QEMU destination that is told to go to one of them aborts (states.md part 14, G21).
+#: Three other run states; a QEMU destination that is told to enter one of them aborts (states.md part 14, G21).
 ILLEGAL_RUN_STATES: Final = frozenset({"debug", "save-vm", "restore-vm"})
 
 GLOBAL_STATE: Final = VMState(
@@ -39,7 +39,7 @@ GLOBAL_STATE: Final = VMState(
 
 
 def refusal(run_state: str) -> str | None:
-    """Why no guest can arrive in *run_state*; None if it can."""
+    """The reason why a guest cannot arrive in *run_state*; None if it can."""
     if run_state in RUN_STATES:
         return None
     if run_state in ILLEGAL_RUN_STATES:
@@ -51,7 +51,7 @@ def fields_of(run_state: str) -> dict[str, object]:
     """The section's fields for *run_state*.
 
     Raises:
-        LocalProtocolError: a destination could not take it.
+        LocalProtocolError: a destination could not enter this run state.
     """
     if (problem := refusal(run_state)) is not None:
         raise LocalProtocolError(f"the guest's run state cannot be sent: {problem}")
@@ -60,7 +60,8 @@ def fields_of(run_state: str) -> dict[str, object]:
 
 
 def run_state_of(runstate: bytes) -> str:
-    """The name up to its NUL: behind it may be the rest of a longer one, and the field ``size`` is not to be relied on.
+    """The name of the run state, up to its NUL. The rest of a longer name may follow; the field ``size`` is not
+    reliable.
 
     Raises:
         RemoteProtocolError: there is no such run state, or no guest can arrive in it.
@@ -85,7 +86,7 @@ def section(run_state: str) -> DeviceSection:
 
 
 def measure(data: memoryview, version_id: int) -> int | None:
-    """Length of the payload; None if there is less of it."""
+    """Length of the payload; None if *data* is shorter."""
     return GLOBAL_STATE.measure(data, version_id, section=IDSTR)
 
 

@@ -1,11 +1,11 @@
-"""Finding the device sections in what follows the RAM, when the devices are not known.
+"""Finds the device sections after the RAM, when the devices are not known.
 
-A FULL section has no length, so without the devices' own declarations its end is found through the description, which
-comes last; :class:`trimig.wire.devices.tail.TailBuffer` keeps the bytes until it is there, and :class:`TailSplitter` then cuts
-them up (vmstate.md part 7).
+A FULL section has no length. Without the declarations of the devices, its end is found by the description, which comes
+last: :class:`trimig.wire.devices.tail.TailBuffer` keeps the bytes until the description is there, and
+:class:`TailSplitter` then splits them into sections (vmstate.md part 7).
 
-A section whose size the description does not give (part 7.6) is delimited by looking for its footer, followed by
-something that can stand there. That is a guess, if a good one, and is reported in :attr:`SplitTail.problems`.
+If the description does not give the size of a section (part 7.6), its end is found by searching its footer with a legal
+element after it. This is a guess, although a good one, and is reported in :attr:`SplitTail.problems`.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ _COMMANDS: Final = frozenset(int(command) for command in Command)
 _AFTER_FOOTER: Final = frozenset({Section.FULL, Section.COMMAND, Section.EOF})
 #: Fields and elements that the descriptions of one tail may name before its first byte (see Allowance).
 _FREE_STEPS: Final = 1 << 16
-#: Sections and commands, places where a footer could be, and bytes searched for one, in one piece of work.
+#: One piece of work: sections and commands, possible positions of a footer, and bytes searched for a footer.
 _ELEMENTS, _PLACES, _SEARCHED = 64, 1024, 4 << 20
 
 
 class Undelimited(RemoteProtocolError):
-    """The end of a section could not be found; the tail can only be kept whole."""
+    """The end of a section could not be found; the tail can only be kept as a whole."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SplitTail:
-    """A tail, cut up."""
+    """A tail that was split into sections and commands."""
 
     #: In stream order, with their objects of the description.
     sections: tuple[DeviceSection, ...]
     #: Commands between them: number, payload, offset in the stream.
     commands: tuple[tuple[int, bytes, int], ...]
-    #: Where each section begins in the stream.
+    #: The offset of each section in the stream.
     offsets: tuple[int, ...]
-    #: The end-of-file byte, in bytes from the start of the tail; with :attr:`error`, where it goes wrong.
+    #: Offset of the end-of-file byte from the start of the tail; with :attr:`error`, the offset of the error.
     eof_offset: int
     #: The whole text of the description; None if there is none, or only a part of it.
     description_text: bytes | None
-    #: What was not as it should be, in sentences.
+    #: Irregularities, one sentence each.
     problems: tuple[str, ...]
-    #: Those in front of the memory, which were given, with their objects of the description.
+    #: The given sections before the RAM, with their objects of the description.
     early: tuple[DeviceSection, ...] = ()
-    #: Why there is nothing more, if a damaged tail was asked for as far as it goes.
+    #: The error that ends a damaged tail, if *damaged* was set.
     error: RemoteProtocolError | None = None
 
 
@@ -71,14 +71,14 @@ def split_tail(
     limits: Limits | None = None,
     damaged: bool = False,
 ) -> SplitTail:
-    """Cut a tail into device sections and commands.
+    """Split a tail into device sections and commands.
 
     Args:
         tail: from the first section's type byte to the end-of-file byte, and the description if there is one.
         footers: whether sections have footers (``send-section-footer``).
-        offset: where the tail begins in the stream, for messages and commands.
-        limits: what the description may be.
-        damaged: give what could be read of a damaged tail instead of raising, with the error in it.
+        offset: offset of the tail in the stream, for messages and commands.
+        limits: limits of the description.
+        damaged: return the readable part of a damaged tail, with its error, instead of raising.
 
     Raises:
         Undelimited: the end of a section could not be found.
@@ -93,10 +93,10 @@ def split_tail(
 
 
 def join_sections(sections: Iterable[DeviceSection], *, footers: bool = True) -> bytes:
-    """The bytes of FULL sections, one behind the other.
+    """The bytes of FULL sections, one after the other.
 
     Raises:
-        LocalProtocolError: a section without number, or a name or number that does not fit.
+        LocalProtocolError: a section without a number, or a name or number that does not fit.
     """
     out = bytearray()
     for section in sections:
@@ -122,20 +122,20 @@ class _Header:
     idstr: str
     instance_id: int
     version_id: int
-    #: Where the payload begins.
+    #: Offset of the payload.
     end: int
 
 
 class TailSplitter:
-    """Cuts up what is in a :class:`TailBuffer`, in pieces of work of about ten milliseconds.
+    """Splits the bytes of a :class:`TailBuffer`, in pieces of work of about ten milliseconds.
 
-    The work as a whole is bounded by the bytes of the tail, whatever its description says.
+    The total work is bounded by the bytes of the tail, for any content of the description.
 
     Args:
-        buffer: filled; nothing may be fed to it any more.
-        offset: where the tail begins in the stream, for messages and commands.
-        damaged: give what could be read of a damaged tail instead of raising, with the error in it.
-        early: sections in front of the memory; the description tells whether their ends were found right.
+        buffer: the filled buffer; it must not be fed any more.
+        offset: offset of the tail in the stream, for messages and commands.
+        damaged: return the readable part of a damaged tail, with its error, instead of raising.
+        early: sections before the RAM; the description shows whether their ends were found correctly.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class TailSplitter:
         self._location = buffer.location
         self._text = buffer.text
         self._allowance = Allowance(free=_FREE_STEPS)
-        #: Objects of the description by name and instance; several only if the stream repeats a section.
+        #: Objects of the description by name and instance; more than one only if the stream repeats a section.
         self._devices: defaultdict[tuple[str, int], deque[Mapping[str, Any]]] = defaultdict(deque)
         for device in () if buffer.description is None else buffer.description.devices:
             self._devices[device["name"], device["instance_id"]].append(device)
@@ -173,11 +173,11 @@ class TailSplitter:
 
     @property
     def steps(self) -> int:
-        """Fields and elements that were looked at so far."""
+        """Number of fields and elements examined so far."""
         return self._allowance.spent
 
     def step(self) -> bool:
-        """Do one piece of the work; True when there is nothing left to do."""
+        """Do one piece of the work; returns True when the work is done."""
         try:
             next(self._work)
         except StopIteration:
@@ -185,7 +185,7 @@ class TailSplitter:
         return False
 
     def result(self) -> SplitTail:
-        """What was found; only after the last :meth:`step`.
+        """The result; only after the last :meth:`step`.
 
         Raises:
             Undelimited: the end of a section could not be found.
@@ -205,7 +205,7 @@ class TailSplitter:
         )
 
     def _run(self) -> Pieces[None]:
-        """Go through the tail, up to its end or to what is wrong with it."""
+        """Walk through the tail, up to its end or to the first error."""
         try:
             self._early = yield from self._check_early(self._early)
             elements = 0
@@ -221,7 +221,7 @@ class TailSplitter:
                 self._problems.append(f"section {name[0]!r} ({name[1]}) is described, but not in the stream")
 
     def _check_early(self, sections: Sequence[DeviceSection]) -> Pieces[tuple[DeviceSection, ...]]:
-        """The early *sections* with their objects of the description, which must have found the same ends."""
+        """The early *sections* with their objects of the description, which must give the same lengths."""
         checked: list[DeviceSection] = []
         for section in sections:
             name = section_name({"name": section.idstr, "instance_id": section.instance_id})
@@ -267,7 +267,7 @@ class TailSplitter:
     def _is_end(self, position: int) -> bool:
         if self._location is not None:
             return position == self._location.eof_offset
-        # Without a description the byte is the last one, or what follows is the beginning of one.
+        # Without a description the byte is the last one, or the beginning of a description follows.
         rest = self._view[position + 1 : position + 1 + BEFORE_TEXT]
         return not rest or (rest[0] == Section.VMDESCRIPTION and len(rest) < BEFORE_TEXT)
 
@@ -281,7 +281,7 @@ class TailSplitter:
         return number, bytes(self._view[start : start + size]), start + size
 
     def _header(self, position: int) -> _Header | None:
-        """The header of a FULL section at *position*; None if there is none, or none that makes sense."""
+        """The header of a FULL section at *position*; None if there is no valid header."""
         fixed = position + 6
         if len(self._tail) < fixed or self._tail[position] != Section.FULL or not self._tail[fixed - 1]:
             return None
@@ -322,7 +322,7 @@ class TailSplitter:
         return section, end + (_FOOTER_SIZE if self._footers else 0)
 
     def _described_end(self, header: _Header, description: Mapping[str, Any]) -> Pieces[tuple[int | None, str]]:
-        """The end of a payload by its description, checked by what follows; or None and why not."""
+        """The end of a payload by its description, checked by the bytes after it; or None and the reason."""
         try:
             data = self._view[header.end :]
             end = header.end + (yield from measuring(description, data, self._allowance, before=header.end))
@@ -337,7 +337,7 @@ class TailSplitter:
         return end, ""
 
     def _scanned_end(self, header: _Header, position: int, why: str) -> Pieces[int]:
-        """The end of a payload by its footer and what follows it (vmstate.md part 7.5 b)."""
+        """The end of a payload by its footer and the element after it (vmstate.md part 7.5 b)."""
         name = section_name({"name": header.idstr, "instance_id": header.instance_id})
         if not self._footers:
             raise Undelimited(
@@ -367,7 +367,7 @@ class TailSplitter:
         )
 
     def _can_follow(self, position: int) -> bool:
-        """Whether something that can stand behind a footer stands at *position*."""
+        """Whether a legal element after a footer is at *position*."""
         kind = self._type_at(position)
         if kind == Section.FULL:
             header = self._header(position)
@@ -375,10 +375,10 @@ class TailSplitter:
         if kind == Section.COMMAND and position + _COMMAND.size <= len(self._tail):
             _, number, size = _COMMAND.unpack_from(self._tail, position)
             end = position + _COMMAND.size + size
-            # One level only: a chain of made-up commands must not cost more than its length.
+            # Check one level only: a chain of forged commands must not cost more than its length.
             return number in _COMMANDS and self._type_at(end) in _AFTER_FOOTER
         if kind is None:
-            return self._damaged  # cut exactly here
+            return self._damaged  # the tail is cut exactly here
         return kind == Section.EOF and self._is_end(position)
 
     def _type_at(self, position: int) -> int | None:

@@ -1,9 +1,9 @@
-"""The end of a stream whose devices are not known: where its description is, found by structure.
+"""Finds the description in the end of a stream whose devices are not known, by its structure.
 
 The *tail* of a stream is everything from the type byte of its first FULL section on: FULL sections, commands between
-them, the end-of-file byte and the description. Nothing says where the description begins, so it is looked for: the
-end-of-file byte, the type, a length, and a text of that length that is one JSON object and describes devices. How the
-text is spaced and which key comes first differs between versions of QEMU and does not matter.
+them, the end-of-file byte and the description. The stream does not say where the description begins, so it is searched:
+the end-of-file byte, the type, a length, and a text of that length that is one JSON object and describes devices. The
+spacing of the text and the order of keys differ between versions of QEMU and do not matter.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from .description import Description, Limits, parse
 
 _U32: Final = struct.Struct(">I")
 _FOOTER_SIZE: Final = 5
-#: EOF, type and length in front of the text of a description.
+#: Bytes of EOF, type and length before the text of a description.
 BEFORE_TEXT: Final = 6
 _START: Final = bytes((Section.EOF, Section.VMDESCRIPTION))
 _NOT_BLANK: Final = re.compile(rb"[^ \t\r\n]")
-#: So much of a text that is longer than accepted must look like one before it is called one.
+#: If a text is longer than accepted, this many bytes must look like a description before it is an error.
 _CERTAIN: Final = 4096
 _PING: Final = bytes((Section.COMMAND, 0, Command.PING, 0, 4))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Location:
-    """Where the description stands, in bytes from the start of the tail."""
+    """The position of the description, in bytes from the start of the tail."""
 
     #: The end-of-file byte.
     eof_offset: int
-    #: The text, and how long it says it is.
+    #: Offset of the text, and its announced length.
     text_offset: int
     text_length: int
     #: False if the tail ends inside the text.
@@ -44,12 +44,12 @@ class Location:
 class TailBuffer:
     """Keeps the tail of a stream until its description is whole.
 
-    Feeding costs time in proportion to the bytes fed, whatever is in them: a text has no NUL byte in it, and what precedes
-    one has, so two texts never overlap, and no byte is parsed twice. A stream without description (``suppress-vmdesc``,
-    postcopy) never completes: it ends when the sender closes.
+    Feeding costs time in proportion to the bytes fed, for any content: a text contains no NUL byte, and the bytes
+    before a text do, so two texts never overlap, and no byte is parsed twice. A stream without description
+    (``suppress-vmdesc``, postcopy) never completes: it ends when the sender closes.
 
-    What a guest keeps in its devices is in the tail, and could be made to look like a description; one with the right
-    shape is believed. :class:`trimig.wire.devices.sections.TailSplitter` then finds that the sections do not fit.
+    The tail contains device state that the guest controls, so a guest could forge a description. A text of the right
+    form is accepted here; :class:`trimig.wire.devices.sections.TailSplitter` then finds that the sections do not fit.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class TailBuffer:
         """
         Args:
             footers: whether sections have footers.
-            max_bytes: the most that is kept.
-            limits: what the description may be.
-            inline_bytes: a longer text is not parsed by :meth:`feed`, but left for the caller (:attr:`undecided`).
+            max_bytes: the most bytes that are kept.
+            limits: limits of the description.
+            inline_bytes: a longer text is not parsed by :meth:`feed`, but left to the caller (:attr:`undecided`).
             described: a description may come; there is none in a package of postcopy.
         """
         #: Whether sections have footers.
@@ -76,20 +76,20 @@ class TailBuffer:
         self._inline_bytes = inline_bytes
         self._described = described
         self._data = bytearray()
-        #: Where to go on looking for the beginning of a description.
+        #: Position at which the search for a description goes on.
         self._searched = 0
         #: Beginning and end of the text that is being received.
         self._text: tuple[int, int] | None = None
-        #: How much of that text has been looked at, and whether its first character was among it.
+        #: Position up to which that text has been checked, and whether its first character was checked.
         self._checked = 0
         self._opened = False
-        #: The last whole text that was no description, and why.
+        #: The last whole text that was no description, and the reason.
         self._refused_text: tuple[int, int] | None = None
         self._why_refused = ""
         self._end: int | None = None
         #: The description, once it is complete.
         self.description: Description | None = None
-        #: Bytes that came behind the description; they are not kept (QEMU ignores them as well).
+        #: Number of bytes after the description; they are not kept (QEMU ignores them as well).
         self.excess = 0
 
     def __len__(self) -> int:
@@ -106,9 +106,9 @@ class TailBuffer:
 
     @property
     def location(self) -> Location | None:
-        """Where the description is, also one of which only the beginning is there; None where there is none.
+        """The position of the description, also of an incomplete one; None if there is none.
 
-        A text that is no usable description is one all the same if it ends with the tail: see :attr:`refusal`.
+        An unusable text counts as the description if it ends with the tail: see :attr:`refusal`.
         """
         text = self._refused_text if self.refusal is not None else self._text
         if text is None:
@@ -123,7 +123,7 @@ class TailBuffer:
 
     @property
     def refusal(self) -> str | None:
-        """Why the text that ends the tail cannot be used; None if there is none, or it can."""
+        """The reason why the text at the end of the tail cannot be used; None if there is no text, or it can be used."""
         if self.complete or self._refused_text is None or self._refused_text[1] != len(self._data):
             return None
         return self._why_refused
@@ -136,7 +136,7 @@ class TailBuffer:
         return bytes(self._data[slice(*self._text)])
 
     def mentions(self, text: bytes) -> bool:
-        """Whether *text* stands anywhere in what has come."""
+        """Whether the received bytes contain *text*."""
         return text in self._data
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
@@ -156,13 +156,13 @@ class TailBuffer:
 
     @property
     def undecided(self) -> bytes | None:
-        """A whole text that :meth:`feed` has left to be parsed elsewhere; :meth:`judge` takes the result."""
+        """A whole text that :meth:`feed` has left to the caller to parse; :meth:`judge` takes the result."""
         if self.complete or self._text is None or len(self._data) < self._text[1]:
             return None
         return bytes(self._data[slice(*self._text)])
 
     def judge(self, found: Description | RemoteProtocolError) -> None:
-        """Say what :attr:`undecided` is, or why it is no description; then the search goes on.
+        """Take the parsed description of :attr:`undecided`, or the error of parsing; after an error the search goes on.
 
         Raises:
             RemoteProtocolError: as for :meth:`feed`.
@@ -174,10 +174,10 @@ class TailBuffer:
             self._search()
 
     def prepare_ping(self) -> int | None:
-        """The number of the PING that ends what is there, if it follows the end of a section; else None.
+        """The number of the PING at the end of the received bytes, if it follows the end of a section; else None.
 
-        A sender that wants to know whether everything so far was loaded sends nothing behind that PING until it is
-        answered, so it stands at the very end.
+        A sender that asks whether everything so far was loaded waits for the answer to that PING, so the PING is at the
+        very end.
         """
         size = len(_PING) + 4
         data = self._data
@@ -187,7 +187,7 @@ class TailBuffer:
         return int(_U32.unpack_from(data, at + len(_PING))[0])
 
     def _behind_a_section(self, at: int) -> bool:
-        """Whether a section may end at *at*: with footers, one that began in here does."""
+        """Whether a section may end at *at*: with footers, a footer of a section in the tail must end there."""
         if not self.footers:
             return True
         data, start = self._data, at - _FOOTER_SIZE
@@ -197,18 +197,20 @@ class TailBuffer:
 
     @property
     def perhaps_ended(self) -> bool:
-        """The last byte may be the end of file, of a stream without description; only silence behind it can show that."""
+        """Whether the last byte may be the end of file of a stream without description; only silence after it can prove
+        this.
+        """
         data = self._data
         at = len(data) - 1
         if self._end is not None or self._text is not None or at < 0 or data[at] != Section.EOF:
             return False
-        ping = at - len(_PING) - 4  # perhaps the source has asked whether all was loaded
+        ping = at - len(_PING) - 4  # the source may have asked whether all was loaded
         return self._behind_a_section(at) or (
             ping >= 0 and data.startswith(_PING, ping) and self._behind_a_section(ping)
         )
 
     def finish(self) -> bytearray:
-        """Everything that was fed, up to the end of the description; nothing may be fed any more."""
+        """All bytes fed, up to the end of the description; no more bytes may be fed."""
         return self._data
 
     def _search(self) -> None:
@@ -220,7 +222,7 @@ class TailBuffer:
                 self._text = None
 
     def _next_start(self) -> bool:
-        """Find the next place where a text may begin; False if there is none yet."""
+        """Find the next position where a text may begin; False if there is none yet."""
         data = self._data
         while (at := data.find(_START, self._searched)) >= 0 and at + BEFORE_TEXT <= len(data):
             self._searched = at + 1
@@ -230,16 +232,16 @@ class TailBuffer:
                 self._text = (start, start + length)
                 self._checked, self._opened = start, False
                 return True
-        # The last byte may be the first of what is looked for.
+        # The last byte may be the first byte of the searched sequence.
         self._searched = at if at >= 0 else max(self._searched, len(data) - 1)
         return False
 
     def _look_at_text(self) -> bool | None:
-        """Whether the text is a description; None if that cannot be told yet."""
+        """Whether the text is a description; None if this is not known yet."""
         data = self._data
         assert self._text is not None
         start, stop = self._text
-        # A text has no NUL in it, and every description is preceded by one: what has one is device state.
+        # A text contains no NUL, and a NUL precedes every description: bytes with a NUL are device state.
         if data.find(b"\0", self._checked, stop) >= 0:
             return False
         if not self._opened:

@@ -1,9 +1,9 @@
-"""Memory that a virtio-mem device has not plugged in is never sent: its pages are absent by rule.
+"""Finds memory that a virtio-mem device has not plugged in: it is never sent, its pages are absent by rule.
 
-The device says which of its memory is plugged by a bitmap with a bit for each of its blocks, and the figures around it:
-address, size of the region, size of a block, node, [usable size,] plugged size [and requested size]. Up to QEMU 7.2 they
-stand inside data that the description does not divide, later in a section of their own in front of the memory. So they
-are found by their values, which depend on each other: the plugged size is that of the bits, and everything fits the RAM block.
+The device state has a bitmap of the plugged memory, with a bit for each block of the device, and figures around it:
+address, size of the region, size of a block, node, [usable size,] plugged size [and requested size]. Up to QEMU 7.2
+they are inside data that the description does not divide, later in a separate section before the RAM. So they are found
+by their values, which depend on each other: the plugged size is that of the bits, and all figures fit the RAM block.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _U64: Final = struct.Struct(">Q")
 #: Address, region size, block size, node.
 _HEAD: Final = struct.Struct(">QQQI")
 _DEVICE: Final = "virtio-mem"
-#: Blocks of a virtio-mem device have at least the size of a huge page, or of a page where there are none.
+#: Blocks of a virtio-mem device have at least the size of a huge page, or of a page on hosts without huge pages.
 _LEAST_BLOCK: Final = 1 << 16
 
 
@@ -31,8 +31,8 @@ class Unplugged:
     """The memory of one RAM block that is not plugged in.
 
     Attributes:
-        bits: bool, one for each block of the device: it is not plugged in.
-        pages: pages of each of them.
+        bits: bool for each block of the device: True if it is not plugged in.
+        pages: number of pages in a block.
     """
 
     bits: PageBitmap
@@ -43,13 +43,13 @@ class Unplugged:
         return np.repeat(self.bits, self.pages)
 
     def runs(self) -> Iterator[tuple[int, int]]:
-        """Runs of pages: the first, and the one behind the last."""
+        """Runs of pages: the first page, and the page after the last."""
         for first, end in runs_of(self.bits).tolist():
             yield first * self.pages, end * self.pages
 
 
 def overlap(some: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]) -> int:
-    """Pages that are in *some* and in *others*; both are runs in ascending order."""
+    """Number of pages that are in *some* and in *others*; both are runs in ascending order."""
     count = 0
     left, right = iter(some), iter(others)
     a, b = next(left, None), next(right, None)
@@ -65,8 +65,8 @@ def overlap(some: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]) 
 def absent_by_rule(blocks: Mapping[str, int], sections: Iterable[DeviceSection]) -> dict[str, Unplugged]:
     """Memory of RAM blocks that virtio-mem devices have not plugged in, by the block's name; only blocks that have some.
 
-    A device's memory is the block whose name begins with the path of the device, and where no name does (backends with
-    names of their own) the only block of its size.
+    A device's memory is the block whose name begins with the path of the device. If there is no such name (backends
+    with names of their own), it is the only block of its size.
 
     Args:
         blocks: lengths in bytes by name.
@@ -85,7 +85,7 @@ def absent_by_rule(blocks: Mapping[str, int], sections: Iterable[DeviceSection])
 
 
 def _unplugged(payload: bytes, length: int) -> Unplugged | None:
-    """What of a block of *length* bytes is not plugged in; None if *payload* does not speak of such a block."""
+    """The part of a block of *length* bytes that is not plugged in; None if *payload* does not describe such a block."""
     wanted = _U64.pack(length)
     at = payload.find(wanted)
     while at >= 0:
@@ -97,7 +97,7 @@ def _unplugged(payload: bytes, length: int) -> Unplugged | None:
 
 
 def _at(payload: bytes, start: int, length: int) -> PageBitmap | None:
-    """The bitmap behind the figures at *start*, one bit for each block of the device; None if they are no such figures."""
+    """The bitmap after the figures at *start*, one bit for each block of the device; None if the values do not fit."""
     if len(payload) < start + _HEAD.size:
         return None
     address, region, block, _node = _HEAD.unpack_from(payload, start)
@@ -105,7 +105,7 @@ def _at(payload: bytes, start: int, length: int) -> PageBitmap | None:
         return None
     count = region // block
     size = (count + 63) // 64 * 8
-    # With the usable and the requested size around the plugged one, or without them.
+    # With the usable and the requested size around the plugged size, or without them.
     for before, behind in ((0, 0), (8, 8)):
         plugged_at = start + _HEAD.size + before
         begin = plugged_at + 8 + behind

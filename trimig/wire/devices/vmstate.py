@@ -1,8 +1,8 @@
-"""Device state, declared once: the bytes, their length and their JSON description come from one declaration.
+"""Device state from one declaration, which gives the bytes, their length and their JSON description.
 
 A device section is the values of its fields back to back, without tags, lengths or padding (vmstate.md parts 1-3), so
-both ends must walk the same list. :class:`VMState` is that list. The state itself is any mapping, or any object with
-attributes named like the fields::
+both ends must use the same list of fields. :class:`VMState` is that list. The state itself is any mapping, or any
+object with attributes named like the fields::
 
     CLOCK = VMState("clock", version=2, fields=(
         Field("now", "int64"),
@@ -29,17 +29,17 @@ from typing import Any, Final
 from ...errors import LocalProtocolError, RemoteProtocolError
 from ..constants import MAX_CSTR, Section
 
-#: Decides over a condition; the argument is the state as far as it is known (all of it when saving).
+#: A condition; the argument is the state as far as it is known (all of it when saving).
 Needed = Callable[[Mapping[str, Any]], bool]
-#: The same for one field; the second argument is the version that is being read or written.
+#: A condition for one field; the second argument is the version that is being read or written.
 When = Callable[[Mapping[str, Any], int], bool]
 
 _EQUAL: Final = frozenset({"uint8 equal", "uint16 equal", "int32 equal", "uint32 equal", "int64 equal"})
 _SIZED: Final = frozenset({"buffer", "unused_buffer", "bitmap"})
 _NOT_ARMED: Final = 2**64 - 1
 
-#: How types of fixed length stand on the wire, by their name in the JSON description. ``int64 equal`` is unsigned in
-#: spite of its name, and "le" means less or equal, not little-endian.
+#: The wire format of types of fixed length, by their name in the JSON description. ``int64 equal`` is unsigned in spite
+#: of its name, and "le" means less or equal, not little-endian.
 SCALARS: Final = MappingProxyType(
     {
         name: struct.Struct(">" + code)
@@ -70,11 +70,11 @@ _NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 class _NeedMore(Exception):
-    """The data ends inside the state; only :meth:`VMState.measure` lets it happen."""
+    """The data ends inside the state; raised only in :meth:`VMState.measure`."""
 
 
 class _Attributes(Mapping[str, Any]):
-    """An object seen as the mapping of its attributes."""
+    """A mapping view of an object's attributes."""
 
     __slots__ = ("_object",)
 
@@ -99,7 +99,7 @@ def _mapping(state: object) -> Mapping[str, Any]:
 
 
 class _Cursor:
-    """Reads on through the data of one section; its errors name the section and the field."""
+    """Reads the data of one section in order; its errors name the section and the field."""
 
     __slots__ = ("data", "final", "position", "section")
 
@@ -122,7 +122,7 @@ class _Cursor:
         return piece
 
     def peek(self, skip: int, size: int) -> memoryview | None:
-        """Bytes ahead; None if the data is whole and has none there."""
+        """Bytes ahead; None if the data is complete and ends before them."""
         start = self.position + skip
         if len(self.data) - start < size:
             if not self.final:
@@ -135,20 +135,20 @@ class _Cursor:
 class Field:
     """One field of a :class:`VMState`."""
 
-    #: Its name in the description, and the key or attribute in the state.
+    #: The name in the description, and the key or attribute in the state.
     name: str
     #: A type name of the JSON description (vmstate.md part 2), or the declaration of a nested structure.
     type: str | VMState
     _: dataclasses.KW_ONLY
-    #: Makes it an array: how many elements, or the name of the field that says so.
+    #: Makes the field an array: the number of elements, or the name of the field with that number.
     count: int | str | None = None
-    #: Bytes of a buffer, bits of a bitmap, or the name of the field that says so.
+    #: Bytes of a buffer, bits of a bitmap, or the name of the field with that number.
     size: int | str | None = None
-    #: The version that brought it.
+    #: The first version with this field.
     since: int = 0
-    #: Present only if this is true.
+    #: The field is present only if this is true.
     when: When | None = None
-    #: Largest *count* or *size* that another field may ask for.
+    #: Largest *count* or *size* that another field may give.
     maximum: int = 65536
 
     def __post_init__(self) -> None:
@@ -161,7 +161,7 @@ class Field:
 
     @property
     def compressible(self) -> bool:
-        """Whether an array of it is described by its first element alone."""
+        """Whether an array of this field is described by its first element alone."""
         if self.when is not None:
             return False
         if isinstance(self.type, VMState):
@@ -173,18 +173,18 @@ class Field:
 class Subsection:
     """An optional part of a :class:`VMState`, sent when it is needed.
 
-    Without *needed* it is sent when the state has a value other than None for each of its fields.
+    Without *needed* the subsection is sent if the state has a value other than None for each of its fields.
     """
 
     vmstate: VMState
     needed: Needed | None = None
 
     def wanted(self, state: Mapping[str, Any]) -> bool:
-        """Whether it belongs to *state*."""
+        """Whether the subsection is sent with *state*."""
         if self.needed is not None:
             return self.needed(state)
         return all(
-            # None is a value of a timer: not armed.
+            # None is a legal value of a timer: not armed.
             field.name in state and (field.type == "timer" or state[field.name] is not None)
             for field in self.vmstate.fields
             if field.type != "unused_buffer"
@@ -196,17 +196,17 @@ class VMState:
     """The declaration of one structure: a device, a structure nested in it, or a subsection.
 
     Raises:
-        ValueError: a subsection whose name does not begin with this one's; no reader would find it.
+        ValueError: a subsection whose name does not begin with this structure's name; no reader would find it.
     """
 
     name: str
     _: dataclasses.KW_ONLY
     version: int = 1
-    #: Oldest version that can be read; left out, it is *version*.
+    #: Oldest version that can be read; the default is *version*.
     minimum_version: int = -1
     fields: Sequence[Field]
     subsections: Sequence[Subsection] = ()
-    #: Names in the description: those that occur several times get their number behind them.
+    #: Names in the description: a name that occurs several times gets its number appended.
     _labels: Sequence[str] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -231,7 +231,8 @@ class VMState:
         return bytes(out)
 
     def describe(self, state: object) -> dict[str, Any]:
-        """What :meth:`encode` writes for *state*, as its JSON object: vmsd_name, version, fields, [subsections].
+        """The JSON object for the bytes that :meth:`encode` writes for *state*: vmsd_name, version, fields,
+        [subsections].
 
         Raises:
             LocalProtocolError: as for :meth:`encode`.
@@ -246,15 +247,15 @@ class VMState:
         local: object = _NOTHING,
         section: str | None = None,
     ) -> dict[str, Any]:
-        """The values in *data*, which is one whole payload of *version* (default: this version).
+        """Decode the values in *data*, which is one whole payload of *version* (default: this version).
 
         Fields that are not in that version, or in a subsection that was not sent, are not in the result.
 
         Args:
-            local: the state that is about to be replaced. Its values are what the types "equal" and "le" are compared
-                with, and what conditions and lengths see for fields that are not in the data. Nothing is compared
-                with a value that is missing in it.
-            section: the name for error messages; this structure's own by default.
+            local: the state that will be replaced. The types "equal" and "le" are compared with its values. Conditions
+                and lengths use its values for fields that are not in the data. Values that are missing in it are not
+                compared.
+            section: the name for error messages; the default is this structure's name.
 
         Raises:
             RemoteProtocolError: the version is not readable; the data is too short or too long; a value is refused.
@@ -277,9 +278,9 @@ class VMState:
         local: object = _NOTHING,
         section: str | None = None,
     ) -> int | None:
-        """How many bytes at the start of *data* are one payload; None if more data is needed to tell.
+        """The number of bytes at the start of *data* that are one payload; None if more data is needed.
 
-        A structure with subsections needs one byte more than its payload: whether one follows is seen only there.
+        A structure with subsections needs one byte more than its payload, which tells whether a subsection follows.
         Arguments and errors as for :meth:`decode`.
         """
         cursor = _Cursor(memoryview(data).cast("B"), section or self.name, final=False)
@@ -289,7 +290,7 @@ class VMState:
             return None
         return cursor.position
 
-    # Saving. One walk makes the bytes and the description, so that they cannot disagree.
+    # Saving. One walk makes the bytes and the description, so that they always agree.
 
     def _save(self, state: Mapping[str, Any], out: bytearray, path: str) -> dict[str, Any]:
         fields: list[dict[str, Any]] = []
@@ -399,7 +400,7 @@ class VMState:
                 inner._load(cursor, inner_version, state, local, path)
 
     def _next_subsection(self, cursor: _Cursor) -> tuple[VMState, int] | None:
-        """The subsection that begins here; None if what is here belongs to somebody else (vmstate.md part 3)."""
+        """The subsection that begins here; None if these bytes belong to another structure (vmstate.md part 3)."""
         own = self.name.encode()
         mark = cursor.peek(0, 1)
         if mark is None or mark[0] != Section.SUBSECTION:
@@ -407,7 +408,7 @@ class VMState:
         length = cursor.peek(1, 1)
         if length is None or length[0] < len(own) + 1:
             return None
-        # Decide on as little as possible: the sender may be waiting for an answer behind the next few bytes.
+        # Decide with as few bytes as possible: the sender may wait for an answer after the next few bytes.
         start = cursor.position + 2
         if not own.startswith(bytes(cursor.data[start : start + len(own)])):
             return None
@@ -466,10 +467,10 @@ def _length_to_load(
 
 
 def _load_element(cursor: _Cursor, kind: str | VMState, size: int, there: Any, where: str) -> Any:
-    """One value; *there* is the local one in its place, or None."""
+    """Load one value; *there* is the local value that it replaces, or None."""
     if isinstance(kind, VMState):
         state: dict[str, Any] = {}
-        # A nested structure has no version on the wire: it is always the reader's own.
+        # A nested structure has no version on the wire: the reader uses its own version.
         kind._load(cursor, kind.version, state, _NOTHING if there is None else _mapping(there), where + ".")
         return state
     if kind == "unused_buffer":

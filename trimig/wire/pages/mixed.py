@@ -1,9 +1,9 @@
-"""Page and zero records in quick alternation, as memory with scattered data gives them.
+"""Reads page and zero records that alternate often, as in memory with scattered data.
 
-Runs of one shape are found with NumPy (:mod:`.ram`), which costs the same for two records as for two hundred. Where the
-shape changes every few records a plain loop over the words is several times faster. It makes two events of many records:
-the zero pages, and the pages. That is not their order on the wire, which does not matter to memory as long as no page
-occurs twice.
+Runs of equal records are found with NumPy (:mod:`.plain`), which costs the same for two records as for two hundred. If
+the kind changes every few records, a plain loop over the words is several times faster. The loop makes two events of
+many records: the zero pages, and the pages. This is not their order on the wire, but the order has no effect on memory
+if no page occurs twice.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _PAGE_AGAIN: Final = int(RamFlag.PAGE | RamFlag.CONTINUE)
 _ZERO_AGAIN: Final = int(RamFlag.ZERO | RamFlag.CONTINUE)
 _RECORD: Final = 8 + PAGE_SIZE
 _ZERO_RECORD: Final = 9
-#: Records of one event: so many take less than a millisecond.
+#: Records of one event: this many take less than a millisecond.
 MAX_RECORDS: Final = 512
-#: Equal-shaped records in a row after which looking for runs pays again.
+#: Equal records in a row after which the search for runs is faster again.
 _UNIFORM: Final = 48
 
 
 def read_mixed(
     array: NDArray[np.uint8], pos: int, end: int, block: str, length: int, at: int
 ) -> tuple[ZeroRun, PageRun, int] | None:
-    """As many continuing records from ``array[pos:end]`` as belong together, and the bytes they take.
+    """Read the continuing records at the start of ``array[pos:end]`` that form one event pair, and the bytes they take.
 
-    Offsets ascend throughout and are inside the block of *length* bytes; the first record that is otherwise ends the
-    run, for the caller to judge. None: the records are all of one kind.
+    Their offsets ascend and are inside the block of *length* bytes; the first other record ends the run and is left to
+    the caller. None: the records are all of one kind.
     """
     offsets: list[int] = []
     places: list[int] = []

@@ -1,8 +1,8 @@
-"""Page records inside the section ``ram`` (ram.md), read in runs.
+"""Reads page records inside the section ``ram`` (ram.md), in runs.
 
-A record is a be64 word (offset | flags), the block's name unless CONTINUE is set, and the content. Page by page would
-cost a Python call for every 4 KiB, so runs of equal-shaped records are found with NumPy: the buffer is seen as an
-array of records, all their words are checked at once, and the pages stay where they are as a view.
+A record is a be64 word (offset | flags), the block's name unless CONTINUE is set, and the content. Reading page by page
+would cost a Python call for every 4 KiB, so runs of equal records are found with NumPy: the buffer is viewed as an
+array of records, all their words are checked at once, and the pages are returned as a view without a copy.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from .size import PageSizes, wrong_page_size
 
 _BE64 = struct.Struct(">Q")
 _FLAGS: Final = PAGE_SIZE - 1
-#: As a number: the complement of a RamFlag has only the bits of flags that have a name.
+#: As an int, because the complement of a RamFlag has only the bits of named flags.
 _CONTINUE: Final = int(RamFlag.CONTINUE)
 _PAGE_AGAIN: Final = RamFlag.PAGE | RamFlag.CONTINUE
 _ZERO_AGAIN: Final = RamFlag.ZERO | RamFlag.CONTINUE
 _RECORD: Final = 8 + PAGE_SIZE
 _ZERO_RECORD: Final = 9
-#: Records looked at before it is known that a run is long: in mixed memory the next border is near, and what lies
-#: behind it is not records of this size.
+#: Records checked before a run is known to be long: in mixed memory the run ends soon, and the bytes after it are not
+#: records of this size.
 _FIRST_LOOK: Final = 16
-#: Bytes that must be there to find out whether records alternate.
+#: Bytes needed to find out whether records alternate.
 _MIXED_LOOK: Final = 2 * _RECORD
-#: Names and lengths of one RAM START; a QEMU machine has a handful.
+#: The most blocks in one RAM START; a QEMU machine has a handful.
 MAX_BLOCKS: Final = 4096
 
-#: Records that exist, and which capability makes a sender use them.
+#: Records that are not supported, and the capability that makes a sender use them.
 _NOT_BUILT: Final[Mapping[int, str]] = MappingProxyType(
     {
         RamFlag.XBZRLE: "a delta-encoded page (capability xbzrle)",
@@ -53,7 +53,7 @@ _NOT_BUILT: Final[Mapping[int, str]] = MappingProxyType(
 
 
 class RecordReader:
-    """Reads the records of one stream's RAM sections; remembers the last block across sections, as the wire does."""
+    """Reads the records of one stream's RAM sections; keeps the last block across sections, as the wire format does."""
 
     def __init__(self, *, reorder: bool = False) -> None:
         self._reorder = reorder
@@ -64,13 +64,13 @@ class RecordReader:
         self._run_length = 0
         #: The next record must be the size list of a START section.
         self.expect_list = False
-        #: What the places of the pages say of their size.
+        #: The page size as far as the offsets of the pages show it.
         self.sizes = PageSizes()
         #: The host page sizes that ADVISE has announced, or'ed; 0 before it.
         self.page_sizes = 0
 
     def know(self, blocks: Mapping[str, int]) -> None:
-        """The size list came on another connection."""
+        """Set the blocks of a size list that was received on another connection."""
         self._blocks = dict(blocks)
 
     @property
@@ -80,19 +80,19 @@ class RecordReader:
 
     @property
     def open_run(self) -> tuple[str, int, int] | None:
-        """``(block, next offset, pages so far)`` of the run of consecutive pages that was read last, if there is one."""
+        """``(block, next offset, pages so far)`` of the last run of consecutive pages, if there is one."""
         if self._block is None or not self._run_length:
             return None
         return self._block, self._run_next, self._run_length
 
     def extend_run(self, pages: int) -> None:
-        """*pages* more pages of the open run were read by other means."""
+        """Extend the open run by *pages* pages that the caller has read."""
         self._run_next += pages * PAGE_SIZE
         self._run_length += pages
         self.sizes.adjoining()
 
     def end_run(self) -> None:
-        """Forget the open run: its continuation was seen not to be what was predicted."""
+        """End the open run, because the next record does not continue it."""
         self._run_length = 0
 
     def read(
@@ -105,7 +105,7 @@ class RecordReader:
         *,
         final: bool = True,
     ) -> tuple[Element | None, int]:
-        """The next event from ``array[pos:end]``, which stands at stream *offset*, and how many bytes it used.
+        """Read the next event from ``array[pos:end]``, which is at stream *offset*, and the number of bytes used.
 
         ``(None, 0)``: not enough bytes. *final*: no more will come.
         """
@@ -121,7 +121,7 @@ class RecordReader:
         if isinstance(event, PageRun | ZeroRun):
             self.sizes.add(event.offsets)
             if isinstance(event, PageRun):
-                # Of a run, the first page's record is shorter than all of it; only a record alone may be misread.
+                # In a run the first record ends before *used*. Only a single record may be misread.
                 self.sizes.keep(int(event.offsets[0]), event.data[0], offset + used if len(event.offsets) == 1 else -1)
         return event, used
 
@@ -161,8 +161,8 @@ class RecordReader:
         raise self._refuse(word, offset)
 
     def _alternating(self, array: NDArray[np.uint8], pos: int, end: int, offset: int) -> tuple[Element, int] | None:
-        """The records ahead, if they change their kind often; None if a run is ahead, or might be."""
-        # A few words tell: a long run has the same flags one record on, and again a few records on.
+        """Read the next records, if they change their kind often; None if a run follows, or may follow."""
+        # Two words are enough: a long run has the same flags in the next record, and again a few records later.
         size = _RECORD if array[pos + 7] == _PAGE_AGAIN else _ZERO_RECORD
         near, far = pos + size + 7, pos + _FIRST_LOOK * size + 7
         if far >= end or (array[near] == array[pos + 7] and array[far] == array[pos + 7]):
@@ -190,9 +190,9 @@ class RecordReader:
         return RemoteProtocolError(text, offset=offset, section="ram")
 
     def _inside(self, offsets: NDArray[np.int64], offset: int) -> NDArray[np.int64]:
-        """The offsets up to the first that is outside of the block; an error if that is the first of all.
+        """The offsets before the first one that is outside of the block; an error if it is the first of all.
 
-        So the events before an error are the same whatever the pieces in which the bytes came.
+        So the events before an error are the same for any division of the bytes into pieces.
         """
         assert self._block is not None
         length = self._blocks[self._block]
@@ -315,8 +315,8 @@ class RecordReader:
             used += 1 + size + 8
             left -= length
             if large:
-                # Said of a block only where it is not the usual size. Nothing else that may follow looks like one: a
-                # name does not begin with a zero, and the end word is no page size.
+                # The list contains a page size only if it is not the usual one. No other element that may follow looks
+                # like a page size: a name does not begin with a zero, and the end word is no page size.
                 if have < used + 8:
                     return None, 0
                 found = int(_BE64.unpack_from(array.data, pos + used)[0])

@@ -1,8 +1,9 @@
-"""Target pages of other architectures: only pages of 4096 bytes are read, and every other size is named.
+"""Finds the size of target pages of other architectures: only 4096 bytes are read, every other size is an error that
+names it.
 
 QEMU's page size is that of the guest's processor: 256 bytes on AVR, 1 KiB on small ARM, 8 KiB on Alpha, 16 KiB on some ARM
 boards. A stream says it in its configuration (where it may vary) and in its description, which comes last. Before that
-it can be told from the places of the pages.
+it can be found from the offsets of the pages.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _BE64: Final = struct.Struct(">Q")
 _BASE_FLAGS: Final = 0xFF
 _CONTINUE: Final = int(RamFlag.CONTINUE)
 _KINDS: Final = frozenset({int(RamFlag.PAGE), int(RamFlag.ZERO)})
-#: What follows the end of a section of RAM: a footer, or where there are none another section.
+#: The elements that follow the end of a section of RAM: a footer, or without footers another section.
 _BEHIND_END: Final = frozenset({Section.FOOTER, Section.PART, Section.END, Section.FULL})
 _SMALL: Final = (256, 512, 1024, 2048)
 _LARGE: Final = (8192, 16384, 32768, 65536)
@@ -39,32 +40,32 @@ def wrong_page_size(size: int, *, offset: int | None = None, section: str | None
 
 
 class PageSizes:
-    """What the places of the pages of one stream say of the page size."""
+    """The page size of one stream, as far as the offsets of its pages show it."""
 
     def __init__(self) -> None:
-        self._seen = 0  # the offsets, or'ed
+        self._seen = 0  # bitwise or of the offsets
         self._count = 0
         self._first: tuple[int, bytes] | None = None
         self._first_end = -1
 
     def add(self, offsets: NDArray[np.int64]) -> None:
-        """Pages have come at *offsets*."""
+        """Record pages at *offsets*."""
         if not self._seen & PAGE_SIZE:
             self._seen |= int(np.bitwise_or.reduce(offsets))
             self._count += len(offsets)
 
     def adjoining(self) -> None:
-        """Two pages have come with nothing between them, so they have 4096 bytes."""
+        """Record that two pages were adjacent, so pages have 4096 bytes."""
         self._seen |= PAGE_SIZE
 
     def keep(self, offset: int, content: NDArray[np.uint8], end: int) -> None:
-        """A PAGE record has this *content*, if pages have 4096 bytes, and ends at byte *end* of the stream."""
+        """Record the first PAGE record: its *content*, if pages have 4096 bytes, and its *end* in the stream."""
         if self._first is None:
             self._first = (offset, content.tobytes())
             self._first_end = end
 
     def of_flags(self, word: int) -> int | None:
-        """The page size by a record's first word whose flags make no sense; None if that is not the reason.
+        """The page size by a record's first word with illegal flags; None if the page size is not the reason.
 
         Offsets are multiples of the page size, so those of smaller pages have bits where other flags are.
         """
@@ -74,7 +75,7 @@ class PageSizes:
         return high & -high
 
     def of_content(self) -> int | None:
-        """The page size by what stands inside the first page: with smaller pages, the records that follow it."""
+        """The page size by the content of the first page: with smaller pages it contains the next records."""
         if self._first is None:
             return None
         at, content = self._first
@@ -89,14 +90,14 @@ class PageSizes:
         return None
 
     def more_could_tell(self, offset: int, have: int) -> bool:
-        """Whether what follows byte *offset*, of which *have* bytes are there, could show that pages are larger.
+        """Whether the bytes after *offset*, of which *have* bytes are there, could show that pages are larger.
 
-        So it is directly behind the first page: what looks like a damaged record there may be the rest of that page.
+        This is possible directly after the first page: an apparently damaged record there may be the rest of that page.
         """
         return offset == self._first_end and have < _LARGE[-1] - PAGE_SIZE + 8
 
     def of_lookahead(self, array: NDArray[np.uint8], pos: int, end: int, offset: int) -> int | None:
-        """The page size by what stands where the record behind the first page would be, if pages were larger."""
+        """The page size by the bytes at the position of the second record, for each larger page size."""
         for size in _LARGE if offset == self._first_end else ():
             at = pos + size - PAGE_SIZE
             if at + 8 > end:
@@ -110,11 +111,13 @@ class PageSizes:
         return None
 
     def of_places(self, blocks: Mapping[str, int]) -> int | None:
-        """The page size by the places of all pages: larger, if none came at an odd place, and as many came as there are."""
+        """The page size by the offsets of all pages: a larger one, if all offsets are its multiples and all pages have
+        come.
+        """
         if self._count < 2 or not self._seen:
             return None
         size = self._seen & -self._seen
         if size <= PAGE_SIZE:
             return None
-        # Not that of a stream that is not whole, and lacks every second page.
+        # The count excludes an incomplete stream that lacks every second page.
         return size if self._count >= sum(-(-length // size) for length in blocks.values()) else None
