@@ -245,7 +245,7 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next(
     for name in others:
         (tmp_path / name).write_bytes(b"precious")
     check_target(tmp_path / ("out" if replace else "out2.0123456789ab.part"), replace=True)
-    assert left[0] in os.listdir(tmp_path) or replace
+    assert (left[0] in os.listdir(tmp_path)) is not replace
     NewFile(tmp_path / "out", replace=True).discard()
     assert sorted(os.listdir(tmp_path)) == sorted(["out", *others])
     assert (tmp_path / "out").read_bytes() == b"precious"

@@ -56,8 +56,8 @@ _CONVERGENCE = "tests/engine/test_convergence.py"
 NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
         "pause ignored in postcopy", "trimig/engine/source/__init__.py",
-        "hold = self.counters, self.config.capabilities.pause_before_switchover",
-        "hold = self.counters, self.config.capabilities.pause_before_switchover and not self.counters.ahead",
+        "if out.config.capabilities.pause_before_switchover:",
+        "if out.config.capabilities.pause_before_switchover and not ahead:",
         (_SWITCH,),
     ),
     (
@@ -66,9 +66,9 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "isinstance(self._guest, OpaqueGuest)", (_OPTIONS,),
     ),
     (
-        "section footers off at the source", "trimig/engine/source/__init__.py",
-        "sender = self.records = RamSender(channel, limiter, self.counters, footers=config.peer.send_section_footer)",
-        "sender = self.records = RamSender(channel, limiter, self.counters, footers=False)", (_SWITCH, _OPTIONS),
+        "section footers off at the source", "trimig/engine/source/announce.py",
+        "sender = out.sender = RamSender(channel, limiter, out.counters, footers=config.peer.send_section_footer)",
+        "sender = out.sender = RamSender(channel, limiter, out.counters, footers=False)", (_SWITCH, _OPTIONS),
     ),
     (
         "blocktime always 0", "trimig/engine/destination/postcopy.py",
@@ -78,7 +78,7 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "max for min over the processors", "trimig/monitor/statistics.py",
         "_ms(min(c.blocktime, default=0.0))", "_ms(max(c.blocktime, default=0.0))", (_SWITCH,),
     ),
-    ("PING 4 left out", "trimig/engine/source/__init__.py", "package + wire.ping(PING_FOLLOWED)", "package", (_SWITCH,)),
+    ("PING 4 left out", "trimig/engine/source/switchover.py", "package + wire.ping(PING_FOLLOWED)", "package", (_SWITCH,)),
     # -- statuses
     (
         "an open answer counts as the source's", "trimig/status.py",
@@ -115,32 +115,32 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ),
     # -- the source
     (
-        "what the last pass left is forgotten", "trimig/engine/source/__init__.py",
-        "last = [a | b for a, b in zip(last, self._todo, strict=True)]", "last = list(last)", (_SWITCH, _CONVERGENCE),
+        "what the last pass left is forgotten", "trimig/engine/source/switchover.py",
+        "last = [a | b for a, b in zip(last, out.left, strict=True)]", "last = list(last)", (_SWITCH, _CONVERGENCE),
     ),
-    ("the limit holds while the guest stands still", "trimig/engine/source/__init__.py", "self.limiter.lift()", "pass", (_CONVERGENCE,)),
+    ("the limit holds while the guest stands still", "trimig/engine/source/switchover.py", "self._limiter.lift()", "pass", (_CONVERGENCE,)),
     (
-        "a paused guest is resumed after a failure", "trimig/engine/source/outgoing.py",
-        "        if not self.touched:\n            return None", "        if False:\n            return None",
+        "a paused guest is resumed after a failure", "trimig/engine/source/uncertain.py",
+        "    if not out.paused_by_us:\n        return None", "    if False:\n        return None",
         (_PAUSE, _HANDOVER, "tests/engine/test_flow.py", _SWITCH),
     ),
     (
-        "a guest is not resumed after a failure", "trimig/engine/source/outgoing.py",
-        "            if monitor.owner is Ownership.SOURCE:\n                guest_failure",
-        "            if monitor.owner is Ownership.UNKNOWN:\n                guest_failure", (_HANDOVER,),
+        "a guest is not resumed after a failure", "trimig/engine/source/outcome.py",
+        "        if monitor.owner is Ownership.SOURCE:\n            guest_failure",
+        "        if monitor.owner is Ownership.UNKNOWN:\n            guest_failure", (_HANDOVER,),
     ),
     (
         "a decision that was begun counts as not sent", "trimig/engine/source/outgoing.py",
-        "return channel.sent <= self.undecided and not channel.unsure", "return channel.sent <= self.undecided + 1",
+        "return channel.sent <= self.commit_offset and not channel.unsure", "return channel.sent <= self.commit_offset + 1",
         ("tests/engine/test_cut_on_socket.py", _HANDOVER),
     ),
     (
-        "an end of file is sent before the proof", "trimig/engine/source/__init__.py",
-        "            await self._prepare(channel, PING_PREPARE)", "            await channel.send(wire.ping(PING_PREPARE))",
+        "an end of file is sent before the proof", "trimig/engine/source/switchover.py",
+        "            await _wait_loaded(self._out, self._channel, PING_PREPARE)", "            await self._channel.send(wire.ping(PING_PREPARE))",
         (_HANDOVER,),
     ),
     (
-        "pages without memory are looked at, and get some", "trimig/engine/source/__init__.py",
+        "pages without memory are looked at, and get some", "trimig/engine/source/precopy.py",
         "absent = block.absent() if first else None", "absent = None",
         (_CONVERGENCE, "tests/engine/test_flow.py", "tests/guests/test_app.py", "tests/engine/test_lifecycle.py"),
     ),
