@@ -8,16 +8,16 @@ life (or safely to disk) in a bounded shield, and only then the source is told s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import uuid
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import trio
 
 from ...channel.first_bytes import judge_beside, judge_first, judge_surplus
 from ...channel.reception import Reception
-from ...errors import Owner, PeerFailed, RemoteProtocolError, StateError, TransportFailed
+from ...errors import Owner, RemoteProtocolError, StateError, TransportFailed
 from ...guest import (
     PAGE_SIZE,
     ConfigSubsection,
@@ -37,37 +37,29 @@ from ...wire import postcopy as wire_postcopy
 from ...wire.constants import Command, Section
 from ...wire.decoder import Decoder
 from ...wire.devices import globalstate
-from ...wire.devices.sections import Undelimited
-from ...wire.devices.virtio_mem import absent_by_rule
-from ...wire.marks import PING_MARK, PONG_MARK, REASON_ELEMENT, Mark, is_mark, shown_reason, trailing_reason
+from ...wire.marks import PING_MARK, PONG_MARK, Mark, is_mark, shown_reason
 from ...wire.pages.size import wrong_page_size
-from ...wire.refusals import bitmaps_only, check_kept_command, command_name
+from ...wire.refusals import bitmaps_only, command_name
 from ...wire.return_path import Attempt, Clock, Pong, SwitchoverAck, encode
 from .. import device_tail, guest_calls
 from ..device_writer import UUID_SUBSECTION
 from ..order import TRIMIG_PINGS, Place, check_place
-from ..outcome import add_to_message
 from ..ram.placement import ENOUGH
 from ..ram.preempt_receiver import PreemptReceiver
-from ..ram.receiver import never_received
 from .arriving import Storing
 from .incoming import Incoming
+from .lazy import check_guest, open_memory
+from .measure import measure_device
 from .package import take_apart
-from .postcopy import PostcopyDestination, check_guest, open_memory
+from .postcopy import PostcopyDestination
+from .tail import DESCRIPTION_SECONDS, IncomingTail, source_ended
 
 if TYPE_CHECKING:
     from ...channel.connections import Connections
     from ...config.config import Config
     from ...monitor.core import MonitorCore
     from ...monitor.statistics import Summary
-    from ...wire.devices.tail import TailBuffer
     from ...wire.postcopy import Runs
-
-#: How long the description may follow the decision before it is given up: it is only text about what has come.
-DESCRIPTION_SECONDS = 2.0
-
-#: The same where the profile says that none follows: the end is where nothing follows, as far as that can be seen.
-KNOWN_END_SECONDS = 0.05
 
 #: What may stand between the list of RAM blocks and the first pages.
 _BEFORE_PAGES = (ev.RamEnd, ev.SectionFooter, ev.DevicePayload)
@@ -117,6 +109,7 @@ class _Arrival(Incoming):
         self.configuration: ev.Configuration | None = None
         self.announced: ev.RamList | None = None  # until what follows has told how the stream is written
         self.early: list[DeviceSection] = []  # of an unknown machine, in front of its memory
+        self.tail: IncomingTail | None = None  # of an unknown machine
         self.adopted = False
         self.advised = False  # postcopy may follow
         self._ahead: PostcopyDestination | None = None
@@ -125,7 +118,7 @@ class _Arrival(Incoming):
     # -- reading ---------------------------------------------------------------------------------------------------
 
     async def _phases(self, nursery: trio.Nursery) -> None:
-        config, guest = self.config, self.guest
+        config = self.config
         self._nursery = nursery
         reception = self.reception = Reception(self.connections, config, self.monitor, nursery)
         self.urgent = PreemptReceiver(reception, config, self.counters)
@@ -134,41 +127,17 @@ class _Arrival(Incoming):
         )
         self.monitor.listening()
         self.urgent.expect()
-        opaque = isinstance(guest, OpaqueGuest)
-        decoder = self._decoder = Decoder(
-            measure=None if opaque else self._measure,
-            # What an unknown machine sends is seen from the stream; one that is known is asked for all that it must have.
-            configuration=None if opaque or not config.peer.send_configuration else True,
-            footers=None if opaque or not config.peer.send_section_footer else True,
-            description=not config.peer.suppress_vmdesc,
-            max_device_bytes=config.max_device_bytes,
-            max_description_bytes=config.max_description_bytes,
-            reorder=True,
-        )
-        self._decoder = decoder
+        decoder = self._decoder = self._make_decoder()
         self.counters.setup_done = trio.current_time()
         await trio.lowlevel.checkpoint_if_cancelled()  # a cancel may have come since the last checkpoint
         self.monitor.advance(Status.ACTIVE)
-        tail: TailBuffer | None = None
-        tail_at = 0
         while True:
             handled = 0
             while (event := decoder.next_event()) is not None:
                 handled += 1
                 if handled % _SLICE_EVENTS == 0:
                     await trio.lowlevel.checkpoint()
-                if isinstance(event, ev.TailBytes):
-                    if tail is None:
-                        if self.announced is not None:
-                            self._framed(decoder)
-                        tail = device_tail.buffer(self.config, footers=self.config.peer.send_section_footer)
-                        tail_at = event.at
-                        await self._ram_received(event.at)
-                    await self._tail_bytes(tail, event)
-                    if tail.complete:
-                        await self._take_tail(tail, tail_at, ended=False)
-                        return
-                elif await self._handle(event, decoder):
+                if await self._handle(event, decoder):
                     return
             if self.storing is not None:
                 await self.storing.wait_room()
@@ -177,22 +146,35 @@ class _Arrival(Incoming):
                 continue
             run = decoder.open_run
             count = None
-            with trio.move_on_after(self._last_wait(tail)):
+            with trio.move_on_after(math.inf if self.tail is None else self.tail.last_wait):
                 count = await channel.receive_into(
                     decoder.writable(), stall_timeout=self._patience(), bulk=run is not None and run[2] >= ENOUGH
                 )
             if count is None:
-                assert tail is not None
-                await self._take_undescribed(tail, tail_at)
+                assert self.tail is not None
+                await self.tail.take_undescribed()
                 return
             self.counters.transferred = channel.received
             if count:
                 decoder.received(count)
                 continue
             decoder.receive_eof()
-            if tail is not None:
-                await self._take_tail(tail, tail_at, ended=True)
+            if self.tail is not None:
+                await self.tail.take(ended=True)
                 return
+
+    def _make_decoder(self) -> Decoder:
+        config, opaque = self.config, isinstance(self.guest, OpaqueGuest)
+        return Decoder(
+            measure=None if opaque else functools.partial(measure_device, self.guest),
+            # What an unknown machine sends is seen from the stream; one that is known is asked for all that it must have.
+            configuration=None if opaque or not config.peer.send_configuration else True,
+            footers=None if opaque or not config.peer.send_section_footer else True,
+            description=not config.peer.suppress_vmdesc,
+            max_device_bytes=config.max_device_bytes,
+            max_description_bytes=config.max_description_bytes,
+            reorder=True,
+        )
 
     def _patience(self) -> float | None:
         """How long the source may be silent now; None for the usual time.
@@ -203,24 +185,12 @@ class _Arrival(Incoming):
         """
         return math.inf if self.between and not self.ram_ended else None
 
-    def _measure(self, idstr: str, instance_id: int, version_id: int, data: memoryview) -> int | None:
-        if idstr == globalstate.IDSTR:
-            return globalstate.measure(data, version_id)
-        devices = self.guest.devices or {}
-        device = devices.get((idstr, instance_id))
-        if device is None:
-            known = ", ".join(f"{name!r}" for name, _ in devices) or "none"
-            raise RemoteProtocolError(f"unknown device {idstr!r} (instance {instance_id}); this guest has {known}")
-        if version_id > device.version_id:
-            raise RemoteProtocolError(
-                f"device {idstr!r} has version {version_id} at the source, {device.version_id} is the newest known here"
-            )
-        return device.measure(data, version_id)
-
     async def _handle(self, event: ev.Element, decoder: Decoder) -> bool:
         """Take one event; True if the guest has been taken over and nothing more is to be read."""
         if self.announced is not None and not isinstance(event, _BEFORE_PAGES) and not _is_full(event):
             self._framed(decoder)
+        if isinstance(event, ev.TailBytes):
+            return await self._take_tail(event)
         # A command changes nothing: a source that is going to switch to postcopy sends a PING before it is held.
         if not isinstance(event, ev.CommandElement):
             self.between = isinstance(event, ev.SectionFooter | ev.RamEnd)
@@ -425,7 +395,7 @@ class _Arrival(Incoming):
         """The guest comes before its memory."""
         assert self.channel is not None
         footers = self.config.peer.send_section_footer
-        measure = None if isinstance(self.guest, OpaqueGuest) else self._measure
+        measure = None if isinstance(self.guest, OpaqueGuest) else functools.partial(measure_device, self.guest)
         package = await take_apart(event, decoder, measure, footers=footers)
         assert self.urgent is not None
         await self.urgent.wait()
@@ -501,15 +471,15 @@ class _Arrival(Incoming):
             else:
                 self.monitor.warn("the connection ended inside the description; the guest was complete before it")
 
-    async def _tail_bytes(self, tail: TailBuffer, event: ev.TailBytes) -> None:
-        """Devices of an unknown machine: they can be told apart only by the description at the very end."""
-        await device_tail.feed(tail, event.data)
-        if self.return_path and (value := tail.prepare_ping()) is not None:
-            assert self.channel is not None
-            if not tail.mentions(b"/virtio-mem"):
-                self._check_missing(self.early)
-            await self.channel.send(encode(Pong(value=value)))
-            self.prepared = True
+    async def _take_tail(self, event: ev.TailBytes) -> bool:
+        """Take devices of an unknown machine; True if these were the last."""
+        if self.tail is None:
+            self.tail = IncomingTail(self, event.at, self.early)
+            await self._ram_received(event.at)
+        await self.tail.feed(event)
+        if self.tail.complete:
+            await self.tail.take(ended=False)
+        return self.tail.complete
 
     async def _ram_received(self, at: int) -> None:
         """The first device section: RAM is complete, and a guest that lives on disk can be written out already."""
@@ -517,27 +487,6 @@ class _Arrival(Incoming):
         self.check_ended(at)
         self._check_page_size()
         await self.ram_received()
-
-    def _last_wait(self, tail: TailBuffer | None) -> float:
-        """Seconds for which something must follow what has come; if nothing does, it was the end of the stream."""
-        if tail is None or not tail.perhaps_ended:
-            return math.inf
-        if not self.config.peer.send_section_footer:
-            return self.config.handover_timeout  # any byte of a device may look like the end
-        return KNOWN_END_SECONDS if self.config.peer.suppress_vmdesc else DESCRIPTION_SECONDS
-
-    async def _take_undescribed(self, tail: TailBuffer, at: int) -> None:
-        """The stream has ended without a description, and its source waits for an answer (suppress-vmdesc)."""
-        try:
-            await self._take_tail(tail, at, ended=False)
-        except RemoteProtocolError as error:
-            if isinstance(error.__cause__, Undelimited):
-                add_to_message(
-                    error,
-                    "nothing follows the end of the stream; start the source with a description of its devices "
-                    "(-M ...,suppress-vmdesc=off, a machine type from 2.3 on) and try again",
-                )
-            raise
 
     def _check_page_size(self) -> None:
         """Pages of another size are not taken for memory with holes. Unsupported."""
@@ -549,43 +498,3 @@ class _Arrival(Incoming):
         if ram:
             self._check_page_size()
         super().check_complete(ram=ram)
-
-    def _check_missing(self, sections: Sequence[DeviceSection]) -> None:
-        """Whether all of RAM has come that is to come, by what *sections* say. RemoteProtocolError."""
-        if not self.ram.missing():
-            return
-        absent = absent_by_rule({block.name: block.length for block in self.guest.ram}, sections)
-        problems: list[str] = []
-        for name, received in self.ram.received().items():
-            here = received if name not in absent else received | absent[name].bitmap()
-            if not here.all():
-                problems.append(never_received(name, here))
-        self.problems(problems)
-
-    async def _take_tail(self, tail: TailBuffer, at: int, *, ended: bool) -> None:
-        assert isinstance(self.guest, OpaqueGuest)
-        try:
-            split = await device_tail.split(tail, at, early=self.early)
-        except Undelimited as error:
-            if ended and self.marked and (reason := trailing_reason(tail.last(REASON_ELEMENT))) is not None:
-                raise source_ended(reason) from error
-            if ended and tail.location is None:
-                raise TransportFailed(
-                    f"the stream ends at byte {at + len(tail)}, before the guest was complete ({error.reason})"
-                ) from error
-            raise RemoteProtocolError(
-                f"the devices cannot be told apart: {error.reason}", offset=error.offset, section=error.section
-            ) from error
-        sections = (*split.early, *split.sections)
-        self._check_missing(sections)
-        for number, payload, where in split.commands:
-            check_kept_command(number, len(payload), where)
-        for problem in device_tail.first_problems(split):
-            self.monitor.warn(problem)
-        await self.keep(sections, split.description_text)
-        await self.activate()
-
-
-def source_ended(reason: str) -> PeerFailed:
-    """The error where the source, a trimig, has said why it ends the migration."""
-    return PeerFailed(f"the source ended the migration: {reason}", code=0)

@@ -17,22 +17,22 @@ import trio
 from ...channel import closing
 from ...channel.first_bytes import judge_again
 from ...errors import GuestFailed, PostcopyLost, RemoteProtocolError, TransportFailed, TrimigError
-from ...guest import DiscardableBlock, Guest, LazyGuest, MissingMemory, OpaqueGuest
-from ...memory.faults import MissingPages
-from ...memory.linux import MemoryUnavailable
+from ...guest import DiscardableBlock, LazyGuest, MissingMemory, OpaqueGuest
 from ...status import Status
 from ...wire import events as ev
 from ...wire.constants import Command, Section
 from ...wire.decoder import Decoder
 from ...wire.marks import PING_MARK, PONG_MARK, Mark, is_mark, reason_bytes, shown_reason
 from ...wire.postcopy import Runs, runs_of
-from ...wire.return_path import Clock, Message, Pong, Reason, ReceivedPages, ResumeAck, encode
+from ...wire.return_path import Clock, Message, Pong, Reason, ResumeAck, encode
 from .. import guest_calls
 from ..order import PING_RUNS, Place, check_place
 from ..ram.postcopy_receiver import PostcopyReceiver
 from ..recovery import Search
 from ..shield import lift_shield, shield
 from .arriving import KeptMemory
+from .lazy import open_memory
+from .recovering import bitmap_of, wrong_attempt
 
 if TYPE_CHECKING:
     from ...channel.channel import AnyStream, Channel
@@ -47,41 +47,6 @@ _SLICE_EVENTS: Final = 32
 #: that, but not less than this. Who is silent may be a stranger who has asked for the pages of a block, and must not use it
 #: up. A source waits there for the bitmaps, which may be long, and for a turn of a busy machine.
 _ASKING_SECONDS: Final = 10.0
-
-
-def check_guest(guest: Guest) -> None:
-    """Whether *guest* can run on memory that follows, or be kept until it is whole.
-
-    Raises:
-        GuestFailed: with the reason.
-    """
-    if not isinstance(guest, LazyGuest | OpaqueGuest):
-        raise GuestFailed(
-            f"guest {guest.name!r} cannot be the destination of postcopy: it lives in this process, where whoever touches "
-            "a missing page would hold Python's global lock, and nobody could bring the page; use a ProcessGuest, or a "
-            "LazyAppGuest, which awaits its pages, or turn postcopy-ram off"
-        )
-
-
-def obstacle(guest: Guest) -> str | None:
-    """Why *guest* could not be the destination of postcopy on this host; None if it could, as far as can be told before."""
-    try:
-        check_guest(guest)
-        if isinstance(guest, LazyGuest):
-            MissingPages.open(user_mode_only=True).close()
-    except GuestFailed as error:
-        return str(error)
-    except MemoryUnavailable as error:
-        return error.strerror or str(error)
-    return None
-
-
-async def open_memory(guest: LazyGuest, seconds: float) -> MissingMemory:
-    """From here on whoever touches an absent page of *guest* waits. GuestFailed, also when it takes longer than *seconds*.
-
-    **Cancellation:** as the guest's method says.
-    """
-    return await guest_calls.call("watching for absent pages", guest.missing_memory, seconds)
 
 
 class PostcopyDestination:
@@ -346,7 +311,7 @@ class PostcopyDestination:
                 pass  # announces the switch, which has been
             case Command.RECV_BITMAP:
                 await self._check_attempt(event)
-                answer = self._bitmap(event, receiver)
+                answer = bitmap_of(event, receiver.received)
                 await self._proved()  # a source that has taken its guest back does not come again
                 await self._say(answer)
             case Command.POSTCOPY_RESUME:
@@ -383,27 +348,13 @@ class PostcopyDestination:
                     "is the source of this guest"
                 )
             return
-        refusal = RemoteProtocolError(
-            "this connection is of the source of another migration: the id of the attempt is another one"
-            if self._named is not None
-            else "this connection is of the source of another migration: it names no attempt, and this one has an id",
-            offset=event.at,
-            section="postcopy",
-        )
+        refusal = wrong_attempt(self._named, event.at)
         if self._decoder.marks:
             message = encode(Reason(payload=reason_bytes(str(refusal))))
             async with self._sending:
                 self._connected = False
                 await closing.farewell(self._channel, message, self._config.teardown_grace)
         raise refusal
-
-    def _bitmap(self, event: ev.CommandElement, receiver: PostcopyReceiver) -> ReceivedPages:
-        payload = event.payload
-        name = payload[1:].decode("utf-8", "surrogateescape")
-        received = receiver.received
-        if not payload or len(payload) != 1 + payload[0] or name not in received:
-            raise RemoteProtocolError(f"RECV_BITMAP for the unknown RAM block {name!r}", offset=event.at)
-        return ReceivedPages(block=name, pages=received[name])
 
     async def _say(self, message: Message) -> None:
         await self._say_bytes(encode(message))

@@ -11,7 +11,7 @@ from ...config.bitmaps import Mappings
 from ...config.capabilities import CAPABILITY_NAMES, Capabilities
 from ...config.parameters import PARAMETER_KINDS, Parameters
 from ...config.types import Choice, Flag, Kind, OrNone, Size, Text, Whole, Words
-from ...engine.destination.postcopy import obstacle
+from ...engine.destination.lazy import obstacle
 from ...status import IDLE, Status, check_idle
 from ..arguments import Argument, check_value
 from ..command import QmpCommand

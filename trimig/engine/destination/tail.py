@@ -1,0 +1,140 @@
+"""The devices of an unknown machine. Only the description at the very end of the stream tells them apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ...errors import PeerFailed, RemoteProtocolError, TransportFailed
+from ...guest import DeviceSection, OpaqueGuest
+from ...wire.devices.sections import Undelimited
+from ...wire.devices.virtio_mem import absent_by_rule
+from ...wire.marks import REASON_ELEMENT, trailing_reason
+from ...wire.refusals import check_kept_command
+from ...wire.return_path import Pong, encode
+from .. import device_tail
+from ..outcome import add_to_message
+from ..ram.receiver import never_received
+
+if TYPE_CHECKING:
+    from ...wire import events as ev
+    from .incoming import Incoming
+
+#: How long the description may follow the decision before it is given up: it is only text about what has come.
+DESCRIPTION_SECONDS = 2.0
+
+#: The same where the profile says that none follows: the end is where nothing follows, as far as that can be seen.
+KNOWN_END_SECONDS = 0.05
+
+
+class IncomingTail:
+    """What follows the RAM of a guest that is only kept.
+
+    Args:
+        at: offset of its first byte.
+        early: device sections that stood in front of the memory.
+    """
+
+    def __init__(self, incoming: Incoming, at: int, early: Sequence[DeviceSection]) -> None:
+        self._incoming = incoming
+        self._at = at
+        self._early = early
+        self._buffer = device_tail.buffer(incoming.config, footers=incoming.config.peer.send_section_footer)
+
+    @property
+    def complete(self) -> bool:
+        """All of it has come."""
+        return self._buffer.complete
+
+    @property
+    def last_wait(self) -> float:
+        """Seconds for which something must follow what has come; if nothing does, it was the end of the stream."""
+        if not self._buffer.perhaps_ended:
+            return math.inf
+        if not self._incoming.config.peer.send_section_footer:
+            return self._incoming.config.handover_timeout  # any byte of a device may look like the end
+        return KNOWN_END_SECONDS if self._incoming.config.peer.suppress_vmdesc else DESCRIPTION_SECONDS
+
+    async def feed(self, event: ev.TailBytes) -> None:
+        """Take more of it, and answer the PING of a trimig behind it.
+
+        Raises:
+            RemoteProtocolError: it is too long, or pages are missing.
+
+        **Cancellation:** a part of *event* was taken.
+        """
+        await device_tail.feed(self._buffer, event.data)
+        if self._incoming.return_path and (value := self._buffer.prepare_ping()) is not None:
+            assert self._incoming.channel is not None
+            if not self._buffer.mentions(b"/virtio-mem"):
+                self._check_missing(self._early)
+            await self._incoming.channel.send(encode(Pong(value=value)))
+            self._incoming.prepared = True
+
+    async def take_undescribed(self) -> None:
+        """The same where the stream has ended without a description, and its source waits for an answer (suppress-vmdesc).
+
+        **Cancellation:** as for :meth:`take`.
+        """
+        try:
+            await self.take(ended=False)
+        except RemoteProtocolError as error:
+            if isinstance(error.__cause__, Undelimited):
+                add_to_message(
+                    error,
+                    "nothing follows the end of the stream; start the source with a description of its devices "
+                    "(-M ...,suppress-vmdesc=off, a machine type from 2.3 on) and try again",
+                )
+            raise
+
+    async def take(self, *, ended: bool) -> None:
+        """Keep the guest: its devices have come. RemoteProtocolError, TransportFailed, GuestFailed.
+
+        Args:
+            ended: nothing follows what has come.
+
+        **Cancellation:** as for :meth:`.incoming.Incoming.activate`.
+        """
+        assert isinstance(self._incoming.guest, OpaqueGuest)
+        try:
+            split = await device_tail.split(self._buffer, self._at, early=self._early)
+        except Undelimited as error:
+            if (
+                ended
+                and self._incoming.marked
+                and (reason := trailing_reason(self._buffer.last(REASON_ELEMENT))) is not None
+            ):
+                raise source_ended(reason) from error
+            if ended and self._buffer.location is None:
+                raise TransportFailed(
+                    f"the stream ends at byte {self._at + len(self._buffer)}, before the guest was complete ({error.reason})"
+                ) from error
+            raise RemoteProtocolError(
+                f"the devices cannot be told apart: {error.reason}", offset=error.offset, section=error.section
+            ) from error
+        sections = (*split.early, *split.sections)
+        self._check_missing(sections)
+        for number, payload, where in split.commands:
+            check_kept_command(number, len(payload), where)
+        for problem in device_tail.first_problems(split):
+            self._incoming.monitor.warn(problem)
+        await self._incoming.keep(sections, split.description_text)
+        await self._incoming.activate()
+
+    def _check_missing(self, sections: Sequence[DeviceSection]) -> None:
+        """Whether all of RAM has come that is to come, by what *sections* say. RemoteProtocolError."""
+        if not self._incoming.ram.missing():
+            return
+        absent = absent_by_rule({block.name: block.length for block in self._incoming.guest.ram}, sections)
+        problems: list[str] = []
+        for name, received in self._incoming.ram.received().items():
+            here = received if name not in absent else received | absent[name].bitmap()
+            if not here.all():
+                problems.append(never_received(name, here))
+        self._incoming.problems(problems)
+
+
+def source_ended(reason: str) -> PeerFailed:
+    """The error where the source, a trimig, has said why it ends the migration."""
+    return PeerFailed(f"the source ended the migration: {reason}", code=0)
