@@ -16,7 +16,7 @@ import pytest
 from . import pages
 
 #: What is read: files such as the README, and folders with their Markdown and Python. More of the repository is added here.
-READ: Final = ("README.md", "trimig/docs")
+READ: Final = ("README.md", "trimig")
 
 #: This file has the words, and so has the page that asks for them to be left out.
 _ABOUT_WORDS: Final = frozenset({"tests/docs/test_vocabulary.py"})

@@ -65,7 +65,7 @@ class Delivering(Protocol):
         """Nothing more will be sent: return when what was sent is where it was to go.
 
         Raises:
-            TransportFailed: it is not, or nobody can tell.
+            TransportFailed: it is not, or that cannot be known.
 
         **Cancellation:** as for an error.
         """
@@ -73,7 +73,7 @@ class Delivering(Protocol):
 
 @runtime_checkable
 class PerhapsSilent(Protocol):
-    """A stream that can be read from, but behind which there may be nobody who ever answers.
+    """A stream that can be read from, but perhaps no program at its other end ever answers.
 
     A command that passes the stream on answers; one that stores it does not.
     """
@@ -279,7 +279,7 @@ class Channel:
         return taken
 
     async def _send_pieces(self, data: memoryview) -> None:
-        """Hand *data* over in pieces, because within one nobody can see whether it advances."""
+        """Hand *data* over in pieces, because the progress within one cannot be seen."""
         assert self._sink is not None, "a stream that only receives"
         self.writing = True
         try:
@@ -374,7 +374,7 @@ class Channel:
         """Read at least one byte into *view*; 0 at the end of the stream.
 
         Args:
-            bulk: much is on its way, and nobody waits for the first byte of it.
+            bulk: much is on its way, and its first byte is not urgent.
             stall_timeout: for this call, instead of the channel's own.
 
         Raises:

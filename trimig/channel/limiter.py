@@ -92,7 +92,7 @@ class Limiter:
         then, sent, pages = trio.current_time(), 0, c.normal + c.duplicate
         channel = self._channel
         while True:
-            self._budget.roll(trio.current_time())  # nobody else does where there is no limit, or while a write blocks
+            self._budget.roll(trio.current_time())  # nothing else does where there is no limit, or while a write blocks
             await trio.sleep(min(max(self._budget.window_end - trio.current_time(), 0.001), WINDOW))
             self._wake()
             now = trio.current_time()

@@ -143,7 +143,7 @@ class _Visitor:
         stream: behind the handshakes; None before.
         data: what was read so far.
         possible: the judge has said that it is the one, unless there is another.
-        chosen: its stream belongs to who has chosen it.
+        chosen: its stream belongs to the caller that has chosen it.
         left: its task does not use the stream any more.
     """
 
@@ -425,7 +425,7 @@ class Lobby:
                 return
             visitor.data += data
             self._look(visitor)
-        await trio.sleep_forever()  # until somebody judges it
+        await trio.sleep_forever()  # until it is judged
 
 
 def _origin(raw: AnyStream) -> tuple[str, frozenset[str]]:

@@ -4,7 +4,7 @@ A refusal of the destination, an invalid message or the end of the connection en
 migration task is (QEMU looks only at the very end: return_path.md part 5). Only after the decision has been sent does
 an ended connection not raise: then it is an answer that is missing, and the migration task must judge it.
 
-Behind some transports there may be nobody who answers at all (a command that stores the stream). There the end of this
+Behind some transports no program answers (a command that stores the stream). There the end of this
 direction before the first message only says so; from the first message on it is a return path like any other.
 """
 
@@ -42,7 +42,7 @@ class ReturnPathReader:
 
     Args:
         blocks: used length of the RAM blocks by name.
-        perhaps_silent: there may be nobody to answer.
+        perhaps_silent: perhaps no program answers.
         acks: the destination may allow the switchover (capability switchover-ack).
     """
 
@@ -59,9 +59,9 @@ class ReturnPathReader:
         self._acks_wanted = acks
         #: How many SWITCHOVER_ACK have come.
         self.acks = 0
-        #: Somebody has answered.
+        #: An answer has come.
         self.heard = False
-        #: This direction ended before anybody had answered.
+        #: This direction ended before an answer had come.
         self.silent = False
         #: The status of SHUT once it has come.
         self.shut: int | None = None
@@ -118,7 +118,7 @@ class ReturnPathReader:
             await self._news.wait()
 
     async def run(self) -> None:
-        """Read until SHUT or the end of the connection, or until it is certain that nobody answers.
+        """Read until SHUT or the end of the connection, or until it is certain that no answer comes.
 
         Raises:
             PeerFailed: the destination refused.

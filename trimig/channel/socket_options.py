@@ -19,7 +19,7 @@ SOCKET_BUFFER: Final = 8 << 20
 #: (8 MiB: 0.6 to 1.0 of TCP in one run, 1 MiB: 1.3).
 UNIX_BUFFER: Final = 1 << 20
 
-#: Linux numbers that Python's socket module does not name: the same options for whoever may administer the network.
+#: Linux numbers that Python's socket module does not name: the same options for processes that may administer the network.
 _SO_SNDBUFFORCE: Final = 32
 _SO_RCVBUFFORCE: Final = 33
 

@@ -113,7 +113,7 @@ class Search:
 
 
 async def _unless_told_otherwise(monitor: MonitorCore, reopen: Reopen, uri: str | None) -> AnyStream | None:
-    """A connection; None if meanwhile somebody has said where else to look, or has given up.
+    """A connection; None if meanwhile another address was given, or the recovery was given up.
 
     **Cancellation:** there is no stream.
     """

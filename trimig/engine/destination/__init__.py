@@ -372,7 +372,7 @@ class _Arrival(Incoming):
                 "the source announces postcopy, and the capability postcopy-ram is off here: turn it on on both sides",
                 offset=event.at,
             )
-        # A guest that is only kept takes the pages as they come: nobody looks at a host page before it is whole.
+        # A guest that is only kept takes the pages as they come: no host page is looked at before it is whole.
         fits = advice.page_sizes == PAGE_SIZE or isinstance(self.guest, OpaqueGuest)
         if advice.target_page != PAGE_SIZE:
             raise wrong_page_size(advice.target_page, offset=event.at)

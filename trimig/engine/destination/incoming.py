@@ -69,7 +69,7 @@ class Incoming(abc.ABC):
         self.marked = False  # the source is a trimig, and knows that this side is one
         self.attempt: bytes | None = None  # the id that the source has given this attempt
         self.confirmed = False
-        self.settled = False  # somebody has said who owns the guest
+        self.settled = False  # the caller has said which side owns the guest
         self.stopped = False  # the guest ran here, and was stopped because perhaps its source runs it
         self.of_trimig = False  # the source has sent a PING that only a trimig sends
         self.prepared = False  # the source has asked for the proof that everything is loaded, and got it
@@ -284,7 +284,7 @@ class Incoming(abc.ABC):
         """Bring the guest to life here. On return the owner is this side, and the status *then*.
 
         Args:
-            alive: called when it lives, before anybody is told.
+            alive: called when it lives, before a listener is told.
 
         Raises:
             GuestFailed: it does not live.

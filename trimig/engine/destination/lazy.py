@@ -22,8 +22,8 @@ def check_guest(guest: Guest) -> None:
     """
     if not isinstance(guest, LazyGuest | OpaqueGuest):
         raise GuestFailed(
-            f"guest {guest.name!r} cannot be the destination of postcopy: it lives in this process, where whoever touches "
-            "a missing page would hold Python's global lock, and nobody could bring the page; use a ProcessGuest, or a "
+            f"guest {guest.name!r} cannot be the destination of postcopy: it lives in this process, where a thread that "
+            "touches a missing page holds Python's global lock, so no other thread could bring the page; use a ProcessGuest, or a "
             "LazyAppGuest, which awaits its pages, or turn postcopy-ram off"
         )
 
@@ -42,7 +42,7 @@ def obstacle(guest: Guest) -> str | None:
 
 
 async def open_memory(guest: LazyGuest, seconds: float) -> MissingMemory:
-    """From here on whoever touches an absent page of *guest* waits. GuestFailed, also when it takes longer than *seconds*.
+    """From here on an access to an absent page of *guest* waits. GuestFailed, also when it takes longer than *seconds*.
 
     **Cancellation:** as the guest's method says.
     """

@@ -120,7 +120,7 @@ class PostcopyDestination:
     # -- the switch ------------------------------------------------------------------------------------------------
 
     async def _listen(self) -> PostcopyReceiver:
-        """From here on, what has not come is missing, and whoever touches it waits."""
+        """From here on, pages that have not come are missing, and an access to one waits."""
         guest = self._guest
         received = self._arrival.ram.received()
         for block in guest.ram:
@@ -141,7 +141,7 @@ class PostcopyDestination:
         return self._receiver
 
     async def _take_over(self, package: Package) -> None:
-        """Bring the guest to life. The PING inside the package is answered when it does: then nobody gives it back."""
+        """Bring the guest to life. The PING inside the package is answered when it does: then the source does not take it back."""
         arrival = self._arrival
         if isinstance(self._guest, OpaqueGuest):
             # It is kept: what can be wrong with it is looked at now, and then nothing of it can fail until it is whole.
@@ -409,7 +409,7 @@ class PostcopyDestination:
             self._monitor.emit("STOP")
 
     async def _proved(self) -> None:
-        """What has come shows that the source knows the guest to be here: nobody else runs it. GuestFailed."""
+        """The source has shown that it knows the guest to be here: the source does not run it. GuestFailed."""
         if not self._doubt:
             return
         self._doubt = False

@@ -57,7 +57,7 @@ class PostcopyReceiver:
         self._last: int | None = None
         self._whole = trio.Event()
         self._closed = False
-        self._held = False  # nobody may be asked at present
+        self._held = False  # the source may not be asked at present
         self.missing = sum(int(np.count_nonzero(~bitmap)) for bitmap in self._received)
         self._look()
 
@@ -87,7 +87,7 @@ class PostcopyReceiver:
             GuestFailed: its faults cannot be read.
             TransportFailed: the source cannot be asked.
 
-        **Cancellation:** whoever waits goes on waiting; a request may have been cut.
+        **Cancellation:** an access that waits goes on waiting; a request may have been cut.
         """
         while not self._closed:
             try:
@@ -114,7 +114,7 @@ class PostcopyReceiver:
         if self._closed:
             return
         self._closed = True
-        with contextlib.suppress(OSError):  # memory that nobody waits for has no descriptor
+        with contextlib.suppress(OSError):  # memory without waiting accesses has no descriptor
             trio.lowlevel.notify_closing(self._memory.fileno())
         self._memory.close()
 
@@ -136,7 +136,7 @@ class PostcopyReceiver:
     async def _want(self, block: int, page: int) -> None:
         if self._received[block][page]:
             # It came as zero before the switch, so there is no memory behind it. Or it was placed between the fault and
-            # this; then whoever waited goes on already, and nothing is changed.
+            # this; then the access that waited goes on already, and nothing is changed.
             self._place_zeros(block, page, 1)
             return
         if self._asked[block][page]:

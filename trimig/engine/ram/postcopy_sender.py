@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 #: Background pages handed over at once: a request that comes meanwhile waits for 128 KiB, less than 0.2 ms.
 _BACKGROUND_PAGES: Final = 32
-#: The same where nobody has asked for a page for a while: each batch twice the one before, up to 512 KiB. With 2 MiB a page
+#: The same where no page was asked for during a while: each batch twice the one before, up to 512 KiB. With 2 MiB a page
 #: that is asked for came after 17 ms in the median instead of 2.4.
 _CALM_PAGES: Final = 128
 #: The same with a second connection, where a page that is asked for only waits for a turn of this process.
@@ -38,7 +38,7 @@ class PostcopySender:
     """Sends what is unsent, each page once.
 
     Args:
-        sender: of the records; nobody else uses it meanwhile.
+        sender: of the records; no other object uses it meanwhile.
         limiter: of the background pages.
         blocks: the guest's RAM, which does not change any more.
         order: what is unsent, by the blocks' numbers.
@@ -66,14 +66,14 @@ class PostcopySender:
         self._idle: trio.CancelScope | None = None
         self._batch = _BACKGROUND_PAGES
         self._rest = b""  # of a page that the kernel did not take whole
-        #: Give pages that have been sent back to the host (release-ram). Nobody can be sent them again then.
+        #: Give pages that have been sent back to the host (release-ram). They cannot be sent again then.
         self.release = False
         self._released = False
 
     def request(self, message: PageRequest) -> None:
         """The guest waits for these bytes; the decoder of the return path has looked at the range.
 
-        A single page goes at once, from here, if nobody is in the middle of sending: waking the sending task would cost
+        A single page goes at once, from here, if no other task is in the middle of sending: waking the sending task would cost
         as much as the page.
         """
         block = self._numbers[message.block]
@@ -87,7 +87,7 @@ class PostcopySender:
         if self._idle is None:
             return
         if message.length > PAGE_SIZE or self._rest or not self._at_once():
-            self._idle.cancel("somebody waits for a page")
+            self._idle.cancel("the guest waits for a page")
 
     def _at_once(self) -> bool:
         """Send the page that was just asked for; False if the sending task must do that, or what is left of it."""
@@ -173,7 +173,7 @@ class PostcopySender:
                     _give_back(block, first, end - first)
 
     async def _background(self) -> int:
-        """How many pages may go that nobody waits for; 0 if somebody has begun to wait for one meanwhile."""
+        """How many pages of the background may go; 0 if the guest has begun to wait for a page meanwhile."""
         count = 0
         with trio.CancelScope() as self._idle:
             await self._channel.wait_queue_short()

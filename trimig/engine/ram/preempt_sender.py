@@ -28,8 +28,8 @@ class PreemptSender:
     """Sends what was asked for, as soon as it is asked for.
 
     Args:
-        channel: nobody else uses it.
-        order: what is unsent; somebody else sends the background of it.
+        channel: used by this object alone.
+        order: what is unsent; the background of it goes on the main channel.
         told: gets each batch that has been handed over.
     """
 
@@ -59,7 +59,7 @@ class PreemptSender:
         return not self._idle.is_set()
 
     def requested(self) -> None:
-        """The order has a request: send it, from here if nobody is in the middle of sending.
+        """The order has a request: send it, from here if no other task is in the middle of sending.
 
         Waking the sending task would cost as much as the page.
         """

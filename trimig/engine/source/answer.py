@@ -31,7 +31,7 @@ def take_refusal(out: Outgoing) -> PeerFailed | None:
 
 
 def complete(out: Outgoing) -> None:
-    """The guest is the destination's. The figures stand before anybody is told."""
+    """The guest is the destination's. The figures stand before a listener is told."""
     c = out.counters
     assert c.paused_at is not None
     assert out.channel is not None

@@ -1,7 +1,7 @@
 """The source behind the switch to postcopy: the guest has gone, its memory follows, over as many connections as it takes.
 
-The decision is the last byte of the package. Until the destination answers the PING inside of it nobody knows for
-certain who has the guest; from then on it is the destination's, whatever happens to the connection. A lost connection
+The decision is the last byte of the package. Until the destination answers the PING inside of it, the owner
+of the guest is not certain; from then on it is the destination's, whatever happens to the connection. A lost connection
 pauses the migration on both sides, and the destination's bitmaps tell a later one what is missing.
 
 The caller's cancellation is held off while a connection is there: it would take the guest's memory away from it. It
@@ -119,7 +119,7 @@ class PostcopySource:
 
         Raises:
             PeerFailed: it did not take the guest over; it is this side's.
-            TransportFailed: the package cannot have arrived, or nobody knows and it was given up.
+            TransportFailed: the package cannot have arrived, or that is not known and the recovery was given up.
             PostcopyLost: it was given up.
 
         **Cancellation:** held off while there is a connection; then as for PostcopyLost.
@@ -222,7 +222,7 @@ class PostcopySource:
     # -- without one ---------------------------------------------------------------------------------------------------
 
     async def _lost(self, why: str) -> None:
-        """The connection is gone. Who has the guest follows from how far it came."""
+        """The connection is gone. The owner of the guest follows from how far it came."""
         monitor, out = self._monitor, self._out
         if self._reader.lost is None:
             self._reader.lost = TransportFailed(why)  # before it sees nothing but its own end closed

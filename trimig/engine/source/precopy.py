@@ -35,7 +35,7 @@ async def copy_passes(out: Outgoing) -> bool:
     """Passes over what is dirty, until the rest is small enough (or a bound says otherwise).
 
     Returns:
-        Whether the guest is to go before its memory: somebody has asked for that, and the rest is not small.
+        Whether the guest is to go before its memory: postcopy was asked for, and the rest is not small.
     """
     c, blocks = out.counters, list(out.guest.ram)
     todo: list[PageBitmap] = [np.ones(b.length // PAGE_SIZE, np.bool_) for b in blocks]

@@ -315,7 +315,7 @@ def _decide_return_path(out: Outgoing) -> None:
     if out.reader is not None and not out.has_return_path:
         out.has_return_path = out.reader.heard
         if not out.has_return_path:
-            out.warn_one_way("nobody answers on the return path, so there is none")
+            out.warn_one_way("no answer comes on the return path, so there is none")
 
 
 async def _pause_guest(out: Outgoing) -> None:
@@ -343,7 +343,7 @@ async def _drain(out: Outgoing) -> None:
     """Before the guest goes ahead: what is queued goes out while it still runs here, or it would stand still for it."""
     assert out.channel is not None
     limit = out.monitor.config.parameters.downtime_limit / 1000
-    while out.counters.bandwidth and out.channel.backlog() / out.counters.bandwidth > limit:  # noqa: ASYNC110 - the kernel tells nobody
+    while out.counters.bandwidth and out.channel.backlog() / out.counters.bandwidth > limit:  # noqa: ASYNC110 - the kernel has no event for it
         await trio.sleep(WINDOW)
 
 
@@ -388,7 +388,7 @@ async def _wait_delivered(out: Outgoing, channel: Channel) -> None:
     try:
         await channel.stream.delivered()
     except (TransportFailed, OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-        # Unless somebody has answered after all.
+        # Unless an answer has come after all.
         if out.reader is None or out.reader.shut is None:
             raise
 
