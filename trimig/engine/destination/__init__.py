@@ -44,6 +44,7 @@ from ...wire.return_path import Attempt, Clock, Pong, SwitchoverAck, encode
 from .. import device_tail, guest_calls
 from ..device_writer import UUID_SUBSECTION
 from ..order import TRIMIG_PINGS, Place, check_place
+from ..phase import phase
 from ..ram.placement import ENOUGH
 from ..ram.preempt_receiver import PreemptReceiver
 from .arriving import Storing
@@ -115,21 +116,20 @@ class _Arrival(Incoming):
         self._ahead: PostcopyDestination | None = None
         self._decoder: Decoder | None = None
 
-    # -- reading ---------------------------------------------------------------------------------------------------
-
     async def _phases(self, nursery: trio.Nursery) -> None:
         config = self.config
         self._nursery = nursery
         reception = self.reception = Reception(self.connections, config, self.monitor, nursery)
         self.urgent = PreemptReceiver(reception, config, self.counters)
-        channel = self.channel = await reception.first(
-            judge_first(config, self._acceptable), judge_beside if reception.wants_second else judge_surplus
-        )
+        with phase(self.monitor, "connect"):
+            channel = self.channel = await reception.first(
+                judge_first(config, self._acceptable), judge_beside if reception.wants_second else judge_surplus
+            )
         self.monitor.listening()
         self.urgent.expect()
         decoder = self._decoder = self._make_decoder()
         self.counters.setup_done = trio.current_time()
-        await trio.lowlevel.checkpoint_if_cancelled()  # a cancel may have come since the last checkpoint
+        await trio.lowlevel.checkpoint_if_cancelled()  # of a cancel since the last checkpoint
         self.monitor.advance(Status.ACTIVE)
         while True:
             handled = 0
@@ -400,7 +400,8 @@ class _Arrival(Incoming):
         assert self.urgent is not None
         await self.urgent.wait()
         self._ahead = PostcopyDestination(self, self._nursery, self.channel, decoder, self.urgent)
-        await self._ahead.run(package)
+        with phase(self.monitor, "follow"):
+            await self._ahead.run(package)
 
     def whole(self) -> bool:
         return self._ahead is not None and self._ahead.whole
@@ -435,8 +436,6 @@ class _Arrival(Incoming):
         if self.return_path:
             await self.channel.send(encode(Pong(value=value)))
             self.prepared = begun
-
-    # -- the end ---------------------------------------------------------------------------------------------------
 
     async def _end(self, event: ev.EndOfStream, decoder: Decoder) -> None:
         """The decision has been read: the guest is ours once everything about it is known to be right."""

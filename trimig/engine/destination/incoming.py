@@ -37,6 +37,7 @@ from ...wire.marks import reason_bytes
 from ...wire.return_path import Reason, Shut, encode
 from .. import guest_calls
 from ..outcome import Outcome, add_to_message, bare, domain_error, lost_by_cancellation
+from ..phase import phase
 from ..ram.receiver import RamReceiver, never_received
 
 if TYPE_CHECKING:
@@ -230,7 +231,8 @@ class Incoming(abc.ABC):
         **Cancellation:** the devices are undefined.
         """
         loading = functools.partial(self.guest.load_devices, self.sections)
-        await guest_calls.call("loading the devices", loading, self.config.handover_timeout)
+        with phase(self.monitor, "devices"):
+            await guest_calls.call("loading the devices", loading, self.config.handover_timeout)
 
     def check_complete(self, *, ram: bool = True) -> None:
         """What QEMU does not look at: that every page and every device has come (states.md part 14, G18).
@@ -297,14 +299,15 @@ class Incoming(abc.ABC):
         state = self.run_state
         if state == "running" and not monitor.config.autostart:
             state = "paused"
-        began = trio.current_time()
-        failure = await guest_calls.bring_back("brought to life", functools.partial(self.guest.activate, state), grace)
-        if failure is not None:
-            if not (state == "running" == self.guest.run_state):
+        activating = functools.partial(self.guest.activate, state)
+        with phase(monitor, "activate") as activated:
+            failure = await guest_calls.bring_back("brought to life", activating, grace)
+            if failure is not None and not (state == "running" == self.guest.run_state):
                 raise failure
+        if failure is not None:
             # Whatever the call said: a guest that runs must not be given back, or it would run twice.
             monitor.warn(f"{failure}; but it runs")
-        self.resume_seconds = trio.current_time() - began
+        self.resume_seconds = activated.seconds
         if state == "running" and not isinstance(self.guest, OpaqueGuest):
             monitor.emit("RESUME")  # an opaque guest is kept, it does not run here
         if alive is not None:
@@ -339,7 +342,8 @@ class Incoming(abc.ABC):
         assert isinstance(self.guest, OpaqueGuest)
         self.check_kept(sections)
         keeping = functools.partial(self.guest.load_opaque, sections, description)
-        await guest_calls.call("keeping the devices", keeping, self.config.handover_timeout)
+        with phase(self.monitor, "devices"):
+            await guest_calls.call("keeping the devices", keeping, self.config.handover_timeout)
 
     def _summary(self) -> Summary:
         c = self.counters

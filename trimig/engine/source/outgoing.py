@@ -12,6 +12,7 @@ from ...channel import closing
 from ...channel.channel import Channel
 from ...guest import CountingGuest
 from .. import guest_calls
+from ..phase import phase
 
 if TYPE_CHECKING:
     from ...channel.connections import Connections
@@ -104,14 +105,11 @@ class Outgoing:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A phase of the migration: listeners are told of its begin, and of its end with its seconds."""
-        began = trio.current_time()
-        self.monitor.emit("PHASE", phase=name, step="begin")
-        yield
-        seconds = trio.current_time() - began
+        """A phase of the migration, see :func:`trimig.engine.phase.phase`; its seconds may be a part of the downtime."""
+        with phase(self.monitor, name) as found:
+            yield
         if name in _DOWNTIME:
-            self.parts[_DOWNTIME[name]] = seconds
-        self.monitor.emit("PHASE", phase=name, step="end", seconds=seconds)
+            self.parts[_DOWNTIME[name]] = found.seconds
 
     @property
     def rate(self) -> int:
