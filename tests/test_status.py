@@ -5,7 +5,19 @@ from __future__ import annotations
 import pytest
 
 from trimig.errors import Ownership, StateError
-from trimig.status import CANCELLABLE, IDLE, IN_POSTCOPY, TERMINAL, TRANSITIONS, Role, Status, check, owner
+from trimig.status import (
+    CANCELLABLE,
+    ENDS,
+    IDLE,
+    IN_POSTCOPY,
+    TERMINAL,
+    TRANSITIONS,
+    Role,
+    Status,
+    check,
+    end_of,
+    owner,
+)
 
 S = Status
 BOTH = [Role.SOURCE, Role.DESTINATION]
@@ -175,3 +187,29 @@ PREDICATES = {
 def test_predicates(status: Status) -> None:
     """H6: the truth table over all statuses."""
     assert (status in IDLE, status in TERMINAL, status in CANCELLABLE, status.qmp) == PREDICATES[status]
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+@pytest.mark.parametrize("role", list(Role))
+def test_an_interrupted_attempt_has_an_end(role: Role, *, cancelled: bool) -> None:
+    """Each status either leads to its end by a legal transition, or is an end, or is on the way to `cancelled`."""
+    for status in TRANSITIONS[role]:
+        end = end_of(role, status, cancelled=cancelled)
+        if end is None:
+            assert status in TERMINAL | {S.NONE, S.CANCELLING}
+        else:
+            check(role, status, end)
+            assert end in TERMINAL | {S.CANCELLING}
+            # The guest may change its owner by an interruption only where nothing was decided.
+            assert owner(role, end) is owner(role, status) or status is S.HANDOVER
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_every_status_is_reached_and_in_the_table_of_ends(role: Role) -> None:
+    reached, found = set(), {S.NONE}
+    while found:
+        status = found.pop()
+        reached.add(status)
+        found |= TRANSITIONS[role][status] - reached
+    assert reached == set(TRANSITIONS[role])
+    assert set(ENDS[role]) - {S.PRE_SWITCHOVER, S.DEVICE} <= reached

@@ -31,7 +31,7 @@ from ...guest import DeviceSection, Guest, OpaqueGuest
 from ...monitor import blockers
 from ...monitor.statistics import Downtime, Summary
 from ...owner import already_settled
-from ...status import IN_POSTCOPY, Role, Status
+from ...status import Role, Status, end_of
 from ...wire.devices import globalstate
 from ...wire.marks import reason_bytes
 from ...wire.return_path import Reason, Shut, encode
@@ -118,14 +118,10 @@ class Incoming(abc.ABC):
     async def _unwind(self, failure: BaseException | None) -> None:
         monitor = self.monitor
         ended = monitor.status is not Status.COMPLETED
-        if ended and monitor.status is Status.POSTCOPY_UNCERTAIN:
-            monitor.advance(Status.UNCERTAIN)
-        elif ended and monitor.status in IN_POSTCOPY:
-            monitor.advance(Status.POSTCOPY_LOST)
-        elif ended and monitor.status is not Status.CANCELLING:
-            real = domain_error(failure, monitor.owner) if failure is not None else None
-            cancelled = real is None and monitor.status is not Status.HANDOVER
-            monitor.advance(Status.CANCELLING if cancelled else Status.FAILED)
+        if ended:
+            cancelled = failure is None or domain_error(failure, monitor.owner) is None
+            if (end := end_of(Role.DESTINATION, monitor.status, cancelled=cancelled)) is not None:
+                monitor.advance(end)
         monitor.listening()
         channel = self.channel
         if self.urgent is not None:
