@@ -12,11 +12,12 @@ from .operators import Change
 from .run import Mutant
 
 #: The modules for random changes: an error in them can lose a guest.
-MODULES = ("trimig/status.py", "trimig/wire/*.py", "trimig/engine/*.py")
+MODULES = ("trimig/status.py", "trimig/wire/**/*.py", "trimig/channel/*.py", "trimig/engine/**/*.py")
 
 _ENGINE = (
     "flow", "handover", "destination", "return_path", "pause", "one_way", "switch", "stream_options", "preempt",
     "postcopy_bad_input", "convergence", "lifecycle", "order", "block_order", "cut_on_socket", "postcopy",
+    "recovery", "marks", "switchover_ack", "doubt", "placement", "lobby", "strangers",
 )  # fmt: skip
 
 
@@ -34,10 +35,12 @@ _TESTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("trimig/wire/postcopy", ("tests/wire/test_postcopy.py", *_engine("switch", "postcopy_bad_input"))),
     ("trimig/wire/", ("tests/wire", *_engine("stream_options", "destination"))),
-    ("trimig/engine/postcopy", _engine("switch", "postcopy_bad_input", "preempt")),
-    ("trimig/engine/urgent", _engine("preempt", "postcopy")),
-    ("trimig/engine/destination", _engine("destination")),
-    ("trimig/engine/departure", _engine("handover")),
+    ("trimig/engine/ram/preempt", _engine("preempt", "postcopy")),
+    ("trimig/engine/ram/placement", _engine("placement", "destination")),
+    ("/postcopy", _engine("switch", "postcopy_bad_input", "preempt")),
+    ("trimig/engine/destination", (*_engine("destination"), "tests/stream/test_early.py")),
+    ("trimig/engine/source", (*_engine("handover"), "tests/stream/test_early.py")),
+    ("trimig/channel/", _engine("lobby", "strangers")),
     ("trimig/engine/", _engine()),
 )
 
