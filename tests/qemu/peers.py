@@ -187,13 +187,6 @@ async def arriving(
                 raise
 
 
-async def on_status(events: AsyncIterator[trimig.Event], status: str, act: Callable[[], object]) -> None:
-    """Call *act* when *events* (of the attempt that is about to begin) show *status*."""
-    async for event in events:
-        if event.name == "MIGRATION" and event.data["status"] == status:
-            act()
-
-
 async def while_migrating(
     guest: trimig.Guest,
     uri: str,

@@ -202,8 +202,8 @@ async def test_cancelled_after_each_status_it_never_happened(status: str, how: s
                 else:
                     scope.cancel()
 
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(peers.on_status, monitor.events(), status, cancel)
+            async with trio.open_nursery():
+                monitor.add_listener(lambda event: cancel() if event.data.get("status") == status else None)
                 if how == "monitor":
                     with pytest.raises(trimig.MigrationCancelled, match="the test"):
                         await trimig.migrate(guest, uri, config, monitor=monitor)
