@@ -10,6 +10,7 @@ import trio
 
 from ...channel import closing
 from ...channel.channel import Channel
+from ...errors import Ownership
 from ...guest import CountingGuest
 from .. import guest_calls
 from ..phase import phase
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from ...channel.limiter import Limiter
     from ...channel.return_path import ReturnPathReader
     from ...config.config import Config
-    from ...errors import Ownership
     from ...guest import DirtyTracker, Guest, PageBitmap
     from ...monitor.core import MonitorCore
     from ...status import Status
@@ -30,7 +30,7 @@ T = TypeVar("T")
 #: Records the decision somewhere durable; a failure rolls back.
 CommitHook = Callable[[], Awaitable[None]]
 #: Finds out, or forces, who owns the guest when the answer did not come.
-FenceHook = Callable[[], Awaitable["Ownership"]]
+FenceHook = Callable[[], Awaitable[Ownership]]
 
 #: The likely reason if a destination has connected and says nothing at all.
 SILENT_PEER: Final = "with multifd on there it waits for further connections, so turn multifd off there"
