@@ -69,7 +69,7 @@ async def lose(target: trimig.LazyAppGuest) -> None:
 async def test_a_guest_without_all_of_its_memory_is_not_sent_on(
     autojump_clock: trio.testing.MockClock, lost: trimig.LazyAppGuest
 ) -> None:
-    """Its missing pages read as zero: they would arrive as such, and nobody would know."""
+    """Its missing pages read as zero: the destination would take them for its memory."""
     await lose(lost)
     assert (lost.owner, lost.run_state) == (Owner.HERE, "paused")
     for _ in range(2):

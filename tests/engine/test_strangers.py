@@ -15,7 +15,6 @@ from tests.engine.test_lobby import HTTP, LIMIT, MULTIFD
 from tests.engine.test_postcopy_bad_input import HEAD
 from tests.transport.pki import Pki, secure
 from tests.transport.test_hostile_handshakes import client_hello
-from trimig.channel import reception
 from trimig.guests import LazyAppGuest
 from trimig.status import Status
 from trimig.wire import Command
@@ -266,31 +265,3 @@ async def test_multifd_at_the_source_is_named(*, preempt: bool, ends: bool) -> N
                 await strangers.throw(MULTIFD)
                 if not ends:
                     await monitor.wait_status(Status.FAILED)
-
-
-async def test_multifd_at_the_source_is_named_when_its_main_connection_is_silent(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Such a source waits for its data channels and sends nothing. The stall timeout of a minute is not waited for."""
-    monkeypatch.setattr(reception, "_SUSPICION_SECONDS", 0.1)
-    target, monitor = trimig.AppGuest("g", running=False), trimig.Monitor()
-    target.add_ram("ram", 4096)
-    config = trimig.Config(stall_timeout=10 * LIMIT)
-    with trio.fail_after(LIMIT), target:
-        async with trio.open_nursery() as nursery:
-
-            async def receive() -> None:
-                with pytest.raises(
-                    trimig.TransportFailed, match=r"the source sent nothing for .*turn multifd off there"
-                ):
-                    await trimig.receive(target, "tcp:127.0.0.1:0", config, monitor=monitor)
-
-            nursery.start_soon(receive)
-            while not monitor.addresses:
-                await monitor.wait_changed()
-            strangers = Strangers(monitor.addresses[0])
-            async with await strangers.dial() as main:
-                await main.send_all(wire.file_header() + wire.configuration("g", ()) + wire.command(1) + wire.ping(1))
-                await monitor.wait_status(Status.ACTIVE)
-                await strangers.throw(MULTIFD)
-                await monitor.wait_status(Status.FAILED)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import json
 import os
 import signal
@@ -324,7 +323,6 @@ def shape(lines: list[str]) -> list[str]:
     return [" ".join(word for word in line.split() if word not in ours) for line in lines]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trimig.cli.commands.run") is None, reason="trimig run is not built yet")
 @pytest.mark.parametrize("pause", [True, False], ids=["paused", "at once"])
 @pytest.mark.parametrize("version", [SPOKEN])
 async def test_transcripts_of_qemu_and_trimig_agree(tmp_path: Path, version: str, *, pause: bool) -> None:

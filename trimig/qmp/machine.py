@@ -2,7 +2,7 @@
 
 The machine owns only what the commands share: the configuration of the next migration, the named descriptors, and one
 monitor for each direction. The commands themselves are functions of a machine, in
-:mod:`.general`, :mod:`.migration` and :mod:`.settings`.
+:mod:`.commands.general`, :mod:`.migration` and :mod:`.settings`.
 """
 
 from __future__ import annotations

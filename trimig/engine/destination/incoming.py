@@ -1,6 +1,6 @@
 """The frame of an incoming migration: what is done around the reading, and how its end is judged.
 
-:mod:`.destination` reads the stream and has the rules of the decision; :mod:`.postcopy_destination` goes on behind the
+:mod:`.destination` reads the stream and has the rules of the decision; :mod:`.postcopy` goes on behind the
 switch to postcopy.
 """
 

@@ -8,7 +8,7 @@ bytes are taken back out and parsed as what they are.
 A page may be overwritten by a wrong prediction, so only pages that have not been received in this attempt are ever
 predicted, and one that was is zeroed again: its content was not the migration's yet. The interval cannot be seen: the
 guest does not run before the stream is complete. Where the memory was never touched and has a file behind it, the pages
-are read into a small buffer and written to the file (see :mod:`.ram_in`), and a wrong prediction harms nothing.
+are read into a small buffer and written to the file (see :mod:`.receiver`), and a wrong prediction harms nothing.
 """
 
 from __future__ import annotations

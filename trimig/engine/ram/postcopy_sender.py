@@ -2,7 +2,7 @@
 
 What the guest waits for goes first, and no bandwidth limit holds it up. On one connection everything that is handed to the
 kernel goes out before it, so nothing is handed over that the kernel could not send soon: background pages wait until its
-queue is short. With a second one (:mod:`.urgent_out`) the two do not meet.
+queue is short. With a second one (:mod:`.preempt_sender`) the two do not meet.
 """
 
 from __future__ import annotations

@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from ...guest import (
-    DeviceSection,
-    IdentifiedGuest,
-    OpaqueGuest,
-)
+from ...guest import DeviceSection, IdentifiedGuest, OpaqueGuest
 from ...policy import convergence
 from ...status import Status
 from ...wire import encoder as wire
 from ...wire import postcopy as wire_postcopy
+from ...wire.constants import Command
 from ...wire.marks import PING_MARK
 from .. import guest_calls
 from ..device_writer import UUID_SUBSECTION, early_sections, opening
@@ -46,7 +43,7 @@ async def announce(out: Outgoing) -> None:
         warn_without_uuid(out)
     await channel.send(opening(out.guest, config.peer, validate_uuid=config.capabilities.validate_uuid))
     if out.reader is not None:
-        await channel.send(wire.command(1) + wire.ping(PING_OPENED) + wire.ping(PING_MARK))
+        await channel.send(wire.command(Command.OPEN_RETURN_PATH) + wire.ping(PING_OPENED) + wire.ping(PING_MARK))
     if config.capabilities.postcopy_ram:
         await channel.send(wire_postcopy.advise(wire_postcopy.Advice()))
     sender = out.sender = RamSender(channel, limiter, out.counters, footers=config.peer.send_section_footer)

@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ...errors import (
-    PeerFailed,
-)
+from ...errors import PeerFailed
 from ...status import Status
 
 if TYPE_CHECKING:

@@ -10,10 +10,7 @@ from ... import formats
 from ...channel.channel import Channel, PerhapsSilent
 from ...channel.limiter import Limiter
 from ...channel.return_path import ReturnPathReader
-from ...errors import (
-    ConfigError,
-    TransportFailed,
-)
+from ...errors import ConfigError, TransportFailed
 from .. import guest_calls
 from .outgoing import SILENT_PEER, Outgoing
 

@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from ... import formats
 from ...channel import closing
-from ...errors import (
-    GuestNotResumed,
-    MigrationCancelled,
-    Ownership,
-    PeerFailed,
-    TransportFailed,
-    TrimigError,
-)
+from ...errors import GuestNotResumed, MigrationCancelled, Ownership, PeerFailed, TransportFailed, TrimigError
 from ...monitor.statistics import Downtime, Summary
 from ...status import IN_POSTCOPY, Role, Status, end_of
 from ...wire import encoder as wire

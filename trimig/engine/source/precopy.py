@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import trio
 
-from ...errors import (
-    NotConverging,
-)
-from ...guest import (
-    PAGE_SIZE,
-    PageBitmap,
-)
+from ...errors import NotConverging
+from ...guest import PAGE_SIZE, PageBitmap
 from ...memory.tracking import snapshot_of
 from ...policy import convergence
 from ...policy.eta import Stall
@@ -94,7 +89,7 @@ async def wait_allowed(out: Outgoing) -> None:
 async def wait_first_answer(out: Outgoing) -> None:
     """Where no answer has come yet, give it time, while the guest still runs.
 
-    A destination that must answer and does not ends the attempt (:meth:`_await_answer`); another one is given a moment.
+    A destination that must answer and does not ends the attempt (:func:`.connect.await_first_answer`); another one is given a moment.
     """
     if out.reader is not None:
         with trio.move_on_after(math.inf if out.has_return_path else SILENCE_SECONDS):

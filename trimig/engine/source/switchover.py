@@ -11,15 +11,8 @@ import trio
 
 from ... import formats
 from ...channel.channel import Channel, Delivering
-from ...errors import (
-    GuestFailed,
-    TransportFailed,
-    TrimigError,
-)
-from ...guest import (
-    PAGE_SIZE,
-    PageBitmap,
-)
+from ...errors import GuestFailed, TransportFailed, TrimigError
+from ...guest import PAGE_SIZE, PageBitmap
 from ...memory.tracking import snapshot_of
 from ...policy.rate import WINDOW
 from ...status import Status
