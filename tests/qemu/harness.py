@@ -274,11 +274,20 @@ class Qemu:
         return str((await self.qmp.execute("query-status"))["status"])
 
     async def wait_status(self, *wanted: str) -> str:
-        """Wait until the run state is one of *wanted*."""
-        while True:
-            if (status := await self.query_status()) in wanted:
-                return status
-            await trio.sleep(_POLL)
+        """Wait until the run state is one of *wanted*, and return it.
+
+        QEMU changes its run state a moment after what a test waits for: the end of the stream, or the status of
+        the migration.
+
+        Raises:
+            AssertionError: it is none of them after 20 s.
+        """
+        with trio.move_on_after(20):
+            while True:
+                if (status := await self.query_status()) in wanted:
+                    return status
+                await trio.sleep(_POLL)
+        raise AssertionError(f"the run state is {await self.query_status()}, not {' or '.join(wanted)}")
 
     async def wait_migration_status(
         self, *wanted: str, fail_on: Sequence[str] = ("failed", "cancelled")

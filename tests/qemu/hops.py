@@ -341,5 +341,5 @@ async def _receive_and_cancel(hop: Hop, vm: Qemu, make: Callable[[], trimig.Park
             await vm.qmp.execute("migrate_cancel")
             await vm.wait_migration_status("cancelled", fail_on=())
             assert (await arrival.error()).owner is trimig.Ownership.SOURCE
-    assert await vm.query_status() == "running"
+    await vm.wait_status("running")
     await vm.set_parameters({"max-bandwidth": 0, "downtime-limit": 300})

@@ -49,7 +49,7 @@ async def test_64_mib_of_mixed_pages_arrive_byte_for_byte(tmp_path: Path, scheme
                 summary = await arrival.summary()
             assert np.array_equal(vm.ram, peers.memory(guest))
             assert guest.run_state == "running"
-        assert await vm.query_status() == "postmigrate"
+        await vm.wait_status("postmigrate")
         assert vm.main_statuses() == ["setup", "active", "completed"]
         assert peers.statuses([e async for e in events]) == ["active", "handover", "completed"]
         assert summary.confirmed is return_path
@@ -208,7 +208,7 @@ async def test_migrate_cancel_at_qemu_is_one_typed_error_here(*, return_path: bo
             assert arrival.monitor.status is trimig.Status.FAILED
             assert guest.run_state == "inmigrate"
             await vm.wait_migration_status("cancelled")
-            assert await vm.query_status() == "running"
+            await vm.wait_status("running")
             async with peers.arriving(guest) as arrival:
                 await vm.migrate(arrival.uri, parameters={"max-bandwidth": 0})
                 await arrival.summary()
@@ -252,7 +252,7 @@ async def test_cancelled_while_it_listens() -> None:
         async with Qemu.start("none", "1M") as vm:
             await vm.migrate(arrival.uri, wait=False)
             assert "error-desc" in await vm.wait_migration_status("failed")
-            assert await vm.query_status() == "running"
+            await vm.wait_status("running")
             async with peers.arriving(guest, uri=arrival.uri) as again:
                 await vm.migrate(again.uri)
                 await again.summary()

@@ -348,7 +348,7 @@ async def test_destination_started_by_somebody_else() -> None:
             with peers.source() as guest:
                 summary = await trimig.migrate(guest, await vm.incoming(peers.LISTEN), peers.settings())
                 assert summary.confirmed
-                assert await vm.query_status() in ("paused", "prelaunch")
+                await vm.wait_status("paused", "prelaunch")
                 assert guest.run_state == "paused"
                 await vm.qmp.execute("cont")
                 await vm.wait_status("running")
@@ -415,7 +415,7 @@ async def test_answer_to_qemu_is_lost(*, autostart: bool) -> None:
                 await relay.back.wait_until(lambda d: d.received == 2 * MESSAGE)
                 assert guest.run_state == ("running" if autostart else "paused")
                 assert (await vm.query_migrate())["status"] in ("active", "device")
-                assert await vm.query_status() == "finish-migrate"
+                await vm.wait_status("finish-migrate")
                 relay.cut()
                 await vm.wait_migration_status("failed")
                 await vm.wait_status("running")
@@ -449,14 +449,14 @@ async def test_qemu_is_told_only_when_the_guest_is_really_there() -> None:
                 await guest.asked.wait()
                 await trio.sleep(0.1)
                 assert relay.back.received == MESSAGE
-                assert await vm.query_status() == "finish-migrate"
+                await vm.wait_status("finish-migrate")
                 assert (await vm.query_migrate())["status"] in ("active", "device")
                 guest.go.set()
                 await vm.wait_migration_status("completed")
                 assert (await arrival.summary()).confirmed
                 assert relay.back.received == 2 * MESSAGE
             assert guest.run_state == "running"
-        assert await vm.query_status() == "postmigrate"
+        await vm.wait_status("postmigrate")
 
 
 async def test_receiver_cancelled_while_the_guest_comes_to_life() -> None:
@@ -509,4 +509,4 @@ async def test_without_return_path_qemu_is_done_when_its_socket_is(incoming: Sha
                 error = await arrival.error()
             assert isinstance(error, trimig.TransportFailed | trimig.RemoteProtocolError)
             assert guest.run_state == "inmigrate"
-        assert await vm.query_status() == "postmigrate"
+        await vm.wait_status("postmigrate")

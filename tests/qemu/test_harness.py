@@ -35,7 +35,7 @@ async def test_all_ram_arrives_between_two_qemus(return_path: bool) -> None:
             await destination.wait_migration_status("completed")
             assert info["ram"]["normal"] >= 64 << 8
             assert np.array_equal(source.ram, destination.ram)
-            assert await source.query_status() == "postmigrate"
+            await source.wait_status("postmigrate")
             assert source.migration_statuses()[-1] == "completed"
 
 

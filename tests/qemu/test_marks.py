@@ -198,7 +198,7 @@ async def postcopy_to_qemu(version: str, *, cut: bool) -> tuple[list[bytes], lis
         summary = await peers.while_migrating(guest, relays[0].uri, able(4 * MiB if cut else 0), monitor, steer)
         await vm.wait_migration_status("completed")
         assert np.array_equal(vm.ram, peers.memory(guest))
-        outcome = summary.confirmed, await vm.query_status(), vm.migration_statuses()
+        outcome = summary.confirmed, await vm.wait_status("running", "paused"), vm.migration_statuses()
         return [bytes(r.forward.read) for r in relays], [bytes(r.back.read) for r in relays], outcome
 
 
@@ -258,7 +258,7 @@ async def from_qemu(version: str, *, block: str = "m0", cancelled: bool = False)
             else:
                 end = (await arrival.summary()).confirmed
                 assert np.array_equal(vm.ram, peers.memory(guest))
-            outcome = end, guest.run_state, await vm.query_status(), vm.migration_statuses()
+            outcome = end, guest.run_state, await vm.wait_status("running", "postmigrate"), vm.migration_statuses()
         return Seen(bytes(relay.forward.read), bytes(relay.back.read), outcome)
 
 
@@ -290,7 +290,7 @@ async def postcopy_from_qemu(version: str) -> Seen:
                 await vm.wait_migration_status("completed")
                 summary = await arrival.summary()
             assert np.array_equal(np.asarray(guest.ram[0].pages).reshape(-1), vm.ram)
-        outcome = summary.confirmed, await vm.query_status(), vm.migration_statuses()
+        outcome = summary.confirmed, await vm.wait_status("postmigrate"), vm.migration_statuses()
         return Seen(bytes(relay.forward.read), bytes(relay.back.read), outcome)
 
 

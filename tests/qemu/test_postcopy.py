@@ -56,7 +56,7 @@ async def test_to_qemu(pages: int) -> None:
                 guest, uri, config(), monitor, functools.partial(after_pages, monitor, pages)
             )
             await vm.wait_migration_status("completed")
-            assert await vm.query_status() == "running"
+            await vm.wait_status("running")
             assert "postcopy-active" in vm.migration_statuses()
             assert np.array_equal(vm.ram, memory(guest))
         assert monitor.status is Status.COMPLETED

@@ -91,7 +91,7 @@ async def test_multifd_at_the_source_only_is_said_on_both_sides(*, second: bool)
                 await vm.wait_migration_status("failed")
                 error = await arrival.error()
         assert "turn multifd off there" in str(error)
-        assert await vm.query_status() == "running"
+        await vm.wait_status("running")
 
 
 @pytest.mark.parametrize("size", [SIZE, peers.SMALL], ids=["memory that fills buffers", "memory that does not"])

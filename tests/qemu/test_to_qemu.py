@@ -67,7 +67,7 @@ async def test_paused_guest_arrives_paused(*, return_path: bool) -> None:
             await guest.pause()
             await trimig.migrate(guest, uri, peers.settings(return_path=return_path))
             await vm.wait_migration_status("completed")
-            assert await vm.query_status() == "paused"
+            await vm.wait_status("paused")
             assert np.array_equal(vm.ram, peers.memory(guest))
 
 

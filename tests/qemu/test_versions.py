@@ -242,7 +242,7 @@ async def _out_of_qemu(cell: Cell, machine: str, target: str, pki: Pki, tmp_path
             guest = await hops.receive(hop, vm, functools.partial(trimig.ParkedGuest, file))
             before = vm.serial_text() if machine != "none" else ""
             if cell.mode != "snapshot":
-                assert await vm.query_status() == "postmigrate"
+                await vm.wait_status("postmigrate")
             if cell.mode != "snapshot" or machine == "none":
                 same_memory(guest, vm)
             memory = vm.ram.copy()
