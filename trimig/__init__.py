@@ -48,7 +48,7 @@ from .guests import AppGuest as AppGuest
 from .guests import Device as Device
 from .guests import LazyAppGuest as LazyAppGuest
 from .guests import ParkedGuest as ParkedGuest
-from .guests import ProcessGuest as ProcessGuest
+from .guests import WorkloadGuest as WorkloadGuest
 from .monitor.blockers import Blocker as Blocker
 from .monitor.blockers import Blockers as Blockers
 from .monitor.monitor import Monitor as Monitor
@@ -102,7 +102,6 @@ __all__ = (
     "PeerFailed",
     "PeerProfile",
     "PostcopyLost",
-    "ProcessGuest",
     "RamBlock",
     "RemoteProtocolError",
     "Role",
@@ -114,6 +113,7 @@ __all__ = (
     "TransportFailed",
     "TrimigError",
     "VMState",
+    "WorkloadGuest",
     "__version__",
     "migrate",
     "parse_size",

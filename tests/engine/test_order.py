@@ -100,7 +100,7 @@ async def made(kind: str) -> AsyncIterator[trimig.Guest]:
             with trimig.ParkedGuest() as parked:
                 yield parked
         case _:
-            async with trimig.ProcessGuest.open(
+            async with trimig.WorkloadGuest.open(
                 size=RAM["ram"], hot=PAGE_SIZE, running=False, name="scripted"
             ) as process:
                 yield process

@@ -21,7 +21,7 @@ from trimig.engine.ram.postcopy_sender import PostcopySender
 from trimig.engine.ram.sender import RamSender
 from trimig.errors import RemoteProtocolError
 from trimig.guest import PAGE_SIZE, MissingMemory, PageBitmap
-from trimig.guests.workload.guest import MiB, ProcessGuest
+from trimig.guests.workload.guest import MiB, WorkloadGuest
 from trimig.memory import MemfdBlock, MissingPages, TrackedRange, UffdMemory
 from trimig.monitor.statistics import Counters
 from trimig.policy.page_order import PageOrder
@@ -45,11 +45,11 @@ async def connection() -> AsyncIterator[tuple[Channel, Channel]]:
 
 
 @contextlib.asynccontextmanager
-async def guests(here: PageBitmap) -> AsyncIterator[tuple[ProcessGuest, ProcessGuest, MissingMemory]]:
+async def guests(here: PageBitmap) -> AsyncIterator[tuple[WorkloadGuest, WorkloadGuest, MissingMemory]]:
     """A source that has stopped, and a destination with its devices and the pages *here*."""
     async with (
-        ProcessGuest.open(size=SIZE, hot=HOT, dirty_rate=200 * MiB, seed=9) as source,
-        ProcessGuest.open(size=SIZE, hot=HOT, running=False) as target,
+        WorkloadGuest.open(size=SIZE, hot=HOT, dirty_rate=200 * MiB, seed=9) as source,
+        WorkloadGuest.open(size=SIZE, hot=HOT, running=False) as target,
     ):
         while (await source.stats()).writes < 2000:  # noqa: ASYNC110 - it is another process
             await trio.sleep(0.002)
@@ -75,7 +75,7 @@ class CountingLimiter(Limiter):
 class Sending:
     """The source's side of one connection."""
 
-    def __init__(self, channel: Channel, source: ProcessGuest, unsent: PageBitmap, rate: int) -> None:
+    def __init__(self, channel: Channel, source: WorkloadGuest, unsent: PageBitmap, rate: int) -> None:
         self.channel = channel
         self.counters = Counters()
         self.source = source
@@ -269,7 +269,7 @@ async def test_what_was_asked_for_is_asked_for_again_on_a_new_connection() -> No
     async def send(data: bytes) -> None:
         sent.append(data)
 
-    async with ProcessGuest.open(size=SIZE, hot=MiB, running=False) as target:
+    async with WorkloadGuest.open(size=SIZE, hot=MiB, running=False) as target:
         memory = await target.missing_memory()
         try:
             receiver = PostcopyReceiver(memory, ["ram"], {"ram": np.zeros(PAGES, np.bool_)}, send, Counters())

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 import trimig
-from trimig.guests.workload.guest import MiB, ProcessGuest
+from trimig.guests.workload.guest import MiB, WorkloadGuest
 from trimig.status import Status
 
 SIZE = 16 * MiB
@@ -30,7 +30,7 @@ def able(*, background: int = 0, **more: bool) -> trimig.Config:
 class Pair:
     """A guest on its way by postcopy, both sides in this process."""
 
-    def __init__(self, source: ProcessGuest, target: ProcessGuest, config: trimig.Config) -> None:
+    def __init__(self, source: WorkloadGuest, target: WorkloadGuest, config: trimig.Config) -> None:
         self.source = source
         self.target = target
         self.config = config
@@ -67,19 +67,19 @@ class Pair:
 async def pair(config: trimig.Config) -> AsyncIterator[Pair]:
     with trio.fail_after(LIMIT):
         async with (
-            ProcessGuest.open(size=SIZE, hot=4 * MiB, dirty_rate=40 * MiB, seed=2) as source,
-            ProcessGuest.open(size=SIZE, hot=4 * MiB, running=False) as target,
+            WorkloadGuest.open(size=SIZE, hot=4 * MiB, dirty_rate=40 * MiB, seed=2) as source,
+            WorkloadGuest.open(size=SIZE, hot=4 * MiB, running=False) as target,
         ):
             yield Pair(source, target, config)
 
 
-async def proved(guest: ProcessGuest) -> None:
+async def proved(guest: WorkloadGuest) -> None:
     await guest.pause()
     proof = await guest.verify()
     assert proof.ok, str(proof)
 
 
-def memory_of(guest: ProcessGuest) -> int:
+def memory_of(guest: WorkloadGuest) -> int:
     """Bytes that the host keeps for it."""
     return os.fstat(guest.block.fd).st_blocks * 512
 

@@ -19,7 +19,7 @@ import trio
 
 import trimig
 from trimig.errors import Ownership
-from trimig.guests.workload.guest import MiB, ProcessGuest
+from trimig.guests.workload.guest import MiB, WorkloadGuest
 from trimig.status import Status
 
 SIZE: Final = 8 * MiB
@@ -65,9 +65,9 @@ def settings(*, preempt: bool = False) -> trimig.Config:
 
 
 @asynccontextmanager
-async def opened(*, running: bool) -> AsyncIterator[ProcessGuest]:
+async def opened(*, running: bool) -> AsyncIterator[WorkloadGuest]:
     """A small guest that writes."""
-    async with ProcessGuest.open(size=SIZE, hot=4 * MiB, dirty_rate=40 * MiB, running=running) as guest:
+    async with WorkloadGuest.open(size=SIZE, hot=4 * MiB, dirty_rate=40 * MiB, running=running) as guest:
         yield guest
 
 

@@ -1,4 +1,4 @@
-"""A process guest that runs while part of its memory is missing: served from a trio task, page by page, and proved."""
+"""A guest in a worker process that runs while part of its memory is missing: served from a trio task, page by page, and proved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import trio
 import trimig
 from trimig.errors import GuestFailed
 from trimig.guest import PAGE_SIZE
-from trimig.guests.workload.guest import MiB, ProcessGuest
+from trimig.guests.workload.guest import MiB, WorkloadGuest
 from trimig.memory import UffdMemory
 from trimig.policy.page_order import PageOrder
 
@@ -22,11 +22,11 @@ LIMIT = 60
 
 
 @contextlib.asynccontextmanager
-async def a_pair(missing: int) -> AsyncIterator[tuple[ProcessGuest, ProcessGuest, UffdMemory, np.ndarray]]:
+async def a_pair(missing: int) -> AsyncIterator[tuple[WorkloadGuest, WorkloadGuest, UffdMemory, np.ndarray]]:
     """A paused source, a destination with its state and all its memory but *missing* pages, and which those are."""
     async with (
-        ProcessGuest.open(size=SIZE, hot=MiB, dirty_rate=40 * MiB, seed=5) as source,
-        ProcessGuest.open(size=SIZE, hot=MiB, running=False) as target,
+        WorkloadGuest.open(size=SIZE, hot=MiB, dirty_rate=40 * MiB, seed=5) as source,
+        WorkloadGuest.open(size=SIZE, hot=MiB, running=False) as target,
     ):
         while (await source.stats()).writes < 100:  # noqa: ASYNC110 - it is another process
             await trio.sleep(0.002)
@@ -104,7 +104,7 @@ async def test_what_would_look_at_missing_pages_is_refused() -> None:
 
 
 async def test_a_running_guest_has_its_memory() -> None:
-    async with ProcessGuest.open(size=SIZE, hot=MiB, seed=1) as guest:
+    async with WorkloadGuest.open(size=SIZE, hot=MiB, seed=1) as guest:
         with pytest.raises(GuestFailed, match="the guest runs"):
             await guest.missing_memory()
         with pytest.raises(GuestFailed, match="no page was missing"):
@@ -112,7 +112,7 @@ async def test_a_running_guest_has_its_memory() -> None:
 
 
 async def test_pages_outside() -> None:
-    async with ProcessGuest.open(size=SIZE, hot=MiB, running=False) as guest:
+    async with WorkloadGuest.open(size=SIZE, hot=MiB, running=False) as guest:
         memory = await guest.missing_memory()
         try:
             with pytest.raises(ValueError, match=r"pages 1024\.\.1025 are not within the 1024 of 'ram'"):

@@ -21,7 +21,7 @@ import trimig
 from trimig.errors import ConfigError, GuestFailed, Owner, RemoteProtocolError, StateError
 from trimig.guest import DeviceSection, Guest
 from trimig.guests.workload import guest as process
-from trimig.guests.workload.guest import MiB, ProcessGuest
+from trimig.guests.workload.guest import MiB, WorkloadGuest
 from trimig.guests.workload.state import verify, words_of
 from trimig.memory import MemoryUnavailable, snapshot_of
 from trimig.testing import virtual_link
@@ -40,13 +40,13 @@ def no_descriptor_and_no_process_is_left() -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def a_guest(**changes: Any) -> AsyncIterator[ProcessGuest]:
+async def a_guest(**changes: Any) -> AsyncIterator[WorkloadGuest]:
     options = {"size": SIZE, "hot": MiB, "dirty_rate": 40 * MiB, "seed": 11, **changes}
-    async with ProcessGuest.open(**options) as guest:
+    async with WorkloadGuest.open(**options) as guest:
         yield guest
 
 
-async def written(guest: ProcessGuest, more: int) -> None:
+async def written(guest: WorkloadGuest, more: int) -> None:
     """Wait until the guest has made *more* writes."""
     goal = (await guest.stats()).writes + more
     with trio.fail_after(20):
@@ -69,7 +69,7 @@ async def gone(pid: int) -> None:
 
 async def test_stopped_guest_is_ready_and_waits() -> None:
     """As QEMU's -S: nothing is written until it is resumed; it can be saved as it stands."""
-    async with ProcessGuest.open(size=1 << 20, hot=1 << 18, stopped=True) as guest:
+    async with WorkloadGuest.open(size=1 << 20, hot=1 << 18, stopped=True) as guest:
         assert guest.run_state == "prelaunch"
         assert await guest.save_devices()
         before = (await guest.stats()).writes
@@ -391,9 +391,9 @@ async def test_the_worker_ends_by_itself_when_its_line_is_cut() -> None:
 
 HOST = """
 import subprocess, sys, trio
-from trimig.guests.workload.guest import ProcessGuest
+from trimig.guests.workload.guest import WorkloadGuest
 async def main():
-    async with ProcessGuest.open(size=1 << 20, hot=1 << 18) as guest:
+    async with WorkloadGuest.open(size=1 << 20, hot=1 << 18) as guest:
         other = 0
         if sys.argv[1] == "kept":  # somebody else has our end of the line too, so it has no end of file
             fd = guest._worker._socket.fileno()

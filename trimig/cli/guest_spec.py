@@ -53,7 +53,7 @@ async def open_guest(
         options = _process_options(rest if colon else "")
         if name:
             options["name"] = name
-        async with trimig.ProcessGuest.open(running=not waiting, stopped=stopped, **options) as guest:
+        async with trimig.WorkloadGuest.open(running=not waiting, stopped=stopped, **options) as guest:
             yield guest
     elif kind == "parked" and rest:
         async with _from_file(Path(rest), waiting=waiting, peer=peer) as parked:

@@ -1,7 +1,7 @@
 """The guests that come with trimig.
 
 :class:`AppGuest` is the caller's own state in this process. :class:`LazyAppGuest` is the same for an application that
-awaits its pages. :class:`ProcessGuest` is a worker process that shares its memory with this one. :class:`ParkedGuest`
+awaits its pages. :class:`WorkloadGuest` is a worker process that shares its memory with this one. :class:`ParkedGuest`
 is a guest that was received from a QEMU and is kept.
 """
 
@@ -12,4 +12,4 @@ from .device import device_section as device_section
 from .lazy_app import LazyAppGuest as LazyAppGuest
 from .parked.guest import ParkedGuest as ParkedGuest
 from .standard import TimerState as TimerState
-from .workload.guest import ProcessGuest as ProcessGuest
+from .workload.guest import WorkloadGuest as WorkloadGuest

@@ -219,7 +219,7 @@ class Portal:
     def context(
         self, manager: contextlib.AbstractAsyncContextManager[T, Any]
     ) -> contextlib.AbstractContextManager[T, bool | None]:
-        """An asynchronous context manager of the trio side, such as a :class:`trimig.ProcessGuest`, as a plain one."""
+        """An asynchronous context manager of the trio side, such as a :class:`trimig.WorkloadGuest`, as a plain one."""
         return self._running().wrap_async_context_manager(manager)
 
     def _running(self) -> anyio.from_thread.BlockingPortal:

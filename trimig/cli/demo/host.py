@@ -64,7 +64,7 @@ class Host:
         self._control = control
         self._nursery = nursery
         self._guests = guests
-        self._guest: trimig.ProcessGuest | None = None
+        self._guest: trimig.WorkloadGuest | None = None
         self._alive = False
         self._monitor = trimig.Monitor()
         self._job = trio.CancelScope()
@@ -128,7 +128,7 @@ class Host:
     async def do_open(self, **options: Any) -> dict[str, Any]:
         """Make a guest; an earlier guest is ended first."""
         self.end_guest()
-        guest = await self._guests.enter_async_context(trimig.ProcessGuest.open(**options))
+        guest = await self._guests.enter_async_context(trimig.WorkloadGuest.open(**options))
         self._guest, self._alive = guest, True
         self._nursery.start_soon(self._watch_worker, guest, os.pidfd_open(guest.pid))
         return {"worker": guest.pid}
@@ -218,7 +218,7 @@ class Host:
         if guest is not None:
             guest.close()
 
-    async def _watch_worker(self, guest: trimig.ProcessGuest, pidfd: int) -> None:
+    async def _watch_worker(self, guest: trimig.WorkloadGuest, pidfd: int) -> None:
         try:
             await trio.lowlevel.wait_readable(pidfd)
         finally:

@@ -23,7 +23,7 @@ def check_guest(guest: Guest) -> None:
     if not isinstance(guest, LazyGuest | OpaqueGuest):
         raise GuestFailed(
             f"guest {guest.name!r} cannot be the destination of postcopy: it lives in this process, where a thread that "
-            "touches a missing page holds Python's global lock, so no other thread could bring the page; use a ProcessGuest, or a "
+            "touches a missing page holds Python's global lock, so no other thread could bring the page; use a WorkloadGuest, or a "
             "LazyAppGuest, which awaits its pages, or turn postcopy-ram off"
         )
 

@@ -4,7 +4,7 @@ The memory is a memfd that both processes map, so each process sees the data tha
 are tracked through its page tables, by a userfaultfd that the worker made and passed to this process.
 
 The worker dies with this process (end of file on its socket, and the kernel's parent-death
-signal), and :meth:`ProcessGuest.open` kills it on every way out.
+signal), and :meth:`WorkloadGuest.open` kills it on every way out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _STARTING: Final = 30.0
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStats:
-    """The result of :meth:`ProcessGuest.stats`."""
+    """The result of :meth:`WorkloadGuest.stats`."""
 
     #: Writes since the workload began, on all hosts.
     writes: int
@@ -64,7 +64,7 @@ class TouchTimes:
     blocked: float
 
 
-class ProcessGuest(GuestBase):
+class WorkloadGuest(GuestBase):
     """A worker process that writes memory at a given rate, and can prove that no write was lost or replayed.
 
     Made by :meth:`open`. Its RAM is one block, ``"ram"``; its one device is the journal ``trimig-workload``
@@ -100,8 +100,8 @@ class ProcessGuest(GuestBase):
         name: str = "trimig-workload",
         dirty_tracking: str = "auto",
         call_timeout: float = 10.0,
-    ) -> AsyncIterator[ProcessGuest]:
-        """``async with ProcessGuest.open() as guest:`` starts the worker; it is killed and reaped at the end.
+    ) -> AsyncIterator[WorkloadGuest]:
+        """``async with WorkloadGuest.open() as guest:`` starts the worker; it is killed and reaped at the end.
 
         Args:
             size: bytes of RAM, a multiple of 4096.
@@ -123,7 +123,7 @@ class ProcessGuest(GuestBase):
         **Cancellation:** nothing is left, on entering as on leaving; leaving does not wait for anything but the kernel.
         """
         if dirty_tracking not in ("auto", "userfaultfd", "compare"):
-            raise ConfigError(f"dirty tracking {dirty_tracking!r} is not possible for a process guest")
+            raise ConfigError(f"dirty tracking {dirty_tracking!r} is not possible for a guest in a worker process")
         if size <= 0 or size % PAGE_SIZE:
             raise ConfigError(f"{size} bytes of RAM are not a positive multiple of {PAGE_SIZE}")
         try:

@@ -1,4 +1,4 @@
-"""The control socket to the worker process of a :class:`trimig.guests.workload.guest.ProcessGuest`: requests and
+"""The control socket to the worker process of a :class:`trimig.guests.workload.guest.WorkloadGuest`: requests and
 replies.
 
 No task runs in the background: requests are answered one at a time, and a call reads the socket only while it waits

@@ -1,4 +1,4 @@
-"""The worker process of a :class:`trimig.guests.workload.guest.ProcessGuest`: ``python -m trimig.guests.workload.worker FD PARENT``.
+"""The worker process of a :class:`trimig.guests.workload.guest.WorkloadGuest`: ``python -m trimig.guests.workload.worker FD PARENT``.
 
 It runs the workload of :mod:`trimig.guests.workload.state` on memory that it shares with its host process, and serves
 the host's requests over a socket. It uses one thread and no trio: writes are made in batches of at most a few hundred
