@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .channel.channel import AnyStream
     from .engine.source.outgoing import CommitHook, FenceHook
     from .monitor.statistics import Summary
+    from .transport._interface import Listener
 
 
 async def migrate(
@@ -189,7 +190,7 @@ class _Acceptor:
         self._at = at
         self._config = config
         self._monitor = monitor
-        self._listener: transport.Listener | None = None
+        self._listener: Listener | None = None
 
     def connections(self) -> Connections:
         """What the engine calls."""
@@ -202,12 +203,11 @@ class _Acceptor:
             return self._at
         return await self._accept(self._at)
 
-    async def _open(self, uri: str | None) -> transport.SharedListener:
+    async def _open(self, uri: str | None) -> Listener:
         """Listen at *uri*, or for None at the last address."""
         self.close()
         listener = self._listener = await transport.listen(uri or _address(self._at), self._config)
         self._listening(listener.uri)
-        assert isinstance(listener, transport.SharedListener)
         return listener
 
     async def _again(self, uri: str | None) -> AnyStream:

@@ -20,11 +20,12 @@ import trio
 from ..channel.lobby import accept_pause
 from ..config.config import Config
 from ..errors import ConfigError
-from ..transport import Listener, tcp, unix
+from ..transport import tcp, unix
 from .messages import Malformed, MessageReader, encode
 from .session import Conversation, Outbox
 
 if TYPE_CHECKING:
+    from ..transport._interface import Listener
     from .interface import Dispatcher
 
 log: Final = logging.getLogger("trimig.qmp")

@@ -22,10 +22,10 @@ from ..channel import closing
 from ..channel.socket_options import enlarge
 from ..errors import ConfigError, TransportFailed
 from ._credentials import Credentials, distinguished_name
+from ._interface import Listener
 
 if TYPE_CHECKING:
     from ..channel.channel import AnyStream
-    from . import Listener, SharedListener
 
 #: Seconds for a handshake: a peer that speaks no TLS may send nothing.
 HANDSHAKE_SECONDS: Final = 20.0
@@ -439,7 +439,7 @@ async def secure(
             await closing.close(stream)
 
 
-class TlsListener:
+class TlsListener(Listener):
     """A listener whose connections begin with a TLS handshake.
 
     A client that fails in the handshake makes :meth:`accept` raise; the listener can go on to the next one.
@@ -464,12 +464,12 @@ class TlsListener:
         """
         return await secure(await self._inner.accept(), self._tls, f"the client at {self.uri}")
 
-    async def meet(self) -> trio.abc.Stream:
+    async def meet(self) -> AnyStream:
         """The next connection, before its handshake. OSError if the system refuses it.
 
         **Cancellation:** nothing was accepted.
         """
-        return await cast("SharedListener", self._inner).meet()
+        return await self._inner.meet()
 
     async def admit(self, stream: AnyStream) -> TlsStream:
         """*stream* after its handshake, without a time limit.

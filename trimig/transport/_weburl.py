@@ -11,11 +11,11 @@ import trio
 
 from ..errors import ConfigError
 from . import tcp
+from ._interface import Listener
 from ._websocket import WebSocketStream, open_client, open_server
 
 if TYPE_CHECKING:
     from ..channel.channel import AnyStream
-    from . import SharedListener
 
 _PORTS = {"ws": 80, "wss": 443}
 
@@ -68,13 +68,13 @@ async def upgrade(stream: trio.abc.Stream, to: Address) -> WebSocketStream:
     return await open_client(stream, host, to.target or "/", str(to))
 
 
-class WebSocketListener:
+class WebSocketListener(Listener):
     """Websockets over the connections of another listener.
 
     A client that fails in the opening handshake makes :meth:`accept` raise; the listener can go on to the next one.
     """
 
-    def __init__(self, inner: SharedListener, at: Address) -> None:
+    def __init__(self, inner: Listener, at: Address) -> None:
         self._inner = inner
         self._at = at
 
@@ -95,7 +95,7 @@ class WebSocketListener:
         assert isinstance(stream, trio.abc.Stream)
         return await open_server(stream, self._path, self.uri)
 
-    async def meet(self) -> trio.abc.Stream:
+    async def meet(self) -> AnyStream:
         """The next connection, before its handshakes. OSError if the system refuses it.
 
         **Cancellation:** nothing was accepted.

@@ -16,6 +16,7 @@ import trio
 
 from ..errors import ConfigError
 from ._child import PIPE_BYTES, Child
+from ._interface import Listener, Transport
 
 if TYPE_CHECKING:
     from ..config.config import Config
@@ -143,7 +144,7 @@ class ExecStream(trio.abc.HalfCloseableStream):
         await self._child.aclose()
 
 
-class ExecListener:
+class ExecListener(Listener):
     """A command that brings a stream. :meth:`accept` starts the command."""
 
     def __init__(self, command: str) -> None:
@@ -191,3 +192,6 @@ async def listen(rest: str, config: Config) -> ExecListener:
     command = parse(rest)
     await trio.lowlevel.checkpoint()
     return ExecListener(command)
+
+
+TRANSPORT: Final = Transport(connect=connect, listen=listen, parse=parse)

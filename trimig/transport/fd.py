@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import trio
 
 from ..errors import ConfigError, TransportFailed
+from ._interface import Listener, Transport
 
 if TYPE_CHECKING:
     from ..config.config import Config
@@ -206,7 +207,7 @@ def _check_direction(fd: int, access: int, *, sending: bool) -> None:
         raise TransportFailed(f"descriptor {fd} is the {has} end of a pipe: this side needs the {needs} end")
 
 
-class FdListener:
+class FdListener(Listener):
     """A descriptor that brings a stream, once."""
 
     def __init__(self, fd: int, stream: trio.SocketStream | PipeReceiver) -> None:
@@ -284,3 +285,6 @@ def _close(stream: _Opened) -> None:
         stream.socket.close()
     else:
         stream.close()
+
+
+TRANSPORT: Final = Transport(connect=connect, listen=listen, parse=parse)

@@ -25,6 +25,7 @@ from ..channel import closing
 from ..channel.offload import offload
 from ..config.types import parse_size
 from ..errors import ConfigError, TransportFailed
+from ._interface import Listener, Transport
 
 if TYPE_CHECKING:
     from ..config.config import Config
@@ -251,7 +252,7 @@ class FileReceiver(trio.abc.ReceiveStream):
         await trio.lowlevel.checkpoint()
 
 
-class FileListener:
+class FileListener(Listener):
     """A file that holds a stream, once."""
 
     def __init__(self, path: str, offset: int, stream: FileReceiver) -> None:
@@ -414,3 +415,6 @@ def _failed(what: str, path: str, error: OSError) -> TransportFailed:
     # A FIFO without a reader and a socket cannot even be opened.
     words = "it is not a file" if error.errno == errno.ENXIO else error.strerror or str(error)
     return TransportFailed(f"cannot {what} file:{path}: {words}")
+
+
+TRANSPORT: Final = Transport(connect=connect, listen=listen, parse=parse)

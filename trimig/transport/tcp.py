@@ -13,15 +13,12 @@ import trio
 
 from ..errors import ConfigError, TransportFailed
 from ._inet import Families, addresses, open_listeners, split
+from ._interface import Listener, Transport
 
 if TYPE_CHECKING:
-    from ..channel.channel import AnyStream
     from ..config.config import Config
 
 log = logging.getLogger("trimig.transport")
-
-#: One address accepts several connections at a time.
-MULTIPLE_CHANNELS = True
 
 #: Attempts to find a port that is free on every address of a name.
 _PORT_TRIES: Final = 20
@@ -58,7 +55,7 @@ def _suggestion(host: str, port: str) -> str:
     return f"tcp:[{address}]:{port}"
 
 
-def host(rest: str) -> str:
+def server_name(rest: str) -> str:
     """The name, or the address, that a TLS server must have in its certificate."""
     return parse(rest)[0].partition("%")[0] or "localhost"
 
@@ -108,7 +105,7 @@ def _keep_alive(socket: trio.socket.SocketType) -> None:
     socket.setsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_KEEPCNT, 6)
 
 
-class TcpListener:
+class TcpListener(Listener):
     """Listens on every address of one name, with one port."""
 
     def __init__(self, listeners: list[trio.SocketListener]) -> None:
@@ -160,15 +157,6 @@ class TcpListener:
         if accepted:
             return accepted.pop(0)  # a second connection, on another address at the same moment, is the next
         raise failed[0] if failed else trio.ClosedResourceError("the listener was closed meanwhile")
-
-    meet = accept
-
-    async def admit(self, stream: AnyStream) -> AnyStream:
-        """Return *stream*: there is no handshake.
-
-        **Cancellation:** none.
-        """
-        return stream
 
     def close(self) -> None:
         """Stop listening."""
@@ -245,3 +233,8 @@ def _reason(error: OSError) -> str:
     if first.errno == errno.ECONNREFUSED:
         return "connection refused (does a destination listen there?)"
     return first.strerror or str(first)
+
+
+TRANSPORT: Final = Transport(
+    connect=connect, listen=listen, parse=parse, server_name=server_name, multiple_channels=True
+)

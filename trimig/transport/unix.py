@@ -6,20 +6,18 @@ import errno
 import os
 import socket
 import stat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from ..errors import ConfigError, TransportFailed
+from ._interface import Listener, Transport
 
 if TYPE_CHECKING:
-    from ..channel.channel import AnyStream
     from ..config.config import Config
 
-#: One address accepts several connections at a time.
-MULTIPLE_CHANNELS = True
 #: sizeof(sockaddr_un.sun_path) on Linux, the terminator included.
-_MAX_PATH = 108
+_MAX_PATH: Final = 108
 
 
 def parse(path: str) -> str:
@@ -60,7 +58,7 @@ async def connect(rest: str, config: Config) -> trio.SocketStream:
     return stream
 
 
-class UnixListener:
+class UnixListener(Listener):
     """A listening socket and its file."""
 
     def __init__(self, path: str, sock: trio.socket.SocketType) -> None:
@@ -80,15 +78,6 @@ class UnixListener:
         """
         sock, _ = await self._socket.accept()
         return trio.SocketStream(sock)
-
-    meet = accept
-
-    async def admit(self, stream: AnyStream) -> AnyStream:
-        """Return *stream*: there is no handshake.
-
-        **Cancellation:** none.
-        """
-        return stream
 
     def close(self) -> None:
         """Stop listening and remove the file, unless another file has replaced it."""
@@ -147,3 +136,6 @@ def _remove_stale(path: str) -> None:
         except OSError as error:
             if error.errno == errno.ECONNREFUSED:
                 os.unlink(path)
+
+
+TRANSPORT: Final = Transport(connect=connect, listen=listen, parse=parse, multiple_channels=True)

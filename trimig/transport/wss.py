@@ -6,20 +6,16 @@ does, and shows no certificate; a server needs credentials.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ..errors import ConfigError
 from . import _credentials, _tls, _weburl, tcp
+from ._interface import Tls, Transport
 from ._weburl import Address, WebSocketListener, upgrade
 
 if TYPE_CHECKING:
     from ..config.config import Config
     from ._websocket import WebSocketStream
-
-#: TLS lies below the websocket, not above it.
-SECURES_ITSELF = True
-#: One address accepts several connections at a time.
-MULTIPLE_CHANNELS = True
 
 
 def parse(rest: str) -> Address:
@@ -41,9 +37,9 @@ async def connect(rest: str, config: Config) -> WebSocketStream:
     **Cancellation:** no connection is left.
     """
     to = parse(rest)
-    host = tcp.host(to.tcp)
+    name = tcp.server_name(to.tcp)
     credentials = _credentials.load(config, "client") or _credentials.system(config.parameters.tls_hostname or None)
-    return await upgrade(await _tls.secure(await tcp.connect(to.tcp, config), credentials, str(to), host), to)
+    return await upgrade(await _tls.secure(await tcp.connect(to.tcp, config), credentials, str(to), name), to)
 
 
 async def listen(rest: str, config: Config) -> WebSocketListener:
@@ -60,3 +56,7 @@ async def listen(rest: str, config: Config) -> WebSocketListener:
     if credentials is None:
         raise ConfigError(f"{at} needs a certificate to show; set tls-creds", name="tls-creds")
     return WebSocketListener(_tls.TlsListener(await tcp.listen(at.tcp, config), credentials), at)
+
+
+#: TLS lies below the websocket, not above it.
+TRANSPORT: Final = Transport(connect=connect, listen=listen, parse=parse, tls=Tls.OWN, multiple_channels=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _STR: Final = Argument("str")
 _OPTIONAL_BOOL: Final = Argument("bool", optional=True)
 #: The URI schemes that trimig or a QEMU has.
-_KNOWN_SCHEMES: Final = (*transport.SCHEMES, "rdma", "vsock")
+_KNOWN_SCHEMES: Final = (*transport.SCHEMES, *transport.ABSENT)
 
 
 async def migrate(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
