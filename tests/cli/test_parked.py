@@ -37,12 +37,13 @@ def saved(tmp_path: Path) -> Path:
 @asynccontextmanager
 async def started(*arguments: object) -> AsyncIterator[trio.Process]:
     """A running ``trimig``, with stdout and stderr as pipes; killed at the end of the block."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = await trio.lowlevel.open_process(
         [sys.executable, "-m", "trimig", *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"},
     )
     assert process.stdout is not None
     assert process.stderr is not None

@@ -17,7 +17,7 @@ import trio
 import trimig
 from tests.cli.test_parked import first_line, started, text_of, trimig_command
 from trimig import qmp
-from trimig.cli import guest_spec
+from trimig.cli.guests import process as workload
 from trimig.testing import ScriptedGuest
 
 LIMIT = 60
@@ -88,7 +88,9 @@ async def status(client: qmp.Client, *wanted: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--guest", "horse"], "is not process"),
+        (["--guest", "horse"], "there are app, parked, process"),
+        (["--guest", "proces"], "did you mean process?"),
+        (["--guest", "parked:"], "parked:FILE"),
         (["--guest", "process:size=x"], "size"),
         (["--guest", "process:colour=red"], "colour"),
         (["--guest", "process:size=5000"], "4096"),
@@ -267,7 +269,7 @@ async def test_guest_that_dies(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", ["4K", "1M", "16M", "100M", "256M", "2G"])
 def test_hot_memory_fits_whatever_the_size(size: str) -> None:
     """A size alone is enough: the size of the working set follows from it."""
-    options = guest_spec._process_options(f"size={size}")
+    options = workload.options_of(f"size={size}")
     assert options["hot"] <= options["size"]
     assert options["hot"] == min(32 << 20, options["size"] // 8)
-    assert guest_spec._process_options(f"size={size},hot=4K")["hot"] == 4096
+    assert workload.options_of(f"size={size},hot=4K")["hot"] == 4096

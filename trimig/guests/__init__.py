@@ -9,6 +9,11 @@ from .app import AppGuest as AppGuest
 from .base import GuestBase as GuestBase
 from .device import Device as Device
 from .device import device_section as device_section
+from .kinds import GuestKind as GuestKind
+from .kinds import GuestRequest as GuestRequest
+from .kinds import HandoverRecord as HandoverRecord
+from .kinds import installed_kind as installed_kind
+from .kinds import installed_names as installed_names
 from .lazy_app import LazyAppGuest as LazyAppGuest
 from .parked.guest import ParkedGuest as ParkedGuest
 from .standard import TimerState as TimerState

@@ -20,7 +20,7 @@ from trimig.monitor import blockers
 from trimig.status import is_idle
 
 from ..exit_codes import CANCELLED, DONE, INCOMPLETE, UNCERTAIN
-from ..guest_spec import open_guest, owner_file
+from ..guests import listed, opened, resolve
 from ..options import migration_options
 from ..output import say, write_json
 from ..runner import run as run_job
@@ -28,13 +28,22 @@ from ..runner import run as run_job
 DEFER = "defer"
 
 
-@click.command()
+class _RunCommand(click.Command):
+    """The command whose help lists the kinds of guests."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        with formatter.section("Kinds of guests, for --guest"):
+            formatter.write_dl(listed())
+
+
+@click.command(cls=_RunCommand)
 @click.option(
     "--guest",
     "spec",
     metavar="SPEC",
     required=True,
-    help="process[:size=256M,dirty-rate=50M,hot=32M], app:pkg.mod:factory, or parked:FILE.",
+    help="The guest: one of the kinds below.",
 )
 @click.option("--incoming", metavar="URI|defer", help="Wait for a guest at URI, or for migrate-incoming.")
 @click.option("--qmp", "addresses", metavar="ADDR", multiple=True, help="Serve QMP at unix:PATH or tcp:HOST:PORT.")
@@ -137,13 +146,15 @@ class _Host:
     ) -> int:
         """Make the guest, serve it and end it; returns the exit code."""
         with self._starting:
-            opened = open_guest(spec, waiting=incoming is not None, stopped=stopped, name=name, peer=self._config.peer)
-            async with opened as guest, trio.open_nursery(strict_exception_groups=True) as nursery:
+            kind, request = resolve(
+                spec, waiting=incoming is not None, stopped=stopped, name=name, peer=self._config.peer
+            )
+            async with opened(kind, request) as guest, trio.open_nursery(strict_exception_groups=True) as nursery:
                 if uuid is not None and hasattr(guest, "uuid"):
                     guest.uuid = uuid
                 if only_migratable:
                     _only_migratable(guest)
-                record = owner_file(spec, waiting=incoming is not None)
+                record = kind.record(request)
                 machine = qmp.Machine(
                     guest,
                     nursery,

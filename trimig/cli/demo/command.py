@@ -21,7 +21,7 @@ from trimig import formats
 
 from .. import display, postcopy
 from ..exit_codes import CANCELLED, DONE, FAILED, INCOMPLETE, NOT_RESUMED, UNCERTAIN
-from ..guest_spec import default_hot
+from ..guests.process import default_hot
 from ..options import PERCENT, RAM_SIZE, SIZE, config_options, debug_option, json_option
 from ..output import say, write_json
 from ..picture import Picture
