@@ -24,7 +24,7 @@ SMOKE: Final = (
     "tests/docs/test_operating.py",
     "tests/engine/test_handover.py",
     "tests/engine/test_lifecycle.py",
-    "tests/engine/test_postcopy.py::test_a_guest_runs_while_its_memory_follows[0.0]",
+    "tests/processes/engine/test_postcopy.py::test_a_guest_runs_while_its_memory_follows[0.0]",
     "tests/guests/test_app.py",
     "tests/guests/test_parked.py",
     "tests/memory/test_block.py",

@@ -16,9 +16,9 @@ import trio
 from click.testing import CliRunner
 
 import trimig
-from tests.cli.test_output import CALLS
-from tests.cli.test_parked import trimig_command
 from tests.guests.test_parked import stream as saved_stream
+from tests.processes.cli.test_output import CALLS
+from tests.processes.cli.test_parked import trimig_command
 from trimig import cli, errors, stream
 from trimig.cli.commands.run import _Host, _other_side
 from trimig.cli.errors import error_record

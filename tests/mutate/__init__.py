@@ -6,5 +6,6 @@ lose a guest.
 
 Each change runs in a copy of the tree: the module is changed, the tests of that module run until one fails, and the
 module is restored. A change that no test notices is a survivor, printed with its place. A run takes hours, so CI does
-not run it; tests/test_mutate.py proves the tool on a program of ten lines and keeps the named changes up to date.
+not run it; tests/processes/test_mutate.py proves the tool on a program of ten lines and keeps the named changes up to
+date.
 """

@@ -1,7 +1,7 @@
 """Named faults, each with the tests that must notice it, and the tests of each module.
 
-A change has the text of the file now, which must occur once, and the text that replaces it. tests/test_mutate.py fails
-when the program has changed and a line here must be adapted.
+A change has the text of the file now, which must occur once, and the text that replaces it.
+tests/processes/test_mutate.py fails when the program has changed and a line here must be adapted.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ _ENGINE = (
     "recovery", "marks", "switchover_ack", "doubt", "placement", "lobby", "strangers",
 )  # fmt: skip
 
+#: Those of them in ``tests/processes``.
+_WITH_SOCKETS = frozenset({"postcopy", "strangers"})
+
 
 def _engine(*first: str) -> tuple[str, ...]:
     names = (*first, *(name for name in _ENGINE if name not in first))
-    return tuple(f"tests/engine/test_{name}.py" for name in names)
+    return tuple(f"tests/{'processes/' if name in _WITH_SOCKETS else ''}engine/test_{name}.py" for name in names)
 
 
 #: By a part of the file's name: its tests, the likeliest first.
@@ -151,16 +154,16 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
         "a page may come twice behind the switch", "trimig/engine/ram/postcopy_receiver.py",
         "        if here.any():\n            raise", "        if False:\n            raise",
-        (_BAD, "tests/engine/test_postcopy.py"),
+        (_BAD, "tests/processes/engine/test_postcopy.py"),
     ),
     (
         "a new connection is not told the block's name", "trimig/engine/ram/postcopy_receiver.py",
-        "self._last = None  # the new", "pass  # the new", ("tests/engine/test_postcopy.py",),
+        "self._last = None  # the new", "pass  # the new", ("tests/processes/engine/test_postcopy.py",),
     ),
     (
         "release-ram gives nothing back", "trimig/engine/source/postcopy.py",
         "self._sender.release = self._config.capabilities.release_ram", "self._sender.release = False",
-        ("tests/engine/test_postcopy_guests.py",),
+        ("tests/processes/engine/test_postcopy_guests.py",),
     ),
     (
         "what the destination has is sent again", "trimig/engine/source/postcopy.py",

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 import trimig
-from tests.engine.test_strangers import Strangers
+from tests.processes.engine.test_strangers import Strangers
 from tests.qemu import peers
 from tests.qemu.harness import Qemu, random_ram
 from tests.qemu.peers import NEEDS_PREEMPT

@@ -20,7 +20,7 @@ import trimig
 from trimig.cli.demo.command import Demo, Options
 from trimig.cli.display import LineView
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SMALL = ("demo", "--size", "16M", "--hot", "4M", "--dirty-rate", "8M")
 #: Slow enough for a test to act in the middle of the first copy.
 SLOW = (*SMALL, "--bandwidth", "16M")

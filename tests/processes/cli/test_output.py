@@ -22,7 +22,7 @@ from tests.cli.scripted import DONE as COMPLETED
 from tests.guests.test_parked import stream
 from trimig import cli, qmp
 
-ROOT: Final = Path(__file__).resolve().parents[2]
+ROOT: Final = Path(__file__).resolve().parents[3]
 LIMIT: Final = 60
 
 

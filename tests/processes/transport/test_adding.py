@@ -10,7 +10,8 @@ from typing import Final
 import pytest
 
 import trimig
-from tests.docs import pages, sessions
+from tests.docs import pages
+from tests.processes.docs import sessions
 from trimig.transport._interface import Tls, Transport
 
 #: Runs in a process of its own; the arguments are a scheme, and whether it is a transport.

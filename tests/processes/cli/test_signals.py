@@ -17,7 +17,7 @@ from tests.guests.test_parked import stream
 from trimig.cli.stop import words_for
 from trimig.monitor.monitor import core_of
 
-ROOT: Final = Path(__file__).resolve().parents[2]
+ROOT: Final = Path(__file__).resolve().parents[3]
 
 #: Put before a program, because the tests themselves may run under nohup.
 NO_NOHUP: Final = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"

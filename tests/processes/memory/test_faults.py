@@ -163,7 +163,8 @@ class Child:
         with theirs:
             numbers = (theirs.fileno(), block.fd)
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.memory.toucher", *map(str, (*numbers, block.length))], pass_fds=numbers
+                [sys.executable, "-m", "tests.processes.memory.toucher", *map(str, (*numbers, block.length))],
+                pass_fds=numbers,
             )
         raw, fds, _, _ = socket.recv_fds(self.socket, 8, 1)
         self.base = int.from_bytes(raw, "little")

@@ -20,9 +20,10 @@ from typing import Final
 import click
 import pytest
 
+from tests.docs import pages
 from trimig.cli import main
 
-from . import pages, sessions
+from . import sessions
 
 #: Pages whose programs or commands a reader copies; each must have some of these.
 PYTHON: Final = ("README.md", "guide.md", "testing.md")

@@ -27,7 +27,7 @@ LIMIT: Final = 60
 #: In the killed process. Says "ready", and lives until it is killed or done.
 CHILD: Final = """
 import sys, trio, trimig
-from tests.engine.test_postcopy_killed import settings, opened
+from tests.processes.engine.test_postcopy_killed import settings, opened
 
 async def main(role, uri):
     monitor = trimig.Monitor()
@@ -79,7 +79,7 @@ class Other:
             [sys.executable, "-c", CHILD, role, uri],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            cwd=Path(__file__).resolve().parents[2],
+            cwd=Path(__file__).resolve().parents[3],
         )
         assert self._process.stdout is not None
         self._out = self._process.stdout

@@ -22,7 +22,7 @@ from tests.qemu.relay import Relay
 from trimig.errors import Ownership
 from trimig.stream import read_record, record_path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LIMIT = 60
 LISTEN = "tcp:127.0.0.1:0"
 

@@ -15,7 +15,7 @@ import pytest
 import trio
 
 import trimig
-from tests.cli.test_parked import first_line, started, text_of, trimig_command
+from tests.processes.cli.test_parked import first_line, started, text_of, trimig_command
 from trimig import qmp
 from trimig.cli.guests import process as workload
 from trimig.testing import ScriptedGuest

@@ -17,10 +17,10 @@ import pytest
 import trio
 
 import trimig
-from tests.cli.test_demo import lives, run
-from tests.cli.test_demo import started as started_demo
-from tests.cli.test_parked import LIMIT, LISTEN, first_line, saved, started, text_of, trimig_command
 from tests.guests.test_parked import check, devices
+from tests.processes.cli.test_demo import lives, run
+from tests.processes.cli.test_demo import started as started_demo
+from tests.processes.cli.test_parked import LIMIT, LISTEN, first_line, saved, started, text_of, trimig_command
 from trimig.cli.errors import error_record
 from trimig.cli.exit_codes import INCOMPLETE
 from trimig.cli.postcopy import PostcopyInterrupts, recovering
