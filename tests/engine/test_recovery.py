@@ -42,7 +42,7 @@ from trimig.engine.source import migrate_stream
 from trimig.errors import Ownership, PostcopyLost, RemoteProtocolError
 from trimig.monitor.core import MonitorCore
 from trimig.status import TERMINAL, Status
-from trimig.testing import FakeDevice, ScriptedGuest, virtual_link
+from trimig.testing import FakeDevice, ScriptedGuest, VirtualLink
 from trimig.wire import Command, Section
 from trimig.wire import encoder as wire
 from trimig.wire import postcopy as pc
@@ -283,6 +283,7 @@ class Told:
         self.statuses = told(self.monitor)
         self.outcome: trimig.Summary | trimig.TrimigError | None = None
         self.tries: list[float] = []
+        self.links: list[VirtualLink] = []
         self._offers, self._taken = trio.open_memory_channel[AnyStream](math.inf)
         self.monitor.add_listener(lambda e: self.monitor.start_postcopy() if e.data.get("status") == "setup" else None)
 
@@ -295,10 +296,11 @@ class Told:
 
     async def _next(self) -> AnyStream:
         await trio.lowlevel.checkpoint()
-        ours, theirs = virtual_link()
+        link = VirtualLink(seed=0, window=65536)
+        self.links.append(link)
         self.tries.append(trio.current_time())
-        await self._offers.send(theirs)
-        return ours
+        await self._offers.send(link.b)
+        return link.a
 
     async def accept(self) -> Peer:
         stream = await self._taken.receive()
@@ -449,6 +451,11 @@ async def test_all_is_sent_and_nobody_is_found_again(autojump_clock: trio.testin
                     await (await told_by.accept()).stream.aclose()
     assert isinstance(told_by.outcome, PostcopyLost)
     assert "the destination may be complete: look there" in str(told_by.outcome)
+    assert len(told_by.links) > 2
+    handed_over = sum(link.sent("a->b") for link in told_by.links)
+    assert (
+        handed_over - 16 < told_by.monitor.counters.transferred <= handed_over
+    )  # the end may be of a write that failed
 
 
 # -- how long it is tried ----------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""What the first bytes of a connection say: the judges of a :class:`.lobby.Lobby`."""
+"""How the first bytes of a connection tell its kind: the judges of a :class:`.lobby.Lobby`.
+
+A new kind is a member of :class:`.channels.ChannelKind` and a judge.
+"""
 
 from __future__ import annotations
 

@@ -109,5 +109,4 @@ class Limiter:
             delivered = self._channel.sent - self._channel.backlog()
             if delivered - sent > 10_000:
                 c.bandwidth = (delivered - sent) / passed
-            c.transferred = c.earlier + self._channel.sent
             then, sent, pages = now, delivered, handled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ..guest import PAGE_SIZE
@@ -137,7 +137,8 @@ class Counters:
     paused_at: float | None = None
     finished: float | None = None
     total: int = 0
-    transferred: int = 0
+    #: Tells :attr:`transferred`; the engine sets it.
+    count_bytes: Callable[[], int] = int
     #: Bytes sent when the guest stopped; 0 for a guest that never ran during the migration; None while it runs.
     transferred_at_pause: int | None = None
     #: Source: bytes sent at the switch to postcopy; None before that.
@@ -150,8 +151,6 @@ class Counters:
     #: Destination: after a lost postcopy, the pages that never came, by block: the first page and the page after the
     #: last.
     missing: Mapping[str, Sequence[tuple[int, int]]] = dataclasses.field(default_factory=dict)
-    #: Bytes sent over connections other than the present main one: lost connections, and the preempt channel.
-    earlier: int = 0
     #: Pages that the guest in postcopy waited for.
     page_requests: int = 0
     #: Source: the migration has switched to postcopy.
@@ -175,6 +174,11 @@ class Counters:
     convergence: Convergence | None = None
     error: str | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def transferred(self) -> int:
+        """Bytes sent (source) or received (destination) so far, over all connections."""
+        return self.count_bytes()
 
     @property
     def first_copy(self) -> float:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ...channel.channels import ChannelKind
 from ...channel.first_bytes import judge_beside, judge_first, judge_surplus
 from ...channel.reception import Reception
 from ...errors import Owner, RemoteProtocolError, StateError, TransportFailed
@@ -120,11 +121,12 @@ class _Arrival(Incoming):
         config = self.config
         self._nursery = nursery
         reception = self.reception = Reception(self.connections, config, self.monitor, nursery)
-        self.urgent = PreemptReceiver(reception, config, self.counters)
+        self.urgent = PreemptReceiver(reception, config, self.channels)
         with phase(self.monitor, "connect"):
             channel = self.channel = await reception.first(
                 judge_first(config, self._acceptable), judge_beside if reception.wants_second else judge_surplus
             )
+        self.channels.add(ChannelKind.MAIN, channel)
         self.monitor.listening()
         self.urgent.expect()
         decoder = self._decoder = self._make_decoder()
@@ -142,7 +144,6 @@ class _Arrival(Incoming):
             if self.storing is not None:
                 await self.storing.wait_room()
             if await self.ram.place_run(channel, decoder):
-                self.counters.transferred = channel.received
                 continue
             run = decoder.open_run
             count = None
@@ -154,7 +155,6 @@ class _Arrival(Incoming):
                 assert self.tail is not None
                 await self.tail.take_undescribed()
                 return
-            self.counters.transferred = channel.received
             if count:
                 decoder.received(count)
                 continue

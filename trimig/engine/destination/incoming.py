@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from ...channel import closing
+from ...channel.channels import Channels
 from ...errors import (
     GuestNotResumed,
     HandoverUncertain,
@@ -62,6 +63,8 @@ class Incoming(abc.ABC):
         self.config = config
         self.monitor = monitor
         self.counters = monitor.counters
+        self.channels = Channels()
+        self.counters.count_bytes = lambda: self.channels.received
         self.channel: Channel | None = None
         self.reception: Reception | None = None
         self.urgent: PreemptReceiver | None = None
@@ -100,7 +103,7 @@ class Incoming(abc.ABC):
         outcome = Outcome()
         with outcome.watch():
             async with trio.open_nursery(strict_exception_groups=True) as nursery:
-                self.monitor.control(functools.partial(_cancel, nursery), None, self._cut)
+                self.monitor.control(functools.partial(_cancel, nursery), None, self.channels.cut)
                 if (reason := self.monitor.cancel_reason) is not None:
                     _cancel(nursery, reason)  # by a listener that was told of `setup`, before there was a nursery
                 await self._phases(nursery)
@@ -110,10 +113,6 @@ class Incoming(abc.ABC):
         await self._unwind(outcome.failure)
         self._conclude(outcome.failure, missing)
         return self._summary()
-
-    def _cut(self) -> bool:
-        """Break the main connection, if there is one; False if it cannot be."""
-        return self.channel is None or self.channel.cut()
 
     async def _unwind(self, failure: BaseException | None) -> None:
         monitor = self.monitor
@@ -128,13 +127,12 @@ class Incoming(abc.ABC):
             await self.urgent.close()
         if channel is None:
             return
-        self.counters.transferred = self.counters.earlier + channel.received
         try:
             if self.return_path and monitor.status not in (Status.POSTCOPY_LOST, Status.UNCERTAIN):
                 reason = self._reason(failure) if ended and self.marked else b""
                 await self._answer(channel, Shut(status=1 if ended else 0), reason)
         finally:
-            await closing.close(channel.stream, 0.0 if ended else self.config.teardown_grace)
+            await self.channels.close(0.0 if ended else self.config.teardown_grace)
 
     def _reason(self, failure: BaseException | None) -> bytes:
         """The message that tells a trimig why it is refused."""

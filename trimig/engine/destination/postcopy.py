@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from ...channel import closing
+from ...channel.channels import ChannelKind
 from ...channel.first_bytes import judge_again
 from ...errors import GuestFailed, PostcopyLost, RemoteProtocolError, TransportFailed, TrimigError
 from ...guest import DiscardableBlock, LazyGuest, MissingMemory, OpaqueGuest
@@ -279,7 +280,6 @@ class PostcopyDestination:
                     case _:
                         raise RemoteProtocolError(f"{type(event).__name__} in postcopy", offset=event.at)
             count = await channel.receive_into(decoder.writable(), stall_timeout=self._patience())
-            self._counters.transferred = self._counters.earlier + channel.received
             if count:
                 decoder.received(count)
             else:
@@ -383,9 +383,8 @@ class PostcopyDestination:
         self._connected = False
         if self._receiver is not None:
             self._receiver.hold()
-        await closing.close(self._channel.stream)
+        await self._arrival.channels.close()
         await self._urgent.close()
-        self._counters.earlier += self._channel.received
         self._counters.error = why
         self._search.paused(why)
         if not self._doubt:
@@ -456,6 +455,7 @@ class PostcopyDestination:
         self._monitor.listening()
         async with self._sending:
             self._channel = self._arrival.channel = self._reception.channel(stream)
+            self._arrival.channels.add(ChannelKind.MAIN, self._channel)
             self._connected = self._channel.sends
         self._decoder = Decoder(
             measure=None,

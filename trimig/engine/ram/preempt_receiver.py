@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 import trio
 
 from ... import formats
-from ...channel import closing
 from ...channel.channel import Channel
+from ...channel.channels import ChannelKind
 from ...channel.first_bytes import judge_second
 from ...errors import RemoteProtocolError, TransportFailed
 from ...wire import events as ev
 from ...wire.decoder import Decoder
 
 if TYPE_CHECKING:
+    from ...channel.channels import Channels
     from ...channel.reception import Reception
     from ...config.config import Config
-    from ...monitor.statistics import Counters
     from .postcopy_receiver import PostcopyReceiver
 
 #: Seconds in which the end word may follow the last page; who sends none closes the connection.
@@ -35,11 +35,10 @@ _LONELY_SECONDS = 1.0
 class PreemptReceiver:
     """The second connection of one attempt, over as many main connections as it takes."""
 
-    def __init__(self, reception: Reception, config: Config, counters: Counters) -> None:
+    def __init__(self, reception: Reception, config: Config, channels: Channels) -> None:
         self._reception = reception
         self._config = config
-        self._counters = counters
-        self._channel: Channel | None = None
+        self._channels = channels
         self._there = trio.Event()
         self._ended = trio.Event()
 
@@ -47,6 +46,10 @@ class PreemptReceiver:
     def wanted(self) -> bool:
         """There is to be one."""
         return self._reception.wants_second
+
+    @property
+    def _has_come(self) -> bool:
+        return self._channels.has(ChannelKind.PREEMPT)
 
     def expect(self) -> None:
         """The main connection is there: this one may come."""
@@ -62,7 +65,7 @@ class PreemptReceiver:
         **Cancellation:** no effect.
         """
         lobby = self._reception.lobby
-        if not self.wanted or self._channel is not None:
+        if not self.wanted or self._has_come:
             return
         assert lobby is not None
         with trio.move_on_after(self._config.handover_timeout) as limit:
@@ -83,9 +86,7 @@ class PreemptReceiver:
         **Cancellation:** held off.
         """
         self._reception.close()
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            await closing.close(channel.stream)
+        await self._channels.close_beside()
 
     async def take_pages(self, receiver: PostcopyReceiver, main: Decoder, broke: Callable[[str], None]) -> None:
         """Place what comes, until the end of it.
@@ -105,13 +106,12 @@ class PreemptReceiver:
         await self._there.wait()
         try:
             chosen = await lobby.choose(judge_second(main, receiver.wants, self._ended.set), lonely=_LONELY_SECONDS)
-            channel = self._channel = Channel(
-                chosen.stream, stall_timeout=self._config.stall_timeout, first=chosen.first
-            )
+            channel = Channel(chosen.stream, stall_timeout=self._config.stall_timeout, first=chosen.first)
+            self._channels.add(ChannelKind.PREEMPT, channel)
             lobby.close()
             await self._take(receiver, channel, main)
         except (TransportFailed, RemoteProtocolError) as error:
-            if self._channel is None and (self._ended.is_set() or not receiver.missing):
+            if not self._has_come and (self._ended.is_set() or not receiver.missing):
                 return  # it was not needed
             broke(f"the connection for urgent pages: {error}")
         self._ended.set()
@@ -129,7 +129,6 @@ class PreemptReceiver:
                         return
             # However long it is silent: perhaps the guest touches nothing that is missing.
             count = await channel.receive_into(decoder.writable(), stall_timeout=math.inf)
-            self._counters.earlier += count
             if count:
                 decoder.received(count)
             elif receiver.missing:
@@ -147,7 +146,7 @@ class PreemptReceiver:
         if receiver.missing:
             with trio.move_on_after(self._config.stall_timeout):
                 await self._ended_or_whole(receiver)
-        if self._channel is not None or self._config.peer.preempt_pre_7_2:
+        if self._has_come or self._config.peer.preempt_pre_7_2:
             with trio.move_on_after(_LAST_WORD_SECONDS):
                 await self._ended.wait()
 

@@ -45,8 +45,6 @@ class PreemptSender:
         self._sender = RecordSender(channel, counters)
         self._blocks = tuple(blocks)
         self._order = order
-        self._counters = counters
-        self._counted = channel.sent
         self._told = told
         self._rest = b""  # of a page that the kernel did not take whole
         self._work = trio.Event()
@@ -66,7 +64,6 @@ class PreemptSender:
         if self._idle.is_set() and (batch := self._order.requested(1)) is not None:
             block = self._blocks[batch.block]
             self._rest = self._sender.hand_over(block.name, block.pages, int(batch.pages[0]))
-            self._count()
             self._told(batch)
         if self._rest or self._order.urgent:
             if self._idle.is_set():
@@ -87,17 +84,11 @@ class PreemptSender:
             if self._rest:
                 rest, self._rest = self._rest, b""
                 await self._channel.send(rest)
-                self._count()
             while (batch := self._order.requested(REQUESTED_PAGES)) is not None:
                 block = self._blocks[batch.block]
                 await self._sender.send_batch(block.name, block.pages, batch.pages)
-                self._count()
                 self._told(batch)
             self._idle.set()
-
-    def _count(self) -> None:
-        self._counters.earlier += self._channel.sent - self._counted  # to what is not on the main connection
-        self._counted = self._channel.sent
 
     async def wait_idle(self) -> None:
         """Wait until everything that was asked for has been handed over.

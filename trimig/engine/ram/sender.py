@@ -178,7 +178,3 @@ class RamSender(RecordSender):
                     continue
             await self._send_normal(block, pages, batch)
         return None
-
-    def _count(self, *, normal: int = 0, zero: int = 0) -> None:
-        super()._count(normal=normal, zero=zero)
-        self._counters.transferred = self._counters.earlier + self._channel.sent

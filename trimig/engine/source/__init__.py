@@ -105,7 +105,7 @@ async def _run(out: Outgoing) -> Summary:
     outcome = Outcome()
     with outcome.watch():
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
-            out.monitor.control(functools.partial(_cancel, nursery), out.retune, out.cut)
+            out.monitor.control(functools.partial(_cancel, nursery), out.retune, out.channels.cut)
             if (reason := out.monitor.cancel_reason) is not None:
                 _cancel(nursery, reason)  # by a listener that was told of `setup`, before there was a nursery
             await _phases(out, nursery)

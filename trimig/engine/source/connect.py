@@ -8,6 +8,7 @@ import trio
 
 from ... import formats
 from ...channel.channel import Channel, PerhapsSilent
+from ...channel.channels import ChannelKind
 from ...channel.limiter import Limiter
 from ...channel.return_path import ReturnPathReader
 from ...errors import ConfigError, TransportFailed
@@ -33,6 +34,7 @@ async def connect(out: Outgoing) -> None:
     out.connections.for_preempt(config)
     stream = await out.connections.first()
     channel = out.channel = Channel(stream, stall_timeout=config.stall_timeout)
+    out.channels.add(ChannelKind.MAIN, channel)
     if config.peer.preempt_pre_7_2:
         await out.open_preempt()
     out.limiter = Limiter(channel, out.rate, out.counters)

@@ -45,10 +45,7 @@ async def unwind(out: Outgoing, failure: BaseException | None) -> GuestNotResume
     finally:
         if out.channel is not None:
             await give_reason(out, out.channel, failure)
-            out.counters.transferred = out.counters.earlier + out.channel.sent
-            await out.close_preempt()
-            in_order = monitor.status is Status.COMPLETED
-            await closing.close(out.channel.stream, out.config.teardown_grace if in_order else 0.0)
+        await out.channels.close(out.config.teardown_grace if monitor.status is Status.COMPLETED else 0.0)
     return guest_failure
 
 

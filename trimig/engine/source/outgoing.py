@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
-from ...channel import closing
 from ...channel.channel import Channel
+from ...channel.channels import ChannelKind, Channels
 from ...errors import Ownership
 from ...guest import CountingGuest
 from .. import guest_calls
@@ -63,6 +63,8 @@ class Outgoing:
         self.counters = monitor.counters
         self.commit_hook = commit
         self.fence_hook = fence
+        self.channels = Channels()
+        self.counters.count_bytes = lambda: self.channels.sent
         # set by `connect`
         self.channel: Channel | None = None
         #: The second connection of postcopy-preempt.
@@ -122,27 +124,15 @@ class Outgoing:
         if self.limiter is not None:
             self.limiter.set_rate(self.rate)
 
-    def cut(self) -> bool:
-        """Break the connections; False if one of them cannot be broken."""
-        return all(channel.cut() for channel in (self.channel, self.preempt) if channel is not None)
-
     async def open_preempt(self) -> None:
         """Open the second connection of postcopy-preempt, if it is on and not there. TransportFailed, ConfigError.
 
         **Cancellation:** there is none.
         """
         beside = self.connections.for_preempt(self.config)
-        if beside is not None and self.preempt is None:
+        if beside is not None and not self.channels.has(ChannelKind.PREEMPT):
             self.preempt = Channel(await beside(), stall_timeout=self.config.stall_timeout)
-
-    async def close_preempt(self) -> None:
-        """Close it, if there is one.
-
-        **Cancellation:** held off.
-        """
-        preempt, self.preempt = self.preempt, None
-        if preempt is not None:
-            await closing.close(preempt.stream)
+            self.channels.add(ChannelKind.PREEMPT, self.preempt)
 
     async def call(self, what: str, function: Callable[[], Awaitable[T]]) -> T:
         """The result of a call into the guest's code, which *what* names in the error. GuestFailed.

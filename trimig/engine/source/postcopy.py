@@ -19,8 +19,8 @@ import numpy as np
 import trio
 
 from ... import formats
-from ...channel import closing
 from ...channel.channel import AnyStream, Channel
+from ...channel.channels import ChannelKind
 from ...channel.return_path import ReturnPathReader
 from ...errors import Ownership, PostcopyLost, RemoteProtocolError, TransportFailed, TrimigError
 from ...guest import PAGE_SIZE, PageBitmap, RamBlock
@@ -131,7 +131,6 @@ class PostcopySource:
             await self._recover()
         c, out = self._counters, self._out
         out.answered = out.confirmed = True
-        c.transferred = c.earlier + self._channel.sent
         c.remaining = 0
         self._monitor.advance(Status.COMPLETED)
 
@@ -229,10 +228,7 @@ class PostcopySource:
         self._search.paused(why)
         self._once_sent = self._once_sent or not self._order.remaining
         self._limiter.rest()
-        await closing.close(self._channel.stream)
-        await out.close_preempt()
-        self._counters.earlier += self._channel.sent
-        self._counters.transferred = self._counters.earlier
+        await out.channels.close()
         self._counters.error = why
         if monitor.status is Status.HANDOVER:
             if out.commit_not_sent(self._channel):
@@ -280,6 +276,7 @@ class PostcopySource:
         if monitor.status is Status.POSTCOPY_PAUSED:
             monitor.advance(Status.POSTCOPY_RECOVER)
         channel = self._channel = self._out.channel = Channel(stream, stall_timeout=config.stall_timeout)
+        self._out.channels.add(ChannelKind.MAIN, channel)
         reader = ReturnPathReader(channel, {b.name: b.length for b in self._blocks})
         self._reader = self._out.reader = reader
         handshake = self._handshake = _Handshake(self._blocks)

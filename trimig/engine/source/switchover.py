@@ -218,7 +218,7 @@ class PostcopySwitchover:
         assert c.paused_at is not None
         c.downtime = trio.current_time() - c.paused_at
         out.parts["commit"] = c.downtime - sum(out.parts.values())
-        c.transferred_at_postcopy = c.earlier + channel.sent
+        c.transferred_at_postcopy = c.transferred
 
     async def follow(self) -> None:
         """Send the memory: see :meth:`.postcopy.PostcopySource.run`.
@@ -237,7 +237,6 @@ async def stop_guest(out: Outgoing) -> None:
 
     **Cancellation:** the guest is resumed by the end of the attempt.
     """
-    assert out.channel is not None
     c = out.counters
     _decide_return_path(out)
     c.paused_at = trio.current_time()
@@ -245,7 +244,7 @@ async def stop_guest(out: Outgoing) -> None:
         await out.advance(Status.DEVICE)
     await _pause_guest(out)
     if c.transferred_at_pause is None:
-        c.transferred_at_pause = out.channel.sent
+        c.transferred_at_pause = c.transferred
 
 
 async def hold(out: Outgoing) -> None:

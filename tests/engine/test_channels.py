@@ -1,0 +1,59 @@
+"""The set of connections of one side."""
+
+from __future__ import annotations
+
+import trio
+import trio.testing
+
+from trimig.channel.channel import Channel
+from trimig.channel.channels import ChannelKind, Channels
+from trimig.testing import VirtualLink
+
+
+async def test_bytes_of_closed_connections_stay_in_the_sums(autojump_clock: trio.testing.MockClock) -> None:
+    """Each connection counts once, whatever becomes of it."""
+    channels, links = Channels(), [VirtualLink(seed=n) for n in range(3)]
+    assert (channels.sent, channels.received, channels.cut()) == (0, 0, True)
+    main, preempt, later = (Channel(link.a) for link in links)
+    channels.add(ChannelKind.MAIN, main)
+    channels.add(ChannelKind.PREEMPT, preempt)
+    await main.send(b"12345")
+    await preempt.send(b"123")
+    await links[0].b.send_all(b"1")
+    await main.receive_into(memoryview(bytearray(8)))
+    assert (channels.sent, channels.received) == (8, 1)
+    await channels.close_beside()
+    assert channels.has(ChannelKind.MAIN)
+    assert not channels.has(ChannelKind.PREEMPT)
+    assert channels.sent == 8
+    await channels.close()
+    await channels.close()
+    channels.add(ChannelKind.MAIN, later)
+    await later.send(b"12")
+    assert (channels.sent, channels.received) == (10, 1)
+
+
+async def test_the_main_connection_is_closed_first(autojump_clock: trio.testing.MockClock) -> None:
+    """Its end tells the other side more than that of one beside it."""
+    order: list[str] = []
+
+    class Noted(trio.abc.SendStream):
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+            raise NotImplementedError
+
+        async def wait_send_all_might_not_block(self) -> None:
+            raise NotImplementedError
+
+        async def aclose(self) -> None:
+            order.append(self._name)
+            await trio.lowlevel.checkpoint()
+
+    channels = Channels()
+    channels.add(ChannelKind.PREEMPT, Channel(Noted("beside")))
+    channels.add(ChannelKind.MAIN, Channel(Noted("main")))
+    assert not channels.cut()  # no kernel socket
+    await channels.close(1.0)
+    assert order == ["main", "beside"]
