@@ -1,4 +1,6 @@
-"""The statuses of a migration, the legal transitions, and the owner of the guest in each status.
+"""The order of a migration: its statuses, the owner of the guest in each, and what may be sent when.
+
+The first part has the statuses and their transitions, the second one the elements of the streams.
 
 The names are QEMU's (states.md part 1), plus four of trimig for situations that QEMU has no name for:
 
@@ -43,7 +45,7 @@ import enum
 from types import MappingProxyType
 from typing import Final
 
-from .errors import Owner, Ownership, StateError
+from .errors import Owner, Ownership, RemoteProtocolError, StateError
 
 
 class Role(enum.Enum):
@@ -254,3 +256,153 @@ def end_of(role: Role, status: Status, *, cancelled: bool) -> Status | None:
     """
     ends = ENDS[role].get(status)
     return None if ends is None else ends[0 if cancelled else 1]
+
+
+class Item(enum.Enum):
+    """An element of a main stream, or a message of a return path. The value names it in messages."""
+
+    FILE_HEADER = "a file header"
+    CONFIGURATION = "a configuration section"
+    START = "a section START"
+    PART = "a section PART"
+    END = "a section END"
+    FULL = "a device section"
+    RAM_LIST = "a list of RAM blocks"
+    PAGES = "a page"
+    RAM_END = "the end of the records of a section"
+    PAYLOAD = "the state of a device"
+    FOOTER = "a section footer"
+    #: Bytes of devices that are not known, which only the end of the stream tells apart.
+    TAIL = "the state of an unknown device"
+    PACKAGE = "the content of a package"
+    EOF = "the end of the stream"
+    DESCRIPTION = "a description"
+    OPEN_RETURN_PATH = "command OPEN_RETURN_PATH"
+    PING = "command PING"
+    POSTCOPY_ADVISE = "command POSTCOPY_ADVISE"
+    POSTCOPY_LISTEN = "command POSTCOPY_LISTEN"
+    POSTCOPY_RUN = "command POSTCOPY_RUN"
+    POSTCOPY_RAM_DISCARD = "command POSTCOPY_RAM_DISCARD"
+    PACKAGED = "command PACKAGED"
+    #: Legal nowhere: it is not built.
+    ENABLE_COLO = "command ENABLE_COLO"
+    POSTCOPY_RESUME = "command POSTCOPY_RESUME"
+    RECV_BITMAP = "command RECV_BITMAP"
+    SWITCHOVER_START = "command SWITCHOVER_START"
+    #: The marks are between two trimigs (return_path.md part 9). They have the same names in both directions.
+    REASON = "mark REASON"
+    CLOCK = "mark CLOCK"
+    ATTEMPT = "mark ATTEMPT"
+
+
+class Stream(enum.Enum):
+    """How far a main stream is. The value completes the sentence "... has no place ..."."""
+
+    OPENING = "before the file header"
+    CONFIGURING = "behind the file header"
+    SETUP = "before the list of RAM blocks"
+    #: POSTCOPY_ADVISE was read: a switch to postcopy may follow.
+    SETUP_ADVISED = "between POSTCOPY_ADVISE and the list of RAM blocks"
+    RAM = "between the list of RAM blocks and the end of the RAM"
+    RAM_ADVISED = "between the list of RAM blocks and the end of the RAM, with postcopy announced"
+    #: In the section END of the RAM.
+    ENDING = "in the section END of the RAM"
+    DEVICES = "behind the end of the RAM"
+    TAIL = "in the devices"
+    PACKAGED = "between the command PACKAGED and its package"
+    PACKAGE = "at the begin of a package"
+    LISTENING = "in a package"
+    FOLLOWING = "behind the switch to postcopy"
+    #: On another connection of a paused postcopy migration.
+    RECOVERING = "in a recovery, before RESUME"
+    #: On the second connection of postcopy-preempt.
+    URGENT = "on the connection for urgent pages"
+    ENDED = "behind the end of the stream"
+
+
+_I, _T = Item, Stream
+
+
+def _stay(state: Stream, *items: Item) -> dict[Item, Stream]:
+    """Items that are legal in *state*, and lead to no other."""
+    return dict.fromkeys(items, state)
+
+
+#: Legal wherever a command is legal: they change nothing (newer.md part 2 for SWITCHOVER_START).
+_ALWAYS: Final = (_I.PING, _I.SWITCHOVER_START)
+#: What a trimig may say at any place but inside a package.
+_SAYS: Final = (*_ALWAYS, _I.REASON, _I.CLOCK)
+_DEVICE: Final = (_I.FULL, _I.PAYLOAD, _I.FOOTER)
+_MEMORY: Final = (_I.PART, _I.PAGES, _I.RAM_END, _I.FOOTER)
+#: Before the list of RAM blocks. Device sections may stand there (newer.md part 2). OPEN_RETURN_PATH a second time says
+#: nothing new, as in QEMU.
+_HEAD: Final = (*_SAYS, _I.ATTEMPT, _I.OPEN_RETURN_PATH, _I.START, *_DEVICE)
+#: While pages are sent. START may repeat the list (stream.md part 10). Devices follow a page directly in a background
+#: snapshot (files.md part 6), and so does the end of the stream where there are none.
+_PAGES: Final = (*_HEAD, _I.RAM_LIST, *_MEMORY)
+_PAGES_END: Final = {_I.END: _T.ENDING, _I.TAIL: _T.TAIL, _I.EOF: _T.ENDED}
+
+#: State of a main stream -> each element that is legal there -> the state behind it. The source sends this, and the
+#: destination refuses what is not here.
+STREAM: Final = MappingProxyType(
+    {
+        state: MappingProxyType(row)
+        for state, row in {
+            _T.OPENING: {_I.FILE_HEADER: _T.CONFIGURING},
+            # A machine type up to 2.3 has no configuration section.
+            _T.CONFIGURING: {
+                **_stay(_T.SETUP, _I.CONFIGURATION, *_HEAD),
+                _I.POSTCOPY_ADVISE: _T.SETUP_ADVISED,
+                _I.RAM_LIST: _T.RAM,
+            },
+            _T.SETUP: {**_stay(_T.SETUP, *_HEAD), _I.POSTCOPY_ADVISE: _T.SETUP_ADVISED, _I.RAM_LIST: _T.RAM},
+            _T.SETUP_ADVISED: {**_stay(_T.SETUP_ADVISED, *_HEAD), _I.RAM_LIST: _T.RAM_ADVISED},
+            _T.RAM: {**_stay(_T.RAM, *_PAGES), **_PAGES_END},
+            _T.RAM_ADVISED: {
+                **_stay(_T.RAM_ADVISED, *_PAGES, _I.POSTCOPY_RAM_DISCARD),
+                **_PAGES_END,
+                _I.PACKAGED: _T.PACKAGED,
+            },
+            _T.ENDING: {_I.PAGES: _T.ENDING, _I.RAM_END: _T.DEVICES},
+            _T.DEVICES: {
+                **_stay(_T.DEVICES, *_SAYS, _I.OPEN_RETURN_PATH, *_DEVICE),
+                _I.TAIL: _T.TAIL,
+                _I.EOF: _T.ENDED,
+            },
+            _T.TAIL: {_I.TAIL: _T.TAIL},
+            _T.PACKAGED: {_I.PACKAGE: _T.PACKAGE},
+            _T.PACKAGE: {_I.POSTCOPY_LISTEN: _T.LISTENING},
+            _T.LISTENING: {**_stay(_T.LISTENING, *_ALWAYS, *_DEVICE), _I.POSTCOPY_RUN: _T.FOLLOWING},
+            _T.FOLLOWING: {**_stay(_T.FOLLOWING, *_SAYS, *_MEMORY, _I.END), _I.EOF: _T.ENDED},
+            _T.RECOVERING: {
+                **_stay(_T.RECOVERING, *_SAYS, _I.ATTEMPT, _I.RECV_BITMAP),
+                _I.POSTCOPY_RESUME: _T.FOLLOWING,
+            },
+            _T.URGENT: {_I.PAGES: _T.URGENT, _I.RAM_END: _T.ENDED},
+            _T.ENDED: {_I.DESCRIPTION: _T.ENDED},
+        }.items()
+    }
+)
+
+#: The states with which a connection begins.
+BEGINNINGS: Final = frozenset({_T.OPENING, _T.RECOVERING, _T.URGENT})
+#: The source sends the RAM, and has not ended it.
+SENDING_RAM: Final = frozenset({_T.RAM, _T.RAM_ADVISED})
+
+
+def after(state: Stream, item: Item, *, offset: int | None = None, section: str | None = None) -> Stream:
+    """The state of a main stream behind *item*.
+
+    Args:
+        offset: of the element in the stream, for the error.
+        section: that the element is in, for the error.
+
+    Raises:
+        RemoteProtocolError: *item* is not legal in *state*; names both.
+    """
+    found = STREAM[state].get(item)
+    if found is None:
+        places = [place.value for place, row in STREAM.items() if item in row]
+        where = f"; its place is {places[0]}" if len(places) == 1 else ""
+        raise RemoteProtocolError(f"{item.value} has no place {state.value}{where}", offset=offset, section=section)
+    return found

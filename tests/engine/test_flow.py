@@ -69,7 +69,7 @@ async def test_phases_of_the_source_in_order(autojump_clock: trio.testing.MockCl
         lambda event: there.append((event.data["phase"], event.data["step"])) if event.name == "PHASE" else None
     )
     sent, _ = await pair.both()
-    assert there == [(n, s) for n in ("connect", "devices", "activate") for s in ("begin", "end")]
+    assert there == [(n, s) for n in ("connect", "announce", "ram", "devices", "activate") for s in ("begin", "end")]
     names = ["connect", "announce", "precopy", "drain", "pause", "rest", "devices", "prepare", "commit", "follow"]
     assert [(told["phase"], told["step"]) for told in phases] == [(n, s) for n in names for s in ("begin", "end")]
     seconds = {told["phase"]: told["seconds"] for told in phases if told["step"] == "end"}

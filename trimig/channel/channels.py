@@ -35,6 +35,10 @@ class Channels:
         assert kind is not ChannelKind.MAIN or not self.has(kind)
         self._open.append((kind, channel))
 
+    def of(self, kind: ChannelKind) -> tuple[Channel, ...]:
+        """The open ones of *kind*."""
+        return tuple(channel for found, channel in self._open if found is kind)
+
     def has(self, kind: ChannelKind) -> bool:
         """One of *kind* is open."""
         return any(found is kind for found, _ in self._open)

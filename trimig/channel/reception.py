@@ -31,45 +31,42 @@ _SUSPICION_SECONDS: Final = 5.0
 class Reception:
     """The connections of one incoming migration.
 
-    Args:
-        nursery: of the attempt.
-
     Attributes:
         lobby: where a second connection waits; None where there can be none.
     """
 
-    def __init__(self, connections: Connections, config: Config, monitor: MonitorCore, nursery: trio.Nursery) -> None:
+    def __init__(self, connections: Connections, config: Config, monitor: MonitorCore) -> None:
         self._connections = connections
         self._config = config
         self._monitor = monitor
-        self._nursery = nursery
-        #: There is to be a second one. ConfigError if there cannot be.
-        self.wants_second = connections.for_preempt(config) is not None or (
-            config.capabilities.postcopy_preempt and connections.entrance is not None
-        )
+        #: There is to be a second one.
+        self.wants_second = config.capabilities.postcopy_preempt
         self.lobby: Lobby | None = None
         self._chosen: Chosen | None = None
         self._look = trio.Event()  # a connection that is of no use has said something
         self._suspicion = trio.CancelScope()
 
-    async def first(self, judge: Judge, others: Judge) -> Channel:
+    async def first(self, nursery: trio.Nursery, judge: Judge, others: Judge) -> Channel:
         """The main connection of the migration.
 
         Args:
+            nursery: of the attempt; the other connections are judged in it.
             judge: says which connection that is.
             others: says of any other what it is.
 
         Raises:
+            ConfigError: there is to be a second one, and there cannot be.
             TransportFailed: there is none, and there will be none.
 
         **Cancellation:** as for an error; nothing is left open.
         """
+        self._connections.for_preempt(self._config)
         if self._connections.entrance is None:
             return self.channel(await self._connections.first())
-        channel = self.channel(await self._meet(None, judge))
+        channel = self.channel(await self._meet(nursery, None, judge))
         assert self.lobby is not None
         self._suspicion = trio.CancelScope()
-        self._nursery.start_soon(self._suspect, channel, self._suspicion, name="trimig.suspicion")
+        nursery.start_soon(self._suspect, channel, self._suspicion, name="trimig.suspicion")
         self.lobby.watch(functools.partial(self._others, others))
         return channel
 
@@ -95,7 +92,7 @@ class Reception:
                     if channel.received == before:
                         raise TransportFailed(f"the source sent nothing for {formats.duration(_SUSPICION_SECONDS)}")
 
-    async def again(self, uri: str | None, judge: Judge) -> AnyStream:
+    async def again(self, nursery: trio.Nursery, uri: str | None, judge: Judge) -> AnyStream:
         """Another main connection, at *uri* or where the last one was; :meth:`channel` makes it usable.
 
         Raises:
@@ -105,7 +102,7 @@ class Reception:
         """
         self.close()
         if self._connections.entrance is not None:
-            return await self._meet(uri, judge)
+            return await self._meet(nursery, uri, judge)
         assert self._connections.again is not None
         return await self._connections.again(uri)
 
@@ -114,9 +111,9 @@ class Reception:
         """Where another connection would come from is known."""
         return self._connections.entrance is not None or self._connections.again is not None
 
-    async def _meet(self, uri: str | None, judge: Judge) -> AnyStream:
+    async def _meet(self, nursery: trio.Nursery, uri: str | None, judge: Judge) -> AnyStream:
         assert self._connections.entrance is not None
-        lobby = self.lobby = Lobby(self._nursery, await self._connections.entrance(uri), self._told)
+        lobby = self.lobby = Lobby(nursery, await self._connections.entrance(uri), self._told)
         if self._chosen is not None:
             lobby.prefer(self._chosen.origins)
         lobby.open()
@@ -136,11 +133,11 @@ class Reception:
         first = self._chosen.first if known and self._chosen is not None else b""
         return Channel(stream, stall_timeout=self._config.stall_timeout, first=first)
 
-    def expect_second(self) -> None:
+    def expect_second(self, nursery: trio.Nursery) -> None:
         """The main connection is there, and another one is to come."""
         beside = self._connections.beside
         if self.wants_second and self._connections.entrance is None and beside is not None:
-            self.lobby = Lobby(self._nursery, _Beside(beside), self._told)
+            self.lobby = Lobby(nursery, _Beside(beside), self._told)
             self.lobby.open()
 
     def settle(self) -> None:

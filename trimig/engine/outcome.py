@@ -134,3 +134,8 @@ def _rank(error: TrimigError) -> int:
 def add_to_message(error: TrimigError, clause: str) -> None:
     """Let the message of *error* end with *clause*: what else is known of the reason."""
     error.args = (f"{error}; {clause}", *error.args[1:])
+
+
+def source_ended(reason: str) -> PeerFailed:
+    """The error where the source, a trimig, has said why it ends the migration."""
+    return PeerFailed(f"the source ended the migration: {reason}", code=0)

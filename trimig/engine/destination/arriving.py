@@ -14,12 +14,13 @@ import trio
 from numpy.typing import NDArray
 
 from ...errors import GuestFailed
-from ...guest import PAGE_SIZE, Pages, RamBlock, StoringGuest, Wait
+from ...guest import PAGE_SIZE, OpaqueGuest, Pages, RamBlock, StoringGuest, Wait
 from ...status import Status
 from ..guest_calls import guarded
 
 if TYPE_CHECKING:
     from ...monitor.core import MonitorCore
+    from .incoming import Incoming
 
 #: Pages with one bit in the coarse map, which spares looking at every page to find a few.
 _PART: Final = 1024
@@ -170,6 +171,18 @@ class Storing:
         """
         self._scope.cancel("all pages have come")
         await self._ended.wait()
+
+
+async def keep_ram(into: Incoming, storing: Storing | None) -> None:
+    """Tell a guest that is only kept that all of its RAM is there: one on disk can be written out. GuestFailed.
+
+    **Cancellation:** as for the guest's method.
+    """
+    assert isinstance(into.guest, OpaqueGuest)
+    if storing is not None:
+        await storing.end()
+    with guarded("keeping the RAM"):
+        await into.guest.ram_received()
 
 
 class KeptMemory:

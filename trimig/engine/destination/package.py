@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Final
 
 from ...errors import RemoteProtocolError
 from ...guest import DeviceSection
+from ...status import Item, Stream, after
 from ...wire import events as ev
+from ...wire.commands import HEAD
 from ...wire.constants import Command, Section
 from ...wire.decoder import Decoder
-from ...wire.refusals import command_name
 from .. import device_tail
-from ..order import Place, check_place
+from ..order import item_of, item_of_command
+from .section import section_of
 
 if TYPE_CHECKING:
     from ...wire.measure import Measure
@@ -29,7 +31,7 @@ class Package:
     pings: Sequence[int]
 
 
-async def take_apart(
+async def parse_package(
     package: ev.PackageElement, decoder: Decoder, measure: Measure | None, *, footers: bool
 ) -> Package:
     """Read a package: LISTEN, device sections and PINGs, RUN.
@@ -53,16 +55,23 @@ async def take_apart(
         commands = [(number, payload, where) for number, payload, where in split.commands]
     else:
         sections, commands = _decode(rest, at, decoder, measure, footers=footers)
-    if not commands or commands[-1][0] != Command.POSTCOPY_RUN:
-        raise RemoteProtocolError("the package does not end with RUN", offset=package.at, section="package")
-    for number, _, where in commands[:-1]:
-        check_place(number, Place.PACKAGE, where, "package")
-        if number in (Command.POSTCOPY_LISTEN, Command.POSTCOPY_RUN):
-            raise RemoteProtocolError(
-                f"command {command_name(number)} in the middle of a package", offset=where, section="package"
-            )
+    _check_order(commands, package)
     pings = [int.from_bytes(payload) for number, payload, _ in commands if number == Command.PING]
     return Package(sections=sections, pings=pings)
+
+
+def _check_order(commands: Sequence[tuple[int, bytes, int]], package: ev.PackageElement) -> None:
+    """The commands of a package are legal in their order, and RUN is its last element. RemoteProtocolError."""
+    state = after(Stream.PACKAGE, Item.POSTCOPY_LISTEN)
+    end = package.at + len(package.data)
+    for number, payload, where in commands:
+        state = after(state, item_of_command(number, where, "package"), offset=where, section="package")
+        if state is Stream.FOLLOWING and where + HEAD + len(payload) != end:
+            raise RemoteProtocolError(
+                "the package goes on behind RUN", offset=where + HEAD + len(payload), section="package"
+            )
+    if state is not Stream.FOLLOWING:
+        raise RemoteProtocolError("the package does not end with RUN", offset=package.at, section="package")
 
 
 def _decode(
@@ -72,32 +81,16 @@ def _decode(
     inner.feed(data)
     sections: list[DeviceSection] = []
     commands: list[tuple[int, bytes, int]] = []
-    header: ev.SectionHeader | None = None
     while (event := inner.next_event()) is not None:
-        if commands and commands[-1][0] == Command.POSTCOPY_RUN:
-            raise RemoteProtocolError("the package goes on behind RUN", offset=at + event.at, section="package")
+        after(Stream.LISTENING, item_of(event), offset=at + event.at, section="package")
         match event:
-            case ev.SectionHeader(kind=Section.FULL):
-                header = event
-            case ev.DevicePayload():
-                assert header is not None
-                sections.append(
-                    DeviceSection(
-                        idstr=header.idstr,
-                        instance_id=header.instance_id,
-                        version_id=header.version_id,
-                        payload=event.payload,
-                        section_id=header.section_id,
-                    )
-                )
+            case ev.SectionHeader():
+                payload = inner.next_event()
+                if not isinstance(payload, ev.DevicePayload):
+                    break  # it is cut
+                sections.append(section_of(event, payload))
             case ev.CommandElement():
                 commands.append((event.number, event.payload, at + event.at))
-            case ev.SectionFooter():
-                pass
-            case _:
-                raise RemoteProtocolError(
-                    f"{type(event).__name__} in a package", offset=at + event.at, section="package"
-                )
     if inner.offset != len(data):
         raise RemoteProtocolError(
             f"the package ends inside an element, {len(data) - inner.offset} bytes of it are there",

@@ -9,75 +9,121 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import trio
 
-from ...channel import closing
 from ...channel.channels import ChannelKind
 from ...channel.first_bytes import judge_again
-from ...errors import GuestFailed, PostcopyLost, RemoteProtocolError, TransportFailed, TrimigError
+from ...errors import GuestFailed, PostcopyLost, RemoteProtocolError, TransportFailed
 from ...guest import DiscardableBlock, LazyGuest, MissingMemory, OpaqueGuest
-from ...status import Status
+from ...status import Status, Stream
 from ...wire import events as ev
 from ...wire.constants import Command, Section
 from ...wire.decoder import Decoder
 from ...wire.marks import PING_MARK, PONG_MARK, Mark, is_mark, reason_bytes, shown_reason
 from ...wire.postcopy import Runs, runs_of
-from ...wire.return_path import Clock, Message, Pong, Reason, ResumeAck, encode
+from ...wire.return_path import Clock, Pong, Reason, ResumeAck
 from .. import guest_calls
-from ..order import PING_RUNS, Place, check_place
+from ..order import PING_RUNS
 from ..ram.postcopy_receiver import PostcopyReceiver
 from ..recovery import Search
 from ..shield import lift_shield, shield
-from .arriving import KeptMemory
+from .activate import activate
+from .answers import Answers
+from .arriving import KeptMemory, keep_ram
 from .lazy import open_memory
+from .package import parse_package
 from .recovering import bitmap_of, wrong_attempt
+from .section import measure_device
+from .stream import IncomingStream
 
 if TYPE_CHECKING:
-    from ...channel.channel import AnyStream, Channel
+    from ...channel.channel import AnyStream
     from ...channel.connections import Reopen
-    from ..ram.preempt_receiver import PreemptReceiver
+    from .arriving import Storing
+    from .devices import IncomingDevices
     from .incoming import Incoming
+    from .memory import Taken
     from .package import Package
 
-#: Events handled before other tasks get a turn.
-_SLICE_EVENTS: Final = 32
-#: How long a connection in a recovery may be silent before RESUME, where the time for the recovery is short: a quarter of
-#: that, but not less than this. Who is silent may be a stranger who has asked for the pages of a block, and must not use it
-#: up. A source waits there for the bitmaps, which may be long, and for a turn of a busy machine.
-_ASKING_SECONDS: Final = 10.0
+
+async def follow(
+    into: Incoming, stream: IncomingStream, devices: IncomingDevices, taken: Taken, nursery: trio.Nursery
+) -> None:
+    """Take the package that *taken* ends with, start the guest, and let its memory follow.
+
+    Raises:
+        TrimigError: the guest could not be started, or the rest of its memory was given up.
+
+    **Cancellation:** until the guest runs, the source keeps it; then it is held off while there is a connection.
+    """
+    assert isinstance(taken.last, ev.PackageElement)
+    footers = into.config.peer.send_section_footer
+    measure = None if isinstance(into.guest, OpaqueGuest) else functools.partial(measure_device, into.guest)
+    package = await parse_package(taken.last, stream.decoder, measure, footers=footers)
+    stream.state = Stream.FOLLOWING
+    await into.preempt.wait()
+    memory = await _listen(into, taken.storing)
+    following = PostcopyDestination(into, nursery, stream, devices, taken.storing, package, memory)
+    into.following = following
+    await following.run()
+
+
+async def _listen(into: Incoming, storing: Storing | None) -> MissingMemory:
+    """The memory of the guest, from here on: pages that have not come are missing, and an access to one waits."""
+    guest, received = into.guest, into.ram.received()
+    for block in guest.ram:
+        runs = runs_of(~received[block.name])
+        if not isinstance(block, DiscardableBlock):
+            if len(runs):
+                raise GuestFailed(f"pages of RAM block {block.name!r} cannot be discarded, as postcopy needs it")
+            continue
+        for first, end in runs.tolist():
+            with guest_calls.guarded("discarding pages"):
+                block.discard_slice(first, end - first)
+        await trio.lowlevel.checkpoint()
+    if isinstance(guest, LazyGuest):
+        return await open_memory(guest, into.config.handover_timeout)
+    return KeptMemory(guest.ram, storing)
 
 
 class PostcopyDestination:
-    """A guest that has come before its memory.
+    """A guest that has come before its memory. Implements :class:`.incoming.Following`.
 
     Args:
-        arrival: whose end this is.
         nursery: of the attempt.
-        decoder: has read the package.
-        urgent: the second connection, which is there if it is to be.
+        stream: has brought *package*.
     """
 
     def __init__(
-        self, arrival: Incoming, nursery: trio.Nursery, channel: Channel, decoder: Decoder, urgent: PreemptReceiver
+        self,
+        into: Incoming,
+        nursery: trio.Nursery,
+        stream: IncomingStream,
+        devices: IncomingDevices,
+        storing: Storing | None,
+        package: Package,
+        memory: MissingMemory,
     ) -> None:
-        self._arrival = arrival
-        self._guest = arrival.guest
-        self._monitor = arrival.monitor
-        self._config = arrival.config
-        self._counters = arrival.counters
+        self._into = into
+        self._guest = into.guest
+        self._monitor = into.monitor
+        self._config = into.config
+        self._counters = into.counters
         self._nursery = nursery
-        self._channel = channel
-        self._decoder = decoder
-        self._urgent = urgent
-        self._connected = True
-        self._sending = trio.Lock()
-        self._scope: trio.CancelScope | None = None
-        self._why: str | None = None
-        self._receiver: PostcopyReceiver | None = None
-        self._package: Package | None = None
+        self._stream = stream
+        self._devices = devices
+        self._storing = storing
+        self._package = package
+        self._answers = Answers(stream.channel, self._interrupted)
+        if not into.return_path:
+            self._answers.drop()
+        names = [block.name for block in into.guest.ram]
+        self._receiver = PostcopyReceiver(memory, names, into.ram.received(), self._answers.say_bytes, self._counters)
+        self._scope = trio.CancelScope()  # of the reading on the present connection
+        self._why = ""  # the reason why it was ended, if it was
         #: The id of the attempt that the present connection has named, in a recovery.
         self._named: bytes | None = None
         self._told_unnamed = False
@@ -85,92 +131,64 @@ class PostcopyDestination:
         #: Pages may come on this connection: it is the first, or RESUME has been read.
         self._resumed = trio.Event()
         self._resumed.set()
-        assert arrival.reception is not None
-        self._reception = arrival.reception
         self._search = Search(self._monitor, self._config, self._reopen(), listens=True)
         self._least = math.inf  # pages that were missing at the last RESUME
         self._finished = False  # the guest knows that it is whole
         #: The source takes its guest back if it has not read the answer to PING_RUNS, and nothing shows yet that it has.
-        self._doubt = False
+        self._doubt = PING_RUNS in package.pings and not into.of_trimig
 
-    async def run(self, package: Package) -> None:
-        """Until the guest is whole and lives. Losing the connection does not undo what is in the package.
+    async def run(self) -> None:
+        """Until the guest is whole and runs. Losing the connection does not undo what is in the package.
 
         Raises:
-            TrimigError: it could not be brought to life, or the rest of its memory was given up.
+            TrimigError: it could not be started, or the rest of its memory was given up.
 
-        **Cancellation:** until the guest lives, the source keeps it; then it is held off while there is a connection.
+        **Cancellation:** until the guest runs, the source keeps it; then it is held off while there is a connection.
         """
-        receiver = await self._listen()
-        self._package = package
-        self._doubt = PING_RUNS in package.pings and not self._arrival.of_trimig
         if isinstance(self._guest, LazyGuest):
-            self._nursery.start_soon(receiver.serve, name="trimig.faults")
-        self._nursery.start_soon(self._take_over, package, name="trimig.activation")
-        while (why := await self._read(receiver)) is not None:
+            self._nursery.start_soon(self._receiver.serve, name="trimig.faults")
+        self._nursery.start_soon(self._take_over, name="trimig.activation")
+        while (why := await self._read()) is not None:
             # With the package the guest has come: the source does not take it back unless it is told to.
             await self._lives.wait()
             await self._lost(why)
-            if not await self._recover(receiver):
+            if not await self._recover():
                 break
         await self._lives.wait()
-        await self._finish(package)
+        await self._finish()
         self._counters.error = None
         self._monitor.advance(Status.COMPLETED)
 
     # -- the switch ------------------------------------------------------------------------------------------------
 
-    async def _listen(self) -> PostcopyReceiver:
-        """From here on, pages that have not come are missing, and an access to one waits."""
-        guest = self._guest
-        received = self._arrival.ram.received()
-        for block in guest.ram:
-            runs = runs_of(~received[block.name])
-            if not isinstance(block, DiscardableBlock):
-                if len(runs):
-                    raise GuestFailed(f"pages of RAM block {block.name!r} cannot be discarded, as postcopy needs it")
-                continue
-            for first, end in runs.tolist():
-                with guest_calls.guarded("discarding pages"):
-                    block.discard_slice(first, end - first)
-            await trio.lowlevel.checkpoint()
-        memory: MissingMemory = KeptMemory(guest.ram, self._arrival.storing)
-        if isinstance(guest, LazyGuest):
-            memory = await open_memory(guest, self._config.handover_timeout)
-        names = [block.name for block in guest.ram]
-        self._receiver = PostcopyReceiver(memory, names, received, self._say_bytes, self._counters)
-        return self._receiver
-
-    async def _take_over(self, package: Package) -> None:
-        """Bring the guest to life. The PING inside the package is answered when it does: then the source does not take it back."""
-        arrival = self._arrival
+    async def _take_over(self) -> None:
+        """Start the guest. The PING inside the package is answered when it runs: then the source does not take it back."""
+        sections, devices = self._package.sections, self._devices
         if isinstance(self._guest, OpaqueGuest):
             # It is kept: what can be wrong with it is looked at now, and then nothing of it can fail until it is whole.
-            arrival.check_kept(package.sections)
-            assert self._receiver is not None
-            if arrival.storing is not None:
-                await arrival.storing.reserve(self._receiver.missing)
+            devices.check_kept(sections)
+            if self._storing is not None:
+                await self._storing.reserve(self._receiver.missing)
             await trio.lowlevel.checkpoint_if_cancelled()
             shield(self._nursery, math.inf)
             self._monitor.advance(Status.HANDOVER)
-            await self._pong(package)
+            await self._pong()
             self._monitor.advance(Status.POSTCOPY_ACTIVE)
         else:
-            for section in package.sections:
-                arrival.take(section)
-            arrival.check_complete(ram=False)
-            await arrival.load()
+            for section in sections:
+                devices.take(section)
+            with self._into.phase("devices"):
+                await devices.load_all(None)
             shield(self._nursery, math.inf)
-            await arrival.activate(Status.POSTCOPY_ACTIVE, functools.partial(self._pong, package))
+            await activate(self._into, devices.run_state, Status.POSTCOPY_ACTIVE, self._pong)
         self._lives.set()
 
-    async def _pong(self, package: Package) -> None:
-        for value in package.pings:
-            await self._say(Pong(value=value))
+    async def _pong(self) -> None:
+        for value in self._package.pings:
+            await self._answers.say(Pong(value=value))
 
-    async def _finish(self, package: Package) -> None:
+    async def _finish(self) -> None:
         """The last page has come, and the guest is told so. Idempotent."""
-        assert self._receiver is not None
         if self._finished:
             return
         self._finished = True
@@ -180,7 +198,7 @@ class PostcopyDestination:
             if self._monitor.config.capabilities.postcopy_blocktime:
                 self._counters.blocktime = tuple(waited)
         else:
-            await self._keep(package)
+            await self._keep()
 
     async def _told_whole(self, guest: LazyGuest) -> Sequence[float]:
         """Seconds that each worker has waited. The guest is whole and runs, whatever it says to that."""
@@ -191,131 +209,98 @@ class PostcopyDestination:
             self._monitor.warn(f"{error}; the guest has all of its memory")
             return ()
 
-    async def _keep(self, package: Package) -> None:
+    async def _keep(self) -> None:
         """The last page has come: a guest that is only kept is kept whole now."""
-        guest, arrival = self._guest, self._arrival
-        assert isinstance(guest, OpaqueGuest)
-        await arrival.ram_received()
-        await arrival.keep(package.sections)
-        keeping = functools.partial(guest.activate, arrival.run_state)
+        await keep_ram(self._into, self._storing)
+        await self._devices.keep(self._package.sections)
+        keeping = functools.partial(self._guest.activate, self._devices.run_state)
         failure = await guest_calls.bring_back("kept", keeping, self._config.handover_timeout)
         if failure is not None:
             raise failure
 
     # -- one connection --------------------------------------------------------------------------------------------
 
-    async def _read(self, receiver: PostcopyReceiver) -> str | None:
+    async def _read(self) -> str | None:
         """Take pages until the end; None if everything is here, otherwise why this connection is of no use any more."""
-        self._why = None
+        self._why = ""
         why: str | None = "the connection was lost"
         self._monitor.interrupt(self._interrupted)
         try:
             with trio.CancelScope() as self._scope:
                 if not self._resumed.is_set():
                     self._scope.deadline = self._search.deadline
-                why = await self._take_both(receiver)
+                why = await self._take_both()
         finally:
-            self._scope = None
             self._monitor.interrupt(None)
         return None if why is None else self._why or why
 
-    async def _take_both(self, receiver: PostcopyReceiver) -> str | None:
+    async def _take_both(self) -> str | None:
         """The pages of the main connection and of the one beside it; returns as :meth:`_read`."""
         why: str | None = None
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
-            if self._urgent.wanted:
-                nursery.start_soon(self._take_urgent, receiver, name="trimig.urgent")
+            if self._into.preempt.wanted:
+                nursery.start_soon(self._take_urgent, name="trimig.urgent")
             try:
-                await self._take_pages(receiver)
+                await self._take_pages()
             except (TransportFailed, RemoteProtocolError) as error:
                 why = str(error)
             nursery.cancel_scope.cancel("nothing more comes on the main connection")
         return why
 
-    async def _take_urgent(self, receiver: PostcopyReceiver) -> None:
+    async def _take_urgent(self) -> None:
         await self._resumed.wait()
-        await self._urgent.take_pages(receiver, self._decoder, self._interrupted)
+        await self._into.preempt.take_pages(self._receiver, self._stream.decoder, self._interrupted)
 
     def _interrupted(self, why: str) -> None:
         self._why = why
-        if self._scope is not None:
-            self._scope.cancel(why)
+        self._scope.cancel(why)
 
-    async def _take_pages(self, receiver: PostcopyReceiver) -> None:
-        decoder, channel = self._decoder, self._channel
-        if not self._urgent.wanted:
-            channel.keep_backlog_short()
-        handled = 0
+    async def _take_pages(self) -> None:
+        receiver, stream = self._receiver, self._stream
+        if not self._into.preempt.wanted:
+            stream.channel.keep_backlog_short()
         while True:
-            while (event := decoder.next_event()) is not None:
-                handled += 1
-                if handled % _SLICE_EVENTS == 0:
-                    await trio.lowlevel.checkpoint()
-                if not self._resumed.is_set() and not isinstance(event, ev.CommandElement):
-                    raise RemoteProtocolError(
-                        f"{type(event).__name__} in a recovery, before RESUME", offset=event.at, section="postcopy"
-                    )
-                match event:
-                    case ev.PageRun():
-                        self._reception.settle()
-                        if self._urgent.wanted:
-                            await receiver.pages_in_turns(event)
-                        else:  # what is asked for is behind this
-                            receiver.pages(event)
-                    case ev.ZeroRun():
-                        receiver.zeros(event)
-                    case ev.CommandElement():
-                        await self._command(event, receiver)
-                    case ev.EndOfStream():
-                        await self._urgent.wait_last(receiver)
-                        if receiver.missing:
-                            raise RemoteProtocolError(
-                                f"the source ends, and {receiver.missing} pages are missing", offset=event.at
-                            )
-                        return
-                    case ev.SectionHeader(kind=Section.END):
-                        await self._proved()  # it is sent by a source that has read the answer, and by no other
-                    case ev.SectionHeader(kind=Section.PART) | ev.SectionFooter() | ev.RamEnd():
-                        pass
-                    case _:
-                        raise RemoteProtocolError(f"{type(event).__name__} in postcopy", offset=event.at)
-            count = await channel.receive_into(decoder.writable(), stall_timeout=self._patience())
-            if count:
-                decoder.received(count)
-            else:
-                decoder.receive_eof()
-                if decoder.next_event() is None:
-                    raise TransportFailed("the connection ended before the guest's memory was complete")
+            match event := await stream.next():
+                case ev.PageRun():
+                    self._into.reception.settle()
+                    if self._into.preempt.wanted:
+                        await receiver.pages_in_turns(event)
+                    else:  # what is asked for is behind this
+                        receiver.pages(event)
+                case ev.ZeroRun():
+                    receiver.zeros(event)
+                case ev.CommandElement():
+                    await self._command(event)
+                case ev.EndOfStream():
+                    await self._into.preempt.wait_last(receiver)
+                    if receiver.missing:
+                        raise RemoteProtocolError(
+                            f"the source ends, and {receiver.missing} pages are missing", offset=event.at
+                        )
+                    return
+                case ev.SectionHeader(kind=Section.END):
+                    await self._proved()  # it is sent by a source that has read the answer, and by no other
 
-    def _patience(self) -> float | None:
-        """Seconds that the source may be silent; None for the usual ones."""
-        if self._resumed.is_set():
-            return None
-        config = self._config  # a source that is a trimig gives the handshake up after handover_timeout
-        shared = max(_ASKING_SECONDS, config.recovery_timeout / 4)
-        return min(config.stall_timeout, config.handover_timeout, shared)
-
-    async def _command(self, event: ev.CommandElement, receiver: PostcopyReceiver) -> None:
-        place = Place.FOLLOWING if self._resumed.is_set() else Place.RECOVERING
-        check_place(event.number, place, event.at, "postcopy")
+    async def _command(self, event: ev.CommandElement) -> None:
+        receiver = self._receiver
         if is_mark(event.number):
             await self._mark(Mark(event.number), event)
             return
         match event.number:
             case Command.PING:
-                await self._say(Pong(value=int.from_bytes(event.payload)))
+                await self._answers.say(Pong(value=int.from_bytes(event.payload)))
                 if int.from_bytes(event.payload) == PING_MARK:
-                    await self._say(Pong(value=PONG_MARK))
-                    self._decoder.marks = True
+                    await self._answers.say(Pong(value=PONG_MARK))
+                    self._stream.decoder.marks = True
             case Command.SWITCHOVER_START:
                 pass  # announces the switch, which has been
             case Command.RECV_BITMAP:
                 await self._check_attempt(event)
                 answer = bitmap_of(event, receiver.received)
                 await self._proved()  # a source that has taken its guest back does not come again
-                await self._say(answer)
+                await self._answers.say(answer)
             case Command.POSTCOPY_RESUME:
-                await self._urgent.wait()
+                await self._into.preempt.wait()
                 await self._proved()
                 self._counters.error = None
                 if receiver.missing < self._least:
@@ -323,9 +308,8 @@ class PostcopyDestination:
                     self._search.gained()
                 self._monitor.advance(Status.POSTCOPY_ACTIVE)
                 self._resumed.set()
-                if self._scope is not None:
-                    self._scope.deadline = math.inf
-                await self._say(ResumeAck())
+                self._scope.deadline = math.inf
+                await self._answers.say(ResumeAck())
                 await receiver.ask_again()
 
     async def _mark(self, mark: Mark, event: ev.CommandElement) -> None:
@@ -333,13 +317,13 @@ class PostcopyDestination:
             case Mark.REASON:
                 raise TransportFailed(f"the source ended the connection: {shown_reason(event.payload)}")
             case Mark.CLOCK:
-                await self._say(Clock(microseconds=round(trio.current_time() * 1e6)))
+                await self._answers.say(Clock(microseconds=round(trio.current_time() * 1e6)))
             case Mark.ATTEMPT:
                 self._named = event.payload
 
     async def _check_attempt(self, event: ev.CommandElement) -> None:
         """Memory of another guest must not come into this one: a source that is a trimig has named its attempt."""
-        expected = self._arrival.attempt
+        expected = self._into.attempt
         if self._named == expected:
             if expected is None and not self._told_unnamed:
                 self._told_unnamed = True
@@ -349,48 +333,23 @@ class PostcopyDestination:
                 )
             return
         refusal = wrong_attempt(self._named, event.at)
-        if self._decoder.marks:
-            message = encode(Reason(payload=reason_bytes(str(refusal))))
-            async with self._sending:
-                self._connected = False
-                await closing.farewell(self._channel, message, self._config.teardown_grace)
+        if self._stream.decoder.marks:
+            await self._answers.say_last(Reason(payload=reason_bytes(str(refusal))), self._config.teardown_grace)
         raise refusal
-
-    async def _say(self, message: Message) -> None:
-        await self._say_bytes(encode(message))
-
-    async def _say_bytes(self, data: bytes) -> None:
-        """Tell the source, if there is one at present. What is asked for is asked again on the next connection."""
-        try:
-            self._sending.acquire_nowait()
-        except trio.WouldBlock:
-            await self._sending.acquire()
-        try:
-            if not self._connected or not self._arrival.return_path:
-                return
-            # Mostly the kernel takes it at once, and the guest waits for what is asked for here.
-            if rest := data[self._channel.send_now(data) :]:
-                await self._channel.send(rest)
-        except TrimigError as error:
-            self._connected = False
-            self._interrupted(str(error))
-        finally:
-            self._sending.release()
 
     # -- without one -----------------------------------------------------------------------------------------------
 
     async def _lost(self, why: str) -> None:
-        self._connected = False
-        if self._receiver is not None:
-            self._receiver.hold()
-        await self._arrival.channels.close()
-        await self._urgent.close()
+        self._answers.drop()
+        self._receiver.hold()
+        await self._into.channels.close()
+        await self._into.preempt.close()
         self._counters.error = why
         self._search.paused(why)
         if not self._doubt:
             self._monitor.advance(Status.POSTCOPY_PAUSED)
         elif self._monitor.status is not Status.POSTCOPY_UNCERTAIN:
-            self._arrival.stopped = self._guest.run_state == "running" and not isinstance(self._guest, OpaqueGuest)
+            self._into.stopped = self._guest.run_state == "running" and not isinstance(self._guest, OpaqueGuest)
             await self._stop_guest(self._config.teardown_grace)
             self._monitor.advance(Status.POSTCOPY_UNCERTAIN)
 
@@ -414,14 +373,14 @@ class PostcopyDestination:
         self._doubt = False
         if self._monitor.status is Status.POSTCOPY_UNCERTAIN:
             self._monitor.advance(Status.POSTCOPY_RECOVER)
-        if self._arrival.stopped:
-            self._arrival.stopped = False
+        if self._into.stopped:
+            self._into.stopped = False
             failure = await guest_calls.bring_back("resumed", self._guest.resume, self._config.handover_timeout)
             if failure is not None and self._guest.run_state != "running":
                 raise failure
             self._monitor.emit("RESUME")
 
-    async def _recover(self, receiver: PostcopyReceiver) -> bool:
+    async def _recover(self) -> bool:
         """Wait for another connection; what it says is read by :meth:`_read`.
 
         Returns:
@@ -430,14 +389,13 @@ class PostcopyDestination:
         Raises:
             PostcopyLost: none came, and pages are missing.
         """
-        if receiver.missing or self._doubt:
+        if self._receiver.missing or self._doubt:
             lift_shield(self._nursery)
             stream = await self._search.connection()
             shield(self._nursery, math.inf)
         else:
             if not self._finished:
-                assert self._package is not None
-                await self._finish(self._package)
+                await self._finish()
                 self._search.shorten(self._config.handover_timeout if self._search.tries else 0.0)
             try:
                 stream = await self._search.connection()
@@ -449,22 +407,26 @@ class PostcopyDestination:
     def _reopen(self) -> Reopen | None:
         """What waits for another connection of this source; None where none can come."""
         judge = judge_again([block.name for block in self._guest.ram])
-        return functools.partial(self._reception.again, judge=judge) if self._reception.can_come_again else None
+        return (
+            functools.partial(self._into.reception.again, self._nursery, judge=judge)
+            if self._into.reception.can_come_again
+            else None
+        )
 
     async def _take_up(self, stream: AnyStream) -> None:
         self._monitor.listening()
-        async with self._sending:
-            self._channel = self._arrival.channel = self._reception.channel(stream)
-            self._arrival.channels.add(ChannelKind.MAIN, self._channel)
-            self._connected = self._channel.sends
-        self._decoder = Decoder(
+        channel = self._into.reception.channel(stream)
+        self._into.channels.add(ChannelKind.MAIN, channel)
+        await self._answers.use(channel)
+        decoder = Decoder(
             measure=None,
             footers=self._config.peer.send_section_footer,
             description=False,
             max_device_bytes=self._config.max_device_bytes,
-            continues=self._decoder,
+            continues=self._stream.decoder,
         )
-        self._urgent.expect()
+        self._stream = IncomingStream(self._into, channel, decoder, Stream.RECOVERING)
+        self._into.preempt.expect(self._nursery)
         self._resumed = trio.Event()
         self._named = None
         if self._monitor.status is not Status.POSTCOPY_UNCERTAIN:
@@ -473,24 +435,24 @@ class PostcopyDestination:
     @property
     def whole(self) -> bool:
         """Every page has come."""
-        return self._receiver is not None and not self._receiver.missing
+        return not self._receiver.missing
 
-    def missing(self) -> dict[str, Runs]:
-        """What has not come, by block."""
-        return dict(self._receiver.missing_runs()) if self._receiver is not None else {}
+    async def end(self) -> Mapping[str, Runs]:
+        """The end of an attempt: one that did not succeed stops the guest before its missing pages read as zero.
 
-    async def end(self) -> None:
-        """The end of an attempt that did not succeed: the guest stands still before its missing pages read as zero.
+        A guest that is only kept is given its devices: with what has come of its memory they can be saved.
 
-        One that is only kept is given its devices: with what has come of its memory they can be saved.
+        Returns:
+            The pages that have not come, by block.
 
         **Cancellation:** held off, for at most ``teardown_grace``.
         """
         receiver = self._receiver
-        if receiver is None or receiver.closed:
-            return
+        missing = receiver.missing_runs()
+        if receiver.closed:
+            return missing
         try:
-            if isinstance(self._guest, OpaqueGuest) and self._package is not None and self._lives.is_set():
+            if isinstance(self._guest, OpaqueGuest) and self._lives.is_set():
                 keeping = functools.partial(self._guest.load_opaque, self._package.sections, None)
                 failure = await guest_calls.bring_back("given its devices", keeping, self._config.teardown_grace)
                 if failure is not None:
@@ -498,3 +460,4 @@ class PostcopyDestination:
             await self._stop_guest(self._config.teardown_grace)
         finally:
             receiver.close()
+        return missing

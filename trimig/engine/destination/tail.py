@@ -6,19 +6,21 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ...errors import PeerFailed, RemoteProtocolError, TransportFailed
-from ...guest import DeviceSection, OpaqueGuest
+from ...errors import RemoteProtocolError, TransportFailed
+from ...guest import DeviceSection
 from ...wire.devices.sections import Undelimited
 from ...wire.devices.virtio_mem import absent_by_rule
 from ...wire.marks import REASON_ELEMENT, trailing_reason
 from ...wire.refusals import check_kept_command
 from ...wire.return_path import Pong, encode
 from .. import device_tail
-from ..outcome import add_to_message
+from ..outcome import add_to_message, source_ended
 from ..ram.receiver import never_received
 
 if TYPE_CHECKING:
+    from ...channel.channel import Channel
     from ...wire import events as ev
+    from .devices import IncomingDevices
     from .incoming import Incoming
 
 #: How long the description may follow the decision before it is given up: it is only text about what has come.
@@ -36,11 +38,15 @@ class IncomingTail:
         early: device sections that stood in front of the memory.
     """
 
-    def __init__(self, incoming: Incoming, at: int, early: Sequence[DeviceSection]) -> None:
-        self._incoming = incoming
+    def __init__(
+        self, into: Incoming, channel: Channel, devices: IncomingDevices, at: int, early: Sequence[DeviceSection]
+    ) -> None:
+        self._into = into
+        self._channel = channel
+        self._devices = devices
         self._at = at
         self._early = early
-        self._buffer = device_tail.buffer(incoming.config, footers=incoming.config.peer.send_section_footer)
+        self._buffer = device_tail.buffer(into.config, footers=into.config.peer.send_section_footer)
 
     @property
     def complete(self) -> bool:
@@ -52,9 +58,9 @@ class IncomingTail:
         """Seconds for which something must follow what has come; if nothing does, it was the end of the stream."""
         if not self._buffer.perhaps_ended:
             return math.inf
-        if not self._incoming.config.peer.send_section_footer:
-            return self._incoming.config.handover_timeout  # any byte of a device may look like the end
-        return KNOWN_END_SECONDS if self._incoming.config.peer.suppress_vmdesc else DESCRIPTION_SECONDS
+        if not self._into.config.peer.send_section_footer:
+            return self._into.config.handover_timeout  # any byte of a device may look like the end
+        return KNOWN_END_SECONDS if self._into.config.peer.suppress_vmdesc else DESCRIPTION_SECONDS
 
     async def feed(self, event: ev.TailBytes) -> None:
         """Take more of it, and answer the PING of a trimig behind it.
@@ -65,12 +71,11 @@ class IncomingTail:
         **Cancellation:** a part of *event* was taken.
         """
         await device_tail.feed(self._buffer, event.data)
-        if self._incoming.return_path and (value := self._buffer.prepare_ping()) is not None:
-            assert self._incoming.channel is not None
+        if self._into.return_path and (value := self._buffer.prepare_ping()) is not None:
             if not self._buffer.mentions(b"/virtio-mem"):
                 self._check_missing(self._early)
-            await self._incoming.channel.send(encode(Pong(value=value)))
-            self._incoming.prepared = True
+            await self._channel.send(encode(Pong(value=value)))
+            self._into.prepared = True
 
     async def take_undescribed(self) -> None:
         """The same where the stream has ended without a description, and its source waits for an answer (suppress-vmdesc).
@@ -89,20 +94,19 @@ class IncomingTail:
             raise
 
     async def take(self, *, ended: bool) -> None:
-        """Keep the guest: its devices have come. RemoteProtocolError, TransportFailed, GuestFailed.
+        """Keep the devices: all of them have come. RemoteProtocolError, TransportFailed, GuestFailed.
 
         Args:
             ended: nothing follows what has come.
 
-        **Cancellation:** as for :meth:`.incoming.Incoming.activate`.
+        **Cancellation:** as for :meth:`.devices.IncomingDevices.keep`.
         """
-        assert isinstance(self._incoming.guest, OpaqueGuest)
         try:
             split = await device_tail.split(self._buffer, self._at, early=self._early)
         except Undelimited as error:
             if (
                 ended
-                and self._incoming.marked
+                and self._into.marked
                 and (reason := trailing_reason(self._buffer.last(REASON_ELEMENT))) is not None
             ):
                 raise source_ended(reason) from error
@@ -118,23 +122,17 @@ class IncomingTail:
         for number, payload, where in split.commands:
             check_kept_command(number, len(payload), where)
         for problem in device_tail.first_problems(split):
-            self._incoming.monitor.warn(problem)
-        await self._incoming.keep(sections, split.description_text)
-        await self._incoming.activate()
+            self._into.monitor.warn(problem)
+        await self._devices.keep(sections, split.description_text)
 
     def _check_missing(self, sections: Sequence[DeviceSection]) -> None:
         """Whether all of RAM has come that is to come, by what *sections* say. RemoteProtocolError."""
-        if not self._incoming.ram.missing():
+        if not self._into.ram.missing():
             return
-        absent = absent_by_rule({block.name: block.length for block in self._incoming.guest.ram}, sections)
+        absent = absent_by_rule({block.name: block.length for block in self._into.guest.ram}, sections)
         problems: list[str] = []
-        for name, received in self._incoming.ram.received().items():
+        for name, received in self._into.ram.received().items():
             here = received if name not in absent else received | absent[name].bitmap()
             if not here.all():
                 problems.append(never_received(name, here))
-        self._incoming.problems(problems)
-
-
-def source_ended(reason: str) -> PeerFailed:
-    """The error where the source, a trimig, has said why it ends the migration."""
-    return PeerFailed(f"the source ended the migration: {reason}", code=0)
+        self._into.tell(problems)

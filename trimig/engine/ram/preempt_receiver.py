@@ -51,10 +51,10 @@ class PreemptReceiver:
     def _has_come(self) -> bool:
         return self._channels.has(ChannelKind.PREEMPT)
 
-    def expect(self) -> None:
-        """The main connection is there: this one may come."""
+    def expect(self, nursery: trio.Nursery) -> None:
+        """The main connection is there: this one may come, and is judged in *nursery*."""
         self._there = trio.Event()
-        self._reception.expect_second()
+        self._reception.expect_second(nursery)
 
     async def wait(self) -> None:
         """Wait until one is there that can be it, if it is to be.

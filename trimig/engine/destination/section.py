@@ -1,14 +1,16 @@
-"""The length of a device's section, as the guest's own device says."""
+"""A section of a device: its length, as the guest's own device says, and its record."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from ...errors import RemoteProtocolError
+from ...guest import DeviceSection
 from ...wire.devices import globalstate
 
 if TYPE_CHECKING:
     from ...guest import Guest
+    from ...wire import events as ev
 
 
 def measure_device(guest: Guest, idstr: str, instance_id: int, version_id: int, data: memoryview) -> int | None:
@@ -29,3 +31,14 @@ def measure_device(guest: Guest, idstr: str, instance_id: int, version_id: int, 
             f"device {idstr!r} has version {version_id} at the source, {device.version_id} is the newest known here"
         )
     return device.measure(data, version_id)
+
+
+def section_of(header: ev.SectionHeader, event: ev.DevicePayload) -> DeviceSection:
+    """The device section that these two elements are."""
+    return DeviceSection(
+        idstr=header.idstr,
+        instance_id=header.instance_id,
+        version_id=header.version_id,
+        payload=event.payload,
+        section_id=header.section_id,
+    )

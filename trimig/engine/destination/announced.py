@@ -1,0 +1,123 @@
+"""What the source says before it sends memory: its configuration, whether postcopy may follow, and its RAM blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ...errors import RemoteProtocolError
+from ...guest import ConfigSubsection, DeviceSection, FramedGuest, IdentifiedGuest, OpaqueGuest
+from ...wire import events as ev
+from ...wire.constants import Section
+from .. import guest_calls
+from ..device_writer import UUID_SUBSECTION
+from .commands import take_command
+
+if TYPE_CHECKING:
+    from ...config.peer import PeerProfile
+    from .devices import IncomingDevices
+    from .incoming import Incoming
+    from .stream import IncomingStream
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Announced:
+    """What stands before the memory.
+
+    Attributes:
+        machine: its name; empty if the stream has no configuration section.
+        blocks: the RAM blocks.
+        early: device sections of an unknown machine, in front of the list of blocks.
+    """
+
+    machine: str
+    subsections: tuple[ConfigSubsection, ...]
+    blocks: ev.RamList
+    early: Sequence[DeviceSection]
+
+
+async def take_announcement(into: Incoming, stream: IncomingStream, devices: IncomingDevices) -> Announced:
+    """Read up to the list of RAM blocks.
+
+    Raises:
+        RemoteProtocolError: the source is another machine, or what it says is not legal here.
+
+    **Cancellation:** the stream must be given up.
+    """
+    machine, subsections = "", tuple[ConfigSubsection, ...]()
+    early: list[DeviceSection] = []
+    while True:
+        match await stream.next():
+            case ev.Configuration() as event:
+                into.refine(refined(into, event))
+                machine, subsections = event.machine, event.subsections
+            case ev.SectionHeader(kind=Section.FULL) as header:
+                early += await devices.take_section(stream, header, before="list")
+            case ev.CommandElement() as event:
+                await take_command(into, stream, devices, event)
+            case ev.RamList() as event:
+                return Announced(machine=machine, subsections=subsections, blocks=event, early=early)
+
+
+def refined(into: Incoming, event: ev.Configuration) -> PeerProfile:
+    """The profile of the source, as its configuration section shows it. It may not be chosen yet.
+
+    Raises:
+        RemoteProtocolError: it is another machine than the guest.
+    """
+    guest = into.guest
+    opaque = isinstance(guest, OpaqueGuest)
+    if not opaque and event.machine != guest.name:
+        raise RemoteProtocolError(
+            f"the stream is of a machine {event.machine!r}, this one is {guest.name!r}",
+            offset=event.at,
+            section="configuration",
+        )
+    if not opaque:  # an unknown machine becomes whatever comes
+        for subsection in event.subsections:
+            if subsection.name == UUID_SUBSECTION:
+                _check_uuid(into, subsection, event.at)
+    return into.config.peer.for_machine(event.machine if opaque else None, arriving=True)
+
+
+def _check_uuid(into: Incoming, subsection: ConfigSubsection, at: int) -> None:
+    """The source has named its machine's UUID: it must be the guest's, if the guest has one."""
+    theirs = str(uuid.UUID(bytes=subsection.payload))
+    ours = into.guest.uuid if isinstance(into.guest, IdentifiedGuest) else None
+    if ours is None:
+        warning = f"the stream is of the machine with the UUID {theirs}, this one has none to compare"
+        if warning not in into.counters.warnings:  # the lobby has looked at the same section
+            into.monitor.warn(warning)
+    elif ours != theirs:
+        raise RemoteProtocolError(
+            f"the stream is of the machine with the UUID {theirs}, this one has {ours}",
+            offset=at,
+            section="configuration",
+        )
+
+
+def make_blocks(into: Incoming, stream: IncomingStream, announced: Announced, early: Sequence[DeviceSection]) -> None:
+    """Make the RAM blocks: what follows the first section has told how the stream is written.
+
+    Args:
+        early: all device sections in front of the memory.
+
+    Raises:
+        RemoteProtocolError: the blocks do not fit the guest.
+        GuestFailed: it cannot make them.
+    """
+    guest, peer = into.guest, into.config.peer
+    configuration, footers = stream.decoder.configuration is not False, stream.decoder.footers is not False
+    if (configuration, footers) != (peer.send_configuration, peer.send_section_footer):
+        into.refine(dataclasses.replace(peer, send_configuration=configuration, send_section_footer=footers))
+    if isinstance(guest, FramedGuest):
+        guest.framed(configuration=configuration, footers=footers, early=early)
+    if isinstance(guest, OpaqueGuest):
+        try:
+            with guest_calls.guarded("making the RAM blocks"):
+                guest.adopt(announced.machine, announced.subsections, announced.blocks.blocks)
+        except RemoteProtocolError as error:
+            raise RemoteProtocolError(error.reason, offset=announced.blocks.at, section="ram") from None
+    into.ram.open(announced.blocks, guest.ram)

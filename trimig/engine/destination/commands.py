@@ -1,0 +1,129 @@
+"""Commands of the main stream before the guest is here: the return path, PING, marks, and the announcement of postcopy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from ...errors import RemoteProtocolError
+from ...guest import PAGE_SIZE, LazyGuest, OpaqueGuest
+from ...status import Stream
+from ...wire import postcopy as wire_postcopy
+from ...wire.constants import Command
+from ...wire.marks import PING_MARK, PONG_MARK, Mark, is_mark, shown_reason
+from ...wire.pages.size import wrong_page_size
+from ...wire.refusals import bitmaps_only
+from ...wire.return_path import Attempt, Clock, Pong, SwitchoverAck, encode
+from .. import guest_calls
+from ..order import TRIMIG_PINGS
+from ..outcome import source_ended
+from .lazy import check_guest, open_memory
+
+if TYPE_CHECKING:
+    from ...wire import events as ev
+    from .devices import IncomingDevices
+    from .incoming import Incoming
+    from .stream import IncomingStream
+
+
+async def take_command(
+    into: Incoming, stream: IncomingStream, devices: IncomingDevices, event: ev.CommandElement
+) -> None:
+    """Act on a command that is legal where it stands.
+
+    Raises:
+        RemoteProtocolError: its payload is not legal, or what it asks for cannot be done.
+        GuestFailed: as :meth:`.devices.IncomingDevices.load`.
+        PeerFailed: the source has ended the migration, and said why.
+
+    **Cancellation:** the stream must be given up.
+    """
+    if is_mark(event.number):
+        await _take_mark(into, stream, Mark(event.number), event.payload)
+        return
+    match event.number:
+        case Command.OPEN_RETURN_PATH:
+            await _open_return_path(into, stream)
+        case Command.PING:
+            await _answer_ping(into, stream, devices, event)
+        case Command.POSTCOPY_ADVISE:
+            await _take_advice(into, event)
+        case Command.POSTCOPY_RAM_DISCARD:
+            lengths = {block.name: block.length for block in into.guest.ram}
+            into.ram.forget(wire_postcopy.decode_discard(event.payload, lengths, offset=event.at))
+        case Command.SWITCHOVER_START | Command.PACKAGED:
+            pass  # the last pages are next, which changes nothing; the package itself is the next element
+
+
+async def _take_mark(into: Incoming, stream: IncomingStream, mark: Mark, payload: bytes) -> None:
+    match mark:
+        case Mark.REASON:
+            raise source_ended(shown_reason(payload))
+        case Mark.CLOCK:
+            await stream.channel.send(encode(Clock(microseconds=round(trio.current_time() * 1e6))))
+        case Mark.ATTEMPT:
+            into.attempt = payload
+            await stream.channel.send(encode(Attempt(id=payload)))
+
+
+async def _open_return_path(into: Incoming, stream: IncomingStream) -> None:
+    channel = stream.channel
+    if into.opened:
+        return
+    into.opened, into.return_path = True, channel.sends
+    if not channel.sends:
+        into.monitor.warn("the source asks for answers, but this transport has no way back: it gets none")
+    elif into.config.capabilities.switchover_ack:
+        # No device here asks for more time, so all that the source's machine type waits for is said at once. A source
+        # that has the capability off refuses it, and nothing in the stream shows that.
+        await channel.send(encode(SwitchoverAck()) * into.config.peer.switchover_acks)
+
+
+async def _answer_ping(
+    into: Incoming, stream: IncomingStream, devices: IncomingDevices, event: ev.CommandElement
+) -> None:
+    if not into.opened:
+        raise RemoteProtocolError("PING without a return path to answer on", offset=event.at)
+    value = int.from_bytes(event.payload)
+    into.of_trimig = into.of_trimig or value >> 16 == TRIMIG_PINGS
+    # A PING behind the devices asks whether all of it is loaded, so that is what must be done first.
+    # Before the first device it asks about the memory only.
+    proof = stream.state is Stream.DEVICES and devices.begun
+    if proof:
+        await devices.load_all(stream)
+    if not into.return_path:
+        return
+    await stream.channel.send(encode(Pong(value=value)))
+    into.prepared = proof
+    if value == PING_MARK and not into.marked:
+        # The source is a trimig: so is this side. Without a way back it is not told, and says nothing of it either.
+        await stream.channel.send(encode(Pong(value=PONG_MARK)))
+        into.marked = stream.decoder.marks = True
+
+
+async def _take_advice(into: Incoming, event: ev.CommandElement) -> None:
+    """The source may switch to postcopy: better to find out now whether that is possible here."""
+    advice = wire_postcopy.decode_advise(event.payload, offset=event.at)
+    if advice is None:
+        raise bitmaps_only(event.at)
+    if not into.monitor.config.capabilities.postcopy_ram:
+        raise RemoteProtocolError(
+            "the source announces postcopy, and the capability postcopy-ram is off here: turn it on on both sides",
+            offset=event.at,
+        )
+    if advice.target_page != PAGE_SIZE:
+        raise wrong_page_size(advice.target_page, offset=event.at)
+    # A guest that is only kept takes the pages as they come: no host page is looked at before it is whole.
+    if advice.page_sizes != PAGE_SIZE and not isinstance(into.guest, OpaqueGuest):
+        raise RemoteProtocolError(
+            f"the source has host pages of {advice.page_sizes:#x} bytes, here they have {PAGE_SIZE:#x}",
+            offset=event.at,
+        )
+    check_guest(into.guest)
+    if isinstance(into.guest, LazyGuest):
+        seconds = into.config.handover_timeout
+        (await open_memory(into.guest, seconds)).close()
+        await guest_calls.call("ending the watch", into.guest.memory_is_whole, seconds)
+    if into.config.peer.preempt_pre_7_2:
+        await into.preempt.wait()

@@ -1,0 +1,92 @@
+"""The memory of an incoming guest, up to the end of the RAM or to the package with which the guest goes before it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ...guest import DeviceSection, StoringGuest
+from ...status import SENDING_RAM, Stream
+from ...wire import events as ev
+from ...wire.constants import Section
+from .announced import make_blocks
+from .arriving import Storing
+from .commands import take_command
+
+if TYPE_CHECKING:
+    import trio
+
+    from .announced import Announced
+    from .devices import IncomingDevices
+    from .incoming import Incoming
+    from .stream import IncomingStream
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """What the RAM has left behind.
+
+    Attributes:
+        storing: writes the guest out while it arrives, if it is one that wants that.
+        early: device sections of an unknown machine in front of the memory.
+        last: the element with which the RAM has ended.
+        ended: that was the end of a section END.
+    """
+
+    storing: Storing | None
+    early: Sequence[DeviceSection]
+    last: ev.Element | None
+    ended: bool
+
+
+async def take_memory(
+    into: Incoming, stream: IncomingStream, devices: IncomingDevices, announced: Announced, nursery: trio.Nursery
+) -> Taken:
+    """Read pages until the RAM ends, or the package of postcopy has come.
+
+    Args:
+        nursery: of the attempt; a guest that writes itself out does so in it.
+
+    Raises:
+        RemoteProtocolError: the blocks do not fit the guest, or what comes is not legal here.
+        GuestFailed: it cannot make its blocks, or cannot write them.
+
+    **Cancellation:** the memory is undefined.
+    """
+    early = list(announced.early)
+    event = await _to_pages(stream, devices, early)
+    make_blocks(into, stream, announced, early)
+    storing = None
+    if isinstance(into.guest, StoringGuest):
+        storing = Storing(into.guest, into.ram.watch(), into.monitor)
+        nursery.start_soon(storing.run, name="trimig.storing")
+    while stream.state in SENDING_RAM or stream.state in (Stream.ENDING, Stream.PACKAGED):
+        match event:
+            case ev.PageRun():
+                into.reception.settle()
+                await into.ram.pages(event)
+            case ev.ZeroRun():
+                await into.ram.zeros(event)
+            case ev.RamList():
+                into.ram.open(event, into.guest.ram)  # a second START repeats the list
+            case ev.SectionHeader(kind=Section.FULL):
+                early += await devices.take_section(stream, event, before="pages")
+            case ev.CommandElement():
+                await take_command(into, stream, devices, event)
+        if storing is not None:
+            await storing.wait_room()
+        event = await stream.next()
+    return Taken(storing=storing, early=early, last=event, ended=stream.state is Stream.DEVICES)
+
+
+async def _to_pages(stream: IncomingStream, devices: IncomingDevices, early: list[DeviceSection]) -> ev.Element | None:
+    """The first element that shows how the stream is written; device sections in front of it go to *early*."""
+    while True:
+        match event := await stream.next():
+            case ev.SectionHeader(kind=Section.FULL):
+                early += await devices.take_section(stream, event, before="pages")
+            case ev.RamEnd() | ev.SectionFooter():
+                pass
+            case _:
+                return event

@@ -1,0 +1,154 @@
+"""The end of an incoming migration: the last word to the source, and what the caller gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ...channel import closing
+from ...channel.channels import ChannelKind
+from ...errors import (
+    HandoverUncertain,
+    MigrationCancelled,
+    PostcopyLost,
+    RemoteProtocolError,
+    TransportFailed,
+    TrimigError,
+)
+from ...monitor import blockers
+from ...monitor.statistics import Downtime, Summary
+from ...status import Role, Status, end_of
+from ...wire.marks import reason_bytes
+from ...wire.return_path import Reason, Shut, encode
+from ..outcome import add_to_message, bare, domain_error, lost_by_cancellation
+from .uncertain import uncertain
+
+if TYPE_CHECKING:
+    from ...wire.postcopy import Runs
+    from .incoming import Incoming
+
+log = logging.getLogger("trimig.destination")
+
+#: Statuses in which the source is not told an end: it may still have to answer a question.
+_UNANSWERED = frozenset({Status.POSTCOPY_LOST, Status.UNCERTAIN})
+
+
+async def unwind(into: Incoming, failure: BaseException | None) -> None:
+    """Bring the status to its end, tell it to the source, and close the connections.
+
+    Args:
+        failure: why the attempt has ended, if it has not come to its end.
+
+    **Cancellation:** held off, for at most ``teardown_grace``.
+    """
+    monitor = into.monitor
+    ended = monitor.status is not Status.COMPLETED
+    if ended:
+        cancelled = failure is None or domain_error(failure, monitor.owner) is None
+        if (end := end_of(Role.DESTINATION, monitor.status, cancelled=cancelled)) is not None:
+            monitor.advance(end)
+    monitor.listening()
+    await into.preempt.close()
+    try:
+        if into.return_path and monitor.status not in _UNANSWERED:
+            reason = _reason(into, failure) if ended and into.marked else b""
+            await _say(into, reason + encode(Shut(status=1 if ended else 0)), arrived=not ended)
+    finally:
+        await into.channels.close(0.0 if ended else into.config.teardown_grace)
+
+
+async def _say(into: Incoming, message: bytes, *, arrived: bool) -> None:
+    """Send the last message; *arrived* says that the guest is here."""
+    said = False
+    for channel in into.channels.of(ChannelKind.MAIN):  # none if it was lost
+        said = await closing.farewell(channel, message, into.config.teardown_grace)
+    if arrived:
+        into.confirmed = said
+        if not said:
+            into.monitor.warn("the source could not be told that the guest has arrived: it will report it unknown")
+
+
+def _reason(into: Incoming, failure: BaseException | None) -> bytes:
+    """The message that tells a trimig why it is refused."""
+    error = domain_error(failure, into.monitor.owner) if failure is not None else None
+    cancelled = f"it was cancelled: {into.monitor.cancel_reason or 'no reason was given'}"
+    return encode(Reason(payload=reason_bytes(str(error) if error is not None else cancelled)))
+
+
+def conclude(into: Incoming, failure: BaseException | None, missing: Mapping[str, Runs]) -> None:
+    """Raise the one error for an attempt that has not succeeded.
+
+    Args:
+        missing: pages that the guest lacks, by block.
+    """
+    monitor = into.monitor
+    if monitor.status is Status.COMPLETED:
+        return  # a cancellation that came after the guest had arrived is too late
+    error = domain_error(failure, monitor.owner) if failure is not None else None
+    if monitor.status is Status.CANCELLING:
+        monitor.advance(Status.CANCELLED)
+        if error is None and monitor.cancel_reason is not None:
+            error = MigrationCancelled(monitor.cancel_reason)
+    hint = into.reception.hint()
+    if hint is not None and isinstance(error, TransportFailed | RemoteProtocolError | MigrationCancelled):
+        add_to_message(error, hint)
+    error = _judged(into, error or lost_by_cancellation(failure, monitor.status), missing)
+    if error is not None:
+        into.counters.error = str(error)
+        raise error
+    assert failure is not None
+    raise bare(failure)
+
+
+def _judged(into: Incoming, error: TrimigError | None, missing: Mapping[str, Runs]) -> TrimigError | None:
+    """The error for the final status of an attempt that has failed with *error*."""
+    status = into.monitor.status
+    if status not in _UNANSWERED:
+        return error
+    lacks = into.counters.missing = {
+        name: [(first, end) for first, end in runs.tolist()] for name, runs in missing.items()
+    }
+    blockers.lacks(into.guest, sum(end - first for runs in lacks.values() for first, end in runs))
+    found: HandoverUncertain | PostcopyLost | TrimigError | None = error
+    if status is Status.UNCERTAIN:
+        found = uncertain(into, error)
+    elif error is not None:
+        found = _lost(error, lacks)
+    return found
+
+
+def _lost(error: TrimigError, missing: Mapping[str, Sequence[tuple[int, int]]]) -> PostcopyLost:
+    """The guest is here and will never be whole: say what it lacks."""
+    pages = sum(end - first for runs in missing.values() for first, end in runs)
+    lost = PostcopyLost(
+        f"{error}; {pages} pages of the guest's memory never came, and it stands still", missing=missing
+    )
+    lost.others = (error, *error.others)
+    return lost
+
+
+def summary(into: Incoming) -> Summary:
+    """What the caller gets of an attempt that has succeeded."""
+    c = into.counters
+    for text in c.warnings:
+        log.warning("%s", text)
+    assert c.finished is not None
+    parts = dataclasses.replace(Downtime(), resume=into.resume_seconds)
+    return Summary(
+        role=Role.DESTINATION,
+        confirmed=into.confirmed,
+        prepared=into.prepared,
+        total_time=c.finished - c.started,
+        setup_time=(c.setup_done or c.started) - c.started,
+        downtime=parts.total,
+        downtime_parts=parts,
+        iterations=0,
+        bytes_transferred=c.transferred,
+        normal_pages=c.normal,
+        zero_pages=c.duplicate,
+        ram_bytes=c.total,
+        dirty_tracking="",
+        warnings=tuple(c.warnings),
+    )

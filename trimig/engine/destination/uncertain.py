@@ -1,0 +1,71 @@
+"""A guest that is here, and that its source perhaps runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...errors import GuestNotResumed, HandoverUncertain, Owner, Ownership, TrimigError
+from ...owner import already_settled
+from ...status import Status
+from .. import guest_calls
+
+if TYPE_CHECKING:
+    from .incoming import Incoming
+
+
+def uncertain(into: Incoming, error: TrimigError | None) -> HandoverUncertain:
+    """The error for it. The guest stands still here, with its devices, until its owner is settled.
+
+    Args:
+        error: why the connection was lost.
+    """
+    question = _Question(into)
+    found = HandoverUncertain(
+        f"the guest has come, but the connection was lost ({error or 'no other came'}) before the source is known to have "
+        "read that it runs here: the source may run it, so it stands still here. Look at the source, then settle who "
+        "owns the guest",
+        settle=question.settle_by_error,
+        here=Ownership.DESTINATION,
+    )
+    into.guest.set_owner(Owner.UNKNOWN, settle=question.settle)
+    found.others = (error,) if error is not None else ()
+    return found
+
+
+class _Question:
+    """Which side owns the guest of one attempt."""
+
+    def __init__(self, into: Incoming) -> None:
+        self._into = into
+        self._settled = False
+
+    async def settle_by_error(self, owner: Owner) -> None:
+        """What the error's own ``settle`` comes to: an old answer must not settle the question of a later attempt.
+
+        **Cancellation:** as for :meth:`settle`.
+        """
+        if self._settled:
+            raise already_settled(self._into.guest.owner)
+        await self._into.guest.settle(owner)
+
+    async def settle(self, owner: Owner) -> None:
+        """What :meth:`trimig.guest.Guest.settle` comes to. A guest without all of its memory stands still in any case.
+
+        Raises:
+            GuestNotResumed: it is this side's, and could not be resumed.
+
+        **Cancellation:** held off, for at most ``teardown_grace``.
+        """
+        into = self._into
+        self._settled = True
+        if owner is Owner.ELSEWHERE:
+            into.monitor.advance(Status.FAILED)
+            return
+        whole = into.following.whole
+        into.monitor.advance(Status.COMPLETED if whole else Status.POSTCOPY_LOST)
+        if not whole or not into.stopped:
+            return
+        failure = await guest_calls.bring_back("resumed", into.guest.resume, into.config.teardown_grace)
+        if failure is not None and into.guest.run_state != "running":
+            raise GuestNotResumed(str(failure)) from failure.__cause__
+        into.monitor.emit("RESUME")
