@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from trimig.errors import Ownership, StateError
+from trimig.errors import Ownership, RemoteProtocolError, StateError
 from trimig.status import (
+    BEGINNINGS,
     CANCELLABLE,
     ENDS,
     IDLE,
     IN_POSTCOPY,
+    STREAM,
     TERMINAL,
     TRANSITIONS,
+    Item,
     Role,
     Status,
+    Stream,
+    after,
     check,
     end_of,
     owner,
@@ -214,3 +219,55 @@ def test_every_status_is_reached_and_in_the_table_of_ends(role: Role) -> None:
         found |= TRANSITIONS[role][status] - reached
     assert reached == set(TRANSITIONS[role])
     assert set(ENDS[role]) - {S.PRE_SWITCHOVER, S.DEVICE} <= reached
+
+
+# -- the order of the streams ------------------------------------------------------------------------------------------
+
+
+def test_every_state_of_a_stream_is_reached_and_leads_to_its_end() -> None:
+    """From the begin of a connection; a guest that is only kept ends in its devices."""
+    reached, found = set(), set(BEGINNINGS)
+    while found:
+        state = found.pop()
+        reached.add(state)
+        found |= set(STREAM[state].values()) - reached
+    assert reached == set(Stream) == set(STREAM)
+    for state in Stream:
+        seen, todo = set(), {state}
+        while todo:
+            seen.add(now := todo.pop())
+            todo |= set(STREAM[now].values()) - seen
+        assert seen & {Stream.ENDED, Stream.TAIL}, state
+
+
+def test_every_element_is_legal_in_some_state() -> None:
+    """COLO is not built."""
+    legal = {item for row in STREAM.values() for item in row}
+    assert set(Item) - legal == {Item.ENABLE_COLO}
+
+
+@pytest.mark.parametrize("state", list(Stream))
+@pytest.mark.parametrize("item", list(Item))
+def test_an_element_is_legal_or_refused_with_both_names(state: Stream, item: Item) -> None:
+    if item in STREAM[state]:
+        assert after(state, item) is STREAM[state][item]
+        return
+    with pytest.raises(RemoteProtocolError) as caught:
+        after(state, item, offset=7)
+    assert f"{item.value} has no place {state.value}" in str(caught.value)
+    assert caught.value.offset == 7
+
+
+def test_the_only_place_of_an_element_is_told() -> None:
+    with pytest.raises(RemoteProtocolError, match="RESUME has no place in a package; its place is in a recovery"):
+        after(Stream.LISTENING, Item.POSTCOPY_RESUME)
+
+
+def test_nothing_goes_back_to_memory_behind_the_commit() -> None:
+    """What the guest may have written is not sent again by the stream that has handed it over."""
+    for state in (Stream.DEVICES, Stream.TAIL, Stream.ENDED):
+        seen, todo = set(), {state}
+        while todo:
+            seen.add(now := todo.pop())
+            assert not {Item.PAGES, Item.PART, Item.RAM_LIST} & set(STREAM[now]), now
+            todo |= set(STREAM[now].values()) - seen

@@ -1,6 +1,6 @@
 """Every command at every place of a stream, and streams without one of their parts, for every kind of guest.
 
-What is legal where is :data:`trimig.engine.order.LEGAL`. A command elsewhere is one RemoteProtocolError with its offset; the
+What is legal where is :data:`trimig.status.STREAM`. A command elsewhere is one RemoteProtocolError with its offset; the
 source is told so and keeps its guest.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import AsyncIterator, Iterator
 
 import numpy as np
@@ -30,14 +31,19 @@ from tests.engine.test_postcopy_bad_input import (
     devices,
     part,
 )
-from trimig.engine.order import LEGAL, Place
+from tests.engine.test_switch import at, going
+from trimig.engine.destination.section import measure_device
+from trimig.engine.order import item_of
 from trimig.errors import Ownership, RemoteProtocolError
 from trimig.guest import PAGE_SIZE
 from trimig.guests.lazy_app import LazyAppGuest
+from trimig.status import STREAM, Item, Stream, after
 from trimig.testing import FakeDevice, LazyScriptedGuest
 from trimig.wire import Command, Section
 from trimig.wire import encoder as wire
+from trimig.wire import events as ev
 from trimig.wire import postcopy as pc
+from trimig.wire.decoder import Decoder
 from trimig.wire.devices import description, globalstate
 from trimig.wire.return_path import Shut
 
@@ -47,14 +53,14 @@ TEXT = description.build(
     PAGE_SIZE, [FakeDevice("clock", size=8).describe(), globalstate.section("running").description or {}]
 )
 #: The parts of a stream by precopy whose source could have switched to postcopy, and where each of them leads to.
-PARTS: list[tuple[str, bytes, Place]] = [
-    ("head", HEAD, Place.HEAD),
-    ("advise", ADVISE, Place.HEAD),
-    ("start", START, Place.RAM),
-    ("pages", part(*ALL[:4]), Place.RAM),
-    ("more pages", part(*ALL[4:]), Place.RAM),
-    ("end", END, Place.DEVICES),
-    ("devices", devices(), Place.DEVICES),
+PARTS: list[tuple[str, bytes, Stream]] = [
+    ("head", HEAD, Stream.SETUP),
+    ("advise", ADVISE, Stream.SETUP_ADVISED),
+    ("start", START, Stream.RAM_ADVISED),
+    ("pages", part(*ALL[:4]), Stream.RAM_ADVISED),
+    ("more pages", part(*ALL[4:]), Stream.RAM_ADVISED),
+    ("end", END, Stream.DEVICES),
+    ("devices", devices(), Stream.DEVICES),
 ]
 
 COMMANDS: dict[int, bytes] = {
@@ -143,6 +149,10 @@ def numbered(number: int) -> str:
     return Command(number).name if number in list(Command) else f"{number:#x}"
 
 
+def is_legal(number: int, state: Stream) -> bool:
+    return number in list(Command) and Item[Command(number).name] in STREAM[state]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("number", COMMANDS, ids=numbered)
 async def test_every_command_at_every_place(autojump_clock: trio.testing.MockClock, kind: str, number: int) -> None:
@@ -151,7 +161,7 @@ async def test_every_command_at_every_place(autojump_clock: trio.testing.MockClo
     for where in range(len(PARTS)):
         before = b"".join(data for name, data, _ in PARTS[: where + 1] if able_here or name != "advise")
         behind = b"".join(data for name, data, _ in PARTS[where + 1 :] if able_here or name != "advise")
-        place = PARTS[where][2]
+        state = PARTS[where][2] if able_here or PARTS[where][2] is not Stream.RAM_ADVISED else Stream.RAM
         async with made(kind) as target:
             stream = before + wire.command(number, COMMANDS[number]) + behind + EOF
             end, _ = await outcome(target, stream, postcopy=able_here)
@@ -162,21 +172,21 @@ async def test_every_command_at_every_place(autojump_clock: trio.testing.MockClo
             assert isinstance(end, trimig.Summary) is able_here, end  # all of it comes behind
             continue
         assert isinstance(end, RemoteProtocolError), (PARTS[where][0], end)
-        if place not in LEGAL.get(number, ()):  # type: ignore[call-overload]  # not every number is a command
+        if not is_legal(number, state):
             assert end.offset == len(before), (PARTS[where][0], end)
 
 
 @pytest.mark.parametrize("kind", ABLE)
 async def test_a_package_at_every_place(autojump_clock: trio.testing.MockClock, kind: str) -> None:
     """Where it is not legal, nothing of it is acted on."""
-    for where, (name, _, place) in enumerate(PARTS):
+    for where, (name, _, state) in enumerate(PARTS):
         before = b"".join(data for _, data, _ in PARTS[: where + 1])
-        if place is Place.RAM:
+        if state is Stream.RAM_ADVISED:
             continue  # tests/engine/test_postcopy_bad_input.py has those
         async with made(kind) as target:
             end, _ = await outcome(target, before + PACKAGE + part(*ALL) + END + EOF)
         assert isinstance(end, RemoteProtocolError), (name, end)
-        if kind == "parked" and place is Place.DEVICES:
+        if kind == "parked" and state is Stream.DEVICES:
             assert end.offset is not None  # devices that are unknown go on until something cannot be one
             assert end.offset >= len(before)
         else:
@@ -255,7 +265,25 @@ async def test_discarded_and_never_sent_again(autojump_clock: trio.testing.MockC
     assert "2 pages of RAM block 'ram' were never received" in str(end)
 
 
-def test_the_table_names_every_command() -> None:
-    """Each that is known, but the one that is not built."""
-    assert set(Command) - set(LEGAL) == {Command.ENABLE_COLO}
-    assert all(LEGAL.values())
+def walked(data: bytes, guest: trimig.Guest, state: Stream = Stream.OPENING, before: Decoder | None = None) -> Stream:
+    """The state behind *data*, whose every element is legal where it stands."""
+    measure = functools.partial(measure_device, guest)
+    decoder = Decoder(measure=measure, description=False, continues=before, buffer_bytes=2 * len(data))
+    decoder.marks = True
+    decoder.feed(data)
+    while (event := decoder.next_event()) is not None:
+        state = after(state, item_of(event), offset=event.at)
+        if isinstance(event, ev.PackageElement):
+            state = walked(event.data, guest, state, decoder)
+    assert not decoder.pending
+    return state
+
+
+@pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy"])
+async def test_a_source_sends_what_the_table_allows(autojump_clock: trio.testing.MockClock, *, postcopy: bool) -> None:
+    """Element by element, to the end of the stream."""
+    pair = going(rate=500.0 if postcopy else 0.0)
+    if postcopy:
+        at(pair.here, "setup", pair.here.start_postcopy)
+    assert all(isinstance(end, trimig.Summary) for end in await pair.both())
+    assert walked(pair.link.recorded("a->b"), pair.target) is Stream.ENDED

@@ -36,12 +36,11 @@ from tests.engine.test_postcopy_bad_input import (
 )
 from trimig.channel.channel import AnyStream
 from trimig.channel.connections import Connections
-from trimig.engine.order import LEGAL, Place
 from trimig.engine.recovery import FIRST_DELAY, LONGEST_DELAY
 from trimig.engine.source import migrate_stream
 from trimig.errors import Ownership, PostcopyLost, RemoteProtocolError
 from trimig.monitor.core import MonitorCore
-from trimig.status import TERMINAL, Status
+from trimig.status import STREAM, TERMINAL, Item, Status, Stream
 from trimig.testing import FakeDevice, ScriptedGuest, VirtualLink
 from trimig.wire import Command, Section
 from trimig.wire import encoder as wire
@@ -105,7 +104,7 @@ _ILLEGAL: dict[str, bytes] = {
 } | {
     number.name: wire.command(number, b"\0" * 4 if number == Command.PING else b"")
     for number in Command
-    if Place.RECOVERING not in LEGAL.get(number, ())
+    if Item[number.name] not in STREAM[Stream.RECOVERING]
     and number not in (Command.PACKAGED, Command.POSTCOPY_RAM_DISCARD, Command.POSTCOPY_ADVISE)
 }
 
