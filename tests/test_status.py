@@ -11,10 +11,12 @@ from trimig.status import (
     ENDS,
     IDLE,
     IN_POSTCOPY,
+    RETURN_PATH,
     STREAM,
     TERMINAL,
     TRANSITIONS,
     Item,
+    ReturnPath,
     Role,
     Status,
     Stream,
@@ -242,20 +244,30 @@ def test_every_state_of_a_stream_is_reached_and_leads_to_its_end() -> None:
 
 def test_every_element_is_legal_in_some_state() -> None:
     """COLO is not built."""
-    legal = {item for row in STREAM.values() for item in row}
+    legal = {item for row in (*STREAM.values(), *RETURN_PATH.values()) for item in row}
     assert set(Item) - legal == {Item.ENABLE_COLO}
 
 
-@pytest.mark.parametrize("state", list(Stream))
+@pytest.mark.parametrize("state", [*Stream, *ReturnPath])
 @pytest.mark.parametrize("item", list(Item))
-def test_an_element_is_legal_or_refused_with_both_names(state: Stream, item: Item) -> None:
-    if item in STREAM[state]:
-        assert after(state, item) is STREAM[state][item]
+def test_an_element_is_legal_or_refused_with_both_names(state: Stream | ReturnPath, item: Item) -> None:
+    row = STREAM[state] if isinstance(state, Stream) else RETURN_PATH[state]
+    if item in row:
+        assert after(state, item) is row[item]
         return
     with pytest.raises(RemoteProtocolError) as caught:
         after(state, item, offset=7)
     assert f"{item.value} has no place {state.value}" in str(caught.value)
     assert caught.value.offset == 7
+
+
+def test_a_return_path_ends_with_shut_only() -> None:
+    """Every state but the last takes a refusal. Only behind the commit may the guest have arrived."""
+    assert set(RETURN_PATH) == set(ReturnPath)
+    for state, row in RETURN_PATH.items():
+        ends = {item for item, then in row.items() if then is ReturnPath.ENDED}
+        arrived = {Item.ARRIVED} if state is not ReturnPath.BEFORE else set()
+        assert ends == (set() if state is ReturnPath.ENDED else {Item.REFUSED} | arrived), state
 
 
 def test_the_only_place_of_an_element_is_told() -> None:

@@ -42,8 +42,9 @@ Postcopy, on either side behind handover::
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeVar
 
 from .errors import Owner, Ownership, RemoteProtocolError, StateError
 
@@ -293,6 +294,13 @@ class Item(enum.Enum):
     REASON = "mark REASON"
     CLOCK = "mark CLOCK"
     ATTEMPT = "mark ATTEMPT"
+    PONG = "PONG"
+    SWITCHOVER_ACK = "SWITCHOVER_ACK"
+    REQ_PAGES = "a request for pages"
+    RECEIVED_PAGES = "a bitmap of received pages"
+    RESUME_ACK = "RESUME_ACK"
+    ARRIVED = "the message that the guest has arrived (SHUT 0)"
+    REFUSED = "a refusal (SHUT with an error)"
 
 
 class Stream(enum.Enum):
@@ -320,10 +328,24 @@ class Stream(enum.Enum):
     ENDED = "behind the end of the stream"
 
 
-_I, _T = Item, Stream
+class ReturnPath(enum.Enum):
+    """How far a return path is, for both sides. The value completes the sentence "... has no place ..."."""
+
+    BEFORE = "before the guest is handed over"
+    #: The end of the stream has been given to the transport.
+    COMMITTED = "behind the end of the stream"
+    #: The package has been given to the transport.
+    FOLLOWING = "behind the switch to postcopy"
+    RECOVERING = "in a recovery, before RESUME"
+    RESUMING = "in a recovery, behind RESUME"
+    ENDED = "behind SHUT"
 
 
-def _stay(state: Stream, *items: Item) -> dict[Item, Stream]:
+_I, _T, _R = Item, Stream, ReturnPath
+_State = TypeVar("_State", Stream, ReturnPath)
+
+
+def _stay(state: _State, *items: Item) -> dict[Item, _State]:
     """Items that are legal in *state*, and lead to no other."""
     return dict.fromkeys(items, state)
 
@@ -390,8 +412,31 @@ BEGINNINGS: Final = frozenset({_T.OPENING, _T.RECOVERING, _T.URGENT})
 SENDING_RAM: Final = frozenset({_T.RAM, _T.RAM_ADVISED})
 
 
-def after(state: Stream, item: Item, *, offset: int | None = None, section: str | None = None) -> Stream:
-    """The state of a main stream behind *item*.
+#: Legal on every return path.
+_ANSWERS: Final = (_I.PONG, _I.REASON, _I.CLOCK, _I.ATTEMPT)
+_ENDS: Final = {_I.REFUSED: _R.ENDED, _I.ARRIVED: _R.ENDED}
+
+#: State of a return path -> each message that is legal there -> the state behind it. The destination sends this, and the
+#: source refuses what is not here. The source goes on from BEFORE to COMMITTED or FOLLOWING, and from RECOVERING to
+#: RESUMING, by what it sends itself.
+RETURN_PATH: Final = MappingProxyType(
+    {
+        state: MappingProxyType(row)
+        for state, row in {
+            _R.BEFORE: {**_stay(_R.BEFORE, *_ANSWERS, _I.SWITCHOVER_ACK), _I.REFUSED: _R.ENDED},
+            # A page may be asked for, and an ack said, before the other side has read the last word.
+            _R.COMMITTED: {**_stay(_R.COMMITTED, *_ANSWERS, _I.SWITCHOVER_ACK), **_ENDS},
+            _R.FOLLOWING: {**_stay(_R.FOLLOWING, *_ANSWERS, _I.SWITCHOVER_ACK, _I.REQ_PAGES), **_ENDS},
+            _R.RECOVERING: {**_stay(_R.RECOVERING, *_ANSWERS, _I.REQ_PAGES, _I.RECEIVED_PAGES), **_ENDS},
+            _R.RESUMING: {**_stay(_R.RESUMING, *_ANSWERS, _I.REQ_PAGES), _I.RESUME_ACK: _R.FOLLOWING, **_ENDS},
+            _R.ENDED: {},
+        }.items()
+    }
+)
+
+
+def after(state: _State, item: Item, *, offset: int | None = None, section: str | None = None) -> _State:
+    """The state of a main stream, or of a return path, behind *item*.
 
     Args:
         offset: of the element in the stream, for the error.
@@ -400,9 +445,10 @@ def after(state: Stream, item: Item, *, offset: int | None = None, section: str 
     Raises:
         RemoteProtocolError: *item* is not legal in *state*; names both.
     """
-    found = STREAM[state].get(item)
+    table: Mapping[_State, Mapping[Item, _State]] = STREAM if isinstance(state, Stream) else RETURN_PATH
+    found = table[state].get(item)
     if found is None:
-        places = [place.value for place, row in STREAM.items() if item in row]
+        places = [place.value for place, row in table.items() if item in row]
         where = f"; its place is {places[0]}" if len(places) == 1 else ""
         raise RemoteProtocolError(f"{item.value} has no place {state.value}{where}", offset=offset, section=section)
     return found

@@ -15,7 +15,7 @@ from trimig.channel.return_path import ReturnPathReader
 from trimig.engine import guest_calls
 from trimig.monitor.core import MonitorCore
 from trimig.monitor.monitor import Counters
-from trimig.status import Role, Status
+from trimig.status import ReturnPath, Role, Status
 from trimig.testing import VirtualLink
 from trimig.wire.return_path import Pong, Shut, encode
 
@@ -68,7 +68,7 @@ async def test_limiter_within_its_budget_needs_no_turn(autojump_clock: trio.test
 async def test_answers_that_are_there_need_no_turn(autojump_clock: trio.testing.MockClock) -> None:
     link = VirtualLink()
     reader = ReturnPathReader(Channel(link.a), {})
-    reader.decided = True
+    reader.state = ReturnPath.COMMITTED
     await link.b.send_all(encode(Pong(value=1)) + encode(Shut(status=0)))
     with trio.testing.assert_checkpoints():
         await reader.run()

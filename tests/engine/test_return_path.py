@@ -70,7 +70,7 @@ async def test_acceptance_of_what_was_not_sent_is_an_error(autojump_clock: trio.
     """K5: SHUT 0 before the decision cannot be true."""
     error = await refused(busy_pair(), ACCEPTED)
     assert isinstance(error, trimig.RemoteProtocolError)
-    assert "before it was sent" in str(error)
+    assert "that the guest has arrived (SHUT 0) has no place before the guest is handed over" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -80,14 +80,14 @@ async def test_acceptance_of_what_was_not_sent_is_an_error(autojump_clock: trio.
         (message(0, b""), "invalid return-path message type 0x0000"),
         (message(1, b"\0\0"), "SHUT with 2 bytes"),
         (message(2, b"12345"), "PONG with 5 bytes"),
-        (encode(PageRequest(block="ram", start=0, length=4096)), "postcopy"),
+        (encode(PageRequest(block="ram", start=0, length=4096)), "a request for pages has no place before"),
         (encode(PageRequest(block="ram", start=0, length=4096, named=False)), "no previous block"),
         (encode(PageRequest(block="rom", start=0, length=4096)), "unknown RAM block 'rom'"),
         (encode(PageRequest(block="ram", start=1, length=4096)), "misaligned"),
         (encode(PageRequest(block="ram", start=64 * 4096, length=4096)), "overruns"),
         (message(3, b"\0" * 11), "REQ_PAGES_ID"),
         (message(3, b"\0" * 12 + b"\x05ram"), "does not fit the name"),
-        (encode(ResumeAck()), "postcopy"),
+        (encode(ResumeAck()), "its place is in a recovery, behind RESUME"),
         (message(6, b"\0\0\0\2"), "RESUME_ACK with the value 2"),
     ],
 )

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from ..errors import PeerFailed, RemoteProtocolError, TransportFailed
 from ..monitor.statistics import WHY_CLOSED
+from ..status import Item, ReturnPath, after
 from ..wire.marks import shown_reason
 from ..wire.return_path import (
     Attempt,
@@ -65,10 +67,10 @@ class ReturnPathReader:
         self.silent = False
         #: The status of SHUT once it has come.
         self.shut: int | None = None
-        #: Why nothing will come any more; set only while :attr:`decided`.
+        #: Why nothing will come any more; set only behind :attr:`ReturnPath.BEFORE`.
         self.lost: TransportFailed | RemoteProtocolError | None = None
-        #: The decision has been handed to the transport: an ended connection is not an error of its own any more.
-        self.decided = False
+        #: How far the return path is. Behind BEFORE an ended connection is not an error of its own any more.
+        self.state = ReturnPath.BEFORE
         #: Called with each message of postcopy, and with None when nothing more will come. Set while the guest runs at
         #: the destination, when the pages it asks for are a matter of microseconds.
         self.listener: Callable[[Message | None], None] | None = None
@@ -144,7 +146,7 @@ class ReturnPathReader:
                     self._take(message)
                 self._tell()
         except (TransportFailed, RemoteProtocolError) as error:
-            if not self.decided:
+            if self.state is ReturnPath.BEFORE:
                 raise
             self.lost = error
             self._tell()
@@ -168,10 +170,8 @@ class ReturnPathReader:
         return f"the destination closed the connection{inside} without an answer; {WHY_CLOSED}"
 
     def _take(self, message: Message) -> None:
+        before, self.state = self.state, after(self.state, _item_of(message), section="return path")
         match message:
-            case PageRequest() | ReceivedPages() | ResumeAck() if self.listener is not None:
-                self.listener(message)
-                return
             case Pong(value=value):
                 self._pongs.add(value)
                 if len(self._pongs) > 1024:
@@ -184,25 +184,34 @@ class ReturnPathReader:
                     "SWITCHOVER_ACK was not asked for: the capability switchover-ack is off here, and on at the destination",
                     section="return path",
                 )
-            case Shut(status=0) if not self.decided:
-                raise RemoteProtocolError(
-                    "the destination claims to have the whole guest before it was sent", section="return path"
-                )
             case Reason(payload=payload):
                 self.reason = shown_reason(payload)
-            case Attempt() | Clock():
-                pass  # in answer to ours
             case Shut(status=status):
-                if status:
-                    self.shut = status
-                    if not self.decided:
-                        raise PeerFailed(
-                            f"the destination refused the migration (it sent SHUT {status}){self.why}", code=status
-                        )
                 self.shut = status
-            case _:
-                raise RemoteProtocolError(
-                    f"{type(message).__name__} belongs to postcopy, which has not begun", section="return path"
-                )
+                if before is ReturnPath.BEFORE:
+                    raise PeerFailed(
+                        f"the destination refused the migration (it sent SHUT {status}){self.why}", code=status
+                    )
         if self.listener is not None:
             self.listener(message)
+
+
+_ITEMS: Final = MappingProxyType(
+    {
+        Pong: Item.PONG,
+        SwitchoverAck: Item.SWITCHOVER_ACK,
+        PageRequest: Item.REQ_PAGES,
+        ReceivedPages: Item.RECEIVED_PAGES,
+        ResumeAck: Item.RESUME_ACK,
+        Reason: Item.REASON,
+        Clock: Item.CLOCK,
+        Attempt: Item.ATTEMPT,
+    }
+)
+
+
+def _item_of(message: Message) -> Item:
+    """The name of *message* in the table of the order."""
+    if isinstance(message, Shut):
+        return Item.REFUSED if message.status else Item.ARRIVED
+    return _ITEMS[type(message)]

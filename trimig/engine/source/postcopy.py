@@ -25,7 +25,7 @@ from ...channel.return_path import ReturnPathReader
 from ...errors import Ownership, PostcopyLost, RemoteProtocolError, TransportFailed, TrimigError
 from ...guest import PAGE_SIZE, PageBitmap, RamBlock
 from ...policy.page_order import PageOrder
-from ...status import Status
+from ...status import ReturnPath, Status
 from ...wire import encoder as wire
 from ...wire.constants import Command
 from ...wire.encoder import cstr
@@ -98,8 +98,7 @@ class PostcopySource:
         self._all_sent = False
         self._once_sent = False  # over this connection or an earlier one
         self._release = False  # what was sent may have been given back to the host
-        self._handshake = _Handshake(())
-        self._handshake.resumed = True  # the first connection begins without
+        self._handshake = _Handshake(())  # the first connection begins without
         self._least = math.inf  # pages that the destination lacked at the last handshake
         self._news = trio.Event()
         self._sender = self._sender_of(PageOrder([bitmap.copy() for bitmap in unsent]))
@@ -111,7 +110,10 @@ class PostcopySource:
 
     def begin(self) -> None:
         """Hear what is asked for: from the package on, the guest's first accesses come."""
-        self._reader.decided = True
+        self._hear(ReturnPath.FOLLOWING)
+
+    def _hear(self, state: ReturnPath) -> None:
+        self._reader.state = state
         self._reader.listener = self._heard
 
     async def run(self) -> None:
@@ -188,7 +190,7 @@ class PostcopySource:
         """Take what the destination says. RemoteProtocolError if it is not its time for that: then it is paused."""
         match message:
             case PageRequest():
-                if not self._handshake.ready:  # a fault that was read between the two connections
+                if self._reader.state is ReturnPath.RECOVERING:  # a fault that was read between the two connections
                     self._handshake.hold(message)
                 else:
                     self._sender.request(message)
@@ -198,7 +200,6 @@ class PostcopySource:
                 self._handshake.bitmap(block, pages)
                 self._tell()
             case ResumeAck():
-                self._handshake.acknowledged()
                 self._tell()
             case Shut() | None:
                 # Where everything was sent, the migration task sees for itself.
@@ -280,7 +281,7 @@ class PostcopySource:
         reader = ReturnPathReader(channel, {b.name: b.length for b in self._blocks})
         self._reader = self._out.reader = reader
         handshake = self._handshake = _Handshake(self._blocks)
-        self.begin()
+        self._hear(ReturnPath.RECOVERING)
         self._limiter.move_to(channel, parameters.max_postcopy_bandwidth)
         self._records = RamSender(channel, self._limiter, self._counters, footers=config.peer.send_section_footer)
         if not (channel.sends and channel.receives):
@@ -308,13 +309,13 @@ class PostcopySource:
                 raise PostcopyLost(f"{missing} pages are missing there, and release-ram has given them back here")
             self._sender = self._sender_of(order)
             self._counters.remaining = missing * PAGE_SIZE
-            handshake.resuming = True
+            reader.state = ReturnPath.RESUMING
             for request in handshake.held():
                 self._sender.request(request)
             await channel.send(wire.command(Command.POSTCOPY_RESUME))
-            while not handshake.resumed:
+            while reader.state is ReturnPath.RESUMING:
                 await self._news.wait()
-        if not handshake.resumed or reader.lost is not None or reader.shut is not None:
+        if reader.state is not ReturnPath.FOLLOWING or reader.lost is not None or reader.shut is not None:
             return self._why or str(reader.lost or self._no_handshake(seconds))
         if missing < self._least:
             self._least = missing
@@ -340,18 +341,11 @@ class _Handshake:
         self._blocks = {block.name: block.length // PAGE_SIZE for block in blocks}
         self._wanted: dict[str, PageBitmap] = {}
         self.bitmaps: dict[str, PageBitmap] = {}
-        self.resuming = False  # RESUME has been sent
-        self.resumed = False  # and acknowledged
 
     @property
     def complete(self) -> bool:
         """Every bitmap has come."""
         return len(self.bitmaps) == len(self._blocks)
-
-    @property
-    def ready(self) -> bool:
-        """What is missing is known, so what is asked for can be sent."""
-        return self.resuming or self.resumed
 
     def hold(self, request: PageRequest) -> None:
         """A page is asked for before that: a QEMU does so where its guest meets it while the connection changes."""
@@ -366,16 +360,9 @@ class _Handshake:
 
     def bitmap(self, block: str, pages: PageBitmap) -> None:
         """A bitmap of *block* has come. RemoteProtocolError if it was not asked for, or has come before."""
-        if block not in self._blocks or block in self.bitmaps or self.resuming:
-            raise _out_of_order(f"a bitmap of the RAM block {block!r} that was not asked for, or comes a second time")
+        if block not in self._blocks or block in self.bitmaps:
+            raise RemoteProtocolError(
+                f"a bitmap of the RAM block {block!r} that was not asked for, or comes a second time",
+                section="return path",
+            )
         self.bitmaps[block] = pages
-
-    def acknowledged(self) -> None:
-        """RESUME_ACK has come. RemoteProtocolError without a RESUME before it."""
-        if not self.resuming or self.resumed:
-            raise _out_of_order("RESUME_ACK without a RESUME before it, or a second time")
-        self.resumed = True
-
-
-def _out_of_order(what: str) -> RemoteProtocolError:
-    return RemoteProtocolError(what, section="return path")

@@ -15,7 +15,7 @@ from ...errors import GuestFailed, TransportFailed, TrimigError
 from ...guest import PAGE_SIZE, PageBitmap
 from ...memory.tracking import snapshot_of
 from ...policy.rate import WINDOW
-from ...status import Status
+from ...status import ReturnPath, Status
 from ...wire import encoder as wire
 from ...wire import postcopy as wire_postcopy
 from ...wire.constants import Command
@@ -353,7 +353,7 @@ async def _send_end(out: Outgoing, channel: Channel, ending: bytes) -> None:
     """Send the decision and wait for its answer. On return, or by the error raised, the owner is known."""
     reader = out.reader
     if reader is not None:
-        reader.decided = True
+        reader.state = ReturnPath.COMMITTED
     out.commit_offset = channel.sent
     try:
         await channel.send(ending)
