@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import pytest
 
 from trimig.errors import Ownership, RemoteProtocolError, StateError
@@ -248,10 +251,10 @@ def test_every_element_is_legal_in_some_state() -> None:
     assert set(Item) - legal == {Item.ENABLE_COLO}
 
 
-@pytest.mark.parametrize("state", [*Stream, *ReturnPath])
-@pytest.mark.parametrize("item", list(Item))
-def test_an_element_is_legal_or_refused_with_both_names(state: Stream | ReturnPath, item: Item) -> None:
-    row = STREAM[state] if isinstance(state, Stream) else RETURN_PATH[state]
+State = TypeVar("State", Stream, ReturnPath)
+
+
+def check_pair(row: Mapping[Item, State], state: State, item: Item) -> None:
     if item in row:
         assert after(state, item) is row[item]
         return
@@ -259,6 +262,18 @@ def test_an_element_is_legal_or_refused_with_both_names(state: Stream | ReturnPa
         after(state, item, offset=7)
     assert f"{item.value} has no place {state.value}" in str(caught.value)
     assert caught.value.offset == 7
+
+
+@pytest.mark.parametrize("state", list(Stream))
+@pytest.mark.parametrize("item", list(Item))
+def test_an_element_is_legal_or_refused_with_both_names(state: Stream, item: Item) -> None:
+    check_pair(STREAM[state], state, item)
+
+
+@pytest.mark.parametrize("state", list(ReturnPath))
+@pytest.mark.parametrize("item", list(Item))
+def test_an_answer_is_legal_or_refused_with_both_names(state: ReturnPath, item: Item) -> None:
+    check_pair(RETURN_PATH[state], state, item)
 
 
 def test_a_return_path_ends_with_shut_only() -> None:
