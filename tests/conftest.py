@@ -49,6 +49,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if tiers.smoke(item.nodeid):
             item.add_marker(pytest.mark.smoke)
+        if tiers.slow(item.nodeid) or item.get_closest_marker("full") is not None:
+            item.add_marker(pytest.mark.slow)
     given = config.option.markexpr
     config.option.markexpr = tiers.choose(given, config.args)
     if tiers.everything():

@@ -1,5 +1,8 @@
 """The tiers of tests: ``pytest -m smoke`` runs some, plain ``pytest`` most, ``pytest -m full`` all.
 
+``pytest -m "not slow"`` runs the tests of milliseconds: all but those in :data:`SLOW_FOLDERS` and those marked ``slow``
+or ``full``.
+
 A test marked ``full`` runs only with ``-m full``. Sweeps over very many points run a sample of them in the ordinary
 run, because any sample is as good as another: some points always, and others that the id of the commit decides
 (:mod:`tests.sweeps.sampled`). So a failure can be repeated at its commit, and over time all points run.
@@ -20,7 +23,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 #: The tests of ``-m smoke``: files, and single tests. Some of every subject; a minute on a busy machine of two cores.
 SMOKE: Final = (
     "tests/cli/test_exit_codes.py",
-    "tests/cli/test_frame.py::test_the_module_is_the_command",
+    "tests/processes/cli/test_frame.py::test_the_module_is_the_command",
     "tests/docs/test_operating.py",
     "tests/engine/test_handover.py",
     "tests/engine/test_lifecycle.py",
@@ -46,6 +49,10 @@ SMOKE: Final = (
     "tests/wire/test_ram.py",
     "tests/wire/test_return_path.py",
 )
+
+#: Every test in these is slow: it has processes, a QEMU, or very many runs.
+SLOW_FOLDERS: Final = ("tests/processes/", "tests/qemu/", "tests/sweeps/")
+_QUICK: Final = "not slow"
 
 #: A fuzz test or a sweep with all its inputs may take so long, beside other work.
 LONG_SECONDS = 1800
@@ -73,11 +80,18 @@ def smoke(name: str) -> bool:
     return name in SMOKE or name.partition("::")[0] in SMOKE
 
 
+def slow(name: str) -> bool:
+    """The test of that id, or file, is in one of :data:`SLOW_FOLDERS`."""
+    return name.startswith(SLOW_FOLDERS)
+
+
 def without_use(path: Path, expression: str) -> bool:
     """Whether a test file need not even be read, because the expression of marks leaves out all of its tests."""
-    if expression != "smoke" or path.suffix != ".py" or not path.name.startswith("test_"):
+    if expression not in ("smoke", _QUICK) or path.suffix != ".py" or not path.name.startswith("test_"):
         return False
     name = path.relative_to(ROOT).as_posix()
+    if expression == _QUICK:
+        return slow(name)
     return not any(wanted.partition("::")[0] == name for wanted in SMOKE)
 
 

@@ -22,6 +22,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch) -> Invoke:
             assert address == ADDRESS
             guest.connections += 1
             yield guest
+            guest.left()
 
         monkeypatch.setattr(qmp, "connect", connect, raising=False)
         result = CliRunner().invoke(cli.main, [*words, "--qmp", ADDRESS])

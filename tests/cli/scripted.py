@@ -79,6 +79,8 @@ class Scripted:
     refuses: dict[str, str] = dataclasses.field(default_factory=dict)
     #: Called with each command and its number of calls, before the command is executed.
     before: Callable[[str, int], None] = lambda name, count: None
+    #: Called when a client has left.
+    left: Callable[[], None] = lambda: None
     feed: Sequence[Mapping[str, Any]] = ()
     executed: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
     #: The number of connections so far.

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from tests.cli.scripted import ACTIVE, DONE, PAGE, TOTAL, Invoke, Scripted, ram, step
-from tests.guests.test_parked import stream
-from trimig import cli
 
 
 @pytest.mark.parametrize("command", ["continue", "postcopy", "pause"])
@@ -84,26 +80,14 @@ def test_socket_is_free_for_who_lets_it_go_on(invoke: Invoke, monkeypatch: pytes
 
 
 def test_signal_cancels_what_is_held(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal ends the wait between two polls."""
     monkeypatch.setattr("trimig.cli.remote.migrate._PAUSED_EVERY", 60.0)
 
-    def before(name: str, count: int) -> None:
-        if guest.info.get("status") == "pre-switchover" and "migrate_cancel" not in guest.names:
+    def left() -> None:
+        if "migrate_cancel" not in guest.names:
             signal.raise_signal(signal.SIGINT)
 
-    guest = Scripted(script=[step("setup"), ACTIVE, HELD], before=before)
+    guest = Scripted(script=[step("setup"), ACTIVE, HELD], left=left)
     result = invoke(guest, "migrate", "tcp:b:4444", "--wait", "-c", "pause-before-switchover")
     assert result.exit_code == 130, result.stderr
     assert "migrate_cancel" in guest.names
-
-
-@pytest.mark.parametrize("command", [["send", "{file}", "tcp:127.0.0.1:1"], ["demo", "--size", "1M"]])
-def test_pause_that_nothing_could_end_is_refused(command: list[str], tmp_path: Path) -> None:
-    """Also from a file; off counts as absent."""
-    (tmp_path / "guest").write_bytes(stream())
-    (tmp_path / "c.toml").write_text("[capabilities]\npause-before-switchover = true\n")
-    words = [word.format(file=tmp_path / "guest") for word in command]
-    for options in (["-c", "pause-before-switchover"], ["--config", str(tmp_path / "c.toml")]):
-        result = CliRunner().invoke(cli.main, [*words, *options])
-        assert (result.exit_code, "trimig continue" in result.stderr) == (2, True), result.stderr
-    result = CliRunner().invoke(cli.main, [*words, "-c", "pause-before-switchover=off"])
-    assert "trimig continue" not in result.stderr

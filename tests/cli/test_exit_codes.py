@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
-import struct
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
-import trio
 from click.testing import CliRunner
 
 import trimig
-from tests.guests.test_parked import stream as saved_stream
-from tests.processes.cli.test_output import CALLS
-from tests.processes.cli.test_parked import trimig_command
+from tests.cli.calls import CALLS
+from tests.guests.saved import stream as saved_stream
 from trimig import cli, errors, stream
 from trimig.cli.commands.run import _Host, _other_side
 from trimig.cli.errors import error_record
@@ -168,30 +164,3 @@ def test_force_does_not_help_where_the_owner_is_not_known(guest: Path) -> None:
     assert result.exit_code == 0
     result = CliRunner().invoke(cli.main, ["settle", str(guest), "--owner", "source"])
     assert (result.exit_code, "nothing to settle" in result.stderr) == (1, True)
-
-
-@pytest.mark.parametrize("how", ["closed", "reset"])
-async def test_destination_that_ends_without_a_word_is_explained(guest: Path, how: str) -> None:
-    """A QEMU that cannot load the stream writes the reason into its own log, and exits."""
-    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    port = listener.socket.getsockname()[1]
-
-    async def destination() -> None:
-        async with listener, await listener.accept() as stream:
-            while await stream.receive_some(1 << 16):
-                if how == "reset":
-                    stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                return
-
-    with trio.fail_after(60):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(destination)
-            code, _, err = await trimig_command("send", guest, f"tcp:127.0.0.1:{port}")
-    assert code == 1
-    assert "its own log says why" in err
-    assert "another machine type or version, another size of the RAM" in err
-
-
-async def test_destination_that_is_not_there_is_not_explained_so(guest: Path) -> None:
-    code, _, err = await trimig_command("send", guest, "tcp:127.0.0.1:1")
-    assert (code, "its own log" in err) == (1, False)

@@ -6,17 +6,13 @@ import json
 import os
 import socket
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.guests.test_parked import stream
+from tests.guests.saved import stream
 from trimig import cli
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def invoke(*words: object) -> Result:
@@ -154,23 +150,3 @@ def test_an_empty_name_is_wrong_usage(words: tuple[str, ...], tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     result = invoke(*(word.format("") for word in words))
     assert (result.exit_code, "an empty name" in result.stderr) == (2, True), result.stderr
-
-
-def test_a_disk_that_is_full_is_named(guest: Path, tmp_path: Path) -> None:
-    """In a process with a limit on the size of files."""
-    code = (
-        "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "from trimig.cli import main\nmain()"
-    )
-    words = ["export", str(guest), "--format", "raw", "--block", "ram", "--out", str(tmp_path / "memory")]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words],
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (1, f"trimig: {tmp_path}/memory: File too large\n")
-    assert sorted(os.listdir(tmp_path)) == ["guest"]

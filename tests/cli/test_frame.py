@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -17,8 +14,6 @@ from click.testing import CliRunner, Result
 
 import trimig
 from trimig.cli import Group, main, options, runner, tasks
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def invoke(*arguments: str) -> Result:
@@ -219,20 +214,3 @@ async def test_alongside_raises_the_error_itself() -> None:
         await tasks.alongside(call, trio.sleep_forever)
     assert caught.value is error
     assert not isinstance(error.__context__, BaseExceptionGroup)
-
-
-def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "trimig", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-def test_the_module_is_the_command() -> None:
-    done = run_python("demo", "--size", "x")
-    assert done.returncode == 2
-    assert done.stderr.startswith("trimig: ")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.guests.test_parked import PAGES, content, stream
+from tests.guests.saved import PAGES, content, stream
 from trimig.cli import main
 
 

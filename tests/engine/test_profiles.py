@@ -11,7 +11,7 @@ import trio.testing
 
 import trimig
 from tests.engine.pair import Pair, config, running
-from tests.guests.test_parked import stream
+from tests.guests.saved import stream
 from trimig.config import PEERS, QEMU_7_2, QEMU_10_0
 from trimig.testing import FakeDevice, LazyScriptedGuest, VirtualLink
 from trimig.wire import Command, Section

@@ -16,7 +16,7 @@ import trimig
 from tests import tiers
 from tests.engine.postcopy_fuzz import flipped
 from tests.fuzzed import Fuzzed
-from tests.guests.test_parked import content, devices, stream
+from tests.guests.saved import content, devices, stream
 from trimig.status import Status
 from trimig.testing import VirtualLink
 from trimig.wire import encoder as wire

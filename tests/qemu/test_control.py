@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import trio
 
-from tests.processes.cli.test_parked import first_line, started, text_of
+from tests.processes.cli.command import first_line, started, text_of
 from tests.qemu.bootsector import boot_sector, parse_counts
 from tests.qemu.harness import Qemu, random_ram
 from tests.qemu.installed import SPOKEN

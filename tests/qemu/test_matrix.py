@@ -16,8 +16,8 @@ import pytest
 import trio
 
 import trimig
-from tests.processes.cli.test_run import hosting
-from tests.processes.cli.test_run import status as migration
+from tests.processes.cli.hosted import hosting
+from tests.processes.cli.hosted import status as migration
 from tests.qemu import peers
 from tests.qemu.bootsector import assert_no_gap, boot_sector, parse_counts
 from tests.qemu.harness import Qemu

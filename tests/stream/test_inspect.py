@@ -14,7 +14,7 @@ import trio
 import trimig
 from tests.engine.test_postcopy_bad_input import END, PACKAGE, discard, part
 from tests.engine.test_postcopy_bad_input import OPENING as OPENING_OF_POSTCOPY
-from tests.guests.test_parked import PAGES, content, devices, stream
+from tests.guests.saved import PAGES, content, devices, stream
 from trimig.errors import Ownership
 from trimig.stream import (
     Exported,

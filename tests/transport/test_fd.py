@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +14,7 @@ import trio.testing
 
 import trimig
 from tests.conftest import LeakCheck
+from tests.transport.conftest import is_open
 from trimig import transport
 from trimig.channel.channel import Channel
 from trimig.config import Config
@@ -24,22 +23,6 @@ from trimig.testing import ScriptedGuest
 from trimig.transport import fd
 
 DATA = bytes(range(256)) * 1024
-
-
-@pytest.fixture
-def pipe() -> Iterator[tuple[int, int]]:
-    """Both ends; those that a test leaves open are closed."""
-    ends = os.pipe()
-    kept = [os.fstat(end) for end in ends]
-    yield ends
-    for end, was in zip(ends, kept, strict=True):
-        if is_open(end) and os.fstat(end).st_ino == was.st_ino:
-            os.close(end)
-
-
-def is_open(number: int) -> bool:
-    """Whether this process has that descriptor."""
-    return os.path.exists(f"/proc/self/fd/{number}")
 
 
 @pytest.mark.parametrize("rest", ["", "name", "-1", "+3", " 3", "3 ", "0x3", "٣", "4.0", "99999999999", "/dev/stdin"])
@@ -257,55 +240,6 @@ async def test_wait_on_a_pipe_can_be_cancelled(pipe: tuple[int, int], direction:
                 scope.cancel(reason="the test")
         assert scope.cancelled_caught
     assert check.leaks() == []
-
-
-#: Runs in a process of its own: standard input and output are consumed there.
-_SCRIPT = """
-import os, sys, trio, trimig
-from trimig import transport
-async def main():
-    async with transport.listening("fd:0", print_nothing) as listener:
-        source = await listener.accept()
-    sink = await transport.connect("fd:1")
-    async with source, sink:
-        while data := await source.receive_some(65536):
-            await sink.send_all(data.upper())
-    refused = ""
-    try:
-        await transport.connect("fd:2")
-    except trimig.TransportFailed as error:
-        refused = str(error)
-    links = [os.readlink(f"/proc/self/fd/{n}") for n in (0, 1)]
-    sys.stderr.write(f"{refused}|{links}")
-def print_nothing(uri): pass
-trio.run(main)
-"""
-
-
-async def test_standard_input_and_output_are_taken_and_something_stands_in_for_them(tmp_path: Path) -> None:
-    """A file that is opened later must not become standard output; a refused descriptor (a file as stderr) stays
-    open."""
-    errors = tmp_path / "errors"
-    with errors.open("wb") as stderr:
-        done = await trio.run_process(
-            [sys.executable, "-c", _SCRIPT], stdin=b"stream" * 9000, capture_stdout=True, stderr=stderr
-        )
-    assert done.stdout == b"STREAM" * 9000
-    assert errors.read_text().startswith("descriptor 2 is a file (use file:PATH")
-    assert errors.read_text().endswith("|['/dev/null', '/dev/null']")
-
-
-async def test_child_that_was_given_the_other_end_finds_it_as_it_was(pipe: tuple[int, int]) -> None:
-    """A shell with blocking reads has one end."""
-    reading, writing = pipe
-    child = await trio.lowlevel.open_process(["wc", "-c"], stdin=reading, stdout=subprocess.PIPE)
-    os.close(reading)
-    async with await fd.connect(str(writing), Config()) as sender:
-        await sender.send_all(DATA * 20)
-    assert child.stdout is not None
-    async with child.stdout:
-        assert int(await child.stdout.receive_some()) == len(DATA) * 20
-    assert await child.wait() == 0
 
 
 @pytest.mark.parametrize("kind", ["socket", "pipe"])

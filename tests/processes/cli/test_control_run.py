@@ -12,7 +12,7 @@ from typing import Any
 
 import trio
 
-from tests.processes.cli.test_parked import first_line, started, trimig_command
+from tests.processes.cli.command import first_line, started, trimig_command
 from trimig import qmp
 
 LIMIT = 60

@@ -9,43 +9,19 @@ import random
 import select
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import trimig
+from tests.processes.cli.demo import lives, run, started
 from trimig.cli.demo.command import Demo, Options
 from trimig.cli.display import LineView
 
-ROOT = Path(__file__).resolve().parents[3]
 SMALL = ("demo", "--size", "16M", "--hot", "4M", "--dirty-rate", "8M")
 #: Slow enough for a test to act in the middle of the first copy.
 SLOW = (*SMALL, "--bandwidth", "16M")
-
-
-@contextlib.contextmanager
-def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trimig", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def run(*arguments: str) -> tuple[int, str, str]:
-    with started(*arguments) as process:
-        out, err = process.communicate(timeout=60)
-        return process.returncode, out, err
 
 
 def events(process: subprocess.Popen[str], phase: str) -> dict[str, Any]:
@@ -56,13 +32,6 @@ def events(process: subprocess.Popen[str], phase: str) -> dict[str, Any]:
         if phase in (message["event"], message.get("phase")):
             return message
     raise AssertionError(f"no {phase} was shown")
-
-
-def lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def family(pid: int) -> list[int]:

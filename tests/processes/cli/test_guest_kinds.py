@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes.cli.test_parked import trimig_command
-from tests.processes.cli.test_run import ends, hosting
+from tests.processes.cli.command import trimig_command
+from tests.processes.cli.hosted import ends, hosting
 from trimig.cli.guests import BUILT_IN, find
 from trimig.config import Config
 from trimig.errors import ConfigError

@@ -9,8 +9,8 @@ import trio
 from click.testing import CliRunner
 
 import trimig
-from tests.guests.test_parked import stream as saved_stream
-from tests.processes.cli.test_run import hosting, status
+from tests.guests.saved import stream as saved_stream
+from tests.processes.cli.hosted import hosting, status
 from trimig import cli, stream
 from trimig.errors import Ownership
 

@@ -17,9 +17,10 @@ from typing import Any, Final
 
 import pytest
 
-from tests.cli.scripted import ACTIVE, ADDRESS, Scripted
+from tests.cli.calls import CALLS
+from tests.cli.scripted import ACTIVE, Scripted
 from tests.cli.scripted import DONE as COMPLETED
-from tests.guests.test_parked import stream
+from tests.guests.saved import stream
 from trimig import cli, qmp
 
 ROOT: Final = Path(__file__).resolve().parents[3]
@@ -49,30 +50,6 @@ ENDED: Final = (
 
 def scripted() -> Scripted:
     return Scripted(info=ACTIVE, script=[ACTIVE, COMPLETED], capabilities={"events": True}, feed=ENDED)
-
-
-#: Arguments of each command with which it ends by itself; ``{…}`` is replaced by a file of the test.
-CALLS: Final[dict[str, list[str]]] = {
-    "demo": ["--size", "1M", "--hot", "2M"],
-    "run": ["--guest", "nonsense", "--qmp", "unix:/nowhere"],
-    "migrate": ["tcp:h:1", "--wait", "--qmp", ADDRESS],
-    "status": ["--qmp", ADDRESS],
-    "info": ["--qmp", ADDRESS],
-    "cancel": ["--qmp", ADDRESS],
-    "set": ["--qmp", ADDRESS],
-    "continue": ["--qmp", ADDRESS],
-    "postcopy": ["--qmp", ADDRESS],
-    "pause": ["--qmp", ADDRESS],
-    "recover": ["tcp:h:1", "--qmp", ADDRESS],
-    "events": ["--until-end", "--qmp", ADDRESS],
-    "receive": ["file:{stream}", "--save", "{target}"],
-    "send": ["{stream}", "file:{out}", "-c", "return-path=off"],
-    "settle": ["{stream}", "--owner", "source"],
-    "inspect": ["{stream}", "--fields"],
-    "export": ["{stream}", "--format", "raw", "--block", "ram", "--out", "{out}"],
-    "merge": ["{stream}", "{stream}", "--out", "{out}"],
-    "docs": ["glossary"],
-}
 
 
 def test_table_has_every_command() -> None:

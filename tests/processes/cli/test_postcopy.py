@@ -17,10 +17,10 @@ import pytest
 import trio
 
 import trimig
-from tests.guests.test_parked import check, devices
-from tests.processes.cli.test_demo import lives, run
-from tests.processes.cli.test_demo import started as started_demo
-from tests.processes.cli.test_parked import LIMIT, LISTEN, first_line, saved, started, text_of, trimig_command
+from tests.guests.saved import check, devices
+from tests.processes.cli.command import LIMIT, LISTEN, first_line, started, text_of, trimig_command
+from tests.processes.cli.demo import lives, run
+from tests.processes.cli.demo import started as started_demo
 from trimig.cli.errors import error_record
 from trimig.cli.exit_codes import INCOMPLETE
 from trimig.cli.postcopy import PostcopyInterrupts, recovering
@@ -30,8 +30,6 @@ from trimig.stream import read_record
 from trimig.wire import RecordWriter, Section
 from trimig.wire import encoder as wire
 from trimig.wire.devices import description
-
-__all__ = ["saved"]  # a fixture
 
 DEMO = ("demo", "--size", "32M", "--hot", "8M", "--dirty-rate", "16M", "--json")
 #: A first copy of half a second, so that a test can act in the middle.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import trio
 
-from tests.processes.cli.test_run import GUEST, hosting, status
+from tests.processes.cli.hosted import GUEST, hosting, status
 
 
 async def shell(address: Path, *lines: str) -> list[str]:

@@ -6,22 +6,19 @@ import functools
 import json
 import os
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
 
 import trimig
-from tests.processes.cli.test_parked import first_line, started, text_of, trimig_command
+from tests.processes.cli.command import first_line, started, text_of, trimig_command
+from tests.processes.cli.hosted import GUEST, ends, hosting, status
 from trimig import qmp
 from trimig.cli.guests import process as workload
 from trimig.testing import ScriptedGuest
 
 LIMIT = 60
-GUEST = "process:size=8M,dirty-rate=1M,hot=1M,seed=5"
 
 MODULE = """
 import contextlib, trimig
@@ -53,36 +50,6 @@ def broken():
 made = factory(True)
 number = 5
 """
-
-
-@asynccontextmanager
-async def hosting(address: str, *words: object) -> AsyncIterator[tuple[trio.Process, qmp.Client]]:
-    """A ``trimig run`` and a client of its QMP socket."""
-    with trio.fail_after(LIMIT):
-        async with started("run", "--qmp", address, *words) as process:
-            assert process.stderr is not None
-            while "QMP at" not in (line := await first_line(process.stderr)):
-                assert line
-            real = line.rpartition(" ")[2]
-            async with qmp.connect(real) as client:
-                yield process, client
-
-
-async def ends(process: trio.Process) -> tuple[int, str]:
-    """Exit code, and the remaining output."""
-    assert process.stderr is not None
-    text = await text_of(process.stderr)
-    assert "Traceback" not in text
-    return await process.wait(), text
-
-
-async def status(client: qmp.Client, *wanted: str) -> dict[str, Any]:
-    """``query-migrate``, once the status is one of *wanted*."""
-    while True:
-        found: dict[str, Any] = await client.execute("query-migrate")
-        if found.get("status") in wanted:
-            return found
-        await trio.sleep(0.01)
 
 
 @pytest.mark.parametrize(

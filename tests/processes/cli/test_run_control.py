@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio_websocket import WebSocketConnection, open_websocket_url
 
-from tests.processes.cli.test_parked import first_line, started, text_of
+from tests.processes.cli.command import first_line, started, text_of
 
 LIMIT = 60
 GUEST = "process:size=8M,dirty-rate=1M,hot=1M"

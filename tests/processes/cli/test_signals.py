@@ -13,7 +13,7 @@ import pytest
 import trio
 
 import trimig
-from tests.guests.test_parked import stream
+from tests.guests.saved import stream
 from trimig.cli.stop import words_for
 from trimig.monitor.monitor import core_of
 

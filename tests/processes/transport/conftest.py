@@ -1,0 +1,7 @@
+"""A pipe."""
+
+from __future__ import annotations
+
+from tests.transport.conftest import pipe
+
+__all__ = ["pipe"]
