@@ -10,9 +10,8 @@ import trio.testing
 
 import trimig
 from tests.engine.pair import Pair
-from trimig import status as predicates
 from trimig.monitor.core import MonitorCore
-from trimig.status import Status
+from trimig.status import UNSUCCESSFUL, Status
 
 
 def statuses(into: list[str]) -> Callable[[trimig.Event], None]:
@@ -51,7 +50,7 @@ async def test_listener_is_called_at_the_very_moment(autojump_clock: trio.testin
         if event.name == "MIGRATION":
             now = pair.here.status
             assert now.value == event.data["status"]
-            seen.append((now.value, predicates.in_setup(now), predicates.has_finished(now), predicates.has_failed(now)))
+            seen.append((now.value, now is Status.SETUP, now is Status.COMPLETED, now in UNSUCCESSFUL))
 
     pair.here.add_listener(listener)
     await pair.both()
@@ -110,31 +109,3 @@ async def test_listener_may_remove_another_one() -> None:
     removers.append(monitor.add_listener(statuses(heard)))
     monitor.emit("MIGRATION", status="setup")
     assert heard == []
-
-
-#: status: idle, in setup, finished, failed
-TABLE = {
-    Status.NONE: (True, False, False, False),
-    Status.SETUP: (False, True, False, False),
-    Status.ACTIVE: (False, False, False, False),
-    Status.PRE_SWITCHOVER: (False, False, False, False),
-    Status.DEVICE: (False, False, False, False),
-    Status.HANDOVER: (False, False, False, False),
-    Status.UNCERTAIN: (False, False, False, False),
-    Status.COMPLETED: (True, False, True, False),
-    Status.FAILED: (True, False, False, True),
-    Status.CANCELLING: (False, False, False, False),
-    Status.CANCELLED: (True, False, False, True),
-    Status.POSTCOPY_ACTIVE: (False, False, False, False),
-    Status.POSTCOPY_PAUSED: (False, False, False, False),
-    Status.POSTCOPY_RECOVER: (False, False, False, False),
-    Status.POSTCOPY_UNCERTAIN: (False, False, False, False),
-    Status.POSTCOPY_LOST: (True, False, False, False),
-}
-
-
-@pytest.mark.parametrize("status", list(Status))
-def test_predicates_over_all_statuses(status: Status) -> None:
-    """H6: uncertain is neither finished nor failed; nobody may act on it as if it were."""
-    is_idle, in_setup = predicates.is_idle(status), predicates.in_setup(status)
-    assert (is_idle, in_setup, predicates.has_finished(status), predicates.has_failed(status)) == TABLE[status]

@@ -14,29 +14,10 @@ The names are QEMU's (states.md part 1), plus four of trimig for situations that
 Both roles are in this one file, so that a reader sees the actions of one side beside the conclusions of the other. The
 table decides: the engine changes a status only through :func:`check`.
 
-Source::
+The statuses, their owners, and what may follow (``python -m tests.diagram`` writes this from the tables below):
 
-    none -> setup -> active -> device -> handover -> completed
-              |        |  \\-> pre-switchover -/  |  \\-> uncertain -> completed | failed
-              |        |             |           |  \\-> failed (the destination refused)
-              +--------+-------------+-----------+--> cancelling -> cancelled
-              +--------+-------------+-----------+--> failed
-
-Destination::
-
-    none -> setup -> active -> handover -> completed
-              |        |          \\-> failed (it could not be activated; SHUT 1)
-              +--------+--> failed | cancelling -> cancelled
-
-Postcopy, on either side behind handover::
-
-    postcopy-active -> completed
-      |       ^
-      v       |
-    postcopy-paused <-> postcopy-recover       from each of the three: -> postcopy-lost
-    postcopy-paused -> completed                                                      (destination only)
-    postcopy-active -> postcopy-uncertain -> postcopy-recover | uncertain             (destination only)
-    postcopy-uncertain -> postcopy-active | postcopy-paused | failed | uncertain      (source only)
+.. statuses
+.. /statuses
 """
 
 from __future__ import annotations
@@ -169,27 +150,85 @@ _OWNERS: Final = MappingProxyType(
     }
 )
 
-#: No migration is running.
+_ALL: Final = frozenset(_S)
+
+#: No migration is running, and the owner is certain: a new attempt may begin, and capabilities may be changed.
 IDLE: Final = frozenset({_S.NONE, _S.COMPLETED, _S.FAILED, _S.CANCELLED, _S.POSTCOPY_LOST})
 #: The end of an attempt; after UNCERTAIN the owner is still to be settled.
 TERMINAL: Final = frozenset({_S.COMPLETED, _S.FAILED, _S.CANCELLED, _S.UNCERTAIN, _S.POSTCOPY_LOST})
+#: The attempt has failed or was cancelled, and the source has its guest.
+UNSUCCESSFUL: Final = frozenset({_S.FAILED, _S.CANCELLED})
+#: An attempt is under way.
+IN_PROGRESS: Final = _ALL - IDLE - TERMINAL
+#: No memory has been sent.
+BEFORE_MEMORY: Final = frozenset({_S.NONE, _S.SETUP})
+#: A source has figures of the transfer; QEMU calls these statuses running.
+RUNNING: Final = IN_PROGRESS - BEFORE_MEMORY
+
 #: A cancel is accepted in these statuses.
 CANCELLABLE: Final = frozenset({_S.SETUP, _S.ACTIVE, _S.PRE_SWITCHOVER, _S.DEVICE})
+#: A cancel has no effect: nothing is under way, or a cancel is. In a status of neither set it is refused.
+CANCEL_IGNORED: Final = IDLE | TERMINAL | {_S.CANCELLING}
+#: The source has stopped its guest for the handover.
+SWITCHING: Final = frozenset({_S.PRE_SWITCHOVER, _S.DEVICE, _S.HANDOVER})
+#: The source has stopped its guest for the handover, and may still take it back by itself.
+REVOCABLE: Final = SWITCHING & CANCELLABLE
+#: The last part of the handover, in which no person or program is waited for.
+SWITCHOVER: Final = SWITCHING - {_S.PRE_SWITCHOVER}
+#: A switch to postcopy can be asked for, and has an effect.
+BEFORE_POSTCOPY: Final = CANCELLABLE - {_S.DEVICE}
 
 #: The connection can be recovered.
 RECOVERABLE: Final = frozenset({_S.POSTCOPY_PAUSED, _S.POSTCOPY_UNCERTAIN})
 #: The guest was handed over before all of its memory was sent.
 IN_POSTCOPY: Final = frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.POSTCOPY_RECOVER, _S.POSTCOPY_UNCERTAIN})
+#: There is a connection of a postcopy migration, which can be dropped.
+PAUSABLE: Final = IN_POSTCOPY - RECOVERABLE
+#: The guest of a source has the run state ``finish-migrate``: only the engine decides whether it runs.
+FINISH_MIGRATE: Final = SWITCHING | IN_POSTCOPY
 
-#: The answer to the decision has come: the guest is at the destination for certain.
-FINISHED: Final = frozenset({_S.COMPLETED})
-#: The attempt has failed or was cancelled.
-UNSUCCESSFUL: Final = frozenset({_S.FAILED, _S.CANCELLED})
+#: The owner is unknown and no answer is on its way: the owner must be settled, or the connection recovered.
+UNSETTLED: Final = frozenset(status for status, side in _OWNERS[Role.SOURCE].items() if side is _UNK) - {_S.HANDOVER}
+#: The guest of a destination has been activated.
+ARRIVED: Final = frozenset(_OWNERS[Role.DESTINATION]) - {_S.HANDOVER}
+#: The attempt of a destination has ended, and its guest was activated and stays paused.
+ARRIVED_PAUSED: Final = (ARRIVED & TERMINAL) - {_S.COMPLETED}
+#: ``query-migrate`` shows the reason of the failure, if there is one.
+WITH_ERROR: Final = (TERMINAL | RECOVERABLE) - {_S.COMPLETED, _S.CANCELLED}
 
-
-def is_idle(status: Status) -> bool:
-    """Whether no migration is running and no owner is open: a new attempt may begin, a blocker may be added."""
-    return status in IDLE
+#: The type MigrationStatus of QEMU 7.2, in its order. QMP shows no other status.
+QMP_STATUSES: Final = (
+    "none", "setup", "cancelling", "cancelled", "active", "postcopy-active", "postcopy-paused", "postcopy-recover",
+    "completed", "failed", "colo", "pre-switchover", "device", "wait-unplug",
+)  # fmt: skip
+#: A status of newer QEMUs, before POSTCOPY_RECOVER: the new connection is being set up.
+_RECOVER_SETUP: Final = "postcopy-recover-setup"
+#: QMP: no migration is under way. All other statuses go on, also the unknown ones of a newer QEMU.
+QMP_IDLE: Final = frozenset(status.qmp for status in IDLE)
+#: QMP: the end of an attempt.
+QMP_TERMINAL: Final = frozenset(status.qmp for status in TERMINAL)
+#: QMP: the attempt is over, and the guest was not handed over, unless the answer has another ``owner``.
+QMP_UNSUCCESSFUL: Final = frozenset(status.qmp for status in UNSUCCESSFUL)
+#: QMP, and trimig's own names: the destination has the guest, and lacks memory.
+QMP_IN_POSTCOPY: Final = frozenset(status.value for status in IN_POSTCOPY) | {_RECOVER_SETUP}
+#: QMP: the connection of a postcopy migration can be dropped.
+QMP_PAUSABLE: Final = frozenset(status.qmp for status in PAUSABLE) | {_RECOVER_SETUP}
+#: QMP: a switch to postcopy can be asked for.
+QMP_BEFORE_POSTCOPY: Final = frozenset(status.qmp for status in BEFORE_POSTCOPY)
+#: QMP: the source can no longer run the guest.
+QMP_HANDED_OVER: Final = (
+    frozenset(status.value for status, side in _OWNERS[Role.SOURCE].items() if side is _DST and status not in _NEAREST)
+    | {_RECOVER_SETUP}
+)  # fmt: skip
+#: QMP: the commit may have been sent, and is not answered.
+QMP_COMMITTING: Final = frozenset({_S.HANDOVER.qmp, "postcopy-device"})
+#: QMP: the source keeps the guest, also while it is stopped: no commit was sent, or a QEMU takes its guest back. A QEMU
+#: stays in ACTIVE until the commit is answered, unless it pauses before the switchover.
+QMP_KEPT: Final = frozenset(
+    status.qmp for status in _ALL - _OWNERS[Role.SOURCE].keys() - {_S.ACTIVE, _S.DEVICE}
+) | {"wait-unplug", "failing"}  # fmt: skip
+#: QMP: a destination emits no event for these. ``migrate-incoming`` emits ``setup``; only a source has ``device``.
+QMP_SILENT_INCOMING: Final = frozenset({_S.SETUP.qmp, _S.HANDOVER.qmp})
 
 
 def check_idle(status: Status) -> None:
@@ -198,21 +237,6 @@ def check_idle(status: Status) -> None:
         raise StateError(
             f"capabilities cannot change while a migration is in progress ({status.value})", status=status.value
         )
-
-
-def in_setup(status: Status) -> bool:
-    """Whether an attempt has begun, and no memory has been sent."""
-    return status is _S.SETUP
-
-
-def has_finished(status: Status) -> bool:
-    """Whether the guest has arrived."""
-    return status in FINISHED
-
-
-def has_failed(status: Status) -> bool:
-    """Whether the attempt is over, and the source has its guest. False for ``uncertain``."""
-    return status in UNSUCCESSFUL
 
 
 def owner(role: Role, status: Status) -> Ownership:

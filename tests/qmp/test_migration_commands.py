@@ -12,6 +12,7 @@ import trio
 
 from tests.qmp.driver import Talk, hosted, pair, unreachable
 from trimig import Blockers, Config
+from trimig.qmp.machine import IncomingState
 from trimig.status import Status
 from trimig.testing import ScriptedGuest
 
@@ -169,7 +170,7 @@ async def test_cancel_in_each_status(
         # Again, and this time to the end; all counters start anew (F7).
         monkeypatch.undo()
         while not destination.machine.incoming.addresses:
-            if destination.machine.incoming_state == "failed":
+            if destination.machine.incoming_state is IncomingState.FAILED:
                 await destination.say("migrate-incoming", {"uri": uri})
             await trio.sleep(0.001)
         await source.capabilities(pause_before_switchover=False)

@@ -12,7 +12,7 @@ import trio
 
 from trimig import formats
 from trimig.policy import eta
-from trimig.status import TERMINAL, Role, Status
+from trimig.status import BEFORE_MEMORY, QMP_IN_POSTCOPY, SWITCHOVER, TERMINAL, Role, Status
 
 from .tasks import alongside
 
@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Statuses in which the destination has the guest and lacks memory.
-FOLLOWING: Final = frozenset(
-    {"postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup", "postcopy-uncertain"}
-)
+_BEFORE_MEMORY: Final = frozenset(status.value for status in BEFORE_MEMORY)
+_SWITCHOVER: Final = frozenset(status.value for status in SWITCHOVER)
 #: Seconds between two pictures of a running migration.
 EVERY: Final = 0.2
 
@@ -70,13 +68,13 @@ class Picture:
     @property
     def phase(self) -> str:
         """The phase: ``connecting``, ``first copy``, ``chase``, ``switchover`` or the outcome."""
-        if self.status in ("none", "setup"):
+        if self.status in _BEFORE_MEMORY:
             return "connecting"
-        if self.status == "active":
+        if self.status == Status.ACTIVE.value:
             if self.role == "destination":
                 return "receiving"
             return "first copy" if self.iteration <= 1 and not self.passed else "chase"
-        if self.status in ("device", "handover"):
+        if self.status in _SWITCHOVER:
             return "switchover"
         return self.status
 
@@ -97,11 +95,11 @@ class Picture:
         if self.role == "destination":
             speed = f" at {formats.rate(self.bandwidth)}" if self.bandwidth and self.phase == "receiving" else ""
             return f"{self.phase}: {formats.size(self.sent)} received{speed}"
-        if self.status in FOLLOWING:
+        if self.status in QMP_IN_POSTCOPY:
             text = (
                 f"{self.phase}: the guest is at the destination, {formats.size(self.remaining)} of its memory are here"
             )
-            if self.status != "postcopy-active":
+            if self.status != Status.POSTCOPY_ACTIVE.value:
                 return text
             asked = "" if self.requests is None else f", {formats.counted(self.requests, 'page')} asked for"
             return f"{text}, {self.limit}{asked}, time left: {self.time_left}"
@@ -166,7 +164,7 @@ def with_estimate(now: Picture, outlook: eta.Outlook) -> Picture:
     if now.role != "source":
         return now
     stage, left = now.phase, now.total - now.copied
-    if now.status == "postcopy-active":
+    if now.status == Status.POSTCOPY_ACTIVE.value:
         stage, left = "following", now.remaining
     elif stage not in ("first copy", "chase"):
         return now
@@ -190,7 +188,7 @@ class Pictures:
         monitor = self._monitor
         s, parameters = monitor.statistics(), monitor.config.parameters
         role = monitor.role or Role.SOURCE
-        following = s.status.value in FOLLOWING
+        following = s.status.value in QMP_IN_POSTCOPY
         moved = (s.normal_pages + s.zero_pages) * 4096
         copied = min(moved, s.total) if s.iteration <= 1 else s.total
         if following or role is Role.DESTINATION:
@@ -233,7 +231,7 @@ class Pictures:
         self._outlook.passed(now.elapsed, seconds)
         over = dataclasses.replace(
             now,
-            status="active",
+            status=Status.ACTIVE.value,
             passed=True,
             iteration=data["iteration"],
             copied=now.total,

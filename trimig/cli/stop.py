@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from trimig.status import TERMINAL, Role, Status
+from trimig.status import BEFORE_MEMORY, TERMINAL, Role, Status
 
 if TYPE_CHECKING:
     from trimig.monitor import Monitor
@@ -53,6 +53,6 @@ def words_for(monitor: Monitor, file: object) -> str:
             if arriving
             else "the decision has been sent, and the answer has not come yet"
         )
-    if status in (Status.NONE, Status.SETUP):
+    if status in BEFORE_MEMORY:
         return "ending; no memory has been sent yet"
     return "cancelling; " + ("the source keeps its guest" if arriving else f"the guest stays in {file}")

@@ -150,7 +150,7 @@ class MonitorCore:
 
     def cancel(self, reason: str = "no reason was given") -> None:
         """See :meth:`trimig.Monitor.cancel`."""
-        if self._status in IDLE or self._status in (Status.CANCELLING, Status.UNCERTAIN):
+        if self._status in _status.CANCEL_IGNORED:
             return
         if self._status not in _status.CANCELLABLE:
             why = (
@@ -185,7 +185,7 @@ class MonitorCore:
 
     def pause(self, reason: str = "it was paused") -> None:
         """See :meth:`trimig.Monitor.pause`."""
-        if self._status not in (Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER) or self._interrupt is None:
+        if self._status not in _status.PAUSABLE or self._interrupt is None:
             raise StateError(
                 f"only a migration in postcopy can be paused; the status is {self._status.value}",
                 status=self._status.value,

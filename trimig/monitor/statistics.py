@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ..guest import PAGE_SIZE
-from ..status import IN_POSTCOPY, RECOVERABLE, Role, Status
+from ..status import RUNNING, WITH_ERROR, Role, Status
 
 if TYPE_CHECKING:
     from ..errors import Ownership
@@ -188,14 +188,6 @@ class Counters:
         return min(1.0, (self.normal + self.duplicate) * PAGE_SIZE / self.total) if self.total else 0.0
 
 
-#: The statuses in which a source shows figures; QEMU's running statuses.
-_RUNNING: Final = (
-    frozenset({Status.ACTIVE, Status.CANCELLING, Status.PRE_SWITCHOVER, Status.DEVICE, Status.HANDOVER}) | IN_POSTCOPY
-)
-#: The statuses in which the reason of a failure is shown, if there is one.
-_EXPLAINED: Final = RECOVERABLE | {Status.FAILED, Status.UNCERTAIN, Status.POSTCOPY_LOST}
-
-
 def socket_address(uri: str) -> dict[str, str]:
     """QEMU's object for a listening URI; for a transport that QEMU has no type for, ``x-uri`` and the URI."""
     scheme, _, rest = uri.partition(":")
@@ -234,7 +226,7 @@ def query_migrate(
     if status is Status.NONE:
         return info
     info |= {"status": status.qmp, "owner": owner.value}
-    if status in _EXPLAINED and c.error is not None:
+    if status in WITH_ERROR and c.error is not None:
         info["error-desc"] = c.error
     if c.warnings:
         info["warnings"] = list(c.warnings)
@@ -247,7 +239,7 @@ def query_migrate(
         return info
     if c.dirty_tracking:
         info["dirty-tracking"] = c.dirty_tracking
-    running = status in _RUNNING
+    running = status in RUNNING
     if not running and status is not Status.COMPLETED:
         return info
     end = c.finished if c.finished is not None else now

@@ -8,6 +8,7 @@ monitor for each direction. The commands themselves are functions of a machine, 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import logging
 import os
@@ -23,7 +24,17 @@ from ..config.types import near
 from ..errors import HandoverUncertain, Ownership, PostcopyLost, StateError, TrimigError
 from ..monitor import blockers
 from ..monitor.monitor import Monitor
-from ..status import IDLE, IN_POSTCOPY, RECOVERABLE, Status
+from ..status import (
+    ARRIVED,
+    FINISH_MIGRATE,
+    IDLE,
+    QMP_SILENT_INCOMING,
+    RECOVERABLE,
+    REVOCABLE,
+    SWITCHING,
+    UNSETTLED,
+    Status,
+)
 from . import arguments as args
 from .interface import CommandFailed, Session
 from .jobs import Job, Jobs
@@ -37,10 +48,20 @@ if TYPE_CHECKING:
 log: Final = logging.getLogger("trimig.qmp")
 
 
+class IncomingState(enum.Enum):
+    """Whether a machine waits for a guest."""
+
+    #: Until a client gives an address.
+    DEFERRED = "deferred"
+    ACTIVE = "active"
+    #: The last attempt has failed; ``migrate-incoming`` may begin another.
+    FAILED = "failed"
+    #: The machine was never told to wait, or the guest has arrived.
+    NONE = "none"
+
+
 #: QEMU's UUID of a machine without a configured one.
 NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
-#: Statuses in which only the engine decides whether the guest runs.
-_SWITCHING: Final = frozenset({Status.PRE_SWITCHOVER, Status.DEVICE, Status.HANDOVER})
 #: Commands that begin something. The machine refuses them while it ends.
 _BEGINNINGS: Final = frozenset(
     {"cont", "migrate", "migrate-continue", "migrate-incoming", "migrate-recover", "x-trimig-settle"}
@@ -83,9 +104,7 @@ class Machine:
         self.uuid = uuid or NO_UUID
         self.outgoing = Monitor()
         self.incoming = Monitor()
-        #: ``deferred`` until a client gives an address, then ``active``; ``failed`` may be tried again; ``none``: the
-        #: machine was never told to wait, or the guest has arrived.
-        self.incoming_state = "deferred" if waiting else "none"
+        self.incoming_state = IncomingState.DEFERRED if waiting else IncomingState.NONE
         #: Why the last ``migrate`` failed before the migration began; None if the migration began.
         self.start_error: str | None = None
         self.uncertain: HandoverUncertain | None = None
@@ -175,21 +194,21 @@ class Machine:
                 # QMP has fewer statuses than trimig; the machine emits no status twice in a row.
                 status = Status(event.data["status"]).qmp
                 resumed, self._resumed = self._resumed, False
-                if resumed and status != "postcopy-active":
+                if resumed and status != Status.POSTCOPY_ACTIVE.qmp:
                     self.emit("RESUME")
                 if wanted and status != self._last_status and not self._is_suppressed(monitor, status):
                     self.emit("MIGRATION", status=status)
-                if resumed and status == "postcopy-active":
+                if resumed and status == Status.POSTCOPY_ACTIVE.qmp:
                     self.emit("RESUME")
                 self._last_status = status
 
     def _is_suppressed(self, monitor: Monitor, status: str) -> bool:
         """Whether a QEMU 7.2 omits the event for that status."""
         if monitor is self.incoming:
-            # `migrate-incoming` has emitted `setup`, and only a source has the status `device`.
-            return status in ("setup", "device")
+            return status in QMP_SILENT_INCOMING
         # Only a precopy source emits `device`, after `pre-switchover`.
-        return status == "device" and (self._last_status != "pre-switchover" or monitor.counters.ahead)
+        held = self._last_status == Status.PRE_SWITCHOVER.qmp
+        return status == Status.DEVICE.qmp and (not held or monitor.counters.ahead)
 
     def announce_shutdown(self, reason: str) -> None:
         """Emit SHUTDOWN, once; :attr:`ended` says when the machine ends.
@@ -221,9 +240,7 @@ class Machine:
     @property
     def waiting(self) -> bool:
         """The guest has not arrived yet."""
-        status = self.incoming.status
-        there = status in IN_POSTCOPY or status in (Status.COMPLETED, Status.POSTCOPY_LOST, Status.UNCERTAIN)
-        return self.incoming_state != "none" and not there
+        return self.incoming_state is not IncomingState.NONE and self.incoming.status not in ARRIVED
 
     @property
     def gone(self) -> bool:
@@ -240,7 +257,7 @@ class Machine:
         state = self.guest.run_state
         if state == "running":
             return state
-        if self.outgoing.status in _SWITCHING or self.outgoing.status in IN_POSTCOPY:
+        if self.outgoing.status in FINISH_MIGRATE:
             return "finish-migrate"
         if self.gone:
             return "postmigrate"
@@ -252,17 +269,17 @@ class Machine:
         Raises:
             StateError: the other side owns the guest or may own it, the guest is being handed over, or it lacks memory.
         """
-        if self.outgoing.status in (Status.UNCERTAIN, Status.POSTCOPY_UNCERTAIN):
+        if self.outgoing.status in UNSETTLED:
             raise StateError(
                 "it is not certain which side owns the guest: look at the destination, then say it with "
                 "x-trimig-settle {'owner': 'source' or 'destination'}"
             )
-        if self.incoming.status in (Status.UNCERTAIN, Status.POSTCOPY_UNCERTAIN):
+        if self.incoming.status in UNSETTLED:
             raise StateError(
                 "it is not certain which side owns the guest: look at the source, then say it with "
                 "x-trimig-settle {'owner': 'source' or 'destination'}"
             )
-        if self.outgoing.status in _SWITCHING:
+        if self.outgoing.status in SWITCHING:
             raise StateError("Migration is not finalized yet")
         if self.incoming.status is Status.POSTCOPY_LOST:
             raise StateError("the rest of the guest's memory never came (postcopy was lost), so it must not run")
@@ -280,7 +297,7 @@ class Machine:
         """
         if self.waiting:
             self._start_on_arrival(False)
-        elif self.outgoing.status in _SWITCHING or self.outgoing.status in IN_POSTCOPY:
+        elif self.outgoing.status in FINISH_MIGRATE:
             raise StateError(
                 "Migration is not finalized yet: the migration has paused the guest, which stays paused if it succeeds"
             )
@@ -318,7 +335,7 @@ class Machine:
 
     def _guard_switchover(self, event: Event) -> None:
         """Cancel a switchover while ``cont`` resumes the guest: the guest would run on both sides."""
-        switching = event.name == "MIGRATION" and self.outgoing.status in (Status.PRE_SWITCHOVER, Status.DEVICE)
+        switching = event.name == "MIGRATION" and self.outgoing.status in REVOCABLE
         if switching and self._resuming:
             self.outgoing.cancel("the guest was resumed in the moment of the switchover")
 
@@ -332,10 +349,10 @@ class Machine:
         """
         self.start_error = reason
         self.summary = None
-        self._last_status = "failed"
+        self._last_status = Status.FAILED.qmp
         if self.config.capabilities.events:
-            self.emit("MIGRATION", status="setup")
-            self.emit("MIGRATION", status="failed")
+            self.emit("MIGRATION", status=Status.SETUP.qmp)
+            self.emit("MIGRATION", status=Status.FAILED.qmp)
 
     async def start_outgoing(self, uri: str, on_done: Callable[[], None] = lambda: None) -> None:
         """Migrate to *uri* in the background; returns when the migration has begun. *on_done* is always called at its
@@ -381,7 +398,7 @@ class Machine:
 
         **Cancellation:** the incoming migration goes on in the background.
         """
-        self.incoming_state = "active"
+        self.incoming_state = IncomingState.ACTIVE
         await self._jobs.start(functools.partial(self._run_incoming, uri, on_done), "trimig.qmp.receive")
 
     async def _run_incoming(self, uri: str, on_done: Callable[[], None], job: Job) -> None:
@@ -393,28 +410,26 @@ class Machine:
         try:
             self.summary = await api.receive(self.guest, uri, self.config, monitor=self.incoming)
         except HandoverUncertain as error:
-            self.incoming_state, self.uncertain_incoming = (
-                "none",
-                error,
-            )  # the guest has arrived, and its source may own it too
+            self.incoming_state = IncomingState.NONE  # the guest has arrived, and its source may own it too
+            self.uncertain_incoming = error
             log.error("%s", error)
         except PostcopyLost as error:
-            self.incoming_state = "none"  # the guest has arrived, and stays paused
+            self.incoming_state = IncomingState.NONE  # the guest has arrived, and stays paused
             log.error("%s", error)
         except TrimigError as error:
-            self.incoming_state = "failed"
+            self.incoming_state = IncomingState.FAILED
             log.warning("nothing has arrived: %s; nothing listens here until migrate-incoming gives an address", error)
             job.refusal = error
         else:
-            self.incoming_state = "none"
+            self.incoming_state = IncomingState.NONE
         finally:
             forget()
             on_done()
 
     def announce_incoming(self) -> None:
         """Emit MIGRATION setup: like QEMU, for a good or a bad address, and also with the capability ``events`` off."""
-        self._last_status = "setup"
-        self.emit("MIGRATION", status="setup")
+        self._last_status = Status.SETUP.qmp
+        self.emit("MIGRATION", status=Status.SETUP.qmp)
 
     async def shutdown(self, reason: str) -> None:
         """Cancel the migrations if possible, wait for those that cannot be cancelled, and leave the guest paused.
@@ -465,7 +480,7 @@ class Machine:
         if self.incoming.status is Status.SETUP:
             del info["status"]  # a listening QEMU reports its addresses and no status
         if self.start_error is not None:
-            info.update(status="failed", owner=Ownership.SOURCE.value)
+            info.update(status=Status.FAILED.qmp, owner=Ownership.SOURCE.value)
             if self.start_error:
                 info["error-desc"] = self.start_error
         else:

@@ -17,7 +17,7 @@ import trimig
 from trimig import formats, qmp, transport
 from trimig.errors import Ownership
 from trimig.monitor import blockers
-from trimig.status import is_idle
+from trimig.status import IDLE
 
 from ..exit_codes import CANCELLED, DONE, INCOMPLETE, UNCERTAIN
 from ..guests import listed, opened, resolve
@@ -120,7 +120,7 @@ class _Host:
         machine = self._machine
         if machine is None:
             return "ending; the guest has not been started"
-        if is_idle(machine.outgoing.status) and is_idle(machine.incoming.status):
+        if machine.outgoing.status in IDLE and machine.incoming.status in IDLE:
             return "ending"
         return "ending; the migration under way is cancelled first, if that is still possible"
 
@@ -220,7 +220,7 @@ class _Host:
                     self._listening(address, "incoming migration")
             case "MIGRATION" if not self._as_json:
                 say(f"migration: {event.data['status']}{self._why(event)}")
-                if event.data["status"] == "completed":
+                if event.data["status"] == trimig.Status.COMPLETED.value:
                     self._report()
             case "WARNING":
                 self._say(f"warning: {event.data['text']}", warning=event.data["text"])
@@ -228,7 +228,7 @@ class _Host:
     def _why(self, event: trimig.Event) -> str:
         """The reason of a failure, and the state after it."""
         machine = self._machine
-        if machine is None or event.data["status"] != "failed":
+        if machine is None or event.data["status"] != trimig.Status.FAILED.value:
             return ""
         arriving = machine.incoming.status is trimig.Status.FAILED and machine.outgoing.role is None
         monitor = machine.incoming if arriving else machine.outgoing

@@ -169,7 +169,7 @@ class Host:
 
         def count(event: trimig.Event) -> None:
             nonlocal recoveries
-            recoveries += event.name == "MIGRATION" and event.data["status"] == "postcopy-recover"
+            recoveries += event.name == "MIGRATION" and event.data["status"] == trimig.Status.POSTCOPY_RECOVER.value
 
         monitor.add_listener(count)
         pictures = Pictures(monitor)

@@ -11,6 +11,7 @@ import click
 
 import trimig
 from trimig import formats, qmp
+from trimig.status import QMP_BEFORE_POSTCOPY, QMP_PAUSABLE, QMP_TERMINAL, Status
 
 from ..exit_codes import DONE, FAILED, UNCERTAIN
 from ..options import debug_option, json_option
@@ -125,7 +126,7 @@ def cancel(address: str, as_json: bool) -> int:
             text, code = "there is no migration to cancel", DONE
         elif state.owner == "unknown":
             text, code = refusal or "it is too late: the decision to hand over is on its way", UNCERTAIN
-        elif state.migration == "cancelled":
+        elif state.migration == Status.CANCELLED.qmp:
             text, code = "cancelled", DONE
         elif not state.ended:
             text = f"the migration has not ended within {formats.duration(CANCEL_LIMIT)}"
@@ -195,11 +196,6 @@ def _command(
     return _run(address, as_json, job)
 
 
-_PRECOPY: Final = frozenset({"setup", "active", "pre-switchover"})
-_HELD: Final = frozenset({"pre-switchover"})
-_FOLLOWS: Final = frozenset({"postcopy-active", "postcopy-recover", "postcopy-recover-setup"})
-
-
 @click.command("continue")
 @qmp_option
 @json_option
@@ -207,8 +203,8 @@ _FOLLOWS: Final = frozenset({"postcopy-active", "postcopy-recover", "postcopy-re
 def continue_(address: str, as_json: bool) -> int:
     """Let a migration that waits in pre-switchover go on to the switchover."""
     return _command(
-        "migrate-continue", "the switchover goes on", {"state": "pre-switchover"}, address, as_json,
-        only_in=_HELD, wanted="no migration that waits before its switchover",
+        "migrate-continue", "the switchover goes on", {"state": Status.PRE_SWITCHOVER.qmp}, address, as_json,
+        only_in=frozenset({Status.PRE_SWITCHOVER.qmp}), wanted="no migration that waits before its switchover",
     )  # fmt: skip
 
 
@@ -223,7 +219,7 @@ def postcopy(address: str, as_json: bool) -> int:
     """
     return _command(
         "migrate-start-postcopy", "the switch to postcopy has been asked for", {}, address, as_json,
-        only_in=_PRECOPY, wanted="no migration that could switch to postcopy",
+        only_in=QMP_BEFORE_POSTCOPY, wanted="no migration that could switch to postcopy",
     )  # fmt: skip
 
 
@@ -238,7 +234,7 @@ def pause(address: str, as_json: bool) -> int:
     """
     return _command(
         "migrate-pause", "the connection is being dropped", {}, address, as_json,
-        only_in=_FOLLOWS, wanted="no migration in postcopy to pause",
+        only_in=QMP_PAUSABLE, wanted="no migration in postcopy to pause",
     )  # fmt: skip
 
 
@@ -322,8 +318,8 @@ async def _follow(feed: AsyncIterator[Mapping[str, Any]], remote: Remote, *, unt
             print(_line(event), flush=True)
         closing = closing or event["event"] == "SHUTDOWN"
         ended = data.get("status") if event["event"] == "MIGRATION" else None
-        if until_end and ended in ("completed", "failed", "cancelled"):
-            return DONE if ended == "completed" else FAILED
+        if until_end and ended in QMP_TERMINAL:
+            return DONE if ended == Status.COMPLETED.qmp else FAILED
 
 
 def _line(event: Mapping[str, Any]) -> str:

@@ -22,13 +22,14 @@ import trio
 
 from trimig import formats
 from trimig.policy import forecast as policy
+from trimig.status import QMP_TERMINAL, Status
 
 from .. import display
 from ..exit_codes import CANCELLED, DONE
 from ..output import write_json
 from ..picture import EVERY
 from ..tasks import alongside
-from .state import CANCEL_LIMIT, ENDED, Gone, Refused, Settings, State
+from .state import CANCEL_LIMIT, Gone, Refused, Settings, State
 from .tracker import Tracker
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ async def dry_run(
     before = await remote.state()
     # A paused guest dirties nothing, so there is nothing to measure; and after the cancel a QEMU would report
     # "postmigrate" for it in place of its former run state.
-    if before.migration not in ENDED or before.run_state != "running":
+    if not before.ended or before.run_state != "running":
         raise Refused(f"a dry run needs a running guest that is not being migrated ({before.sentence})")
     locks = Settings(
         capabilities={name: name in _ON for name in (*_OFF, *_ON) if name in present.capabilities},
@@ -219,11 +220,11 @@ async def _measure(
                 await remote.execute("migrate-set-parameters", max_bandwidth=round(needed))
             hurried = True
             marks.look(state.info, now, seen)
-        if state.migration == "pre-switchover":
+        if state.migration == Status.PRE_SWITCHOVER.qmp:
             seen.stopped = True
             marks.close(now, seen)
             break
-        if state.migration in ("completed", "failed", "cancelled"):
+        if state.migration in QMP_TERMINAL:
             seen.ended = state
             break
         with trio.move_on_after(_LOOK):

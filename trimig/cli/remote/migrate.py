@@ -15,6 +15,7 @@ import trio
 
 import trimig
 from trimig import formats
+from trimig.status import Status
 
 from .. import display
 from ..exit_codes import CANCELLED, DONE, FAILED
@@ -125,7 +126,9 @@ def migrate(
                 view.begin(f"migrating to {uri}", destination=uri)
                 watch = _MigrationWatch(view, tracker, stop, timeout=timeout, postcopy=None if resume else share)
                 state = await watch.follow(remote)
-            while state.migration == "pre-switchover" or (state.migration == "postcopy-paused" and not stop.asked):
+            while state.migration == Status.PRE_SWITCHOVER.qmp or (
+                state.migration == Status.POSTCOPY_PAUSED.qmp and not stop.asked
+            ):
                 state = await watch.look_again(address, state)
             code, text = _outcome(state, address, uri, stop)
             view.end(text, on_stdout=code == DONE)
@@ -187,7 +190,7 @@ class _MigrationWatch:
         self._timeout = timeout
         self._timer = math.inf if timeout is None else trio.current_time() + timeout
         self._postcopy = postcopy
-        self._last = "setup"
+        self._last = Status.SETUP.qmp
         self._held = False  # the note about pre-switchover has been shown
         self._busy = False
 
@@ -205,23 +208,25 @@ class _MigrationWatch:
                 raise _lost(remote.address, self._last, error) from error
             self._last = state.migration
             self._show(state)
-            if state.migration == "pre-switchover" and not self._stop.asked:
+            if state.migration == Status.PRE_SWITCHOVER.qmp and not self._stop.asked:
                 if not self._held:
                     self._view.note(f"waiting in pre-switchover; trimig continue --qmp {remote.address} lets it go on")
                 self._held = True
                 return state
             self._held = False
-            if self._postcopy is not None and state.migration == "active" and _sent(state) >= self._postcopy:
+            if self._postcopy is not None and state.migration == Status.ACTIVE.qmp and _sent(state) >= self._postcopy:
                 self._postcopy = None
                 await remote.execute("migrate-start-postcopy")
                 self._view.note("switching to postcopy: the guest goes first, and its memory follows")
-            if state.migration == "postcopy-paused":
+            if state.migration == Status.POSTCOPY_PAUSED.qmp:
                 self._view.note(
                     "the connection is lost, and the guest waits at the destination for its memory: trimig recover "
                     f"there, and then trimig recover --qmp {remote.address}, take it up again"
                 )
                 return state
-            if state.ended and state.migration != "none":  # none: the migration was accepted, and has not begun yet
+            if (
+                state.ended and state.migration != Status.NONE.qmp
+            ):  # none: the migration was accepted, and has not begun yet
                 return state
             self._check_timer()
             if self._stop.asked and not asked:
@@ -235,7 +240,7 @@ class _MigrationWatch:
                 await self._pass(EVERY)
 
     def _show(self, state: State) -> None:
-        if self._held and state.migration == "pre-switchover":
+        if self._held and state.migration == Status.PRE_SWITCHOVER.qmp:
             return  # an unchanged state is shown once
         for picture in self._tracker.pictures(state):
             self._view.show(picture)
@@ -253,12 +258,12 @@ class _MigrationWatch:
         """
         await self._pass(_PAUSED_EVERY)
         self._check_timer()
-        if self._stop.asked and state.migration == "postcopy-paused":
+        if self._stop.asked and state.migration == Status.POSTCOPY_PAUSED.qmp:
             return state
         try:
             async with connected(address) as remote:
                 now = await remote.state()
-                return now if now.migration == "postcopy-paused" else await self.follow(remote)
+                return now if now.migration == Status.POSTCOPY_PAUSED.qmp else await self.follow(remote)
         except Busy:
             if self._stop.asked and not self._busy:
                 self._busy = True
@@ -320,21 +325,21 @@ def _outcome(state: State, address: str, uri: str, stop: StopRequest) -> tuple[i
             f"it is not certain who owns the guest{why}. Look whether it runs at {uri} before it is started "
             f"anywhere{settle}"
         )
-    if state.migration == "completed":
+    if state.migration == Status.COMPLETED.qmp:
         late = f" ({stop.reason} came too late)" if stop.asked else ""
         return DONE, f"migrated to {uri} in {formats.duration(state.info.get('total-time', 0) / 1000)}{late}"
-    if state.migration == "cancelled":
+    if state.migration == Status.CANCELLED.qmp:
         if not stop.asked:
             return FAILED, f"the migration was cancelled by another client; {here}"
         return FAILED if stop.reason.startswith("--") else CANCELLED, f"cancelled by {stop.reason}; {here}"
-    if state.migration == "postcopy-paused":
+    if state.migration == Status.POSTCOPY_PAUSED.qmp:
         raise trimig.PostcopyLost(
             f"{stop.reason}: this command does not wait any more. The guest is at {uri} and lacks memory that is here: "
             f"{address} must stay until trimig recover has brought it there"
         )
-    if state.migration == "failed" and state.owner == "destination":
+    if state.lost:
         raise trimig.PostcopyLost(f"the guest is at {uri}, and the rest of its memory did not follow: {state.problem}")
-    if state.migration == "failed":
+    if state.migration == Status.FAILED.qmp:
         raise Refused(f"the migration has failed: {state.problem or 'no reason is given'}; {here}")
     raise Refused(f"the migration was to be cancelled and has not ended, it is {state.migration}; {here}")
 

@@ -9,6 +9,8 @@ from typing import Any, Final
 import click
 
 from trimig.config import uri_of
+from trimig.errors import Ownership
+from trimig.status import QMP_COMMITTING, QMP_HANDED_OVER, QMP_IDLE, QMP_KEPT, QMP_UNSUCCESSFUL, Status
 
 from ..exit_codes import FAILED, INCOMPLETE, UNCERTAIN
 
@@ -16,18 +18,6 @@ from ..exit_codes import FAILED, INCOMPLETE, UNCERTAIN
 CANCEL_LIMIT: Final = 20.0
 #: Seconds between two polls of a state without notifications.
 POLL: Final = 0.05
-#: Statuses without a migration under way. All other statuses go on, also unknown ones of a newer QEMU.
-ENDED: Final = frozenset({"none", "completed", "failed", "cancelled"})
-#: From here on the guest can run at the destination only.
-_GIVEN_AWAY: Final = frozenset(
-    {"completed", "postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup"}
-)
-#: The commit has been sent, and is not answered.
-_DECIDING: Final = frozenset({"device", "postcopy-device"})
-#: The source keeps the guest: no commit was sent, the migration is over, or a QEMU takes its guest back.
-_KEPT: Final = frozenset(
-    {"none", "setup", "wait-unplug", "cancelling", "cancelled", "failing", "failed", "pre-switchover"}
-)
 
 
 class Refused(click.ClickException):
@@ -55,12 +45,12 @@ class State:
     @property
     def migration(self) -> str:
         """The migration's status, ``none`` if there never was a migration."""
-        return str(self.info.get("status", "none"))
+        return str(self.info.get("status", Status.NONE.qmp))
 
     @property
     def ended(self) -> bool:
         """No migration is under way."""
-        return self.migration in ENDED
+        return self.migration in QMP_IDLE
 
     @property
     def owner(self) -> str:
@@ -71,13 +61,18 @@ class State:
         """
         if "owner" in self.info:
             return str(self.info["owner"])
-        if self.migration in _GIVEN_AWAY:
+        if self.migration in QMP_HANDED_OVER:
             return "destination"
         # An `active` migration, or one in a status of a newer QEMU, whose guest is stopped for the switchover.
-        stopped = self.migration not in _KEPT and self.run_state == "finish-migrate"
-        if self.migration in _DECIDING or stopped:
+        stopped = self.migration not in QMP_KEPT and self.run_state == "finish-migrate"
+        if self.migration in QMP_COMMITTING or stopped:
             return "unknown"
         return "source"
+
+    @property
+    def lost(self) -> bool:
+        """A postcopy migration has failed: the destination has the guest, and a part of its memory will not come."""
+        return self.migration == Status.FAILED.qmp and self.owner == Ownership.DESTINATION.value
 
     @property
     def problem(self) -> str:
@@ -100,7 +95,7 @@ class State:
     @property
     def _awaited(self) -> str:
         """The words for a side that waits for a guest."""
-        if self.migration in ("failed", "cancelled"):
+        if self.migration in QMP_UNSUCCESSFUL:
             return "the last attempt has failed, and nothing listens here until migrate-incoming gives an address"
         addresses = self.info.get("socket-address", ())
         return "this side waits for a guest " + (f"at {uri_of(addresses[0])}" if addresses else "here")
@@ -119,7 +114,7 @@ class State:
         """The exit code of a command that only reports this state."""
         if self.owner == "unknown":
             return UNCERTAIN
-        return INCOMPLETE if (self.migration, self.owner) == ("failed", "destination") else 0  # a lost postcopy
+        return INCOMPLETE if self.lost else 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from trimig.monitor import Convergence
 from trimig.policy import convergence, eta
+from trimig.status import QMP_IN_POSTCOPY, Status
 
-from ..picture import FOLLOWING, Picture, with_estimate
+from ..picture import Picture, with_estimate
 
 if TYPE_CHECKING:
     from .state import State
@@ -43,7 +44,7 @@ class Tracker:
         """The pictures for *state*: the end of the earlier pass, if that is new, and the present moment."""
         now = self._picture(state)
         found = []
-        if self._last is not None and 0 < self._last.iteration < now.iteration and now.status not in FOLLOWING:
+        if self._last is not None and 0 < self._last.iteration < now.iteration and now.status not in QMP_IN_POSTCOPY:
             found.append(self._over(self._last, now, state))
             now = dataclasses.replace(now, **self._judgement(now))
         self._last = now
@@ -83,7 +84,7 @@ class Tracker:
         self._outlook.passed(now.elapsed, seconds)
         return dataclasses.replace(
             last,
-            status="active",
+            status=Status.ACTIVE.value,
             passed=True,
             copied=last.total,
             remaining=now.remaining,
@@ -93,7 +94,7 @@ class Tracker:
         )
 
     def _judgement(self, now: Picture) -> dict[str, Any]:
-        if self._why is None or now.status in FOLLOWING:
+        if self._why is None or now.status in QMP_IN_POSTCOPY:
             return {}
         return {"converging": self._why.converging, "reason": self._why.reason, "advice": self._why.advice}
 
@@ -102,7 +103,7 @@ class Tracker:
         ram = info.get("ram", {})
         total = int(ram.get("total", self._last.total if self._last else 0))
         remaining = int(ram.get("remaining", 0))
-        following = state.migration in FOLLOWING
+        following = state.migration in QMP_IN_POSTCOPY
         self._iteration = max(self._iteration, int(ram.get("dirty-sync-count", 0)))
         self._sent = max(self._sent, int(ram.get("transferred", 0)))
         self._elapsed = max(self._elapsed, info.get("total-time", 0) / 1000)

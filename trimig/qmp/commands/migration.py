@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Final
 from ... import transport
 from ...errors import ConfigError, Ownership
 from ...monitor import blockers
-from ...status import RECOVERABLE, Status
+from ...status import QMP_STATUSES, RECOVERABLE, Status
 from ..arguments import Argument, check, check_value
 from ..command import QmpCommand
 from ..interface import CommandFailed, Session
+from ..machine import IncomingState
 from ..recovery import listen_again
-from .shapes import MIGRATION_INFO, STATUSES
+from .shapes import MIGRATION_INFO
 
 if TYPE_CHECKING:
     from ..machine import Machine
@@ -154,9 +155,9 @@ def _check_member(given: Mapping[str, Any], name: str, choices: tuple[str, ...])
 async def migrate_incoming(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
     """``migrate-incoming``: once, or again after a failure."""
     uri = _uri(arguments)
-    if machine.incoming_state == "none":
+    if machine.incoming_state is IncomingState.NONE:
         raise CommandFailed("'-incoming' was not specified on the command line")
-    if machine.incoming_state == "active":
+    if machine.incoming_state is IncomingState.ACTIVE:
         raise CommandFailed("The incoming migration has already been started")
     machine.announce_incoming()
     await machine.start_incoming(*_resolve(machine, uri))
@@ -173,7 +174,7 @@ async def migrate_continue(machine: Machine, arguments: Mapping[str, Any], sessi
     """``migrate-continue``: leave pre-switchover."""
     status = machine.outgoing.status
     if status is not Status.PRE_SWITCHOVER or arguments["state"] != status.qmp:
-        shown = status.qmp if machine.start_error is None else "failed"
+        shown = status.qmp if machine.start_error is None else Status.FAILED.qmp
         raise CommandFailed(f"Migration not in expected state: {shown}")
     machine.outgoing.resume()
     return {}
@@ -260,7 +261,9 @@ COMMANDS: Final[Mapping[str, QmpCommand]] = {
         handler=migrate,
     ),
     "migrate_cancel": QmpCommand(signature={}, handler=migrate_cancel),
-    "migrate-continue": QmpCommand(signature={"state": Argument("str", choices=STATUSES)}, handler=migrate_continue),
+    "migrate-continue": QmpCommand(
+        signature={"state": Argument("str", choices=QMP_STATUSES)}, handler=migrate_continue
+    ),
     "migrate-incoming": QmpCommand(signature=_CHANNELS, handler=migrate_incoming),
     "migrate-start-postcopy": QmpCommand(signature={}, handler=start_postcopy),
     "migrate-pause": QmpCommand(signature={}, handler=migrate_pause),

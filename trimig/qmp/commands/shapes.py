@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from ...status import QMP_STATUSES
 from ..arguments import Argument, Signature
 
 STR: Final = Argument("str")
@@ -15,11 +16,6 @@ MAYBE_STR: Final = Argument("str", optional=True)
 MAYBE_BOOL: Final = Argument("bool", optional=True)
 MAYBE_INT: Final = Argument("int", optional=True)
 
-#: QEMU's type MigrationStatus, as 7.2 has it: trimig shows no other status.
-STATUSES: Final = (
-    "none", "setup", "cancelling", "cancelled", "active", "postcopy-active", "postcopy-paused", "postcopy-recover",
-    "completed", "failed", "colo", "pre-switchover", "device", "wait-unplug",
-)  # fmt: skip
 #: QEMU's type RunState, as far as a guest of trimig can have the state or a stream can name it.
 RUN_STATES: Final = (
     "debug", "inmigrate", "internal-error", "io-error", "paused", "postmigrate", "prelaunch", "finish-migrate",
@@ -61,7 +57,7 @@ _RAM: Final[Signature] = {
 MIGRATION_INFO: Final = Argument(
     "object",
     members={
-        "status": Argument("str", optional=True, choices=STATUSES),
+        "status": Argument("str", optional=True, choices=QMP_STATUSES),
         "ram": Argument("object", optional=True, members=_RAM),
         **dict.fromkeys(("total-time", "expected-downtime", "downtime", "setup-time", "postcopy-blocktime"), MAYBE_INT),
         "postcopy-vcpu-blocktime": Argument("list", optional=True, items=INT),
@@ -84,7 +80,7 @@ MIGRATION_INFO: Final = Argument(
 EVENTS: Final[Mapping[str, Signature]] = {
     "STOP": {},
     "RESUME": {},
-    "MIGRATION": {"status": Argument("str", choices=STATUSES)},
+    "MIGRATION": {"status": Argument("str", choices=QMP_STATUSES)},
     "MIGRATION_PASS": {"pass": INT},
     "SHUTDOWN": {"guest": BOOL, "reason": Argument("str", choices=("host-qmp-quit", "host-signal"))},
 }

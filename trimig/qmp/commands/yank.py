@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from ...status import IDLE, Status
+from ...status import IN_PROGRESS
 from ..arguments import Argument, check, check_value
 from ..command import QmpCommand
 from ..interface import CommandFailed, Session
@@ -31,11 +31,7 @@ _INSTANCE: Final = Argument(
 
 def _connected(machine: Machine) -> list[Monitor]:
     """The migrations that have a connection, or look for one."""
-    return [
-        monitor
-        for monitor in (machine.outgoing, machine.incoming)
-        if monitor.status not in IDLE and monitor.status is not Status.UNCERTAIN
-    ]
+    return [monitor for monitor in (machine.outgoing, machine.incoming) if monitor.status in IN_PROGRESS]
 
 
 async def query_yank(machine: Machine, arguments: Mapping[str, Any], session: Session) -> Any:
