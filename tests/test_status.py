@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import pytest
 
+from tests import diagram
+from trimig import status as sets
 from trimig.errors import Ownership, RemoteProtocolError, StateError
 from trimig.status import (
     BEGINNINGS,
@@ -298,3 +300,37 @@ def test_nothing_goes_back_to_memory_behind_the_commit() -> None:
             seen.add(now := todo.pop())
             assert not {Item.PAGES, Item.PART, Item.RAM_LIST} & set(STREAM[now]), now
             todo |= set(STREAM[now].values()) - seen
+
+
+@pytest.mark.parametrize("place", diagram.PLACES, ids=lambda place: place.path.name)
+def test_pictures_show_the_table(place: diagram.Place) -> None:
+    """`python -m tests.diagram` writes them."""
+    assert place.path.read_text(encoding="utf-8") == place.written()
+
+
+def test_sets_of_statuses_are_what_their_names_say() -> None:
+    """Most of them are derived from the tables; here they are spelt out."""
+    assert set(Status) - IDLE - {S.UNCERTAIN} == sets.IN_PROGRESS
+    assert {S.DEVICE, S.HANDOVER} == sets.SWITCHOVER
+    assert {S.PRE_SWITCHOVER, S.DEVICE} == sets.REVOCABLE
+    assert {S.SETUP, S.ACTIVE, S.PRE_SWITCHOVER} == sets.BEFORE_POSTCOPY
+    assert {S.POSTCOPY_ACTIVE, S.POSTCOPY_RECOVER} == sets.PAUSABLE
+    assert {S.UNCERTAIN, S.POSTCOPY_UNCERTAIN} == sets.UNSETTLED
+    assert IN_POSTCOPY | {S.COMPLETED, S.POSTCOPY_LOST, S.UNCERTAIN} == sets.ARRIVED
+    assert {S.POSTCOPY_LOST, S.UNCERTAIN} == sets.ARRIVED_PAUSED
+    assert sets.RECOVERABLE | {S.FAILED, S.UNCERTAIN, S.POSTCOPY_LOST} == sets.WITH_ERROR
+    assert IDLE | {S.CANCELLING, S.UNCERTAIN} == sets.CANCEL_IGNORED
+    assert not sets.CANCEL_IGNORED & CANCELLABLE
+
+
+def test_words_of_qmp_are_sorted_into_sets() -> None:
+    assert {"none", "completed", "failed", "cancelled"} == sets.QMP_IDLE
+    assert {"completed", "failed", "cancelled"} == sets.QMP_TERMINAL
+    assert {"device", "postcopy-device"} == sets.QMP_COMMITTING
+    moving = {"postcopy-active", "postcopy-recover", "postcopy-recover-setup"}
+    assert moving == sets.QMP_PAUSABLE
+    assert moving | {"completed", "postcopy-paused"} == sets.QMP_HANDED_OVER
+    assert moving | {"postcopy-paused", "postcopy-uncertain"} == sets.QMP_IN_POSTCOPY
+    assert {
+        "none", "setup", "wait-unplug", "cancelling", "cancelled", "failing", "failed", "pre-switchover",
+    } == sets.QMP_KEPT  # fmt: skip

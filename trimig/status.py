@@ -12,12 +12,8 @@ The names are QEMU's (states.md part 1), plus four of trimig for situations that
 * ``postcopy-lost``: the guest is at the destination for certain, and the rest of its memory is lost.
 
 Both roles are in this one file, so that a reader sees the actions of one side beside the conclusions of the other. The
-table decides: the engine changes a status only through :func:`check`.
-
-The statuses, their owners, and what may follow (``python -m tests.diagram`` writes this from the tables below):
-
-.. statuses
-.. /statuses
+table decides: the engine changes a status only through :func:`check`. docs/design.md part 3 shows
+the tables; ``python -m tests.diagram`` writes that page.
 """
 
 from __future__ import annotations

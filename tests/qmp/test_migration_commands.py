@@ -12,7 +12,7 @@ import trio
 
 from tests.qmp.driver import Talk, hosted, pair, unreachable
 from trimig import Blockers, Config
-from trimig.qmp.machine import IncomingState
+from trimig.qmp.jobs import IncomingState
 from trimig.status import Status
 from trimig.testing import ScriptedGuest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,18 @@ import trio
 
 if TYPE_CHECKING:
     from ..errors import TrimigError
+
+
+class IncomingState(enum.Enum):
+    """Whether a machine waits for a guest."""
+
+    #: Until a client gives an address.
+    DEFERRED = "deferred"
+    ACTIVE = "active"
+    #: The last attempt has failed; ``migrate-incoming`` may begin another.
+    FAILED = "failed"
+    #: The machine was never told to wait, or the guest has arrived.
+    NONE = "none"
 
 
 class Job:

@@ -8,7 +8,6 @@ monitor for each direction. The commands themselves are functions of a machine, 
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
 import logging
 import os
@@ -37,7 +36,7 @@ from ..status import (
 )
 from . import arguments as args
 from .interface import CommandFailed, Session
-from .jobs import Job, Jobs
+from .jobs import IncomingState, Job, Jobs
 from .measuring import Measurer
 
 if TYPE_CHECKING:
@@ -46,18 +45,6 @@ if TYPE_CHECKING:
     from .command import QmpCommand
 
 log: Final = logging.getLogger("trimig.qmp")
-
-
-class IncomingState(enum.Enum):
-    """Whether a machine waits for a guest."""
-
-    #: Until a client gives an address.
-    DEFERRED = "deferred"
-    ACTIVE = "active"
-    #: The last attempt has failed; ``migrate-incoming`` may begin another.
-    FAILED = "failed"
-    #: The machine was never told to wait, or the guest has arrived.
-    NONE = "none"
 
 
 #: QEMU's UUID of a machine without a configured one.

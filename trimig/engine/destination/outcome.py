@@ -19,7 +19,7 @@ from ...errors import (
 )
 from ...monitor import blockers
 from ...monitor.statistics import Downtime, Summary
-from ...status import Role, Status, end_of
+from ...status import ARRIVED_PAUSED, Role, Status, end_of
 from ...wire.marks import reason_bytes
 from ...wire.return_path import Reason, Shut, encode
 from ..outcome import add_to_message, bare, domain_error, lost_by_cancellation
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from .incoming import Incoming
 
 log = logging.getLogger("trimig.destination")
-
-#: Statuses in which the source is not told an end: it may still have to answer a question.
-_UNANSWERED = frozenset({Status.POSTCOPY_LOST, Status.UNCERTAIN})
 
 
 async def unwind(into: Incoming, failure: BaseException | None) -> None:
@@ -52,7 +49,8 @@ async def unwind(into: Incoming, failure: BaseException | None) -> None:
     monitor.listening()
     await into.preempt.close()
     try:
-        if into.return_path and monitor.status not in _UNANSWERED:
+        # In those statuses the source is told no end: it may still have to answer a question.
+        if into.return_path and monitor.status not in ARRIVED_PAUSED:
             reason = _reason(into, failure) if ended and into.marked else b""
             await _say(into, reason + encode(Shut(status=1 if ended else 0)), arrived=not ended)
     finally:
@@ -105,7 +103,7 @@ def conclude(into: Incoming, failure: BaseException | None, missing: Mapping[str
 def _judged(into: Incoming, error: TrimigError | None, missing: Mapping[str, Runs]) -> TrimigError | None:
     """The error for the final status of an attempt that has failed with *error*."""
     status = into.monitor.status
-    if status not in _UNANSWERED:
+    if status not in ARRIVED_PAUSED:
         return error
     lacks = into.counters.missing = {
         name: [(first, end) for first, end in runs.tolist()] for name, runs in missing.items()

@@ -14,7 +14,7 @@ from ...status import QMP_STATUSES, RECOVERABLE, Status
 from ..arguments import Argument, check, check_value
 from ..command import QmpCommand
 from ..interface import CommandFailed, Session
-from ..machine import IncomingState
+from ..jobs import IncomingState
 from ..recovery import listen_again
 from .shapes import MIGRATION_INFO
 
