@@ -28,7 +28,7 @@ MODULES: Final = ("trimig.guest", "trimig.status", "trimig.errors", "trimig.moni
 
 #: Names that the top level takes from a public package on purpose: what every caller needs.
 TWICE: Final = {
-    "trimig.guests": {"AppGuest", "Device", "LazyAppGuest", "WorkloadGuest", "ParkedGuest"},
+    "trimig.guests": {"AppGuest", "Device", "LazyAppGuest", "ParkedGuest", "ProcessGuest", "WorkloadGuest"},
     "trimig.config": {"Capabilities", "Config", "GiB", "KiB", "MiB", "Parameters", "PeerProfile", "parse_size"},
 }
 

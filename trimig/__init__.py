@@ -48,6 +48,7 @@ from .guests import AppGuest as AppGuest
 from .guests import Device as Device
 from .guests import LazyAppGuest as LazyAppGuest
 from .guests import ParkedGuest as ParkedGuest
+from .guests import ProcessGuest as ProcessGuest
 from .guests import WorkloadGuest as WorkloadGuest
 from .monitor.blockers import Blocker as Blocker
 from .monitor.blockers import Blockers as Blockers
@@ -102,6 +103,7 @@ __all__ = (
     "PeerFailed",
     "PeerProfile",
     "PostcopyLost",
+    "ProcessGuest",
     "RamBlock",
     "RemoteProtocolError",
     "Role",

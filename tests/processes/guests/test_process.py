@@ -20,10 +20,11 @@ import trio
 import trimig
 from trimig.errors import ConfigError, GuestFailed, Owner, RemoteProtocolError, StateError
 from trimig.guest import DeviceSection, Guest
-from trimig.guests.workload import guest as process
+from trimig.guests.worker import guest as worker_guest
 from trimig.guests.workload.guest import MiB, WorkloadGuest
 from trimig.guests.workload.state import verify, words_of
 from trimig.memory import MemoryUnavailable, snapshot_of
+from trimig.memory.linux import TRACKING_FEATURES
 from trimig.testing import virtual_link
 
 SIZE = 4 * MiB
@@ -172,7 +173,7 @@ async def test_where_the_worker_cannot_make_a_userfaultfd_memory_is_compared(
     def refused(pid: int | None = None) -> None:
         raise MemoryUnavailable(1, "set the sysctl vm.unprivileged_userfaultfd to 1")
 
-    monkeypatch.setattr(process, "probe_tracking", refused)
+    monkeypatch.setattr(worker_guest, "probe_tracking", refused)
     async with a_guest() as guest:
         assert "vm.unprivileged_userfaultfd" in caplog.text
         tracker = guest.dirty_tracker()
@@ -257,8 +258,8 @@ async def test_a_killed_worker_is_reported_by_signal_at_every_call() -> None:
 
 async def test_a_worker_that_fails_is_reported_with_status_and_last_words() -> None:
     async with a_guest(running=False) as guest:
-        with pytest.raises(GuestFailed, match=r"exit status 1 .*AttributeError.*do_nonsense"):
-            await guest._worker.call("nonsense")
+        with pytest.raises(GuestFailed, match=r"exit status 1 .*OSError: .*Bad file descriptor"):
+            await guest._worker.call("ram", 999, 4096)
 
 
 async def test_a_worker_that_does_not_answer_is_a_failure_in_time_and_can_be_used_again() -> None:
@@ -332,7 +333,7 @@ async def test_cancelled_calls_leave_requests_and_replies_in_step_and_no_descrip
         os.kill(guest.pid, signal.SIGSTOP)
         for _ in range(3):
             with trio.move_on_after(0.02) as scope:
-                await guest._worker.call_receiving("uffd")
+                await guest._worker.call_receiving("track", TRACKING_FEATURES)
             assert scope.cancelled_caught
             with trio.move_on_after(0.02) as scope:
                 await guest.verify()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import struct
 from typing import Final
 
 import numpy as np
@@ -39,6 +40,8 @@ _RUN: Final = 64
 _ROUNDS: Final = 64
 
 _U64: Final = np.uint64
+#: The members of a :class:`WorkloadState`, in order.
+_STATE: Final = struct.Struct(">5Q")
 _RAMP: Final[Words] = np.arange(WORDS_PER_PAGE, dtype=np.uint64) * _U64(0x9E3779B97F4A7C15)
 _BY_PAGE: Final = _U64(0xD1342543DE82EF95)
 _BY_NUMBER: Final = _U64(0xA24BAED4963EE407)
@@ -77,6 +80,18 @@ class WorkloadState:
             raise ValueError("without hot pages nothing can be written")
         if not 0 <= self.writes < 1 << 62:
             raise ValueError(f"{self.writes} writes are not within 0 to {(1 << 62) - 1}")
+
+    def pack(self) -> bytes:
+        """The state as bytes, as it is in the payload of the journal."""
+        return _STATE.pack(*dataclasses.astuple(self))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> WorkloadState:
+        """The state in *data*. ValueError."""
+        if len(data) != _STATE.size:
+            raise ValueError(f"{len(data)} bytes of state instead of {_STATE.size}")
+        names = (field.name for field in dataclasses.fields(cls))
+        return cls(**dict(zip(names, _STATE.unpack(data), strict=True)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,6 +290,15 @@ class Journal(Device):
     @state.setter
     def state(self, state: WorkloadState) -> None:
         self.restore(dataclasses.asdict(state))
+
+    @property
+    def worker_state(self) -> bytes:
+        """The state, for the worker and from the worker. ValueError for bytes that are no state."""
+        return self.state.pack()
+
+    @worker_state.setter
+    def worker_state(self, data: bytes) -> None:
+        self.state = WorkloadState.unpack(data)
 
     def post_load(self, version_id: int) -> None:
         """Raise ValueError for numbers that are not possible for this guest."""

@@ -1,17 +1,13 @@
-"""The worker process of a :class:`trimig.guests.workload.guest.WorkloadGuest`: ``python -m trimig.guests.workload.worker FD PARENT``.
+"""The worker process of a :class:`trimig.guests.workload.guest.WorkloadGuest`: ``python -m trimig.guests.workload.worker``.
 
 It runs the workload of :mod:`trimig.guests.workload.state` on memory that it shares with its host process, and serves
-the host's requests over a socket. It uses one thread and no trio: writes are made in batches of at most a few hundred
-microseconds, and requests are served between batches, so a pause is always between two writes. While pages are missing
-(postcopy) a second thread touches the pages of a batch first, and requests are answered while that thread sleeps
-(:mod:`.faults`).
+the host's requests over a socket (protocol/worker.md). It uses one thread and no trio: writes are made in batches of at
+most a few hundred microseconds, and requests are served between batches, so a pause is always between two writes. While
+pages are missing (postcopy) a second thread touches the pages of a batch first, and requests are answered while that
+thread sleeps (:mod:`.faults`).
 
 The worker never outlives its host: it ends at the end of file on the socket, and the kernel kills it when the thread
 that started it ends.
-
-Requests and replies are JSON objects, one to a packet (SOCK_SEQPACKET). A request has ``id`` and ``op`` (a method
-``do_<op>`` below, the other members are its arguments); its reply has the same ``id`` and either results or
-``error``, a sentence. Descriptors are sent with the packet.
 """
 
 from __future__ import annotations
@@ -24,20 +20,18 @@ import os
 import select
 import signal
 import socket
-import sys
 import time
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from ...guest import PAGE_SIZE
-from ...memory.faults import FEATURES as FAULT_FEATURES
-from ...memory.linux import TRACKING_FEATURES, MemoryUnavailable, open_userfaultfd
+from ...memory.linux import MemoryUnavailable, open_userfaultfd
+from ..worker.line import HOST_VARIABLE, SOCKET_VARIABLE
+from ..worker.messages import MAX_PACKET, VERSION, WorkerReply, WorkerRequest, decimal, encode_reply, parse_request
 from .faults import Toucher
-from .state import BATCH, WORDS_PER_PAGE, Words, WorkloadState, initialise, pages_of_writes, verify, write
+from .state import BATCH, WORDS_PER_PAGE, Verification, Words, WorkloadState, initialise, pages_of_writes, verify, write
 
-#: The longest packet, in bytes.
-MAX_PACKET: Final = 1 << 16
 _PR_SET_PDEATHSIG: Final = 1
 #: Seconds for which the workload catches up with late writes; older arrears are dropped.
 _MAX_ARREARS: Final = 0.05
@@ -136,36 +130,55 @@ class WorkerMain:
         self.toucher.ask([int(self._words.ctypes.data) + self._awaited * PAGE_SIZE])
         return None
 
-    def handle(self, request: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+    def handle(self, request: WorkerRequest) -> tuple[WorkerReply, list[int]]:
         """The reply to *request* and the descriptors to send with it (which are then closed here)."""
-        arguments = {key: value for key, value in request.items() if key not in ("id", "op")}
         out: list[int] = []
+        words: tuple[str, ...] = ()
+        body = b""
         try:
-            if request["op"] == "attach":
-                result = self.attach(fds[0], **arguments)
-            elif request["op"] == "uffd":
-                result, out = {}, [self.userfaultfd(TRACKING_FEATURES)]
-            elif request["op"] == "missing":
-                result, out = {}, [self.missing()]
-            else:
-                result = getattr(self, f"do_{request['op']}")(**arguments)
+            match request.verb, request.words:
+                case "hello", _:
+                    words = (str(VERSION), "track", "missing", "throttle")
+                case "ram", (fd, length):
+                    words = (str(self.ram(decimal(fd), decimal(length))),)
+                case "create", ():
+                    self.create(WorkloadState.unpack(request.body))
+                case "load", ():
+                    self.load(WorkloadState.unpack(request.body))
+                case "save", ():
+                    body = self.save().pack()
+                case "pause", ():
+                    self._running = False
+                case "resume", ():
+                    self.resume()
+                case "throttle", (percent,):
+                    self._throttle = decimal(percent)
+                    self._repace()
+                case "track", (features,):
+                    out = [self.userfaultfd(decimal(features))]
+                case "missing", (features,):
+                    out = [self.missing(decimal(features))]
+                case "whole", ():
+                    times = self.whole()
+                    words, body = (str(round(times["blocked"])),), json.dumps(times).encode()
+                case "x-verify", ():
+                    body = json.dumps(dataclasses.asdict(self.verify())).encode()
+                case "x-stats", ():
+                    body = json.dumps(self.stats()).encode()
+                case "ping", ():
+                    pass
+                case verb, rest:
+                    raise RequestRefused(f"{' '.join((verb, *rest))!r} is no request of this worker")
         except RequestRefused as exc:
-            result = {"error": str(exc)}
-        return {"id": request["id"], **result}, out
+            return WorkerReply(request.number, str(exc)), []
+        return WorkerReply(request.number, None, words, body), out
 
-    def attach(self, fd: int, length: int) -> dict[str, Any]:
-        """Map the shared memory; reply with its address, and whether its writes can be tracked (``untracked`` has the
-        reason if not).
-        """
+    def ram(self, fd: int, length: int) -> int:
+        """Map the shared memory; returns its address."""
         mapping = mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         os.close(fd)
         self._words = np.frombuffer(mapping, dtype=np.uint64).reshape(-1, WORDS_PER_PAGE)
-        untracked = None
-        try:
-            os.close(open_userfaultfd())
-        except MemoryUnavailable as exc:
-            untracked = exc.strerror
-        return {"address": int(self._words.ctypes.data), "untracked": untracked}
+        return int(self._words.ctypes.data)
 
     def userfaultfd(self, features: int) -> int:
         """Make a userfaultfd of this process. The host registers and arms it: the descriptor acts on this process's
@@ -176,19 +189,19 @@ class WorkerMain:
         except MemoryUnavailable as exc:
             raise RequestRefused(exc.strerror or str(exc)) from exc
 
-    def missing(self) -> int:
+    def missing(self, features: int) -> int:
         """Make a userfaultfd for missing pages; from now on pages are touched before they are written."""
         if self._running:
             raise RequestRefused("the guest runs")
         # One that sees only faults of user code is enough: no system call of this process touches the memory.
-        fd = self.userfaultfd(FAULT_FEATURES)
+        fd = self.userfaultfd(features)
         self._touched = np.zeros(len(self._words), np.bool_)
         if self.toucher is None:
             self.toucher = Toucher()
         return fd
 
-    def do_whole(self) -> dict[str, Any]:
-        """End postcopy: no page is missing any more. Replies with the times of the touches."""
+    def whole(self) -> dict[str, float]:
+        """End postcopy: no page is missing any more. Returns the times of the touches, in nanoseconds."""
         if self.toucher is None:
             raise RequestRefused("no page was missing")
         self.toucher.close()
@@ -207,56 +220,41 @@ class WorkerMain:
         if self.toucher is not None:
             raise RequestRefused("pages of its memory are missing")
 
-    def do_initialise(self, state: dict[str, int]) -> dict[str, Any]:
-        """Fill the memory, which must be zero, and set the number of writes to 0. The workload does not run yet."""
+    def create(self, state: WorkloadState) -> None:
+        """Fill the memory, which must be zero, as *state* says. The workload does not run yet."""
         self._all_here()
-        fresh = WorkloadState(**state)
-        initialise(fresh, self._words)
-        self._state = fresh
-        return {}
+        initialise(state, self._words)
+        self._state = state
 
-    def do_pause(self) -> dict[str, Any]:
-        """Pause: no write is made after the reply."""
-        self._running = False
-        return {}
-
-    def do_resume(self) -> dict[str, Any]:
+    def resume(self) -> None:
         """Go on with the next write."""
         if self._state is None:
             raise RequestRefused("there is nothing to run: its state has not been loaded")
         if not self._running:
             self._running = True
             self._repace()
-        return {}
 
-    def do_throttle(self, percent: int) -> dict[str, Any]:
-        """Make only (100 - *percent*) % of the writes."""
-        self._throttle = percent
-        self._repace()
-        return {}
-
-    def do_save(self) -> dict[str, Any]:
-        """Reply with the journal. The workload must not run, or the journal would be out of date at once."""
+    def save(self) -> WorkloadState:
+        """The state. The workload must not run, or the state would be out of date at once."""
         if self._running or self._state is None:
             raise RequestRefused("the guest runs" if self._running else "it has no state yet")
-        return {"state": dataclasses.asdict(self._state)}
+        return self._state
 
-    def do_load(self, state: dict[str, int]) -> dict[str, Any]:
-        """Load a journal."""
+    def load(self, state: WorkloadState) -> None:
+        """Take over a state."""
         if self._running:
             raise RequestRefused("the guest runs")
-        self._state = WorkloadState(**state)
-        return {}
+        self._state = state
 
-    def do_verify(self) -> dict[str, Any]:
-        """Compare all memory with the journal. It is done between two writes, so the workload may be running."""
+    def verify(self) -> Verification:
+        """Compare all memory with the state. It is done between two writes, so the workload may be running."""
         if self._state is None:
             raise RequestRefused("it has no state yet")
         self._all_here()
-        return dataclasses.asdict(verify(self._state, self._words))
+        return verify(self._state, self._words)
 
-    def do_stats(self) -> dict[str, Any]:
-        """Reply with the present activity."""
+    def stats(self) -> dict[str, int]:
+        """The present activity."""
         writes = 0 if self._state is None else self._state.writes
         waiting = self._running and self._awaited is not None
         return {"writes": writes, "running": self._running, "throttle": self._throttle, "waiting": waiting}
@@ -276,11 +274,11 @@ def serve(control: socket.socket) -> None:
     while True:
         ready = {fd for fd, _ in poll.poll(rest)}
         if control.fileno() in ready:
-            data, fds, _, _ = socket.recv_fds(control, MAX_PACKET, 1)
+            data = control.recv(MAX_PACKET)
             if not data:
                 return
-            reply, out = worker.handle(json.loads(data), fds)
-            socket.send_fds(control, [json.dumps(reply).encode()], out)
+            reply, out = worker.handle(parse_request(data))
+            socket.send_fds(control, [encode_reply(reply)], out)
             for fd in out:
                 os.close(fd)
         wanted = worker.toucher.fileno() if worker.toucher is not None else None
@@ -297,9 +295,9 @@ def main() -> None:
     """Tie the process's life to the host, then call :func:`serve`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the host handles Ctrl-C in the terminal
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(sys.argv[2]):  # the host died before PR_SET_PDEATHSIG was set
+    if os.getppid() != int(os.environ[HOST_VARIABLE]):  # the host died before PR_SET_PDEATHSIG was set
         return
-    with socket.socket(fileno=int(sys.argv[1])) as control:
+    with socket.socket(fileno=int(os.environ[SOCKET_VARIABLE])) as control:
         try:
             serve(control)
         except ConnectionError:
