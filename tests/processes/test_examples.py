@@ -14,7 +14,7 @@ EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
 def test_there_are_examples() -> None:
-    assert {"handover.py", "receiver.py", "deadline.py"} <= set(EXAMPLES)
+    assert {"handover.py", "receiver.py", "deadline.py", "worker.py"} <= set(EXAMPLES)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

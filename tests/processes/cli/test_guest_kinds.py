@@ -105,7 +105,11 @@ async def test_help_lists_every_kind_and_one_that_is_broken_hides_no_other(insta
         ("ship", 2, "machinery 1.5 calls itself 'robot'"),
         ("twin", 2, "comes from copies 1.5 and machinery 1.5"),
         ("lost", 2, "AttributeError"),
-        ("robto:x", 2, "there are app, boat, car, lost, parked, process, robot, ship, twin; did you mean robot?"),
+        (
+            "robto:x",
+            2,
+            "there are app, boat, car, lost, parked, process, robot, ship, twin, worker; did you mean robot?",
+        ),
         ("robot:bad", 2, "a robot needs a name"),
         ("robot:broken", 1, "the kind of guest 'robot' failed: ZeroDivisionError('no arms')"),
         ("robot:thing", 1, "the kind of guest 'robot' made a int, which is no guest"),

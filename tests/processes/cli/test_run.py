@@ -55,9 +55,12 @@ number = 5
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--guest", "horse"], "there are app, parked, process"),
+        (["--guest", "horse"], "there are app, parked, process, worker"),
         (["--guest", "proces"], "did you mean process?"),
         (["--guest", "parked:"], "parked:FILE"),
+        (["--guest", "worker:"], "needs a program"),
+        (["--guest", "worker:ram=5000,x"], "4096"),
+        (["--guest", "worker:'"], "quotation"),
         (["--guest", "process:size=x"], "size"),
         (["--guest", "process:colour=red"], "colour"),
         (["--guest", "process:size=5000"], "4096"),
