@@ -18,8 +18,8 @@ import pytest
 import trio
 
 import trimig
-from tests.processes.cli.test_parked import trimig_command
-from tests.processes.cli.test_run import ends, hosting, status
+from tests.processes.cli.command import trimig_command
+from tests.processes.cli.hosted import ends, hosting, status
 from trimig import MiB, ProcessGuest
 from trimig.errors import ConfigError, GuestFailed, Owner
 from trimig.guest import Guest, LazyGuest
