@@ -41,11 +41,11 @@ _PIECE_MOST = 1 << 20
 _PIECES_QUICK = 32
 _PIECE_SECONDS = 0.005
 #: A stream other than a socket that brings less than this of a bulk is given a millisecond to gather more.
-_CRUMBS = 96 << 10
+_SMALL_READ = 96 << 10
 #: Other tasks get a turn after this many bytes at the latest; that takes about a millisecond.
 _SLICE_BYTES = 1 << 20
 #: What is worth a call while pages are read in bulk, and how long is waited for it.
-_HELPING = 256 << 10
+_RCVLOWAT_BYTES = 256 << 10
 _HELPING_SECONDS = 0.001
 
 
@@ -115,8 +115,8 @@ class Channel:
     def __init__(self, stream: AnyStream, *, stall_timeout: float = math.inf, first: bytes = b"") -> None:
         self.stream = stream
         self._first = memoryview(first)
-        self._sink = stream if isinstance(stream, trio.abc.SendStream) else None
-        self._spring = stream if isinstance(stream, trio.abc.ReceiveStream) else None
+        self._send_stream = stream if isinstance(stream, trio.abc.SendStream) else None
+        self._receive_stream = stream if isinstance(stream, trio.abc.ReceiveStream) else None
         self.stall_timeout = stall_timeout
         #: Bytes taken by the transport (for streams other than sockets: handed to it completely).
         self.sent = 0
@@ -133,19 +133,19 @@ class Channel:
         if self._socket is not None:
             enlarge(self._socket)
         self._into = stream.receive_into if isinstance(stream, IntoBuffer) else None
-        self._quick = 0
-        self._last = _CRUMBS
+        self._fast_pieces = 0
+        self._last = _SMALL_READ
         self._staging: NDArray[np.uint8] | None = None
 
     @property
     def sends(self) -> bool:
         """The stream has the direction to the peer."""
-        return self._sink is not None
+        return self._send_stream is not None
 
     @property
     def receives(self) -> bool:
         """The stream has the direction from the peer."""
-        return self._spring is not None
+        return self._receive_stream is not None
 
     @property
     def socket_fd(self) -> int | None:
@@ -196,13 +196,13 @@ class Channel:
 
         **Cancellation:** no effect.
         """
-        assert self._sink is not None, "a stream that only receives"
+        assert self._send_stream is not None, "a stream that only receives"
         try:
             with trio.move_on_after(self.stall_timeout) as limit:
                 if self._socket is not None:
                     await trio.lowlevel.wait_writable(self._socket)
                 else:
-                    await self._sink.wait_send_all_might_not_block()
+                    await self._send_stream.wait_send_all_might_not_block()
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise TransportFailed(f"the connection broke while sending: {_cause(error)}") from error
         if limit.cancelled_caught:
@@ -280,20 +280,20 @@ class Channel:
 
     async def _send_pieces(self, data: memoryview) -> None:
         """Hand *data* over in pieces, because the progress within one cannot be seen."""
-        assert self._sink is not None, "a stream that only receives"
+        assert self._send_stream is not None, "a stream that only receives"
         self.writing = True
         try:
             while len(data):
-                size = _PIECE_MOST if self._quick >= _PIECES_QUICK else _PIECE_BYTES
+                size = _PIECE_MOST if self._fast_pieces >= _PIECES_QUICK else _PIECE_BYTES
                 piece, data = data[:size], data[size:]
                 began = trio.current_time()
                 with trio.move_on_after(self.stall_timeout) as limit:
-                    await self._sink.send_all(piece)
+                    await self._send_stream.send_all(piece)
                 if limit.cancelled_caught:
                     raise self._stalled("took no data")
                 self.sent += len(piece)
                 quick = trio.current_time() - began < _PIECE_SECONDS * (size // _PIECE_BYTES)
-                self._quick = self._quick + 1 if quick else 0
+                self._fast_pieces = self._fast_pieces + 1 if quick else 0
         finally:
             self.writing = False
 
@@ -393,7 +393,7 @@ class Channel:
                 if self._socket is not None:
                     count = await self._socket.recv_into(view)
                 else:
-                    if bulk and self._last < _CRUMBS:
+                    if bulk and self._last < _SMALL_READ:
                         await trio.sleep(_HELPING_SECONDS)
                     count = self._last = await self._receive_some(view)
             if limit.cancelled_caught:
@@ -406,8 +406,8 @@ class Channel:
     async def _receive_some(self, view: memoryview) -> int:
         if self._into is not None:
             return await self._into(view)
-        assert self._spring is not None, "a stream that only sends"
-        data = await self._spring.receive_some(len(view))
+        assert self._receive_stream is not None, "a stream that only sends"
+        data = await self._receive_stream.receive_some(len(view))
         view[: len(data)] = data
         return len(data)
 
@@ -423,7 +423,7 @@ class Channel:
         fd = self._socket.fileno()
         try:
             if (count := vectored.readv(fd, records.rest)) is None:
-                await self._helping()
+                await self._wait_rcvlowat()
                 while (count := vectored.readv(fd, records.rest)) is None:
                     with trio.move_on_after(self.stall_timeout) as limit:
                         await trio.lowlevel.wait_readable(fd)
@@ -431,16 +431,16 @@ class Channel:
                         raise self._stalled("sent nothing")
             self.received += count
             records.advance(count)
-            if 0 < count < _HELPING // 2:
-                await self._helping()
+            if 0 < count < _RCVLOWAT_BYTES // 2:
+                await self._wait_rcvlowat()
         except (OSError, trio.ClosedResourceError) as error:
             raise TransportFailed(f"the connection broke while receiving: {_cause(error)}") from error
         return count
 
-    async def _helping(self) -> None:
-        """Wait until _HELPING bytes can be read, or a millisecond has passed."""
+    async def _wait_rcvlowat(self) -> None:
+        """Wait until _RCVLOWAT_BYTES bytes can be read, or a millisecond has passed."""
         assert self._socket is not None
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _HELPING)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _RCVLOWAT_BYTES)
         try:
             with trio.move_on_after(_HELPING_SECONDS):
                 await trio.lowlevel.wait_readable(self._socket)

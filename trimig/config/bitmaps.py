@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from ..errors import ConfigError
-from .types import Form, Kind, shown
+from .types import Syntax, Type, short_repr
 
 _NAME: Final = "block-bitmap-mapping"
 #: A name is sent after a length of one byte.
@@ -40,7 +40,7 @@ class NodeAlias:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Mappings(Kind):
+class Mappings(Type):
     """The type of ``block-bitmap-mapping``: a tuple of :class:`NodeAlias` in which every name has one alias."""
 
     @property
@@ -54,8 +54,8 @@ class Mappings(Kind):
             _legal_bitmaps(node.bitmaps) for node in value
         )
 
-    def read(self, value: object, form: Form) -> object:
-        if form is Form.TEXT and isinstance(value, str):
+    def read(self, value: object, form: Syntax) -> object:
+        if form is Syntax.TEXT and isinstance(value, str):
             try:
                 value = json.loads(value)
             except (ValueError, RecursionError):
@@ -102,7 +102,7 @@ def _node(item: object) -> NodeAlias:
     members = _members(item, required=("node-name", "alias", "bitmaps"))
     bitmaps = members["bitmaps"]
     if not isinstance(bitmaps, list):
-        raise ConfigError(f"'bitmaps' in '{_NAME}' expects a list, not {shown(bitmaps)}", name=_NAME)
+        raise ConfigError(f"'bitmaps' in '{_NAME}' expects a list, not {short_repr(bitmaps)}", name=_NAME)
     return NodeAlias(
         node_name=_string(members, "node-name"),
         alias=_string(members, "alias"),
@@ -115,7 +115,7 @@ def _bitmap(item: object) -> BitmapAlias:
     transform = _members(members.get("transform", {}), optional=("persistent",))
     persistent = transform.get("persistent")
     if "persistent" in transform and not isinstance(persistent, bool):
-        raise ConfigError(f"'persistent' in '{_NAME}' expects true or false, not {shown(persistent)}", name=_NAME)
+        raise ConfigError(f"'persistent' in '{_NAME}' expects true or false, not {short_repr(persistent)}", name=_NAME)
     return BitmapAlias(
         name=_string(members, "name"),
         alias=_string(members, "alias"),
@@ -128,12 +128,12 @@ def _members(
 ) -> Mapping[object, object]:
     if not isinstance(item, Mapping) or not set(required) <= item.keys() <= {*required, *optional}:
         wanted = ", ".join([*required, *(f"{name} (optional)" for name in optional)])
-        raise ConfigError(f"'{_NAME}' expects objects with {wanted}, not {shown(item)}", name=_NAME)
+        raise ConfigError(f"'{_NAME}' expects objects with {wanted}, not {short_repr(item)}", name=_NAME)
     return item
 
 
 def _string(members: Mapping[object, object], key: str) -> str:
     value = members[key]
     if not isinstance(value, str):
-        raise ConfigError(f"'{key}' in '{_NAME}' expects a string, not {shown(value)}", name=_NAME)
+        raise ConfigError(f"'{key}' in '{_NAME}' expects a string, not {short_repr(value)}", name=_NAME)
     return value

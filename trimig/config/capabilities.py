@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, final
 
 from ..errors import ConfigError
 from .built import BUILT
-from .types import Flag, Form, check_fields, check_value, dashed, kinds_of, shown, unknown
+from .types import Flag, Syntax, check_fields, check_value, qmp_name, short_repr, types_of, unknown_name
 
 _Switch = Annotated[bool, Flag()]
 
@@ -275,13 +275,13 @@ class Capabilities:
     mapped_ram: _Switch = False
 
     def __post_init__(self) -> None:
-        check_fields("capability", self, _KINDS)
+        check_fields("capability", self, _TYPES)
         self.check()
 
     @property
     def enabled(self) -> frozenset[str]:
         """The capabilities that are on, in QMP spelling."""
-        return frozenset(dashed(name) for name in _KINDS if getattr(self, name))
+        return frozenset(qmp_name(name) for name in _TYPES if getattr(self, name))
 
     def check(
         self,
@@ -323,30 +323,30 @@ class Capabilities:
             ConfigError: not a list of ``{"capability": name, "state": bool}``, an unknown name, or a broken rule.
         """
         if not isinstance(capabilities, (list, tuple)):
-            raise ConfigError(f"'capabilities' expects a list, not {shown(capabilities)}")
+            raise ConfigError(f"'capabilities' expects a list, not {short_repr(capabilities)}")
         changes = []
         for item in capabilities:
             if not isinstance(item, Mapping) or item.keys() != {"capability", "state"}:
-                raise ConfigError(f"'capabilities' expects objects of 'capability' and 'state', not {shown(item)}")
+                raise ConfigError(f"'capabilities' expects objects of 'capability' and 'state', not {short_repr(item)}")
             changes.append((item["capability"], item["state"]))
-        return read_capabilities(cls() if base is None else base, changes, Form.QMP)
+        return read_capabilities(cls() if base is None else base, changes, Syntax.QMP)
 
     def to_qmp(self) -> list[dict[str, object]]:
         """The answer to ``query-migrate-capabilities``; without ``block`` unless it is supported, as in QEMU."""
         return [
-            {"capability": dashed(name), "state": getattr(self, name)}
-            for name in _KINDS
+            {"capability": qmp_name(name), "state": getattr(self, name)}
+            for name in _TYPES
             if name != "block" or name in BUILT
         ]
 
 
-_KINDS: Final = kinds_of(Capabilities)
+_TYPES: Final = types_of(Capabilities)
 
 #: All names, in QMP spelling and in the order of the list.
-CAPABILITY_NAMES: Final[tuple[str, ...]] = tuple(dashed(name) for name in _KINDS)
+CAPABILITY_NAMES: Final[tuple[str, ...]] = tuple(qmp_name(name) for name in _TYPES)
 
 
-def read_capabilities(base: Capabilities, changes: Iterable[tuple[object, object]], form: Form) -> Capabilities:
+def read_capabilities(base: Capabilities, changes: Iterable[tuple[object, object]], form: Syntax) -> Capabilities:
     """*base* with *changes*, pairs of QMP name and state, applied one after the other and checked once, as a whole.
 
     Raises:
@@ -356,9 +356,9 @@ def read_capabilities(base: Capabilities, changes: Iterable[tuple[object, object
     for given, state in changes:
         name = CAPABILITY_ALIASES.get(given, given) if isinstance(given, str) else given
         if not isinstance(name, str) or name not in CAPABILITY_NAMES:
-            raise unknown("capability", given, CAPABILITY_NAMES)
+            raise unknown_name("capability", given, CAPABILITY_NAMES)
         field = name.replace("-", "_")
-        kind = _KINDS[field]
+        kind = _TYPES[field]
         states[field] = kind.read(state, form)
         check_value("capability", field, kind, states[field])
     return dataclasses.replace(base, **states)

@@ -19,19 +19,19 @@ from .peer import BY_MACHINE, PeerProfile, read_peer
 from .types import (
     Choice,
     Flag,
-    Form,
     Instance,
+    Int,
     MiB,
     OrNone,
     Seconds,
     Size,
-    Whole,
+    Syntax,
     check_fields,
     check_value,
-    dashed,
-    kinds_of,
-    shown,
-    unknown,
+    qmp_name,
+    short_repr,
+    types_of,
+    unknown_name,
 )
 
 
@@ -66,7 +66,7 @@ class Config:
     #: Postcopy: seconds without a connection after which the rest of the memory is given up; ``math.inf`` for never.
     recovery_timeout: Annotated[float, Seconds(endless=True)] = math.inf
     #: Iterations over RAM after which ``on_bound`` applies; None for any number.
-    max_iterations: Annotated[int | None, OrNone(Whole(1, None))] = None
+    max_iterations: Annotated[int | None, OrNone(Int(1, None))] = None
     #: Seconds from the start after which ``on_bound`` applies; None (or ``math.inf``) for any time.
     max_total_time: Annotated[float | None, OrNone(Seconds(endless=True))] = None
     #: The action at one of these bounds: give up (:class:`~trimig.errors.NotConverging`), or switch over with any
@@ -82,7 +82,7 @@ class Config:
     max_description_bytes: Annotated[int, Size(1, 2**63 - 1)] = 64 * MiB
 
     def __post_init__(self) -> None:
-        check_fields("option", self, _KINDS)
+        check_fields("option", self, _TYPES)
         check_objects(self.objects)
         # Each part has checked itself; only the rules between capabilities and parameters remain.
         self.capabilities.check(
@@ -137,26 +137,26 @@ class Config:
         states: list[tuple[str, object]] = []
         for text in capabilities:
             name, equals, state = text.partition("=")
-            states.append((dashed(name.strip()), state if equals else "on"))
+            states.append((qmp_name(name.strip()), state if equals else "on"))
         values: list[tuple[str, object]] = []
         for text in parameters:
             name, equals, value = text.partition("=")
             if not equals:
-                raise ConfigError(f"a parameter is given as NAME=VALUE, not {shown(text)}")
-            values.append((dashed(name.strip()), value))
+                raise ConfigError(f"a parameter is given as NAME=VALUE, not {short_repr(text)}")
+            values.append((qmp_name(name.strip()), value))
         more = [parse_object(text) for text in objects]
         if tls is not None:
             more.append(TlsX509(id=_SHORT_ID, dir=tls))
             values.insert(0, ("tls-creds", _SHORT_ID))
         return dataclasses.replace(
             self,
-            capabilities=read_capabilities(self.capabilities, states, Form.TEXT),
-            parameters=read_parameters(self.parameters, values, Form.TEXT, repeats=True),
+            capabilities=read_capabilities(self.capabilities, states, Syntax.TEXT),
+            parameters=read_parameters(self.parameters, values, Syntax.TEXT, repeats=True),
             objects=with_objects(self.objects, more),
         )
 
 
-_KINDS: Final = kinds_of(Config)
+_TYPES: Final = types_of(Config)
 _PARTS: Final = ("capabilities", "parameters", "peer")
 #: The id of the credentials that the short form makes.
 _SHORT_ID: Final = "tls"
@@ -165,7 +165,7 @@ _ALIASES: Final = {**CAPABILITY_ALIASES, **PARAMETER_ALIASES}
 _Read = TypeVar("_Read")
 
 #: The names of the engine options, with dashes.
-ENGINE_OPTIONS: Final[tuple[str, ...]] = tuple(dashed(name) for name in _KINDS if name not in _PARTS)
+ENGINE_OPTIONS: Final[tuple[str, ...]] = tuple(qmp_name(name) for name in _TYPES if name not in _PARTS)
 
 
 def _parse_toml(text: str) -> dict[str, Any]:
@@ -184,28 +184,28 @@ def _from_tables(document: Mapping[str, Any]) -> Config:
             objects = _read_objects(value)
         elif key in _TABLES:
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{key} expects a table, not {shown(value)}", name=key)
+                raise ConfigError(f"{key} expects a table, not {short_repr(value)}", name=key)
             tables[key] += value.items()
-        elif dashed(key) in ENGINE_OPTIONS:
+        elif qmp_name(key) in ENGINE_OPTIONS:
             tables["engine"].append((key, value))
         else:
-            raise unknown("table or option", key, (*_TABLES, "objects", *ENGINE_OPTIONS))
+            raise unknown_name("table or option", key, (*_TABLES, "objects", *ENGINE_OPTIONS))
     capabilities = _read_table(
-        tables, "capabilities", lambda pairs: read_capabilities(Capabilities(), pairs, Form.TOML)
+        tables, "capabilities", lambda pairs: read_capabilities(Capabilities(), pairs, Syntax.TOML)
     )
-    parameters = _read_table(tables, "parameters", lambda pairs: read_parameters(Parameters(), pairs, Form.TOML))
-    peer = _read_table(tables, "peer", lambda pairs: read_peer(pairs, Form.TOML))
+    parameters = _read_table(tables, "parameters", lambda pairs: read_parameters(Parameters(), pairs, Syntax.TOML))
+    peer = _read_table(tables, "peer", lambda pairs: read_peer(pairs, Syntax.TOML))
     engine = _read_table(tables, "engine", _read_engine)
     return Config(capabilities=capabilities, parameters=parameters, peer=peer, objects=objects, **engine)
 
 
 def _read_objects(tables: object) -> tuple[ConfigObject, ...]:
     if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
-        raise ConfigError(f"objects expects tables, each under [[objects]], not {shown(tables)}", name="objects")
+        raise ConfigError(f"objects expects tables, each under [[objects]], not {short_repr(tables)}", name="objects")
     found = []
     for number, table in enumerate(tables):
         try:
-            found.append(read_object({dashed(key): value for key, value in table.items()}, Form.TOML))
+            found.append(read_object({qmp_name(key): value for key, value in table.items()}, Syntax.TOML))
         except ConfigError as error:
             raise ConfigError(f"objects[{number}]: {error}", name=error.name) from error
     return tuple(found)
@@ -217,7 +217,7 @@ def _read_table(
     """Read one table with *read*, which gets pairs of QMP name and value; errors name the table and the key."""
     pairs: dict[str, object] = {}
     for key, value in tables[table]:
-        name = _ALIASES.get(dashed(key), dashed(key))
+        name = _ALIASES.get(qmp_name(key), qmp_name(key))
         if name in pairs:
             raise ConfigError(f"{table}.{key}: '{name}' is given twice", name=name)
         pairs[name] = value
@@ -231,8 +231,8 @@ def _read_engine(pairs: list[tuple[str, object]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name not in ENGINE_OPTIONS:
-            raise unknown("engine option", name, ENGINE_OPTIONS)
+            raise unknown_name("engine option", name, ENGINE_OPTIONS)
         field = name.replace("-", "_")
-        values[field] = _KINDS[field].read(value, Form.TOML)
-        check_value("option", field, _KINDS[field], values[field])
+        values[field] = _TYPES[field].read(value, Syntax.TOML)
+        check_value("option", field, _TYPES[field], values[field])
     return values

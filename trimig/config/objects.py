@@ -16,14 +16,27 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias, final
 
 from ..errors import ConfigError
-from .types import Choice, Flag, Form, Kind, OrNone, Text, check_fields, check_value, dashed, kinds_of, shown, unknown
+from .types import (
+    Choice,
+    Flag,
+    OrNone,
+    Syntax,
+    Text,
+    Type,
+    check_fields,
+    check_value,
+    qmp_name,
+    short_repr,
+    types_of,
+    unknown_name,
+)
 
 #: QEMU's id_wellformed.
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Identifier(Kind):
+class _Identifier(Type):
     """The id of an object."""
 
     @property
@@ -35,7 +48,7 @@ class _Identifier(Kind):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Directory(Kind):
+class _Directory(Type):
     """A path; whether it exists is checked when it is used."""
 
     @property
@@ -72,7 +85,7 @@ class TlsX509:
     sanity_check: Annotated[bool, Flag()] = True
 
     def __post_init__(self) -> None:
-        check_fields(f"{self.qom_type} property", self, _KINDS[self.qom_type])
+        check_fields(f"{self.qom_type} property", self, _FIELD_TYPES[self.qom_type])
 
 
 @final
@@ -94,7 +107,7 @@ class TlsPsk:
     username: Annotated[str, Text()] = "qemu"
 
     def __post_init__(self) -> None:
-        check_fields(f"{self.qom_type} property", self, _KINDS[self.qom_type])
+        check_fields(f"{self.qom_type} property", self, _FIELD_TYPES[self.qom_type])
 
 
 @final
@@ -115,7 +128,7 @@ class AuthzSimple:
     identity: Annotated[str, Text()]
 
     def __post_init__(self) -> None:
-        check_fields(f"{self.qom_type} property", self, _KINDS[self.qom_type])
+        check_fields(f"{self.qom_type} property", self, _FIELD_TYPES[self.qom_type])
 
     def allows(self, name: str) -> bool:
         """Whether a client of this distinguished name is let in."""
@@ -138,7 +151,7 @@ class AuthzRule:
     format: Annotated[Literal["exact", "glob"], Choice(("exact", "glob"))] = "exact"
 
     def __post_init__(self) -> None:
-        check_fields("authz-list rule", self, _RULE_KINDS)
+        check_fields("authz-list rule", self, _RULE_TYPES)
 
     def matches(self, name: str) -> bool:
         """Whether this rule matches *name*."""
@@ -150,7 +163,7 @@ class AuthzRule:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Rules(Kind):
+class _Rules(Type):
     """The rules of an authz-list."""
 
     @property
@@ -160,10 +173,10 @@ class _Rules(Kind):
     def legal(self, value: object) -> bool:
         return isinstance(value, tuple) and all(isinstance(rule, AuthzRule) for rule in value)
 
-    def read(self, value: object, form: Form) -> object:
+    def read(self, value: object, form: Syntax) -> object:
         if not isinstance(value, (list, tuple)) or not all(isinstance(rule, Mapping) for rule in value):
             return value
-        return tuple(AuthzRule(**_properties("authz-list rule", AuthzRule, rule, _RULE_KINDS, form)) for rule in value)
+        return tuple(AuthzRule(**_properties("authz-list rule", AuthzRule, rule, _RULE_TYPES, form)) for rule in value)
 
 
 @final
@@ -183,7 +196,7 @@ class AuthzList:
     policy: Annotated[Literal["allow", "deny"], Choice(("allow", "deny"))] = "deny"
 
     def __post_init__(self) -> None:
-        check_fields(f"{self.qom_type} property", self, _KINDS[self.qom_type])
+        check_fields(f"{self.qom_type} property", self, _FIELD_TYPES[self.qom_type])
 
     def allows(self, name: str) -> bool:
         """Whether a client of this distinguished name is let in."""
@@ -196,8 +209,8 @@ ConfigObject: TypeAlias = TlsX509 | TlsPsk | AuthzSimple | AuthzList
 _TYPES: Final[Mapping[str, type[ConfigObject]]] = {
     cls.qom_type: cls for cls in (TlsX509, TlsPsk, AuthzSimple, AuthzList)
 }
-_KINDS: Final = {qom_type: kinds_of(cls) for qom_type, cls in _TYPES.items()}
-_RULE_KINDS: Final = kinds_of(AuthzRule)
+_FIELD_TYPES: Final = {qom_type: types_of(cls) for qom_type, cls in _TYPES.items()}
+_RULE_TYPES: Final = types_of(AuthzRule)
 #: Properties of QEMU's objects that are not supported, and the reason.
 _REFUSED: Final = {
     "priority": "it is an expression of GnuTLS, and trimig uses OpenSSL",
@@ -205,7 +218,7 @@ _REFUSED: Final = {
 }
 
 
-def read_object(properties: Mapping[str, object], form: Form = Form.QMP) -> ConfigObject:
+def read_object(properties: Mapping[str, object], form: Syntax = Syntax.QMP) -> ConfigObject:
     """Make the object that *properties* describe: ``qom-type``, ``id`` and the rest, in QEMU's spelling.
 
     Raises:
@@ -216,13 +229,13 @@ def read_object(properties: Mapping[str, object], form: Form = Form.QMP) -> Conf
     if not isinstance(qom_type, str):
         raise ConfigError("an object needs its 'qom-type', for example tls-creds-x509", name="qom-type")
     if qom_type not in _TYPES:
-        raise unknown("object type", qom_type, _TYPES)
+        raise unknown_name("object type", qom_type, _TYPES)
     cls = _TYPES[qom_type]
-    return cls(**_properties(qom_type, cls, rest, _KINDS[qom_type], form))
+    return cls(**_properties(qom_type, cls, rest, _FIELD_TYPES[qom_type], form))
 
 
 def _properties(
-    what: str, cls: type[Any], properties: Mapping[str, object], kinds: Mapping[str, Kind], form: Form
+    what: str, cls: type[Any], properties: Mapping[str, object], kinds: Mapping[str, Type], form: Syntax
 ) -> dict[str, Any]:
     """The arguments for *cls* in Python spelling."""
     values: dict[str, Any] = {}
@@ -231,12 +244,12 @@ def _properties(
             raise ConfigError(f"{what} property '{name}' is not supported: {_REFUSED[name]}", name=name)
         field = str(name).replace("-", "_")
         if field not in kinds:
-            raise unknown(f"{what} property", name, [dashed(known) for known in kinds])
+            raise unknown_name(f"{what} property", name, [qmp_name(known) for known in kinds])
         values[field] = kinds[field].read(value, form)
         check_value(f"{what} property", field, kinds[field], values[field])
     for one in dataclasses.fields(cls):
         if one.default is dataclasses.MISSING and one.name not in values:
-            raise ConfigError(f"{what} needs '{dashed(one.name)}'", name=dashed(one.name))
+            raise ConfigError(f"{what} needs '{qmp_name(one.name)}'", name=qmp_name(one.name))
     return values
 
 
@@ -253,10 +266,10 @@ def parse_object(text: str) -> ConfigObject:
         try:
             document = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"the object {shown(text)} is not valid JSON: {error}") from error
+            raise ConfigError(f"the object {short_repr(text)} is not valid JSON: {error}") from error
         if not isinstance(document, Mapping):
-            raise ConfigError(f"an object is described by a JSON object, not {shown(text)}")
-        return read_object(document, Form.QMP)
+            raise ConfigError(f"an object is described by a JSON object, not {short_repr(text)}")
+        return read_object(document, Syntax.QMP)
     first, *pairs = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
     properties: dict[str, object] = {"qom-type": first.removeprefix("qom-type=").strip()}
     rules: dict[int, dict[str, object]] = {}
@@ -264,26 +277,26 @@ def parse_object(text: str) -> ConfigObject:
         name, equals, value = pair.partition("=")
         name = name.strip()
         if not equals:
-            raise ConfigError(f"a property of an object is given as NAME=VALUE, not {shown(pair)}")
+            raise ConfigError(f"a property of an object is given as NAME=VALUE, not {short_repr(pair)}")
         rule = re.fullmatch(r"rules\.([0-9]{1,4})\.([a-z]+)", name)
         place = properties if rule is None else rules.setdefault(int(rule[1]), {})
         key = name if rule is None else rule[2]
         if key in place:
-            raise ConfigError(f"the object property {shown(name)} is given twice", name=name)
+            raise ConfigError(f"the object property {short_repr(name)} is given twice", name=name)
         place[key] = value
     if rules:
         properties["rules"] = [rules[index] for index in sorted(rules)]
-    return read_object(properties, Form.TEXT)
+    return read_object(properties, Syntax.TEXT)
 
 
 def check_objects(objects: object) -> None:
     """Raise ConfigError unless *objects* is a tuple of objects with different ids."""
     if not isinstance(objects, tuple) or not all(isinstance(one, tuple(_TYPES.values())) for one in objects):
-        raise ConfigError(f"option 'objects' expects a tuple of objects, not {shown(objects)}", name="objects")
+        raise ConfigError(f"option 'objects' expects a tuple of objects, not {short_repr(objects)}", name="objects")
     seen: set[str] = set()
     for one in objects:
         if one.id in seen:
-            raise ConfigError(f"there are two objects with the id {shown(one.id)}", name="objects")
+            raise ConfigError(f"there are two objects with the id {short_repr(one.id)}", name="objects")
         seen.add(one.id)
 
 

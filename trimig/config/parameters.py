@@ -18,20 +18,20 @@ from .built import BUILT_VALUES, UNREAD
 from .types import (
     Choice,
     Flag,
-    Form,
-    Kind,
+    Int,
     MiB,
     OrNone,
     Size,
+    Syntax,
     Text,
-    Whole,
+    Type,
     Words,
     check_fields,
     check_value,
-    dashed,
-    kinds_of,
-    shown,
-    unknown,
+    qmp_name,
+    short_repr,
+    types_of,
+    unknown_name,
 )
 
 #: Bytes of a target page (:data:`trimig.guest.PAGE_SIZE`, which this layer does not import).
@@ -42,7 +42,7 @@ PARAMETER_ALIASES: Final[Mapping[str, str]] = {"x-multifd-channels": "multifd-ch
 
 #: Older parameters that 7.2 no longer has: their range is checked and their value dropped. A multifd packet of 7.2
 #: always has room for 512 KiB of pages.
-_GONE: Final = {"x-multifd-page-count": Whole(1, 10000)}
+_GONE: Final = {"x-multifd-page-count": Int(1, 10000)}
 
 
 @final
@@ -56,19 +56,19 @@ class Parameters:
     """
 
     #: zlib level of the capability ``compress``; 0 stores.
-    compress_level: Annotated[int, Whole(0, 9)] = 1
-    compress_threads: Annotated[int, Whole(1, 255)] = 8
+    compress_level: Annotated[int, Int(0, 9)] = 1
+    compress_threads: Annotated[int, Int(1, 255)] = 8
     #: Wait for a free compression thread instead of sending the page as it is.
     compress_wait_thread: Annotated[bool, Flag()] = True
-    decompress_threads: Annotated[int, Whole(1, 255)] = 2
+    decompress_threads: Annotated[int, Int(1, 255)] = 2
     #: Share of the bytes sent in an iteration that may be dirtied again before throttling starts.
-    throttle_trigger_threshold: Annotated[int, Whole(1, 100, "percent")] = 50
-    cpu_throttle_initial: Annotated[int, Whole(1, 99, "percent")] = 20
-    cpu_throttle_increment: Annotated[int, Whole(1, 99, "percent")] = 10
+    throttle_trigger_threshold: Annotated[int, Int(1, 100, "percent")] = 50
+    cpu_throttle_initial: Annotated[int, Int(1, 99, "percent")] = 20
+    cpu_throttle_increment: Annotated[int, Int(1, 99, "percent")] = 10
     #: Raise the throttling in smaller steps towards the end.
     cpu_throttle_tailslow: Annotated[bool, Flag()] = False
     #: At least ``cpu_throttle_initial``.
-    max_cpu_throttle: Annotated[int, Whole(1, 99, "percent")] = 99
+    max_cpu_throttle: Annotated[int, Int(1, 99, "percent")] = 99
     #: Id of the TLS credentials (in ``Config.objects``); empty for no TLS.
     tls_creds: Annotated[str, Text()] = ""
     #: The name that the peer's certificate must have; empty for the one in the address.
@@ -78,26 +78,26 @@ class Parameters:
     #: Bytes per second; 0 for no limit.
     max_bandwidth: Annotated[int, Size(unit="bytes per second, 0 for no limit")] = 128 * MiB
     #: Milliseconds. The switchover begins when its expected downtime is not longer than this.
-    downtime_limit: Annotated[int, Whole(0, 2_000_000, "milliseconds")] = 300
+    downtime_limit: Annotated[int, Int(0, 2_000_000, "milliseconds")] = 300
     #: Period of COLO checkpoints in milliseconds.
-    x_checkpoint_delay: Annotated[int, Whole(0, 2**32 - 1, "milliseconds")] = 20_000
+    x_checkpoint_delay: Annotated[int, Int(0, 2**32 - 1, "milliseconds")] = 20_000
     #: Block migration sends the top image only.
     block_incremental: Annotated[bool, Flag()] = False
-    multifd_channels: Annotated[int, Whole(1, 255)] = 2
+    multifd_channels: Annotated[int, Int(1, 255)] = 2
     multifd_compression: Annotated[str, Choice(("none", "zlib", "zstd"))] = "none"
     #: QEMU 7.2 accepts this parameter and the next one in a command without checking them; here they are checked and
     #: set.
-    multifd_zlib_level: Annotated[int, Whole(0, 9)] = 1
-    multifd_zstd_level: Annotated[int, Whole(0, 20)] = 1
+    multifd_zlib_level: Annotated[int, Int(0, 9)] = 1
+    multifd_zstd_level: Annotated[int, Int(0, 20)] = 1
     #: Bytes; a power of two of at least one target page.
     xbzrle_cache_size: Annotated[int, Size(_TARGET_PAGE, power_of_two=True)] = 64 * MiB
     #: Postcopy: bytes per second for pages that the destination has not requested; 0 for no limit.
     max_postcopy_bandwidth: Annotated[int, Size(unit="bytes per second, 0 for no limit")] = 0
     #: Self-announcement of network cards after the switchover: first pause, longest pause, count, growth.
-    announce_initial: Annotated[int, Whole(0, 100_000, "milliseconds")] = 50
-    announce_max: Annotated[int, Whole(0, 100_000, "milliseconds")] = 550
-    announce_rounds: Annotated[int, Whole(0, 1000)] = 5
-    announce_step: Annotated[int, Whole(1, 10_000, "milliseconds")] = 100
+    announce_initial: Annotated[int, Int(0, 100_000, "milliseconds")] = 50
+    announce_max: Annotated[int, Int(0, 100_000, "milliseconds")] = 550
+    announce_rounds: Annotated[int, Int(0, 1000)] = 5
+    announce_step: Annotated[int, Int(1, 10_000, "milliseconds")] = 100
     #: Aliases of disks and bitmaps; with None each has its own name.
     block_bitmap_mapping: Annotated[tuple[NodeAlias, ...] | None, OrNone(Mappings())] = None
     #: Network bandwidth for the last pages and the devices, in bytes per second; 0 for the measured bandwidth.
@@ -109,17 +109,17 @@ class Parameters:
     mode: Annotated[str, Choice(("normal", "cpr-reboot", "cpr-transfer", "cpr-exec"))] = "normal"
     #: Bypass the host's page cache when writing a file, for the capability ``mapped-ram``.
     direct_io: Annotated[bool, Flag()] = False
-    multifd_qatzip_level: Annotated[int, Whole(1, 9)] = 1
+    multifd_qatzip_level: Annotated[int, Int(1, 9)] = 1
     #: For the capability ``dirty-limit``: the period of its checks, and the dirty rate that each vCPU may have.
-    x_vcpu_dirty_limit_period: Annotated[int, Whole(1, 1000, "milliseconds")] = 1000
-    vcpu_dirty_limit: Annotated[int, Whole(1, 2**64 - 1, "MB per second")] = 1
+    x_vcpu_dirty_limit_period: Annotated[int, Int(1, 1000, "milliseconds")] = 1000
+    vcpu_dirty_limit: Annotated[int, Int(1, 2**64 - 1, "MB per second")] = 1
     #: The command line that the mode ``cpr-exec`` executes.
     cpr_exec_command: Annotated[tuple[str, ...], Words()] = ()
     #: Bytes; a power of two.
     x_rdma_chunk_size: Annotated[int, Size(MiB, 1024 * MiB, power_of_two=True)] = MiB
 
     def __post_init__(self) -> None:
-        check_fields("parameter", self, _KINDS)
+        check_fields("parameter", self, _TYPES)
         if self.max_cpu_throttle < self.cpu_throttle_initial:
             raise ConfigError(
                 f"parameter 'max_cpu_throttle' expects an integer from cpu_throttle_initial "
@@ -149,8 +149,8 @@ class Parameters:
             ConfigError: an unknown name, or a value out of its range; this set is unchanged in any case.
         """
         for name in changes:
-            if name not in _KINDS:
-                raise unknown("parameter", name, _KINDS)
+            if name not in _TYPES:
+                raise unknown_name("parameter", name, _TYPES)
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -163,30 +163,30 @@ class Parameters:
             ConfigError: not an object, an unknown name, a wrong type or a value out of its range.
         """
         if not isinstance(arguments, Mapping):
-            raise ConfigError(f"parameters are given as an object, not {shown(arguments)}")
-        return read_parameters(cls() if base is None else base, arguments.items(), Form.QMP)
+            raise ConfigError(f"parameters are given as an object, not {short_repr(arguments)}")
+        return read_parameters(cls() if base is None else base, arguments.items(), Syntax.QMP)
 
     def to_qmp(self) -> dict[str, object]:
         """The answer to ``query-migrate-parameters``: all parameters, but ``block-bitmap-mapping`` only if it is set."""
         return {
-            dashed(name): kind.kind.write(value) if isinstance(kind, OrNone) else kind.write(value)
-            for name, kind in _KINDS.items()
+            qmp_name(name): kind.kind.write(value) if isinstance(kind, OrNone) else kind.write(value)
+            for name, kind in _TYPES.items()
             if (value := getattr(self, name)) is not None
         }
 
 
-_KINDS: Final = kinds_of(Parameters)
+_TYPES: Final = types_of(Parameters)
 _DEFAULTS: Final = {field.name: field.default for field in dataclasses.fields(Parameters)}
 
 #: The type of each parameter, by its name in QMP spelling.
-PARAMETER_KINDS: Final[Mapping[str, Kind]] = {dashed(name): kind for name, kind in _KINDS.items()}
+PARAMETER_TYPES: Final[Mapping[str, Type]] = {qmp_name(name): kind for name, kind in _TYPES.items()}
 
 #: All names, in QMP spelling and in the order of config.md part 2.
-PARAMETER_NAMES: Final[tuple[str, ...]] = tuple(dashed(name) for name in _KINDS)
+PARAMETER_NAMES: Final[tuple[str, ...]] = tuple(qmp_name(name) for name in _TYPES)
 
 
 def read_parameters(
-    base: Parameters, changes: Iterable[tuple[object, object]], form: Form, *, repeats: bool = False
+    base: Parameters, changes: Iterable[tuple[object, object]], form: Syntax, *, repeats: bool = False
 ) -> Parameters:
     """*base* with *changes*, pairs of QMP name and value, checked together.
 
@@ -204,14 +204,14 @@ def read_parameters(
             check_value("parameter", name.replace("-", "_"), kind, kind.read(value, form))
             continue
         if not isinstance(name, str) or name not in PARAMETER_NAMES:
-            raise unknown("parameter", given, PARAMETER_NAMES)
+            raise unknown_name("parameter", given, PARAMETER_NAMES)
         field = name.replace("-", "_")
         if field in values and not repeats:
             raise ConfigError(f"parameter '{field}' is given twice, as {name} and under its older name", name=name)
-        stored = _KINDS[field].read(value, form)
+        stored = _TYPES[field].read(value, form)
         if stored is None:
             # None means "not set" only in Python; in a QMP command null is a value of the wrong type.
             raise ConfigError(f"parameter '{field}' cannot be null", name=name)
-        check_value("parameter", field, _KINDS[field], stored)
+        check_value("parameter", field, _TYPES[field], stored)
         values[field] = stored
     return dataclasses.replace(base, **values)

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, final
 
 from ..errors import ConfigError
-from .types import Choice, Flag, Form, Text, check_fields, check_value, dashed, kinds_of, unknown
+from .types import Choice, Flag, Syntax, Text, check_fields, check_value, qmp_name, types_of, unknown_name
 
 
 @final
@@ -54,7 +54,7 @@ class PeerProfile:
     explicit: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        check_fields("peer profile", self, _KINDS)
+        check_fields("peer profile", self, _TYPES)
 
     @property
     def switchover_acks(self) -> int:
@@ -71,7 +71,7 @@ class PeerProfile:
         try:
             return PEERS[name]
         except KeyError:
-            raise unknown("peer profile", name, PEERS) from None
+            raise unknown_name("peer profile", name, PEERS) from None
 
     def for_machine(self, machine: str | None, *, arriving: bool = False) -> PeerProfile:
         """The profile for one guest: this profile, unless the machine type decides.
@@ -95,11 +95,11 @@ class PeerProfile:
         return _changed(found, {field: value for field, value in changes.items() if value != getattr(found, field)})
 
 
-_KINDS: Final = kinds_of(PeerProfile)
+_TYPES: Final = types_of(PeerProfile)
 #: The switches by their Python names, and in their written form.
-_FIELDS: Final = tuple(name for name in _KINDS if name not in ("name", "by_machine"))
+_FIELDS: Final = tuple(name for name in _TYPES if name not in ("name", "by_machine"))
 #: The multifd scheme comes only with the profile: it has no effect before the capability is built.
-_SWITCHES: Final = tuple(dashed(name) for name in _FIELDS if name != "multifd_scheme")
+_SWITCHES: Final = tuple(qmp_name(name) for name in _FIELDS if name != "multifd_scheme")
 #: The switches that can be seen in the stream itself.
 _SEEN: Final = frozenset({"send_configuration", "send_section_footer", "store_global_state"})
 
@@ -178,7 +178,7 @@ def profile_for_machine(machine: str, *, arriving: bool = False) -> PeerProfile:
     return next(profile for since, profile in _SINCE if number >= since)
 
 
-def read_peer(changes: Iterable[tuple[str, object]], form: Form) -> PeerProfile:
+def read_peer(changes: Iterable[tuple[str, object]], form: Syntax) -> PeerProfile:
     """Make a profile from pairs of name and value: ``profile`` names the base, the others are its switches.
 
     Without ``profile`` the base is ``by-machine``.
@@ -198,10 +198,10 @@ def read_peer(changes: Iterable[tuple[str, object]], form: Form) -> PeerProfile:
                 raise ConfigError(str(error), name="profile") from None
             continue
         if name not in _SWITCHES:
-            raise unknown("peer switch", name, ("profile", *_SWITCHES))
+            raise unknown_name("peer switch", name, ("profile", *_SWITCHES))
         field = name.replace("-", "_")
-        switches[field] = _KINDS[field].read(value, form)
-        check_value("peer profile", field, _KINDS[field], switches[field])
+        switches[field] = _TYPES[field].read(value, form)
+        check_value("peer profile", field, _TYPES[field], switches[field])
     if base.by_machine:
         return _changed(base, switches)
     return _changed(base, {field: value for field, value in switches.items() if value != getattr(base, field)})
@@ -212,7 +212,7 @@ def _changed(base: PeerProfile, changes: Mapping[str, Any]) -> PeerProfile:
     if not changes:
         return base
     words = ", ".join(
-        f"{dashed(field)} {value if isinstance(value, str) else 'on' if value else 'off'}"
+        f"{qmp_name(field)} {value if isinstance(value, str) else 'on' if value else 'off'}"
         for field, value in changes.items()
     )
     explicit = base.explicit | changes.keys() if base.by_machine else base.explicit

@@ -34,7 +34,7 @@ _SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?:([kmgt])(?:i?b)?|b)?",
 _UNITS: Final = {"": 1, "k": KiB, "m": MiB, "g": GiB, "t": 1024 * GiB}
 
 
-class Form(enum.Enum):
+class Syntax(enum.Enum):
     """The syntax of a written value."""
 
     #: A JSON value of a QMP command.
@@ -61,15 +61,17 @@ def parse_size(text: str) -> int:
         size = math.floor(number * _UNITS[suffix])
         if (suffix or "." not in match[1]) and (size > 0 or number == 0):
             return size
-    raise ConfigError(f"a size is a number of bytes, or one with K, M, G or T such as 32M or 1.5G, not {shown(text)}")
+    raise ConfigError(
+        f"a size is a number of bytes, or one with K, M, G or T such as 32M or 1.5G, not {short_repr(text)}"
+    )
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """*value* for a message, cut to one line, because it may come from a peer or a file."""
     return reprlib.repr(value)
 
 
-def dashed(name: str) -> str:
+def qmp_name(name: str) -> str:
     """A Python name in QMP spelling."""
     return name.replace("_", "-")
 
@@ -80,15 +82,17 @@ def near(given: object, names: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
-def unknown(what: str, given: object, names: Iterable[str]) -> ConfigError:
+def unknown_name(what: str, given: object, names: Iterable[str]) -> ConfigError:
     """The error for an unknown name, with the most similar known names."""
     names = list(names)
     like = difflib.get_close_matches(str(given)[:100], names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(like)}?" if like else f"known are {', '.join(names)}"
-    return ConfigError(f"there is no {what} {shown(given)}; {hint}", name=given if isinstance(given, str) else None)
+    return ConfigError(
+        f"there is no {what} {short_repr(given)}; {hint}", name=given if isinstance(given, str) else None
+    )
 
 
-class Kind:
+class Type:
     """Base of all types of option values."""
 
     @property
@@ -100,7 +104,7 @@ class Kind:
         """Whether *value* may be stored unchanged."""
         raise NotImplementedError
 
-    def read(self, value: object, form: Form) -> object:
+    def read(self, value: object, form: Syntax) -> object:
         """*value*, given in *form*, in its stored form; unchanged if it cannot be read."""
         return value
 
@@ -110,7 +114,7 @@ class Kind:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Flag(Kind):
+class Flag(Type):
     """True or false. Not 1 and not "yes", which QMP does not accept either."""
 
     @property
@@ -120,14 +124,14 @@ class Flag(Kind):
     def legal(self, value: object) -> bool:
         return isinstance(value, bool)
 
-    def read(self, value: object, form: Form) -> object:
-        if form is Form.TEXT and isinstance(value, str):
+    def read(self, value: object, form: Syntax) -> object:
+        if form is Syntax.TEXT and isinstance(value, str):
             return {"on": True, "true": True, "off": False, "false": False}.get(value.strip().lower(), value)
         return value
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Whole(Kind):
+class Int(Type):
     """An integer from *low* to *high*, both included; *high* None for no upper limit."""
 
     low: int
@@ -145,14 +149,14 @@ class Whole(Kind):
             return False
         return value >= self.low and (self.high is None or value <= self.high)
 
-    def read(self, value: object, form: Form) -> object:
-        if form is Form.TEXT and isinstance(value, str) and _INTEGER.fullmatch(value.strip()):
+    def read(self, value: object, form: Syntax) -> object:
+        if form is Syntax.TEXT and isinstance(value, str) and _INTEGER.fullmatch(value.strip()):
             return int(value)
         return value
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Size(Kind):
+class Size(Type):
     """A number of bytes. As in QMP, -1 is the largest number, 2^64-1."""
 
     low: int = 0
@@ -171,8 +175,8 @@ class Size(Kind):
             return False
         return not self.power_of_two or value.bit_count() == 1
 
-    def read(self, value: object, form: Form) -> object:
-        if isinstance(value, str) and form is not Form.QMP:
+    def read(self, value: object, form: Syntax) -> object:
+        if isinstance(value, str) and form is not Syntax.QMP:
             if value.strip() == "-1":
                 value = -1
             else:
@@ -186,7 +190,7 @@ class Size(Kind):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Text(Kind):
+class Text(Type):
     """A string; QMP's null is the empty string."""
 
     @property
@@ -196,12 +200,12 @@ class Text(Kind):
     def legal(self, value: object) -> bool:
         return isinstance(value, str)
 
-    def read(self, value: object, form: Form) -> object:
-        return "" if value is None and form is Form.QMP else value
+    def read(self, value: object, form: Syntax) -> object:
+        return "" if value is None and form is Syntax.QMP else value
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Choice(Kind):
+class Choice(Type):
     """One of a few words."""
 
     words: tuple[str, ...]
@@ -215,7 +219,7 @@ class Choice(Kind):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Words(Kind):
+class Words(Type):
     """A list of strings; stored as a tuple."""
 
     @property
@@ -225,8 +229,8 @@ class Words(Kind):
     def legal(self, value: object) -> bool:
         return isinstance(value, tuple) and all(isinstance(word, str) for word in value)
 
-    def read(self, value: object, form: Form) -> object:
-        if form is Form.TEXT and isinstance(value, str):
+    def read(self, value: object, form: Syntax) -> object:
+        if form is Syntax.TEXT and isinstance(value, str):
             try:
                 value = json.loads(value)
             except (ValueError, RecursionError):
@@ -239,7 +243,7 @@ class Words(Kind):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Seconds(Kind):
+class Seconds(Type):
     """A duration above zero; at most a billion seconds, or ``math.inf`` where *endless* allows it."""
 
     endless: bool = False
@@ -255,10 +259,10 @@ class Seconds(Kind):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class OrNone(Kind):
+class OrNone(Type):
     """A value of *kind*, or None for "not set"."""
 
-    kind: Kind
+    kind: Type
 
     @property
     def expects(self) -> str:
@@ -267,12 +271,12 @@ class OrNone(Kind):
     def legal(self, value: object) -> bool:
         return value is None or self.kind.legal(value)
 
-    def read(self, value: object, form: Form) -> object:
+    def read(self, value: object, form: Syntax) -> object:
         return self.kind.read(value, form)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Instance(Kind):
+class Instance(Type):
     """An object of the class *of*."""
 
     of: type
@@ -285,24 +289,24 @@ class Instance(Kind):
         return isinstance(value, self.of)
 
 
-def kinds_of(cls: type) -> Mapping[str, Kind]:
+def types_of(cls: type) -> Mapping[str, Type]:
     """The types in the annotations of *cls*, by Python name, in the order of the fields."""
     hints = typing.get_type_hints(cls, include_extras=True)
     found = {}
     for name, hint in hints.items():
         for extra in getattr(hint, "__metadata__", ()):
-            if isinstance(extra, Kind):
+            if isinstance(extra, Type):
                 found[name] = extra
     return found
 
 
-def check_value(what: str, name: str, kind: Kind, value: object) -> None:
+def check_value(what: str, name: str, kind: Type, value: object) -> None:
     """Raise ConfigError unless *value* is legal; *what* is the noun for the option *name* (Python spelling)."""
     if not kind.legal(value):
-        raise ConfigError(f"{what} '{name}' expects {kind.expects}, not {shown(value)}", name=dashed(name))
+        raise ConfigError(f"{what} '{name}' expects {kind.expects}, not {short_repr(value)}", name=qmp_name(name))
 
 
-def check_fields(what: str, options: object, kinds: Mapping[str, Kind]) -> None:
+def check_fields(what: str, options: object, kinds: Mapping[str, Type]) -> None:
     """Raise ConfigError for the first attribute of *options* that is not legal."""
     for name, kind in kinds.items():
         check_value(what, name, kind, getattr(options, name))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ...config.bitmaps import Mappings
 from ...config.capabilities import CAPABILITY_NAMES, Capabilities
-from ...config.parameters import PARAMETER_KINDS, Parameters
-from ...config.types import Choice, Flag, Kind, OrNone, Size, Text, Whole, Words
+from ...config.parameters import PARAMETER_TYPES, Parameters
+from ...config.types import Choice, Flag, Int, OrNone, Size, Text, Type, Words
 from ...engine.destination.lazy import obstacle
 from ...status import IDLE, Status, check_idle
 from ..arguments import Argument, check_value
@@ -107,14 +107,14 @@ async def query_cache_size(machine: Machine, arguments: Mapping[str, Any], sessi
     return machine.config.parameters.xbzrle_cache_size
 
 
-def _described(kind: Kind) -> Argument:
+def _described(kind: Type) -> Argument:
     """The type of a parameter, for the schema."""
     match kind:
         case OrNone():
             return _described(kind.kind)
         case Flag():
             return Argument("bool")
-        case Whole() | Size():
+        case Int() | Size():
             return Argument("int")
         case Text():
             return Argument("str-or-null")
@@ -136,7 +136,7 @@ def _described(kind: Kind) -> Argument:
 
 
 _PARAMETERS: Final = {
-    name: dataclasses.replace(_described(kind), optional=True) for name, kind in PARAMETER_KINDS.items()
+    name: dataclasses.replace(_described(kind), optional=True) for name, kind in PARAMETER_TYPES.items()
 }
 _CAPABILITY: Final = Argument(
     "object", members={"capability": Argument("str", choices=CAPABILITY_NAMES), "state": _BOOL}
