@@ -42,6 +42,7 @@ _TESTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("trimig/engine/ram/placement", _engine("placement", "destination")),
     ("/postcopy", _engine("switch", "postcopy_bad_input", "preempt")),
     ("trimig/engine/destination", (*_engine("destination"), "tests/stream/test_early.py")),
+    ("trimig/engine/sections", _engine("handover", "switch")),
     ("trimig/engine/source", (*_engine("handover"), "tests/stream/test_early.py")),
     ("trimig/channel/", _engine("lobby", "strangers")),
     ("trimig/engine/", _engine()),
@@ -72,9 +73,8 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "isinstance(self._guest, OpaqueGuest)", (_OPTIONS,),
     ),
     (
-        "section footers off at the source", "trimig/engine/source/announce.py",
-        "sender = out.sender = RamSender(channel, limiter, out.counters, footers=config.peer.send_section_footer)",
-        "sender = out.sender = RamSender(channel, limiter, out.counters, footers=False)", (_SWITCH, _OPTIONS),
+        "section footers off at the source", "trimig/engine/sections/ram.py",
+        "footers=self._config.peer.send_section_footer", "footers=False", (_SWITCH, _OPTIONS),
     ),
     (
         "blocktime always 0", "trimig/engine/destination/postcopy.py",
@@ -121,10 +121,10 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ),
     # -- the source
     (
-        "what the last pass left is forgotten", "trimig/engine/source/switchover.py",
-        "last = [a | b for a, b in zip(last, out.left, strict=True)]", "last = list(last)", (_SWITCH, _CONVERGENCE),
+        "what the last pass left is forgotten", "trimig/engine/sections/ram.py",
+        "written[b.name] | left for", "written[b.name] for", (_SWITCH, _CONVERGENCE),
     ),
-    ("the limit holds while the guest stands still", "trimig/engine/source/switchover.py", "self._limiter.lift()", "pass", (_CONVERGENCE,)),
+    ("the limit holds while the guest stands still", "trimig/engine/source/switchover.py", "out.link.limiter.lift()", "pass", (_CONVERGENCE,)),
     (
         "a paused guest is resumed after a failure", "trimig/engine/source/uncertain.py",
         "    if not out.paused_by_us:\n        return None", "    if False:\n        return None",
@@ -146,8 +146,8 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         (_HANDOVER,),
     ),
     (
-        "pages without memory are looked at, and get some", "trimig/engine/source/precopy.py",
-        "absent = block.absent() if first else None", "absent = None",
+        "pages without memory are looked at, and get some", "trimig/engine/sections/ram.py",
+        "absent = block.absent() if self._first else None", "absent = None",
         (_CONVERGENCE, "tests/engine/test_flow.py", "tests/guests/test_app.py", "tests/engine/test_lifecycle.py"),
     ),
     # -- postcopy
@@ -167,8 +167,8 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ),
     (
         "what the destination has is sent again", "trimig/engine/source/postcopy.py",
-        "unsent = [~handshake.bitmaps[block.name] for block in self._blocks]",
-        "unsent = [handshake.bitmaps[block.name] | True for block in self._blocks]",
+        "unsent = [~handshake.bitmaps[block.name] for block in blocks]",
+        "unsent = [handshake.bitmaps[block.name] | True for block in blocks]",
         ("tests/engine/test_preempt.py", "tests/qmp/test_postcopy.py"),
     ),
     # -- guests and memory

@@ -79,6 +79,15 @@ class ReturnPathReader:
         """The destination is about to be asked which pages of *block* it has."""
         self._decoder.expect_bitmap(block)
 
+    def enter(self, state: ReturnPath, listener: Callable[[Message | None], None] | None = None) -> None:
+        """The migration has come to *state*; *listener* hears what the destination says from here on."""
+        self.state, self.listener = state, listener
+
+    def lose(self, why: TransportFailed) -> None:
+        """Nothing will come any more. An earlier reason stays."""
+        if self.lost is None:
+            self.lost = why
+
     def has_ponged(self, value: int) -> bool:
         """PING(*value*) has been answered."""
         return value in self._pongs

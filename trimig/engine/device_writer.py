@@ -71,23 +71,22 @@ def coming_state(guest: Guest, run_state: str, saved: Sequence[DeviceSection]) -
 
 
 class DeviceSender:
-    """The FULL sections of one attempt, and what follows them.
+    """The FULL sections of one attempt, and what follows them."""
 
-    Args:
-        run_state: the run state before the guest was stopped; the destination brings the guest into it.
-    """
-
-    def __init__(self, guest: Guest, run_state: str, peer: PeerProfile) -> None:
+    def __init__(self, guest: Guest, peer: PeerProfile) -> None:
         self._guest = guest
-        self._run_state = run_state
         self._peer = peer
         self._described: list[Mapping[str, Any]] = []
 
-    def sections(self, saved: Sequence[DeviceSection]) -> bytes:
-        """The FULL sections of the guest's saved devices, with the run state last; without those in front of the memory."""
+    def sections(self, saved: Sequence[DeviceSection], run_state: str) -> bytes:
+        """The FULL sections of the guest's saved devices, with the run state last; without those in front of the memory.
+
+        Args:
+            run_state: the run state before the guest was stopped; the destination brings the guest into it.
+        """
         sections: list[DeviceSection] = list(saved)
         if not isinstance(self._guest, OpaqueGuest) and self._peer.store_global_state:
-            sections.append(globalstate.section(self._run_state))
+            sections.append(globalstate.section(run_state))
         out: list[bytes] = []
         taken = {s.section_id for s in sections}
         number = FIRST_DEVICE_ID

@@ -1,4 +1,4 @@
-"""The source: its phases in their order, in one nursery.
+"""The source: its phases in their order.
 
 The guest runs here until `pause`. With `commit` it is handed over: in precopy the end of the stream is the commit, in
 postcopy the package with the devices, and the memory follows. :mod:`trimig.status` has the statuses.
@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ...channel.channels import Channels
 from ...monitor import blockers
 from ...owner import check_here
 from ...status import Role
 from ..device_writer import profile_of
 from ..outcome import Outcome
+from ..phase import phase
 from .announce import announce
 from .answer import take_refusal
 from .connect import await_first_answer, connect
-from .outcome import conclude, summary, unwind
+from .outcome import conclude, end_unconnected, summary, unwind
 from .outgoing import CommitHook, FenceHook, Outgoing
 from .precopy import copy_passes
 from .switchover import PostcopySwitchover, PrecopySwitchover, Switchover, check_stopped, hold, stop_guest
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from ...guest import Guest
     from ...monitor.core import MonitorCore
     from ...monitor.statistics import Summary
+    from .link import Link
 
 
 async def migrate_stream(
@@ -56,20 +59,20 @@ async def migrate_stream(
         config = dataclasses.replace(config, peer=profile_of(guest, config.peer))
         blockers.check_outgoing(guest)
         monitor.begin(Role.SOURCE, config, guest)
-        return await _run(Outgoing(guest, connections, config, monitor, commit, fence))
+        link = await _connected(guest, connections, config, monitor)
+        return await _run(Outgoing(guest, config, monitor, commit, fence, link))
     finally:
         guest.release()
 
 
 async def _phases(out: Outgoing, nursery: trio.Nursery) -> None:
-    with out.phase("connect"):  # setup
-        await connect(out)
-        _start_children(out, nursery)
+    """The phases behind `connect`."""
+    _start_children(out, nursery)
     with out.phase("announce"):  # setup: header, configuration, list of RAM blocks
-        await announce(out)
+        ram = await announce(out)
     with out.phase("precopy"):  # active: passes over the RAM
         ahead = await copy_passes(out)
-    switch: Switchover = PostcopySwitchover(out) if ahead else PrecopySwitchover(out)
+    switch: Switchover = PostcopySwitchover(out, ram) if ahead else PrecopySwitchover(out)
     with out.phase("drain"):  # active
         await switch.drain()
     with out.phase("pause"):  # device, or pre-switchover: the guest stands still from here on
@@ -85,19 +88,32 @@ async def _phases(out: Outgoing, nursery: trio.Nursery) -> None:
     with out.phase("prepare"):  # device: PING, and the PONG that proves that everything was taken
         await switch.prepare()
     with out.phase("commit"):  # handover
-        await switch.commit(nursery)
+        following = await switch.commit(nursery)
     with out.phase("follow"):  # postcopy-active, -paused, -recover: the memory, if the guest has gone before it
-        await switch.follow()
+        await following.run()
 
 
 def _start_children(out: Outgoing, nursery: trio.Nursery) -> None:
     """The tasks beside the phases. All of them end with the attempt's nursery."""
-    assert out.limiter is not None
-    nursery.start_soon(out.limiter.run, name="trimig.limiter")
-    if out.reader is not None:
-        nursery.start_soon(out.reader.run, name="trimig.return_path")
-        if out.has_return_path:
-            nursery.start_soon(await_first_answer, out, out.reader, name="trimig.first_answer")
+    nursery.start_soon(out.link.limiter.run, name="trimig.limiter")
+    if out.link.asks:
+        nursery.start_soon(out.link.reader.run, name="trimig.return_path")
+    if out.link.answers:
+        nursery.start_soon(await_first_answer, out, name="trimig.first_answer")
+
+
+async def _connected(guest: Guest, connections: Connections, config: Config, monitor: MonitorCore) -> Link:
+    """The phase `connect`, and the end of an attempt that does not come further."""
+    outcome, channels, scope = Outcome(), Channels(), trio.CancelScope()
+    monitor.counters.count_bytes = lambda: channels.sent
+    with outcome.watch(), scope:
+        monitor.control(functools.partial(_cancel, scope), None, channels.cut)
+        if (reason := monitor.cancel_reason) is not None:
+            _cancel(scope, reason)  # by a listener that was told of `setup`, before there was a scope
+        with phase(monitor, "connect"):  # setup
+            return await connect(guest, connections, config, monitor, channels)
+    monitor.control(None, None)
+    return await end_unconnected(monitor, channels, outcome.failure)
 
 
 async def _run(out: Outgoing) -> Summary:
@@ -105,11 +121,13 @@ async def _run(out: Outgoing) -> Summary:
     outcome = Outcome()
     with outcome.watch():
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
-            out.monitor.control(functools.partial(_cancel, nursery), out.retune, out.channels.cut)
+            scope = nursery.cancel_scope
+            out.monitor.control(functools.partial(_cancel, scope), out.retune, out.link.channels.cut)
             if (reason := out.monitor.cancel_reason) is not None:
-                _cancel(nursery, reason)  # by a listener that was told of `setup`, before there was a nursery
+                _cancel(scope, reason)  # since the last checkpoint
+            out.retune()  # a parameter may have changed since the limiter was made
             await _phases(out, nursery)
-            nursery.cancel_scope.cancel("the migration is over")
+            scope.cancel("the migration is over")
     out.monitor.control(None, None)
     # The answer may have come in the same moment as the end of the time for it: it is an answer.
     refusal = take_refusal(out)
@@ -120,5 +138,5 @@ async def _run(out: Outgoing) -> Summary:
     return summary(out)
 
 
-def _cancel(nursery: trio.Nursery, reason: str) -> None:
-    nursery.cancel_scope.cancel(reason)
+def _cancel(scope: trio.CancelScope, reason: str) -> None:
+    scope.cancel(reason)

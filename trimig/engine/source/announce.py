@@ -16,7 +16,7 @@ from ...wire.constants import Command
 from ...wire.marks import PING_MARK
 from .. import guest_calls
 from ..device_writer import UUID_SUBSECTION, early_sections, opening
-from ..ram.sender import RamSender
+from ..sections.ram import RamSection
 
 if TYPE_CHECKING:
     from .outgoing import Outgoing
@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 PING_OPENED: Final = 1
 
 
-async def announce(out: Outgoing) -> None:
-    """Send what stands in front of the pages: header, configuration, the list of RAM blocks. Dirty tracking begins.
+async def announce(out: Outgoing) -> RamSection:
+    """Send what stands in front of the pages: header, configuration, the START of each section. Dirty tracking begins.
+
+    Returns:
+        The RAM, which a switch to postcopy needs by itself.
 
     Raises:
         GuestFailed: the guest's code failed.
@@ -34,37 +37,41 @@ async def announce(out: Outgoing) -> None:
 
     **Cancellation:** the destination has a stream that begins and does not end.
     """
-    config, channel, limiter = out.config, out.channel, out.limiter
-    assert channel is not None
-    assert limiter is not None
-    with guest_calls.guarded("looking at the RAM blocks"):
-        blocks = list(out.guest.ram)
+    config, link, channel = out.config, out.link, out.link.channel
     if config.capabilities.validate_uuid:
         warn_without_uuid(out)
     await channel.send(opening(out.guest, config.peer, validate_uuid=config.capabilities.validate_uuid))
-    if out.reader is not None:
+    if link.asks:
         await channel.send(wire.command(Command.OPEN_RETURN_PATH) + wire.ping(PING_OPENED) + wire.ping(PING_MARK))
     if config.capabilities.postcopy_ram:
         await channel.send(wire_postcopy.advise(wire_postcopy.Advice()))
-    sender = out.sender = RamSender(channel, limiter, out.counters, footers=config.peer.send_section_footer)
+    ram = ram_section(out)
+    out.sections.append(ram)
     early: Sequence[DeviceSection] = ()
     if isinstance(out.guest, OpaqueGuest):
         early = await out.call("saving the devices in front of the memory", out.guest.save_devices)
     if ahead := early_sections(early, "list", config.peer):
         await channel.send(ahead)
-    await sender.start(blocks)
+    for section in out.sections:
+        await section.setup()
     if behind := early_sections(early, "pages", config.peer):
         await channel.send(behind)
-    with guest_calls.guarded("preparing dirty tracking"):
-        tracker = out.tracker = out.guest.dirty_tracker()
-    await out.call("starting dirty tracking", tracker.start)
-    out.counters.dirty_tracking = tracker.method
     out.count_sync()
     out.counters.setup_done = trio.current_time()
     if out.guest.run_state != "running":
         out.counters.transferred_at_pause = 0  # it stands still all the time, as QEMU counts it
     out.counters.convergence = convergence.FIRST_COPY
     await out.advance(Status.ACTIVE)
+    return ram
+
+
+def ram_section(out: Outgoing) -> RamSection:
+    """The section of the guest's RAM. GuestFailed."""
+    with guest_calls.guarded("looking at the RAM blocks"):
+        blocks = list(out.guest.ram)
+    with guest_calls.guarded("preparing dirty tracking"):
+        tracker = out.guest.dirty_tracker()
+    return RamSection(out.link.channel, out.link.limiter, out.config, out.counters, blocks, tracker)
 
 
 def warn_without_uuid(out: Outgoing) -> None:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 def take_refusal(out: Outgoing) -> PeerFailed | None:
     """Act on the answer to the decision, if it has come; without one, the frame finds the outcome uncertain."""
-    code = out.reader.shut if out.reader is not None else None
+    reader = out.link.reader
+    code = reader.shut
     if code is None or out.answered or out.monitor.status is not Status.HANDOVER:
         return None
     out.answered = True
@@ -24,14 +25,24 @@ def take_refusal(out: Outgoing) -> PeerFailed | None:
         complete(out)
         return None
     out.monitor.advance(Status.FAILED)
-    assert out.reader is not None
-    return PeerFailed(f"the destination could not take the guest over (it sent SHUT {code}){out.reader.why}", code=code)
+    return PeerFailed(f"the destination could not take the guest over (it sent SHUT {code}){reader.why}", code=code)
 
 
 def complete(out: Outgoing) -> None:
     """The guest is the destination's. The figures stand before a listener is told."""
-    c = out.counters
-    assert c.paused_at is not None
-    c.downtime = trio.current_time() - c.paused_at
-    out.parts["commit"] = c.downtime - sum(out.parts.values())
+    end_downtime(out)
     out.monitor.advance(Status.COMPLETED)
+
+
+def complete_postcopy(out: Outgoing) -> None:
+    """The destination has the guest, and all of its memory."""
+    out.answered = out.confirmed = True
+    out.counters.remaining = 0
+    out.monitor.advance(Status.COMPLETED)
+
+
+def end_downtime(out: Outgoing) -> None:
+    """The guest does not stand still any more, as far as this side knows."""
+    c = out.counters
+    c.downtime = trio.current_time() - out.stopped_at
+    out.parts["commit"] = c.downtime - sum(out.parts.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -13,55 +13,77 @@ from ...channel.limiter import Limiter
 from ...channel.return_path import ReturnPathReader
 from ...errors import ConfigError, TransportFailed
 from .. import guest_calls
-from .outgoing import SILENT_PEER, Outgoing
+from .link import SILENT_PEER, Link, Ways, one_way
+
+if TYPE_CHECKING:
+    from ...channel.channels import Channels
+    from ...channel.connections import Connections
+    from ...config.config import Config
+    from ...guest import Guest
+    from ...monitor.core import MonitorCore
+    from .outgoing import Outgoing
 
 #: Seconds for the first answer, which takes a round trip: then its absence is told, and then it ends the attempt. A longer
 #: stall timeout lengthens the second one.
 _ANSWER_SECONDS: Final = 5.0
 _ANSWER_MOST_SECONDS: Final = 30.0
 
+_ONE_DIRECTION: Final = "needs a return path, and this transport has one direction only"
 
-async def connect(out: Outgoing) -> None:
+
+async def connect(
+    guest: Guest, connections: Connections, config: Config, monitor: MonitorCore, channels: Channels
+) -> Link:
     """Connect to the destination, and make what reads, limits and counts on that connection.
+
+    Args:
+        channels: the connections become a part of it, also where this fails.
 
     Raises:
         ConfigError: a capability needs answers, and the transport has one direction only.
         TransportFailed: there is no connection.
 
-    **Cancellation:** what was opened is closed at the end of the attempt.
+    **Cancellation:** what was opened is in *channels*.
     """
-    config = out.config
-    out.connections.for_preempt(config)
-    stream = await out.connections.first()
-    channel = out.channel = Channel(stream, stall_timeout=config.stall_timeout)
-    out.channels.add(ChannelKind.MAIN, channel)
-    if config.peer.preempt_pre_7_2:
-        await out.open_preempt()
-    out.limiter = Limiter(channel, out.rate, out.counters)
+    counters, capabilities = monitor.counters, config.capabilities
+    beside = connections.for_preempt(config)
+    stream = await connections.first()
+    channel = Channel(stream, stall_timeout=config.stall_timeout)
+    channels.add(ChannelKind.MAIN, channel)
     with guest_calls.guarded("looking at the RAM blocks"):
-        blocks = list(out.guest.ram)
-    out.counters.total = out.counters.remaining = sum(b.length for b in blocks)
-    if config.capabilities.postcopy_ram and not channel.receives:
-        raise ConfigError(
-            "postcopy needs a return path, and this transport has one direction only", name="postcopy-ram"
+        lengths = {block.name: block.length for block in guest.ram}
+    counters.total = counters.remaining = sum(lengths.values())
+    if not channel.receives and capabilities.postcopy_ram:
+        raise ConfigError(f"postcopy {_ONE_DIRECTION}", name="postcopy-ram")
+    if not channel.receives and capabilities.switchover_ack:
+        raise ConfigError(f"switchover-ack {_ONE_DIRECTION}", name="switchover-ack")
+    asks = (capabilities.return_path or capabilities.postcopy_ram) and channel.receives
+    silent = isinstance(stream, PerhapsSilent) and stream.perhaps_silent
+    if not asks:
+        monitor.warn(
+            one_way("no return path" if channel.receives else "no return path (the transport has one direction only)")
         )
-    if config.capabilities.switchover_ack and not channel.receives:
-        raise ConfigError(
-            "switchover-ack needs a return path, and this transport has one direction only", name="switchover-ack"
-        )
-    if (config.capabilities.return_path or config.capabilities.postcopy_ram) and channel.receives:
-        silent = isinstance(stream, PerhapsSilent) and stream.perhaps_silent
-        lengths = {b.name: b.length for b in blocks}
-        acks = config.capabilities.switchover_ack
-        out.acks = config.peer.switchover_acks if acks else 0
-        out.reader = ReturnPathReader(channel, lengths, perhaps_silent=silent, acks=acks)
-        out.has_return_path = not silent
-    else:
-        why = "" if channel.receives else " (the transport has one direction only)"
-        out.warn_one_way(f"no return path{why}")
+    link = Link(
+        Ways(
+            stall_timeout=config.stall_timeout,
+            lengths=lengths,
+            beside=beside,
+            again=connections.again,
+            acks=config.peer.switchover_acks if asks and capabilities.switchover_ack else 0,
+        ),
+        channels,
+        channel,
+        Limiter(channel, monitor.config.parameters.max_bandwidth, counters),
+        ReturnPathReader(channel, lengths, perhaps_silent=silent, acks=capabilities.switchover_ack),
+        asks=asks,
+        answers=asks and not silent,
+    )
+    if config.peer.preempt_pre_7_2:
+        await link.open_preempt()
+    return link
 
 
-async def await_first_answer(out: Outgoing, reader: ReturnPathReader) -> None:
+async def await_first_answer(out: Outgoing) -> None:
     """A destination answers the first PING before all else. One that has connected and does not is told of, then given up.
 
     Raises:
@@ -69,7 +91,7 @@ async def await_first_answer(out: Outgoing, reader: ReturnPathReader) -> None:
 
     **Cancellation:** no effect.
     """
-    stall = out.config.stall_timeout
+    reader, stall = out.link.reader, out.config.stall_timeout
     most = min(stall, max(_ANSWER_MOST_SECONDS, stall / 2))
     with trio.move_on_after(most) as limit:
         with trio.move_on_after(_ANSWER_SECONDS) as patience:

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from ... import formats
 from ...channel import closing
-from ...errors import GuestNotResumed, MigrationCancelled, Ownership, PeerFailed, TransportFailed, TrimigError
+from ...errors import (
+    GuestNotResumed,
+    InternalError,
+    MigrationCancelled,
+    Ownership,
+    PeerFailed,
+    TransportFailed,
+    TrimigError,
+)
 from ...monitor.statistics import Downtime, Summary
 from ...status import IN_POSTCOPY, Role, Status, end_of
 from ...wire import encoder as wire
 from ...wire.marks import Mark, reason_bytes
-from .. import guest_calls
 from ..outcome import add_to_message, bare, domain_error, judged, lost_by_cancellation
 from . import uncertain
-from .outgoing import SILENT_PEER, Outgoing
+from .link import SILENT_PEER
 
 if TYPE_CHECKING:
-    from ...channel.channel import Channel
+    from ...channel.channels import Channels
+    from ...monitor.core import MonitorCore
+    from .outgoing import Outgoing
 
 log = logging.getLogger("trimig.source")
 
@@ -31,28 +40,31 @@ async def unwind(out: Outgoing, failure: BaseException | None) -> GuestNotResume
     """Guest first, then the connection. Decides by the status who owns the guest, and settles the final status."""
     monitor = out.monitor
     if monitor.status is Status.HANDOVER:
-        assert out.channel is not None
-        monitor.advance(Status.FAILED if out.commit_not_sent(out.channel) else Status.UNCERTAIN)
+        monitor.advance(Status.FAILED if out.commit_not_sent else Status.UNCERTAIN)
     elif failure is not None or monitor.status in IN_POSTCOPY:
-        cancelled = failure is not None and domain_error(failure, monitor.owner) is None
-        if (end := end_of(Role.SOURCE, monitor.status, cancelled=cancelled)) is not None:
-            monitor.advance(end)
+        end_status(monitor, failure)
     guest_failure: GuestNotResumed | None = None
     try:
-        stop_tracking(out)
+        clean_up(out)
         if monitor.owner is Ownership.SOURCE:
             guest_failure = await uncertain.resume_here(out)
     finally:
-        if out.channel is not None:
-            await give_reason(out, out.channel, failure)
-        await out.channels.close(out.config.teardown_grace if monitor.status is Status.COMPLETED else 0.0)
+        await give_reason(out, failure)
+        await out.link.channels.close(out.config.teardown_grace if monitor.status is Status.COMPLETED else 0.0)
     return guest_failure
 
 
-async def give_reason(out: Outgoing, channel: Channel, failure: BaseException | None) -> None:
+def end_status(monitor: MonitorCore, failure: BaseException | None) -> None:
+    """The status of an attempt that ended with *failure*, before its outcome is reported."""
+    cancelled = failure is not None and domain_error(failure, monitor.owner) is None
+    if (end := end_of(Role.SOURCE, monitor.status, cancelled=cancelled)) is not None:
+        monitor.advance(end)
+
+
+async def give_reason(out: Outgoing, failure: BaseException | None) -> None:
     """Tell a destination that is a trimig why nothing more will come, where the stream can be brought to a boundary."""
-    reader, sender = out.reader, out.sender
-    if out.monitor.owner is not Ownership.SOURCE or reader is None or not reader.marked or sender is None:
+    channel = out.link.channel
+    if out.monitor.owner is not Ownership.SOURCE or not out.link.reader.marked:
         return
     error = domain_error(failure, out.monitor.owner) if failure is not None else None
     if isinstance(error, PeerFailed | TransportFailed) or (rest := channel.mend()) is None:
@@ -60,25 +72,24 @@ async def give_reason(out: Outgoing, channel: Channel, failure: BaseException | 
     text = (
         str(error) if error is not None else f"it was cancelled: {out.monitor.cancel_reason or 'no reason was given'}"
     )
-    last = rest + sender.boundary + wire.command(Mark.REASON, reason_bytes(text))
+    boundary = b"".join(section.boundary for section in out.sections)
+    last = rest + boundary + wire.command(Mark.REASON, reason_bytes(text))
     await closing.farewell(channel, last, min(_REASON_SECONDS, out.config.teardown_grace))
 
 
-def stop_tracking(out: Outgoing) -> None:
-    if out.tracker is None:
-        return
-    try:
-        with guest_calls.guarded("ending the dirty tracking"):
-            out.tracker.stop()
-    except TrimigError as error:
-        out.monitor.warn(str(error))  # the guest goes first, also where this fails
+def clean_up(out: Outgoing) -> None:
+    for section in out.sections:
+        try:
+            section.cleanup()
+        except TrimigError as error:
+            out.monitor.warn(str(error))  # the guest goes first, also where this fails
 
 
 async def conclude(out: Outgoing, failure: BaseException | None, guest_failure: GuestNotResumed | None) -> None:
     """Raise what is to be raised; the final status is set on the way. Returns for a migration that succeeded."""
     monitor = out.monitor
     error = domain_error(failure, monitor.owner) if failure is not None else None
-    if isinstance(error, TransportFailed) and out.has_return_path and out.reader is not None and not out.reader.heard:
+    if isinstance(error, TransportFailed) and out.link.is_silent:
         add_to_message(error, SILENT_PEER)
     if monitor.status is Status.COMPLETED and error is not None:
         monitor.warn(f"the guest was handed over; behind that: {error}")
@@ -92,24 +103,43 @@ async def conclude(out: Outgoing, failure: BaseException | None, guest_failure: 
             monitor.advance(Status.FAILED)
         out.counters.error = str(guest_failure)
         raise guest_failure
-    if monitor.status is Status.CANCELLING:
-        monitor.advance(Status.CANCELLED)
-        if error is None and monitor.cancel_reason is not None:
-            error = MigrationCancelled(monitor.cancel_reason)
-        elif error is not None:
-            out.counters.error = str(error)
-        if error is None:
-            assert failure is not None
-            raise bare(failure)
-        raise error
     if error is None and failure is None and monitor.status is Status.FAILED:
         error = TransportFailed(
             f"the transport took nothing of the decision within {formats.duration(out.config.handover_timeout)}"
         )
+    raise_outcome(monitor, error, failure)
+
+
+async def end_unconnected(monitor: MonitorCore, channels: Channels, failure: BaseException | None) -> NoReturn:
+    """The end of an attempt that has not come to a connection: the guest was not touched.
+
+    **Cancellation:** held off.
+    """
+    if failure is not None:
+        end_status(monitor, failure)
+    await channels.close()
+    raise_outcome(monitor, domain_error(failure, monitor.owner) if failure is not None else None, failure)
+    raise InternalError("the attempt ended without a connection and without an error")
+
+
+def raise_outcome(monitor: MonitorCore, error: TrimigError | None, failure: BaseException | None) -> None:
+    """Raise what an attempt that is not uncertain comes to; the last status is set on the way. Returns if that is nothing.
+
+    Args:
+        error: what *failure* means; None for cancellation, or no failure.
+    """
+    counters = monitor.counters
+    if monitor.status is Status.CANCELLING:
+        monitor.advance(Status.CANCELLED)
+        if error is not None:
+            counters.error = str(error)
+            raise error
+        if monitor.cancel_reason is not None:
+            raise MigrationCancelled(monitor.cancel_reason)
     error = error or lost_by_cancellation(failure, monitor.status)
     if error is not None:
         error = judged(error, monitor.status)
-        out.counters.error = str(error)
+        counters.error = str(error)
         raise error
     if failure is not None:
         raise bare(failure)
@@ -119,12 +149,11 @@ def summary(out: Outgoing) -> Summary:
     c = out.counters
     for text in c.warnings:
         log.warning("%s", text)
-    assert c.finished is not None
     return Summary(
         role=Role.SOURCE,
         confirmed=out.confirmed,
         prepared=out.prepared,
-        total_time=c.finished - c.started,
+        total_time=out.monitor.statistics().elapsed,
         setup_time=(c.setup_done or c.started) - c.started,
         downtime=c.downtime or 0.0,
         downtime_parts=dataclasses.replace(Downtime(), **out.parts),

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+import math
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
-from ...channel.channel import Channel
-from ...channel.channels import ChannelKind, Channels
 from ...errors import Ownership
 from ...guest import CountingGuest
 from .. import guest_calls
 from ..phase import phase
 
 if TYPE_CHECKING:
-    from ...channel.connections import Connections
-    from ...channel.limiter import Limiter
-    from ...channel.return_path import ReturnPathReader
     from ...config.config import Config
-    from ...guest import DirtyTracker, Guest, PageBitmap
+    from ...guest import Guest
     from ...monitor.core import MonitorCore
     from ...status import Status
-    from ..ram.sender import RamSender
+    from ..sections import SectionHandler
+    from .link import Link
 
 T = TypeVar("T")
 
@@ -32,15 +29,12 @@ CommitHook = Callable[[], Awaitable[None]]
 #: Finds out, or forces, who owns the guest when the answer did not come.
 FenceHook = Callable[[], Awaitable[Ownership]]
 
-#: The likely reason if a destination has connected and says nothing at all.
-SILENT_PEER: Final = "with multifd on there it waits for further connections, so turn multifd off there"
-
 #: Phases in which the guest stands still -> their part of the downtime.
 _DOWNTIME: Final = {"pause": "pause", "hold": "held", "rest": "ram", "devices": "devices", "prepare": "prepare"}
 
 
 class Outgoing:
-    """One outgoing migration. A phase sets what later phases, and the end of the attempt, need.
+    """One outgoing migration that is connected, and the facts that the end of the attempt needs.
 
     Args:
         commit: called before the decision is sent.
@@ -50,49 +44,31 @@ class Outgoing:
     def __init__(
         self,
         guest: Guest,
-        connections: Connections,
         config: Config,
         monitor: MonitorCore,
         commit: CommitHook | None,
         fence: FenceHook | None,
+        link: Link,
     ) -> None:
         self.guest = guest
-        self.connections = connections
         self.config = config
         self.monitor = monitor
         self.counters = monitor.counters
         self.commit_hook = commit
         self.fence_hook = fence
-        self.channels = Channels()
-        self.counters.count_bytes = lambda: self.channels.sent
-        # set by `connect`
-        self.channel: Channel | None = None
-        #: The second connection of postcopy-preempt.
-        self.preempt: Channel | None = None
-        self.limiter: Limiter | None = None
-        self.reader: ReturnPathReader | None = None
-        #: The destination answers. A reader alone does not show that: a stream may be stored at the other end.
-        self.has_return_path = False
-        #: SWITCHOVER_ACK messages that the switchover waits for.
-        self.acks = 0
-        # set by `announce`
-        #: Writes the RAM of the first connection.
-        self.sender: RamSender | None = None
-        self.tracker: DirtyTracker | None = None
-        # set by `precopy`
-        #: Pages that the last pass left, by block.
-        self.left: Sequence[PageBitmap] = ()
-        # set before a switch to postcopy
-        #: The id of this attempt, once the destination has been told it.
-        self.attempt: bytes | None = None
-        # set by `pause`
+        self.link = link
+        #: The iterative sections that the stream has begun.
+        self.sections: list[SectionHandler] = []
+        #: The id of this attempt; empty until the destination has been told it, which is for a switch to postcopy.
+        self.attempt = b""
         #: The guest was asked to pause, so it must be resumed if it stays here.
         self.paused_by_us = False
-        #: The run state that the guest is to have at the destination.
+        #: The run state that the guest is to have at the destination; empty until it is stopped.
         self.run_state = ""
+        #: When the guest was asked to pause, on trio's clock; infinity until then.
+        self.stopped_at = math.inf
         #: How often the guest had been started when it was stopped, if it counts that.
         self.starts = 0
-        # set by `prepare` and `commit`
         self.prepared = False
         self.in_postcopy = False
         #: Bytes that the transport had taken before it was given the byte that decides.
@@ -121,18 +97,7 @@ class Outgoing:
 
     def retune(self) -> None:
         """A parameter has changed: the limiter follows."""
-        if self.limiter is not None:
-            self.limiter.set_rate(self.rate)
-
-    async def open_preempt(self) -> None:
-        """Open the second connection of postcopy-preempt, if it is on and not there. TransportFailed, ConfigError.
-
-        **Cancellation:** there is none.
-        """
-        beside = self.connections.for_preempt(self.config)
-        if beside is not None and not self.channels.has(ChannelKind.PREEMPT):
-            self.preempt = Channel(await beside(), stall_timeout=self.config.stall_timeout)
-            self.channels.add(ChannelKind.PREEMPT, self.preempt)
+        self.link.limiter.set_rate(self.rate)
 
     async def call(self, what: str, function: Callable[[], Awaitable[T]]) -> T:
         """The result of a call into the guest's code, which *what* names in the error. GuestFailed.
@@ -149,6 +114,15 @@ class Outgoing:
         await trio.lowlevel.checkpoint_if_cancelled()
         self.monitor.advance(status)
 
+    async def find_pending(self) -> None:
+        """Find what all sections still have to send: the counter `remaining`. GuestFailed.
+
+        **Cancellation:** see :meth:`trimig.engine.sections.SectionHandler.find_pending`.
+        """
+        pending = [await section.find_pending() for section in self.sections]
+        self.count_sync()
+        self.counters.remaining = sum(pending)
+
     def count_sync(self) -> None:
         """Dirty pages have been asked for once more."""
         self.counters.dirty_sync_count += 1
@@ -158,10 +132,8 @@ class Outgoing:
         """How often the guest has been started; 0 if it does not count that."""
         return self.guest.starts if isinstance(self.guest, CountingGuest) else 0
 
-    def warn_one_way(self, what: str) -> None:
-        """Warn that the destination cannot answer, because of *what*."""
-        self.monitor.warn(f"{what}: the destination cannot confirm that it has the guest, nor refuse it")
-
-    def commit_not_sent(self, channel: Channel) -> bool:
+    @property
+    def commit_not_sent(self) -> bool:
         """No byte of the commit has left, so the destination cannot own the guest."""
+        channel = self.link.channel
         return channel.sent <= self.commit_offset and not channel.unsure

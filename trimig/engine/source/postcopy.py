@@ -19,11 +19,8 @@ import numpy as np
 import trio
 
 from ... import formats
-from ...channel.channel import AnyStream, Channel
-from ...channel.channels import ChannelKind
-from ...channel.return_path import ReturnPathReader
 from ...errors import Ownership, PostcopyLost, RemoteProtocolError, TransportFailed, TrimigError
-from ...guest import PAGE_SIZE, PageBitmap, RamBlock
+from ...guest import PAGE_SIZE
 from ...policy.page_order import PageOrder
 from ...status import ReturnPath, Status
 from ...wire import encoder as wire
@@ -34,15 +31,15 @@ from ...wire.postcopy import runs_of
 from ...wire.return_path import Message, PageRequest, Pong, ReceivedPages, ResumeAck, Shut
 from ..order import PING_LOADED, PING_RUNS
 from ..ram.postcopy_sender import PostcopySender
-from ..ram.sender import RamSender
 from ..recovery import Search
 from ..shield import lift_shield, shield
 from . import uncertain
-from .answer import take_refusal
+from .answer import complete_postcopy, take_refusal
 
 if TYPE_CHECKING:
-    from ...channel.connections import Connections
-    from ...channel.limiter import Limiter
+    from ...channel.channel import AnyStream
+    from ...guest import PageBitmap, RamBlock
+    from ..sections.ram import RamSection
     from .outgoing import Outgoing
 
 #: PING values, QEMU's: behind the discards, behind the package.
@@ -50,49 +47,23 @@ PING_DISCARDED: Final = 2
 PING_FOLLOWED: Final = 4
 
 
-def at_least_one(unsent: list[PageBitmap]) -> list[PageBitmap]:
-    """*unsent*, by block; where nothing is left to follow the guest, with one page that goes a second time.
-
-    A QEMU that was told no DISCARD makes LISTEN the first one, and then refuses RUN: the guest would be lost.
-    """
-    if unsent and not any(bitmap.any() for bitmap in unsent):
-        max(unsent, key=len)[-1:] = True
-    return unsent
-
-
 class PostcopySource:
     """The memory of a guest that has gone ahead.
 
     Args:
-        out: the migration; its channel and reader are those of the first connection.
         nursery: of the attempt, shielded.
-        unsent: by block.
-        connections: makes others.
+        ram: knows what has not been sent.
     """
 
-    def __init__(
-        self,
-        out: Outgoing,
-        nursery: trio.Nursery,
-        records: RamSender,
-        limiter: Limiter,
-        blocks: Sequence[RamBlock],
-        unsent: Sequence[PageBitmap],
-        connections: Connections,
-    ) -> None:
-        assert out.channel is not None
-        assert out.reader is not None
+    def __init__(self, out: Outgoing, nursery: trio.Nursery, ram: RamSection) -> None:
         self._out = out
+        self._link = out.link
         self._monitor = out.monitor
         self._config = out.config
         self._counters = out.counters
         self._nursery = nursery
-        self._channel = out.channel
-        self._reader = out.reader
-        self._records = records
-        self._limiter = limiter
-        self._blocks = tuple(blocks)
-        self._search = Search(self._monitor, self._config, connections.again, listens=False)
+        self._ram = ram
+        self._search = Search(self._monitor, self._config, out.link.ways.again, listens=False)
         self._scope: trio.CancelScope | None = None
         self._why: str | None = None
         self._all_sent = False
@@ -101,20 +72,19 @@ class PostcopySource:
         self._handshake = _Handshake(())  # the first connection begins without
         self._least = math.inf  # pages that the destination lacked at the last handshake
         self._news = trio.Event()
-        self._sender = self._sender_of(PageOrder([bitmap.copy() for bitmap in unsent]))
+        self._sender = self._sender_of(PageOrder([bitmap.copy() for bitmap in ram.unsent]))
 
     def _sender_of(self, order: PageOrder) -> PostcopySender:
         self._order = order
-        preempt = self._out.preempt
-        return PostcopySender(self._channel, self._records, self._limiter, self._blocks, order, self._counters, preempt)
+        link, ram = self._link, self._ram
+        return PostcopySender(link.channel, ram.sender, link.limiter, ram.blocks, order, self._counters, link.preempt)
 
     def begin(self) -> None:
         """Hear what is asked for: from the package on, the guest's first accesses come."""
         self._hear(ReturnPath.FOLLOWING)
 
     def _hear(self, state: ReturnPath) -> None:
-        self._reader.state = state
-        self._reader.listener = self._heard
+        self._link.reader.enter(state, self._heard)
 
     async def run(self) -> None:
         """Until the destination has said that it has everything.
@@ -131,26 +101,23 @@ class PostcopySource:
             if self._release and not self._once_sent:
                 raise PostcopyLost(f"{why}; it cannot be recovered, because release-ram has given the sent memory back")
             await self._recover()
-        c, out = self._counters, self._out
-        out.answered = out.confirmed = True
-        c.remaining = 0
-        self._monitor.advance(Status.COMPLETED)
+        complete_postcopy(self._out)
 
     # -- one connection ------------------------------------------------------------------------------------------------
 
     async def _send(self) -> str | None:
         """Send the rest; None if the destination has it all, otherwise why this connection is of no use any more."""
-        config = self._config
+        config, reader = self._config, self._link.reader
         unanswered = self._monitor.status is Status.HANDOVER
         with self._connected(config.handover_timeout if unanswered else None) as scope:
             await self._sender.run()
-            await self._records.end([])
-            await self._channel.send(wire.end_of_stream())
+            await self._ram.sender.end([])
+            await self._link.channel.send(wire.end_of_stream())
             self._all_sent = True
             self._monitor.interrupt(None)  # nothing is left to be taken up again: only the last word is to come
             scope.deadline = trio.current_time() + config.handover_timeout
-            await self._reader.wait_answer()
-        match self._reader.shut:
+            await reader.wait_answer()
+        match reader.shut:
             case None:
                 pass
             case 0 if self._all_sent:
@@ -160,8 +127,8 @@ class PostcopySource:
             case code:
                 if (refusal := take_refusal(self._out)) is not None:
                     raise refusal
-                return f"the destination reported an error (it sent SHUT {code}){self._reader.why}"
-        return self._why or str(self._reader.lost or f"no answer came for {formats.duration(config.handover_timeout)}")
+                return f"the destination reported an error (it sent SHUT {code}){reader.why}"
+        return self._why or str(reader.lost or f"no answer came for {formats.duration(config.handover_timeout)}")
 
     @contextlib.contextmanager
     def _connected(self, seconds: float | None) -> Iterator[trio.CancelScope]:
@@ -172,7 +139,7 @@ class PostcopySource:
             with trio.CancelScope() as self._scope:
                 if seconds is not None:
                     self._scope.deadline = trio.current_time() + seconds
-                if self._reader.lost is not None:
+                if self._link.reader.lost is not None:
                     self._scope.cancel("the connection was lost")
                 yield self._scope
         except (TransportFailed, RemoteProtocolError) as error:
@@ -190,7 +157,9 @@ class PostcopySource:
         """Take what the destination says. RemoteProtocolError if it is not its time for that: then it is paused."""
         match message:
             case PageRequest():
-                if self._reader.state is ReturnPath.RECOVERING:  # a fault that was read between the two connections
+                if (
+                    self._link.reader.state is ReturnPath.RECOVERING
+                ):  # a fault that was read between the two connections
                     self._handshake.hold(message)
                 else:
                     self._sender.request(message)
@@ -224,15 +193,14 @@ class PostcopySource:
     async def _lost(self, why: str) -> None:
         """The connection is gone. The owner of the guest follows from how far it came."""
         monitor, out = self._monitor, self._out
-        if self._reader.lost is None:
-            self._reader.lost = TransportFailed(why)  # before it sees nothing but its own end closed
+        self._link.reader.lose(TransportFailed(why))  # before it sees nothing but its own end closed
         self._search.paused(why)
         self._once_sent = self._once_sent or not self._order.remaining
-        self._limiter.rest()
-        await out.channels.close()
+        self._link.limiter.rest()
+        await self._link.channels.close()
         self._counters.error = why
         if monitor.status is Status.HANDOVER:
-            if out.commit_not_sent(self._channel):
+            if out.commit_not_sent:
                 raise TransportFailed(f"{why}; the guest cannot have reached the destination")
             monitor.advance(Status.POSTCOPY_UNCERTAIN)
             await self._ask_fence(why)
@@ -273,35 +241,32 @@ class PostcopySource:
 
     async def _shake_hands(self, stream: AnyStream) -> str | None:
         """Find out over a new connection what is missing; None if that is known now, otherwise what went wrong."""
-        monitor, config, parameters = self._monitor, self._config, self._monitor.config.parameters
+        monitor, config, link, blocks = self._monitor, self._config, self._link, self._ram.blocks
         if monitor.status is Status.POSTCOPY_PAUSED:
             monitor.advance(Status.POSTCOPY_RECOVER)
-        channel = self._channel = self._out.channel = Channel(stream, stall_timeout=config.stall_timeout)
-        self._out.channels.add(ChannelKind.MAIN, channel)
-        reader = ReturnPathReader(channel, {b.name: b.length for b in self._blocks})
-        self._reader = self._out.reader = reader
-        handshake = self._handshake = _Handshake(self._blocks)
+        link.replace(stream, self._out.rate)
+        channel, reader = link.channel, link.reader
+        handshake = self._handshake = _Handshake(blocks)
         self._hear(ReturnPath.RECOVERING)
-        self._limiter.move_to(channel, parameters.max_postcopy_bandwidth)
-        self._records = RamSender(channel, self._limiter, self._counters, footers=config.peer.send_section_footer)
+        self._ram.move_to(channel)
         if not (channel.sends and channel.receives):
-            reader.lost = TransportFailed("this transport has one direction only, and postcopy needs both")
+            reader.lose(TransportFailed("this transport has one direction only, and postcopy needs both"))
             return str(reader.lost)
         self._nursery.start_soon(reader.run, name="trimig.return_path")
         seconds = min(config.handover_timeout, self._search.deadline - trio.current_time())
         with self._connected(seconds):
             if config.peer.preempt_pre_7_2:
-                await self._out.open_preempt()
-            if (attempt := self._out.attempt) is not None:
+                await link.open_preempt()
+            if attempt := self._out.attempt:
                 await channel.send(wire.ping(PING_MARK) + wire.command(Mark.ATTEMPT, attempt))
-            for block in self._blocks:
+            for block in blocks:
                 reader.expect_bitmap(block.name)
                 await channel.send(wire.command(Command.RECV_BITMAP, cstr(block.name)))
             while not handshake.complete:
                 await self._news.wait()
             if not config.peer.preempt_pre_7_2:
-                await self._out.open_preempt()
-            unsent = [~handshake.bitmaps[block.name] for block in self._blocks]
+                await link.open_preempt()
+            unsent = [~handshake.bitmaps[block.name] for block in blocks]
             # A page may be asked for in the same moment as the answer comes.
             order = PageOrder(unsent)
             missing = order.remaining
@@ -309,7 +274,7 @@ class PostcopySource:
                 raise PostcopyLost(f"{missing} pages are missing there, and release-ram has given them back here")
             self._sender = self._sender_of(order)
             self._counters.remaining = missing * PAGE_SIZE
-            reader.state = ReturnPath.RESUMING
+            reader.enter(ReturnPath.RESUMING, self._heard)
             for request in handshake.held():
                 self._sender.request(request)
             await channel.send(wire.command(Command.POSTCOPY_RESUME))
@@ -325,8 +290,9 @@ class PostcopySource:
         return None
 
     def _no_handshake(self, seconds: float) -> str:
-        if self._reader.shut is not None:
-            return f"the destination ended the recovery (it sent SHUT {self._reader.shut}){self._reader.why}"
+        reader = self._link.reader
+        if reader.shut is not None:
+            return f"the destination ended the recovery (it sent SHUT {reader.shut}){reader.why}"
         return f"the handshake of the recovery took longer than {formats.duration(seconds)}"
 
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
 import trio
 
 from ...errors import NotConverging
-from ...guest import PAGE_SIZE, PageBitmap
-from ...memory.tracking import snapshot_of
 from ...policy import convergence
 from ...policy.eta import Stall
 from ...policy.rate import WINDOW
-from .. import guest_calls
 
 if TYPE_CHECKING:
+    from ...config.config import Config
     from .outgoing import Outgoing
 
 #: Seconds for the first answer of a destination that may be none; the guest runs meanwhile.
@@ -32,35 +28,23 @@ async def copy_passes(out: Outgoing) -> bool:
     Returns:
         Whether the guest is to go before its memory: postcopy was asked for, and the rest is not small.
     """
-    c, blocks = out.counters, list(out.guest.ram)
-    todo: list[PageBitmap] = [np.ones(b.length // PAGE_SIZE, np.bool_) for b in blocks]
-    first, stall = True, Stall()
-    assert out.sender is not None
-    assert out.tracker is not None
+    c, stall = out.counters, Stall()
     while True:
         c.iteration += 1
         began, sent = trio.current_time(), delivered(out)
-        left: list[PageBitmap | None] = []
-        for block, bitmap in zip(blocks, todo, strict=True):
-            with guest_calls.guarded("looking at the guest's memory"):
-                pages = snapshot_of(out.tracker, block)
-                absent = block.absent() if first else None
-            left.append(await out.sender.send_pass(block, pages, bitmap, absent, lambda: postcopy_begins(out)))
+        for section in out.sections:
+            await section.iterate(lambda: postcopy_begins(out))
         moved, busy = delivered(out) - sent, max(trio.current_time() - began, 1e-6)
-        if first:
-            first, c.first_copy_done = False, True
+        if not c.first_copy_done:
+            c.first_copy_done = True
             await wait_first_answer(out)
-        todo = in_order(out, await out.call("finding dirty pages", out.tracker.sync))
-        todo = [a if b is None else a | b for a, b in zip(todo, left, strict=True)]
-        out.count_sync()
+        await out.find_pending()
         now = trio.current_time()
-        c.remaining = sum(int(np.count_nonzero(bitmap)) for bitmap in todo) * PAGE_SIZE
         c.dirty_rate = c.remaining / max(now - began, 1e-6)
         if not c.bandwidth or busy < 0.1 or c.iteration == 1:
             # Before the first whole window the pass itself is the best measurement there is.
             c.bandwidth = max(c.bandwidth, moved / busy)
-        out.left = todo
-        if decide(out, stall, now, moved) is convergence.Decision.SWITCH_OVER:
+        if decide(out, progress_of(out, stall, now), stall, moved) is convergence.Decision.SWITCH_OVER:
             return False
         if postcopy_begins(out):
             return True
@@ -75,15 +59,14 @@ def postcopy_begins(out: Outgoing) -> bool:
 
 def switchover_allowed(out: Outgoing) -> bool:
     """The destination has allowed the switchover, or is not asked."""
-    return out.reader is None or out.reader.acks >= out.acks
+    return out.link.reader.acks >= out.link.ways.acks
 
 
 async def wait_allowed(out: Outgoing) -> None:
     """Where nothing but that is missing: a pass now would find nothing to do."""
     if not switchover_allowed(out) and out.counters.convergence is convergence.NOT_ALLOWED:
-        assert out.reader is not None
         with trio.move_on_after(WINDOW):
-            await out.reader.wait_acks(out.acks)
+            await out.link.reader.wait_acks(out.link.ways.acks)
 
 
 async def wait_first_answer(out: Outgoing) -> None:
@@ -91,41 +74,40 @@ async def wait_first_answer(out: Outgoing) -> None:
 
     A destination that must answer and does not ends the attempt (:func:`.connect.await_first_answer`); another one is given a moment.
     """
-    if out.reader is not None:
-        with trio.move_on_after(math.inf if out.has_return_path else SILENCE_SECONDS):
-            await out.reader.wait_life()
+    if out.link.asks:
+        with trio.move_on_after(math.inf if out.link.answers else SILENCE_SECONDS):
+            await out.link.reader.wait_life()
 
 
 async def drain_before_pass(out: Outgoing) -> None:
     """Before another pass: what fills the transport must go first, and a pass now would find nothing to do."""
-    assert out.channel is not None
-    seconds = out.channel.backlog() / out.counters.bandwidth if out.counters.bandwidth else 0.0
+    seconds = out.link.channel.backlog() / out.counters.bandwidth if out.counters.bandwidth else 0.0
     if seconds > out.monitor.config.parameters.downtime_limit / 1000:
         await trio.sleep(min(seconds, WINDOW))
 
 
 def delivered(out: Outgoing) -> int:
-    assert out.channel is not None
-    return out.channel.sent - out.channel.backlog()
+    return out.link.channel.sent - out.link.channel.backlog()
 
 
-def in_order(out: Outgoing, written: Mapping[str, PageBitmap]) -> list[PageBitmap]:
-    return [written[b.name] for b in out.guest.ram]
-
-
-def decide(out: Outgoing, stall: Stall, now: float, moved: int) -> convergence.Decision:
-    c, config = out.counters, out.monitor.config
-    progress = convergence.Progress(
+def progress_of(out: Outgoing, stall: Stall, now: float) -> convergence.Progress:
+    """The measurements behind a pass."""
+    c = out.counters
+    return convergence.Progress(
         remaining=c.remaining,
         bandwidth=c.bandwidth,
         iteration=c.iteration,
         elapsed=now - c.started,
         dirty_rate=c.dirty_rate,
-        queued=out.channel.backlog() if out.channel is not None else 0,
+        queued=out.link.channel.backlog(),
         least=stall.least,
-        switchover_bandwidth=config.parameters.avail_switchover_bandwidth,
+        switchover_bandwidth=out.monitor.config.parameters.avail_switchover_bandwidth,
     )
-    bounds = convergence.Bounds(
+
+
+def bounds_of(config: Config) -> convergence.Bounds:
+    """What the caller allows."""
+    return convergence.Bounds(
         downtime_limit=config.parameters.downtime_limit / 1000,
         max_bandwidth=config.parameters.max_bandwidth,
         max_iterations=config.max_iterations,
@@ -133,18 +115,30 @@ def decide(out: Outgoing, stall: Stall, now: float, moved: int) -> convergence.D
         switch_over=config.on_bound == "switchover",
         postcopy=config.capabilities.postcopy_ram,
     )
+
+
+def decide(out: Outgoing, progress: convergence.Progress, stall: Stall, moved: int) -> convergence.Decision:
+    """Whether another pass follows, by the policy; the figures and the listeners are told why.
+
+    Args:
+        moved: bytes of the last pass.
+
+    Raises:
+        NotConverging: a bound was reached.
+    """
+    c, bounds = out.counters, bounds_of(out.monitor.config)
+    why, decision = convergence.explain(progress, bounds), convergence.decide(progress, bounds)
+    over = convergence.reached(progress, bounds)
+    ready = decision is convergence.Decision.SWITCH_OVER
+    if (ready or out.monitor.postcopy_wanted) and not switchover_allowed(out):
+        why = convergence.NOT_ALLOWED
+    if ready and not switchover_allowed(out):
+        decision = convergence.Decision.GIVE_UP if over is not None else convergence.Decision.ITERATE
+    c.convergence = why
     c.expected_downtime = convergence.expected_downtime(progress)
     if c.dirty_rate and moved > TELLING_BYTES:
         c.shown_downtime = c.expected_downtime
     c.chase = max(c.chase, convergence.chase(progress, bounds))
-    why = c.convergence = convergence.explain(progress, bounds)
-    decision = convergence.decide(progress, bounds)
-    ready = decision is convergence.Decision.SWITCH_OVER
-    if (ready or out.monitor.postcopy_wanted) and not switchover_allowed(out):
-        why = c.convergence = convergence.NOT_ALLOWED
-    if ready and not switchover_allowed(out):
-        over = convergence.reached(progress, bounds) is not None
-        decision = convergence.Decision.GIVE_UP if over else convergence.Decision.ITERATE
     out.monitor.emit(
         "PASS", iteration=c.iteration, sent=c.transferred, remaining=c.remaining, dirty_rate=c.dirty_rate,
         bandwidth=c.bandwidth, expected_downtime=c.expected_downtime,
@@ -152,8 +146,7 @@ def decide(out: Outgoing, stall: Stall, now: float, moved: int) -> convergence.D
     if stall.passed(c.remaining) and decision is convergence.Decision.ITERATE and not why.converging:
         out.monitor.warn(convergence.stalled(why))
     if decision is convergence.Decision.GIVE_UP:
-        bound = convergence.reached(progress, bounds)
         raise NotConverging(
-            f"no convergence within {bound}: {convergence.sentence(why)}", reason=why.reason, advice=why.advice
+            f"no convergence within {over}: {convergence.sentence(why)}", reason=why.reason, advice=why.advice
         )
     return decision

@@ -6,14 +6,11 @@ import math
 import secrets
 from typing import TYPE_CHECKING, Final, Protocol
 
-import numpy as np
 import trio
 
 from ... import formats
-from ...channel.channel import Channel, Delivering
+from ...channel.channel import Delivering
 from ...errors import GuestFailed, TransportFailed, TrimigError
-from ...guest import PAGE_SIZE, PageBitmap
-from ...memory.tracking import snapshot_of
 from ...policy.rate import WINDOW
 from ...status import ReturnPath, Status
 from ...wire import encoder as wire
@@ -23,16 +20,25 @@ from ...wire.marks import ATTEMPT_BYTES, Mark
 from ..device_writer import DeviceSender, coming_state
 from ..order import PING_LOADED, PING_RUNS
 from ..shield import lift_shield, shield
-from .answer import complete, take_refusal
-from .postcopy import PING_DISCARDED, PING_FOLLOWED, PostcopySource, at_least_one
-from .precopy import in_order
+from .answer import complete, end_downtime, take_refusal
+from .link import one_way
+from .postcopy import PING_DISCARDED, PING_FOLLOWED, PostcopySource
 
 if TYPE_CHECKING:
+    from ...channel.channel import Channel
+    from ..sections.ram import RamSection
     from .outgoing import Outgoing
 
 #: PING values that only a trimig sends: the proof of `prepare`, and that of the pages that wait in front of postcopy.
 PING_PREPARE: Final = 0x74726967
 PING_QUEUED: Final = 0x74726971
+
+
+class Following(Protocol):
+    """What follows the guest."""
+
+    async def run(self) -> None:
+        """Send it, until the destination has it."""
 
 
 class Switchover(Protocol):
@@ -50,21 +56,17 @@ class Switchover(Protocol):
     async def prepare(self) -> None:
         """Wait for the proof that the destination has taken everything so far, if it can give one."""
 
-    async def commit(self, nursery: trio.Nursery) -> None:
+    async def commit(self, nursery: trio.Nursery) -> Following:
         """Hand the guest over. In precopy the answer is there on return; in postcopy the commit has been sent."""
-
-    async def follow(self) -> None:
-        """Send what follows the guest."""
 
 
 class PrecopySwitchover:
     """All memory is sent, then the end of the stream is the commit."""
 
     def __init__(self, out: Outgoing) -> None:
-        assert out.channel is not None
-        assert out.limiter is not None
-        self._out, self._channel, self._limiter = out, out.channel, out.limiter
-        self._devices: DeviceSender | None = None
+        self._out = out
+        self._channel = out.link.channel
+        self._devices = DeviceSender(out.guest, out.config.peer)
 
     async def drain(self) -> None:
         """Nothing.
@@ -78,46 +80,44 @@ class PrecopySwitchover:
         **Cancellation:** the guest is resumed by the end of the attempt; this is so until the commit.
         """
         out = self._out
-        assert out.sender is not None
-        assert out.tracker is not None
-        self._limiter.lift()
-        last = await _last_pages(out)
+        out.link.limiter.lift()
+        await out.find_pending()
         await _announce(out, self._channel)
-        tracker = out.tracker
-        await out.sender.end([(b, snapshot_of(tracker, b), d) for b, d in zip(out.guest.ram, last, strict=True)])
+        for section in out.sections:
+            await section.complete()
 
     async def send_devices(self) -> None:
         """Send the devices.
 
         **Cancellation:** as for the rest.
         """
-        out = self._out
-        self._devices = DeviceSender(out.guest, out.run_state, out.config.peer)
-        saved = await out.call("saving the devices", out.guest.save_devices)
-        await self._channel.send(self._devices.sections(saved))
+        saved = await self._out.call("saving the devices", self._out.guest.save_devices)
+        await self._channel.send(self._devices.sections(saved, self._out.run_state))
 
     async def prepare(self) -> None:
         """Wait for the PONG behind the devices. TransportFailed: it does not come.
 
         **Cancellation:** as for the rest.
         """
-        if self._out.has_return_path:
+        if self._out.link.answers:
             await _wait_loaded(self._out, self._channel, PING_PREPARE)
             self._out.prepared = True
 
-    async def commit(self, nursery: trio.Nursery) -> None:
-        """Send the end of the stream, and wait for the answer.
+    async def commit(self, nursery: trio.Nursery) -> Following:
+        """Send the end of the stream, and wait for the answer. Nothing follows.
 
         **Cancellation:** held off from the decision on, for at most ``handover_timeout``.
         """
         out = self._out
-        assert self._devices is not None
         await _call_commit_hook(out)
         await _decide(out, nursery, out.config.handover_timeout)
         await _send_end(out, self._channel, self._devices.ending())
+        return _Nothing()
 
-    async def follow(self) -> None:
-        """Nothing follows.
+
+class _Nothing:
+    async def run(self) -> None:
+        """The destination has everything.
 
         **Cancellation:** no effect.
         """
@@ -126,13 +126,11 @@ class PrecopySwitchover:
 class PostcopySwitchover:
     """The devices go in a package, which is the commit; the memory follows."""
 
-    def __init__(self, out: Outgoing) -> None:
-        assert out.channel is not None
-        assert out.limiter is not None
-        self._out, self._channel, self._limiter = out, out.channel, out.limiter
-        self._unsent: list[PageBitmap] = []
+    def __init__(self, out: Outgoing, ram: RamSection) -> None:
+        self._out = out
+        self._ram = ram
+        self._channel = out.link.channel
         self._package = b""
-        self._following: PostcopySource | None = None
 
     async def drain(self) -> None:
         """Wait until what waits in the destination's buffers is read: the guest would stand still for it.
@@ -145,9 +143,9 @@ class PostcopySwitchover:
         out = self._out
         await _drain(out)
         _decide_return_path(out)
-        if not out.has_return_path:
+        if not out.link.answers:
             raise TransportFailed("postcopy needs a return path, and the destination does not answer on this one")
-        await out.open_preempt()
+        await out.link.open_preempt()
         out.counters.ahead = True
         await _wait_loaded(out, self._channel, PING_QUEUED)
         await _introduce(out, self._channel)
@@ -157,11 +155,10 @@ class PostcopySwitchover:
 
         **Cancellation:** the guest is resumed by the end of the attempt; this is so until the commit.
         """
-        out = self._out
-        self._unsent = at_least_one(await _last_pages(out))
-        await _announce(out, self._channel)
-        for block, bitmap in zip(out.guest.ram, self._unsent, strict=True):
-            await self._channel.send(b"".join(wire_postcopy.discards(block.name, bitmap)))
+        await self._out.find_pending()
+        await _announce(self._out, self._channel)
+        for section in self._out.sections:
+            await section.switch_to_postcopy()
 
     async def send_devices(self) -> None:
         """Save the devices into the package.
@@ -169,7 +166,7 @@ class PostcopySwitchover:
         **Cancellation:** as for the rest.
         """
         out = self._out
-        devices = DeviceSender(out.guest, out.run_state, out.config.peer)
+        devices = DeviceSender(out.guest, out.config.peer)
         saved = await out.call("saving the devices", out.guest.save_devices)
         if (state := coming_state(out.guest, out.run_state, saved)) != "running":
             out.monitor.warn(
@@ -178,7 +175,7 @@ class PostcopySwitchover:
             )
         self._package = wire_postcopy.packaged(
             wire.command(Command.POSTCOPY_LISTEN)
-            + devices.sections(saved)
+            + devices.sections(saved, out.run_state)
             + wire.ping(PING_LOADED)
             + wire.ping(PING_RUNS)
             + wire.command(Command.POSTCOPY_RUN)
@@ -192,19 +189,16 @@ class PostcopySwitchover:
         await _wait_loaded(self._out, self._channel, PING_DISCARDED)
         self._out.prepared = True
 
-    async def commit(self, nursery: trio.Nursery) -> None:
-        """Send the package.
+    async def commit(self, nursery: trio.Nursery) -> Following:
+        """Send the package; the memory follows, see :meth:`.postcopy.PostcopySource.run`.
 
         **Cancellation:** held off from the decision on, while there is a connection.
         """
         out, channel, package = self._out, self._channel, self._package
-        assert out.sender is not None
         await _call_commit_hook(out)
         out.in_postcopy = True
-        self._limiter.move_to(channel, out.rate)
-        following = self._following = PostcopySource(
-            out, nursery, out.sender, self._limiter, list(out.guest.ram), self._unsent, out.connections
-        )
+        out.link.limiter.move_to(channel, out.rate)
+        following = PostcopySource(out, nursery, self._ram)
         await _decide(out, nursery, math.inf)
         out.commit_offset = channel.sent + len(package) - 1
         following.begin()
@@ -212,21 +206,11 @@ class PostcopySwitchover:
             try:
                 await channel.send(package + wire.ping(PING_FOLLOWED))
             except TrimigError:
-                if out.commit_not_sent(channel):
+                if out.commit_not_sent:
                     raise
-        c = out.counters
-        assert c.paused_at is not None
-        c.downtime = trio.current_time() - c.paused_at
-        out.parts["commit"] = c.downtime - sum(out.parts.values())
-        c.transferred_at_postcopy = c.transferred
-
-    async def follow(self) -> None:
-        """Send the memory: see :meth:`.postcopy.PostcopySource.run`.
-
-        **Cancellation:** as there.
-        """
-        assert self._following is not None
-        await self._following.run()
+        end_downtime(out)
+        out.counters.transferred_at_postcopy = out.counters.transferred
+        return following
 
 
 async def stop_guest(out: Outgoing) -> None:
@@ -239,7 +223,7 @@ async def stop_guest(out: Outgoing) -> None:
     """
     c = out.counters
     _decide_return_path(out)
-    c.paused_at = trio.current_time()
+    c.paused_at = out.stopped_at = trio.current_time()
     if not out.config.capabilities.pause_before_switchover:
         await out.advance(Status.DEVICE)
     await _pause_guest(out)
@@ -304,10 +288,8 @@ async def _decide(out: Outgoing, nursery: trio.Nursery, seconds: float) -> None:
 
 def _decide_return_path(out: Outgoing) -> None:
     """From here on the return path counts, or it does not."""
-    if out.reader is not None and not out.has_return_path:
-        out.has_return_path = out.reader.heard
-        if not out.has_return_path:
-            out.warn_one_way("no answer comes on the return path, so there is none")
+    if not out.link.decide_return_path():
+        out.monitor.warn(one_way("no answer comes on the return path, so there is none"))
 
 
 async def _pause_guest(out: Outgoing) -> None:
@@ -321,10 +303,9 @@ async def _pause_guest(out: Outgoing) -> None:
 
 async def _wait_loaded(out: Outgoing, channel: Channel, value: int) -> None:
     """Wait until the destination has taken everything that was sent so far."""
-    assert out.reader is not None
     await channel.send(wire.ping(value))
     with trio.move_on_after(out.config.handover_timeout) as limit:
-        await out.reader.wait_pong(value)
+        await out.link.reader.wait_pong(value)
     if limit.cancelled_caught:
         raise TransportFailed(
             f"the destination did not confirm within {formats.duration(out.config.handover_timeout)} that it has loaded the guest"
@@ -333,42 +314,29 @@ async def _wait_loaded(out: Outgoing, channel: Channel, value: int) -> None:
 
 async def _drain(out: Outgoing) -> None:
     """Before the guest goes ahead: what is queued goes out while it still runs here, or it would stand still for it."""
-    assert out.channel is not None
     limit = out.monitor.config.parameters.downtime_limit / 1000
-    while out.counters.bandwidth and out.channel.backlog() / out.counters.bandwidth > limit:  # noqa: ASYNC110 - the kernel has no event for it
+    while out.counters.bandwidth and out.link.channel.backlog() / out.counters.bandwidth > limit:  # noqa: ASYNC110 - the kernel has no event for it
         await trio.sleep(WINDOW)
-
-
-async def _last_pages(out: Outgoing) -> list[PageBitmap]:
-    """What of each block has not been sent, or has changed since; the guest stands still."""
-    assert out.tracker is not None
-    last = in_order(out, await out.call("finding dirty pages", out.tracker.sync))
-    out.count_sync()
-    last = [a | b for a, b in zip(last, out.left, strict=True)]
-    out.counters.remaining = sum(int(np.count_nonzero(bitmap)) for bitmap in last) * PAGE_SIZE
-    return last
 
 
 async def _send_end(out: Outgoing, channel: Channel, ending: bytes) -> None:
     """Send the decision and wait for its answer. On return, or by the error raised, the owner is known."""
-    reader = out.reader
-    if reader is not None:
-        reader.state = ReturnPath.COMMITTED
+    link = out.link
+    link.reader.enter(ReturnPath.COMMITTED)
     out.commit_offset = channel.sent
     try:
         await channel.send(ending)
     except TrimigError:
-        if not out.has_return_path or out.commit_not_sent(channel):
+        if not link.answers or out.commit_not_sent:
             raise
         # Something may have left. Only the destination's word counts now, if it is still to be had.
-    if out.has_return_path:
-        assert reader is not None
-        await reader.wait_answer()
+    if link.answers:
+        await link.reader.wait_answer()
     else:
         await _wait_delivered(out, channel)
     if (refusal := take_refusal(out)) is not None:
         raise refusal
-    if not out.has_return_path and not out.answered:
+    if not link.answers and not out.answered:
         out.answered = True
         complete(out)
 
@@ -381,13 +349,13 @@ async def _wait_delivered(out: Outgoing, channel: Channel) -> None:
         await channel.stream.delivered()
     except (TransportFailed, OSError, trio.BrokenResourceError, trio.ClosedResourceError):
         # Unless an answer has come after all.
-        if out.reader is None or out.reader.shut is None:
+        if out.link.reader.shut is None:
             raise
 
 
 async def _introduce(out: Outgoing, channel: Channel) -> None:
     """Tell a destination that is a trimig the id of this attempt, once: a recovery must name the same."""
-    if out.attempt is None and out.reader is not None and out.reader.marked:
+    if not out.attempt and out.link.reader.marked:
         attempt = secrets.token_bytes(ATTEMPT_BYTES)
         await channel.send(wire.command(Mark.ATTEMPT, attempt))
         out.attempt = attempt

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 async def report(out: Outgoing, error: TrimigError | None) -> None:
     """The answer is missing. Ask the caller's fence; without a definite word raise HandoverUncertain."""
     monitor = out.monitor
-    why = str(error or (out.reader.lost if out.reader is not None else None) or why_no_answer(out))
+    why = str(error or out.link.reader.lost or why_no_answer(out))
     settled = Ownership.UNKNOWN
     others: list[BaseException] = [error] if error is not None else []
     try:
@@ -85,7 +85,7 @@ async def give_back(out: Outgoing, why: str, others: Sequence[BaseException]) ->
 
 def why_no_answer(out: Outgoing) -> str:
     seconds = f"{formats.duration(out.config.handover_timeout)}"
-    if out.has_return_path:
+    if out.link.answers:
         return f"nothing came for {seconds}"
     return f"the transport could not say within {seconds} that everything is where it was to go"
 

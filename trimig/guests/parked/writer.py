@@ -162,8 +162,8 @@ class SaveFile:
 
         **Cancellation:** cancelled with nothing done, or not at all.
         """
-        sender = DeviceSender(self._guest, self._guest.run_state, self._peer)
-        await offload(self._finish, sender.sections(sections) + sender.ending())
+        sender = DeviceSender(self._guest, self._peer)
+        await offload(self._finish, sender.sections(sections, self._guest.run_state) + sender.ending())
 
     async def _sync(self) -> None:
         await offload(self._file.sync)

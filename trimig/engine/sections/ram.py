@@ -1,0 +1,135 @@
+"""The section ``ram`` at the source: which pages go, and in which pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...guest import PAGE_SIZE, PageBitmap, RamBlock
+from ...memory.tracking import snapshot_of
+from ...wire import postcopy as wire_postcopy
+from .. import guest_calls
+from ..ram.sender import RamSender
+
+if TYPE_CHECKING:
+    from ...channel.channel import Channel
+    from ...channel.limiter import Limiter
+    from ...config.config import Config
+    from ...guest import DirtyTracker
+    from ...monitor.statistics import Counters
+
+
+def at_least_one(unsent: Sequence[PageBitmap]) -> None:
+    """Where nothing is left to follow the guest, one page goes a second time.
+
+    A QEMU that was told no DISCARD makes LISTEN the first one, and then refuses RUN: the guest would be lost.
+
+    Args:
+        unsent: by block; changed in place.
+    """
+    if unsent and not any(bitmap.any() for bitmap in unsent):
+        max(unsent, key=len)[-1:] = True
+
+
+class RamSection:
+    """The RAM of one outgoing migration. A :class:`trimig.engine.sections.SectionHandler`.
+
+    Args:
+        channel: the main one.
+        blocks: the guest's RAM.
+        tracker: one that has not been started.
+
+    Attributes:
+        sender: writes the section. No other object uses it while a method of this one runs.
+        blocks: the guest's RAM.
+        unsent: pages that have not been sent as they are now, by block, as far as that was found.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        limiter: Limiter,
+        config: Config,
+        counters: Counters,
+        blocks: Sequence[RamBlock],
+        tracker: DirtyTracker,
+    ) -> None:
+        self._channel = channel
+        self._limiter = limiter
+        self._config = config
+        self._counters = counters
+        self._tracker = tracker
+        self._first = True
+        self.blocks = tuple(blocks)
+        self.sender = self._sender_on(channel)
+        self.unsent: list[PageBitmap] = [np.ones(b.length // PAGE_SIZE, np.bool_) for b in blocks]
+
+    def _sender_on(self, channel: Channel) -> RamSender:
+        return RamSender(channel, self._limiter, self._counters, footers=self._config.peer.send_section_footer)
+
+    @property
+    def boundary(self) -> bytes:
+        """See :class:`trimig.engine.sections.SectionHandler`."""
+        return self.sender.boundary
+
+    async def setup(self) -> None:
+        """The list of blocks; dirty tracking begins.
+
+        **Cancellation:** tracking may be on.
+        """
+        await self.sender.start(self.blocks)
+        await guest_calls.call("starting dirty tracking", self._tracker.start, self._config.handover_timeout)
+        self._counters.dirty_tracking = self._tracker.method
+
+    async def iterate(self, stop: Callable[[], bool]) -> None:
+        """One pass over the pages that are not sent.
+
+        **Cancellation:** some have been sent; the channel is poisoned if one was cut.
+        """
+        for number, block in enumerate(self.blocks):
+            with guest_calls.guarded("looking at the guest's memory"):
+                pages = snapshot_of(self._tracker, block)
+                absent = block.absent() if self._first else None
+            todo = self.unsent[number]
+            left = await self.sender.send_pass(block, pages, todo, absent, stop)
+            self.unsent[number] = np.zeros_like(todo) if left is None else left
+        self._first = False
+
+    async def find_pending(self) -> int:
+        """Ask the tracker.
+
+        **Cancellation:** pages written since the last call may be lost.
+        """
+        sync = self._tracker.sync
+        written = await guest_calls.call("finding dirty pages", sync, self._config.handover_timeout)
+        self.unsent = [written[b.name] | left for b, left in zip(self.blocks, self.unsent, strict=True)]
+        return sum(int(np.count_nonzero(bitmap)) for bitmap in self.unsent) * PAGE_SIZE
+
+    async def complete(self) -> None:
+        """The last pages.
+
+        **Cancellation:** as for a pass.
+        """
+        rest = zip(self.blocks, self.unsent, strict=True)
+        await self.sender.end([(block, snapshot_of(self._tracker, block), unsent) for block, unsent in rest])
+
+    async def switch_to_postcopy(self) -> None:
+        """The pages that follow, as ranges that the destination drops.
+
+        **Cancellation:** some ranges have been sent.
+        """
+        at_least_one(self.unsent)
+        for block, bitmap in zip(self.blocks, self.unsent, strict=True):
+            await self._channel.send(b"".join(wire_postcopy.discards(block.name, bitmap)))
+
+    def move_to(self, channel: Channel) -> None:
+        """Go on over another main connection."""
+        self._channel = channel
+        self.sender = self._sender_on(channel)
+
+    def cleanup(self) -> None:
+        """Dirty tracking ends."""
+        with guest_calls.guarded("ending the dirty tracking"):
+            self._tracker.stop()
