@@ -12,7 +12,7 @@ import pytest
 from tests.wire import cases
 from tests.wire.cases import EXAMPLE_A, hexed, read
 from trimig.errors import RemoteProtocolError
-from trimig.wire.pages import plain as ram
+from trimig.wire.sections import ram
 
 A = EXAMPLE_A.data
 

@@ -15,9 +15,11 @@ checked. After an error the decoder is unusable: every further call raises the s
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -26,17 +28,22 @@ from ..guest import PAGE_SIZE
 from . import commands, header
 from . import events as ev
 from .configuration import read_configuration
-from .constants import Command, Section
+from .constants import RAM_VERSION, Command, Section
 from .description_text import DescriptionText
 from .early import FooterSearch
-from .pages.plain import RecordReader
 from .pages.size import wrong_page_size
-from .refusals import Unsupported, unknown_section
+from .pages.state import PageState
+from .refusals import Unsupported
+from .sections.ram import RamReader
+from .sections.reader import SectionFormat, SectionReader, Window, check_start
 
 if TYPE_CHECKING:
     from .measure import Measure
 
 _BE32 = struct.Struct(">I")
+
+#: The iterative sections that are read, by their id string. All others are refused by name.
+SECTIONS: Final[Mapping[str, SectionFormat]] = MappingProxyType({"ram": SectionFormat(RAM_VERSION, RamReader)})
 
 
 class Decoder:
@@ -55,6 +62,7 @@ class Decoder:
             faster and gives the same memory, but not the same bytes if the events are written again.
         continues: the decoder of the stream of which this one reads a later connection or a package: sections and RAM
             blocks are known, and there is no header.
+        sections: the iterative sections that are read, ``ram`` among them; with *continues* those of that stream.
         records_only: for the second connection of postcopy-preempt: page records and an end word, no sections.
         buffer_bytes: size of the buffer; it grows only for an element that does not fit, and all elements are bounded.
     """
@@ -71,6 +79,7 @@ class Decoder:
         max_ram_bytes: int = 1 << 48,
         reorder: bool = False,
         continues: Decoder | None = None,
+        sections: Mapping[str, SectionFormat] = SECTIONS,
         records_only: bool = False,
         buffer_bytes: int = 2 << 20,
     ) -> None:
@@ -79,7 +88,6 @@ class Decoder:
         self._footers = footers
         self._expect_description = description
         self._max_device_bytes = max_device_bytes
-        self._max_ram_bytes = max_ram_bytes
         self._array = np.empty(max(buffer_bytes, 2 * PAGE_SIZE), np.uint8)
         self._mem = self._array.data
         self._pos = 0  # first byte that is not consumed
@@ -90,14 +98,17 @@ class Decoder:
         self._state: Callable[[], ev.Element | None] = self._read_file_header
         self._started: dict[int, ev.SectionHeader] = {}
         self._section: ev.SectionHeader | None = None
-        self._records = RecordReader(reorder=reorder)
-        self._ram_begun = continues is not None
+        self._pages = PageState(reorder=reorder, max_ram_bytes=max_ram_bytes)
+        self._sections: Mapping[str, SectionFormat] = sections if continues is None else continues._sections
+        self._readers = {idstr: row.reader(self._pages) for idstr, row in self._sections.items()}
+        self._reader: SectionReader = self._readers["ram"]
+        self._part_begun = continues is not None
         self._footer_search = FooterSearch(0)
         self._package_bytes = 0
         if continues is not None:
-            self._state = self._read_records if records_only else self._read_section
+            self._state = self._read_content if records_only else self._read_section
             self._started = dict(continues._started)
-            self._records.know(continues.blocks)
+            self._pages.know(continues.blocks)
         self._records_only = records_only
         #: The sender is a trimig that may use the commands of :mod:`.marks`. Set by the caller that has seen its mark.
         self.marks = False
@@ -128,7 +139,7 @@ class Decoder:
     @property
     def page_size(self) -> int | None:
         """The size in bytes of the guest's pages, if the offsets of the pages show that it is not the usual one."""
-        return self._records.sizes.of_places(self._records.blocks)
+        return self._pages.sizes.of_places(self._pages.blocks)
 
     @property
     def section(self) -> str | None:
@@ -138,7 +149,7 @@ class Decoder:
     @property
     def blocks(self) -> Mapping[str, int]:
         """Used lengths of the announced RAM blocks, by name."""
-        return self._records.blocks
+        return self._pages.blocks
 
     def writable(self) -> memoryview:
         """Room for more bytes, at least one; invalidates the arrays of earlier events."""
@@ -178,9 +189,9 @@ class Decoder:
 
         Only while the buffer holds less than one record: the next bytes belong to that record.
         """
-        if self._state != self._read_records or self._end - self._pos >= 8 + PAGE_SIZE:
+        if self._state != self._read_content or self._end - self._pos >= 8 + PAGE_SIZE:
             return None
-        return self._records.open_run
+        return self._pages.open_run
 
     def take_rest(self) -> bytes:
         """Remove and return the bytes of the incomplete record in the buffer; :attr:`offset` stays at its start."""
@@ -192,11 +203,11 @@ class Decoder:
     def placed(self, pages: int) -> None:
         """The caller has consumed *pages* whole PAGE records that continue the open run."""
         self._base += pages * (8 + PAGE_SIZE)
-        self._records.extend_run(pages)
+        self._pages.extend_run(pages)
 
     def end_run(self) -> None:
         """End the open run, which does not go on as predicted."""
-        self._records.end_run()
+        self._pages.end_run()
 
     def give_back(self, data: bytes) -> None:
         """Put *data* back at :attr:`offset`. The buffer must be empty (see :meth:`take_rest`)."""
@@ -223,7 +234,7 @@ class Decoder:
         try:
             event = self._state()
         except RemoteProtocolError as error:
-            if not isinstance(error, Unsupported) and (size := self._records.sizes.of_content()) is not None:
+            if not isinstance(error, Unsupported) and (size := self._pages.sizes.of_content()) is not None:
                 error = wrong_page_size(size, section="ram")
             if error.offset is None:
                 error = type(error)(error.reason, offset=self.offset, section=error.section or self.section)
@@ -313,7 +324,7 @@ class Decoder:
             case Section.START:
                 return self._read_section_start(Section.START)
             case Section.FULL:
-                if self._measure is None and (self._ram_begun or self._footers is False):
+                if self._measure is None and (self._part_begun or self._footers is False):
                     self._state = self._read_tail
                     return self._read_tail()
                 return self._read_section_start(Section.FULL)
@@ -338,28 +349,26 @@ class Decoder:
         instance_id, version_id = self._be32(head), self._be32(head + 4)
         section_id = self._be32(1)
         if kind is Section.START:
-            if idstr != "ram" or instance_id != 0:
-                raise unknown_section(idstr, instance_id, self.offset)
-            if version_id != 4:
-                raise self._error(f"section 'ram' has version {version_id}, 4 is needed")
-            self._state = self._read_records
+            check_start(self._sections, self._started, section_id, idstr, instance_id, version_id, self.offset)
         else:
             self._state = self._read_device if self._measure is not None else self._read_early
             self._footer_search = FooterSearch(section_id)
+        at = self._consume(head + 8)
         header = ev.SectionHeader(
-            kind=kind,
-            section_id=section_id,
-            idstr=idstr,
-            instance_id=instance_id,
-            version_id=version_id,
-            at=self._consume(head + 8),
+            kind=kind, section_id=section_id, idstr=idstr, instance_id=instance_id, version_id=version_id, at=at
         )
+        self._section = header
         if kind is Section.START:
             # A repeated START replaces the earlier one, as in QEMU; so the table cannot grow.
-            self._started = {section_id: header}
-            self._records.expect_list = True
-        self._section = header
+            self._started = {n: other for n, other in self._started.items() if other.idstr != idstr}
+            self._started[section_id] = header
+            self._begin_content(header)
         return header
+
+    def _begin_content(self, header: ev.SectionHeader) -> None:
+        self._reader = self._readers[header.idstr]
+        self._reader.begin(header)
+        self._state = self._read_content
 
     def _read_section_continue(self, kind: Section) -> ev.Element | None:
         if not self._have(5):
@@ -368,17 +377,10 @@ class Decoder:
         started = self._started.get(section_id)
         if started is None:
             raise self._error(f"section {kind.name} with the id {section_id}, which no START has announced")
-        self._section = started
-        self._ram_begun = True
-        self._state = self._read_records
-        return ev.SectionHeader(
-            kind=kind,
-            section_id=section_id,
-            idstr=started.idstr,
-            instance_id=started.instance_id,
-            version_id=started.version_id,
-            at=self._consume(5),
-        )
+        self._part_begun = True
+        self._section = header = dataclasses.replace(started, kind=kind, at=self._consume(5))
+        self._begin_content(header)
+        return header
 
     def _read_command(self) -> ev.Element | None:
         found = commands.read_command(self._mem[self._pos : self._end], marks=self.marks)
@@ -393,7 +395,7 @@ class Decoder:
                 )
             self._state = self._read_package
         if number == Command.POSTCOPY_ADVISE and len(payload) == 16:
-            self._records.page_sizes = int.from_bytes(payload[:8])
+            self._pages.host_page_sizes = int.from_bytes(payload[:8])
         return ev.CommandElement(number=number, payload=payload, at=self._consume(commands.HEAD + len(payload)))
 
     def _read_package(self) -> ev.Element | None:
@@ -405,13 +407,12 @@ class Decoder:
         self._state = self._read_section
         return ev.PackageElement(data=data, at=self._consume(self._package_bytes))
 
-    def _read_records(self) -> ev.Element | None:
-        event, used = self._records.read(
-            self._array, self._pos, self._end, self.offset, self._max_ram_bytes, final=self._eof
-        )
+    def _read_content(self) -> ev.Element | None:
+        """Read the content of an iterative section."""
+        event, used = self._reader.read(Window(self._array, self._pos, self._end, self.offset, self._eof))
         if event is not None:
             self._pos += used
-            if isinstance(event, ev.RamEnd):
+            if self._reader.ended:
                 self._end_section()
         return event
 
@@ -421,11 +422,7 @@ class Decoder:
         data += self._mem[self._pos + len(data) : self._end]
         length = self._footer_search.find(self._started, final=self._eof)
         if length is None:
-            if len(data) >= self._max_device_bytes:
-                raise self._error(f"device state of more than {self._max_device_bytes} bytes")
-            if len(data) > len(self._mem) // 2:
-                self._grow(min(2 * len(self._mem), 2 * self._max_device_bytes))
-            return None
+            return self._more_of_device(len(data))
         self._end_section()
         return ev.DevicePayload(payload=bytes(data[:length]), at=self._consume(length))
 
@@ -439,7 +436,10 @@ class Decoder:
             payload = bytes(self._mem[self._pos : self._pos + length])
             self._end_section()
             return ev.DevicePayload(payload=payload, at=self._consume(length))
-        have = self._end - self._pos
+        return self._more_of_device(self._end - self._pos)
+
+    def _more_of_device(self, have: int) -> ev.Element | None:
+        """Make room for more of a device section of which *have* bytes are there."""
         if have >= self._max_device_bytes:
             raise self._error(f"device state of more than {self._max_device_bytes} bytes")
         if have > len(self._mem) // 2:
