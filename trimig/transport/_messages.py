@@ -12,6 +12,7 @@ import trio
 
 from ..channel import closing
 from ._frames import CloseCode, FrameError, Header, Opcode, close_payload, mask, read_close, read_header
+from ._layered import Below
 
 _READ: Final = 1 << 14
 #: Frames after which other tasks get a turn; only a hostile client sends so many small frames at once.
@@ -32,11 +33,9 @@ class MessageStream:
     """
 
     def __init__(self, transport: trio.abc.Stream, *, early: bytes, max_message: int) -> None:
-        self._transport = transport
+        self._below = Below(transport)
         self._buffer = bytearray(early)
         self._max = max_message
-        self._sending = trio.Lock()
-        self._write_cut = False  # a write was cut: nothing more can be written
         self._close_sent = False
         self._ended = False
 
@@ -102,7 +101,7 @@ class MessageStream:
 
     async def _fill(self) -> None:
         try:
-            data = await self._transport.receive_some(_READ)
+            data = await self._below.stream.receive_some(_READ)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectionGone("the connection broke") from error
         if not data:
@@ -135,15 +134,13 @@ class MessageStream:
 
     async def _send(self, opcode: Opcode, payload: bytes) -> None:
         head = Header(opcode=opcode, final=True, length=len(payload)).encode()
-        async with self._sending:
-            if self._write_cut or (self._close_sent and opcode is not Opcode.CLOSE):
+        async with self._below.writing:
+            if self._close_sent and opcode is not Opcode.CLOSE:
                 raise ConnectionGone("the websocket is closed")
-            self._write_cut = True
             try:
-                await self._transport.send_all(head + payload)
+                await self._below.write(head + payload)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise ConnectionGone("the connection broke") from error
-            self._write_cut = False
 
     async def _say_close(self, code: int, words: str) -> None:
         if self._close_sent:
@@ -167,4 +164,4 @@ class MessageStream:
 
         **Cancellation:** the connection is closed all the same.
         """
-        await closing.close(self._transport)
+        await closing.close(self._below.stream)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 import ssl
 from typing import TYPE_CHECKING, Final, NoReturn, cast
@@ -18,24 +17,20 @@ from typing import TYPE_CHECKING, Final, NoReturn, cast
 import trio
 
 from .. import formats
-from ..channel import closing
 from ..channel.socket_options import enlarge
 from ..errors import ConfigError, TransportFailed
 from ._credentials import Credentials, distinguished_name
 from ._interface import Listener
+from ._layered import HANDSHAKE_SECONDS, READ_BYTES, LayeredStream, closed_on_failure, text_of
 
 if TYPE_CHECKING:
     from ..channel.channel import AnyStream
 
-#: Seconds for a handshake: a peer that speaks no TLS may send nothing.
-HANDSHAKE_SECONDS: Final = 20.0
 #: Seconds for the alert behind a failed write, and seconds for an orderly end.
 _VERDICT_SECONDS: Final = 1.0
 _CLOSE_SECONDS: Final = 1.0
 #: Bytes that are encrypted and handed over at once; about 0.2 ms of work.
 _PIECE: Final = 1 << 18
-#: Bytes that are read from the transport at once.
-_READ: Final = 1 << 20
 
 _ALERT = re.compile(r"(?:SSLV3|TLSV1|TLSV13)_ALERT_(.+)")
 #: OpenSSL's errors for bytes that are not TLS.
@@ -82,19 +77,7 @@ def reason(error: ssl.SSLError) -> str:
     return code.lower().replace("_", " ") or str(error)
 
 
-def _broken(words: str, cause: BaseException | None) -> trio.BrokenResourceError:
-    """A broken stream; its cause has the reason in words and is what gets reported."""
-    error = trio.BrokenResourceError(words)
-    error.__cause__ = ssl.SSLError(0, words)
-    error.__cause__.__cause__ = cause
-    return error
-
-
-def _raise(error: trio.BrokenResourceError) -> NoReturn:
-    raise error from error.__cause__
-
-
-class TlsStream(trio.abc.Stream):
+class TlsStream(LayeredStream):
     """One end of a TLS connection; :func:`secure` makes them.
 
     Args:
@@ -104,32 +87,19 @@ class TlsStream(trio.abc.Stream):
     """
 
     def __init__(self, transport: trio.abc.Stream, tls: Credentials, name: str | None = None) -> None:
-        self._transport = transport
-        self._socket = transport.socket if isinstance(transport, trio.SocketStream) else None
+        super().__init__(transport, "TLS connection")
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         server = tls.side == "server"
         self._ssl = tls.context.wrap_bio(self._in, self._out, server_side=server, server_hostname=name)
-        self._raw = memoryview(bytearray(_READ))
-        self._plain = bytearray()
-        self._writing = trio.Lock()
-        self._sends = False  # a task is in send_all
-        self._reads = False  # a task is in receive
+        self._raw = memoryview(bytearray(READ_BYTES))
         self._handshake_done = False
         self._ended = False  # the peer sent close_notify
         self._peer_has_sent = False  # a byte of the peer came after the handshake
-        self._write_cut = False  # a write was cut: nothing more can be written
-        self._closed = False
-        self._failure: trio.BrokenResourceError | None = None
         self._verdict = trio.Event()
 
     def peer_certificate(self) -> bytes | None:
         """The verified certificate of the peer, in DER; None without one."""
         return self._ssl.getpeercert(True)
-
-    @property
-    def transport(self) -> trio.abc.Stream:
-        """The stream below; the caller must not use it directly."""
-        return self._transport
 
     @property
     def ssl_object(self) -> ssl.SSLObject:
@@ -140,28 +110,15 @@ class TlsStream(trio.abc.Stream):
 
     async def _flush(self) -> None:
         """Send the encrypted bytes. One task at a time, so that the order of records is kept."""
-        async with self._writing:
+        async with self._below.writing:
             while self._out.pending:
-                if self._write_cut:
-                    _raise(_broken("an earlier write was cut", None))
-                self._write_cut = True
-                await self._transport.send_all(self._out.read())
-                self._write_cut = False
+                await self._below.write(self._out.read())
 
     async def _fill(self) -> None:
         """Take in received bytes, or the end of the transport."""
-        if self._socket is not None:
-            try:
-                count = await self._socket.recv_into(self._raw)
-            except OSError as error:
-                raise trio.BrokenResourceError(f"socket connection broken: {error}") from error
-            if count:
-                self._in.write(self._raw[:count])
+        if count := await self._below.read_into(self._raw):
+            self._in.write(self._raw[:count])
         else:
-            data = await self._transport.receive_some(_READ)
-            count = len(data)
-            self._in.write(data)
-        if not count:
             self._in.write_eof()
 
     # -- handshake -----------------------------------------------------------------------------------------------------
@@ -189,45 +146,36 @@ class TlsStream(trio.abc.Stream):
             # Send the alert to the other side; a failure to send it adds nothing to the error.
             with contextlib.suppress(trio.BrokenResourceError), trio.move_on_after(_CLOSE_SECONDS):
                 await self._flush()
-            _raise(self._failed(error))
+            self._fail_by(error)
         except trio.BrokenResourceError as error:
-            _raise(self._fail(f"{_cause(error)}, in the handshake; {_CLOSE_HINT}", error))
+            self._break(f"{text_of(error)}, in the handshake; {_CLOSE_HINT}", error)
         self._handshake_done = True
-        if self._socket is not None:
-            enlarge(self._socket)
+        if self._below.socket is not None:
+            enlarge(self._below.socket)
 
-    def _failed(self, error: ssl.SSLError) -> trio.BrokenResourceError:
+    def _fail_by(self, error: ssl.SSLError) -> NoReturn:
         words = reason(error)
         if isinstance(error, ssl.SSLEOFError) and not self._peer_has_sent:
             words = f"{words}; {_CLOSE_HINT}"
-        return self._fail(words, error)
+        self._break(words, error)
 
-    def _fail(self, words: str, error: BaseException | None) -> trio.BrokenResourceError:
-        """Keep the first reason, of either direction: that one is reported."""
-        if self._failure is None:
-            self._failure = _broken(words, error)
+    def _break(self, words: str, error: Exception) -> NoReturn:
+        """Fail for good, for *error*, which *words* explain."""
         self._verdict.set()
-        return _broken(str(self._failure), self._failure.__cause__)
+        broken = ssl.SSLError(0, words)
+        broken.__cause__ = error
+        self._fail(broken)
 
     # -- sending -------------------------------------------------------------------------------------------------------
-
-    def _check(self, what: str) -> None:
-        if self._closed:
-            raise trio.ClosedResourceError("this TLS connection is closed")
-        if what == "send" and self._failure is not None:
-            _raise(self._fail("", None))
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of *data*, encrypted in large pieces.
 
         **Cancellation:** a part may have been sent; nothing more can be sent.
         """
-        if self._sends:
-            raise trio.BusyResourceError("another task is sending on this TLS connection")
-        self._sends = True
-        try:
+        with self._sending:
             await trio.lowlevel.checkpoint_if_cancelled()
-            self._check("send")
+            self._check_whole()
             view = memoryview(data).cast("B")
             if not view:
                 await trio.lowlevel.cancel_shielded_checkpoint()
@@ -236,14 +184,11 @@ class TlsStream(trio.abc.Stream):
                     self._encrypt(view[start : start + _PIECE])
                     await self._flush()
                 except ssl.SSLError as error:
-                    _raise(self._failed(error))
+                    self._fail_by(error)
                 except trio.BrokenResourceError as error:
-                    if self._closed:
-                        raise trio.ClosedResourceError("this TLS connection was closed") from error
+                    self._check_open(error)
                     await self._await_verdict()
-                    _raise(self._fail(_cause(error), error))
-        finally:
-            self._sends = False
+                    self._break(text_of(error), error)
 
     def _encrypt(self, piece: memoryview) -> None:
         while piece:
@@ -252,7 +197,7 @@ class TlsStream(trio.abc.Stream):
     async def _await_verdict(self) -> None:
         """The error of a failed write. If the peer refused, its alert has arrived or arrives now."""
         with trio.move_on_after(_VERDICT_SECONDS):
-            if self._reads:
+            if self._receiving.inside:
                 await self._verdict.wait()
                 return
             scratch = memoryview(bytearray(1 << 14))
@@ -260,67 +205,35 @@ class TlsStream(trio.abc.Stream):
                 while await self.receive_into(scratch):
                     pass  # data from before the refusal does not matter any more
 
-    async def wait_send_all_might_not_block(self) -> None:
-        """Wait until the transport below accepts data.
-
-        **Cancellation:** no effect.
-        """
-        if self._sends:
-            raise trio.BusyResourceError("another task is sending on this TLS connection")
-        self._sends = True
-        try:
-            self._check("wait")
-            await self._transport.wait_send_all_might_not_block()
-        finally:
-            self._sends = False
-
     # -- receiving -----------------------------------------------------------------------------------------------------
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """At least one byte, at most *max_bytes*; empty at the end that the peer announced.
-
-        **Cancellation:** nothing was taken.
-        """
-        if max_bytes is not None and max_bytes < 1:
-            raise ValueError("max_bytes must be at least 1")
-        size = min(max_bytes or _READ, _READ)
-        if len(self._plain) < size:
-            self._plain = bytearray(size)
-        view = memoryview(self._plain)[:size]
-        return bytes(view[: await self.receive_into(view)])
 
     async def receive_into(self, view: memoryview) -> int:
         """Like :meth:`receive_some`, into *view*, all that has arrived; returns the number of bytes, 0 at the end.
 
         **Cancellation:** nothing was taken.
         """
-        if self._reads:
-            raise trio.BusyResourceError("another task is receiving on this TLS connection")
-        self._reads = True
-        try:
+        with self._receiving:
             await trio.lowlevel.checkpoint_if_cancelled()
-            self._check("receive")
-            # An earlier call left an answer to the peer's key update; a task that sends takes it along.
-            if self._out.pending and not self._writing.locked():
-                await self._flush()
-            waited = False
-            while (count := self._decrypt(view)) is None:
-                await self._fill()
-                waited = True
-            if not waited:
-                await trio.lowlevel.cancel_shielded_checkpoint()
-            return count
-        except ssl.SSLError as error:
-            _raise(self._failed(error))
-        except trio.BrokenResourceError as error:
-            if self._closed:
-                raise trio.ClosedResourceError("this TLS connection was closed") from error
-            words = _cause(error)
-            if not self._peer_has_sent:
-                words = f"{words}; {_CLOSE_HINT}"
-            _raise(self._fail(words, error))
-        finally:
-            self._reads = False
+            self._check_open()
+            try:
+                # An earlier call left an answer to the peer's key update; a task that sends takes it along.
+                if self._out.pending and not self._below.writing.locked():
+                    await self._flush()
+                waited = False
+                while (count := self._decrypt(view)) is None:
+                    await self._fill()
+                    waited = True
+                if not waited:
+                    await trio.lowlevel.cancel_shielded_checkpoint()
+                return count
+            except ssl.SSLError as error:
+                self._fail_by(error)
+            except trio.BrokenResourceError as error:
+                self._check_open(error)
+                words = text_of(error)
+                if not self._peer_has_sent:
+                    words = f"{words}; {_CLOSE_HINT}"
+                self._break(words, error)
 
     def _decrypt(self, view: memoryview) -> int | None:
         """The number of bytes put into *view*: 0 at the end, None if more must arrive first."""
@@ -349,40 +262,18 @@ class TlsStream(trio.abc.Stream):
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
-    async def aclose(self) -> None:
-        """Announce the end to the peer, if that is possible at once or within a second; and close.
+    async def announce_end(self) -> None:
+        """Send a close_notify.
 
-        **Cancellation:** the stream is closed all the same.
+        **Cancellation:** the stream can only be closed.
         """
-        if self._closed:
-            await trio.lowlevel.checkpoint()
+        if not self._handshake_done or self._failure is not None or self._below.cut:
             return
-        self._closed = True
-        try:
-            if self._handshake_done and self._failure is None and not self._write_cut:
-                await self._announce_end()
-        finally:
-            await self._transport.aclose()
-
-    async def _announce_end(self) -> None:
         # The usual error is that the peer's close_notify has not come; it is not waited for.
         with contextlib.suppress(ssl.SSLError):
             self._ssl.unwrap()
-        if self._writing.locked() or not self._out.pending:
-            return
-        if self._socket is not None:
-            # Without a checkpoint, because most streams are closed by a cancelled task. If the transport's buffer is so
-            # full that the close_notify does not fit, it is cut off, and the peer's TLS notices that.
-            with contextlib.suppress(OSError):
-                os.write(self._socket.fileno(), self._out.read())
-            return
-        with contextlib.suppress(trio.BrokenResourceError), trio.move_on_after(_CLOSE_SECONDS):
-            await self._transport.send_all(self._out.read())
-
-
-def _cause(error: trio.BrokenResourceError) -> str:
-    inner = error.__cause__ or error
-    return str(inner) or type(inner).__name__
+        if self._out.pending and not self._below.writing.locked():
+            await self._below.write_last(self._out.read(), _CLOSE_SECONDS)
 
 
 # -- what the transports use -------------------------------------------------------------------------------------------
@@ -404,8 +295,7 @@ async def secure(
 
     **Cancellation:** the stream is closed.
     """
-    done = False
-    try:
+    async with closed_on_failure(stream):
         if not isinstance(stream, trio.abc.Stream):
             raise ConfigError(f"{where} has only one direction, and TLS needs both", name="tls-creds")
         name = tls.hostname or name
@@ -431,12 +321,7 @@ async def secure(
             raise TransportFailed(f"no TLS with {where}: the certificate's name cannot be read: {error}") from error
         if tls.authz is not None and not tls.authz.allows(who):
             raise TransportFailed(f"no TLS with {where}: tls-authz {tls.authz.id!r} does not let {who!r} in")
-        done = True
         return secured
-    finally:
-        if not done:
-            # Without close_notify, which would look like a complete stream.
-            await closing.close(stream)
 
 
 class TlsListener(Listener):

@@ -8,7 +8,6 @@ in ``_opening``; single messages, for the control connections, are in ``_message
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 from typing import Final
 
@@ -16,7 +15,7 @@ import trio
 from wsproto.events import Request
 
 from .. import formats
-from ..channel import closing
+from ..channel.lobby import Certified
 from ..channel.socket_options import enlarge
 from ..errors import TransportFailed
 from ._frames import (
@@ -31,14 +30,13 @@ from ._frames import (
     read_close,
     read_header,
 )
+from ._layered import HANDSHAKE_SECONDS, READ_BYTES, LayeredStream, closed_on_failure, text_of
 from ._opening import NotUnderstood, from_a_page, knock, welcome
-from ._tls import HANDSHAKE_SECONDS, TlsStream
 
 #: The largest payload of a sent frame.
 FRAME_SIZE: Final = 1 << 20
 #: The longest accepted message. A message is never held in memory, but there is no reason for a longer one.
 MAX_MESSAGE: Final = 1 << 30
-_READ: Final = 1 << 20
 #: A payload of at least this size is not read ahead but straight into the caller's buffer.
 _DIRECT: Final = 1 << 16
 #: Frames in one piece of input after which other tasks get a turn; only a hostile peer sends such small frames.
@@ -47,7 +45,7 @@ _TURN: Final = 200
 _CLOSE_SECONDS: Final = 0.5
 
 
-class WebSocketStream(trio.abc.Stream):
+class WebSocketStream(LayeredStream):
     """One end of an open websocket; :func:`open_client` and :func:`open_server` make them.
 
     Args:
@@ -57,48 +55,30 @@ class WebSocketStream(trio.abc.Stream):
     """
 
     def __init__(self, transport: trio.abc.Stream, *, client: bool, early: bytes = b"") -> None:
-        self._transport = transport
-        self._socket = transport.socket if isinstance(transport, trio.SocketStream) else None
-        if self._socket is not None:
-            enlarge(self._socket)
+        super().__init__(transport, "websocket")
+        if self._below.socket is not None:
+            enlarge(self._below.socket)
         self._client = client
-        self._raw = memoryview(bytearray(max(_READ, len(early))))
+        self._raw = memoryview(bytearray(max(READ_BYTES, len(early))))
         self._raw[: len(early)] = early
         self._begin, self._end = 0, len(early)  # the bytes in the buffer that are not parsed yet
         self._frame = Header(opcode=Opcode.CONTINUATION, final=True, length=0)
         self._place = 0  # in the payload of this frame
         self._message: int | None = None  # bytes of the message that is being received
-        self._plain = bytearray()
         self._staging = memoryview(bytearray(0))
-        self._writing = trio.Lock()
         self._pong: bytes | None = None
-        self._sends = False
-        self._reads = False
-        self._write_cut = False  # a write was cut: nothing more can be written
         self._close_sent = False
         self._ended = False  # the peer sent a CLOSE in order
-        self._closed = False
-        self._failure: str | None = None
 
     def peer_certificate(self) -> bytes | None:
         """As for TLS, if TLS is below; None otherwise."""
-        return self._transport.peer_certificate() if isinstance(self._transport, TlsStream) else None
-
-    @property
-    def transport(self) -> trio.abc.Stream:
-        """The stream below; the caller must not use it directly."""
-        return self._transport
+        return self.transport.peer_certificate() if isinstance(self.transport, Certified) else None
 
     # -- frames going out ----------------------------------------------------------------------------------------------
 
     async def _send_frame(self, opcode: Opcode, payload: bytes | memoryview) -> None:
         """Send one frame; the caller holds the lock."""
-        frame = self._encode(opcode, payload)
-        if self._write_cut:
-            raise trio.BrokenResourceError("an earlier write to the websocket was cut")
-        self._write_cut = True
-        await self._transport.send_all(frame)
-        self._write_cut = False
+        await self._below.write(self._encode(opcode, payload))
 
     def _encode(self, opcode: Opcode, payload: bytes | memoryview) -> memoryview:
         """Header and payload in one buffer, masked there, where the payload is aligned."""
@@ -122,52 +102,27 @@ class WebSocketStream(trio.abc.Stream):
             payload, self._pong = self._pong, None
             await self._send_frame(Opcode.PONG, payload)
 
-    def _check(self) -> None:
-        if self._closed:
-            raise trio.ClosedResourceError("this websocket is closed")
-        if self._failure is not None:
-            raise trio.BrokenResourceError(self._failure)
-
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of *data*, in frames of at most FRAME_SIZE.
 
         **Cancellation:** a part may have been sent; nothing more can be sent.
         """
-        if self._sends:
-            raise trio.BusyResourceError("another task is sending on this websocket")
-        self._sends = True
-        try:
+        with self._sending:
             await trio.lowlevel.checkpoint_if_cancelled()
-            self._check()
+            self._check_whole()
             if self._close_sent:
                 raise trio.BrokenResourceError("the peer has closed this websocket")
             view = memoryview(data).cast("B")
             if not view:
                 await trio.lowlevel.cancel_shielded_checkpoint()
-            for start in range(0, len(view), FRAME_SIZE):
-                async with self._writing:
-                    await self._send_frame(Opcode.BINARY, view[start : start + FRAME_SIZE])
-                    await self._answer()
-        except trio.BrokenResourceError as error:
-            if self._closed:
-                raise trio.ClosedResourceError("this websocket was closed") from error
-            raise
-        finally:
-            self._sends = False
-
-    async def wait_send_all_might_not_block(self) -> None:
-        """Wait until the transport below accepts data.
-
-        **Cancellation:** no effect.
-        """
-        if self._sends:
-            raise trio.BusyResourceError("another task is sending on this websocket")
-        self._sends = True
-        try:
-            self._check()
-            await self._transport.wait_send_all_might_not_block()
-        finally:
-            self._sends = False
+            try:
+                for start in range(0, len(view), FRAME_SIZE):
+                    async with self._below.writing:
+                        await self._send_frame(Opcode.BINARY, view[start : start + FRAME_SIZE])
+                        await self._answer()
+            except trio.BrokenResourceError as error:
+                self._check_open(error)
+                raise
 
     # -- frames coming in ----------------------------------------------------------------------------------------------
 
@@ -183,58 +138,30 @@ class WebSocketStream(trio.abc.Stream):
 
     async def _read(self, room: memoryview) -> int:
         """Receive from the stream below into *room*; at least one byte."""
-        if self._socket is not None:
-            try:
-                count = await self._socket.recv_into(room)
-            except OSError as error:
-                raise trio.BrokenResourceError(f"socket connection broken: {error}") from error
-        elif isinstance(self._transport, TlsStream):
-            count = await self._transport.receive_into(room)
-        else:
-            data = await self._transport.receive_some(len(room))
-            count = len(data)
-            room[:count] = data
+        count = await self._below.read_into(room)
         if not count:
             raise trio.BrokenResourceError("the connection was cut (it ended without the end of the websocket)")
         return count
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """At least one byte, at most *max_bytes*; empty when the peer has closed in order.
-
-        **Cancellation:** nothing was taken.
-        """
-        if max_bytes is not None and max_bytes < 1:
-            raise ValueError("max_bytes must be at least 1")
-        size = min(max_bytes or _READ, _READ)
-        if len(self._plain) < size:
-            self._plain = bytearray(size)
-        view = memoryview(self._plain)[:size]
-        return bytes(view[: await self.receive_into(view)])
 
     async def receive_into(self, view: memoryview) -> int:
         """Like :meth:`receive_some`, into *view*; returns the number of bytes, 0 at the end.
 
         **Cancellation:** nothing was taken. If a pong was being sent at that moment, nothing can be sent any more.
         """
-        if self._reads:
-            raise trio.BusyResourceError("another task is receiving on this websocket")
-        self._reads = True
-        try:
+        with self._receiving:
             await trio.lowlevel.checkpoint_if_cancelled()
-            self._check()
-            count = await self._receive(view)
+            self._check_whole()
+            try:
+                count = await self._receive(view)
+            except FrameError as error:
+                self._failure = ConnectionError(f"the peer broke the websocket protocol: {error}")
+                await self._say_close(error.code, str(error))
+                self._fail(self._failure)
+            except trio.BrokenResourceError as error:
+                self._check_open(error)
+                raise
             await trio.lowlevel.cancel_shielded_checkpoint()
             return count
-        except FrameError as error:
-            self._failure = f"the peer broke the websocket protocol: {error}"
-            await self._say_close(error.code, str(error))
-            raise trio.BrokenResourceError(self._failure) from None
-        except trio.BrokenResourceError as error:
-            if self._closed:
-                raise trio.ClosedResourceError("this websocket was closed") from error
-            raise
-        finally:
-            self._reads = False
 
     async def _receive(self, view: memoryview) -> int:
         frames = 0
@@ -247,8 +174,8 @@ class WebSocketStream(trio.abc.Stream):
                 if frames % _TURN == 0:
                     await trio.lowlevel.checkpoint()
                 continue
-            if self._pong is not None and not self._writing.locked():
-                async with self._writing:
+            if self._pong is not None and not self._below.writing.locked():
+                async with self._below.writing:
                     await self._answer()
             left = self._frame.length - self._place
             if self._begin == self._end and min(left, len(view)) >= _DIRECT:
@@ -333,42 +260,27 @@ class WebSocketStream(trio.abc.Stream):
             code, words = read_close(payload)
             await self._say_close(CloseCode.NORMAL if code == CloseCode.NONE else code, "")
             if self._message is not None or code not in (CloseCode.NORMAL, CloseCode.GOING_AWAY, CloseCode.NONE):
-                self._failure = f"the peer closed the websocket with code {code}{f': {words[:200]}' if words else ''}"
-                raise trio.BrokenResourceError(self._failure)
+                behind = f": {words[:200]}" if words else ""
+                self._fail(ConnectionError(f"the peer closed the websocket with code {code}{behind}"))
             self._ended = True
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
     async def _say_close(self, code: int, words: str) -> None:
         """Send a CLOSE, unless that is impossible or takes too long."""
-        if self._close_sent or self._write_cut or self._writing.locked():
+        if self._close_sent or self._below.cut or self._below.writing.locked():
             return
         self._close_sent = True
-        frame = self._encode(Opcode.CLOSE, close_payload(code, words))
-        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError, OSError):
-            if self._socket is not None:
-                # Without a checkpoint, so that a cancelled task can send it too. If the transport's buffer is so full
-                # that the CLOSE does not fit, it is cut off, and that is an error at the peer.
-                os.write(self._socket.fileno(), frame)
-                return
-            with trio.move_on_after(_CLOSE_SECONDS):
-                await self._transport.send_all(frame)
+        await self._below.write_last(self._encode(Opcode.CLOSE, close_payload(code, words)), _CLOSE_SECONDS)
 
-    async def aclose(self) -> None:
-        """Close in order: send a CLOSE, and wait for a moment for the peer's.
+    async def announce_end(self) -> None:
+        """Send a CLOSE, and wait for a moment for the peer's.
 
-        **Cancellation:** the websocket is closed all the same.
+        **Cancellation:** the stream can only be closed.
         """
-        if self._closed:
-            await trio.lowlevel.checkpoint()
-            return
-        self._closed = True
-        try:
-            await self._say_close(CloseCode.NORMAL, "")
-            if not (self._reads or self._ended or self._failure or self._write_cut):
-                await self._wait_end()
-        finally:
-            await self._transport.aclose()
+        await self._say_close(CloseCode.NORMAL, "")
+        if not (self._receiving.inside or self._ended or self._failure or self._below.cut):
+            await self._wait_end()
 
     async def _wait_end(self) -> None:
         """Read the rest: if a socket is closed with unread input, TCP sends a reset, which can overtake the last bytes
@@ -393,19 +305,14 @@ async def open_client(transport: trio.abc.Stream, host: str, target: str, where:
 
     **Cancellation:** *transport* is closed.
     """
-    done = False
-    try:
+    async with closed_on_failure(transport):
         with trio.move_on_after(HANDSHAKE_SECONDS):
             try:
                 early = await knock(transport, host, target, where)
             except (trio.BrokenResourceError, NotUnderstood) as error:
-                raise TransportFailed(f"no websocket at {where}: {_words(error)}") from error
-            done = True
+                raise TransportFailed(f"no websocket at {where}: {text_of(error)}") from error
             return WebSocketStream(transport, client=True, early=early)
         raise TransportFailed(f"no websocket at {where}: no answer within {formats.duration(HANDSHAKE_SECONDS)}")
-    finally:
-        if not done:
-            await closing.close(transport)
 
 
 async def open_server(
@@ -429,21 +336,11 @@ async def open_server(
             return 404, f"it asks for {request.target[:200]!r}, and here is {path!r}"
         return (403, "it comes from a page in a browser") if from_a_page(request) else None
 
-    done = False
-    try:
+    async with closed_on_failure(transport):
         with trio.move_on_after(seconds):
             try:
                 early = await welcome(transport, judge)
             except (trio.BrokenResourceError, NotUnderstood) as error:
-                raise TransportFailed(f"no websocket with the client at {where}: {_words(error)}") from error
-            done = True
+                raise TransportFailed(f"no websocket with the client at {where}: {text_of(error)}") from error
             return WebSocketStream(transport, client=False, early=early)
         raise TransportFailed(f"no websocket with the client at {where}: no request within {formats.duration(seconds)}")
-    finally:
-        if not done:
-            await closing.close(transport)
-
-
-def _words(error: Exception) -> str:
-    inner = error.__cause__ if isinstance(error, trio.BrokenResourceError) and error.__cause__ else error
-    return str(inner) or type(inner).__name__

@@ -17,6 +17,7 @@ import trio
 from ..errors import ConfigError
 from ._child import PIPE_BYTES, Child
 from ._interface import Listener, Transport
+from ._one_task import OneTask
 
 if TYPE_CHECKING:
     from ..config.config import Config
@@ -50,7 +51,7 @@ class ExecStream(trio.abc.HalfCloseableStream):
     def __init__(self, child: Child, *, silent: bool) -> None:
         self._child = child
         self._silent = silent
-        self._sending = False
+        self._sending = OneTask("writing to the command")
 
     @property
     def perhaps_silent(self) -> bool:
@@ -71,39 +72,28 @@ class ExecStream(trio.abc.HalfCloseableStream):
 
         **Cancellation:** an unknown part of *data* was sent.
         """
-        self._claim()
-        try:
-            await self._child.stdin.send_all(data)
-        except trio.BrokenResourceError:
-            failure = await self._child.failure() or self._child.deaf()
-            raise trio.BrokenResourceError(str(failure)) from failure
-        finally:
-            self._sending = False
+        with self._sending:
+            try:
+                await self._child.stdin.send_all(data)
+            except trio.BrokenResourceError:
+                failure = await self._child.failure() or self._child.deaf()
+                raise trio.BrokenResourceError(str(failure)) from failure
 
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until the pipe accepts data.
 
         **Cancellation:** no effect.
         """
-        self._claim()
-        try:
+        with self._sending:
             await self._child.stdin.wait_send_all_might_not_block()
-        finally:
-            self._sending = False
-
-    def _claim(self) -> None:
-        if self._sending:
-            raise trio.BusyResourceError("another task is writing to the command")
-        self._sending = True
 
     async def send_eof(self) -> None:
         """Close the command's stdin.
 
         **Cancellation:** stdin is closed.
         """
-        self._claim()
-        self._sending = False
-        self._child.stdin.close()
+        with self._sending:
+            self._child.stdin.close()
         await trio.lowlevel.checkpoint()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:

@@ -26,6 +26,7 @@ from ..channel.offload import offload
 from ..config.types import parse_size
 from ..errors import ConfigError, TransportFailed
 from ._interface import Listener, Transport
+from ._one_task import OneTask
 
 if TYPE_CHECKING:
     from ..config.config import Config
@@ -82,19 +83,12 @@ class FileSender(trio.abc.SendStream):
         self._kept = kept
         self._complete = False
         self._closed = False
-        self._idle: trio.Event | None = None  # set when the present call is over; None without one
+        self._sending = OneTask("writing to the file")
+        self._in_use = trio.Lock()  # a close waits for the end of the present call
 
-    def _begin(self) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise trio.ClosedResourceError("the file is closed")
-        if self._idle is not None:
-            raise trio.BusyResourceError("another task is writing to the file")
-        self._idle = trio.Event()
-
-    def _end(self) -> None:
-        assert self._idle is not None
-        self._idle.set()
-        self._idle = None
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Write all of *data* behind what was written before.
@@ -104,31 +98,27 @@ class FileSender(trio.abc.SendStream):
 
         **Cancellation:** an unknown part of *data* was written.
         """
-        self._begin()
+        self._check_open()
+        view = memoryview(data)
         try:
-            await trio.lowlevel.checkpoint()
-            view = memoryview(data)
-            while len(view):
-                count = await offload(os.pwrite, self._fd, view, self._at)
-                self._at += count
-                view = view[count:]
+            with self._sending:
+                async with self._in_use:
+                    while len(view):
+                        count = await offload(os.pwrite, self._fd, view, self._at)
+                        self._at += count
+                        view = view[count:]
         except OSError as error:
             raise trio.BrokenResourceError(f"{self._path}: {error}") from _failed("write", self._path, error)
-        finally:
-            self._end()
-        if self._closed:
-            raise trio.ClosedResourceError("the file was closed meanwhile")
+        self._check_open()  # it may have been closed meanwhile
 
     async def wait_send_all_might_not_block(self) -> None:
         """A file always accepts data.
 
         **Cancellation:** no effect.
         """
-        self._begin()
-        try:
+        self._check_open()
+        with self._sending:
             await trio.lowlevel.checkpoint()
-        finally:
-            self._end()
 
     async def delivered(self) -> None:
         """Wait until the disk has the file and its name.
@@ -138,15 +128,14 @@ class FileSender(trio.abc.SendStream):
 
         **Cancellation:** as for an error: the file is removed, or cut, when it is closed.
         """
-        self._begin()
+        self._check_open()
         try:
-            await trio.lowlevel.checkpoint()
-            await offload(_flush, self._fd, self._path if self._kept is None else None)
-            self._complete = True
+            with self._sending:
+                async with self._in_use:
+                    await offload(_flush, self._fd, self._path if self._kept is None else None)
+                    self._complete = True
         except OSError as error:
             raise _failed("write", self._path, error) from error
-        finally:
-            self._end()
 
     async def aclose(self) -> None:
         """Close the file. Without :meth:`delivered` before, remove a file made for this stream, and cut any other at
@@ -161,9 +150,8 @@ class FileSender(trio.abc.SendStream):
         await trio.lowlevel.checkpoint()
 
     async def _close_in_thread(self) -> bool:
-        while self._idle is not None:
-            await self._idle.wait()
-        await offload(self._close)  # freeing many GiB takes time
+        async with self._in_use:
+            await offload(self._close)  # freeing many GiB takes time
         return True
 
     def _close(self) -> None:
@@ -204,7 +192,7 @@ class FileReceiver(trio.abc.ReceiveStream):
         self._path = path
         self._fd = fd
         self._at = offset
-        self._reading = False
+        self._receiving = OneTask("reading the file")
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Read the next bytes; empty at the end of the file.
@@ -216,22 +204,18 @@ class FileReceiver(trio.abc.ReceiveStream):
         """
         if self._fd == -1:
             raise trio.ClosedResourceError("the file is closed")
-        if self._reading:
-            raise trio.BusyResourceError("another task is reading the file")
-        self._reading = True
+        count = _READ_BYTES if max_bytes is None else min(max_bytes, _READ_BYTES)
         try:
-            await trio.lowlevel.checkpoint()
-            count = _READ_BYTES if max_bytes is None else min(max_bytes, _READ_BYTES)
-            # A second descriptor for the thread: this stream may be closed while the thread reads.
-            own = os.dup(self._fd)
-            try:
-                data = await offload(os.pread, own, count, self._at)
-            finally:
-                os.close(own)
+            with self._receiving:
+                await trio.lowlevel.checkpoint()
+                # A second descriptor for the thread: this stream may be closed while the thread reads.
+                own = os.dup(self._fd)
+                try:
+                    data = await offload(os.pread, own, count, self._at)
+                finally:
+                    os.close(own)
         except OSError as error:
             raise trio.BrokenResourceError(f"{self._path}: {error}") from _failed("read", self._path, error)
-        finally:
-            self._reading = False
         if self._fd == -1:
             raise trio.ClosedResourceError("the file was closed meanwhile")
         self._at += len(data)
