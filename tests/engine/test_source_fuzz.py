@@ -25,7 +25,7 @@ from trimig.wire.marks import PING_MARK, PONG_MARK, Mark
 from trimig.wire.return_path import PageRequest, Pong, ReceivedPages, ResumeAck, Shut, encode
 
 INPUTS = 300
-MANY = 20_000
+MANY = 6_000  # ten minutes on an idle machine, and the limit is thirty
 #: A virtual day: nothing may hang.
 LIMIT = 86_400.0
 #: Bad connections of one input, at most.
