@@ -18,6 +18,7 @@ import trimig
 from tests.processes.cli.demo import lives, run, started
 from trimig.cli.demo.command import Demo, Options
 from trimig.cli.display import LineView
+from trimig.cli.exit_codes import FAILED, INCOMPLETE
 
 SMALL = ("demo", "--size", "16M", "--hot", "4M", "--dirty-rate", "8M")
 #: Slow enough for a test to act in the middle of the first copy.
@@ -252,3 +253,17 @@ def test_owner_follows_from_the_reports(
     monkeypatch.setattr(demo, "_migrating", True)
     found = demo._owner()
     assert (found.value if found else None) == owner
+
+
+@pytest.mark.parametrize(
+    ("source", "code"), [(done("migrate"), FAILED), (failed("migrate", "destination"), INCOMPLETE)]
+)
+def test_a_destination_that_dies_with_the_whole_guest_is_no_incomplete_one(
+    source: dict[str, Any], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed behind its last word to the source, and before its report."""
+    demo = Demo(Options(size=1 << 20, hot=4096, dirty_rate=0, hops=1, config=trimig.Config()), LineView())
+    monkeypatch.setattr(demo, "source", FakeHost(1, source, None), raising=False)
+    monkeypatch.setattr(demo, "destination", FakeHost(2, None, "killed"), raising=False)
+    monkeypatch.setattr(demo, "_migrating", True)
+    assert demo._code(FAILED) == code

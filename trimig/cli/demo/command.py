@@ -304,11 +304,10 @@ class Demo:
         owner, migrating = self._owner(), self._migrating
         if owner is trimig.Ownership.UNKNOWN:
             return UNCERTAIN
-        if (
-            owner is trimig.Ownership.DESTINATION
-            and migrating
-            and (self.destination.report or {}).get("event") != "done"
-        ):
+        # A destination may die behind its last word to the source: then the source knows that nothing is missing.
+        ends = [report for host in (self.source, self.destination) if (report := host.report) is not None]
+        done = any(report["event"] == "done" and report["op"] in ("migrate", "receive") for report in ends)
+        if owner is trimig.Ownership.DESTINATION and migrating and not done:
             return INCOMPLETE
         if (self.source.report or {}).get("exit_code") == NOT_RESUMED:
             return NOT_RESUMED
