@@ -23,6 +23,7 @@ from ...status import Role, Stream
 from ..outcome import Outcome
 from ..ram.preempt_receiver import PreemptReceiver
 from ..ram.receiver import RamReceiver
+from ..sections.ram import RamLoader
 from .activate import activate
 from .announced import take_announcement
 from .connect import connect
@@ -66,7 +67,8 @@ async def receive_stream(guest: Guest, connections: Connections, config: Config,
         monitor.counters.count_bytes = lambda: channels.received
         preempt = PreemptReceiver(reception, config, channels)
         ram = RamReceiver(monitor.counters)
-        return await _run(Incoming(guest, config, monitor, channels, reception, preempt, ram))
+        loaders = {"ram": RamLoader(guest, ram, reception)}
+        return await _run(Incoming(guest, config, monitor, channels, reception, preempt, ram, loaders))
     finally:
         guest.release()
 

@@ -59,6 +59,10 @@ async def take_announcement(into: Incoming, stream: IncomingStream, devices: Inc
                 await take_command(into, stream, devices, event)
             case ev.RamList() as event:
                 return Announced(machine=machine, subsections=subsections, blocks=event, early=early)
+            case ev.FileHeader() | ev.SectionHeader() | ev.SectionFooter() | None:
+                pass
+            case event:
+                await stream.load(event)
 
 
 def refined(into: Incoming, event: ev.Configuration) -> PeerProfile:

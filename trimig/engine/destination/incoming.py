@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ...wire.postcopy import Runs
     from ..ram.preempt_receiver import PreemptReceiver
     from ..ram.receiver import RamReceiver
+    from ..sections import SectionLoader
 
 
 class Following(Protocol):
@@ -61,6 +62,7 @@ class Incoming:
         reception: Reception,
         preempt: PreemptReceiver,
         ram: RamReceiver,
+        loaders: Mapping[str, SectionLoader],
     ) -> None:
         self.guest = guest
         #: As the configuration section has refined it.
@@ -71,6 +73,8 @@ class Incoming:
         self.reception = reception
         self.preempt = preempt
         self.ram = ram
+        #: The iterative sections that are taken, by their names.
+        self.loaders = loaders
         self.following: Following = NothingFollows()
         #: The source has asked for answers.
         self.opened = False

@@ -63,17 +63,14 @@ async def take_memory(
         nursery.start_soon(storing.run, name="trimig.storing")
     while stream.state in SENDING_RAM or stream.state in (Stream.ENDING, Stream.PACKAGED):
         match event:
-            case ev.PageRun():
-                into.reception.settle()
-                await into.ram.pages(event)
-            case ev.ZeroRun():
-                await into.ram.zeros(event)
-            case ev.RamList():
-                into.ram.open(event, into.guest.ram)  # a second START repeats the list
             case ev.SectionHeader(kind=Section.FULL):
                 early += await devices.take_section(stream, event, before="pages")
             case ev.CommandElement():
                 await take_command(into, stream, devices, event)
+            case ev.SectionHeader() | ev.SectionFooter() | ev.RamEnd() | None:
+                pass
+            case _:
+                await stream.load(event)
         if storing is not None:
             await storing.wait_room()
         event = await stream.next()

@@ -9,6 +9,7 @@ import trio
 
 from ...status import SENDING_RAM, Stream, after
 from ...wire import events as ev
+from ...wire.constants import Section
 from ...wire.pages.size import wrong_page_size
 from ..order import item_of
 from ..ram.placement import ENOUGH
@@ -44,6 +45,7 @@ class IncomingStream:
         self.decoder = decoder
         self.state = state
         self.ended = False
+        self._loader = into.loaders["ram"]
         self._handled = 0
         self._between = False  # the last element was the end of a section
 
@@ -66,10 +68,19 @@ class IncomingStream:
             await trio.lowlevel.checkpoint()
         section = "postcopy" if self.state in _POSTCOPY else None
         self.state = after(self.state, item_of(event), offset=event.at, section=section)
+        if isinstance(event, ev.SectionHeader) and event.kind is not Section.FULL:
+            self._loader = self._into.loaders[event.idstr]
         # A command changes nothing: a source that is going to switch to postcopy sends a PING before it is held.
         if not isinstance(event, ev.CommandElement):
             self._between = isinstance(event, ev.SectionFooter | ev.RamEnd)
         return event
+
+    async def load(self, event: ev.Element) -> None:
+        """Take an element of the content of the last iterative section; see :class:`trimig.engine.sections.SectionLoader`.
+
+        **Cancellation:** as there.
+        """
+        await self._loader.load(event)
 
     async def _read(self, seconds: float) -> bool:
         """Read once; False if nothing came for *seconds*."""

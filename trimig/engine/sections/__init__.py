@@ -1,13 +1,17 @@
 """Iterative sections of the stream: state that is sent while the guest runs, and again where it changes.
 
-RAM is one. What a source does with each of them is QEMU's ``SaveVMHandlers``. A new one is a file of this package, and a
-line in :func:`trimig.engine.source.announce.announce`.
+RAM is one. What a source and a destination do with each of them is QEMU's ``SaveVMHandlers``. A new one is a file of this
+package, a line in :func:`trimig.engine.source.announce.announce`, and one in
+:func:`trimig.engine.destination.receive_stream`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from ...wire.events import Element
 
 
 class SectionHandler(Protocol):
@@ -67,3 +71,17 @@ class SectionHandler(Protocol):
 
     def cleanup(self) -> None:
         """Release what :meth:`setup` and the others hold; idempotent (``save_cleanup``). GuestFailed."""
+
+
+class SectionLoader(Protocol):
+    """One iterative section at the destination."""
+
+    async def load(self, event: Element) -> None:
+        """Take one element of the section's content (``load_state``).
+
+        Raises:
+            RemoteProtocolError: it does not fit the guest.
+            GuestFailed: the guest cannot take it.
+
+        **Cancellation:** a part was taken.
+        """

@@ -1,4 +1,4 @@
-"""The section ``ram`` at the source: which pages go, and in which pass."""
+"""The section ``ram``: which pages go, and in which pass; and their places at the destination."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from ...guest import PAGE_SIZE, PageBitmap, RamBlock
 from ...memory.tracking import snapshot_of
+from ...wire import events as ev
 from ...wire import postcopy as wire_postcopy
 from .. import guest_calls
 from ..ram.sender import RamSender
@@ -16,9 +17,11 @@ from ..ram.sender import RamSender
 if TYPE_CHECKING:
     from ...channel.channel import Channel
     from ...channel.limiter import Limiter
+    from ...channel.reception import Reception
     from ...config.config import Config
-    from ...guest import DirtyTracker
+    from ...guest import DirtyTracker, Guest
     from ...monitor.statistics import Counters
+    from ..ram.receiver import RamReceiver
 
 
 def at_least_one(unsent: Sequence[PageBitmap]) -> None:
@@ -133,3 +136,26 @@ class RamSection:
         """Dirty tracking ends."""
         with guest_calls.guarded("ending the dirty tracking"):
             self._tracker.stop()
+
+
+class RamLoader:
+    """The RAM of one incoming migration, up to the end of precopy. A :class:`trimig.engine.sections.SectionLoader`."""
+
+    def __init__(self, guest: Guest, ram: RamReceiver, reception: Reception) -> None:
+        self._guest = guest
+        self._ram = ram
+        self._reception = reception
+
+    async def load(self, event: ev.Element) -> None:
+        """Place pages, or check the list of blocks where a second START repeats it.
+
+        **Cancellation:** some pages are in their places.
+        """
+        match event:
+            case ev.PageRun():
+                self._reception.settle()
+                await self._ram.pages(event)
+            case ev.ZeroRun():
+                await self._ram.zeros(event)
+            case ev.RamList():
+                self._ram.open(event, self._guest.ram)
