@@ -21,7 +21,7 @@ from tests.qemu.installed import Installed
 from tests.qemu.relay import Relay
 from tests.reading import Element, elements
 from trimig import MiB, Status
-from trimig.engine import destination
+from trimig.engine.destination import commands as taken
 from trimig.wire import encoder as wire
 from trimig.wire.marks import PING_MARK, PONG_MARK, Mark, trailing_reason
 
@@ -44,7 +44,7 @@ def without_marks() -> Iterator[None]:
     ping = wire.ping
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wire, "ping", lambda value: b"" if value == PING_MARK else ping(value))
-        patch.setattr(destination, "PING_MARK", None)
+        patch.setattr(taken, "PING_MARK", None)
         yield
 
 
