@@ -113,7 +113,7 @@ async def test_none_can_be_added_with_only_migratable() -> None:
 
 
 async def test_unmigratable_device_is_named() -> None:
-    """I5: both ways; the reason stands among the blocked-reasons, behind those that somebody gave."""
+    """I5: both ways; the reason stands among the blocked-reasons, behind those that the caller gave."""
     with app() as guest:
         guest.add_device(Passthrough())
         text = "device 'vfio' cannot be migrated: it is a device of the host"

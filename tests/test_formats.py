@@ -130,7 +130,7 @@ def formatted(source: str) -> list[str]:
             continue
         for part, behind in zip(node.values, [*node.values[1:], None], strict=True):
             if not isinstance(part, ast.FormattedValue) or part.conversion == ord("r"):
-                continue  # what somebody gave, cut to a length
+                continue  # a text that the caller gave, cut to a length
             spec = ast.unparse(part.format_spec).strip("f'\"") if part.format_spec is not None else ""
             text = behind.value if isinstance(behind, ast.Constant) and isinstance(behind.value, str) else ""
             if _NUMBER.search(spec) or _UNIT.search(text):

@@ -59,7 +59,7 @@ async def test_listener_is_called_at_the_very_moment(autojump_clock: trio.testin
     assert [entry[1:] for entry in seen[1:-1]] == [(False, False, False)] * 3
 
 
-async def test_listener_that_fails_is_removed_and_hurts_nobody(
+async def test_listener_that_fails_is_removed_and_hurts_no_other(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """H5: the migration goes on, the others hear everything, and the log says what happened."""
@@ -82,7 +82,7 @@ async def test_listener_that_fails_is_removed_and_hurts_nobody(
 
 
 async def test_cancel_out_of_a_listener(autojump_clock: trio.testing.MockClock) -> None:
-    """Everybody hears the events in one order, also those that are caused by a listener."""
+    """Every listener hears the events in one order, also those that are caused by a listener."""
     pair = Pair()
     first: list[str] = []
     last: list[str] = []

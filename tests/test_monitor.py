@@ -406,7 +406,7 @@ async def take(told: AsyncIterator[Event], count: int) -> list[Event]:
 
 
 async def test_reader_that_does_not_read_loses_the_oldest() -> None:
-    """Nobody can stall a migration, or fill the memory, by not reading."""
+    """A reader that stops cannot stall a migration or fill the memory."""
     monitor = brought_to(S.ACTIVE)
     slow, quick = monitor.events(), monitor.events()
     for number in range(EVENT_BACKLOG + 10):

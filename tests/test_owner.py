@@ -20,7 +20,7 @@ def state(owner: Owner, *, runs: bool = False) -> OwnerState:
     ("owner", "text"),
     [(Owner.ELSEWHERE, "was handed over, or has not arrived here"), (Owner.UNKNOWN, r"guest\.settle\(\)")],
 )
-def test_who_is_not_the_owner_is_refused_with_the_reason(owner: Owner, text: str) -> None:
+def test_side_that_is_not_the_owner_is_refused_with_the_reason(owner: Owner, text: str) -> None:
     with pytest.raises(NotOwner, match=f"cannot be resumed: .*{text}") as caught:
         state(owner).check("be resumed")
     assert caught.value.guest_owner is owner
@@ -114,7 +114,7 @@ async def test_a_guest_that_waits_to_be_received_is_not_run(kind: str) -> None:
     assert guest.run_state == "inmigrate"
 
 
-async def test_a_parked_guest_is_nobodys_until_it_is_filled() -> None:
+async def test_a_parked_guest_is_not_owned_here_until_it_is_filled() -> None:
     with trimig.ParkedGuest() as guest:
         assert guest.owner is Owner.ELSEWHERE
         with pytest.raises(NotOwner):

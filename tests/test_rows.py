@@ -36,7 +36,7 @@ def test_a_subject_is_short_and_stands_once(table: dict[str, str]) -> None:
     [
         ("M2, P9: neither paused nor resumed.", ["row M2", "row P9"]),
         ("O1-O3 and K5.", ["row O1", "row O2", "row O3", "row K5"]),
-        ("T1, gap G3: nobody can be asked.", ["row T1", "gap G3"]),
+        ("T1, gap G3: no peer can be asked.", ["row T1", "gap G3"]),
         ("Gaps G1, G4-G5 and G11 (rule C7).", ["gap G1", "gap G4", "gap G5", "gap G11", "rule C7"]),
         ("Rule C3: as in appendix A.1 row 24, table A.2.", ["rule C3"]),
         ("The bytes 0xC3 and %C3, 2G1 and page 4K.", ["row C3"]),  # only what is a word of its own

@@ -200,7 +200,7 @@ def test_events_until_the_end_need_the_capability(invoke: Invoke) -> None:
     assert (result.exit_code, "trimig set -c events" in result.stderr) == (1, True)
 
 
-def test_nobody_there_is_one_sentence(tmp_path: Path) -> None:
+def test_absent_peer_is_one_sentence(tmp_path: Path) -> None:
     for words in (["status"], ["migrate", "tcp:127.0.0.1:1"], ["migrate", "--dry-run"], ["events"]):
         result = CliRunner().invoke(cli.main, [*words, "--qmp", f"unix:{tmp_path}/absent"])
         assert result.exit_code == 1

@@ -50,7 +50,7 @@ def test_word_in_its_time_is_passed_on(invoke: Invoke, command: str, statuses: l
         ({"status": "cancelled"}, "the last attempt has failed, and nothing listens here"),
     ],
 )
-def test_status_of_who_waits_for_a_guest_is_true(invoke: Invoke, info: dict[str, Any], words: str) -> None:
+def test_status_of_a_waiting_destination_is_true(invoke: Invoke, info: dict[str, Any], words: str) -> None:
     assert words in invoke(Scripted(run_state="inmigrate", info=info), "status").stdout
 
 
@@ -69,7 +69,7 @@ def test_status_says_that_it_does_not_converge(invoke: Invoke) -> None:
 HELD = step("pre-switchover", ram=ram(sync=2, pages=TOTAL // PAGE, remaining=0))
 
 
-def test_socket_is_free_for_who_lets_it_go_on(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_socket_is_free_for_the_continue(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     """A QEMU serves one client at a time, so the command leaves the socket while it waits for the continue."""
     monkeypatch.setattr("trimig.cli.remote.migrate._PAUSED_EVERY", 0.01)
     guest = Scripted(script=[step("setup"), ACTIVE, HELD, HELD, HELD, HELD, DONE])

@@ -15,13 +15,17 @@ import pytest
 
 from . import pages
 
-#: What is read: files such as the README, and folders with their Markdown and Python. More of the repository is added here.
-READ: Final = ("README.md", "trimig")
+#: What is read: files such as the README, and folders with their Markdown, Python, shell and C.
+READ: Final = ("README.md", "trimig", "tests", "examples", "bench", ".ci/run")
+_SUFFIXES: Final = frozenset({".md", ".py", ".sh", ".c"})
 
 #: This file has the words, and so has the page that asks for them to be left out.
 _ABOUT_WORDS: Final = frozenset({"tests/docs/test_vocabulary.py"})
-#: A word in quotation marks or in backticks is named, not used; in Python quotation marks begin what a user reads.
-_NAMED: Final = {".md": re.compile(r"`[^`\n]*`|\"[^\"\n]*\""), ".py": re.compile(r"`[^`\n]*`")}
+#: A word in quotation marks or in backticks is named, not used; in a program quotation marks begin what a user reads.
+_NAMED: Final = re.compile(r"`[^`\n]*`")
+_NAMED_IN_MARKDOWN: Final = re.compile(r"`[^`\n]*`|\"[^\"\n]*\"")
+#: The name of a test is a sentence too.
+_TEST: Final = re.compile(r"\bdef test_(\w+)")
 
 _PEOPLE: Final = re.compile(
     r"\b(?:nobody|somebody|whoever|anybody|everybody|whomever|whosoever|somebody's|nobody's)\b", re.IGNORECASE
@@ -39,14 +43,17 @@ def files() -> list[Path]:
     found = []
     for name in READ:
         path = pages.ROOT / name
-        found += [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in {".md", ".py"})
+        found += [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES)
     return [path for path in found if pages.short(path) not in _ABOUT_WORDS]
 
 
 def complaints(text: str, suffix: str = ".md") -> Iterator[str]:
     """Each line of *text*, of a file with that suffix, that has such a word, with its number."""
+    named = _NAMED_IN_MARKDOWN if suffix == ".md" else _NAMED
     for number, line in enumerate(pages.prose(text).splitlines(), 1):
-        plain = _NAMED[suffix].sub("`", line)
+        plain = named.sub("`", line)
+        if name := _TEST.search(plain):
+            plain = f"{name[1].replace('_', ' ').capitalize()}."
         for pattern in (_PEOPLE, _SUBJECT, _HE):
             if found := pattern.search(plain):
                 yield f"{number}: {found[0][:60]!r} in {line.strip()[:100]!r}"
@@ -93,6 +100,21 @@ def test_a_message_in_a_program_is_read() -> None:
     line = 'raise Failed("nobody answers")'
     assert list(complaints(line, ".py"))
     assert list(complaints(line)) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["nobody_is_asked", "who_waits_is_told", "closing_wakes_who_waits", "all_but_him_are_told"]
+)
+def test_name_of_a_test_is_read(name: str) -> None:
+    assert list(complaints(f"async def test_{name}() -> None:", ".py"))
+    assert list(complaints("def test_errors_say_which_side_has_the_guest() -> None:", ".py")) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "trimig/cli", "tests/docs", "tests/conftest.py", "examples", "bench", ".ci/run"]
+)
+def test_each_part_of_the_repository_is_read(name: str) -> None:
+    assert any(pages.short(path).startswith(name) for path in files())
 
 
 def test_pages_are_read() -> None:

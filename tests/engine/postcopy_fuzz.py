@@ -185,7 +185,7 @@ def surprise(chosen: random.Random) -> bytes:
     everything = (
         section(records(chosen, [(block, page)], 2)), section(b""), section(b"", kind=3), section(b"", number=chosen.choice((0, 3, 99))),
         section(be64(far | 8) + cstr(block) + bytes(PAGE)), section(be64(far | 2) + cstr(block) + b"\0"),
-        section(be64(2) + cstr("nobody") + b"\0"), section(be64(0x22) + b"\0"), section(be64(page * PAGE | 4)),
+        section(be64(2) + cstr("absent") + b"\0"), section(be64(0x22) + b"\0"), section(be64(page * PAGE | 4)),
         section(be64(page * PAGE | chosen.choice((1, 0x40, 0x80, 0x100, 0x18, 0x0A)))), section(be64(chosen.getrandbits(64))),
         command(1), command(2, be32(chosen.getrandbits(32))), command(2, be32(3)) * 50, command(2), command(3, be64(PAGE) * 2),
         command(4), command(5), command(7, be32(0)), command(7, be32(2**32 - 1)), discard(block, [page]), command(9),
@@ -444,7 +444,7 @@ class Fuzzed:
         chosen = self.chosen
         return chosen.choice(
             (
-                b"", asked[: chosen.randrange(len(asked))], command(9) + command(9), command(10, cstr("nobody")), command(10),
+                b"", asked[: chosen.randrange(len(asked))], command(9) + command(9), command(10, cstr("absent")), command(10),
                 command(10, b"\3ra"), b"QEVM\0\0\0\3", asked + command(9, b"x"), asked + command(4), asked + command(7, be32(5)),
                 flipped(chosen, asked), asked + chosen.randbytes(30), asked + asked + command(5), command(2, be32(1)) * 3,
             )

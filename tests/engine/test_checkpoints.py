@@ -91,7 +91,7 @@ async def test_guest_calls(autojump_clock: trio.testing.MockClock) -> None:
 
 
 async def test_monitor_changes_and_looks_at_once(autojump_clock: trio.testing.MockClock) -> None:
-    """State changes are synchronous: nobody can come between the test and the change."""
+    """State changes are synchronous: no other task runs between the test and the change."""
     monitor = MonitorCore()
     with trio.testing.assert_no_checkpoints():
         monitor.begin(Role.SOURCE, config())

@@ -54,7 +54,7 @@ async def sent(guest: trimig.ParkedGuest, config: trimig.Config) -> bytes:
 
 
 async def test_a_guest_parked_by_postcopy_is_sent_with_a_description(autojump_clock: trio.testing.MockClock) -> None:
-    """A QEMU reads one, unless its machine type has none; this one has no devices in it, since nobody knows them."""
+    """A QEMU reads one, unless its machine type has none; this one has no devices in it, since they are not known."""
     with await parked_by_postcopy() as guest:
         stream = await sent(guest, trimig.Config())
         at = stream.rindex(b"\x00\x06")

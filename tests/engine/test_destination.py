@@ -240,7 +240,7 @@ async def test_a_name_that_is_no_text_is_refused_with_its_place(autojump_clock: 
 async def test_what_does_not_fit_before_there_is_a_return_path(
     autojump_clock: trio.testing.MockClock, changed: dict[str, bytes], text: str
 ) -> None:
-    """K4: there is nobody to tell; the connection closes."""
+    """K4: the source cannot be told; the connection closes."""
     fed = await Fed().feed(stream(**changed))
     assert isinstance(fed.result, trimig.RemoteProtocolError)
     assert text in str(fed.result)

@@ -52,7 +52,7 @@ KINDS = ["scripted", "lazy application", "parked"]
 async def test_a_break_before_anything_shows_that_the_answer_was_read(
     autojump_clock: trio.testing.MockClock, kind: str
 ) -> None:
-    """Gap G24: the guest stands still, and nobody is said to own it; a recovery is the proof, and it runs on."""
+    """Gap G24: the guest stands still, and its owner is unknown; a recovery is the proof, and it runs on."""
     runs = "inmigrate" if kind == "parked" else "running"
     async with made(kind) as target, destination(target) as there:
         statuses = told(there.monitor)
@@ -93,7 +93,7 @@ async def test_a_break_before_anything_shows_that_the_answer_was_read(
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("truth", [Ownership.SOURCE, Ownership.DESTINATION])
 async def test_given_up_in_doubt(autojump_clock: trio.testing.MockClock, truth: Ownership, *, whole: bool) -> None:
-    """Gap G24: also with all of its memory; then somebody says who has it."""
+    """Gap G24: also with all of its memory; then the caller settles the owner."""
     async with made("scripted") as target, destination(target) as there:
         peer = await there.connect()
         await peer.say(OPENING + part(0, 1, 2) + PACKAGE + part(*ALL[3 : PAGES if whole else 5]))

@@ -103,7 +103,7 @@ async def test_guest_that_stands_still_arrives_as_it_was(
 
 
 async def test_autostart_off_leaves_a_running_guest_paused(autojump_clock: trio.testing.MockClock) -> None:
-    """P9: as with -S; somebody else starts it."""
+    """P9: as with -S; the caller starts the guest."""
     pair = Pair(config_there=config(autostart=False))
     await pair.both()
     assert pair.target.run_state == "paused"
@@ -357,7 +357,7 @@ async def test_there_and_back(autojump_clock: trio.testing.MockClock) -> None:
     assert pair.source.digest() == pair.target.digest()
 
 
-async def test_source_that_finds_nobody(autojump_clock: trio.testing.MockClock) -> None:
+async def test_source_that_finds_no_listener(autojump_clock: trio.testing.MockClock) -> None:
     """B16: failed before a byte; the guest runs on, and was never stopped."""
     guest, monitor = running(), trimig.Monitor()
     with pytest.raises(trimig.TransportFailed):
@@ -368,7 +368,7 @@ async def test_source_that_finds_nobody(autojump_clock: trio.testing.MockClock) 
 
 
 async def test_reader_is_gone_when_the_source_returns(autojump_clock: trio.testing.MockClock) -> None:
-    """K11, K12, L14: bytes behind SHUT are nobody's, and no task waits for more."""
+    """K11, K12, L14: bytes behind SHUT are not read, and no task waits for more."""
     pair = Pair()
 
     async def script(there: Destination) -> None:

@@ -1,4 +1,4 @@
-"""The lobby of a receiver, with streams in memory on a virtual clock: who is taken, who waits, who is dropped, what is told.
+"""The lobby of a receiver, with streams in memory on a virtual clock: which is taken, which waits, which is dropped, what is told.
 
 And its judges, byte by byte. Whole receivers, with sockets, while a source migrates, are in ``test_strangers``.
 """
@@ -140,7 +140,7 @@ async def test_the_right_one_is_chosen_whatever_came_before(autojump_clock: trio
         await trio.aclose_forcefully(chosen.stream)
 
 
-async def test_who_waits_is_judged_again_for_another_place() -> None:
+async def test_waiting_connection_is_judged_again_for_another_place() -> None:
     async with lobby() as tried:
         second = tried.door.connect(b"second")
         first = tried.door.connect(b"first")
@@ -153,7 +153,7 @@ async def test_who_waits_is_judged_again_for_another_place() -> None:
             await trio.aclose_forcefully(stream)
 
 
-async def test_a_place_that_one_may_have_who_is_alone(autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_place_that_a_lone_connection_may_have(autojump_clock: trio.testing.MockClock) -> None:
     """Not at the side of a silent one; and one that is certain comes first."""
 
     def judge(data: bytes) -> Verdict:
@@ -321,7 +321,7 @@ async def test_failed_handshake_is_kept_for_the_error() -> None:
         assert tried.lobby.hint(frozenset({"address of another"})) is None
 
 
-async def test_who_says_nothing_of_use_is_read_no_further() -> None:
+async def test_connection_that_says_nothing_of_use_is_read_no_further() -> None:
     async with lobby() as tried:
         stream = tried.door.connect(bytes(10 * MOST_READ))
         with trio.move_on_after(0.05):

@@ -1,4 +1,4 @@
-"""Streams of one direction, and streams behind which there may be nobody who answers."""
+"""Streams of one direction, and streams behind which perhaps no peer answers."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Delivers(OnlySends):
             raise self.error
 
 
-class MaybeNobody(Delivers, trio.abc.HalfCloseableStream):
+class PerhapsSilent(Delivers, trio.abc.HalfCloseableStream):
     """A command that may or may not pass the stream on; *hear* is what is read from it."""
 
     perhaps_silent = True
@@ -176,7 +176,7 @@ async def test_source_is_not_done_before_everything_is_delivered(autojump_clock:
 async def test_delivery_that_fails_leaves_the_owner_open(
     autojump_clock: trio.testing.MockClock, seconds: float, error: Exception | None, why: str
 ) -> None:
-    """The decision was sent: nobody knows what became of it, and the message says why."""
+    """The decision was sent: its delivery is not known, and the message says why."""
     pair = Pair()
     stream = Delivers(pair.link.a, seconds, error)
     with pytest.raises(trimig.HandoverUncertain, match=why) as caught:
@@ -205,12 +205,12 @@ async def test_stream_that_breaks_before_the_decision(autojump_clock: trio.testi
 # -- behind a command ----------------------------------------------------------------------------------------------
 
 
-async def test_somebody_who_answers_makes_it_a_return_path(autojump_clock: trio.testing.MockClock) -> None:
+async def test_peer_that_answers_makes_it_a_return_path(autojump_clock: trio.testing.MockClock) -> None:
     """K1, K9: from the first answer on it is one like any other."""
     pair = Pair()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pair.receive)
-        summary = await trimig.migrate(pair.source, MaybeNobody(pair.link.a, 99.0), config())
+        summary = await trimig.migrate(pair.source, PerhapsSilent(pair.link.a, 99.0), config())
     assert (summary.confirmed, summary.prepared, summary.warnings) == (True, True, ())
 
 
@@ -225,7 +225,7 @@ async def test_no_answer_comes(autojump_clock: trio.testing.MockClock, ends: boo
         while await pair.link.b.receive_some():
             pass
 
-    summary = await sent_through(pair, MaybeNobody(pair.link.a, 1.0), store)
+    summary = await sent_through(pair, PerhapsSilent(pair.link.a, 1.0), store)
     assert (summary.confirmed, summary.prepared) == (False, False)
     assert any("no answer comes" in text for text in summary.warnings)
     assert wire.ping(PING_PREPARE) not in pair.link.recorded("a->b")
@@ -242,16 +242,16 @@ async def test_answer_after_the_first_copy_is_in_time(autojump_clock: trio.testi
         await pair.receive()
         await trio.sleep_forever()
 
-    summary = await sent_through(pair, MaybeNobody(pair.link.a, 99.0), late)
+    summary = await sent_through(pair, PerhapsSilent(pair.link.a, 99.0), late)
     assert summary.confirmed
     assert pair.target.running
 
 
 @pytest.mark.parametrize(("answer", "completed"), [(ACCEPTED, True), (REFUSED, False)])
-async def test_word_after_the_decision_counts_although_nobody_was_expected(
+async def test_answer_after_the_decision_counts_although_none_was_expected(
     autojump_clock: trio.testing.MockClock, answer: bytes, completed: bool
 ) -> None:
-    """Whoever speaks up late is believed, before any doubt about the delivery."""
+    """A late answer counts before any doubt about the delivery."""
     pair = Pair()
 
     async def late() -> None:
@@ -260,7 +260,7 @@ async def test_word_after_the_decision_counts_although_nobody_was_expected(
         await pair.link.b.send_all(answer)
         await trio.sleep_forever()
 
-    stream = MaybeNobody(pair.link.a, 1.0, trimig.TransportFailed("no idea"))
+    stream = PerhapsSilent(pair.link.a, 1.0, trimig.TransportFailed("no idea"))
     if completed:
         assert (await sent_through(pair, stream, late)).confirmed
         assert not pair.source.running
@@ -270,7 +270,7 @@ async def test_word_after_the_decision_counts_although_nobody_was_expected(
     assert pair.source.running
 
 
-async def test_somebody_who_has_answered_and_goes_away_is_a_failure(autojump_clock: trio.testing.MockClock) -> None:
+async def test_peer_that_has_answered_and_goes_away_is_a_failure(autojump_clock: trio.testing.MockClock) -> None:
     """T3: from the first message on, the end of that direction is the end of the connection."""
     pair = Pair(running(pages=64), link=VirtualLink(rate=100_000, window=8192))
 
@@ -282,7 +282,7 @@ async def test_somebody_who_has_answered_and_goes_away_is_a_failure(autojump_clo
             pass
 
     with pytest.raises(trimig.TransportFailed, match="without an answer"):
-        await sent_through(pair, MaybeNobody(pair.link.a, 1.0), leave)
+        await sent_through(pair, PerhapsSilent(pair.link.a, 1.0), leave)
     assert pair.source.running
 
 
@@ -290,7 +290,7 @@ async def test_somebody_who_has_answered_and_goes_away_is_a_failure(autojump_clo
 
 
 class SlowToClose(OnlySends):
-    """Has a goodbye to say that nobody answers."""
+    """Has a goodbye to say that the peer does not answer."""
 
     async def aclose(self) -> None:
         """Waits for ever, and closes by force if that is cut short."""

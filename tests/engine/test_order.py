@@ -233,7 +233,7 @@ async def test_a_background_snapshot_has_no_end_of_its_ram(autojump_clock: trio.
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_block_of_its_own_that_is_not_announced(autojump_clock: trio.testing.MockClock, kind: str) -> None:
-    """Whole is who has all of the blocks of this guest, not all that were announced."""
+    """A guest is whole with all of its own blocks, not with all that were announced."""
     if kind == "parked":
         return  # it has none of its own
     other = wire.section_start(Section.START, 2, "ram", 0, 4) + wire.ram_list([("rom", PAGE_SIZE)]) + CLOSE

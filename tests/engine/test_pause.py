@@ -1,4 +1,4 @@
-"""pause-before-switchover: the guest stands still, nothing is sent, and somebody must say that it goes on."""
+"""pause-before-switchover: the guest stands still, nothing is sent, and the caller must say that it goes on."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ async def test_surplus_word_does_not_skip_a_later_pause(autojump_clock: trio.tes
 
 
 async def test_connection_that_breaks_while_it_is_held(autojump_clock: trio.testing.MockClock) -> None:
-    """The guest runs again at once, and not when somebody looks."""
+    """The guest runs again at once, and not when the caller asks."""
     pair = held_pair()
 
     async def cut() -> None:
@@ -181,7 +181,7 @@ async def test_connection_that_breaks_while_it_is_held(autojump_clock: trio.test
     assert pair.source.running
 
 
-async def test_guest_that_somebody_resumes_is_stopped_again(autojump_clock: trio.testing.MockClock) -> None:
+async def test_guest_that_is_resumed_meanwhile_is_stopped_again(autojump_clock: trio.testing.MockClock) -> None:
     """N3: the state of a guest that runs is never sent."""
     pair = held_pair(source=running(rate=50))
 

@@ -225,7 +225,7 @@ async def test_without_the_capability() -> None:
     assert "turn it on on both sides" in str(error)
 
 
-async def test_guest_that_cannot_is_refused_before_anybody_connects() -> None:
+async def test_guest_that_cannot_is_refused_before_a_peer_connects() -> None:
     """The GIL hazard: named, with the way out."""
     there = Destination(ScriptedGuest(run_state="inmigrate"))
     await there.run()

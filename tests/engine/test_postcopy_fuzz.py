@@ -60,7 +60,7 @@ class Closing:
 
 
 async def test_a_fault_and_the_end_in_the_same_moment() -> None:
-    """The guest is whole: nobody looks at its faults any more, and nothing fails."""
+    """The guest is whole: its faults are not read any more, and nothing fails."""
 
     async def nothing(_: bytes) -> None:
         raise AssertionError("nothing is asked for")

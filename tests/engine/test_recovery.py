@@ -380,7 +380,7 @@ async def test_what_a_destination_may_not_say_before_it_resumes(
 
 
 async def test_silence_behind_an_early_resume_ack_is_refused_at_once(autojump_clock: trio.testing.MockClock) -> None:
-    """Nobody waits for the rest of a handshake that is wrong already."""
+    """The source does not wait for the rest of a handshake that is wrong already."""
     told_by = Told(recovery_retry=True)
     with trio.fail_after(3600):
         async with trio.open_nursery() as nursery:
@@ -433,7 +433,7 @@ async def answer_until(peer: Peer, end: bytes, *, but: tuple[int, ...] = ()) -> 
         pings = len(found)
 
 
-async def test_all_is_sent_and_nobody_is_found_again(autojump_clock: trio.testing.MockClock) -> None:
+async def test_all_is_sent_and_no_peer_is_found_again(autojump_clock: trio.testing.MockClock) -> None:
     """The error says that the destination may be complete."""
     told_by = Told(recovery_retry=True, recovery_timeout=3.0)
     told_by.config = dataclasses.replace(
@@ -517,7 +517,7 @@ async def test_progress_begins_the_time_anew(autojump_clock: trio.testing.MockCl
 
 
 async def test_a_destination_waits_no_longer_than_the_bound(autojump_clock: trio.testing.MockClock) -> None:
-    """Whoever connects and says nothing, or closes, does not prolong it."""
+    """A peer that connects and says nothing, or closes, does not prolong it."""
     config = dataclasses.replace(able(), recovery_retry=True, recovery_timeout=20.0, stall_timeout=15.0)
     async with paused(config=config) as there:
         began = trio.current_time()
@@ -570,7 +570,9 @@ async def test_a_cancellation_waits_while_there_is_a_connection(
         assert all((block.pages == 5).all() for block in target.ram)
 
 
-async def test_who_asks_and_is_silent_then_does_not_use_up_the_time(autojump_clock: trio.testing.MockClock) -> None:
+async def test_peer_that_asks_and_is_silent_then_does_not_use_up_the_time(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     """A stranger who knows the name of a block; the source comes behind it, and is heard."""
     config = dataclasses.replace(able(), recovery_retry=True, recovery_timeout=30.0)
     async with paused(config=config) as there:

@@ -37,7 +37,7 @@ def test_run_states_of_a_sender_and_of_a_receiver() -> None:
     assert AppGuest(running=False).run_state == "inmigrate"
 
 
-async def test_pause_waits_for_every_holder_and_admits_nobody(autojump_clock: trio.testing.MockClock) -> None:
+async def test_pause_waits_for_every_holder_and_admits_no_other(autojump_clock: trio.testing.MockClock) -> None:
     guest = AppGuest()
     log: list[str] = []
 
@@ -153,7 +153,7 @@ async def test_a_cancelled_pause_does_not_open_what_another_one_has_closed(
 
 
 async def test_one_resume_after_the_other(autojump_clock: trio.testing.MockClock) -> None:
-    """Nobody is inside while the hook runs, and a pause waits for it."""
+    """No task is inside while the hook runs, and a pause waits for it."""
     calls: list[str] = []
 
     async def on_resume() -> None:
@@ -261,7 +261,7 @@ async def test_pausing_from_inside_is_an_error_and_not_a_deadlock() -> None:
     assert guest.run_state == "running"
 
 
-async def test_hooks_run_while_nobody_is_inside_and_both_calls_are_idempotent() -> None:
+async def test_hooks_run_while_no_task_is_inside_and_both_calls_are_idempotent() -> None:
     log = []
 
     class Mine(AppGuest):
@@ -351,7 +351,7 @@ async def test_a_throttled_guest_is_inside_for_its_share_only(autojump_clock: tr
         nursery.cancel_scope.cancel()
 
 
-async def test_the_end_of_throttling_wakes_those_who_wait(autojump_clock: trio.testing.MockClock) -> None:
+async def test_the_end_of_throttling_wakes_the_tasks_that_wait(autojump_clock: trio.testing.MockClock) -> None:
     guest = AppGuest()
     await guest.throttle(99)
     async with guest.running():

@@ -183,7 +183,7 @@ def test_rest_of_a_longer_name_and_the_size_are_ignored() -> None:
 
 
 @pytest.mark.parametrize("name", [*sorted(ILLEGAL_RUN_STATES), "nonsense", "", "Running"])
-def test_run_state_nobody_can_arrive_in_is_refused_both_ways(name: str) -> None:
+def test_run_state_no_guest_can_arrive_in_is_refused_both_ways(name: str) -> None:
     """Q3, gap G21: QEMU aborts on three of these."""
     payload = bytes(4) + name.encode().ljust(100, b"\0")
     with pytest.raises(RemoteProtocolError, match=repr(name)):

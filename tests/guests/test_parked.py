@@ -76,7 +76,7 @@ async def test_a_stream_without_description_keeps_its_devices(tmp_path: Path) ->
         assert guest.description is None
         assert any("no description" in warning for warning in guest.warnings)
         await guest.save(tmp_path / "out")
-    # With a description of none of them: a QEMU waits for one, whoever sends it the file.
+    # With a description of none of them: a QEMU waits for one, also if the file is sent by another program.
     end = globalstate.section("paused").payload + b"\x7e\0\0\0\x29" + wire.end_of_stream()
     assert (tmp_path / "out").read_bytes().endswith(end + wire.description(description.build(4096, [])))
     with await trimig.ParkedGuest.load(tmp_path / "out") as again:

@@ -157,7 +157,7 @@ def test_a_given_descriptor_that_is_too_short_is_refused_and_closed() -> None:
         os.fstat(fd)
 
 
-def test_nobody_can_cut_the_file_short(make_block: Make) -> None:
+def test_the_file_cannot_be_cut_short(make_block: Make) -> None:
     with pytest.raises(PermissionError):
         os.ftruncate(make_block(2).fd, 0)
 

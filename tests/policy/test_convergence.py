@@ -125,7 +125,7 @@ def test_bandwidth_limit_is_blamed_only_if_it_binds(limit: int, dirty_rate: floa
     assert explain(progress, bounds).advice[0] == first
 
 
-def test_limit_that_nobody_can_set_is_not_advised() -> None:
+def test_limit_that_cannot_be_set_is_not_advised() -> None:
     why = explain(at(3_000_000 * MiB, 1.0 * MiB, dirty_rate=2.0 * MiB), LIMIT)
     assert not any("downtime-limit" in clause for clause in why.advice)
 

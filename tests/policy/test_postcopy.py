@@ -1,4 +1,4 @@
-"""The order of pages in postcopy: every page once, who waits first, neighbours next."""
+"""The order of pages in postcopy: every page once, awaited pages first, neighbours next."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def bitmap(text: str) -> PageBitmap:
     return np.array([c == "x" for c in text], np.bool_)
 
 
-#: Block, pages, whether somebody waits.
+#: Block, pages, whether the guest waits for them.
 Seen = tuple[int, list[int], bool]
 
 
@@ -116,7 +116,7 @@ def test_one_page_in_many(sparse: int) -> None:
 
 
 @given(st.data())
-def test_every_page_once_and_who_waits_first(data: st.DataObject) -> None:
+def test_every_page_once_and_awaited_pages_first(data: st.DataObject) -> None:
     shapes = data.draw(st.lists(st.lists(st.booleans(), min_size=1, max_size=20), min_size=1, max_size=3))
     unsent = [np.array(flags, np.bool_) for flags in shapes]
     expected = {(b, p) for b, flags in enumerate(shapes) for p, flag in enumerate(flags) if flag}

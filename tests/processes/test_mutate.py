@@ -87,7 +87,7 @@ def test_tests_that_fail_unchanged_are_said(tree: Path) -> None:
 
 
 def test_named_changes_stand_in_the_program() -> None:
-    """Each once, and the changed module still compiles; who changes the program changes the list with it."""
+    """Each once, and the changed module still compiles; a change of the program changes the list with it."""
     found = named.mutants(command.ROOT)
     assert len(found) >= 30
     for mutant in found:

@@ -278,7 +278,7 @@ async def test_interrupted_dry_run_restores_the_qemu(tmp_path: Path) -> None:
             assert (await vm.query_migrate())["status"] == "cancelled"
 
 
-async def test_nobody_behind_the_socket(tmp_path: Path) -> None:
+async def test_no_server_behind_the_socket(tmp_path: Path) -> None:
     code, out, err = await command("status", "--qmp", f"unix:{tmp_path}/absent")
     assert (code, out, err.count("\n"), "absent" in err) == (1, "", 1, True)
 

@@ -341,7 +341,7 @@ async def test_commit_hook_that_fails_takes_everything_back() -> None:
             await peers.accepted(guest)
 
 
-async def test_destination_started_by_somebody_else() -> None:
+async def test_destination_started_by_another_client() -> None:
     """``-S`` at QEMU: the guest is handed over and confirmed, and stays paused until QEMU gets ``cont``."""
     with trio.fail_after(LIMIT):
         async with Qemu.start("none", "1M", incoming="defer", paused=True) as vm:

@@ -177,7 +177,7 @@ async def cancelled_at_qemu(vm: Qemu, guest: trimig.AppGuest, status: str) -> No
             assert (await arrival.error()).owner is trimig.Ownership.SOURCE
 
 
-async def test_trimig_finds_nobody_and_then_trimig() -> None:
+async def test_trimig_finds_no_listener_and_then_trimig() -> None:
     """B16, A.1 row 17: T→T; status failed with the reason, the guest runs on, the retry works."""
     monitor = trimig.Monitor()
     with trio.fail_after(peers.LIMIT), peers.source(SIZE) as guest:
@@ -191,7 +191,7 @@ async def test_trimig_finds_nobody_and_then_trimig() -> None:
         await goes(guest, "trimig", monitor)
 
 
-async def test_qemu_finds_nobody_and_then_trimig() -> None:
+async def test_qemu_finds_no_listener_and_then_trimig() -> None:
     """B16, A.1 row 17: Q→T; QEMU's own outcome, and then its guest arrives at trimig."""
     async with Qemu.start("none", "4M") as vm:
         peers.mix(vm.ram, seed=12)

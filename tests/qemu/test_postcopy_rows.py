@@ -235,7 +235,7 @@ async def test_killed_source_leaves_a_destination_that_names_what_it_lacks() -> 
             in_doubt = arrival.monitor.status is Status.POSTCOPY_UNCERTAIN
             arrival.monitor.abandon("the source was killed")
             lost = await arrival.error()
-            # A QEMU that asks for the proof may have taken its guest back before it was killed: nobody knows.
+            # A QEMU that asks for the proof may have taken its guest back before it was killed.
             assert isinstance(lost, trimig.PostcopyLost | trimig.HandoverUncertain)
             assert isinstance(lost, trimig.HandoverUncertain) is in_doubt
             ((_, runs),) = arrival.monitor.counters.missing.items()

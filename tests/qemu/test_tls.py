@@ -234,7 +234,7 @@ async def test_trimig_sends_to_trimig(row: Row, server: Path, client: Path, pki:
 async def test_qemu_is_let_in_by_its_name_or_not(server: Path, client: Path, *, friendly: bool) -> None:
     """A.1 rows 12, 13: Q→T. The name is the one that a QEMU as the server prints for the same client."""
     async with waiting(
-        TCP, [*x509(server, "server"), "-object", "authz-simple,id=who,identity=nobody"], **{"tls-authz": "who"}
+        TCP, [*x509(server, "server"), "-object", "authz-simple,id=who,identity=absent"], **{"tls-authz": "who"}
     ) as (vm, uri):
         said = await refused_to_qemu(uri, vm, secure(client), "the other side may not want TLS|reset|closed")
     name = said.partition("TLS x509 authz check for ")[2].partition(" is denied")[0]

@@ -82,7 +82,7 @@ async def test_greeting_says_who_it_is() -> None:
         (b'{"error": {"class": "GenericError", "desc": "too many clients"}}\r\n', "too many clients"),
     ],
 )
-async def test_somebody_who_is_no_server(data: bytes, text: str) -> None:
+async def test_peer_that_is_no_server(data: bytes, text: str) -> None:
     assert text in str(await refused(data))
 
 
@@ -163,7 +163,7 @@ async def test_reader_that_is_far_behind_loses_the_oldest_and_is_told() -> None:
         assert client.dropped == 6
 
 
-async def test_server_that_goes_in_the_middle_is_told_to_everybody_who_waits() -> None:
+async def test_server_that_goes_in_the_middle_is_told_to_every_waiting_task() -> None:
     async with talk() as (client, server):
         outcomes: list[str] = []
 

@@ -91,7 +91,7 @@ async def test_unknown_scheme_fails_without_a_text() -> None:
         assert await talk.query() == {"status": "failed", "owner": "source"}
 
 
-async def test_nobody_at_the_address(tmp_path: Path) -> None:
+async def test_no_listener_at_the_address(tmp_path: Path) -> None:
     """B15, B16: the command returns, then the status is failed, with the reason."""
     async with hosted() as talk:
         assert await talk.say("migrate", {"uri": f"unix:{tmp_path}/absent"}) == {}

@@ -161,7 +161,7 @@ async def test_a_command_waits_for_the_one_before_it_but_not_for_another_client(
         assert [(await raw.read())["id"], (await raw.read())["id"]] == [1, 2]
 
 
-async def test_events_come_to_those_who_have_negotiated_in_order(where: str) -> None:
+async def test_events_come_to_clients_that_have_negotiated_in_order(where: str) -> None:
     async with serving(where) as (fake, address), talking(address) as raw, talking(address) as second:
         late = await dial(address)
         async with late.stream:
@@ -222,7 +222,7 @@ async def test_one_too_many_is_refused_in_words_and_the_next_one_is_welcome(wher
             assert await raw.ask(NEGOTIATE) == {"return": {}}
 
 
-async def test_one_that_never_reads_events_is_dropped_and_disturbs_nobody(
+async def test_client_that_never_reads_events_is_dropped_and_disturbs_no_other(
     where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "trimig.qmp")
@@ -361,7 +361,7 @@ async def test_pipelined_descriptors_come_in_order_also_ahead_of_their_command(t
 
 
 @pytest.mark.parametrize("each", [1, MAX_FDS, MAX_FDS + 5])
-async def test_descriptors_that_nobody_takes_are_closed(each: int, tmp_path: Path) -> None:
+async def test_descriptors_that_no_command_takes_are_closed(each: int, tmp_path: Path) -> None:
     """The surplus descriptors at once, the others with the connection."""
     async with serving(tmp_path) as (fake, address):
         before = count()

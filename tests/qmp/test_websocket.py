@@ -138,7 +138,7 @@ async def status_of(address: str, path: str, *headers: str) -> int:
     return int(answer.split()[1])
 
 
-async def test_who_is_let_in() -> None:
+async def test_clients_that_are_let_in() -> None:
     """Pages in a browser are refused, from every site; and there is only one path."""
     async with serving() as (_, address):
         assert await status_of(address, "/qmp") == 101
@@ -161,7 +161,7 @@ async def test_events_come_in_the_kind_of_the_first_command() -> None:
         assert json.loads(await text.get_message())["event"] == "STOP"
 
 
-async def test_client_that_vanishes_takes_nobody_along() -> None:
+async def test_client_that_vanishes_takes_no_other_along() -> None:
     async with serving() as (fake, address), client(address) as stays:
         await negotiated(stays, packed=False)
         async with trio.open_nursery() as nursery:

@@ -224,7 +224,7 @@ def test_send_has_the_option_that_receive_has(tmp_path: Path) -> None:
     """A guest with holes is not sent, unless it is said that it may be; then the next obstacle is the connection."""
     path = tmp_path / "in"
     path.write_bytes(unplugged_stream(plugged(SOME), {}, early=True))
-    command = ["send", str(path), f"unix:{tmp_path / 'nobody'}"]
+    command = ["send", str(path), f"unix:{tmp_path / 'absent'}"]
     refused = CliRunner().invoke(main, command)
     assert refused.exit_code == 1
     assert "are not in the stream" in refused.stderr
@@ -233,7 +233,7 @@ def test_send_has_the_option_that_receive_has(tmp_path: Path) -> None:
     accepted = CliRunner().invoke(main, [*command, "--config", str(tmp_path / "c.toml")])
     assert accepted.exit_code == 1
     assert "are not in the stream" in accepted.stderr
-    assert "nobody" in accepted.stderr
+    assert "absent" in accepted.stderr
 
 
 def test_only_figures_that_fit_each_other_are_believed() -> None:

@@ -369,7 +369,7 @@ def has_shut(answers: bytes) -> bool:
 
 
 async def settle(doubt: trimig.HandoverUncertain, source: ScriptedGuest, target: ScriptedGuest) -> None:
-    """Settle as an operator would who looks at the destination."""
+    """Settle as an operator would that looks at the destination."""
     before = target.run_state
     await doubt.settle(trimig.Ownership.DESTINATION if target.executed else trimig.Ownership.SOURCE)
     assert target.run_state == before

@@ -186,7 +186,7 @@ def test_cut_where_delivery_is_waited_for() -> None:
     assert "HandoverUncertain" in kinds_of_end(report.outcomes)
 
 
-def test_cancel_and_cut_where_perhaps_nobody_answers() -> None:
+def test_cancel_and_cut_where_perhaps_no_peer_answers() -> None:
     """K1, T1: if the peer does answer, the same rules hold as for any other stream."""
     there = scenario(pages=2, dirty=0, description=False, stream="perhaps silent")
     sweep(there, CancelSweep(), FaultSweep(kinds=("eof", "reset")), every=5)

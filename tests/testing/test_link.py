@@ -61,7 +61,7 @@ async def test_dribble_stream_moves_one_byte_at_a_time() -> None:
     assert [await b.receive_some(), await b.receive_some(10), await b.receive_some()] == [b"a", b"b", b"c"]
 
 
-async def test_a_full_window_blocks_the_sender_until_somebody_reads(autojump_clock: MockClock) -> None:
+async def test_a_full_window_blocks_the_sender_until_the_peer_reads(autojump_clock: MockClock) -> None:
     link = VirtualLink(window=10)
     with trio.move_on_after(1) as scope:
         await link.a.send_all(bytes(11))

@@ -122,14 +122,14 @@ async def test_server_of_another_ca_is_refused(client: Path, tmp_path: Path) -> 
     assert "unknown ca" in far
 
 
-async def test_client_without_a_certificate_is_refused_by_who_verifies(server: Path, pki: Pki) -> None:
+async def test_client_without_a_certificate_is_refused_by_a_server_that_verifies(server: Path, pki: Pki) -> None:
     """A.1 row 15: TLS 1.3 tells the client after its handshake; the client's error has the alert, in words."""
     near, far = await refused(TCP, secure(pki.anonymous()), secure(server))
     assert "TLS alert 'certificate required': it wants to see a certificate of this side" in near
     assert "the client shows no certificate, and verify-peer asks for one" in far
 
 
-async def test_client_without_a_certificate_is_let_in_by_who_does_not_verify(server: Path, pki: Pki) -> None:
+async def test_client_without_a_certificate_is_let_in_by_a_server_that_does_not_verify(server: Path, pki: Pki) -> None:
     """A.1 row 14."""
     async with connected(TCP, secure(pki.anonymous()), secure(server, verify_peer=False)) as (near, far):
         await exchange(near, far, 4)
@@ -277,9 +277,7 @@ def spoil(directory: Path, name: str, content: bytes | None) -> None:
 
 @pytest.mark.parametrize("name", ["ca-cert.pem", "server-cert.pem", "server-key.pem"])
 @pytest.mark.parametrize(("content", "words"), [(None, "No such file or directory"), (b"no", "in PEM form")])
-async def test_bad_file_is_named_before_anybody_connects(
-    name: str, content: bytes | None, words: str, pki: Pki
-) -> None:
+async def test_bad_file_is_named_before_a_peer_connects(name: str, content: bytes | None, words: str, pki: Pki) -> None:
     """B17."""
     directory = pki.make("server")
     spoil(directory, name, content)

@@ -78,7 +78,7 @@ async def test_bad_uri_is_refused_by_both_calls_before_anything_happens(uri: str
         assert monitor.status in (Status.NONE, Status.FAILED)
 
 
-async def test_address_is_told_before_anybody_connects() -> None:
+async def test_address_is_told_before_a_peer_connects() -> None:
     told: list[str] = []
     async with transport.listening("tcp:127.0.0.1:0", told.append) as listener:
         assert told == [listener.uri]

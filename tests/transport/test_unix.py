@@ -214,7 +214,7 @@ async def test_directory_that_does_not_exist(path: str) -> None:
         await unix.connect(path + "/s", Config())
 
 
-async def test_socket_that_nobody_listens_on(path: str) -> None:
+async def test_socket_without_a_listener(path: str) -> None:
     """B16."""
     with socket.socket(socket.AF_UNIX) as killed:
         killed.bind(path)

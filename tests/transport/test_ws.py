@@ -161,7 +161,7 @@ async def test_fragments_pings_and_empty_frames_are_no_part_of_the_stream(*, cli
     assert await raw.frame() == (Opcode.PONG, b"are you there?")
 
 
-async def test_ping_is_answered_by_who_sends_if_that_is_going_on() -> None:
+async def test_ping_is_answered_by_the_sender_if_it_is_sending() -> None:
     raw = Raw(client=True)
     await raw.send(Opcode.PING, b"1")
     await raw.send(Opcode.PING, b"2")
@@ -291,7 +291,7 @@ async def test_cut_without_a_close_is_an_error() -> None:
         await raw.stream.receive_some()
 
 
-async def test_who_is_cancelled_still_says_that_it_goes() -> None:
+async def test_stream_that_is_cancelled_still_says_that_it_goes() -> None:
     near, far = socket_pair()
     one, other = WebSocketStream(near, client=True), WebSocketStream(far, client=False)
     await one.send_all(b"x")

@@ -69,7 +69,7 @@ def next_header(number: int, name: bytes) -> bytes:
 NASTY = [
     section("plain", b"abc", 1),
     section("footers", bytes.fromhex("7e00000002 7e00000003 7e"), 2),
-    section("header", bytes.fromhex("7e00000003") + next_header(9, b"nobody") + b"\x7e", 3),
+    section("header", bytes.fromhex("7e00000003") + next_header(9, b"absent") + b"\x7e", 3),
     section("0000:00:01.1/ide", bytes.fromhex("7e0000000400"), 4),
     section("twin", b"\x00\x06\x00\x00\x00\x02{}", 5, 0),
     section("twin", b"", 6, 1),
@@ -119,9 +119,9 @@ def test_section_with_a_wrong_size_is_delimited_by_its_footer_and_reported(wrong
     assert split.problems[0].startswith("section 'odd' was delimited by looking for its footer: ")
 
 
-def test_footer_followed_by_a_header_of_nobody_is_not_believed() -> None:
+def test_footer_followed_by_a_header_of_no_device_is_not_believed() -> None:
     """Where there is a description, what follows a footer must be in it."""
-    fake = bytes.fromhex("7e00000002") + next_header(9, b"nobody")
+    fake = bytes.fromhex("7e00000002") + next_header(9, b"absent")
     sections = [section("odd", fake + b"rest", 2, claims=1), NASTY[3]]
     assert list(split_tail(tail_of(sections)).sections) == sections
 
@@ -336,7 +336,7 @@ def test_ping_at_the_end_of_all_sections_is_seen_once_it_is_whole(step: int) -> 
         PING_7 + PING_7,
         bytes.fromhex("7e 00000063") + PING_7,
     ],
-    ids=["cut", "not last", "another command", "another length", "no footer", "twice", "footer of nobody"],
+    ids=["cut", "not last", "another command", "another length", "no footer", "twice", "footer of no device"],
 )
 def test_anything_else_at_the_end_is_no_question(end: bytes) -> None:
     buffer = TailBuffer()

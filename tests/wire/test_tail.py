@@ -1,4 +1,4 @@
-"""The description at the end of a tail is found by its structure, whoever wrote it, and at a cost that follows from the bytes."""
+"""The description at the end of a tail is found by its structure alone, and at a cost that follows from the bytes."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ async def test_what_cannot_be_hosted_is_said_in_one_sentence(tmp_path: Path, wor
     assert os.listdir(tmp_path) == []
 
 
-async def test_guest_that_nobody_could_reach() -> None:
+async def test_guest_that_no_client_could_reach() -> None:
     code, _, err = await trimig_command("run", "--guest", "process")
     assert (code, "--qmp" in err) == (2, True)
 

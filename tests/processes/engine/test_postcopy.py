@@ -155,7 +155,7 @@ async def test_a_guest_runs_while_its_memory_follows(there: float) -> None:
     assert counters.normal + counters.duplicate == np.count_nonzero(~here)
 
 
-async def test_who_waits_is_not_held_up_by_the_bandwidth_limit() -> None:
+async def test_awaited_page_is_not_held_up_by_the_bandwidth_limit() -> None:
     """O7: at 1 MiB/s the rest of this would take 8 s; what the guest touches comes at once."""
     here = np.ones(PAGES, np.bool_)
     here[: HOT // PAGE_SIZE] = False
@@ -184,10 +184,10 @@ class Recorded:
         return count
 
     def fileno(self) -> int:
-        raise AssertionError("nobody waits")
+        raise AssertionError("no thread waits")
 
     def waits(self) -> list[Any]:
-        raise AssertionError("nobody waits")
+        raise AssertionError("no thread waits")
 
     def close(self) -> None:
         raise AssertionError("it is not this object's")
@@ -242,8 +242,8 @@ def test_a_page_that_comes_a_second_time_is_refused_before_anything_is_placed(pa
     assert memory.placed == []
 
 
-async def test_who_touches_a_page_that_came_as_zero_before_the_switch_does_not_wait_for_it() -> None:
-    """It has no memory, so the touch is a fault; and nobody will ever send it again."""
+async def test_touch_of_a_page_that_came_as_zero_before_the_switch_does_not_wait_for_it() -> None:
+    """It has no memory, so the touch is a fault; and the source will never send it again."""
     with (
         contextlib.closing(MemfdBlock("ram", 4 * PAGE_SIZE)) as block,
         contextlib.closing(MissingPages.open()) as missing,

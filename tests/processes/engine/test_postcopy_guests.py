@@ -120,7 +120,7 @@ async def test_release_ram_gives_the_memory_back() -> None:
 
 
 async def test_release_ram_and_a_lost_connection() -> None:
-    """O10: recovery is refused with the reason, and nobody waits for it."""
+    """O10: recovery is refused with the reason, and no side waits for it."""
     async with pair(able(release_ram=True, background=2 * MiB)) as both:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(both.run)
@@ -196,7 +196,7 @@ async def stranger(uri: str, hears: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize("preempt", [False, True], ids=["one connection", "two"])
-async def test_nobody_is_let_in_while_a_connection_is_alive(*, preempt: bool) -> None:
+async def test_no_peer_is_let_in_while_a_connection_is_alive(*, preempt: bool) -> None:
     """A stranger while the connections are alive hears nothing, and is out when all of them are there; the guest arrives.
 
     All are there: with one, when its first page that is not zero has come; with two, when the second was chosen.

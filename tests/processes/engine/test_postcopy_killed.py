@@ -1,7 +1,7 @@
 """S of issue 4 with real processes: the other side is killed by SIGKILL in every status that this side goes through.
 
-Who has the guest follows from how far it came: before the package the source, behind it the destination. Nobody hangs, and no
-guest runs twice: the one in the killed process is gone with it.
+The owner follows from how far the stream came: before the package the source, behind it the destination. No side hangs, and
+no guest runs twice: the one in the killed process is gone with it.
 """
 
 from __future__ import annotations

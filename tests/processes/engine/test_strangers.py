@@ -56,7 +56,7 @@ class Strangers:
         """100 probes, and some of everything else.
 
         Args:
-            opaque: the receiver keeps any machine: who sends a header and a configuration is its source, and no stranger.
+            opaque: the receiver keeps any machine: a peer that sends a header and a configuration is its source.
         """
         source = random.Random(20)
         for _ in range(20):
@@ -220,7 +220,7 @@ async def test_recovery_with_a_silent_stranger(*, preempt: bool) -> None:
     ("data", "words"), [(MULTIFD, "multifd off there"), (client_hello(), "set tls-creds here"), (HTTP, "HTTP request")]
 )
 async def test_likely_reason_is_in_the_error(data: bytes, words: str) -> None:
-    """A source that is set up in another way. The receiver waits on; who ends it reads why nothing came."""
+    """A source that is set up in another way. The receiver waits on; its error at the end says why nothing came."""
     target, monitor = trimig.AppGuest("g", running=False), trimig.Monitor()
     target.add_ram("ram", 4096)
     with trio.fail_after(LIMIT), target:

@@ -112,7 +112,7 @@ async def test_tasks_get_what_they_ask_for_while_the_rest_follows(*, preempt: bo
 
 
 async def test_a_wait_goes_on_over_a_lost_connection() -> None:
-    """O6: whoever waits is asked for again."""
+    """O6: the page that a task waits for is asked for again."""
     async with both(able(background=64 << 10)) as it:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(it.run)
@@ -126,7 +126,7 @@ async def test_a_wait_goes_on_over_a_lost_connection() -> None:
 
 
 async def test_when_the_rest_is_lost_the_waiting_are_told() -> None:
-    """Nobody waits for ever, and nobody reads zeros in place of what never came."""
+    """No task waits for ever, and no task reads zeros in place of a page that never came."""
     async with both(able(recover=False, background=64 << 10)) as it:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(it.run)
@@ -141,8 +141,8 @@ async def test_when_the_rest_is_lost_the_waiting_are_told() -> None:
         assert it.taker.counters.missing
 
 
-async def test_inside_the_gate_nobody_waits_for_the_network() -> None:
-    """A pause waits for who is inside."""
+async def test_inside_the_gate_no_task_waits_for_the_network() -> None:
+    """A pause waits for the task inside."""
     async with both(able()) as it, trio.open_nursery() as nursery:
         nursery.start_soon(it.run)
         await it.taker.wait_status(Status.POSTCOPY_ACTIVE)

@@ -76,7 +76,7 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next(
     left = sorted(os.listdir(tmp_path))
     assert len(left) == 2
     assert left[0].endswith(".part")
-    # Of another file, of somebody else, or no such name: these stay.
+    # Of another file, of another program, or no such name: these stay.
     others = [".out.mine.part", ".out2.0123456789ab.part", f"x{left[0]}"]
     for name in others:
         (tmp_path / name).write_bytes(b"precious")

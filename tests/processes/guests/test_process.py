@@ -396,7 +396,7 @@ from trimig.guests.workload.guest import WorkloadGuest
 async def main():
     async with WorkloadGuest.open(size=1 << 20, hot=1 << 18) as guest:
         other = 0
-        if sys.argv[1] == "kept":  # somebody else has our end of the line too, so it has no end of file
+        if sys.argv[1] == "kept":  # another process has our end of the line too, so it has no end of file
             fd = guest._worker._socket.fileno()
             other = subprocess.Popen(["sleep", "60"], pass_fds=[fd], stdout=subprocess.DEVNULL).pid
         print(guest.pid, other, flush=True)

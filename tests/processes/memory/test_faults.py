@@ -118,8 +118,8 @@ def test_a_discarded_page_is_missing_again(make_block: MakeBlock, missing: Missi
     assert (block.pages == 6).all()
 
 
-async def test_closing_wakes_who_waits(make_block: MakeBlock) -> None:
-    """What never came reads as zero: the caller decides whether anybody may look."""
+async def test_closing_wakes_the_waiting_thread(make_block: MakeBlock) -> None:
+    """What never came reads as zero: the caller decides whether it may be read."""
     missing = MissingPages.open()
     block = make_block(1)
     missing.register(block.address, block.length)

@@ -74,7 +74,7 @@ async def test_two_halves_make_the_guest(tmp_path: Path) -> None:
 
 
 async def test_a_half_is_not_taken_for_a_guest(tmp_path: Path) -> None:
-    """Nobody starts it by accident: it is refused unless a half is asked for, and then it says what it lacks."""
+    """It is not started by accident: it is refused unless a half is asked for, and then it says what it lacks."""
     whole, half = tmp_path / "whole", tmp_path / "half"
     await source_half(whole)
     await destination_half(whole, half)

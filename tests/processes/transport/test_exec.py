@@ -331,7 +331,7 @@ async def test_command_that_is_killed_by_others_is_collected() -> None:
     assert check.leaks() == []
 
 
-async def test_where_children_are_collected_by_the_kernel_nobody_can_tell() -> None:
+async def test_where_children_are_collected_by_the_kernel_the_status_is_unknown() -> None:
     """SIGCHLD ignored: the status is lost, and a delivery without a status is no delivery."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
