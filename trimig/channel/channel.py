@@ -38,7 +38,7 @@ _STAGED_PAGES = 512
 #: when that many pieces in a row, more than buffers swallow, have taken less than so many seconds each.
 _PIECE_BYTES = 1 << 16
 _PIECE_MOST = 1 << 20
-_PIECES_QUICK = 32
+_FAST_PIECES_NEEDED = 32
 _PIECE_SECONDS = 0.005
 #: A stream other than a socket that brings less than this of a bulk is given a millisecond to gather more.
 _SMALL_READ = 96 << 10
@@ -46,7 +46,7 @@ _SMALL_READ = 96 << 10
 _SLICE_BYTES = 1 << 20
 #: What is worth a call while pages are read in bulk, and how long is waited for it.
 _RCVLOWAT_BYTES = 256 << 10
-_HELPING_SECONDS = 0.001
+_RCVLOWAT_SECONDS = 0.001
 
 
 #: A stream of both directions, or of one: then there is no return path.
@@ -284,7 +284,7 @@ class Channel:
         self.writing = True
         try:
             while len(data):
-                size = _PIECE_MOST if self._fast_pieces >= _PIECES_QUICK else _PIECE_BYTES
+                size = _PIECE_MOST if self._fast_pieces >= _FAST_PIECES_NEEDED else _PIECE_BYTES
                 piece, data = data[:size], data[size:]
                 began = trio.current_time()
                 with trio.move_on_after(self.stall_timeout) as limit:
@@ -394,7 +394,7 @@ class Channel:
                     count = await self._socket.recv_into(view)
                 else:
                     if bulk and self._last < _SMALL_READ:
-                        await trio.sleep(_HELPING_SECONDS)
+                        await trio.sleep(_RCVLOWAT_SECONDS)
                     count = self._last = await self._receive_some(view)
             if limit.cancelled_caught:
                 raise self._stalled("sent nothing", stall_timeout)
@@ -442,7 +442,7 @@ class Channel:
         assert self._socket is not None
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _RCVLOWAT_BYTES)
         try:
-            with trio.move_on_after(_HELPING_SECONDS):
+            with trio.move_on_after(_RCVLOWAT_SECONDS):
                 await trio.lowlevel.wait_readable(self._socket)
         finally:
             with contextlib.suppress(OSError):  # nothing may hide what ended the waiting
