@@ -79,7 +79,7 @@ async def reach_all(guest: trimig.Guest, expected: Memory, monitor: MonitorCore)
         for block in reversed(guest.ram):
             for page in range(len(block.pages)):
                 await trio.sleep(0.05)
-                await guest.reach(block.name, page * PAGE_SIZE, PAGE_SIZE)
+                await guest.ensure_present(block.name, page * PAGE_SIZE, PAGE_SIZE)
                 assert (block.pages[page] == expected[block.name][page]).all(), f"page {page} of {block.name!r}"
 
 

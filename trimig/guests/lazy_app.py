@@ -9,7 +9,7 @@ thread could place the page. So the application names the bytes that it will tou
     async def worker():
         while True:
             request = await next_request()
-            await guest.reach("table", request.offset, 4096)     # at once, except in postcopy
+            await guest.ensure_present("table", request.offset, 4096)  # at once, except in postcopy
             async with guest.running():
                 apply(request, table.view)
 """
@@ -44,16 +44,16 @@ class LazyBlock(MemfdBlock):
 class LazyAppGuest(AppGuest):
     """An :class:`AppGuest` that may be the destination of postcopy; implements :class:`trimig.guest.LazyGuest`.
 
-    Every task that touches its memory must await :meth:`reach` before. Otherwise it reads zeros from pages that have
-    not come yet, and its writes to them are lost.
+    Every task that touches its memory must await :meth:`ensure_present` before. Otherwise it reads zeros from pages
+    that have not come yet, and its writes to them are lost.
     """
 
-    _memory: AwaitedMemory | None = None
+    _memory: AppMissingMemory | None = None
 
     def _make_block(self, name: str, length: int) -> MemfdBlock:
         return LazyBlock(name, length)
 
-    async def reach(self, block: str, start: int, length: int) -> None:
+    async def ensure_present(self, block: str, start: int, length: int) -> None:
         """Wait until the bytes ``[start, start + length)`` of *block* are here; outside of postcopy they always are.
 
         Once here they stay. Do not await it inside :meth:`running`: a pause would wait for this call, and this call for
@@ -77,7 +77,9 @@ class LazyAppGuest(AppGuest):
         if self._memory.here(number, pages):
             return
         if self._gate.held_by_caller():
-            raise StateError("await reach() before guest.running(), not inside: a pause would wait for the network")
+            raise StateError(
+                "await ensure_present() before guest.running(), not inside: a pause would wait for the network"
+            )
         await self._memory.wait(number, pages)
 
     def _lazy_blocks(self) -> list[LazyBlock]:
@@ -88,10 +90,10 @@ class LazyAppGuest(AppGuest):
             blocks.append(block)
         return blocks
 
-    async def missing_memory(self) -> AwaitedMemory:
-        """Make :meth:`reach` wait for pages without memory from now on. **Cancellation:** no effect."""
+    async def missing_memory(self) -> AppMissingMemory:
+        """Make :meth:`ensure_present` wait for pages without memory from now on. **Cancellation:** no effect."""
         await trio.lowlevel.checkpoint()
-        self._memory = AwaitedMemory(self._lazy_blocks())
+        self._memory = AppMissingMemory(self._lazy_blocks())
         return self._memory
 
     async def memory_is_whole(self) -> Sequence[float]:
@@ -105,7 +107,7 @@ class LazyAppGuest(AppGuest):
         return (memory.waited,) if memory is not None else (0.0,)
 
 
-class AwaitedMemory:
+class AppMissingMemory:
     """Implements :class:`trimig.guest.MissingMemory` for tasks of this process."""
 
     def __init__(self, blocks: Sequence[LazyBlock]) -> None:
@@ -122,7 +124,7 @@ class AwaitedMemory:
         return not self._absent[block][pages].any()
 
     async def wait(self, block: int, pages: slice) -> None:
-        """Request the missing pages, and wait for them; raises the errors of :meth:`LazyAppGuest.reach`.
+        """Request the missing pages, and wait for them; raises the errors of :meth:`LazyAppGuest.ensure_present`.
 
         **Cancellation:** no effect.
         """

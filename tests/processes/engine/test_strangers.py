@@ -135,7 +135,7 @@ class Moved:
         assert isinstance(target, LazyAppGuest)
         await self.taker.wait_status(Status.POSTCOPY_ACTIVE)
         for page in range(SIZE // 4096 - 1, 0, -100):
-            await target.reach("ram", page * 4096, 4096)
+            await target.ensure_present("ram", page * 4096, 4096)
 
 
 def slow(**capabilities: bool) -> trimig.Config:

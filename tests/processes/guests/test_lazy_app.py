@@ -64,7 +64,7 @@ class Both:
 
     async def read(self, page: int) -> bytes:
         """A page, as the application sees it when it asks before."""
-        await self.target.reach("ram", page * PAGE, PAGE)
+        await self.target.ensure_present("ram", page * PAGE, PAGE)
         async with self.target.running():
             return bytes(self.target.ram[0].pages[page])
 
@@ -95,7 +95,7 @@ async def test_tasks_get_what_they_ask_for_while_the_rest_follows(*, preempt: bo
         await it.taker.wait_status(Status.POSTCOPY_ACTIVE)
         for page in (1000, 5, 700, 1000, 0):
             assert await it.read(page) == it.right(page)
-        await it.target.reach("ram", 800 * PAGE - 1, 2)
+        await it.target.ensure_present("ram", 800 * PAGE - 1, 2)
         assert np.array_equal(it.target.ram[0].pages[799:801], it.content[799:801])
         async with it.target.running():
             it.target.ram[0].pages[1000] = 1  # written here: it must not be overwritten
@@ -108,7 +108,7 @@ async def test_tasks_get_what_they_ask_for_while_the_rest_follows(*, preempt: bo
         assert np.array_equal(it.target.ram[0].pages, it.content)
         assert it.taker.info()["postcopy-blocktime"] >= 0
         assert it.sender.info()["ram"]["postcopy-requests"] >= 4
-        await it.target.reach("ram", 0, SIZE)
+        await it.target.ensure_present("ram", 0, SIZE)
 
 
 async def test_a_wait_goes_on_over_a_lost_connection() -> None:
@@ -134,7 +134,7 @@ async def test_when_the_rest_is_lost_the_waiting_are_told() -> None:
             await it.sender.wait_status(Status.POSTCOPY_ACTIVE)
             it.taker.pause("the test cuts it")
             with pytest.raises(GuestFailed, match="will never come"):
-                await it.target.reach("ram", 0, SIZE)
+                await it.target.ensure_present("ram", 0, SIZE)
         assert it.taker.status is Status.POSTCOPY_LOST
         assert it.target.run_state == "paused"
         assert all(isinstance(error, trimig.PostcopyLost) for error in it.errors)
@@ -148,17 +148,17 @@ async def test_inside_the_gate_no_task_waits_for_the_network() -> None:
         await it.taker.wait_status(Status.POSTCOPY_ACTIVE)
         async with it.target.running():
             with pytest.raises(StateError, match=r"before guest.running"):
-                await it.target.reach("ram", 0, SIZE)
+                await it.target.ensure_present("ram", 0, SIZE)
         it.sender.set_parameters(max_postcopy_bandwidth=0)
 
 
 async def test_outside_of_postcopy_it_is_there() -> None:
     with LazyAppGuest("lazy") as guest:
         guest.add_ram("ram", SIZE)
-        await guest.reach("ram", 0, SIZE)
+        await guest.ensure_present("ram", 0, SIZE)
         for block, start, length in (("rom", 0, 1), ("ram", SIZE, 1), ("ram", -1, 1), ("ram", 0, -1)):
             with pytest.raises(ValueError, match="are not in a RAM block"):
-                await guest.reach(block, start, length)
+                await guest.ensure_present(block, start, length)
 
 
 async def test_an_app_guest_that_does_not_ask_is_refused_with_the_way_out() -> None:

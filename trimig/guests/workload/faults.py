@@ -25,7 +25,7 @@ _memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 MAX_WAITS: Final = 100_000
 
 
-class Toucher:
+class FaultThread:
     """Touches lists of addresses, one list after the other. Readable (see :meth:`fileno`) when a list is done."""
 
     def __init__(self) -> None:

@@ -29,7 +29,7 @@ from ...guest import PAGE_SIZE
 from ...memory.linux import MemoryUnavailable, open_userfaultfd
 from ..worker.line import HOST_VARIABLE, SOCKET_VARIABLE
 from ..worker.messages import MAX_PACKET, VERSION, WorkerReply, WorkerRequest, decimal, encode_reply, parse_request
-from .faults import Toucher
+from .faults import FaultThread
 from .state import BATCH, WORDS_PER_PAGE, Verification, Words, WorkloadState, initialise, pages_of_writes, verify, write
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -87,7 +87,7 @@ class WorkerMain:
         self._pacer = Pacer()
         #: Not None while pages may be missing. The next two: the pages that were touched, and the page that is being
         #: touched.
-        self.toucher: Toucher | None = None
+        self.fault_thread: FaultThread | None = None
         self._touched = np.zeros(0, np.bool_)
         self._awaited: int | None = None
 
@@ -109,10 +109,10 @@ class WorkerMain:
         """Number of writes that can be made without touching a missing page; None if the first page is missing and
         being touched.
         """
-        if self.toucher is None:
+        if self.fault_thread is None:
             return count
         if self._awaited is not None:
-            if not self.toucher.finished():
+            if not self.fault_thread.finished():
                 return None
             self._touched[self._awaited] = True
             self._awaited = None
@@ -127,7 +127,7 @@ class WorkerMain:
         if ready:
             return ready
         self._awaited = int(pages[0])
-        self.toucher.ask([int(self._words.ctypes.data) + self._awaited * PAGE_SIZE])
+        self.fault_thread.ask([int(self._words.ctypes.data) + self._awaited * PAGE_SIZE])
         return None
 
     def handle(self, request: WorkerRequest) -> tuple[WorkerReply, list[int]]:
@@ -196,18 +196,18 @@ class WorkerMain:
         # One that sees only faults of user code is enough: no system call of this process touches the memory.
         fd = self.userfaultfd(features)
         self._touched = np.zeros(len(self._words), np.bool_)
-        if self.toucher is None:
-            self.toucher = Toucher()
+        if self.fault_thread is None:
+            self.fault_thread = FaultThread()
         return fd
 
     def whole(self) -> dict[str, float]:
         """End postcopy: no page is missing any more. Returns the times of the touches, in nanoseconds."""
-        if self.toucher is None:
+        if self.fault_thread is None:
             raise RequestRefused("no page was missing")
-        self.toucher.close()
-        touches = np.frombuffer(self.toucher.waits, np.uint64)
+        self.fault_thread.close()
+        touches = np.frombuffer(self.fault_thread.waits, np.uint64)
         waits = touches[touches > WAITED]
-        self.toucher, self._awaited = None, None
+        self.fault_thread, self._awaited = None, None
         return {
             "touches": len(touches),
             "waits": len(waits),
@@ -217,7 +217,7 @@ class WorkerMain:
         }
 
     def _all_here(self) -> None:
-        if self.toucher is not None:
+        if self.fault_thread is not None:
             raise RequestRefused("pages of its memory are missing")
 
     def create(self, state: WorkloadState) -> None:
@@ -281,7 +281,7 @@ def serve(control: socket.socket) -> None:
             socket.send_fds(control, [encode_reply(reply)], out)
             for fd in out:
                 os.close(fd)
-        wanted = worker.toucher.fileno() if worker.toucher is not None else None
+        wanted = worker.fault_thread.fileno() if worker.fault_thread is not None else None
         if wanted != watched:
             if watched is not None:
                 poll.unregister(watched)
