@@ -38,6 +38,8 @@ async def test_the_main_connection_is_closed_first(autojump_clock: trio.testing.
     order: list[str] = []
 
     class Noted(trio.abc.SendStream):
+        """It is only closed: any other call fails the test."""
+
         def __init__(self, name: str) -> None:
             self._name = name
 

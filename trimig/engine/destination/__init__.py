@@ -8,7 +8,6 @@ stream.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import trio
@@ -95,17 +94,14 @@ async def _run(into: Incoming) -> Summary:
     outcome, monitor = Outcome(), into.monitor
     with outcome.watch():
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
-            monitor.control(functools.partial(_cancel, nursery), None, into.channels.cut)
+            scope = nursery.cancel_scope
+            monitor.control(scope.cancel, None, into.channels.cut)
             if (reason := monitor.cancel_reason) is not None:
-                _cancel(nursery, reason)  # by a listener that was told of `setup`, before there was a nursery
+                scope.cancel(reason)  # by a listener that was told of `setup`, before there was a nursery
             await _phases(into, nursery)
-            nursery.cancel_scope.cancel("the migration is over")
+            scope.cancel("the migration is over")
     monitor.control(None, None)
     missing = await into.following.end()
     await unwind(into, outcome.failure)
     conclude(into, outcome.failure, missing)
     return summary(into)
-
-
-def _cancel(nursery: trio.Nursery, reason: str) -> None:
-    nursery.cancel_scope.cancel(reason)

@@ -63,7 +63,7 @@ async def follow(
     footers = into.config.peer.send_section_footer
     measure = None if isinstance(into.guest, OpaqueGuest) else functools.partial(measure_device, into.guest)
     package = await parse_package(taken.last, stream.decoder, measure, footers=footers)
-    stream.state = Stream.FOLLOWING
+    stream.enter(Stream.FOLLOWING)
     await into.preempt.wait()
     memory = await _listen(into, taken.storing)
     following = PostcopyDestination(into, nursery, stream, devices, taken.storing, package, memory)

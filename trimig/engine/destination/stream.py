@@ -75,6 +75,10 @@ class IncomingStream:
             self._between = isinstance(event, ev.SectionFooter | ev.RamEnd)
         return event
 
+    def enter(self, state: Stream) -> None:
+        """Another reader has read up to *state*: that of a package."""
+        self.state = state
+
     async def load(self, event: ev.Element) -> None:
         """Take an element of the content of the last iterative section; see :class:`trimig.engine.sections.SectionLoader`.
 

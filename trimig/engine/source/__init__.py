@@ -7,7 +7,6 @@ postcopy the package with the devices, and the memory follows. :mod:`trimig.stat
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING
 
 import trio
@@ -107,9 +106,9 @@ async def _connected(guest: Guest, connections: Connections, config: Config, mon
     outcome, channels, scope = Outcome(), Channels(), trio.CancelScope()
     monitor.counters.count_bytes = lambda: channels.sent
     with outcome.watch(), scope:
-        monitor.control(functools.partial(_cancel, scope), None, channels.cut)
+        monitor.control(scope.cancel, None, channels.cut)
         if (reason := monitor.cancel_reason) is not None:
-            _cancel(scope, reason)  # by a listener that was told of `setup`, before there was a scope
+            scope.cancel(reason)  # by a listener that was told of `setup`, before there was a scope
         with phase(monitor, "connect"):  # setup
             return await connect(guest, connections, config, monitor, channels)
     monitor.control(None, None)
@@ -122,9 +121,9 @@ async def _run(out: Outgoing) -> Summary:
     with outcome.watch():
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
             scope = nursery.cancel_scope
-            out.monitor.control(functools.partial(_cancel, scope), out.retune, out.link.channels.cut)
+            out.monitor.control(scope.cancel, out.retune, out.link.channels.cut)
             if (reason := out.monitor.cancel_reason) is not None:
-                _cancel(scope, reason)  # since the last checkpoint
+                scope.cancel(reason)  # since the last checkpoint
             out.retune()  # a parameter may have changed since the limiter was made
             await _phases(out, nursery)
             scope.cancel("the migration is over")
@@ -136,7 +135,3 @@ async def _run(out: Outgoing) -> Summary:
     guest_failure = await unwind(out, outcome.failure)
     await conclude(out, outcome.failure, guest_failure)
     return summary(out)
-
-
-def _cancel(scope: trio.CancelScope, reason: str) -> None:
-    scope.cancel(reason)

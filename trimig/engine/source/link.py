@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ...channel.limiter import Limiter
 
 #: The likely reason if a destination has connected and says nothing at all.
-SILENT_PEER: Final = "with multifd on there it waits for further connections, so turn multifd off there"
+SILENT_PEER: Final = "if multifd is on there, it waits for further connections: turn multifd off there"
 
 
 def one_way(what: str) -> str:
@@ -57,7 +57,6 @@ class Link:
     Attributes:
         channels: all open ones.
         channel: the main one, also when it has been closed and there is no other yet.
-        preempt: the second connection of postcopy-preempt; None while there is none.
         reader: what the destination has said on the present main connection. Without *asks* it does not run.
         asks: the destination is asked to answer.
         answers: the destination answers. That it is asked does not show that: a stream may be stored at the other end.
@@ -77,11 +76,15 @@ class Link:
         self.ways = ways
         self.channels = channels
         self.channel = channel
-        self.preempt: Channel | None = None
         self.limiter = limiter
         self.reader = reader
         self.asks = asks
         self.answers = answers
+
+    @property
+    def preempt(self) -> Channel | None:
+        """The second connection of postcopy-preempt; None while there is none."""
+        return next(iter(self.channels.of(ChannelKind.PREEMPT)), None)
 
     @property
     def is_silent(self) -> bool:
@@ -101,8 +104,8 @@ class Link:
         **Cancellation:** there is none.
         """
         if self.ways.beside is not None and not self.channels.has(ChannelKind.PREEMPT):
-            self.preempt = Channel(await self.ways.beside(), stall_timeout=self.ways.stall_timeout)
-            self.channels.add(ChannelKind.PREEMPT, self.preempt)
+            channel = Channel(await self.ways.beside(), stall_timeout=self.ways.stall_timeout)
+            self.channels.add(ChannelKind.PREEMPT, channel)
 
     def replace(self, stream: AnyStream, rate: int) -> None:
         """Go on over *stream*; the connections before it were closed.
@@ -110,7 +113,6 @@ class Link:
         Args:
             rate: bytes per second; 0 for no limit.
         """
-        self.preempt = None
         self.channel = Channel(stream, stall_timeout=self.ways.stall_timeout)
         self.channels.add(ChannelKind.MAIN, self.channel)
         self.reader = ReturnPathReader(self.channel, self.ways.lengths)
