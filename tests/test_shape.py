@@ -115,6 +115,27 @@ def package_imports() -> dict[str, set[str]]:
     return imports(sources, frozenset(module_of(path) for path in FILES if path.name == "__init__.py"))
 
 
+def with_packages(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """The same graph with the packages that run before an imported module, but those that the importing module is in."""
+
+    def above(module: str) -> set[str]:
+        parts = module.split(".")
+        return {".".join(parts[:end]) for end in range(1, len(parts))}
+
+    return {
+        module: (taken | {p for other in taken for p in above(other) if p in graph}) - above(module) - {module}
+        for module, taken in graph.items()
+    }
+
+
+def test_no_circle_of_imports_with_their_packages() -> None:
+    """An import of ``a.b.c`` runs ``a.b`` before: a module of another package must not need that one to be there."""
+    chain = longest(with_packages(package_imports()))
+    sys.stdout.write(f"\nlongest chain with packages: {len(chain)}\n  " + "\n  > ".join(chain) + "\n")
+    with pytest.raises(ValueError, match=r"a > a\.b > c\.d > a"):
+        longest(with_packages({"a": {"a.b"}, "a.b": {"c.d"}, "c": set(), "c.d": {"a.e"}, "a.e": set()}))
+
+
 def test_longest_chain_of_imports() -> None:
     chain = longest(package_imports())
     sys.stdout.write(f"\nlongest chain of imports: {len(chain)}\n  " + "\n  > ".join(chain) + "\n")

@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 import trimig
-from trimig.engine.destination.arriving import MarkedPages
+from trimig.engine.ram.marked import MarkedPages
 from trimig.engine.ram.placement import ENOUGH, Target
 from trimig.engine.ram.zeros import zero_pages
 from trimig.guest import PAGE_SIZE

@@ -21,7 +21,7 @@ from tests.guests.test_ramfile import read
 from trimig.channel.offload import limiter
 from trimig.channel.vectored import writev
 from trimig.engine.destination import arriving
-from trimig.engine.destination.arriving import MarkedPages
+from trimig.engine.ram.marked import MarkedPages
 from trimig.guests.parked import writer as saving
 from trimig.guests.parked.newfile import NewFile
 from trimig.guests.parked.ramfile import GROUP, RamWriter

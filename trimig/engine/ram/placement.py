@@ -27,7 +27,7 @@ from ...wire.constants import RamFlag
 if TYPE_CHECKING:
     from ...channel.channel import Channel
     from ...wire.decoder import Decoder
-    from ..destination.arriving import MarkedPages
+    from .marked import MarkedPages
 
 _RECORD = 8 + PAGE_SIZE
 #: Pages predicted at once. Only a few of them are read by one system call; predicting many more spreads the cost of the

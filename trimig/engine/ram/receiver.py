@@ -18,7 +18,7 @@ import trio
 
 from ...errors import RemoteProtocolError
 from ...guest import PAGE_SIZE, PageBitmap, RamBlock
-from ..destination.arriving import MarkedPages
+from .marked import MarkedPages
 from .placement import Placer, Target
 from .zeros import zero_pages
 
