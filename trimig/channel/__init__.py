@@ -1,7 +1,7 @@
-"""Connections of a migration: what carries bytes, how many bytes went, and which connection has which task.
+"""Connections of a migration: their streams, their byte counts, and the task of each connection.
 
-:mod:`.channel` is one stream with its byte count, :mod:`.limiter` its bandwidth, :mod:`.return_path` what the destination
-says, :mod:`.closing` its end. :mod:`.connections` makes streams; :mod:`.lobby` and :mod:`.reception` choose among those
-that come to a listener, by the first bytes (:mod:`.first_bytes`). The engine is above this package, the transports are
-beside the engine.
+:mod:`.channel` is one stream with its byte count. :mod:`.limiter` limits its bandwidth. :mod:`.return_path` reads the
+messages of the destination. :mod:`.closing` closes a connection. :mod:`.connections` has the functions that open streams.
+:mod:`.lobby` and :mod:`.reception` choose among the connections that a listener accepts, by their first bytes
+(:mod:`.first_bytes`). The engine uses this package. So do the transports, which stand beside the engine.
 """

@@ -1,10 +1,10 @@
 """One stream between the two sides, and the rule that a failed write is the last one.
 
-``send_all`` of any trio stream leaves unknown how much was sent when it is cancelled or fails. So a channel that this
-happened to is *poisoned*: nothing more is ever written to it, the farewell included. One task writes a channel.
+If ``send_all`` of a trio stream is cancelled or fails, the caller does not know how many bytes were sent. Then the channel
+is *poisoned*: nothing more is written to it, not even the farewell. Only one task writes to a channel.
 
-Kernel sockets get special treatment: there bytes are handed over by system calls that say how many were taken, so it
-is known *exactly* whether anything of a write has left, and pages go straight from guest memory into the socket.
+Kernel sockets are written by system calls that return how many bytes they took. So the channel knows *exactly* whether
+any byte of a write has left. Pages go from guest memory into the socket without a copy in Python.
 """
 
 from __future__ import annotations
@@ -29,43 +29,44 @@ from ..guest import PAGE_SIZE
 from . import vectored
 from .socket_options import enlarge, shorten, shorten_receiving
 
-#: Pages that are prepared for sending at once. One system call takes MAX_ELEMENTS // 2 of them; preparing many more
-#: spreads the cost of the arrays.
+#: Pages that are prepared for sending together. One system call takes MAX_ELEMENTS // 2 of them. A larger batch divides
+#: the cost of building the arrays among more pages.
 BATCH_PAGES = 4096
-#: Pages copied together for streams that take nothing but bytes.
+#: Pages that are copied into one buffer for streams that take only bytes.
 _STAGED_PAGES = 512
-#: What streams other than sockets get at once: it must be through within the stall timeout. They get the larger number
-#: when that many pieces in a row, more than buffers swallow, have taken less than so many seconds each.
+#: Bytes of one ``send_all`` on a stream that is not a socket. Each call must end within the stall timeout, so pieces begin
+#: small. After _FAST_PIECES_NEEDED pieces in a row that each took less than _PIECE_SECONDS (more bytes than buffers hold),
+#: pieces of _PIECE_MOST bytes follow.
 _PIECE_BYTES = 1 << 16
 _PIECE_MOST = 1 << 20
 _FAST_PIECES_NEEDED = 32
 _PIECE_SECONDS = 0.005
-#: A stream other than a socket that brings less than this of a bulk is given a millisecond to gather more.
+#: If a bulk read from a stream that is not a socket got fewer bytes, the next read waits a millisecond for more to come.
 _SMALL_READ = 96 << 10
-#: Other tasks get a turn after this many bytes at the latest; that takes about a millisecond.
+#: Other tasks get a turn after at most this many bytes, which take about a millisecond.
 _SLICE_BYTES = 1 << 20
-#: What is worth a call while pages are read in bulk, and how long is waited for it.
+#: Bytes for which a bulk read of pages waits before its next call, and the longest wait in seconds.
 _RCVLOWAT_BYTES = 256 << 10
 _RCVLOWAT_SECONDS = 0.001
 
 
-#: A stream of both directions, or of one: then there is no return path.
+#: A stream in both directions, or in one direction; with one direction there is no return path.
 AnyStream: TypeAlias = trio.abc.SendStream | trio.abc.ReceiveStream
 OpenStream: TypeAlias = Callable[[], Awaitable[AnyStream]]
 
 
 @runtime_checkable
 class Delivering(Protocol):
-    """A stream that can tell more than that its buffer took the bytes: a child that ends well, a file that is on disk.
+    """A stream that can confirm the delivery of its bytes: a child has ended with success, a file is on the disk.
 
-    Without a return path this is the only word there is on what became of the stream.
+    Without a return path this confirmation is the only answer about the migration.
     """
 
     async def delivered(self) -> None:
-        """Nothing more will be sent: return when what was sent is where it was to go.
+        """Wait until all bytes that were sent have been delivered. After this call nothing more is sent.
 
         Raises:
-            TransportFailed: it is not, or that cannot be known.
+            TransportFailed: the bytes were not delivered, or that cannot be known.
 
         **Cancellation:** as for an error.
         """
@@ -73,14 +74,14 @@ class Delivering(Protocol):
 
 @runtime_checkable
 class PerhapsSilent(Protocol):
-    """A stream that can be read from, but perhaps no program at its other end ever answers.
+    """A stream that can be read from, whose peer may be a program that never answers.
 
-    A command that passes the stream on answers; one that stores it does not.
+    A command that passes the stream on to a destination answers. A command that stores the stream does not answer.
     """
 
     @property
     def perhaps_silent(self) -> bool:
-        """True if the end of this direction, or silence, is not an error before the peer has said anything."""
+        """True if the end of the return path, or silence on it, is no error before the first message of the peer."""
 
 
 @runtime_checkable
@@ -89,15 +90,15 @@ class Layered(Protocol):
 
     @property
     def transport(self) -> object:
-        """The one below."""
+        """The stream that carries this stream."""
 
 
 @runtime_checkable
 class IntoBuffer(Protocol):
-    """A stream that can be received from without a bytes object in between."""
+    """A stream that can receive into a buffer of the caller, without a bytes object in between."""
 
     async def receive_into(self, view: memoryview) -> int:
-        """As ``receive_some``, into *view*; how many bytes, 0 at the end.
+        """Receive bytes into *view*, and return their number; 0 at the end of the stream.
 
         **Cancellation:** nothing was taken.
         """
@@ -109,7 +110,7 @@ class Channel:
     Args:
         stream: any trio stream, or only one direction of one. The channel owns it.
         stall_timeout: seconds without progress in a blocked call after which it fails; ``math.inf`` for never.
-        first: bytes that were read from *stream* already; they come before everything else.
+        first: bytes that were already read from *stream*; the first reads of the channel return them.
     """
 
     def __init__(self, stream: AnyStream, *, stall_timeout: float = math.inf, first: bytes = b"") -> None:
@@ -122,12 +123,12 @@ class Channel:
         self.sent = 0
         self.received = 0
         self.poisoned = False
-        #: What a cancelled write to a socket would have to go on with to reach the end of its element or record.
+        #: The rest of the element or record in which a write to a socket was cancelled; None if it is not known.
         self._unfinished: bytes | None = None
-        #: Something may have left although :attr:`sent` does not show it (a write of a stream that is not a socket
-        #: ended in an error).
+        #: True if more bytes may have left than :attr:`sent` counts: a write to a stream that is not a socket has failed
+        #: or was cancelled.
         self.unsure = False
-        #: A stream that is not a socket is in the middle of a write, which :attr:`sent` will show when it is done.
+        #: True during a write to a stream that is not a socket. :attr:`sent` counts each piece when the piece was sent.
         self.writing = False
         self._socket = stream.socket if isinstance(stream, trio.SocketStream) else None
         if self._socket is not None:
@@ -149,47 +150,45 @@ class Channel:
 
     @property
     def socket_fd(self) -> int | None:
-        """The descriptor for vectored calls, or None if the stream is not a kernel socket, or if something that was read
-        before stands in front of what it will bring.
-        """
+        """The descriptor for vectored calls; None if the stream is no kernel socket, or has bytes of *first* left."""
         return self._socket.fileno() if self._socket is not None and not self._first else None
 
     def cut(self) -> bool:
-        """Break the connection in both directions, at once; who waits for it is told as if the network had broken it.
+        """Break the connection in both directions at once. Waiting tasks get the same error as after a network failure.
 
         Returns:
-            Whether there is a kernel socket that can be broken, or was broken before.
+            True if the connection is broken now; False if the stream has no kernel socket.
         """
         stream: object = self.stream
         while stream is not None and not isinstance(stream, trio.SocketStream):
             stream = stream.transport if isinstance(stream, Layered) else None
         if stream is None:
             return False
-        with contextlib.suppress(OSError):  # it is broken, or closed, already
+        with contextlib.suppress(OSError):  # the socket is already broken or closed
             stream.socket.shutdown(socket.SHUT_RDWR)
         return True
 
     def backlog(self) -> int:
-        """Bytes that the kernel has taken and the peer's kernel has not acknowledged; 0 where that cannot be told."""
+        """Bytes that the kernel has taken and the peer's kernel has not acknowledged; 0 if the kernel does not tell."""
         if self._socket is None:
             return 0
         try:
             return int.from_bytes(fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-        except (OSError, ValueError):  # no such request for this socket, or it is closed
+        except (OSError, ValueError):  # this kind of socket has no TIOCOUTQ, or the socket is closed
             return 0
 
     def keep_queue_short(self) -> None:
-        """From here on what is sent should be on its way soon (postcopy); :meth:`wait_queue_short` says when it is."""
+        """Keep the queue of unsent bytes short from now on (postcopy); :meth:`wait_queue_short` waits for that."""
         if self._socket is not None:
             shorten(self._socket)
 
     def keep_backlog_short(self) -> None:
-        """The same for what comes in."""
+        """Keep the queue of received bytes short from now on (postcopy)."""
         if self._socket is not None:
             shorten_receiving(self._socket)
 
     async def wait_queue_short(self) -> None:
-        """Wait until little of what was sent still waits on this side, as far as that can be told.
+        """Wait until few unsent bytes are queued on this side, as far as the stream can tell.
 
         Raises:
             TransportFailed: the connection broke, or took nothing for ``stall_timeout``.
@@ -213,11 +212,11 @@ class Channel:
             raise LocalProtocolError("write to a channel after a write that failed half way")
 
     def mend(self) -> bytes | None:
-        """What must be sent before anything else, so that the peer reads a whole element; the channel can then be written
-        again. Nothing of a channel that is not poisoned.
+        """End the poisoning, if the rest of the element in which a write was cancelled is known.
 
         Returns:
-            None if it stays poisoned: it is not known how much of the last write has left.
+            The rest of the element, which must be sent before anything else; empty if the channel was not poisoned.
+            None if the rest is not known: then the channel stays poisoned.
         """
         if not self.poisoned:
             return b""
@@ -264,10 +263,10 @@ class Channel:
                 self.unsure = self._socket is None
 
     def send_now(self, data: bytes) -> int:
-        """Hand over what the kernel takes of *data* without waiting; how many bytes. The rest must be sent before anything
-        else, and no task may be in the middle of sending.
+        """Send the part of *data* that the kernel takes without waiting, and return its length in bytes.
 
-        Always 0 where the stream is no socket, or is broken: then sending in the ordinary way says why.
+        The rest must be sent before anything else. No other task may be sending. The result is 0 if the stream is no
+        socket, and 0 if it is broken: then :meth:`send` raises the error.
         """
         if self._socket is None or self.poisoned:
             return 0
@@ -279,7 +278,7 @@ class Channel:
         return taken
 
     async def _send_pieces(self, data: memoryview) -> None:
-        """Hand *data* over in pieces, because the progress within one cannot be seen."""
+        """Send *data* in pieces, because ``send_all`` does not show its progress."""
         assert self._send_stream is not None, "a stream that only receives"
         self.writing = True
         try:
@@ -300,13 +299,13 @@ class Channel:
     async def send_pages(
         self, lead: bytes, words: NDArray[np.uint64], pages: NDArray[np.uint8], indices: NDArray[np.int64]
     ) -> None:
-        """Send PAGE records whose content is read from guest memory by the kernel (or copied once, off sockets).
+        """Send PAGE records. The kernel reads their pages from guest memory; for other streams they are copied once.
 
         Args:
-            lead: the first record's word and block name if it is a named one, else empty.
-            words: the word of every record, big-endian; the first is replaced by *lead* if that is not empty.
+            lead: the word and the block name of the first record, if that record has a name; else empty.
+            words: the word of each record, big-endian. If *lead* is not empty, it replaces the first word.
             pages: the block's memory, shape (n, page size).
-            indices: which of its pages, rising, same length as *words*, at most BATCH_PAGES.
+            indices: the indices of the pages, rising, as many as *words*, at most BATCH_PAGES.
 
         **Cancellation:** as for :meth:`send`.
         """
@@ -353,7 +352,7 @@ class Channel:
     def _stage(
         self, lead: bytes, words: NDArray[np.uint64], pages: NDArray[np.uint8], indices: NDArray[np.int64]
     ) -> memoryview:
-        """The records copied together, for streams that take nothing but bytes."""
+        """The records in one buffer, for streams that take only bytes."""
         count = len(words)
         extra = max(0, len(lead) - 8)
         if self._staging is None:
@@ -362,7 +361,7 @@ class Channel:
         records = buffer[extra:].reshape(count, 8 + PAGE_SIZE)
         records[:, :8] = words.view(np.uint8).reshape(count, 8)
         first, last = int(indices[0]), int(indices[-1])
-        if last - first == count - 1:  # in order, as they always are, so without a gap: no copy in between
+        if last - first == count - 1:  # indices rise, so there is no gap: a slice needs no copy in between
             records[:, 8:] = pages[first : last + 1]
         else:
             records[:, 8:] = pages[indices]
@@ -374,8 +373,8 @@ class Channel:
         """Read at least one byte into *view*; 0 at the end of the stream.
 
         Args:
-            bulk: much is on its way, and its first byte is not urgent.
-            stall_timeout: for this call, instead of the channel's own.
+            bulk: True if many bytes are on the way and the first of them is not urgent.
+            stall_timeout: seconds for this call, in place of the channel's own.
 
         Raises:
             TransportFailed: the connection broke, or nothing came for ``stall_timeout``.
@@ -412,12 +411,13 @@ class Channel:
         return len(data)
 
     async def read_records(self, records: vectored.Records) -> int:
-        """Let the kernel place what comes next, and step over it; sockets only. 0 at the end of the stream.
+        """Let the kernel place the next bytes as *records* say, and return their number; 0 at the end of the stream.
 
-        Who reads as fast as the sender writes gets a few segments at a time, and pays for a call each and the sender
-        for a wake-up each. So the kernel is asked to wait until there is a helping, for a millisecond at most.
+        Only for sockets. A receiver that keeps up with the sender would be woken for every few segments, which costs a
+        system call here and a wake-up at the sender each time. So SO_RCVLOWAT makes the kernel wait for 256 KiB, for at
+        most a millisecond.
 
-        **Cancellation:** what was read is counted.
+        **Cancellation:** all bytes that were read are counted.
         """
         assert self._socket is not None
         fd = self._socket.fileno()
@@ -445,11 +445,11 @@ class Channel:
             with trio.move_on_after(_RCVLOWAT_SECONDS):
                 await trio.lowlevel.wait_readable(self._socket)
         finally:
-            with contextlib.suppress(OSError):  # nothing may hide what ended the waiting
+            with contextlib.suppress(OSError):  # an error here must not replace the exception that ended the wait
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
 
 def _cause(error: BaseException) -> str:
-    """The most telling text of a transport error: trio wraps the system's own."""
+    """The text of a transport error. If trio has wrapped an error of the system, the text of the system's error."""
     inner = error.__cause__ if isinstance(error, trio.BrokenResourceError) and error.__cause__ else error
     return str(inner) or type(inner).__name__

@@ -22,7 +22,7 @@ log = logging.getLogger("trimig.teardown")
 
 T = TypeVar("T")
 
-#: What a connection may raise that is already of no use.
+#: The errors of a connection that is being closed. They are logged at most, as the migration has ended before.
 CLOSING_ERRORS: Final[tuple[type[Exception], ...]] = (
     TrimigError,
     OSError,
@@ -37,9 +37,10 @@ DRAIN_SECONDS = 0.5
 
 
 async def farewell(channel: Channel, message: bytes, grace: float) -> bool:
-    """Send the last message if the channel can still take it, and let the peer read it; False if it cannot be said.
+    """Send the last message, and give the peer time to read it; False if the message could not be sent.
 
-    What a cancelled write has left half sent is finished first, where it is known (:meth:`.channel.Channel.mend`).
+    If a cancelled write was cut off in an element and the rest is known, the rest is sent first
+    (:meth:`.channel.Channel.mend`).
 
     **Cancellation:** held off, for at most *grace* seconds.
     """
@@ -59,16 +60,16 @@ async def farewell(channel: Channel, message: bytes, grace: float) -> bool:
                 while await channel.receive_into(sink):
                     pass
         except CLOSING_ERRORS:
-            pass  # the peer is gone: that is its way of knowing
+            pass  # the peer has closed the connection: it needs no message
     return said
 
 
 async def close(resource: trio.abc.AsyncResource, grace: float = 0.0) -> None:
-    """Close; that it fails is logged and no more, since what counted has been decided before.
+    """Close *resource*. An error is only logged, because the result of the migration is known before.
 
     Args:
-        grace: seconds to close in order, so that TLS says close_notify and a websocket its own goodbye; then, or with 0
-            from the start, it is closed by force.
+        grace: seconds for an orderly close, in which TLS sends close_notify and a websocket its close frame. After
+            them, or with 0 at once, the resource is closed by force.
 
     **Cancellation:** held off, for at most *grace* seconds. The shield around a close by force is unbounded in form,
     but the inner call does not wait: its own scope is cancelled from the start.

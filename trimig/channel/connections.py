@@ -1,4 +1,4 @@
-"""Where the engine gets its connections from: one to begin with, one beside it, and others when they are lost."""
+"""How the engine gets its connections: the first one, the second one of postcopy-preempt, and new ones for a recovery."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ from .lobby import Entrance
 if TYPE_CHECKING:
     from ..config.config import Config
 
-#: Begins to listen at that address, or for None at the one before.
+#: Listens at the given address; None stands for the previous address.
 OpenEntrance: TypeAlias = Callable[[str | None], Awaitable[Entrance]]
-#: Makes a stream to (or accepts one at) that address, or for None the one before.
+#: Opens a stream to the given address, or accepts a stream there; None stands for the previous address.
 Reopen: TypeAlias = Callable[[str | None], Awaitable[AnyStream]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Connections:
-    """How one end connects to the other, or is connected to."""
+    """The functions by which one side opens or accepts its connections."""
 
-    #: The first one.
+    #: Opens the first connection.
     first: OpenStream
-    #: Another when one was lost in postcopy; None where that cannot be, so that only a caller can help.
+    #: Opens a new connection after the last one was lost in postcopy. None if the transport cannot do that: then the
+    #: caller must give a stream for the recovery.
     again: Reopen | None = None
-    #: One more to the same peer while the last one is there (postcopy-preempt); None where the transport has only one.
+    #: Opens a second connection to the same peer (postcopy-preempt); None if the transport has only one connection.
     beside: OpenStream | None = None
-    #: For a destination that several may connect to: then none of the others is used.
+    #: Opens the listener of a destination to which several peers may connect. If it is given, the other three fields are
+    #: not used.
     entrance: OpenEntrance | None = None
 
     def for_preempt(self, config: Config) -> OpenStream | None:
-        """What opens the second connection of postcopy-preempt; None without that capability, or with an entrance.
+        """The function that opens the second connection; None without postcopy-preempt, and None with an entrance.
 
         Raises:
-            ConfigError: the capability is on, and there is no way to have two.
+            ConfigError: the capability is on, and the transport has only one connection.
         """
         if not config.capabilities.postcopy_preempt or self.entrance is not None:
             return None

@@ -1,7 +1,7 @@
-"""The task that enforces the bandwidth limit and measures what the transport really takes.
+"""The task that enforces the bandwidth limit and measures the bandwidth of the transport.
 
-The sender spends from a budget; when that is used up it waits for this task to open the next window. Once per window
-the task also updates bandwidth, dirty rate and the expected downtime, whether there is a limit or not.
+The sender spends a budget of bytes. When the budget is used up, the sender waits until this task opens the next window.
+Once in a window of 100 ms the task also updates the bandwidth and the pages per second, even without a limit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Limiter:
     """Bandwidth limit of one attempt.
 
     Args:
-        channel: whose byte count is measured.
+        channel: the channel whose sent bytes are measured.
         rate: bytes per second; 0 for no limit.
         counters: receives the measurements.
     """
@@ -38,22 +38,22 @@ class Limiter:
         self._resting = False
 
     def set_rate(self, rate: int) -> None:
-        """A new limit, at once."""
+        """Change the limit to *rate* bytes per second, at once."""
         self._budget.set_rate(rate, trio.current_time())
         self._wake()
 
     def move_to(self, channel: Channel, rate: int) -> None:
-        """Go on with another connection, or another kind of traffic."""
+        """Measure *channel* from now on, with a limit of *rate* bytes per second. Ends :meth:`lift` and :meth:`rest`."""
         self._channel = channel
         self._lifted = self._resting = False
         self.set_rate(rate)
 
     def rest(self) -> None:
-        """The connection is lost: there is nothing to measure until :meth:`move_to`."""
+        """Measure nothing until :meth:`move_to`, because the connection is lost."""
         self._resting = True
 
     def lift(self) -> None:
-        """No limit any more: the guest stands still."""
+        """Remove the limit, because the guest is stopped and each byte adds to the downtime."""
         self._lifted = True
         self._wake()
 
@@ -62,7 +62,7 @@ class Limiter:
         self._opened = trio.Event()
 
     async def pages(self, wanted: int) -> int:
-        """How many PAGE records may be sent now, 1 to *wanted*; waits while the answer would be none.
+        """The number of PAGE records that may be sent now, 1 to *wanted*; waits until the budget allows at least one.
 
         **Cancellation:** nothing was spent.
         """
@@ -92,7 +92,8 @@ class Limiter:
         then, sent, pages = trio.current_time(), 0, c.normal + c.duplicate
         channel = self._channel
         while True:
-            self._budget.roll(trio.current_time())  # nothing else does where there is no limit, or while a write blocks
+            # Without a limit, and while a write blocks, no other call moves the window on.
+            self._budget.roll(trio.current_time())
             await trio.sleep(min(max(self._budget.window_end - trio.current_time(), 0.001), WINDOW))
             self._wake()
             now = trio.current_time()
@@ -101,11 +102,13 @@ class Limiter:
             if (passed := now - then) < WINDOW or self._resting:
                 continue
             if self._channel.writing and self._channel.sent == sent:
-                continue  # one slow write of a stream that is not a socket: it counts when it is done, over its whole time
+                # A slow write to a stream that is not a socket is in progress. Its bytes are counted when it has ended,
+                # and are then divided by the whole time that it took.
+                continue
             handled = c.normal + c.duplicate
             c.pages_per_second = (handled - pages) / passed
-            # A window in which little was sent tells the guest's appetite, not the transport's (states.md part 13).
-            # What merely fills the kernel's buffers has not been transported.
+            # Windows with at most 10 kB are left out: there the guest's dirty rate was the limit, not the transport
+            # (states.md part 13). Bytes that are still in the kernel's buffers have not been transported.
             delivered = self._channel.sent - self._channel.backlog()
             if delivered - sent > 10_000:
                 c.bandwidth = (delivered - sent) / passed

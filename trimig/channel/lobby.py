@@ -1,12 +1,12 @@
-"""Where connections wait until it is known which of them is the one that is awaited.
+"""Connections wait here until their first bytes show which of them comes from the source.
 
-A listener's port can be reached by others than the source: port checks, browsers, programs that have another protocol.
-So each connection is a *visitor* in a task of its own, which makes the handshakes of TLS and of a websocket and reads the
-first few KiB. A judge looks at these. Nothing is written to a visitor before it is chosen, but for those handshakes. A
-visitor that is silent is kept: silence is no verdict. It costs a descriptor, and is dropped when its place is taken, or when
-too many wait.
+Other programs than the source can reach the port of a listener: port checks, browsers, programs with another protocol.
+So each connection is a *visitor* with a task of its own. The task makes the handshakes of TLS and of a websocket, and
+reads up to 16 KiB. A function, the *judge*, examines these bytes. Before a visitor is chosen, only the handshakes are
+written to it. A silent visitor is kept, because a source may be slow to send. It costs a descriptor. It is dropped when
+the lobby closes, or when too many visitors wait.
 
-What a judge accepts can be copied by a stranger who has read a stream. To keep that one out is the task of TLS.
+A program that has read a stream can copy the bytes that a judge accepts. TLS keeps such a program out; a judge does not.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("trimig.lobby")
 
-#: Visitors that wait at a time; one more takes the place of the one that has waited longest.
+#: The number of visitors that may wait. If one more comes, the visitor that has waited longest is dropped.
 MOST_WAITING: Final = 64
-#: What is read of a visitor before it is chosen.
+#: Bytes that are read from a visitor before it is chosen.
 MOST_READ: Final = 16 << 10
-#: Drops that are told one by one; from then on only the 20th, 40th, 80th and so on.
+#: Drops that are reported one by one. After them only the 20th, 40th, 80th drop and so on are reported.
 _TOLD_SINGLY: Final = 10
-#: Seconds for which a visitor that is the one unless there is another must be without another.
+#: Seconds for which a visitor with the verdict ALONE must be the only visitor before it is chosen.
 _ALONE_SECONDS: Final = 0.2
-#: accept() cannot have a descriptor or memory at the moment.
+#: Errors of accept() that mean that no descriptor or memory is free at the moment.
 _SHORTAGE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _SHORTAGE_SECONDS: Final = 0.1
-#: Linux hands errors of the connection that is accepted to accept() itself; the next one may be good.
+#: Errors of accept() that belong to the new connection, not to the listener: the next connection may be good.
 _OF_ONE: Final = frozenset(
     {
         errno.ECONNABORTED,
@@ -63,28 +63,28 @@ _OF_ONE: Final = frozenset(
 
 
 class Verdict(enum.Enum):
-    """What a judge says of the bytes that have come of a visitor so far, if it does not raise :class:`NotTheOne`."""
+    """The result of a judge for the first bytes of a visitor. To drop the visitor, a judge raises :class:`NotTheOne`."""
 
-    #: More of them must come.
+    #: The bytes are too few for a verdict.
     MORE = enum.auto()
-    #: It is the one, unless there is another.
+    #: The visitor is chosen if no other visitor comes for a moment.
     ALONE = enum.auto()
-    #: It is the one.
+    #: The visitor is chosen.
     YES = enum.auto()
 
 
-#: Looks at what has come of a visitor.
+#: Gets all bytes that a visitor has sent so far.
 Judge: TypeAlias = Callable[[bytes], Verdict]
-#: Told of each visitor that is dropped: its address, and why.
+#: Called for a dropped visitor with its address and the reason.
 Told: TypeAlias = Callable[[str, str], None]
 
 
 class NotTheOne(Exception):
-    """A judge's verdict: this visitor is dropped, and why.
+    """A judge refuses a visitor, which is dropped. The message is the reason.
 
     Attributes:
-        telling: what its first bytes say about a source that is set up in another way, for the error if the migration
-            fails; None if they say nothing.
+        telling: what its first bytes show about other settings of the source (such as multifd). The error of a failed
+            migration has this text. None if the bytes show nothing.
     """
 
     def __init__(self, reason: str, telling: str | None = None) -> None:
@@ -101,16 +101,16 @@ class Entrance(Protocol):
         Raises:
             OSError: accept() failed.
             trio.ClosedResourceError: it was closed, perhaps in the moment in which a connection came.
-            TrimigError: there will be none.
+            TrimigError: no connection can come any more.
 
         **Cancellation:** nothing was accepted.
         """
 
     async def admit(self, stream: AnyStream) -> AnyStream:
-        """*stream* after the opening handshakes of this address, however long they take. *stream* is owned.
+        """*stream* after the opening handshakes of this address. The method owns *stream*, and has no timeout.
 
         Raises:
-            TrimigError: they failed.
+            TrimigError: a handshake failed.
 
         **Cancellation:** *stream* is closed.
         """
@@ -124,7 +124,7 @@ class Certified(Protocol):
     """A stream whose peer may have proved who it is."""
 
     def peer_certificate(self) -> bytes | None:
-        """The peer's certificate, which was verified; None without one."""
+        """The verified certificate of the peer; None if the peer sent none."""
 
 
 def accept_pause(error: OSError) -> float | None:
@@ -138,13 +138,13 @@ class _Visitor:
     """One connection that waits.
 
     Attributes:
-        address: for messages.
-        origins: what it may have in common with the main connection: its address, its user, its certificate.
-        stream: behind the handshakes; None before.
-        data: what was read so far.
-        possible: the judge has said that it is the one, unless there is another.
-        chosen: its stream belongs to the caller that has chosen it.
-        left: its task does not use the stream any more.
+        address: the address of the peer, for messages.
+        origins: properties that connections of one source share: address, user, certificate.
+        stream: the stream after the handshakes; None before.
+        data: the bytes that were read so far.
+        possible: True if the judge's verdict was ALONE.
+        chosen: True if the visitor was chosen; then its stream belongs to the caller of :meth:`Lobby.choose`.
+        left: set when the visitor's task does not use the stream any more.
     """
 
     def __init__(self, raw: AnyStream) -> None:
@@ -157,17 +157,17 @@ class _Visitor:
         self.left = trio.Event()
 
     def behind_tls(self) -> bool:
-        """The handshake of TLS is over on this side."""
+        """True if this side has finished the TLS handshake."""
         return isinstance(self.stream, Certified)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
-    """The connection that was awaited.
+    """The connection that a judge accepted.
 
     Attributes:
-        stream: the caller's from here on.
-        first: what was read from it; it stands in front of what comes next.
+        stream: the stream; it belongs to the caller.
+        first: the bytes that were already read from it. They come before the bytes that are still in the stream.
         origins: see :meth:`Lobby.prefer`.
     """
 
@@ -180,8 +180,8 @@ class Lobby:
     """The visitors of one address.
 
     Args:
-        nursery: of the attempt; the tasks of the visitors are in it.
-        told: of each drop; not of all if there are many.
+        nursery: of the attempt; the tasks of the visitors run in it.
+        told: called for dropped visitors. If many are dropped, it is called for some of them.
     """
 
     def __init__(self, nursery: trio.Nursery, entrance: Entrance, told: Told) -> None:
@@ -195,21 +195,21 @@ class Lobby:
         self._failure: TrimigError | None = None
         self._changed = trio.Event()
         self._preferred: frozenset[str] = frozenset()
-        #: Visitors that were dropped.
+        #: The number of dropped visitors.
         self.dropped = 0
-        #: Why the last one was.
+        #: The reason of the last drop.
         self.last_reason: str | None = None
-        #: What the first bytes of dropped ones say about the source, the last that said something.
+        #: The text of :attr:`NotTheOne.telling` of the last dropped visitor that had such a text.
         self.telling: str | None = None
         self._telling_origins: frozenset[str] = frozenset()
 
     def open(self) -> None:
-        """Begin to accept."""
+        """Begin to accept connections."""
         self._nursery.start_soon(self._accept, name="trimig.accept")
 
     def close(self) -> None:
-        """Accept no more, and close who waits. Idempotent."""
-        self._scope.cancel("the lobby is closed")  # first: accept() of a closed socket is an error
+        """Accept no more connections, and close those that wait. Idempotent."""
+        self._scope.cancel("the lobby is closed")  # before the entrance closes: accept() of a closed socket is an error
         self._entrance.close()
         for waiting in self._visitors:
             waiting.scope.cancel("its place is taken")
@@ -218,26 +218,30 @@ class Lobby:
 
     @property
     def waiting(self) -> int:
-        """Visitors that are there, their handshakes over or not."""
+        """The number of visitors that wait, with or without finished handshakes."""
         return len(self._visitors)
 
     def prefer(self, origins: frozenset[str]) -> None:
-        """Visitors that have one of *origins* are dropped last when too many wait."""
+        """If too many visitors wait, drop those that share one of *origins* last."""
         self._preferred = origins
 
     def hint(self, origins: frozenset[str] | None = None) -> str | None:
-        """What dropped visitors say about why the migration failed; with *origins*, only those that have one of them."""
+        """A reason for the failed migration that a dropped visitor shows; None if there is none.
+
+        Args:
+            origins: if given, only a dropped visitor that shares one of them counts.
+        """
         if origins is not None and not origins & self._telling_origins:
             return None
         return self.telling
 
-    # -- who waits -------------------------------------------------------------------------------------------------
+    # -- visitors --------------------------------------------------------------------------------------------------
 
     async def wait_visitor(self) -> None:
-        """Wait until there is one, its handshakes over.
+        """Wait until a visitor has finished its handshakes.
 
         Raises:
-            TransportFailed: there is none, and there will be none.
+            TransportFailed: no visitor waits, and none can come any more.
 
         **Cancellation:** no effect.
         """
@@ -246,13 +250,14 @@ class Lobby:
             await self._changed.wait()
 
     async def choose(self, judge: Judge, *, lonely: float = math.inf) -> Chosen:
-        """The first visitor that *judge* accepts. The others wait on, but for those that it refuses.
+        """The first visitor that *judge* accepts. The visitors that *judge* does not refuse go on waiting.
 
         Args:
-            lonely: seconds without any visitor after which it is given up.
+            lonely: seconds without any visitor after which this method fails.
 
         Raises:
-            TransportFailed: there is none, and there will be none, or it was given up; with the reason of the last drop.
+            TransportFailed: no visitor waits, and none can come any more; or *lonely* has passed, with the reason of the
+                last drop.
 
         **Cancellation:** nothing was chosen.
         """
@@ -288,7 +293,7 @@ class Lobby:
         return self._found
 
     def watch(self, judge: Judge) -> None:
-        """Let *judge* look at visitors that are of no use any more: it may tell why the migration is going to fail."""
+        """Let *judge* examine visitors that are not needed. They may show why the migration is going to fail."""
         self._judge = judge
         for visitor in tuple(self._visitors):
             self._look(visitor)
@@ -302,7 +307,7 @@ class Lobby:
         self._changed = trio.Event()
 
     def _look(self, visitor: _Visitor) -> None:
-        """Judge what has come of *visitor*."""
+        """Let the judge examine the bytes of *visitor*, and act on the verdict."""
         if self._judge is None or not visitor.data or visitor.chosen:
             return
         try:
@@ -359,7 +364,7 @@ class Lobby:
                 self._failure = error
                 self._tell()
             except trio.ClosedResourceError:
-                # A connection came in the moment in which the lobby was closed: it is not needed.
+                # The lobby was closed in the moment in which a connection came. The connection is not needed.
                 self._failure = TransportFailed("the listener was closed")
                 self._tell()
             finally:
@@ -389,7 +394,7 @@ class Lobby:
         return (strange or self._visitors)[0]
 
     async def _visit(self, visitor: _Visitor, raw: AnyStream) -> None:
-        handed_over = False  # to the entrance, which closes it if its handshakes fail
+        handed_over = False  # True once the entrance owns *raw*: it closes the stream if the handshakes fail
         try:
             with visitor.scope:
                 await trio.lowlevel.checkpoint_if_cancelled()
@@ -403,7 +408,7 @@ class Lobby:
             self._drop(visitor, str(error), f"the last connection that failed was from {visitor.address}: {error}")
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             reason = f"the connection broke: {error.__cause__ or error}"
-            # With TLS 1.3 a client that refuses this side's certificate goes when the handshake is over on this side.
+            # With TLS 1.3 this side has finished the handshake before a client that refuses its certificate closes.
             refused = visitor.behind_tls() and not visitor.data
             telling = f"the last connection that failed was from {visitor.address}: {reason}" if refused else None
             self._drop(visitor, reason, telling)
@@ -413,23 +418,23 @@ class Lobby:
                 await closing.close(stream)
 
     async def _listen(self, visitor: _Visitor, stream: AnyStream) -> None:
-        """Read until it is chosen or dropped; both cancel this."""
+        """Read from *stream* until the visitor is chosen or dropped; both cancel this method."""
         assert isinstance(stream, trio.abc.ReceiveStream)
         while len(visitor.data) < MOST_READ:
             data = await stream.receive_some(min(4096, MOST_READ - len(visitor.data)))
             if not data:
                 if visitor.possible:
-                    break  # who takes it finds out
+                    break  # it may still be chosen; the reader of the stream then finds the end
                 said = f"after {len(visitor.data)} bytes" if visitor.data else "without sending anything"
                 self._drop(visitor, f"it closed the connection {said}")
                 return
             visitor.data += data
             self._look(visitor)
-        await trio.sleep_forever()  # until it is judged
+        await trio.sleep_forever()  # the cancellation by _choose(), _drop() or close() ends this
 
 
 def _origin(raw: AnyStream) -> tuple[str, frozenset[str]]:
-    """Where *raw* comes from, for messages and for :meth:`Lobby.prefer`."""
+    """The address of the peer of *raw* for messages, and its origins for :meth:`Lobby.prefer`."""
     if not isinstance(raw, trio.SocketStream):
         return "a stream", frozenset()
     try:

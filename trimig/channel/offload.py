@@ -1,8 +1,8 @@
 """Blocking calls away from the run loop: the only place that starts threads.
 
-A call is a slice of work: reading or writing some MiB of a file, one fsync. A cancellation is looked at between two
-calls, never inside one, so what the caller counts as done is exactly what has happened (rule C12). Only a call that changes
-nothing may look at it itself, by :func:`check_cancelled`.
+A call is a slice of work: reading or writing some MiB of a file, one fsync. A cancellation takes effect between two
+calls and never inside a call. So the caller counts exactly the work that was done (rule C12). Only a call that changes
+nothing may end early on a cancellation, by :func:`check_cancelled`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import trio
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Calls at once. Each has a thread; files do not get faster by more of them.
+#: Calls that run at the same time. Each call has a thread; more threads do not make files faster.
 MAX_CALLS: Final = 8
 
 _limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("trimig.offload")
 
 
 def limiter() -> trio.CapacityLimiter:
-    """Of the present run; none of its tokens is borrowed when nothing of ours works in a thread."""
+    """The capacity limiter of the present run of trio. A borrowed token is a thread in which a call of trimig runs."""
     try:
         return _limiter.get()
     except LookupError:
@@ -33,7 +33,7 @@ def limiter() -> trio.CapacityLimiter:
 
 
 async def offload(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """The result of *function*, which runs in a thread; its errors as they are.
+    """Run *function* in a thread and return its result. Its errors are raised unchanged.
 
     **Cancellation:** cancelled before *function* begins, or not at all: once begun it runs to its end, its result is
     returned, and the next checkpoint raises.
@@ -43,9 +43,11 @@ async def offload(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
 
 
 def check_cancelled() -> None:
-    """For a function that :func:`offload` runs and that changes nothing: end it when its caller was cancelled.
+    """End the calling function if the task that waits for it was cancelled.
+
+    Only a function that :func:`offload` runs and that changes nothing may call this.
 
     Raises:
-        trio.Cancelled: it was; the function must let that through.
+        trio.Cancelled: the task was cancelled; the function must not catch this.
     """
     trio.from_thread.check_cancelled()

@@ -1,7 +1,7 @@
-"""Which connections a destination takes: the first one, one beside it, and others when they are lost.
+"""The connections that a destination accepts: the first one, the second one of postcopy-preempt, and those of a recovery.
 
-Where several can come (a URI that is listened on), a :class:`.lobby.Lobby` tells them apart. A stream that was given, a
-command, a descriptor or a file is the one connection that there is: it is taken as it comes.
+A URI on which trimig listens can get several connections; a :class:`.lobby.Lobby` tells them apart. A stream of the
+caller, a command, a descriptor or a file is the only connection; it is taken without a check of its first bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("trimig.destination")
 
-#: Seconds of silence after which a source is given up that another connection has told to be set up in another way.
+#: Seconds of silence after which the attempt ends, if a dropped connection shows that the source has other settings
+#: (such as multifd). Such a source waits for connections that this destination never accepts.
 _SUSPICION_SECONDS: Final = 5.0
 
 
@@ -32,33 +33,33 @@ class Reception:
     """The connections of one incoming migration.
 
     Attributes:
-        lobby: where a second connection waits; None where there can be none.
+        lobby: the lobby in which a second connection waits; None if there can be no second connection.
     """
 
     def __init__(self, connections: Connections, config: Config, monitor: MonitorCore) -> None:
         self._connections = connections
         self._config = config
         self._monitor = monitor
-        #: There is to be a second one.
+        #: True if a second connection is expected (postcopy-preempt).
         self.wants_second = config.capabilities.postcopy_preempt
         self.lobby: Lobby | None = None
         self._chosen: Chosen | None = None
-        self._look = trio.Event()  # a connection that is of no use has said something
+        self._look = trio.Event()  # set when a connection that is not the main one has sent bytes
         self._suspicion = trio.CancelScope()
 
     async def first(self, nursery: trio.Nursery, judge: Judge, others: Judge) -> Channel:
         """The main connection of the migration.
 
         Args:
-            nursery: of the attempt; the other connections are judged in it.
-            judge: says which connection that is.
-            others: says of any other what it is.
+            nursery: of the attempt; the tasks that read the other connections run in it.
+            judge: recognizes the main connection by its first bytes.
+            others: examines the first bytes of each other connection.
 
         Raises:
-            ConfigError: there is to be a second one, and there cannot be.
-            TransportFailed: there is none, and there will be none.
+            ConfigError: postcopy-preempt needs a second connection, and the transport has only one.
+            TransportFailed: no connection came, and none can come any more.
 
-        **Cancellation:** as for an error; nothing is left open.
+        **Cancellation:** nothing is left open, as after an error.
         """
         self._connections.for_preempt(self._config)
         if self._connections.entrance is None:
@@ -77,10 +78,13 @@ class Reception:
             self._look.set()
 
     async def _suspect(self, channel: Channel, scope: trio.CancelScope) -> None:
-        """A source that is set up in another way may wait for what it will never get. Nothing else would end that soon.
+        """End the attempt if the source has other settings and is silent.
+
+        Such a source may wait for a connection that this destination does not accept. No other timeout ends that soon.
 
         Raises:
-            TransportFailed: a connection from where the main one came has told so, and the main one is silent.
+            TransportFailed: a dropped connection of the same origin shows other settings, and the main connection is
+                silent for ``_SUSPICION_SECONDS``.
         """
         with scope:
             while True:
@@ -93,7 +97,7 @@ class Reception:
                         raise TransportFailed(f"the source sent nothing for {formats.duration(_SUSPICION_SECONDS)}")
 
     async def again(self, nursery: trio.Nursery, uri: str | None, judge: Judge) -> AnyStream:
-        """Another main connection, at *uri* or where the last one was; :meth:`channel` makes it usable.
+        """A new main connection at *uri*, or with None at the previous address; :meth:`channel` makes a channel of it.
 
         Raises:
             TransportFailed: as :meth:`first`.
@@ -108,7 +112,7 @@ class Reception:
 
     @property
     def can_come_again(self) -> bool:
-        """Where another connection would come from is known."""
+        """True if :meth:`again` can be called: the transport can accept a new connection."""
         return self._connections.entrance is not None or self._connections.again is not None
 
     async def _meet(self, nursery: trio.Nursery, uri: str | None, judge: Judge) -> AnyStream:
@@ -128,34 +132,37 @@ class Reception:
         return self._chosen.stream
 
     def channel(self, stream: AnyStream) -> Channel:
-        """*stream*, with what was read of it standing in front."""
+        """A channel over *stream*. The bytes that the lobby has read from it come first."""
         known = self._chosen is not None and self._chosen.stream is stream
         first = self._chosen.first if known and self._chosen is not None else b""
         return Channel(stream, stall_timeout=self._config.stall_timeout, first=first)
 
     def expect_second(self, nursery: trio.Nursery) -> None:
-        """The main connection is there, and another one is to come."""
+        """Accept the second connection of postcopy-preempt, if it is wanted and does not come through the entrance."""
         beside = self._connections.beside
         if self.wants_second and self._connections.entrance is None and beside is not None:
             self.lobby = Lobby(nursery, _Beside(beside), self._told)
             self.lobby.open()
 
     def settle(self) -> None:
-        """Pages come on the main connection, as they should: without a second one, all connections are there."""
+        """The main connection brings pages, so the source has the same settings: stop suspecting it.
+
+        If no second connection is wanted, no further connection is accepted.
+        """
         self._suspicion.cancel("pages come")
         if not self.wants_second:
             self.close()
 
     def close(self) -> None:
-        """Nothing more is expected. Idempotent."""
+        """Accept no further connection. Idempotent."""
         self._suspicion.cancel("nothing more is expected")
         if self.lobby is not None:
             self.lobby.close()
 
     def hint(self) -> str | None:
-        """What connections that were dropped say about why the migration failed; None if they say nothing.
+        """A reason for the failed migration that the dropped connections show; None if they show none.
 
-        Once there is a main connection, only those from where it came from count.
+        Once a main connection was chosen, only dropped connections of the same origin count.
         """
         if self.lobby is None:
             return None
@@ -167,15 +174,15 @@ class Reception:
 
 
 class _Beside:
-    """An entrance through which one connection comes."""
+    """An entrance that yields one connection: the second one of postcopy-preempt."""
 
     def __init__(self, accept: OpenStream) -> None:
         self._accept: OpenStream | None = accept
 
     async def meet(self) -> AnyStream:
-        """The one; from then on none.
+        """The connection at the first call. A later call waits for ever.
 
-        **Cancellation:** it can still come.
+        **Cancellation:** the connection can still come.
         """
         if self._accept is None:
             await trio.sleep_forever()
@@ -185,11 +192,11 @@ class _Beside:
         return stream
 
     async def admit(self, stream: AnyStream) -> AnyStream:
-        """It has no handshake.
+        """*stream* itself, because its handshakes are over.
 
         **Cancellation:** no effect.
         """
         return stream
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing: no listener was opened."""

@@ -1,11 +1,11 @@
-"""The task on the source that reads the return path, and what the migration task learns from it.
+"""The task on the source that reads the return path, and passes its messages to the migration task.
 
-A refusal of the destination, an invalid message or the end of the connection ends the attempt at once, wherever the
-migration task is (QEMU looks only at the very end: return_path.md part 5). Only after the decision has been sent does
-an ended connection not raise: then it is an answer that is missing, and the migration task must judge it.
+A refusal of the destination, an invalid message or the end of the connection ends the attempt at once, in every phase
+(QEMU reads the return path's result only at the very end: return_path.md part 5). After the decision was sent, an ended
+connection raises no error here: then the answer is missing, and the migration task decides what follows.
 
-Behind some transports no program answers (a command that stores the stream). There the end of this
-direction before the first message only says so; from the first message on it is a return path like any other.
+Some transports lead to a program that never answers, such as a command that stores the stream. There the end of the
+return path before the first message is no error. From the first message on it is an error, as with other transports.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class ReturnPathReader:
 
     Args:
         blocks: used length of the RAM blocks by name.
-        perhaps_silent: perhaps no program answers.
-        acks: the destination may allow the switchover (capability switchover-ack).
+        perhaps_silent: True if the transport may lead to a program that never answers.
+        acks: True if the destination may send SWITCHOVER_ACK (capability switchover-ack).
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ReturnPathReader:
     ) -> None:
         self._channel = channel
         self._decoder = ReturnPathDecoder(blocks, marks=True)
-        #: Why the destination gives the migration up, as it has said; empty if it has not.
+        #: The reason for which the destination gave the migration up, from its message REASON; empty without the message.
         self.reason = ""
         self._pongs: set[int] = set()
         self._news = trio.Event()
@@ -61,35 +61,35 @@ class ReturnPathReader:
         self._acks_wanted = acks
         #: How many SWITCHOVER_ACK have come.
         self.acks = 0
-        #: An answer has come.
+        #: True once a message has come.
         self.heard = False
-        #: This direction ended before an answer had come.
+        #: True once the return path ended without any message.
         self.silent = False
-        #: The status of SHUT once it has come.
+        #: The status in SHUT; None until SHUT has come.
         self.shut: int | None = None
-        #: Why nothing will come any more; set only behind :attr:`ReturnPath.BEFORE`.
+        #: The error that ended the return path; set only in a state after :attr:`ReturnPath.BEFORE`.
         self.lost: TransportFailed | RemoteProtocolError | None = None
-        #: How far the return path is. Behind BEFORE an ended connection is not an error of its own any more.
+        #: The state of the return path. In a state after BEFORE an ended connection does not end the attempt by itself.
         self.state = ReturnPath.BEFORE
-        #: Called with each message of postcopy, and with None when nothing more will come. Set while the guest runs at
-        #: the destination, when the pages it asks for are a matter of microseconds.
+        #: Called with each message of postcopy, and with None when no message can come any more. It is a call and not
+        #: an event, because a page request must be answered within microseconds.
         self.listener: Callable[[Message | None], None] | None = None
 
     def expect_bitmap(self, block: str) -> None:
-        """The destination is about to be asked which pages of *block* it has."""
+        """Expect the bitmap of received pages of *block*; call this before the request for it is sent."""
         self._decoder.expect_bitmap(block)
 
     def enter(self, state: ReturnPath, listener: Callable[[Message | None], None] | None = None) -> None:
-        """The migration has come to *state*; *listener* hears what the destination says from here on."""
+        """Set the state of the return path, and the *listener* that is called with each message from now on."""
         self.state, self.listener = state, listener
 
     def lose(self, why: TransportFailed) -> None:
-        """Nothing will come any more. An earlier reason stays."""
+        """Record that the return path has ended because of *why*. An earlier reason stays."""
         if self.lost is None:
             self.lost = why
 
     def has_ponged(self, value: int) -> bool:
-        """PING(*value*) has been answered."""
+        """True if the PONG for PING(*value*) has come."""
         return value in self._pongs
 
     def _tell(self) -> None:
@@ -129,11 +129,11 @@ class ReturnPathReader:
             await self._news.wait()
 
     async def run(self) -> None:
-        """Read until SHUT or the end of the connection, or until it is certain that no answer comes.
+        """Read until SHUT, or until the connection ends.
 
         Raises:
             PeerFailed: the destination refused.
-            RemoteProtocolError: an invalid message.
+            RemoteProtocolError: an invalid message came before the decision was sent.
             TransportFailed: the connection ended before the decision was sent.
 
         **Cancellation:** stops reading.
@@ -141,8 +141,8 @@ class ReturnPathReader:
         buffer = memoryview(bytearray(4096))
         try:
             while self.shut is None:
-                # However long it is silent: while memory is sent, a destination has nothing to say. Where an answer is
-                # due, the migration task waits for it no longer than it should.
+                # No timeout here: a destination sends nothing while memory is sent. If an answer is due, the migration
+                # task waits for it with a timeout of its own.
                 count = await self._channel.receive_into(buffer, stall_timeout=math.inf)
                 if not count:
                     if self._perhaps_silent and not self.heard and not self._decoder.pending:
@@ -164,12 +164,12 @@ class ReturnPathReader:
 
     @property
     def marked(self) -> bool:
-        """The destination is a trimig: it has answered the mark."""
+        """True if the destination is a trimig: it has answered the mark."""
         return self._decoder.marked
 
     @property
     def why(self) -> str:
-        """The destination's reason as the end of a sentence; without one, where to look for it."""
+        """The destination's reason as the end of a sentence; without a reason, a hint to the destination's log."""
         return f": {self.reason}" if self.reason else "; its own log says why"
 
     def _ended(self) -> str:

@@ -15,28 +15,29 @@ import trio
 #: Bytes asked for in each direction; the kernel doubles that for its own book-keeping.
 SOCKET_BUFFER: Final = 8 << 20
 
-#: The same for unix sockets, where nothing is on its way: what is queued has left the processor's cache before it is read
-#: (8 MiB: 0.6 to 1.0 of TCP in one run, 1 MiB: 1.3).
+#: The same for unix sockets, in bytes. A larger queue is slower: the data has left the processor's cache before the peer
+#: reads it (throughput against TCP in one run: 0.6 to 1.0 with 8 MiB, 1.3 with 1 MiB).
 UNIX_BUFFER: Final = 1 << 20
 
-#: Linux numbers that Python's socket module does not name: the same options for processes that may administer the network.
+#: Linux numbers that Python's socket module does not name. They are SO_SNDBUF and SO_RCVBUF without the system-wide
+#: maximum, for processes that may administer the network (CAP_NET_ADMIN).
 _SO_SNDBUFFORCE: Final = 32
 _SO_RCVBUFFORCE: Final = 33
 
-#: Bytes that may wait in a TCP socket without having been sent. trio sets 16 KiB, which suits protocols that change
-#: their mind: the kernel then takes a few segments per call and wakes us for each lot. Here a few megabytes cost nothing,
-#: because what is queued is counted before the guest is stopped.
+#: Bytes that may wait in a TCP socket without having been sent. trio sets 16 KiB, which suits protocols that reorder
+#: queued data: the kernel then takes a few segments in each call and wakes the sender for each of them. A migration can
+#: queue a few megabytes, because the queued bytes are counted before the guest is stopped.
 UNSENT: Final = 4 << 20
 
 
-#: The same in postcopy, where a page that the guest waits for queues behind what was handed over before it.
+#: The same in postcopy. There a requested page waits behind all bytes that were queued before it.
 UNSENT_SHORT: Final = 1 << 17
-#: What may be on its way to, or wait in, a receiving TCP socket then.
+#: Bytes that may be on the way to a receiving TCP socket, or wait in it, in postcopy.
 _WINDOW_SHORT: Final = 1 << 18
 
 
 def shorten(sock: trio.socket.SocketType) -> None:
-    """*sock* counts as writable only while little waits in it. What a TCP socket has sent, or waits there, stays."""
+    """Let *sock* count as writable only while its queue is short. Bytes that are already queued stay in the queue."""
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_SHORT)
     else:
@@ -44,20 +45,21 @@ def shorten(sock: trio.socket.SocketType) -> None:
 
 
 def shorten_receiving(sock: trio.socket.SocketType) -> None:
-    """Little may wait in *sock* to be read from here on: what was sent before the page that is waited for delays it.
+    """Limit the bytes that wait in *sock* to be read: they delay a requested page that is sent behind them.
 
-    The window is made smaller, not the buffer: what does not fit into a smaller buffer would be dropped, and come again
-    only 200 ms later. A unix socket's sender sets how much may wait.
+    The TCP window becomes smaller; the buffer keeps its size. With a smaller buffer the kernel would drop the bytes that
+    do not fit, and the peer would send them again only 200 ms later. For a unix socket :func:`shorten` at the sender
+    sets the limit, so this function does nothing.
     """
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, _WINDOW_SHORT)
 
 
 def enlarge(sock: trio.socket.SocketType) -> None:
-    """Give *sock* large buffers where that is allowed; leave it alone where asking would make them smaller.
+    """Give *sock* large buffers, unless a request would make them smaller.
 
-    Setting a size ends the kernel's own adjustment. Without privileges the size is cut to a system-wide maximum, which
-    by default is less than what TCP grows to by itself: then it is better not asked for.
+    Setting a size ends the kernel's own adjustment. Without privileges the kernel cuts the size to a system-wide maximum.
+    By default this maximum is less than the size to which TCP grows by itself. So a TCP socket keeps its size then.
     """
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)

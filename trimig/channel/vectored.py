@@ -28,17 +28,17 @@ for _name in ("writev", "readv"):
 
 
 class Records:
-    """A vector of header, body, header, body, … and how much of it is done.
+    """A vector of header, body, header, body, … with the count of bytes that were sent or received.
 
-    All bodies have one size and all headers another, except the first header, which may be longer. So the place of any
-    byte is found by a division, and stepping over what a call has done costs the same however long the vector is.
+    All bodies have one size. All headers have one size too, except the first header, which may be longer. So a division
+    finds the place of any byte, and :meth:`advance` costs the same for a vector of any length.
 
     Args:
-        headers: address of the first header; they stand back to back.
-        header_size: bytes of each.
+        headers: address of the first header; the headers follow each other without a gap.
+        header_size: bytes of each header.
         bodies: address of each body.
-        body_size: bytes of each.
-        lead: address and size of what replaces the first header, if anything does.
+        body_size: bytes of each body.
+        lead: address and size of a header that replaces the first one, if there is such a header.
     """
 
     __slots__ = ("_cut", "_element", "_extra", "_header", "_record", "_vector", "done", "size")
@@ -68,28 +68,28 @@ class Records:
         self._cut = 0
         #: Bytes of the whole vector.
         self.size = count * self._record + self._extra
-        #: Bytes that are done.
+        #: Bytes that were sent or received.
         self.done = 0
 
     @property
     def left(self) -> int:
-        """Bytes that are not done."""
+        """Bytes that were not yet sent or received."""
         return self.size - self.done
 
     @property
     def rest(self) -> Vector:
-        """What is not done."""
+        """The elements that were not yet sent or received completely; the first one is shortened to its rest."""
         return self._vector[self._element :]
 
     def rest_of_record(self) -> bytes:
-        """What is left of the record that has begun; nothing between two records."""
+        """The rest of a record that was sent in part; empty if the last record was sent completely."""
         if not self.left or (self._element % 2 == 0 and not self._cut):
             return b""
         rest = self._vector[self._element : (self._element | 1) + 1].tolist()
         return b"".join(ctypes.string_at(address, size) for address, size in rest)
 
     def advance(self, count: int) -> None:
-        """*count* more bytes are done."""
+        """Count *count* more bytes as sent or received."""
         self.done += count
         place = self.done - self._extra  # as if the first header had the size of all others
         if place < self._header:
