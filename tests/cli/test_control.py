@@ -331,7 +331,7 @@ def test_progress_never_steps_back() -> None:
         figures = [getattr(p, kind) for p in shown]
         assert figures == sorted(figures), kind
     phases = [p.phase for p in shown]
-    assert phases == sorted(phases, key=["connecting", "first copy", "chase", "switchover", "completed"].index)
+    assert phases == sorted(phases, key=["connecting", "first copy", "later passes", "switchover", "completed"].index)
     # Each finished pass is shown once, with the memory that was dirtied in it.
     assert [(p.iteration, p.remaining) for p in shown if p.passed] == [(1, 30 * MB), (2, 0)]
 

@@ -108,7 +108,7 @@ async def test_changed_bandwidth_works_within_two_windows(
 
 
 async def test_limit_of_the_downtime_counts_at_the_next_decision(autojump_clock: trio.testing.MockClock) -> None:
-    """D16: a chase that would never end, ends."""
+    """D16: passes that would never end, end."""
     pair = Pair(
         running(pages=64, rate=1000),
         link=VirtualLink(rate=1e6, window=8192),
@@ -138,31 +138,31 @@ def eager() -> ScriptedGuest:
 
 
 async def test_progress_never_runs_backwards(autojump_clock: trio.testing.MockClock) -> None:
-    """The first copy and the chase are shown apart: what is dirtied again takes nothing back."""
+    """The first copy and the later passes are shown apart: what is dirtied again takes nothing back."""
     pair = Pair(
         eager(),
         config_here=config(downtime_limit=50, max_iterations=20, on_bound="switchover", max_bandwidth=1_000_000),
     )
     first: list[float] = []
-    chase: list[float] = []
+    progress: list[float] = []
     remaining: list[int] = []
 
     async def watch() -> None:
         async for picture in pair.here.watch(0.02):
             first.append(picture.first_copy)
-            chase.append(picture.chase)
+            progress.append(picture.convergence_progress)
             remaining.append(picture.remaining)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch)
         await pair.both()
     assert first == sorted(first)
-    assert chase == sorted(chase)
+    assert progress == sorted(progress)
     assert remaining != sorted(remaining, reverse=True), "the guest was not busy enough for this test"
     assert (first[0], first[-1]) == (0.0, 1.0)
     assert any(0 < share < 1 for share in first)
-    assert 0 < chase[-1] < 1
-    assert all(share == 0 for share, copied in zip(chase, first, strict=True) if copied < 1)
+    assert 0 < progress[-1] < 1
+    assert all(share == 0 for share, copied in zip(progress, first, strict=True) if copied < 1)
 
 
 async def test_why_it_does_not_converge_is_said_everywhere(autojump_clock: trio.testing.MockClock) -> None:

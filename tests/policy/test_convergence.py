@@ -11,7 +11,7 @@ from trimig.policy.convergence import (
     Bounds,
     Decision,
     Progress,
-    chase,
+    convergence_progress,
     decide,
     expected_downtime,
     explain,
@@ -171,4 +171,4 @@ def test_nothing_measured_yet_is_explained_without_figures_that_are_not_known() 
     [(at(0, 0.0), 1.0), (at(30 * MiB, 100.0 * MiB), 1.0), (at(60 * MiB, 100.0 * MiB), 0.5), (at(60 * MiB, 0.0), 0.0)],
 )
 def test_chase_is_the_share_of_the_rest_that_fits(progress: Progress, share: float) -> None:
-    assert chase(progress, LIMIT) == pytest.approx(share)
+    assert convergence_progress(progress, LIMIT) == pytest.approx(share)

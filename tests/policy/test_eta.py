@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from trimig.policy.eta import UNKNOWN, Estimate, Falling, Outlook, Stall, chase_seconds
+from trimig.policy.eta import UNKNOWN, Estimate, Falling, Outlook, Stall, later_passes_seconds
 
 MiB = 1 << 20
 
@@ -27,7 +27,7 @@ def played(ahead: float, bandwidth: float, dirty_rate: float, limit: float) -> f
 @pytest.mark.parametrize("dirty_rate", [0, 1 * MiB, 50 * MiB, 90 * MiB, 99 * MiB])
 @pytest.mark.parametrize("ahead", [0, 1, 10 * MiB, 1000 * MiB])
 def test_chase_is_what_the_passes_take(ahead: float, dirty_rate: float, limit: float) -> None:
-    told = chase_seconds(ahead=ahead, bandwidth=100 * MiB, dirty_rate=dirty_rate, downtime_limit=limit)
+    told = later_passes_seconds(ahead=ahead, bandwidth=100 * MiB, dirty_rate=dirty_rate, downtime_limit=limit)
     assert told == pytest.approx(played(ahead, 100 * MiB, dirty_rate, limit), rel=1e-6, abs=1e-6)
 
 
@@ -42,7 +42,7 @@ def test_chase_is_what_the_passes_take(ahead: float, dirty_rate: float, limit: f
     ],
 )
 def test_chase_without_an_end(ahead: float, bandwidth: float, dirty_rate: float, seconds: float) -> None:
-    told = chase_seconds(ahead=ahead, bandwidth=bandwidth, dirty_rate=dirty_rate, downtime_limit=0.3)
+    told = later_passes_seconds(ahead=ahead, bandwidth=bandwidth, dirty_rate=dirty_rate, downtime_limit=0.3)
     assert told == pytest.approx(seconds)
 
 
@@ -82,12 +82,12 @@ def test_outlook_follows_the_stages() -> None:
     outlook = Outlook()
     assert outlook.look(0.0, "first copy", 1000) == UNKNOWN
     assert outlook.look(1.0, "first copy", 900) == Estimate(9.0, at_least=True)
-    assert outlook.look(9.0, "chase", 0) == UNKNOWN
+    assert outlook.look(9.0, "later passes", 0) == UNKNOWN
     outlook.passed(10.0, 5.0)
-    assert outlook.look(12.0, "chase", 0) == Estimate(3.0)
-    assert outlook.look(20.0, "chase", 0) == Estimate(0.0)
+    assert outlook.look(12.0, "later passes", 0) == Estimate(3.0)
+    assert outlook.look(20.0, "later passes", 0) == Estimate(0.0)
     outlook.passed(20.0, math.inf)
-    assert outlook.look(21.0, "chase", 0) == Estimate(math.inf)
+    assert outlook.look(21.0, "later passes", 0) == Estimate(math.inf)
     assert outlook.look(22.0, "following", 800) == UNKNOWN
     assert outlook.look(23.0, "following", 700) == Estimate(7.0)
 

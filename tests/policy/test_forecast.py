@@ -44,7 +44,7 @@ def test_calm_guest_converges() -> None:
 
 def test_idle_guest_needs_one_pass_and_no_downtime_but_the_switchover() -> None:
     found = said(passes(10, bandwidth=100 * MiB, dirty=0), switchover=SWITCHOVER)
-    assert (found.verdict, found.passes, found.floor) == (ForecastVerdict.CONVERGES, 1, 0.0)
+    assert (found.verdict, found.passes, found.shortest_downtime) == (ForecastVerdict.CONVERGES, 1, 0.0)
     assert found.downtime == SWITCHOVER
 
 
@@ -54,7 +54,7 @@ def test_guest_that_is_faster_than_the_link_does_not_converge_and_the_advice_hol
     assert found.verdict is ForecastVerdict.DIVERGES
     assert (found.total_time, found.downtime, found.passes) == (None, None, None)
     # Every page is dirtied in each pass: ten seconds of downtime is what it comes down to.
-    assert found.floor == pytest.approx(10)
+    assert found.shortest_downtime == pytest.approx(10)
     assert "do not get shorter than 10 s" in found.reason
     bandwidth, limit, slowed = found.advice
     assert said(samples, bandwidth=number(bandwidth) * MiB).verdict is ForecastVerdict.CONVERGES
@@ -76,7 +76,7 @@ def test_small_hot_set_is_a_floor_that_a_longer_downtime_gets_over() -> None:
     samples = [Sample(sent=64 * MiB * s, seconds=s, dirty_rate=32 * MiB / s) for s in lengths]
     found = said(samples)
     assert found.verdict is ForecastVerdict.DIVERGES
-    assert found.floor == pytest.approx(0.5)
+    assert found.shortest_downtime == pytest.approx(0.5)
     assert said(samples, downtime_limit=0.6).verdict is not ForecastVerdict.DIVERGES
     # Longer passes do not dirty more of it: the rate of a long pass is not taken for that of a short one.
     assert found.dirty_rate == pytest.approx(64 * MiB)

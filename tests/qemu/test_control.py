@@ -95,7 +95,7 @@ async def test_guest_of_a_qemu_is_migrated_and_reported(tmp_path: Path) -> None:
         assert (code, report["migration"], report["owner"]) == (0, "completed", "destination")
         assert report["transferred_bytes"] > 16 << 20
         phases = [record["phase"] for record in map(json.loads, err.splitlines()) if record["event"] == "progress"]
-        order = ["connecting", "first copy", "chase", "switchover", "completed"]
+        order = ["connecting", "first copy", "later passes", "switchover", "completed"]
         assert phases == sorted(phases, key=order.index)
         await there.wait_status("running")
         assert np.array_equal(vm.ram, there.ram)

@@ -142,7 +142,11 @@ class LiveView:
 
     def show(self, now: Picture) -> None:
         known = self._rows.get(now.iteration)
-        if now.phase in ("first copy", "chase") and now.iteration and (known is None or now.passed or not known.passed):
+        if (
+            now.phase in ("first copy", "later passes")
+            and now.iteration
+            and (known is None or now.passed or not known.passed)
+        ):
             self._rows[now.iteration] = now
         self.screen.draw(self.lines(now, self.screen.size.columns))
 
@@ -162,17 +166,17 @@ class LiveView:
             width = max(8, min(24, columns - 22))
             bar = "#" * int(share * width)
             found.append(f"first copy  [{bar:.<{width}}] {formats.percent(share):>5}")
-        elif now.phase == "chase":
+        elif now.phase == "later passes":
             found += wrapped(
-                f"chase: {formats.size(now.remaining)} left after {formats.duration(now.elapsed)}", columns
+                f"later passes: {formats.size(now.remaining)} left after {formats.duration(now.elapsed)}", columns
             )
         else:
             found += wrapped(now.sentence, columns)
         if self._rows and now.role == "source":
             found += ["", *self._table(columns), ""]
-        if now.phase in ("first copy", "chase"):
+        if now.phase in ("first copy", "later passes"):
             found += wrapped(f"{now.limit}; time left: {now.time_left}", columns)
-        if now.phase == "chase" and now.converging is False:
+        if now.phase == "later passes" and now.converging is False:
             found += wrapped(f"It does not converge: {now.reason}", columns)
             for clause in now.advice:
                 found += wrapped(f"would help: {clause}", columns)

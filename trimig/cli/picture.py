@@ -67,13 +67,13 @@ class Picture:
 
     @property
     def phase(self) -> str:
-        """The phase: ``connecting``, ``first copy``, ``chase``, ``switchover`` or the outcome."""
+        """The phase: ``connecting``, ``first copy``, ``later passes``, ``switchover`` or the outcome."""
         if self.status in _BEFORE_MEMORY:
             return "connecting"
         if self.status == Status.ACTIVE.value:
             if self.role == "destination":
                 return "receiving"
-            return "first copy" if self.iteration <= 1 and not self.passed else "chase"
+            return "first copy" if self.iteration <= 1 and not self.passed else "later passes"
         if self.status in _SWITCHOVER:
             return "switchover"
         return self.status
@@ -106,15 +106,15 @@ class Picture:
         if self.phase == "first copy":
             share = self.copied / self.total if self.total else 0.0
             return f"first copy: {formats.percent(share)}, {self.limit}, time left: {self.time_left}"
-        if self.phase == "chase":
-            return self._chase
+        if self.phase == "later passes":
+            return self._later_pass
         return self.phase
 
     @property
-    def _chase(self) -> str:
+    def _later_pass(self) -> str:
         expected = "not known yet" if self.expected_downtime is None else formats.duration(self.expected_downtime)
         text = (
-            f"chase, pass {self.iteration}: {formats.size(self.remaining)} left, {formats.rate(self.dirty_rate or 0)} "
+            f"later passes (pass {self.iteration}): {formats.size(self.remaining)} left, {formats.rate(self.dirty_rate or 0)} "
             f"dirtied, {self.limit}, expected downtime {expected} (limit {formats.duration(self.downtime_limit)}), time "
             f"left: {self.time_left}"
         )
@@ -166,7 +166,7 @@ def with_estimate(now: Picture, outlook: eta.Outlook) -> Picture:
     stage, left = now.phase, now.total - now.copied
     if now.status == Status.POSTCOPY_ACTIVE.value:
         stage, left = "following", now.remaining
-    elif stage not in ("first copy", "chase"):
+    elif stage not in ("first copy", "later passes"):
         return now
     estimate = outlook.look(now.elapsed, stage, left)
     return dataclasses.replace(now, eta=estimate.seconds, eta_at_least=estimate.at_least)
@@ -222,7 +222,7 @@ class Pictures:
         now, data = self._taken(), event.data
         seconds = math.inf
         if now.converging is not False:
-            seconds = eta.chase_seconds(
+            seconds = eta.later_passes_seconds(
                 ahead=data["remaining"],
                 bandwidth=data["bandwidth"],
                 dirty_rate=data["dirty_rate"],

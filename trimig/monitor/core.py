@@ -106,7 +106,7 @@ class MonitorCore:
             elapsed=end - c.started if self._status is not Status.NONE else 0.0,
             dirty_tracking=c.dirty_tracking,
             first_copy=c.first_copy,
-            chase=c.chase,
+            convergence_progress=c.convergence_progress,
             convergence=c.convergence,
         )
 

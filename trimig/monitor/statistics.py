@@ -66,9 +66,9 @@ class Statistics:
     dirty_tracking: str
     #: The share of the memory that has been copied once, 0 to 1; never falls.
     first_copy: float = 0.0
-    #: The progress of convergence after the first copy, 0 to 1: 1 when the rest fits into the downtime limit; never
-    #: falls.
-    chase: float = 0.0
+    #: After the first copy: the largest share of the rest that fitted into the downtime limit, 0 to 1. At 1 the whole
+    #: rest fits.
+    convergence_progress: float = 0.0
     #: None before the first pass, and on a destination.
     convergence: Convergence | None = None
 
@@ -170,7 +170,7 @@ class Counters:
     #: All memory has been sent once.
     first_copy_done: bool = False
     #: 0 to 1, see :class:`Statistics`.
-    chase: float = 0.0
+    convergence_progress: float = 0.0
     convergence: Convergence | None = None
     error: str | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)

@@ -105,12 +105,12 @@ def reached(progress: Progress, bounds: Bounds) -> str | None:
     return None
 
 
-def chase(progress: Progress, bounds: Bounds) -> float:
-    """The progress of convergence, 0 to 1: the bytes that fit into the downtime limit, divided by the bytes that
+def convergence_progress(progress: Progress, bounds: Bounds) -> float:
+    """The share of the rest that fits into the downtime limit, 0 to 1: the bytes that fit, divided by the bytes that
     remain.
     """
-    floor = expected_downtime(progress)
-    return 1.0 if floor <= bounds.downtime_limit else bounds.downtime_limit / floor
+    downtime = expected_downtime(progress)
+    return 1.0 if downtime <= bounds.downtime_limit else bounds.downtime_limit / downtime
 
 
 #: The explanation before the end of the first pass.
@@ -133,8 +133,8 @@ NOT_ALLOWED: Final = Convergence(
 
 def explain(progress: Progress, bounds: Bounds) -> Convergence:
     """Whether the migration converges, with the deciding figures, and with measures that would help."""
-    floor = expected_downtime(progress)
-    if math.isinf(floor):
+    downtime = expected_downtime(progress)
+    if math.isinf(downtime):
         return Convergence(
             converging=False,
             reason=f"{formats.size(progress.remaining)} are left, and nothing has been sent that a bandwidth could be told from",
@@ -142,19 +142,19 @@ def explain(progress: Progress, bounds: Bounds) -> Convergence:
         )
     figures = (
         f"{formats.rate(progress.dirty_rate)} are dirtied and {formats.rate(progress.bandwidth)} can be sent: {formats.size(progress.remaining)} "
-        f"are left, which is {formats.whole_ms(floor)} of downtime against a limit of {formats.whole_ms(bounds.downtime_limit)}"
+        f"are left, which is {formats.whole_ms(downtime)} of downtime against a limit of {formats.whole_ms(bounds.downtime_limit)}"
     )
-    if floor <= bounds.downtime_limit:
+    if downtime <= bounds.downtime_limit:
         return Convergence(converging=True, reason=figures)
     nearer = progress.dirty_rate < progress.bandwidth and (
         progress.least is None or progress.remaining <= progress.least * NEARER
     )
     if not nearer:
-        return Convergence(converging=False, reason=figures, advice=_advice(progress, bounds, floor))
+        return Convergence(converging=False, reason=figures, advice=_advice(progress, bounds, downtime))
     figures += ", and each pass leaves less"
     if reached(progress, bounds) is None:
         return Convergence(converging=True, reason=figures)
-    advice = ("allow more iterations or time", *_advice(progress, bounds, floor))
+    advice = ("allow more iterations or time", *_advice(progress, bounds, downtime))
     return Convergence(converging=False, reason=figures, advice=advice)
 
 
@@ -171,11 +171,11 @@ def stalled(convergence: Convergence) -> str:
     )
 
 
-def _advice(progress: Progress, bounds: Bounds, floor: float) -> tuple[str, ...]:
+def _advice(progress: Progress, bounds: Bounds, downtime: float) -> tuple[str, ...]:
     found = list(_faster(progress, bounds, progress.dirty_rate))
     # If more is dirtied than sent, the rest is the memory that one whole pass dirties, and a downtime of that length is
     # enough.
-    needed = floor * _MARGIN
+    needed = downtime * _MARGIN
     if needed <= _MOST_DOWNTIME:
         found.append(f"raise downtime-limit to {formats.whole_ms(math.ceil(needed * 1000) / 1000)}")
     if progress.dirty_rate > 0:

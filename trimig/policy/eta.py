@@ -37,7 +37,7 @@ class Estimate:
 UNKNOWN: Final = Estimate()
 
 
-def chase_seconds(*, ahead: float, bandwidth: float, dirty_rate: float, downtime_limit: float) -> float:
+def later_passes_seconds(*, ahead: float, bandwidth: float, dirty_rate: float, downtime_limit: float) -> float:
     """Seconds from the end of a pass until the guest runs at the destination, if the rates stay the same.
 
     A pass sends *ahead* bytes, and meanwhile the guest dirties ``dirty_rate / bandwidth`` of that amount again: a
@@ -99,7 +99,7 @@ class Outlook:
         self._falling = Falling()
 
     def passed(self, now: float, seconds: float) -> None:
-        """A pass has ended at *now*, and the rest takes *seconds* from there (:func:`chase_seconds`; infinite for no
+        """A pass has ended at *now*, and the rest takes *seconds* from there (:func:`later_passes_seconds`; infinite for no
         end).
         """
         self._end = now + seconds
@@ -108,13 +108,13 @@ class Outlook:
         """The estimate at *now*.
 
         Args:
-            stage: ``first copy`` (the time of later passes is not known yet), ``chase`` (the later passes), or
+            stage: ``first copy`` (the time of later passes is not known yet), ``later passes``, or
                 ``following`` (postcopy).
-            left: remaining bytes of the first copy, or of postcopy; not used in ``chase``.
+            left: remaining bytes of the first copy, or of postcopy; not used in ``later passes``.
         """
         if stage != self._stage:
             self._stage, self._falling = stage, Falling()
-        if stage == "chase":
+        if stage == "later passes":
             return UNKNOWN if self._end is None else Estimate(max(0.0, self._end - now))
         self._falling.see(now, left)
         if self._falling.seconds is None:

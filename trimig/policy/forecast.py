@@ -87,7 +87,7 @@ class Forecast:
         first_copy: seconds that the first copy of all memory takes.
         bandwidth: bytes per second.
         dirty_rate: bytes per second during the passes after the first copy, as measured; None if it was not measured.
-        floor: the shortest downtime in seconds that the passes can reach; None if it was not measured.
+        shortest_downtime: the shortest downtime in seconds that the passes can reach; None if it was not measured.
         reason: one sentence: why the migration converges or does not.
         advice: measures that would help, one clause each; empty if none is needed.
     """
@@ -99,7 +99,7 @@ class Forecast:
     first_copy: Interval
     bandwidth: Interval
     dirty_rate: float | None
-    floor: float | None
+    shortest_downtime: float | None
     reason: str
     advice: tuple[str, ...]
 
@@ -151,9 +151,9 @@ def forecast(
         return _simulate(first_copy, speed, lambda seconds: min(total, busy * curve(seconds)), limit)
 
     likely, calm, busy = play(speed.likely, 1.0), play(speed.high, 1 - spread), play(speed.low, 1 + spread)
-    chased = play(speed.likely, 1.0, limit=0.0)  # the smallest rest, without a limit
-    floor = chased.left / speed.likely
-    rate = _rate_at(curve, max(floor, _SHORT))
+    unlimited = play(speed.likely, 1.0, limit=0.0)  # the smallest rest, without a limit
+    shortest_downtime = unlimited.left / speed.likely
+    rate = _rate_at(curve, max(shortest_downtime, _SHORT))
     if likely.ends:
         verdict = ForecastVerdict.CONVERGES if busy.ends else ForecastVerdict.PERHAPS
     else:
@@ -169,9 +169,11 @@ def forecast(
         first_copy=copy,
         bandwidth=speed,
         dirty_rate=rate,
-        floor=floor,
-        reason=_reason(verdict, speed.likely, rate, floor, downtime_limit),
-        advice=() if verdict is ForecastVerdict.CONVERGES else _advice(play, speed, floor, spread, downtime_limit),
+        shortest_downtime=shortest_downtime,
+        reason=_reason(verdict, speed.likely, rate, shortest_downtime, downtime_limit),
+        advice=()
+        if verdict is ForecastVerdict.CONVERGES
+        else _advice(play, speed, shortest_downtime, spread, downtime_limit),
     )
 
 
@@ -281,14 +283,14 @@ def _unknown(copy: Interval, speed: Interval) -> Forecast:
         first_copy=copy,
         bandwidth=speed,
         dirty_rate=None,
-        floor=None,
+        shortest_downtime=None,
         reason=f"the first copy takes about {formats.duration(copy.likely)} and was not finished, "
         "so it was not measured how fast the guest dirties its memory",
         advice=(f"measure for longer: {math.ceil(copy.high * 1.2 + 1)} seconds would do",),
     )
 
 
-def _reason(verdict: ForecastVerdict, bandwidth: float, rate: float, floor: float, limit: float) -> str:
+def _reason(verdict: ForecastVerdict, bandwidth: float, rate: float, shortest_downtime: float, limit: float) -> str:
     """The reason for the verdict, with the deciding figures."""
     figures = f"{formats.rate(rate)} are dirtied and {formats.rate(bandwidth)} can be sent"
     if verdict is ForecastVerdict.CONVERGES:
@@ -296,12 +298,14 @@ def _reason(verdict: ForecastVerdict, bandwidth: float, rate: float, floor: floa
     if verdict is ForecastVerdict.PERHAPS:
         return f"{figures}, which is too close to the downtime limit of {formats.duration(limit)} to be sure"
     return (
-        f"{figures}: the passes do not get shorter than {formats.duration(floor)}, which is the downtime, and the limit is "
+        f"{figures}: the passes do not get shorter than {formats.duration(shortest_downtime)}, which is the downtime, and the limit is "
         f"{formats.duration(limit)}"
     )
 
 
-def _advice(play: Callable[..., _Run], speed: Interval, floor: float, spread: float, limit: float) -> tuple[str, ...]:
+def _advice(
+    play: Callable[..., _Run], speed: Interval, shortest_downtime: float, spread: float, limit: float
+) -> tuple[str, ...]:
     """Measures that make even the unfavourable end converge, found by trying."""
     busy = 1 + spread
     found = []
@@ -312,7 +316,7 @@ def _advice(play: Callable[..., _Run], speed: Interval, floor: float, spread: fl
         )
     longest = play(speed.low, busy, limit=0.0).left / speed.low
     found.append(
-        f"a downtime-limit of {formats.whole_ms(math.ceil(max(longest, floor, limit) * _MARGIN * 1000) / 1000)}"
+        f"a downtime-limit of {formats.whole_ms(math.ceil(max(longest, shortest_downtime, limit) * _MARGIN * 1000) / 1000)}"
     )
     calmer = _least(lambda factor: play(speed.low, busy / factor).ends)
     if calmer is not None and calmer < 100:

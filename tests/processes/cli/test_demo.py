@@ -89,11 +89,11 @@ def test_progress_never_runs_backwards() -> None:
     code, _out, err = run(*SMALL, "--bandwidth", "24M", "--downtime-limit", "20", "--json")
     assert code == 0
     pictures = [message for line in err.splitlines() if (message := json.loads(line))["event"] == "progress"]
-    assert {"first copy", "chase", "completed"} <= {picture["phase"] for picture in pictures}
+    assert {"first copy", "later passes", "completed"} <= {picture["phase"] for picture in pictures}
     for key in ("iteration", "copied_bytes", "sent_bytes", "elapsed_ms"):
         values = [picture[key] for picture in pictures]
         assert values == sorted(values), key
-    order = ["connecting", "first copy", "chase", "switchover", "completed"]
+    order = ["connecting", "first copy", "later passes", "switchover", "completed"]
     phases = [order.index(picture["phase"]) for picture in pictures]
     assert phases == sorted(phases)
 
@@ -127,7 +127,7 @@ def test_guest_that_cannot_converge_stays_at_the_source(tmp_path: Path) -> None:
 
 # -- killed ------------------------------------------------------------------------------------------------------------
 
-MOMENTS = ["begin", "first copy", "chase", "switchover", "end"]
+MOMENTS = ["begin", "first copy", "later passes", "switchover", "end"]
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -397,7 +397,7 @@ def _record(found: policy.Forecast, seen: _Measurement) -> dict[str, Any]:
         "first_copy_ms": times(found.first_copy),
         "bandwidth_bytes_per_s": {name: round(getattr(found.bandwidth, name)) for name in ("low", "likely", "high")},
         "dirty_rate_bytes_per_s": None if found.dirty_rate is None else round(found.dirty_rate),
-        "floor_ms": times(found.floor),
+        "shortest_downtime_ms": times(found.shortest_downtime),
         "reason": found.reason,
         "advice": list(found.advice),
         "measured": {

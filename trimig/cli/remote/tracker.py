@@ -75,7 +75,7 @@ class Tracker:
             self.warnings.append(convergence.stalled(self._why))
         seconds = math.inf
         if self._why.converging:
-            seconds = eta.chase_seconds(
+            seconds = eta.later_passes_seconds(
                 ahead=progress.remaining,
                 bandwidth=progress.bandwidth,
                 dirty_rate=progress.dirty_rate,

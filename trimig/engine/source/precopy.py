@@ -138,7 +138,7 @@ def decide(out: Outgoing, progress: convergence.Progress, stall: Stall, moved: i
     c.expected_downtime = convergence.expected_downtime(progress)
     if c.dirty_rate and moved > TELLING_BYTES:
         c.shown_downtime = c.expected_downtime
-    c.chase = max(c.chase, convergence.chase(progress, bounds))
+    c.convergence_progress = max(c.convergence_progress, convergence.convergence_progress(progress, bounds))
     out.monitor.emit(
         "PASS", iteration=c.iteration, sent=c.transferred, remaining=c.remaining, dirty_rate=c.dirty_rate,
         bandwidth=c.bandwidth, expected_downtime=c.expected_downtime,
