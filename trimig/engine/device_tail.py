@@ -1,7 +1,7 @@
-"""The devices of an unknown machine on the destination: told apart in pieces, between which other tasks get their turn.
+"""Splits the devices of an unknown machine at the destination, in pieces between which other tasks get their turn.
 
-What a tail costs is bounded by its bytes, but it may have hundreds of millions of them. No piece of the work takes longer
-than some ten milliseconds, so a cancellation is never deaf for long.
+The tail of a stream may have hundreds of millions of bytes. One piece of the work takes at most about ten milliseconds,
+so a cancellation takes effect soon.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: A longer text is parsed in a thread: that takes a second for some MiB, unless it is cancelled.
+#: A longer description is parsed in a thread, because parsing takes a second for some MiB.
 INLINE_BYTES: Final = 256 * 1024
-#: Problems that are told one by one.
+#: Problems that are reported one by one; the others are only counted.
 _TOLD: Final = 20
 
 
 def buffer(config: Config | None = None, *, footers: bool) -> TailBuffer:
-    """A buffer for the tail of a live stream, or of one in a file (without *config*)."""
+    """A buffer for the tail of a stream. With *config* its limits apply; a stream in a file has none (None)."""
     if config is None:
         return TailBuffer(footers=footers, inline_bytes=INLINE_BYTES)
     limits = Limits(max_bytes=config.max_description_bytes)
@@ -41,7 +41,7 @@ def buffer(config: Config | None = None, *, footers: bool) -> TailBuffer:
 
 
 async def in_pieces(work: Pieces[T]) -> T:
-    """The result of *work*; a checkpoint after each piece of it.
+    """Do *work* with a checkpoint after each piece, and return its result.
 
     **Cancellation:** the work is given up.
     """
@@ -55,7 +55,7 @@ async def in_pieces(work: Pieces[T]) -> T:
 
 
 async def split_package(data: bytes, at: int, *, footers: bool, damaged: bool = False) -> SplitTail:
-    """Cut up the devices and commands of a package, *data*, which stands at byte *at* of the stream; errors as :func:`split`.
+    """Split *data*, the package at byte *at* of the stream, into devices and commands; errors as for :func:`split`.
 
     **Cancellation:** no effect.
     """
@@ -66,7 +66,7 @@ async def split_package(data: bytes, at: int, *, footers: bool, damaged: bool = 
 
 
 async def check_description(text: bytes, config: Config) -> None:
-    """Whether the text behind the devices of a known machine is a description. RemoteProtocolError.
+    """Raise RemoteProtocolError unless *text*, which follows the devices of a known machine, is a description.
 
     **Cancellation:** no effect.
     """
@@ -98,7 +98,7 @@ def _parse(text: bytes, limits: Limits, between: Callable[[], None] | None = Non
 
 
 async def split(tail: TailBuffer, at: int, *, damaged: bool = False, early: Sequence[DeviceSection] = ()) -> SplitTail:
-    """Cut up the tail of a stream that begins at byte *at* of it; errors as for :meth:`TailSplitter.result`.
+    """Split *tail*, which begins at byte *at* of its stream; errors as for :meth:`TailSplitter.result`.
 
     **Cancellation:** the tail must be given up.
     """
@@ -111,7 +111,7 @@ async def split(tail: TailBuffer, at: int, *, damaged: bool = False, early: Sequ
 
 
 def first_problems(of: SplitTail) -> Sequence[str]:
-    """What is to be told of a tail: a hostile one can have tens of thousands of problems."""
+    """The problems to report. A hostile tail can have tens of thousands, so the list is cut."""
     if len(of.problems) <= _TOLD:
         return of.problems
     return (*of.problems[:_TOLD], f"{len(of.problems) - _TOLD} more problems of this kind")

@@ -1,7 +1,7 @@
-"""What a source sends around the RAM: the opening, the device sections, the ending.
+"""What a source sends before and after the RAM: header and configuration, device sections, end of file and description.
 
-A parked guest brings its own: the configuration and the description it was received with are sent again as they are,
-because they describe a machine that trimig knows nothing of.
+A parked guest keeps the configuration and the description with which it was received. They are sent again unchanged,
+because trimig does not know the machine that they describe.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..wire.devices import description, globalstate
 if TYPE_CHECKING:
     from ..config.peer import PeerProfile
 
-#: Section ids of devices that have none from a wire before: behind QEMU's timer, block, ram and dirty-bitmap.
+#: The first section id of devices that were not received with one. QEMU's timer, block, ram and dirty-bitmap have 0 to 3.
 FIRST_DEVICE_ID = 4
 
 
@@ -26,7 +26,10 @@ UUID_SUBSECTION: Final = "configuration/uuid"
 
 
 def profile_of(guest: Guest, peer: PeerProfile) -> PeerProfile:
-    """How the stream of *guest* is written: its machine type decides, unless *peer* does, or the guest is trimig's own."""
+    """The profile by which the stream of *guest* is written.
+
+    For the settings that *peer* leaves open, the machine type of a parked guest decides. Other guests use trimig's own.
+    """
     return peer.for_machine(guest.name if isinstance(guest, OpaqueGuest) else None)
 
 
@@ -34,7 +37,7 @@ def opening(guest: Guest, peer: PeerProfile, *, validate_uuid: bool = False) -> 
     """File header and configuration section.
 
     Args:
-        validate_uuid: name the guest's UUID, if it has one, for the destination to compare.
+        validate_uuid: send the guest's UUID, if it has one, so that the destination can compare it.
     """
     if not peer.send_configuration:
         return wire.file_header()
@@ -48,7 +51,7 @@ def opening(guest: Guest, peer: PeerProfile, *, validate_uuid: bool = False) -> 
 
 
 def early_sections(sections: Sequence[DeviceSection], before: str, peer: PeerProfile) -> bytes:
-    """The FULL sections among *sections* that stand in front of RAM's ``list``, or of its first ``pages``."""
+    """The FULL sections that stand in front of the RAM: of its ``list``, or of its first ``pages``, as *before* says."""
     footer = peer.send_section_footer
     return b"".join(
         wire.device_section(s, s.section_id, footer=footer)
@@ -58,11 +61,11 @@ def early_sections(sections: Sequence[DeviceSection], before: str, peer: PeerPro
 
 
 def coming_state(guest: Guest, run_state: str, saved: Sequence[DeviceSection]) -> str:
-    """The run state that *guest* is to have at the destination: its own, or that among the sections of one that is kept.
+    """The run state that *guest* will have at the destination. A parked guest has it in one of its device sections.
 
     Args:
-        run_state: its own before it was stopped.
-        saved: its devices.
+        run_state: the guest's run state before it was stopped.
+        saved: the guest's device sections.
     """
     if not isinstance(guest, OpaqueGuest):
         return run_state
@@ -71,7 +74,7 @@ def coming_state(guest: Guest, run_state: str, saved: Sequence[DeviceSection]) -
 
 
 class DeviceSender:
-    """The FULL sections of one attempt, and what follows them."""
+    """Writes the FULL sections of one attempt, the end of the stream and its description."""
 
     def __init__(self, guest: Guest, peer: PeerProfile) -> None:
         self._guest = guest
@@ -79,7 +82,7 @@ class DeviceSender:
         self._described: list[Mapping[str, Any]] = []
 
     def sections(self, saved: Sequence[DeviceSection], run_state: str) -> bytes:
-        """The FULL sections of the guest's saved devices, with the run state last; without those in front of the memory.
+        """The FULL sections that follow the memory: the guest's saved devices, and the run state as the last one.
 
         Args:
             run_state: the run state before the guest was stopped; the destination brings the guest into it.
@@ -107,10 +110,10 @@ class DeviceSender:
         return b"".join(out)
 
     def ending(self) -> bytes:
-        """The end-of-file byte, which is the decision, and the description behind it.
+        """The end-of-file byte, which is the decision, and the description after it.
 
-        A QEMU waits for one unless its machine type has none, so a guest that came without (by postcopy) gets one of those
-        devices whose objects are known; of none, perhaps.
+        A QEMU waits for a description, unless its machine type has none. A parked guest that came by postcopy has no
+        description. So one is built from the devices whose descriptions are known; it may list no device at all.
         """
         text = self._guest.description if isinstance(self._guest, OpaqueGuest) else None
         if text is None and not self._peer.suppress_vmdesc:

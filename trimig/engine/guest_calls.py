@@ -1,4 +1,4 @@
-"""Calls into the guest's code: bounded in time, and with one kind of error whatever that code raises."""
+"""Calls into the guest's code, with a time limit, and with GuestFailed in place of most exceptions of that code."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..errors import GuestFailed, MigrationError, TrimigError
 
 T = TypeVar("T")
 
-#: What a guest's code may raise besides our own errors, and what then is the guest's failure. An AttributeError or an
-#: AssertionError is a mistake in a program, and is reported as such.
+#: Exceptions of a guest's code, beside trimig's own errors, that become GuestFailed. AttributeError and AssertionError are
+#: not among them: they show a mistake in a program and are reported as InternalError.
 GUEST_ERRORS: Final[tuple[type[Exception], ...]] = (
     OSError,
     RuntimeError,
@@ -33,15 +33,15 @@ _BACK_ERRORS: Final[tuple[type[Exception], ...]] = (TrimigError, *GUEST_ERRORS)
 
 @contextmanager
 def guarded(what: str) -> Iterator[None]:
-    """What the block raises is the guest's failure.
+    """Turn the exceptions of the block into GuestFailed.
 
     Args:
         what: the call in words, for the message: ``"pausing the guest"``.
 
     Raises:
-        GuestFailed: for an error of the system or of a value, and for errors of ours that would claim more than a
-            guest can know (who owns it, that nothing was done).
-        MigrationError: as it is.
+        GuestFailed: the block raised one of GUEST_ERRORS, or a TrimigError that is no MigrationError. Such a TrimigError
+            states facts that a guest cannot know: which side owns it, or that nothing was done.
+        MigrationError: the block raised it; it is not changed.
     """
     try:
         yield
@@ -54,15 +54,15 @@ def guarded(what: str) -> Iterator[None]:
 
 
 async def call(what: str, function: Callable[[], Awaitable[T]], seconds: float) -> T:
-    """The result of *function*.
+    """Call *function* and return its result.
 
     Args:
         what: as for :func:`guarded`.
-        seconds: how long it may take. The peer waits meanwhile, so a guest that hangs must not hang both sides.
+        seconds: the time limit. The peer waits during the call, so a guest that hangs must not block both sides.
 
     Raises:
-        GuestFailed: it failed (see :func:`guarded`), or took too long.
-        MigrationError: as the guest raised it.
+        GuestFailed: *function* failed (see :func:`guarded`), or took too long.
+        MigrationError: *function* raised it.
 
     **Cancellation:** as the guest's method says.
     """
@@ -74,7 +74,7 @@ async def call(what: str, function: Callable[[], Awaitable[T]], seconds: float) 
 
 
 async def bring_back(what: str, call: Callable[[], Awaitable[None]], grace: float) -> GuestFailed | None:
-    """Make *call*, which brings the guest back, within *grace* seconds; returns the failure instead of raising it.
+    """Make *call*, which lets the guest run again, within *grace* seconds. A failure is returned and not raised.
 
     **Cancellation:** held off; the call is made in any case.
     """

@@ -1,4 +1,4 @@
-"""The elements of a stream as the table of the order names them, and values of PING that say something.
+"""The names that the elements of a stream have in the table of the order, and the values of PING with a meaning.
 
 :data:`trimig.status.STREAM` is the table.
 """
@@ -15,8 +15,8 @@ from ..wire.constants import Command, Section
 from ..wire.marks import Mark, is_mark
 from ..wire.refusals import unknown_command
 
-#: PING values of a QEMU, inside the package: behind the devices; and what a source from 11.1 on waits for before it gives
-#: its guest up (newer.md part 4).
+#: PING values of a QEMU inside the package. PING_LOADED follows the devices. A source from QEMU 11.1 on gives its guest up
+#: only after the answer to PING_RUNS (newer.md part 4).
 PING_LOADED: Final = 3
 PING_RUNS: Final = 0x42
 #: The first two bytes of every PING value that only a trimig sends (return_path.md part 9).

@@ -1,4 +1,4 @@
-"""Groups of exceptions become one error, at one place, with the owner and the class from the status."""
+"""Turns a group of exceptions into one error. The status decides the owner in it, and in postcopy its class."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from ..errors import (
 )
 from ..status import Status
 
-#: The more telling error outranks the other: a guest that failed explains why the connection was closed, not vice versa.
+#: Of several errors the first in this order is raised. A cause stands before its effects: a guest that has failed explains
+#: a closed connection, and a closed connection does not explain a failed guest.
 _RANK: tuple[type[TrimigError], ...] = (
     HandoverUncertain,
     GuestFailed,
@@ -39,11 +40,11 @@ _RANK: tuple[type[TrimigError], ...] = (
 
 
 class Outcome:
-    """How a block ended: the exception that left it, held until the unwinding has been done.
+    """Keeps the exception that left a block until the unwinding has been done.
 
-    The nursery of an attempt runs inside :meth:`watch`. What it raises is neither handled nor lost there: the caller
-    unwinds in shields, and then raises it, or the one domain error that stands for it. That is what ``try``/``finally``
-    would do, except that the error is raised outside of the handler, so that it does not stand inside its own context.
+    The nursery of an attempt runs inside :meth:`watch`. The caller unwinds in shields, and then raises the exception, or
+    the domain error that :func:`domain_error` makes of it. ``try``/``finally`` would do almost the same, but would raise
+    the domain error inside the handler: then its context would be the exception from which it was made.
     """
 
     def __init__(self) -> None:
@@ -59,7 +60,7 @@ class Outcome:
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:
-    """All exceptions in a group, groups inside it opened; a bare exception is its own leaf."""
+    """All exceptions in a group and in the groups inside it; for an exception that is no group, the exception."""
     if isinstance(error, BaseExceptionGroup):
         for inner in error.exceptions:
             yield from leaves(inner)
@@ -68,16 +69,20 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def bare(error: BaseException) -> BaseException:
-    """The one exception of *error* that leaves a call: a caller never gets a group.
+    """One exception out of the group *error*, because a caller must never get a group.
 
-    For what :func:`domain_error` lets pass: an interrupt of the program goes before the cancellation it came with.
+    Used if :func:`domain_error` returns None. An interrupt of the program (KeyboardInterrupt) is preferred to a
+    cancellation.
     """
     found = list(leaves(error))
     return next((leaf for leaf in found if not isinstance(leaf, trio.Cancelled)), found[0])
 
 
 def lost_by_cancellation(failure: BaseException | None, status: Status) -> PostcopyLost | None:
-    """The error for a call that was cancelled while it waited for a recovery: Cancelled would say that it never happened."""
+    """The error for a call that was cancelled while it waited for a recovery; None for other calls.
+
+    Cancelled would be wrong here, because it says that the migration never happened.
+    """
     if status is not Status.POSTCOPY_LOST or failure is None:
         return None
     if all(isinstance(leaf, trio.Cancelled) for leaf in leaves(failure)):
@@ -86,8 +91,10 @@ def lost_by_cancellation(failure: BaseException | None, status: Status) -> Postc
 
 
 def judged(error: TrimigError, status: Status) -> TrimigError:
-    """*error* in the class that the final status demands: a guest that is at the destination without all of its memory
-    is never reported by an error that means "as it was"."""
+    """*error*, or after a lost postcopy a PostcopyLost in its place.
+
+    The guest is then at the destination without all of its memory. Most other classes say that the source has it.
+    """
     if status is Status.POSTCOPY_LOST and not isinstance(error, PostcopyLost):
         lost = PostcopyLost(str(error))
         lost.others = (error, *error.others)
@@ -97,10 +104,10 @@ def judged(error: TrimigError, status: Status) -> TrimigError:
 
 
 def domain_error(error: BaseException, owner: Ownership) -> TrimigError | None:
-    """The one error to raise for *error*, or None if it must pass as it is.
+    """The one error to raise for *error*; None if *error* itself must be raised.
 
-    None means: nothing but cancellation (the scopes outside absorb it), or an interrupt of the program that is not ours
-    to interpret.
+    The result is None for a cancellation, which the scopes outside absorb, and for an interrupt of the program, which
+    trimig does not interpret.
     """
     real = [leaf for leaf in leaves(error) if not isinstance(leaf, trio.Cancelled)]
     if not real or any(not isinstance(leaf, Exception) for leaf in real):
@@ -132,10 +139,10 @@ def _rank(error: TrimigError) -> int:
 
 
 def add_to_message(error: TrimigError, clause: str) -> None:
-    """Let the message of *error* end with *clause*: what else is known of the reason."""
+    """Add *clause* to the end of the message of *error*."""
     error.args = (f"{error}; {clause}", *error.args[1:])
 
 
 def source_ended(reason: str) -> PeerFailed:
-    """The error where the source, a trimig, has said why it ends the migration."""
+    """The error for a source that has sent the reason why it ends the migration. Only a trimig sends one."""
     return PeerFailed(f"the source ended the migration: {reason}", code=0)

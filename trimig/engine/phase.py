@@ -1,4 +1,4 @@
-"""Phases of a migration: listeners are told of the begin of each, and of its end with its seconds."""
+"""Phases of a migration. The begin of each phase is an event, and so is its end, with its duration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Phase:
     """One phase.
 
     Attributes:
-        seconds: how long it took; 0 until its end.
+        seconds: the duration of the phase; 0 until its end.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Phase:
 
 @contextlib.contextmanager
 def phase(monitor: MonitorCore, name: str) -> Iterator[Phase]:
-    """What the block does is the phase *name*. A phase that fails has no end: the status says how the attempt ends."""
+    """Run the block as the phase *name*. A phase that fails has no end event: the status shows how the attempt ends."""
     found, began = Phase(), trio.current_time()
     monitor.emit("PHASE", phase=name, step="begin")
     yield found

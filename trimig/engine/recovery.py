@@ -21,21 +21,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("trimig.recovery")
 
-#: Seconds before the first try again and the longest between two; each time it is twice as long.
+#: Seconds before the first new attempt, and the longest delay between two attempts. Each delay is twice the previous one.
 FIRST_DELAY: Final = 0.1
 LONGEST_DELAY: Final = 5.0
 
 
 class Search:
-    """Other connections to the same peer, one after the other, until one has brought the migration forward.
+    """Opens new connections to the same peer, until the migration makes progress on one of them.
 
-    The time for it begins with the pause, and the delays between two attempts grow. A connection on which nothing was
-    gained changes neither: a peer that accepts and closes is no better than one that refuses.
+    ``recovery_timeout`` begins with the pause, and the delay between two attempts grows. A connection without progress
+    resets neither of the two: a peer that accepts and closes is treated as a peer that refuses.
 
     Args:
-        reopen: None where no address is known; then only a caller who knows one can help.
-        listens: this side is connected to. It listens again at once when a connection has brought nothing, so that the
-            right one does not come in between.
+        reopen: opens a connection. None if no address is known: then a caller must give one by
+            :meth:`trimig.Monitor.recover`.
+        listens: True on a side that accepts connections. After a connection without progress it listens again at once.
+            With a delay the connection of the real peer might come in between and be refused.
     """
 
     def __init__(self, monitor: MonitorCore, config: Config, reopen: Reopen | None, *, listens: bool) -> None:
@@ -49,36 +50,36 @@ class Search:
         self._most = config.recovery_timeout
 
     def paused(self, why: str) -> None:
-        """The connection is lost, and *why*. If nothing was gained since the last loss, that one counts."""
+        """Record that the connection was lost, with the reason. Without progress since an earlier loss, that loss counts."""
         if self._since is None:
             self._since = trio.current_time()
             self._why = why
 
     def gained(self) -> None:
-        """The migration has got further than it ever was: the next loss begins a new search."""
+        """Record progress: fewer pages are missing than ever before. The next loss begins a new search."""
         self._since = None
         self._delay = FIRST_DELAY
 
     @property
     def deadline(self) -> float:
-        """When it is given up, on trio's clock."""
+        """When the search is given up, on trio's clock; infinity without a pause."""
         return math.inf if self._since is None else self._since + self._most
 
     @property
     def tries(self) -> bool:
-        """It looks for connections without being told to."""
+        """True if the search opens connections by itself, without a call of :meth:`trimig.Monitor.recover`."""
         return self._config.recovery_retry and self._reopen is not None
 
     def shorten(self, seconds: float) -> None:
-        """Search for no longer than *seconds* from now on: nothing is missing but the last word."""
+        """Search for at most *seconds* from now on, because no page is missing; only the last message of the peer is."""
         self._since = trio.current_time()
         self._most = min(self._most, seconds)
 
     async def connection(self) -> AnyStream:
-        """Another stream: when :meth:`trimig.Monitor.recover` says where, or at intervals by itself.
+        """A new stream: to the address of :meth:`trimig.Monitor.recover`, or at intervals to the previous address.
 
         Raises:
-            PostcopyLost: the time is over, or the migration was given up.
+            PostcopyLost: the time for the search is over, or the migration was given up.
 
         **Cancellation:** there is no stream.
         """
@@ -113,7 +114,7 @@ class Search:
 
 
 async def _unless_told_otherwise(monitor: MonitorCore, reopen: Reopen, uri: str | None) -> AnyStream | None:
-    """A connection; None if meanwhile another address was given, or the recovery was given up.
+    """A new connection; None if a caller gave another address during the wait, or gave the migration up.
 
     **Cancellation:** there is no stream.
     """

@@ -1,7 +1,7 @@
 """The source: its phases in their order.
 
-The guest runs here until `pause`. With `commit` it is handed over: in precopy the end of the stream is the commit, in
-postcopy the package with the devices, and the memory follows. :mod:`trimig.status` has the statuses.
+The guest runs here until `pause`. The phase `commit` hands it over. In precopy the commit is the end of the stream. In
+postcopy it is the package with the devices, and the memory follows. :mod:`trimig.status` has the statuses.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ async def migrate_stream(
 
     :func:`trimig.migrate` is the public form and has the contract.
 
-    **Cancellation:** up to the decision, the guest is as it was; behind it the call ends within
-    ``handover_timeout`` + ``teardown_grace`` with the answer or HandoverUncertain. In postcopy it is held off while there
-    is a connection.
+    **Cancellation:** before the decision, the guest is as it was. After the decision, the call ends within
+    ``handover_timeout`` + ``teardown_grace`` with the answer or HandoverUncertain. In postcopy the cancellation is held off
+    while there is a connection.
     """
     guest.claim("an outgoing migration")
     try:
@@ -65,7 +65,7 @@ async def migrate_stream(
 
 
 async def _phases(out: Outgoing, nursery: trio.Nursery) -> None:
-    """The phases behind `connect`."""
+    """The phases after `connect`."""
     _start_children(out, nursery)
     with out.phase("announce"):  # setup: header, configuration, list of RAM blocks
         ram = await announce(out)
@@ -74,26 +74,26 @@ async def _phases(out: Outgoing, nursery: trio.Nursery) -> None:
     switch: Switchover = PostcopySwitchover(out, ram) if ahead else PrecopySwitchover(out)
     with out.phase("drain"):  # active
         await switch.drain()
-    with out.phase("pause"):  # device, or pre-switchover: the guest stands still from here on
+    with out.phase("pause"):  # device, or pre-switchover: the guest is stopped from here on
         await stop_guest(out)
     if out.config.capabilities.pause_before_switchover:
         with out.phase("hold"):  # pre-switchover, then device
             await hold(out)
-    with out.phase("rest"):  # device: the last pages, or which pages follow
+    with out.phase("rest"):  # device: the last pages, or for postcopy the list of pages that follow
         check_stopped(out)
         await switch.send_rest()
     with out.phase("devices"):  # device
         await switch.send_devices()
-    with out.phase("prepare"):  # device: PING, and the PONG that proves that everything was taken
+    with out.phase("prepare"):  # device: PING, and the PONG that proves that everything was loaded
         await switch.prepare()
     with out.phase("commit"):  # handover
         following = await switch.commit(nursery)
-    with out.phase("follow"):  # postcopy-active, -paused, -recover: the memory, if the guest has gone before it
+    with out.phase("follow"):  # postcopy-active, -paused, -recover: the rest of the memory, in postcopy
         await following.run()
 
 
 def _start_children(out: Outgoing, nursery: trio.Nursery) -> None:
-    """The tasks beside the phases. All of them end with the attempt's nursery."""
+    """Start the tasks that run beside the phases. All of them end with the attempt's nursery."""
     nursery.start_soon(out.link.limiter.run, name="trimig.limiter")
     if out.link.asks:
         nursery.start_soon(out.link.reader.run, name="trimig.return_path")
@@ -102,13 +102,13 @@ def _start_children(out: Outgoing, nursery: trio.Nursery) -> None:
 
 
 async def _connected(guest: Guest, connections: Connections, config: Config, monitor: MonitorCore) -> Link:
-    """The phase `connect`, and the end of an attempt that does not come further."""
+    """The phase `connect`. If it fails, the attempt ends here."""
     outcome, channels, scope = Outcome(), Channels(), trio.CancelScope()
     monitor.counters.count_bytes = lambda: channels.sent
     with outcome.watch(), scope:
         monitor.control(scope.cancel, None, channels.cut)
         if (reason := monitor.cancel_reason) is not None:
-            scope.cancel(reason)  # by a listener that was told of `setup`, before there was a scope
+            scope.cancel(reason)  # a listener has cancelled at the event of `setup`, before this scope existed
         with phase(monitor, "connect"):  # setup
             return await connect(guest, connections, config, monitor, channels)
     monitor.control(None, None)
@@ -123,12 +123,12 @@ async def _run(out: Outgoing) -> Summary:
             scope = nursery.cancel_scope
             out.monitor.control(scope.cancel, out.retune, out.link.channels.cut)
             if (reason := out.monitor.cancel_reason) is not None:
-                scope.cancel(reason)  # since the last checkpoint
+                scope.cancel(reason)  # the cancel came after the last checkpoint
             out.retune()  # a parameter may have changed since the limiter was made
             await _phases(out, nursery)
             scope.cancel("the migration is over")
     out.monitor.control(None, None)
-    # The answer may have come in the same moment as the end of the time for it: it is an answer.
+    # The answer may have come in the moment in which the time for it ended. Then it counts.
     refusal = take_refusal(out)
     if outcome.failure is None:
         outcome.failure = refusal

@@ -1,4 +1,4 @@
-"""What stands in front of the pages of a stream."""
+"""Sends the part of the stream in front of the pages: header, configuration, and the START sections."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ PING_OPENED: Final = 1
 
 
 async def announce(out: Outgoing) -> RamSection:
-    """Send what stands in front of the pages: header, configuration, the START of each section. Dirty tracking begins.
+    """Send header, configuration, and the START of each iterative section. Dirty tracking begins.
 
     Returns:
-        The RAM, which a switch to postcopy needs by itself.
+        The section of the RAM, which a switch to postcopy needs.
 
     Raises:
         GuestFailed: the guest's code failed.
         TransportFailed: the connection was lost.
 
-    **Cancellation:** the destination has a stream that begins and does not end.
+    **Cancellation:** the destination has the begin of a stream, without its end.
     """
     config, link, channel = out.config, out.link, out.link.channel
     if config.capabilities.validate_uuid:
@@ -59,7 +59,7 @@ async def announce(out: Outgoing) -> RamSection:
     out.count_sync()
     out.counters.setup_done = trio.current_time()
     if out.guest.run_state != "running":
-        out.counters.transferred_at_pause = 0  # it stands still all the time, as QEMU counts it
+        out.counters.transferred_at_pause = 0  # as in QEMU: a stopped guest counts as paused from the first byte on
     out.counters.convergence = convergence.FIRST_COPY
     await out.advance(Status.ACTIVE)
     return ram
@@ -75,7 +75,7 @@ def ram_section(out: Outgoing) -> RamSection:
 
 
 def warn_without_uuid(out: Outgoing) -> None:
-    """Tell it if the capability validate-uuid has no effect, because there is no UUID to be compared."""
+    """Warn if the capability validate-uuid has no effect, because no UUID is sent."""
     guest = out.guest
     if isinstance(guest, OpaqueGuest):
         named = any(subsection.name == UUID_SUBSECTION for subsection in guest.subsections)

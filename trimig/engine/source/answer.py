@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def take_refusal(out: Outgoing) -> PeerFailed | None:
-    """Act on the answer to the decision, if it has come; without one, the frame finds the outcome uncertain."""
+    """Act on the answer to the decision, if it has come. Returns the error for a refusal, else None.
+
+    Without an answer this function does nothing; :func:`.outcome.unwind` then finds the outcome uncertain.
+    """
     reader = out.link.reader
     code = reader.shut
     if code is None or out.answered or out.monitor.status is not Status.HANDOVER:
@@ -29,20 +32,20 @@ def take_refusal(out: Outgoing) -> PeerFailed | None:
 
 
 def complete(out: Outgoing) -> None:
-    """The guest is the destination's. The figures stand before a listener is told."""
+    """Complete the migration: the destination has the guest. The downtime is set before the event of the status."""
     end_downtime(out)
     out.monitor.advance(Status.COMPLETED)
 
 
 def complete_postcopy(out: Outgoing) -> None:
-    """The destination has the guest, and all of its memory."""
+    """Complete a postcopy migration: the destination has the guest and all of its memory."""
     out.answered = out.confirmed = True
     out.counters.remaining = 0
     out.monitor.advance(Status.COMPLETED)
 
 
 def end_downtime(out: Outgoing) -> None:
-    """The guest does not stand still any more, as far as this side knows."""
+    """End the measurement of the downtime: the guest runs at the destination, as far as this side knows."""
     c = out.counters
     c.downtime = trio.current_time() - out.stopped_at
     out.parts["commit"] = c.downtime - sum(out.parts.values())

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ...monitor.core import MonitorCore
     from .outgoing import Outgoing
 
-#: Seconds for the first answer, which takes a round trip: then its absence is told, and then it ends the attempt. A longer
-#: stall timeout lengthens the second one.
+#: Seconds without a first answer, which normally takes one round trip. After the first number there is a warning; after
+#: the second the attempt ends. Half of a longer stall timeout replaces the second number.
 _ANSWER_SECONDS: Final = 5.0
 _ANSWER_MOST_SECONDS: Final = 30.0
 
@@ -34,16 +34,16 @@ _ONE_DIRECTION: Final = "needs a return path, and this transport has one directi
 async def connect(
     guest: Guest, connections: Connections, config: Config, monitor: MonitorCore, channels: Channels
 ) -> Link:
-    """Connect to the destination, and make what reads, limits and counts on that connection.
+    """Connect to the destination, and make the channel, the limiter and the reader of the return path.
 
     Args:
-        channels: the connections become a part of it, also where this fails.
+        channels: each opened connection is added to it, also if this function fails.
 
     Raises:
         ConfigError: a capability needs answers, and the transport has one direction only.
-        TransportFailed: there is no connection.
+        TransportFailed: the connection could not be opened.
 
-    **Cancellation:** what was opened is in *channels*.
+    **Cancellation:** the connections that were opened are in *channels*.
     """
     counters, capabilities = monitor.counters, config.capabilities
     beside = connections.for_preempt(config)
@@ -84,10 +84,12 @@ async def connect(
 
 
 async def await_first_answer(out: Outgoing) -> None:
-    """A destination answers the first PING before all else. One that has connected and does not is told of, then given up.
+    """Warn about a destination that does not answer the first PING, and later end the attempt.
+
+    A destination answers the first PING before it loads anything.
 
     Raises:
-        TransportFailed: nothing at all came for too long.
+        TransportFailed: no message came for too long.
 
     **Cancellation:** no effect.
     """

@@ -1,4 +1,4 @@
-"""What an outgoing migration has of its connections once the first one is there."""
+"""The connections of an outgoing migration, and the objects that belong to them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ...channel.connections import Reopen
     from ...channel.limiter import Limiter
 
-#: The likely reason if a destination has connected and says nothing at all.
+#: The likely reason for a destination that has accepted the connection and sends no message.
 SILENT_PEER: Final = "if multifd is on there, it waits for further connections: turn multifd off there"
 
 
@@ -27,14 +27,14 @@ def one_way(what: str) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Ways:
-    """What stays the same over all connections of the attempt.
+    """The settings that are the same for all connections of the attempt.
 
     Attributes:
         stall_timeout: see :class:`trimig.channel.channel.Channel`.
         lengths: used length of the RAM blocks by name.
-        beside: opens the connection for urgent pages; None without postcopy-preempt.
-        again: opens another main connection; None where that cannot be.
-        acks: SWITCHOVER_ACK messages that the switchover waits for.
+        beside: opens the preempt channel; None without postcopy-preempt.
+        again: opens a new main connection for a recovery; None if the transport cannot do that.
+        acks: the number of SWITCHOVER_ACK messages for which the switchover waits.
     """
 
     stall_timeout: float
@@ -48,18 +48,19 @@ class Link:
     """The connections of one outgoing migration.
 
     Args:
-        channels: the set that *channel* is in.
+        channels: the set of open connections, with *channel* in it.
         channel: the first connection.
-        reader: of that.
-        asks: the destination is asked to answer.
-        answers: it must; otherwise its first answer shows that it does.
+        reader: reads the return path of *channel*.
+        asks: True if the source opens the return path.
+        answers: True if the destination must answer. If False, its first message shows that it answers.
 
     Attributes:
-        channels: all open ones.
-        channel: the main one, also when it has been closed and there is no other yet.
-        reader: what the destination has said on the present main connection. Without *asks* it does not run.
-        asks: the destination is asked to answer.
-        answers: the destination answers. That it is asked does not show that: a stream may be stored at the other end.
+        channels: all open connections.
+        channel: the main connection. After a loss it is the closed one, until :meth:`replace`.
+        reader: reads the return path of the main connection. Without *asks* it does not run.
+        asks: True if the source opens the return path.
+        answers: True if the destination answers. An open return path does not prove that: the peer may be a program that
+            stores the stream.
     """
 
     def __init__(
@@ -88,27 +89,27 @@ class Link:
 
     @property
     def is_silent(self) -> bool:
-        """The destination must answer, and has not said a word."""
+        """True if the destination must answer and has not sent any message."""
         return self.answers and not self.reader.heard
 
     def decide_return_path(self) -> bool:
-        """From here on the return path counts, or it does not. False if it turns out that there is none."""
+        """Decide once, before the guest stops, whether the destination answers. False if it was asked and does not."""
         if not self.asks or self.answers:
             return True
         self.answers = self.reader.heard
         return self.answers
 
     async def open_preempt(self) -> None:
-        """Open the second connection of postcopy-preempt, if it is on and not there. TransportFailed.
+        """Open the second connection of postcopy-preempt, unless the capability is off or it is open. TransportFailed.
 
-        **Cancellation:** there is none.
+        **Cancellation:** the second connection is not opened.
         """
         if self.ways.beside is not None and not self.channels.has(ChannelKind.PREEMPT):
             channel = Channel(await self.ways.beside(), stall_timeout=self.ways.stall_timeout)
             self.channels.add(ChannelKind.PREEMPT, channel)
 
     def replace(self, stream: AnyStream, rate: int) -> None:
-        """Go on over *stream*; the connections before it were closed.
+        """Use *stream* as the main connection. The earlier connections are closed already.
 
         Args:
             rate: bytes per second; 0 for no limit.

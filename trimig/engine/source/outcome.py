@@ -32,12 +32,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("trimig.source")
 
-#: Seconds in which the last words of a source must be sent; the guest has been resumed before.
+#: Seconds for sending the reason of the end to the destination. The guest has been resumed before.
 _REASON_SECONDS: Final = 0.25
 
 
 async def unwind(out: Outgoing, failure: BaseException | None) -> GuestNotResumed | None:
-    """Guest first, then the connection. Decides by the status who owns the guest, and settles the final status."""
+    """Set the status, resume the guest if it stays here, and then close the connections.
+
+    The status decides which side owns the guest. The guest comes first, because it must not wait for the network.
+
+    Returns:
+        The failure, if the guest could not be resumed.
+    """
     monitor = out.monitor
     if monitor.status is Status.HANDOVER:
         monitor.advance(Status.FAILED if out.commit_not_sent else Status.UNCERTAIN)
@@ -55,14 +61,14 @@ async def unwind(out: Outgoing, failure: BaseException | None) -> GuestNotResume
 
 
 def end_status(monitor: MonitorCore, failure: BaseException | None) -> None:
-    """The status of an attempt that ended with *failure*, before its outcome is reported."""
+    """Set the status of an attempt that ended with *failure*, before its outcome is reported."""
     cancelled = failure is not None and domain_error(failure, monitor.owner) is None
     if (end := end_of(Role.SOURCE, monitor.status, cancelled=cancelled)) is not None:
         monitor.advance(end)
 
 
 async def give_reason(out: Outgoing, failure: BaseException | None) -> None:
-    """Tell a destination that is a trimig why nothing more will come, where the stream can be brought to a boundary."""
+    """Send the reason of the end to a destination that is a trimig, if the stream can be brought to an element boundary."""
     channel = out.link.channel
     if out.monitor.owner is not Ownership.SOURCE or not out.link.reader.marked:
         return
@@ -82,11 +88,11 @@ def clean_up(out: Outgoing) -> None:
         try:
             section.cleanup()
         except TrimigError as error:
-            out.monitor.warn(str(error))  # the guest goes first, also where this fails
+            out.monitor.warn(str(error))  # only a warning, because the guest must still be resumed
 
 
 async def conclude(out: Outgoing, failure: BaseException | None, guest_failure: GuestNotResumed | None) -> None:
-    """Raise what is to be raised; the final status is set on the way. Returns for a migration that succeeded."""
+    """Set the final status, and raise the error of the attempt. Returns for a migration that succeeded."""
     monitor = out.monitor
     error = domain_error(failure, monitor.owner) if failure is not None else None
     if isinstance(error, TransportFailed) and out.link.is_silent:
@@ -111,7 +117,7 @@ async def conclude(out: Outgoing, failure: BaseException | None, guest_failure: 
 
 
 async def end_unconnected(monitor: MonitorCore, channels: Channels, failure: BaseException | None) -> NoReturn:
-    """The end of an attempt that has not come to a connection: the guest was not touched.
+    """End an attempt that got no connection. The guest was not touched.
 
     **Cancellation:** held off.
     """
@@ -123,10 +129,10 @@ async def end_unconnected(monitor: MonitorCore, channels: Channels, failure: Bas
 
 
 def raise_outcome(monitor: MonitorCore, error: TrimigError | None, failure: BaseException | None) -> None:
-    """Raise what an attempt that is not uncertain comes to; the last status is set on the way. Returns if that is nothing.
+    """Set the final status of an attempt that is not uncertain, and raise its error. Returns if there is no error.
 
     Args:
-        error: what *failure* means; None for cancellation, or no failure.
+        error: the domain error for *failure*; None for a cancellation, or without a failure.
     """
     counters = monitor.counters
     if monitor.status is Status.CANCELLING:

@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Records the decision somewhere durable; a failure rolls back.
+#: Records the decision in durable storage. If it fails, the guest stays at the source.
 CommitHook = Callable[[], Awaitable[None]]
-#: Finds out, or forces, who owns the guest when the answer did not come.
+#: Finds out, or decides, which side owns the guest if the answer did not come.
 FenceHook = Callable[[], Awaitable[Ownership]]
 
-#: Phases in which the guest stands still -> their part of the downtime.
+#: Phases in which the guest is stopped -> the field of Downtime that counts them.
 _DOWNTIME: Final = {"pause": "pause", "hold": "held", "rest": "ram", "devices": "devices", "prepare": "prepare"}
 
 
 class Outgoing:
-    """One outgoing migration that is connected, and the facts that the end of the attempt needs.
+    """One outgoing migration with a connection, and the facts that the end of the attempt needs.
 
     Args:
         commit: called before the decision is sent.
-        fence: asked for the owner if the answer to the decision is missing.
+        fence: called for the owner if the answer to the decision is missing.
     """
 
     def __init__(
@@ -59,31 +59,31 @@ class Outgoing:
         self.link = link
         #: The iterative sections that the stream has begun.
         self.sections: list[SectionHandler] = []
-        #: The id of this attempt; empty until the destination has been told it, which is for a switch to postcopy.
+        #: The id of this attempt; empty until it was sent to the destination, which happens before a switch to postcopy.
         self.attempt = b""
-        #: The guest was asked to pause, so it must be resumed if it stays here.
+        #: True once the guest was paused for this attempt: then it must be resumed if it stays here.
         self.paused_by_us = False
-        #: The run state that the guest is to have at the destination; empty until it is stopped.
+        #: The run state of the guest before it was stopped, which it gets at the destination; empty until then.
         self.run_state = ""
-        #: When the guest was asked to pause, on trio's clock; infinity until then.
+        #: When the guest was paused, on trio's clock; infinity until then.
         self.stopped_at = math.inf
-        #: How often the guest had been started when it was stopped, if it counts that.
+        #: The guest's count of starts when it was stopped; 0 for a guest that does not count.
         self.starts = 0
         self.prepared = False
         self.in_postcopy = False
-        #: Bytes that the transport had taken before it was given the byte that decides.
+        #: The bytes that are sent before the deciding byte: the end of file, or the last byte of the package. -1 until then.
         self.commit_offset = -1
         self.answered = False
-        #: The answer is the destination's own.
+        #: True if the destination itself has sent the answer.
         self.confirmed = False
-        #: The caller has said who owns the guest.
+        #: True once the caller has settled which side owns the guest.
         self.settled = False
         #: Seconds of the downtime, by its parts.
         self.parts: dict[str, float] = {}
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A phase of the migration, see :func:`trimig.engine.phase.phase`; its seconds may be a part of the downtime."""
+        """Run the block as a phase, see :func:`trimig.engine.phase.phase`, and count its seconds in the downtime."""
         with phase(self.monitor, name) as found:
             yield
         if name in _DOWNTIME:
@@ -96,26 +96,26 @@ class Outgoing:
         return parameters.max_postcopy_bandwidth if self.in_postcopy else parameters.max_bandwidth
 
     def retune(self) -> None:
-        """A parameter has changed: the limiter follows."""
+        """Give the limiter the present bandwidth limit, after a parameter has changed."""
         self.link.limiter.set_rate(self.rate)
 
     async def call(self, what: str, function: Callable[[], Awaitable[T]]) -> T:
-        """The result of a call into the guest's code, which *what* names in the error. GuestFailed.
+        """Call *function* of the guest's code and return its result. GuestFailed names the call by *what*.
 
         **Cancellation:** as for *function*.
         """
         return await guest_calls.call(what, function, self.config.handover_timeout)
 
     async def advance(self, status: Status) -> None:
-        """The next status, unless a cancel has come since the last checkpoint: the monitor is in `cancelling` then.
+        """Change the status, unless a cancel has come since the last checkpoint.
 
-        **Cancellation:** the status is as it was.
+        **Cancellation:** the status is not changed; after :meth:`trimig.Monitor.cancel` it is `cancelling`.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         self.monitor.advance(status)
 
     async def find_pending(self) -> None:
-        """Find what all sections still have to send: the counter `remaining`. GuestFailed.
+        """Set the counter `remaining` to the bytes that all sections still have to send. GuestFailed.
 
         **Cancellation:** see :meth:`trimig.engine.sections.SectionHandler.find_pending`.
         """
@@ -124,16 +124,16 @@ class Outgoing:
         self.counters.remaining = sum(pending)
 
     def count_sync(self) -> None:
-        """Dirty pages have been asked for once more."""
+        """Count one more dirty sync."""
         self.counters.dirty_sync_count += 1
         self.monitor.emit("MIGRATION_PASS", **{"pass": self.counters.dirty_sync_count})
 
     def count_starts(self) -> int:
-        """How often the guest has been started; 0 if it does not count that."""
+        """How often the guest has been started; 0 for a guest that does not count its starts."""
         return self.guest.starts if isinstance(self.guest, CountingGuest) else 0
 
     @property
     def commit_not_sent(self) -> bool:
-        """No byte of the commit has left, so the destination cannot own the guest."""
+        """True if the deciding byte has not left this side: then the destination cannot own the guest."""
         channel = self.link.channel
         return channel.sent <= self.commit_offset and not channel.unsure

@@ -1,11 +1,11 @@
-"""The source behind the switch to postcopy: the guest has gone, its memory follows, over as many connections as it takes.
+"""The source after the switch to postcopy: it sends the guest's memory, over one connection after the other if need be.
 
-The decision is the last byte of the package. Until the destination answers the PING inside of it, the owner
-of the guest is not certain; from then on it is the destination's, whatever happens to the connection. A lost connection
-pauses the migration on both sides, and the destination's bitmaps tell a later one what is missing.
+The decision is the last byte of the package. Until the destination answers the PING inside the package, the owner of the
+guest is not certain. After that answer the destination owns the guest, even if the connection is lost. A lost connection
+pauses the migration on both sides. On the next connection the destination's bitmaps show which pages are missing.
 
-The caller's cancellation is held off while a connection is there: it would take the guest's memory away from it. It
-strikes where the migration is paused (gaps G7 and G8).
+The caller's cancellation is held off while there is a connection, because the guest needs the rest of its memory. It takes
+effect while the migration is paused (gaps G7 and G8).
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ if TYPE_CHECKING:
     from ..sections.ram import RamSection
     from .outgoing import Outgoing
 
-#: PING values, QEMU's: behind the discards, behind the package.
+#: QEMU's PING values after the discards, and after the package.
 PING_DISCARDED: Final = 2
 PING_FOLLOWED: Final = 4
 
 
 class PostcopySource:
-    """The memory of a guest that has gone ahead.
+    """Sends the memory of a guest that was handed over before it.
 
     Args:
-        nursery: of the attempt, shielded.
-        ram: knows what has not been sent.
+        nursery: of the attempt, with the shield.
+        ram: the section of the RAM, which has the bitmaps of unsent pages.
     """
 
     def __init__(self, out: Outgoing, nursery: trio.Nursery, ram: RamSection) -> None:
@@ -67,9 +67,9 @@ class PostcopySource:
         self._scope: trio.CancelScope | None = None
         self._why: str | None = None
         self._all_sent = False
-        self._once_sent = False  # over this connection or an earlier one
-        self._release = False  # what was sent may have been given back to the host
-        self._handshake = _Handshake(())  # the first connection begins without
+        self._once_sent = False  # every page was sent, over this connection or an earlier one
+        self._release = False  # sent pages may have been given back to the host (release-ram)
+        self._handshake = _Handshake(())  # only a recovery connection has a handshake
         self._least = math.inf  # pages that the destination lacked at the last handshake
         self._news = trio.Event()
         self._sender = self._sender_of(PageOrder([bitmap.copy() for bitmap in ram.unsent]))
@@ -80,19 +80,19 @@ class PostcopySource:
         return PostcopySender(link.channel, ram.sender, link.limiter, ram.blocks, order, self._counters, link.preempt)
 
     def begin(self) -> None:
-        """Hear what is asked for: from the package on, the guest's first accesses come."""
+        """Begin to handle page requests: once the package has arrived, the guest's first accesses cause some."""
         self._hear(ReturnPath.FOLLOWING)
 
     def _hear(self, state: ReturnPath) -> None:
         self._link.reader.enter(state, self._heard)
 
     async def run(self) -> None:
-        """Until the destination has said that it has everything.
+        """Send the memory until the destination confirms that it has everything.
 
         Raises:
-            PeerFailed: it did not take the guest over; it is this side's.
-            TransportFailed: the package cannot have arrived, or that is not known and the recovery was given up.
-            PostcopyLost: it was given up.
+            PeerFailed: the destination did not take the guest over, so this side owns it.
+            TransportFailed: the package cannot have arrived; or its arrival is not certain and the recovery was given up.
+            PostcopyLost: the recovery was given up after the package had arrived.
 
         **Cancellation:** held off while there is a connection; then as for PostcopyLost.
         """
@@ -106,7 +106,7 @@ class PostcopySource:
     # -- one connection ------------------------------------------------------------------------------------------------
 
     async def _send(self) -> str | None:
-        """Send the rest; None if the destination has it all, otherwise why this connection is of no use any more."""
+        """Send the rest of the memory. None if the destination has everything, else why this connection has ended."""
         config, reader = self._config, self._link.reader
         unanswered = self._monitor.status is Status.HANDOVER
         with self._connected(config.handover_timeout if unanswered else None) as scope:
@@ -114,7 +114,7 @@ class PostcopySource:
             await self._ram.sender.end([])
             await self._link.channel.send(wire.end_of_stream())
             self._all_sent = True
-            self._monitor.interrupt(None)  # nothing is left to be taken up again: only the last word is to come
+            self._monitor.interrupt(None)  # no pause any more: everything was sent, and only SHUT is missing
             scope.deadline = trio.current_time() + config.handover_timeout
             await reader.wait_answer()
         match reader.shut:
@@ -132,7 +132,7 @@ class PostcopySource:
 
     @contextlib.contextmanager
     def _connected(self, seconds: float | None) -> Iterator[trio.CancelScope]:
-        """What is done over the present connection; it ends when that is lost, or after *seconds*."""
+        """Run the block over the present connection. It ends when the connection is lost, or after *seconds*."""
         self._why, self._all_sent = None, False
         self._monitor.interrupt(self._interrupted)
         try:
@@ -154,7 +154,7 @@ class PostcopySource:
             self._scope.cancel(why)
 
     def _heard(self, message: Message | None) -> None:
-        """Take what the destination says. RemoteProtocolError if it is not its time for that: then it is paused."""
+        """Handle a message of the destination. RemoteProtocolError if it is not legal now; then the migration pauses."""
         match message:
             case PageRequest():
                 if (
@@ -171,7 +171,7 @@ class PostcopySource:
             case ResumeAck():
                 self._tell()
             case Shut() | None:
-                # Where everything was sent, the migration task sees for itself.
+                # If everything was sent, the migration task waits for this message and needs no cancellation.
                 if self._scope is not None and not self._all_sent:
                     self._scope.cancel("the connection has ended")
 
@@ -180,7 +180,7 @@ class PostcopySource:
         self._news = trio.Event()
 
     def _confirmed(self) -> None:
-        """The destination has loaded the guest: it is its own, and what follows is only memory."""
+        """The destination has loaded the guest and owns it from now on: only memory follows."""
         if self._monitor.status is Status.HANDOVER:
             if self._scope is not None and not self._all_sent:
                 self._scope.deadline = math.inf
@@ -191,9 +191,10 @@ class PostcopySource:
     # -- without one ---------------------------------------------------------------------------------------------------
 
     async def _lost(self, why: str) -> None:
-        """The connection is gone. The owner of the guest follows from how far it came."""
+        """Handle the loss of the connection. The bytes and answers so far decide which side owns the guest."""
         monitor, out = self._monitor, self._out
-        self._link.reader.lose(TransportFailed(why))  # before it sees nothing but its own end closed
+        # Before the channels are closed: otherwise the reader would report this side's own close as the reason.
+        self._link.reader.lose(TransportFailed(why))
         self._search.paused(why)
         self._once_sent = self._once_sent or not self._order.remaining
         self._link.limiter.rest()
@@ -210,7 +211,7 @@ class PostcopySource:
     async def _ask_fence(self, why: str) -> None:
         try:
             owner = await uncertain.ask_fence(self._out)
-        except TrimigError as error:  # it knows no more than we do: a recovery may still answer the question
+        except TrimigError as error:  # the fence failed, so the owner stays unknown; a recovery may still find it out
             self._monitor.warn(str(error))
             return
         if owner is Ownership.SOURCE:
@@ -220,7 +221,7 @@ class PostcopySource:
             self._monitor.advance(Status.POSTCOPY_PAUSED)
 
     async def _recover(self) -> None:
-        """Over as many attempts as it takes, until a connection is there on which memory follows again."""
+        """Open connections until the handshake of a recovery has succeeded on one of them."""
         lift_shield(self._nursery)
         while True:
             try:
@@ -240,7 +241,7 @@ class PostcopySource:
             lift_shield(self._nursery)
 
     async def _shake_hands(self, stream: AnyStream) -> str | None:
-        """Find out over a new connection what is missing; None if that is known now, otherwise what went wrong."""
+        """Ask over a new connection which pages are missing. None after the handshake, else the reason why it failed."""
         monitor, config, link, blocks = self._monitor, self._config, self._link, self._ram.blocks
         if monitor.status is Status.POSTCOPY_PAUSED:
             monitor.advance(Status.POSTCOPY_RECOVER)
@@ -267,7 +268,7 @@ class PostcopySource:
             if not config.peer.preempt_pre_7_2:
                 await link.open_preempt()
             unsent = [~handshake.bitmaps[block.name] for block in blocks]
-            # A page may be asked for in the same moment as the answer comes.
+            # The order must be made before the state RESUMING: a request may come together with the answer to RESUME.
             order = PageOrder(unsent)
             missing = order.remaining
             if self._release and missing:
@@ -297,10 +298,10 @@ class PostcopySource:
 
 
 class _Handshake:
-    """What the destination has said on a recovery connection, and what it may say next.
+    """The bitmaps and the early page requests that the destination has sent on a recovery connection.
 
     Args:
-        blocks: whose bitmaps are asked for.
+        blocks: the RAM blocks whose bitmaps are requested.
     """
 
     def __init__(self, blocks: Sequence[RamBlock]) -> None:
@@ -310,22 +311,22 @@ class _Handshake:
 
     @property
     def complete(self) -> bool:
-        """Every bitmap has come."""
+        """True if the bitmap of every block has come."""
         return len(self.bitmaps) == len(self._blocks)
 
     def hold(self, request: PageRequest) -> None:
-        """A page is asked for before that: a QEMU does so where its guest meets it while the connection changes."""
+        """Keep a page request that came before the bitmaps. A QEMU sends one if its guest faults during the reconnection."""
         wanted = self._wanted.setdefault(request.block, np.zeros(self._blocks[request.block], np.bool_))
         wanted[request.start // PAGE_SIZE :][: request.length // PAGE_SIZE] = True
 
     def held(self) -> Iterator[PageRequest]:
-        """What was asked for too early, each page once."""
+        """The page requests that came before the bitmaps, with each page once."""
         for block, wanted in self._wanted.items():
             for first, end in runs_of(wanted).tolist():
                 yield PageRequest(block=block, start=first * PAGE_SIZE, length=(end - first) * PAGE_SIZE)
 
     def bitmap(self, block: str, pages: PageBitmap) -> None:
-        """A bitmap of *block* has come. RemoteProtocolError if it was not asked for, or has come before."""
+        """Keep the bitmap of *block*. RemoteProtocolError if it was not requested, or has come before."""
         if block not in self._blocks or block in self.bitmaps:
             raise RemoteProtocolError(
                 f"a bitmap of the RAM block {block!r} that was not asked for, or comes a second time",

@@ -1,4 +1,4 @@
-"""Passes over the RAM while the guest runs, until the rest is small enough."""
+"""Passes over the RAM while the guest runs, until the rest fits into the downtime limit."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from ...config.config import Config
     from .outgoing import Outgoing
 
-#: Seconds for the first answer of a destination that may be none; the guest runs meanwhile.
+#: Seconds for the first message of a peer that may never answer. The guest runs during this wait.
 SILENCE_SECONDS = 2.0
-#: A pass that sent no more than this does not change the expected downtime that is shown (states.md part 13).
+#: A pass that sent at most this many bytes does not change the expected downtime that is shown (states.md part 13).
 TELLING_BYTES = 10_000
 
 
 async def copy_passes(out: Outgoing) -> bool:
-    """Passes over what is dirty, until the rest is small enough (or a bound says otherwise).
+    """Send the dirty pages in passes, until the rest fits into the downtime limit or a bound is reached.
 
     Returns:
-        Whether the guest is to go before its memory: postcopy was asked for, and the rest is not small.
+        True for a switch to postcopy: it was requested, and the rest does not fit.
     """
     c, stall = out.counters, Stall()
     while True:
@@ -42,7 +42,7 @@ async def copy_passes(out: Outgoing) -> bool:
         now = trio.current_time()
         c.dirty_rate = c.remaining / max(now - began, 1e-6)
         if not c.bandwidth or busy < 0.1 or c.iteration == 1:
-            # Before the first whole window the pass itself is the best measurement there is.
+            # Before the first whole window of the limiter the pass is the best measurement of the bandwidth.
             c.bandwidth = max(c.bandwidth, moved / busy)
         if decide(out, progress_of(out, stall, now), stall, moved) is convergence.Decision.SWITCH_OVER:
             return False
@@ -53,26 +53,27 @@ async def copy_passes(out: Outgoing) -> bool:
 
 
 def postcopy_begins(out: Outgoing) -> bool:
-    """The guest is to go before its memory, and may."""
+    """True if postcopy was requested, and the destination has allowed the switchover."""
     return out.monitor.postcopy_wanted and switchover_allowed(out)
 
 
 def switchover_allowed(out: Outgoing) -> bool:
-    """The destination has allowed the switchover, or is not asked."""
+    """True if the destination has allowed the switchover, or need not allow it (switchover-ack is off)."""
     return out.link.reader.acks >= out.link.ways.acks
 
 
 async def wait_allowed(out: Outgoing) -> None:
-    """Where nothing but that is missing: a pass now would find nothing to do."""
+    """Wait a moment if only the permission of the destination is missing: a pass now would find few dirty pages."""
     if not switchover_allowed(out) and out.counters.convergence is convergence.NOT_ALLOWED:
         with trio.move_on_after(WINDOW):
             await out.link.reader.wait_acks(out.link.ways.acks)
 
 
 async def wait_first_answer(out: Outgoing) -> None:
-    """Where no answer has come yet, give it time, while the guest still runs.
+    """Wait for the first message of the destination, while the guest still runs.
 
-    A destination that must answer and does not ends the attempt (:func:`.connect.await_first_answer`); another one is given a moment.
+    For a destination that must answer, this waits without a limit: :func:`.connect.await_first_answer` ends the attempt if
+    no message comes. For a peer that may never answer, it waits up to SILENCE_SECONDS.
     """
     if out.link.asks:
         with trio.move_on_after(math.inf if out.link.answers else SILENCE_SECONDS):
@@ -80,7 +81,7 @@ async def wait_first_answer(out: Outgoing) -> None:
 
 
 async def drain_before_pass(out: Outgoing) -> None:
-    """Before another pass: what fills the transport must go first, and a pass now would find nothing to do."""
+    """Wait a moment before the next pass if the transport has a long queue: a pass now would find few dirty pages."""
     seconds = out.link.channel.backlog() / out.counters.bandwidth if out.counters.bandwidth else 0.0
     if seconds > out.monitor.config.parameters.downtime_limit / 1000:
         await trio.sleep(min(seconds, WINDOW))
@@ -91,7 +92,7 @@ def delivered(out: Outgoing) -> int:
 
 
 def progress_of(out: Outgoing, stall: Stall, now: float) -> convergence.Progress:
-    """The measurements behind a pass."""
+    """The measurements after a pass."""
     c = out.counters
     return convergence.Progress(
         remaining=c.remaining,
@@ -106,7 +107,7 @@ def progress_of(out: Outgoing, stall: Stall, now: float) -> convergence.Progress
 
 
 def bounds_of(config: Config) -> convergence.Bounds:
-    """What the caller allows."""
+    """The limits of the passes, from the configuration."""
     return convergence.Bounds(
         downtime_limit=config.parameters.downtime_limit / 1000,
         max_bandwidth=config.parameters.max_bandwidth,
@@ -118,10 +119,10 @@ def bounds_of(config: Config) -> convergence.Bounds:
 
 
 def decide(out: Outgoing, progress: convergence.Progress, stall: Stall, moved: int) -> convergence.Decision:
-    """Whether another pass follows, by the policy; the figures and the listeners are told why.
+    """Decide by the policy whether another pass follows. Updates the counters, and emits the event PASS.
 
     Args:
-        moved: bytes of the last pass.
+        moved: bytes that the last pass has sent.
 
     Raises:
         NotConverging: a bound was reached.

@@ -1,4 +1,4 @@
-"""The guest stops here, and is handed over: one path for precopy and for postcopy."""
+"""Stops the guest and hands it over. Precopy and postcopy have the same steps."""
 
 from __future__ import annotations
 
@@ -29,39 +29,40 @@ if TYPE_CHECKING:
     from ..sections.ram import RamSection
     from .outgoing import Outgoing
 
-#: PING values that only a trimig sends: the proof of `prepare`, and that of the pages that wait in front of postcopy.
+#: PING values that only a trimig sends. The answer to PING_PREPARE proves that the destination has loaded everything. The
+#: answer to PING_QUEUED proves that it has read the pages that were queued before the switch to postcopy.
 PING_PREPARE: Final = 0x74726967
 PING_QUEUED: Final = 0x74726971
 
 
 class Following(Protocol):
-    """What follows the guest."""
+    """The memory that follows the guest."""
 
     async def run(self) -> None:
-        """Send it, until the destination has it."""
+        """Send the memory, until the destination has all of it."""
 
 
 class Switchover(Protocol):
-    """What differs between a switchover with all memory and one to postcopy. The phases call these in this order."""
+    """The steps in which precopy and postcopy differ. The phases call them in this order."""
 
     async def drain(self) -> None:
-        """Send what would hold the guest up, while it still runs here."""
+        """Wait until queued bytes have been sent, while the guest still runs here: they would lengthen the downtime."""
 
     async def send_rest(self) -> None:
-        """Send the last pages, or say which pages follow; the guest stands still."""
+        """Send the last pages, or the list of pages that follow. The guest is stopped."""
 
     async def send_devices(self) -> None:
-        """Save the devices, and send them if they go before the commit."""
+        """Save the devices. In precopy, send them; in postcopy they go with the commit."""
 
     async def prepare(self) -> None:
-        """Wait for the proof that the destination has taken everything so far, if it can give one."""
+        """Wait for the proof that the destination has loaded everything so far, if the destination answers."""
 
     async def commit(self, nursery: trio.Nursery) -> Following:
-        """Hand the guest over. In precopy the answer is there on return; in postcopy the commit has been sent."""
+        """Hand the guest over. In precopy this waits for the answer; in postcopy it returns when the commit was sent."""
 
 
 class PrecopySwitchover:
-    """All memory is sent, then the end of the stream is the commit."""
+    """The switchover of precopy: all memory is sent, and the end of the stream is the commit."""
 
     def __init__(self, out: Outgoing) -> None:
         self._out = out
@@ -69,7 +70,7 @@ class PrecopySwitchover:
         self._devices = DeviceSender(out.guest, out.config.peer)
 
     async def drain(self) -> None:
-        """Nothing.
+        """Do nothing: the passes have made the queue short.
 
         **Cancellation:** no effect.
         """
@@ -77,7 +78,7 @@ class PrecopySwitchover:
     async def send_rest(self) -> None:
         """Send the last pages without the bandwidth limit.
 
-        **Cancellation:** the guest is resumed by the end of the attempt; this is so until the commit.
+        **Cancellation:** the end of the attempt resumes the guest, as in all steps before the commit.
         """
         out = self._out
         out.link.limiter.lift()
@@ -95,7 +96,7 @@ class PrecopySwitchover:
         await self._channel.send(self._devices.sections(saved, self._out.run_state))
 
     async def prepare(self) -> None:
-        """Wait for the PONG behind the devices. TransportFailed: it does not come.
+        """Wait for the PONG after the devices. TransportFailed if it does not come.
 
         **Cancellation:** as for the rest.
         """
@@ -104,7 +105,7 @@ class PrecopySwitchover:
             self._out.prepared = True
 
     async def commit(self, nursery: trio.Nursery) -> Following:
-        """Send the end of the stream, and wait for the answer. Nothing follows.
+        """Send the end of the stream, and wait for the answer. No memory follows.
 
         **Cancellation:** held off from the decision on, for at most ``handover_timeout``.
         """
@@ -117,14 +118,14 @@ class PrecopySwitchover:
 
 class _Nothing:
     async def run(self) -> None:
-        """The destination has everything.
+        """Do nothing: the destination has everything.
 
         **Cancellation:** no effect.
         """
 
 
 class PostcopySwitchover:
-    """The devices go in a package, which is the commit; the memory follows."""
+    """The switchover to postcopy: a package with the devices is the commit, and the memory follows."""
 
     def __init__(self, out: Outgoing, ram: RamSection) -> None:
         self._out = out
@@ -133,7 +134,7 @@ class PostcopySwitchover:
         self._package = b""
 
     async def drain(self) -> None:
-        """Wait until what waits in the destination's buffers is read: the guest would stand still for it.
+        """Wait until the destination has read all queued bytes: they would lengthen the downtime.
 
         Raises:
             TransportFailed: the destination does not answer.
@@ -151,9 +152,9 @@ class PostcopySwitchover:
         await _introduce(out, self._channel)
 
     async def send_rest(self) -> None:
-        """Say which pages follow.
+        """Send the list of unsent pages, as ranges that the destination discards.
 
-        **Cancellation:** the guest is resumed by the end of the attempt; this is so until the commit.
+        **Cancellation:** the end of the attempt resumes the guest, as in all steps before the commit.
         """
         await self._out.find_pending()
         await _announce(self._out, self._channel)
@@ -182,7 +183,7 @@ class PostcopySwitchover:
         )
 
     async def prepare(self) -> None:
-        """Wait for the PONG behind the discards. TransportFailed: it does not come.
+        """Wait for the PONG after the discards. TransportFailed if it does not come.
 
         **Cancellation:** as for the rest.
         """
@@ -190,7 +191,7 @@ class PostcopySwitchover:
         self._out.prepared = True
 
     async def commit(self, nursery: trio.Nursery) -> Following:
-        """Send the package; the memory follows, see :meth:`.postcopy.PostcopySource.run`.
+        """Send the package. The result sends the memory, see :meth:`.postcopy.PostcopySource.run`.
 
         **Cancellation:** held off from the decision on, while there is a connection.
         """
@@ -217,9 +218,9 @@ async def stop_guest(out: Outgoing) -> None:
     """Decide whether the return path is used, and stop the guest.
 
     Raises:
-        GuestFailed: it cannot be stopped.
+        GuestFailed: the guest cannot be stopped.
 
-    **Cancellation:** the guest is resumed by the end of the attempt.
+    **Cancellation:** the end of the attempt resumes the guest.
     """
     c = out.counters
     _decide_return_path(out)
@@ -232,27 +233,27 @@ async def stop_guest(out: Outgoing) -> None:
 
 
 async def hold(out: Outgoing) -> None:
-    """pause-before-switchover: nothing is sent until :meth:`trimig.Monitor.resume` is called, however long that takes.
+    """Wait for :meth:`trimig.Monitor.resume` without a time limit (pause-before-switchover). Nothing is sent meanwhile.
 
-    **Cancellation:** the guest is resumed by the end of the attempt.
+    **Cancellation:** the end of the attempt resumes the guest.
     """
     await out.advance(Status.PRE_SWITCHOVER)
     while out.monitor.status is Status.PRE_SWITCHOVER:
         await out.monitor.wait_changed()
     await trio.lowlevel.checkpoint_if_cancelled()
     if out.guest.run_state == "running":
-        await _pause_guest(out)  # its user has resumed it meanwhile
+        await _pause_guest(out)  # the guest's user has resumed it during the wait
 
 
 def check_stopped(out: Outgoing) -> None:
-    """GuestFailed: the guest runs again."""
+    """Raise GuestFailed if the guest runs again. From here on its starts are counted, see :func:`_decide`."""
     out.starts = out.count_starts()
     if out.guest.run_state == "running":
         raise GuestFailed("the guest was resumed while it was being stopped for the switchover")
 
 
 async def _announce(out: Outgoing, channel: Channel) -> None:
-    """Say that the last pages are next, to a destination that knows this command."""
+    """Send SWITCHOVER_START, which announces the last pages, if the destination's profile has this command."""
     if out.config.peer.send_switchover_start:
         await channel.send(wire.command(Command.SWITCHOVER_START))
 
@@ -263,14 +264,14 @@ async def _call_commit_hook(out: Outgoing) -> None:
 
 
 async def _decide(out: Outgoing, nursery: trio.Nursery, seconds: float) -> None:
-    """The status `handover`, from which on a cancellation is held off for *seconds* at most.
+    """Set the shield and the status `handover`. From here on a cancellation is held off for at most *seconds*.
 
-    The shield is there before any listener is told: a listener that cancels in this very moment comes too late.
+    The shield comes before the event of the status, because a listener of that event may cancel: then it is too late.
 
     Raises:
         GuestFailed: the guest runs, or has run since it was stopped.
 
-    **Cancellation:** the decision has not been made.
+    **Cancellation:** neither the shield nor the status is set.
     """
     await trio.lowlevel.checkpoint_if_cancelled()
     if out.count_starts() != out.starts:
@@ -287,13 +288,13 @@ async def _decide(out: Outgoing, nursery: trio.Nursery, seconds: float) -> None:
 
 
 def _decide_return_path(out: Outgoing) -> None:
-    """From here on the return path counts, or it does not."""
+    """Decide once, before the guest stops, whether the destination answers; warn if it does not."""
     if not out.link.decide_return_path():
         out.monitor.warn(one_way("no answer comes on the return path, so there is none"))
 
 
 async def _pause_guest(out: Outgoing) -> None:
-    # Looked at only now: its user may have paused or resumed it while the memory was sent.
+    # The run state is read as late as here, because the guest's user may have changed it while the memory was sent.
     out.run_state = out.guest.run_state
     if out.run_state == "running":
         out.paused_by_us = True
@@ -302,7 +303,7 @@ async def _pause_guest(out: Outgoing) -> None:
 
 
 async def _wait_loaded(out: Outgoing, channel: Channel, value: int) -> None:
-    """Wait until the destination has taken everything that was sent so far."""
+    """Send PING(*value*), and wait for its PONG: then the destination has loaded everything that was sent before."""
     await channel.send(wire.ping(value))
     with trio.move_on_after(out.config.handover_timeout) as limit:
         await out.link.reader.wait_pong(value)
@@ -313,14 +314,14 @@ async def _wait_loaded(out: Outgoing, channel: Channel, value: int) -> None:
 
 
 async def _drain(out: Outgoing) -> None:
-    """Before the guest goes ahead: what is queued goes out while it still runs here, or it would stand still for it."""
+    """Wait until the queue of the transport fits into the downtime limit, while the guest still runs here."""
     limit = out.monitor.config.parameters.downtime_limit / 1000
     while out.counters.bandwidth and out.link.channel.backlog() / out.counters.bandwidth > limit:  # noqa: ASYNC110 - the kernel has no event for it
         await trio.sleep(WINDOW)
 
 
 async def _send_end(out: Outgoing, channel: Channel, ending: bytes) -> None:
-    """Send the decision and wait for its answer. On return, or by the error raised, the owner is known."""
+    """Send the decision, and wait for its answer. Returns without an error also if the answer does not come."""
     link = out.link
     link.reader.enter(ReturnPath.COMMITTED)
     out.commit_offset = channel.sent
@@ -329,7 +330,7 @@ async def _send_end(out: Outgoing, channel: Channel, ending: bytes) -> None:
     except TrimigError:
         if not link.answers or out.commit_not_sent:
             raise
-        # Something may have left. Only the destination's word counts now, if it is still to be had.
+        # The deciding byte may have left. Only the destination's answer can tell, and it may still come.
     if link.answers:
         await link.reader.wait_answer()
     else:
@@ -342,19 +343,19 @@ async def _send_end(out: Outgoing, channel: Channel, ending: bytes) -> None:
 
 
 async def _wait_delivered(out: Outgoing, channel: Channel) -> None:
-    """Without a return path: wait until the transport says that everything is where it was to go, if it can say so."""
+    """Without a return path: wait until the transport confirms the delivery, if it can confirm it."""
     if not isinstance(channel.stream, Delivering):
         return
     try:
         await channel.stream.delivered()
     except (TransportFailed, OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-        # Unless an answer has come after all.
+        # An answer may have come all the same, and then it counts.
         if out.link.reader.shut is None:
             raise
 
 
 async def _introduce(out: Outgoing, channel: Channel) -> None:
-    """Tell a destination that is a trimig the id of this attempt, once: a recovery must name the same."""
+    """Send the id of this attempt to a destination that is a trimig, once. A recovery must name the same id."""
     if not out.attempt and out.link.reader.marked:
         attempt = secrets.token_bytes(ATTEMPT_BYTES)
         await channel.send(wire.command(Mark.ATTEMPT, attempt))

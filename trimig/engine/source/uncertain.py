@@ -1,4 +1,4 @@
-"""The answer to the decision is missing: the fence is asked, or the question is left to the caller."""
+"""What the source does if the answer to the decision is missing: it calls the fence, or the caller must settle the owner."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 async def report(out: Outgoing, error: TrimigError | None) -> None:
-    """The answer is missing. Ask the caller's fence; without a definite word raise HandoverUncertain."""
+    """Call the caller's fence for the owner. If the owner stays unknown, raise HandoverUncertain."""
     monitor = out.monitor
     why = str(error or out.link.reader.lost or why_no_answer(out))
     settled = Ownership.UNKNOWN
@@ -55,10 +55,10 @@ async def report(out: Outgoing, error: TrimigError | None) -> None:
 
 
 async def ask_fence(out: Outgoing) -> Ownership:
-    """What the caller's fence finds out; UNKNOWN without one.
+    """The owner that the caller's fence returns; UNKNOWN without a fence, or if it takes longer than the limit.
 
     Raises:
-        TrimigError: it failed.
+        TrimigError: the fence failed.
 
     **Cancellation:** held off, for at most ``handover_timeout``.
     """
@@ -72,8 +72,8 @@ async def ask_fence(out: Outgoing) -> Ownership:
 
 
 async def give_back(out: Outgoing, why: str, others: Sequence[BaseException]) -> TrimigError:
-    """The fence says that the destination does not have the guest: resume it here. Returns what is to be raised."""
-    out.monitor.advance(Status.FAILED)  # the owner is certain now, also if the guest cannot be resumed
+    """Resume the guest here, because the fence says that this side owns it. Returns the error to raise."""
+    out.monitor.advance(Status.FAILED)  # before the resume: the owner is certain even if the resume fails
     failure: TrimigError | None = await resume_here(out)  # a GuestNotResumed
     if failure is None:
         how = "it runs here again" if out.paused_by_us else "it is as it was"
@@ -91,25 +91,25 @@ def why_no_answer(out: Outgoing) -> str:
 
 
 async def settle_by_error(out: Outgoing, owner: Owner) -> None:
-    """What the error's own ``settle`` comes to: an old answer must not settle the question of a later attempt."""
+    """The function behind ``settle`` of the error. It works once, so that an old error cannot settle a later attempt."""
     if out.settled:
         raise already_settled(out.guest.owner)
     await out.guest.settle(owner)
 
 
 async def settle(out: Outgoing, owner: Owner) -> None:
-    """What :meth:`trimig.guest.Guest.settle` comes to."""
+    """The function behind :meth:`trimig.guest.Guest.settle`."""
     out.settled = True
     if owner is Owner.ELSEWHERE:
         out.monitor.advance(Status.COMPLETED)
         return
-    out.monitor.advance(Status.FAILED)  # first: a guest that is not this side's is not resumed
+    out.monitor.advance(Status.FAILED)  # before the resume: the owner must be HERE for that
     if (failure := await resume_here(out)) is not None:
         raise failure
 
 
 async def resume_here(out: Outgoing) -> GuestNotResumed | None:
-    """Let the guest run again if it was paused for this attempt; returns why it does not."""
+    """Resume the guest if it was paused for this attempt. Returns the failure, if it does not run."""
     if not out.paused_by_us:
         return None
     failure = await guest_calls.bring_back("resumed", out.guest.resume, out.config.teardown_grace)
