@@ -46,7 +46,7 @@ def test_nor_one_that_is_being_started() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "gone"),
+    ("steps", "handed_over"),
     [
         ([], False),
         ([(Owner.HERE, False), (Owner.ELSEWHERE, False)], False),  # it is given to receive()
@@ -54,11 +54,11 @@ def test_nor_one_that_is_being_started() -> None:
         ([(Owner.HERE, False), (Owner.ELSEWHERE, True), (Owner.HERE, False)], False),  # it has come back
     ],
 )
-def test_gone_is_not_the_same_as_not_arrived(steps: list[tuple[Owner, bool]], gone: bool) -> None:
+def test_gone_is_not_the_same_as_not_arrived(steps: list[tuple[Owner, bool]], handed_over: bool) -> None:
     it = state(Owner.ELSEWHERE)
     for owner, away in steps:
-        it.set(owner, gone=away)
-    assert it.gone is gone
+        it.set(owner, handed_over=away)
+    assert it.handed_over is handed_over
 
 
 # -- settle ------------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ async def test_tasks_that_wait_are_told_when_the_guest_has_gone() -> None:
                 with pytest.raises(NotOwner):
                     async with guest.running():
                         raise AssertionError("it was let in")
-                guest.set_owner(then, gone=then is Owner.ELSEWHERE)
+                guest.set_owner(then, handed_over=then is Owner.ELSEWHERE)
                 if then is Owner.HERE:
                     await guest.resume()
             assert outcomes == [outcome]

@@ -163,11 +163,11 @@ class Guest(Protocol):
     def owner(self) -> Owner:
         """Whether the guest may run here. :class:`trimig.owner.OwnerState` implements this, set_owner and settle."""
 
-    def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
+    def set_owner(self, owner: Owner, *, handed_over: bool = False, settle: Settle | None = None) -> None:
         """Set the owner; for the engine.
 
         Args:
-            gone: with ELSEWHERE: True if the guest was handed over for certain, False if it has not arrived.
+            handed_over: with ELSEWHERE: True if the guest was handed over for certain, False if it has not arrived.
             settle: with UNKNOWN, the function that :meth:`settle` calls.
 
         Raises:

@@ -72,7 +72,7 @@ class OwnerState:
         self._settling = False
         self._starting = 0
         self._starts = 0
-        self._gone = False
+        self._handed_over = False
 
     @property
     def owner(self) -> Owner:
@@ -80,20 +80,20 @@ class OwnerState:
         return self._owner
 
     @property
-    def gone(self) -> bool:
+    def handed_over(self) -> bool:
         """Whether this side owned the guest, and the other side owns it now for certain."""
-        return self._gone
+        return self._handed_over
 
     @property
     def starts(self) -> int:
         """A counter that rises at the begin of each start of the guest, and again at its end."""
         return self._starts
 
-    def set(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
+    def set(self, owner: Owner, *, handed_over: bool = False, settle: Settle | None = None) -> None:
         """Set the owner; for the engine.
 
         Args:
-            gone: with ELSEWHERE, the guest was handed over for certain.
+            handed_over: with ELSEWHERE, the guest was handed over for certain.
             settle: the function that :meth:`settle` calls; only with UNKNOWN, and only once no answer is expected any
                 more.
 
@@ -103,7 +103,7 @@ class OwnerState:
         """
         if self._owner is Owner.HERE and owner is Owner.UNKNOWN and (self._starting or self._runs()):
             raise GuestFailed("the guest was started in the moment in which it was to be handed over")
-        self._gone = owner is Owner.ELSEWHERE and (self._gone or gone)
+        self._handed_over = owner is Owner.ELSEWHERE and (self._handed_over or handed_over)
         self._owner = owner
         self._settle = settle if owner is Owner.UNKNOWN else None
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from trimig.policy.eta import UNKNOWN, Estimate, Falling, Outlook, Stall, later_passes_seconds
+from trimig.policy.eta import UNKNOWN, Estimate, FallingQuantity, RemainingTime, Stall, later_passes_seconds
 
 MiB = 1 << 20
 
@@ -46,50 +46,50 @@ def test_chase_without_an_end(ahead: float, bandwidth: float, dirty_rate: float,
     assert told == pytest.approx(seconds)
 
 
-def told(falling: Falling) -> tuple[float | None, float | None]:
+def told(falling: FallingQuantity) -> tuple[float | None, float | None]:
     return falling.per_second, falling.seconds
 
 
 def test_what_falls_is_told_from_its_present_speed() -> None:
-    falling = Falling(window=5.0)
-    falling.see(0.0, 1000)
+    falling = FallingQuantity(window=5.0)
+    falling.record(0.0, 1000)
     assert told(falling) == (None, None)
-    falling.see(0.1, 990)  # too soon
+    falling.record(0.1, 990)  # too soon
     assert told(falling) == (None, None)
-    falling.see(1.0, 900)
+    falling.record(1.0, 900)
     assert told(falling) == (100, 9)
     for second in range(2, 8):
-        falling.see(float(second), 900 - 10.0 * (second - 1))  # it has become slower
+        falling.record(float(second), 900 - 10.0 * (second - 1))  # it has become slower
     assert told(falling)[0] == pytest.approx(10)
     assert told(falling)[1] == pytest.approx(84)
-    falling.see(60.0, 0)
+    falling.record(60.0, 0)
     assert told(falling)[1] == 0
-    stuck = Falling()
+    stuck = FallingQuantity()
     for second in range(10):
-        stuck.see(float(second), 500)
+        stuck.record(float(second), 500)
     assert told(stuck) == (0, None)
 
 
 def test_a_rise_begins_anew() -> None:
-    falling = Falling()
+    falling = FallingQuantity()
     for second in range(5):
-        falling.see(float(second), 100 - second)
-    falling.see(5.0, 1000)
+        falling.record(float(second), 100 - second)
+    falling.record(5.0, 1000)
     assert falling.per_second is None
 
 
 def test_outlook_follows_the_stages() -> None:
-    outlook = Outlook()
-    assert outlook.look(0.0, "first copy", 1000) == UNKNOWN
-    assert outlook.look(1.0, "first copy", 900) == Estimate(9.0, at_least=True)
-    assert outlook.look(9.0, "later passes", 0) == UNKNOWN
-    outlook.passed(10.0, 5.0)
-    assert outlook.look(12.0, "later passes", 0) == Estimate(3.0)
-    assert outlook.look(20.0, "later passes", 0) == Estimate(0.0)
-    outlook.passed(20.0, math.inf)
-    assert outlook.look(21.0, "later passes", 0) == Estimate(math.inf)
-    assert outlook.look(22.0, "following", 800) == UNKNOWN
-    assert outlook.look(23.0, "following", 700) == Estimate(7.0)
+    remaining_time = RemainingTime()
+    assert remaining_time.estimate(0.0, "first copy", 1000) == UNKNOWN
+    assert remaining_time.estimate(1.0, "first copy", 900) == Estimate(9.0, at_least=True)
+    assert remaining_time.estimate(9.0, "later passes", 0) == UNKNOWN
+    remaining_time.passed(10.0, 5.0)
+    assert remaining_time.estimate(12.0, "later passes", 0) == Estimate(3.0)
+    assert remaining_time.estimate(20.0, "later passes", 0) == Estimate(0.0)
+    remaining_time.passed(20.0, math.inf)
+    assert remaining_time.estimate(21.0, "later passes", 0) == Estimate(math.inf)
+    assert remaining_time.estimate(22.0, "following", 800) == UNKNOWN
+    assert remaining_time.estimate(23.0, "following", 700) == Estimate(7.0)
 
 
 @pytest.mark.parametrize(

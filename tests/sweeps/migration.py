@@ -387,7 +387,7 @@ async def migrate_again(
     """T7: after a failed or cancelled attempt the next one succeeds, with the same guests and monitors."""
     link = ctx.new_link()
     config = make_config()
-    ends = await ctx.calm(
+    ends = await ctx.run_undisturbed(
         source=lambda: trimig.migrate(source, link.a, config, monitor=sender),
         destination=lambda: trimig.receive(target, link.b, config, monitor=taker),
     )

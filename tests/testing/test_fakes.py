@@ -100,9 +100,9 @@ async def test_rate_dirties_the_working_set_and_obeys_the_throttle(autojump_cloc
 
 async def test_a_leap_in_time_does_not_make_the_guest_write_for_ever(autojump_clock: MockClock) -> None:
     guest = ScriptedGuest(rate=1e6)
-    guest.look()
+    guest.update()
     autojump_clock.jump(3600)
-    guest.look()
+    guest.update()
     assert guest.writes == 3_600_000_000
 
 
@@ -239,7 +239,7 @@ async def test_referee_sees_a_guest_that_goes_on_from_an_outrun_state() -> None:
     await target.activate("running")
     await target.pause()
     await source.resume()
-    assert [(v.kind, v.labels) for v in referee.violations] == [("outrun", ("source", "destination"))]
+    assert [(v.kind, v.labels) for v in referee.violations] == [("stale-state", ("source", "destination"))]
 
 
 async def test_referee_accepts_a_resume_after_a_failed_attempt() -> None:

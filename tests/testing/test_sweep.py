@@ -272,7 +272,9 @@ def test_a_second_attempt_is_not_disturbed_and_works() -> None:
         )
         if first["source"].kind == "returned":
             return "first"
-        ends = await ctx.calm(source=lambda: toy.give(source, link.a), destination=lambda: toy.take(target, link.b))
+        ends = await ctx.run_undisturbed(
+            source=lambda: toy.give(source, link.a), destination=lambda: toy.take(target, link.b)
+        )
         assert {end.kind for end in ends.values()} == {"returned"}
         return "second"
 

@@ -159,7 +159,7 @@ def _finite_ms(seconds: float | None) -> float | None:
     return None if seconds is None or math.isinf(seconds) else formats.ms(seconds)
 
 
-def with_estimate(now: Picture, outlook: eta.Outlook) -> Picture:
+def with_estimate(now: Picture, remaining_time: eta.RemainingTime) -> Picture:
     """*now* with the time that is left."""
     if now.role != "source":
         return now
@@ -168,7 +168,7 @@ def with_estimate(now: Picture, outlook: eta.Outlook) -> Picture:
         stage, left = "following", now.remaining
     elif stage not in ("first copy", "later passes"):
         return now
-    estimate = outlook.look(now.elapsed, stage, left)
+    estimate = remaining_time.estimate(now.elapsed, stage, left)
     return dataclasses.replace(now, eta=estimate.seconds, eta_at_least=estimate.at_least)
 
 
@@ -177,12 +177,12 @@ class Pictures:
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
-        self._outlook = eta.Outlook()
+        self._remaining_time = eta.RemainingTime()
         self._received = _Rate()
 
     def now(self) -> Picture:
         """As it stands."""
-        return with_estimate(self._taken(), self._outlook)
+        return with_estimate(self._taken(), self._remaining_time)
 
     def _taken(self) -> Picture:
         monitor = self._monitor
@@ -228,7 +228,7 @@ class Pictures:
                 dirty_rate=data["dirty_rate"],
                 downtime_limit=now.downtime_limit,
             )
-        self._outlook.passed(now.elapsed, seconds)
+        self._remaining_time.passed(now.elapsed, seconds)
         over = dataclasses.replace(
             now,
             status=Status.ACTIVE.value,
@@ -241,19 +241,19 @@ class Pictures:
             bandwidth=data["bandwidth"],
             expected_downtime=data["expected_downtime"],
         )
-        return with_estimate(over, self._outlook)
+        return with_estimate(over, self._remaining_time)
 
 
 class _Rate:
     """The present growth rate of a counter."""
 
     def __init__(self) -> None:
-        self._falling = eta.Falling()
+        self._falling = eta.FallingQuantity()
 
     def of(self, now: float, count: int) -> float:
         """The rate per second at the value *count*; 0 with too little data."""
         # A shrinking count has an end, so its rate gives the time left; a count that never shrinks gives none.
-        self._falling.see(now, -float(count))
+        self._falling.record(now, -float(count))
         return self._falling.per_second or 0.0
 
 

@@ -228,10 +228,10 @@ class AppGuest(GuestBase):
             self._run_state = "running"
             self._gate.open()
 
-    def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
+    def set_owner(self, owner: Owner, *, handed_over: bool = False, settle: Settle | None = None) -> None:
         """For the engine: see :class:`trimig.guest.Guest`. Wakes the tasks that wait for a guest that was handed over."""
-        super().set_owner(owner, gone=gone, settle=settle)
-        if self._owner.gone:
+        super().set_owner(owner, handed_over=handed_over, settle=settle)
+        if self._owner.handed_over:
             self._gate.wake()
 
     async def throttle(self, percent: int) -> None:
@@ -295,7 +295,7 @@ class Gate:
         """Wait until the gate is open. NotOwner for a guest that was handed over."""
         await trio.lowlevel.checkpoint()
         while self._opened is not None:
-            if self._owner.gone:
+            if self._owner.handed_over:
                 self._owner.check("be waited for")
             await self._opened.wait()
 
@@ -315,7 +315,7 @@ class Gate:
             self._owner.check("be used")
         # A task that is inside may enter again even if the gate has closed: the pause waits for this task anyway.
         while task not in self._holders:
-            if self._owner.gone:
+            if self._owner.handed_over:
                 self._owner.check("be used")
             if trio.current_time() < self._not_before:
                 with trio.move_on_at(self._not_before):

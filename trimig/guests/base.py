@@ -105,9 +105,9 @@ class GuestBase(abc.ABC):
         """See :class:`trimig.guest.CountingGuest`."""
         return self._owner.starts
 
-    def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
+    def set_owner(self, owner: Owner, *, handed_over: bool = False, settle: Settle | None = None) -> None:
         """For the engine: see :class:`trimig.guest.Guest`."""
-        self._owner.set(owner, gone=gone, settle=settle)
+        self._owner.set(owner, handed_over=handed_over, settle=settle)
 
     async def settle(self, owner: Owner) -> None:
         """State the owner of the guest after :class:`trimig.HandoverUncertain`: HERE resumes it, ELSEWHERE gives it up.

@@ -325,8 +325,8 @@ class MonitorCore:
         _status.check(self._role, self._status, new)
         if self._migrating is not None:
             owner = _status.guest_owner(self._role, new)
-            gone = owner is Owner.ELSEWHERE and self._role is Role.SOURCE
-            self._migrating.set_owner(owner, gone=gone)
+            handed_over = owner is Owner.ELSEWHERE and self._role is Role.SOURCE
+            self._migrating.set_owner(owner, handed_over=handed_over)
         self._status = new
         if new in TERMINAL:
             self._counters.finished = trio.current_time()

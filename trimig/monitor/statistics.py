@@ -154,7 +154,7 @@ class Counters:
     #: Pages that the guest in postcopy waited for.
     page_requests: int = 0
     #: Source: the migration has switched to postcopy.
-    ahead: bool = False
+    switched_to_postcopy: bool = False
     iteration: int = 0
     dirty_sync_count: int = 0
     bandwidth: float = 0.0

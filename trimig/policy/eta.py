@@ -57,7 +57,7 @@ def later_passes_seconds(*, ahead: float, bandwidth: float, dirty_rate: float, d
     return (ahead * (1 - share**passes) / (1 - share) + last) / bandwidth
 
 
-class Falling:
+class FallingQuantity:
     """A quantity that falls to zero, measured from time to time: its speed, and the time until it is zero."""
 
     def __init__(self, window: float = _WINDOW) -> None:
@@ -65,7 +65,7 @@ class Falling:
         self._window = window
         self._seen: collections.deque[tuple[float, float]] = collections.deque()
 
-    def see(self, now: float, left: float) -> None:
+    def record(self, now: float, left: float) -> None:
         """Record that *left* remains at *now*; a rise restarts the measurement."""
         if self._seen and (left > self._seen[-1][1] or now < self._seen[-1][0]):
             self._seen.clear()
@@ -90,13 +90,13 @@ class Falling:
         return self._seen[-1][1] / speed if speed else None
 
 
-class Outlook:
+class RemainingTime:
     """The remaining time of one migration, estimated from its measured progress."""
 
     def __init__(self) -> None:
         self._end: float | None = None
         self._stage = ""
-        self._falling = Falling()
+        self._falling = FallingQuantity()
 
     def passed(self, now: float, seconds: float) -> None:
         """A pass has ended at *now*, and the rest takes *seconds* from there (:func:`later_passes_seconds`; infinite for no
@@ -104,7 +104,7 @@ class Outlook:
         """
         self._end = now + seconds
 
-    def look(self, now: float, stage: str, left: float) -> Estimate:
+    def estimate(self, now: float, stage: str, left: float) -> Estimate:
         """The estimate at *now*.
 
         Args:
@@ -113,10 +113,10 @@ class Outlook:
             left: remaining bytes of the first copy, or of postcopy; not used in ``later passes``.
         """
         if stage != self._stage:
-            self._stage, self._falling = stage, Falling()
+            self._stage, self._falling = stage, FallingQuantity()
         if stage == "later passes":
             return UNKNOWN if self._end is None else Estimate(max(0.0, self._end - now))
-        self._falling.see(now, left)
+        self._falling.record(now, left)
         if self._falling.seconds is None:
             return UNKNOWN
         return Estimate(self._falling.seconds, at_least=stage == "first copy")

@@ -195,7 +195,7 @@ class Machine:
             return status in QMP_SILENT_INCOMING
         # Only a precopy source emits `device`, after `pre-switchover`.
         held = self._last_status == Status.PRE_SWITCHOVER.qmp
-        return status == Status.DEVICE.qmp and (not held or monitor.counters.ahead)
+        return status == Status.DEVICE.qmp and (not held or monitor.counters.switched_to_postcopy)
 
     def announce_shutdown(self, reason: str) -> None:
         """Emit SHUTDOWN, once; :attr:`ended` says when the machine ends.
@@ -230,7 +230,7 @@ class Machine:
         return self.incoming_state is not IncomingState.NONE and self.incoming.status not in ARRIVED
 
     @property
-    def gone(self) -> bool:
+    def handed_over(self) -> bool:
         """The guest was handed over: the destination owns it."""
         return self.outgoing.owner is Ownership.DESTINATION and self.guest.run_state != "running"
 
@@ -246,7 +246,7 @@ class Machine:
             return state
         if self.outgoing.status in FINISH_MIGRATE:
             return "finish-migrate"
-        if self.gone:
+        if self.handed_over:
             return "postmigrate"
         return "prelaunch" if state == "inmigrate" else state
 
@@ -270,7 +270,7 @@ class Machine:
             raise StateError("Migration is not finalized yet")
         if self.incoming.status is Status.POSTCOPY_LOST:
             raise StateError("the rest of the guest's memory never came (postcopy was lost), so it must not run")
-        if self.gone:
+        if self.handed_over:
             raise StateError("the guest was handed over: it is the destination's, and must not run here too")
 
     async def pause(self) -> None:

@@ -197,9 +197,9 @@ class FailingGuest:
         """As the guest behind."""
         return self.guest.owner
 
-    def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
+    def set_owner(self, owner: Owner, *, handed_over: bool = False, settle: Settle | None = None) -> None:
         """As the guest behind."""
-        self.guest.set_owner(owner, gone=gone, settle=settle)
+        self.guest.set_owner(owner, handed_over=handed_over, settle=settle)
 
     async def settle(self, owner: Owner) -> None:
         """As the guest behind, the **Cancellation** too."""

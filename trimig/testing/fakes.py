@@ -97,7 +97,7 @@ class ScriptedGuest:
             if content == "mixed":
                 pages[::3] = 0
             self._memory[block] = pages
-        self._ram = tuple(FakeBlock(block, pages, self.look) for block, pages in self._memory.items())
+        self._ram = tuple(FakeBlock(block, pages, self.update) for block, pages in self._memory.items())
         places = [(block, page) for block, pages in self._memory.items() for page in range(len(pages))]
         self._places = places if working_set is None else places[:working_set]
         self._devices = None if devices is None else {(d.idstr, d.instance_id): d for d in devices}
@@ -149,7 +149,7 @@ class ScriptedGuest:
 
     def digest(self) -> str:
         """The digest of all RAM and device state, brought up to date."""
-        self.look()
+        self.update()
         digest = hashlib.blake2b(digest_size=16)
         for block, pages in self._memory.items():
             digest.update(f"{block} {len(pages)} ".encode())
@@ -195,9 +195,9 @@ class ScriptedGuest:
         """Whether the guest may run here."""
         return self._owner.owner
 
-    def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
+    def set_owner(self, owner: Owner, *, handed_over: bool = False, settle: Settle | None = None) -> None:
         """Set the owner."""
-        self._owner.set(owner, gone=gone, settle=settle)
+        self._owner.set(owner, handed_over=handed_over, settle=settle)
 
     async def settle(self, owner: Owner) -> None:
         """Set the owner. **Cancellation:** cancelled before any effect, or not at all."""
@@ -246,7 +246,7 @@ class ScriptedGuest:
     async def throttle(self, percent: int) -> None:
         """Reduce the running time. **Cancellation:** the throttle may or may not be set."""
         await self._enter("throttle")
-        self.look()
+        self.update()
         self._stolen = percent / 100
         self._note("throttle", str(percent))
         await trio.lowlevel.checkpoint()
@@ -280,7 +280,7 @@ class ScriptedGuest:
 
     # Time, and the guest's writes in it
 
-    def look(self) -> None:
+    def update(self) -> None:
         """Bring memory up to date with the clock. Does nothing outside a run, or while the guest is stopped."""
         if not self.running or not trio.lowlevel.in_trio_run():
             return
@@ -298,7 +298,7 @@ class ScriptedGuest:
 
     def sync_point(self, *, note: bool = True) -> None:
         """Make the writes of a busy guest at each look (``dirty_per_sync``)."""
-        self.look()
+        self.update()
         if self.running:
             self._write_random(self._dirty_per_sync)
         if note:
@@ -313,7 +313,7 @@ class ScriptedGuest:
     def detach(self, tracker: MarksTracker) -> None:
         """Stop telling *tracker*. Idempotent."""
         if tracker in self._trackers:
-            self.look()
+            self.update()
             self._trackers.remove(tracker)
             self._note("untrack")
 
@@ -333,7 +333,7 @@ class ScriptedGuest:
             tracker.mark(block, page)
         for device in (self._devices or {}).values():
             if isinstance(device, FakeDevice):
-                device.tick(self.writes)
+                device.set_write_count(self.writes)
 
     async def _enter(self, call: str) -> None:
         await trio.lowlevel.checkpoint()
@@ -344,12 +344,12 @@ class ScriptedGuest:
     def _set_run_state(self, run_state: str) -> None:
         was = self.running
         if was and run_state != "running":
-            self.look()
+            self.update()
         self._run_state = run_state
         if self.running and not was:
             self.executed = True
             self._looked_at = None
-            self.look()
+            self.update()
             self._tell("start")
         elif was and not self.running:
             self._tell("stop")

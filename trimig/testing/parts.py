@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 class FakeBlock:
     """A RAM block in ordinary memory."""
 
-    def __init__(self, name: str, pages: Pages, look: Callable[[], None]) -> None:
+    def __init__(self, name: str, pages: Pages, update: Callable[[], None]) -> None:
         self._name = name
         self._pages = pages
-        self._look = look
+        self._update = update
 
     @property
     def name(self) -> str:
@@ -37,7 +37,7 @@ class FakeBlock:
     @property
     def pages(self) -> Pages:
         """The memory, shape ``(pages, PAGE_SIZE)``, with all writes of the guest up to now."""
-        self._look()
+        self._update()
         return self._pages
 
     def absent(self) -> PageBitmap | None:
@@ -74,7 +74,7 @@ class FakeDevice:
         self.data = bytearray(random.Random(f"{seed} {idstr} {instance_id}").randbytes(size))
         self.load_error = load_error
 
-    def tick(self, writes: int) -> None:
+    def set_write_count(self, writes: int) -> None:
         """Set the number of writes."""
         self.data[:8] = writes.to_bytes(8, "big")
 
@@ -124,7 +124,7 @@ class MarksTracker:
     async def start(self) -> None:
         """Tracking on. **Cancellation:** it may be on."""
         await trio.lowlevel.checkpoint()
-        self._guest.look()
+        self._guest.update()
         self._clear()
         self._guest.attach(self)
         await trio.lowlevel.checkpoint()

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Violation:
-    """A breach that :class:`OwnerReferee` found. ``kind`` is ``"both-run"`` or ``"outrun"``."""
+    """A breach that :class:`OwnerReferee` found. ``kind`` is ``"both-run"`` or ``"stale-state"``."""
 
     time: float
-    kind: Literal["both-run", "outrun"]
+    kind: Literal["both-run", "stale-state"]
     labels: tuple[str, ...]
 
 
@@ -28,7 +28,7 @@ class OwnerReferee:
     """Watches guests that are the same machine on several hosts, and notes each breach of "exactly one owner".
 
     * ``both-run``: two of them run at the same instant, even for a moment.
-    * ``outrun``: a guest continues from an old state although another one has been started since and this one was not
+    * ``stale-state``: a guest continues from an old state although another one has been started since and this one was not
       loaded again. Then no two guests run at one instant, but the work of the other one is lost.
 
     Args:
@@ -68,7 +68,7 @@ class OwnerReferee:
             last = self._fresh.get(label, -1)
             newer = tuple(other for other, at in self._started.items() if other != label and at > last >= 0)
             if newer:
-                self.violations.append(Violation(_now(), "outrun", (label, *newer)))
+                self.violations.append(Violation(_now(), "stale-state", (label, *newer)))
             self._started[label] = self._fresh[label] = order
 
     def _check_both(self) -> None:

@@ -177,7 +177,7 @@ class SweepContext:
         **Cancellation:** cancels all sides.
         """
         if self._scopes:
-            raise RuntimeError("only one part of a scenario is under test; use calm() for the others")
+            raise RuntimeError("only one part of a scenario is under test; use run_undisturbed() for the others")
         self._scopes = {name: trio.CancelScope() for name in sides}
         for expiry in self._expiries:
             for scope in self._victims(expiry.victims):
@@ -194,7 +194,7 @@ class SweepContext:
         self.expired = sum(scope.cancel_called for scope in self._scopes.values()) if self._expiries else 0
         return {name: self.ends[name] for name in sides}
 
-    async def calm(self, **sides: Side) -> dict[str, End]:
+    async def run_undisturbed(self, **sides: Side) -> dict[str, End]:
         """As :meth:`run` without any injection, for the time before or after the part under test.
 
         **Cancellation:** cancels all sides.

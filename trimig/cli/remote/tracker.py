@@ -36,7 +36,7 @@ class Tracker:
         self._last: Picture | None = None
         self._why: Convergence | None = None
         self._stall = eta.Stall()
-        self._outlook = eta.Outlook()
+        self._remaining_time = eta.RemainingTime()
         #: The message about the passes, shown once.
         self.warnings: list[str] = []
 
@@ -48,7 +48,7 @@ class Tracker:
             found.append(self._over(self._last, now, state))
             now = dataclasses.replace(now, **self._judgement(now))
         self._last = now
-        return [with_estimate(picture, self._outlook) for picture in [*found, now]]
+        return [with_estimate(picture, self._remaining_time) for picture in [*found, now]]
 
     def _over(self, last: Picture, now: Picture, state: State) -> Picture:
         """The outcome of the pass before *now*: its dirtied pages are known when the next pass begins."""
@@ -81,7 +81,7 @@ class Tracker:
                 dirty_rate=progress.dirty_rate,
                 downtime_limit=self._limit,
             )
-        self._outlook.passed(now.elapsed, seconds)
+        self._remaining_time.passed(now.elapsed, seconds)
         return dataclasses.replace(
             last,
             status=Status.ACTIVE.value,

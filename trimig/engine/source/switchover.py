@@ -147,7 +147,7 @@ class PostcopySwitchover:
         if not out.link.answers:
             raise TransportFailed("postcopy needs a return path, and the destination does not answer on this one")
         await out.link.open_preempt()
-        out.counters.ahead = True
+        out.counters.switched_to_postcopy = True
         await _wait_loaded(out, self._channel, PING_QUEUED)
         await _introduce(out, self._channel)
 

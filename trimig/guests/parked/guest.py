@@ -293,9 +293,9 @@ class ParkedGuest:
         """
         return self._owner.owner
 
-    def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
+    def set_owner(self, owner: Owner, *, handed_over: bool = False, settle: Settle | None = None) -> None:
         """For the engine: see :class:`trimig.guest.Guest`."""
-        self._owner.set(owner, gone=gone, settle=settle)
+        self._owner.set(owner, handed_over=handed_over, settle=settle)
 
     async def settle(self, owner: Owner) -> None:
         """State the owner after :class:`trimig.HandoverUncertain`. Raises the errors of

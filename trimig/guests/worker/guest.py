@@ -176,13 +176,13 @@ class WorkerGuest(GuestBase):
         self._perhaps_runs = False
         self._run_state = "running"
 
-    def set_owner(self, owner: Owner, *, gone: bool = False, settle: Settle | None = None) -> None:
+    def set_owner(self, owner: Owner, *, handed_over: bool = False, settle: Settle | None = None) -> None:
         """For the engine: see :class:`trimig.guest.Guest`.
 
         A worker that was told to run and has not answered could run later: if this side does not own the guest any
         more, the worker is killed.
         """
-        super().set_owner(owner, gone=gone, settle=settle)
+        super().set_owner(owner, handed_over=handed_over, settle=settle)
         if owner is not Owner.HERE and self._perhaps_runs:
             log.warning("the guest's worker process %d was killed: it did not answer whether it runs", self._worker.pid)
             self._worker.close()

@@ -56,7 +56,7 @@ async def calc_dirty_rate(machine: Machine, arguments: Mapping[str, Any], sessio
         raise CommandFailed("There's a migration process in progress")
     if machine.waiting:
         raise CommandFailed("Guest is waiting for an incoming migration")
-    if machine.gone:
+    if machine.handed_over:
         raise CommandFailed("the guest was handed over: it does not run here")
     if machine.measurer.last is not None and machine.measurer.last.status == "measuring":
         raise CommandFailed("the last measurement has not ended yet")

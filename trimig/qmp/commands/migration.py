@@ -38,7 +38,7 @@ async def migrate(machine: Machine, arguments: Mapping[str, Any], session: Sessi
         raise CommandFailed("There's a migration process in progress")
     if machine.waiting:
         raise CommandFailed("Guest is waiting for an incoming migration")
-    if machine.gone:
+    if machine.handed_over:
         raise CommandFailed("Can't migrate the vm that was paused due to previous migration")
     if reasons := blockers.reasons(machine.guest):
         raise CommandFailed(reasons[0])
