@@ -1,9 +1,9 @@
 """The destination: its phases in their order, in one nursery.
 
-The decision is the end of the stream, and with postcopy the package. Up to it the source may take everything back; an error
-is told to the source with SHUT 1 and raised. From the decision on the guest is this side's: it is started (or safely on disk)
-in a bounded shield, and then the source is told so with SHUT 0. :mod:`trimig.status` has the statuses and the order of the
-stream.
+The decision is the end of the stream, or in postcopy the package. Before the decision the source can keep its guest: an
+error here is sent to the source as SHUT 1, and raised. After the decision this side owns the guest. It is started, or
+stored on disk, in a shield with a time limit. Then SHUT 0 confirms that to the source. :mod:`trimig.status` has the
+statuses and the order of the stream.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ async def receive_stream(guest: Guest, connections: Connections, config: Config,
 
     :func:`trimig.receive` is the public form and has the contract.
 
-    **Cancellation:** up to the decision the source keeps its guest; behind it the call ends within
-    ``teardown_grace`` and the guest is this side's.
+    **Cancellation:** before the decision the source keeps its guest. After the decision this side owns the guest, and the
+    call ends within ``teardown_grace``.
     """
     guest.claim("an incoming migration")
     try:
@@ -78,10 +78,10 @@ async def _phases(into: Incoming, nursery: trio.Nursery) -> None:
         stream = await connect(into, nursery)
     with into.phase("announce"):  # active: header, configuration, list of RAM blocks
         announced = await take_announcement(into, stream, devices)
-    with into.phase("ram"):  # active: pages, until their end or a package
+    with into.phase("ram"):  # active: pages, until the end of the RAM or a package
         taken = await take_memory(into, stream, devices, announced, nursery)
     if stream.state is Stream.PACKAGE:
-        with into.phase("follow"):  # handover, postcopy-*: the guest, and then its memory
+        with into.phase("follow"):  # handover, postcopy-*: the guest is started, then its memory comes
             await follow(into, stream, devices, taken, nursery)
         return
     with into.phase("devices"):  # active: devices, until the end of the stream
@@ -97,7 +97,7 @@ async def _run(into: Incoming) -> Summary:
             scope = nursery.cancel_scope
             monitor.control(scope.cancel, None, into.channels.cut)
             if (reason := monitor.cancel_reason) is not None:
-                scope.cancel(reason)  # by a listener that was told of `setup`, before there was a nursery
+                scope.cancel(reason)  # a listener has cancelled at the event of `setup`, before this nursery existed
             await _phases(into, nursery)
             scope.cancel("the migration is over")
     monitor.control(None, None)

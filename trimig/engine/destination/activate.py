@@ -1,4 +1,4 @@
-"""The guest goes on here."""
+"""Starts the guest at the destination."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ async def activate(
     then: Status = Status.COMPLETED,
     alive: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
-    """Start the guest here. On return the owner is this side, and the status *then*.
+    """Bring the guest into its run state here. On return this side is the owner, and the status is *then*.
 
     Args:
-        run_state: that the source has sent.
-        alive: called when the guest runs, before a listener is told.
+        run_state: the run state that the source has sent.
+        alive: called when the guest runs, before the status *then* is set.
 
     Raises:
-        GuestFailed: it does not run.
+        GuestFailed: the guest could not be activated.
 
     **Cancellation:** held off, for at most ``handover_timeout``.
     """
@@ -45,11 +45,11 @@ async def activate(
         if failure is not None and not (state == "running" == guest.run_state):
             raise failure
     if failure is not None:
-        # Whatever the call said: a guest that runs must not be given back, or it would run twice.
+        # The call has failed, but the guest runs. It must not be given back, or it would run on both sides.
         monitor.warn(f"{failure}; but it runs")
     into.resume_seconds = activated.seconds
     if state == "running" and not isinstance(guest, OpaqueGuest):
-        monitor.emit("RESUME")  # an opaque guest is kept, it does not run here
+        monitor.emit("RESUME")  # not for an opaque guest: it is parked and does not run here
     if alive is not None:
         await alive()
     monitor.advance(then)

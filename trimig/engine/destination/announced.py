@@ -1,4 +1,4 @@
-"""What the source says before it sends memory: its configuration, whether postcopy may follow, and its RAM blocks."""
+"""Reads the stream in front of the memory: configuration, commands, early device sections, and the list of RAM blocks."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Announced:
-    """What stands before the memory.
+    """The contents of the stream in front of the memory.
 
     Attributes:
-        machine: its name; empty if the stream has no configuration section.
-        blocks: the RAM blocks.
+        machine: the name of the machine type; empty if the stream has no configuration section.
+        subsections: the subsections of the configuration section.
+        blocks: the list of RAM blocks.
         early: device sections of an unknown machine, in front of the list of blocks.
     """
 
@@ -42,7 +43,7 @@ async def take_announcement(into: Incoming, stream: IncomingStream, devices: Inc
     """Read up to the list of RAM blocks.
 
     Raises:
-        RemoteProtocolError: the source is another machine, or what it says is not legal here.
+        RemoteProtocolError: the source is another machine, or an element is not legal here.
 
     **Cancellation:** the stream must be given up.
     """
@@ -66,10 +67,10 @@ async def take_announcement(into: Incoming, stream: IncomingStream, devices: Inc
 
 
 def refined(into: Incoming, event: ev.Configuration) -> PeerProfile:
-    """The profile of the source, as its configuration section shows it. It may not be chosen yet.
+    """The profile of the source that sent the configuration section *event*. The lobby calls this before it chooses.
 
     Raises:
-        RemoteProtocolError: it is another machine than the guest.
+        RemoteProtocolError: the source is another machine than the guest.
     """
     guest = into.guest
     opaque = isinstance(guest, OpaqueGuest)
@@ -79,7 +80,7 @@ def refined(into: Incoming, event: ev.Configuration) -> PeerProfile:
             offset=event.at,
             section="configuration",
         )
-    if not opaque:  # an unknown machine becomes whatever comes
+    if not opaque:  # an opaque guest takes the stream of any machine
         for subsection in event.subsections:
             if subsection.name == UUID_SUBSECTION:
                 _check_uuid(into, subsection, event.at)
@@ -87,12 +88,12 @@ def refined(into: Incoming, event: ev.Configuration) -> PeerProfile:
 
 
 def _check_uuid(into: Incoming, subsection: ConfigSubsection, at: int) -> None:
-    """The source has named its machine's UUID: it must be the guest's, if the guest has one."""
+    """Compare the UUID that the source has sent with the guest's UUID. RemoteProtocolError; a warning without one."""
     theirs = str(uuid.UUID(bytes=subsection.payload))
     ours = into.guest.uuid if isinstance(into.guest, IdentifiedGuest) else None
     if ours is None:
         warning = f"the stream is of the machine with the UUID {theirs}, this one has none to compare"
-        if warning not in into.counters.warnings:  # the lobby has looked at the same section
+        if warning not in into.counters.warnings:  # the lobby has already checked the same section
             into.monitor.warn(warning)
     elif ours != theirs:
         raise RemoteProtocolError(
@@ -103,14 +104,14 @@ def _check_uuid(into: Incoming, subsection: ConfigSubsection, at: int) -> None:
 
 
 def make_blocks(into: Incoming, stream: IncomingStream, announced: Announced, early: Sequence[DeviceSection]) -> None:
-    """Make the RAM blocks: what follows the first section has told how the stream is written.
+    """Make the RAM blocks, once the elements after the list of blocks have shown the framing of the stream.
 
     Args:
         early: all device sections in front of the memory.
 
     Raises:
         RemoteProtocolError: the blocks do not fit the guest.
-        GuestFailed: it cannot make them.
+        GuestFailed: the guest cannot make the blocks.
     """
     guest, peer = into.guest, into.config.peer
     configuration, footers = stream.decoder.configuration is not False, stream.decoder.footers is not False

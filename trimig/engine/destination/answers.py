@@ -1,4 +1,4 @@
-"""What the destination says to the source in postcopy, over the connection that there is at present."""
+"""Sends the messages of the destination in postcopy, over the present connection."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class Answers:
-    """The return path of a migration whose connection may be lost and replaced.
+    """The return path of a postcopy migration, whose connection may be lost and replaced.
 
     Args:
         channel: the present connection.
-        broke: told why it is of no use any more.
+        broke: called with the reason when a message cannot be sent.
     """
 
     def __init__(self, channel: Channel, broke: Callable[[str], None]) -> None:
@@ -30,26 +30,26 @@ class Answers:
         self._sending = trio.Lock()
 
     async def use(self, channel: Channel) -> None:
-        """Speak over *channel* from here on.
+        """Send over *channel* from now on.
 
-        **Cancellation:** the old one is still used.
+        **Cancellation:** the old channel is still used.
         """
         async with self._sending:
             self._channel, self._connected = channel, channel.sends
 
     def drop(self) -> None:
-        """The connection is lost: what is said before :meth:`use` is not sent. What is asked for is asked again then."""
+        """Send nothing until :meth:`use`, because the connection is lost. Page requests are repeated after the recovery."""
         self._connected = False
 
     async def say(self, message: Message) -> None:
         """Send *message*, if there is a connection.
 
-        **Cancellation:** a part of it may have been sent.
+        **Cancellation:** a part of the message may have been sent.
         """
         await self.say_bytes(encode(message))
 
     async def say_bytes(self, data: bytes) -> None:
-        """The same for messages that are encoded.
+        """Send encoded messages, if there is a connection.
 
         **Cancellation:** as for :meth:`say`.
         """
@@ -60,7 +60,8 @@ class Answers:
         try:
             if not self._connected:
                 return
-            # The kernel mostly takes a short message at once, and the guest waits for the page that it asks for.
+            # Without a checkpoint, because the guest waits for the page of this request. The kernel mostly takes a short
+            # message at once.
             if rest := data[self._channel.send_now(data) :]:
                 await self._channel.send(rest)
         except TrimigError as error:
@@ -72,7 +73,7 @@ class Answers:
     async def say_last(self, message: Message, grace: float) -> None:
         """Send *message* as the last one on this connection, within *grace* seconds.
 
-        **Cancellation:** before it begins; then held off.
+        **Cancellation:** possible until the message is begun; then held off.
         """
         async with self._sending:
             self._connected = False

@@ -1,4 +1,4 @@
-"""A guest that writes itself out while it arrives, and one that is only kept."""
+"""Parked guests at the destination: one that is written to its file while it arrives, and the memory of one in postcopy."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from ..ram.marked import MarkedPages
     from .incoming import Incoming
 
-#: Marked pages above which the stream is not read on: so a disk that is slower than the network slows the source down while
-#: its guest still runs, instead of having a backlog when it stands still.
+#: The number of received pages that may wait for the disk; above it the stream is not read. So a slow disk slows the
+#: source down while its guest still runs. Without the limit the queue for the disk would lengthen the downtime.
 MOST_MARKED: Final = 16384
 
 
 class Storing:
-    """A guest writes itself out while it arrives.
+    """The task in which a guest writes its received pages to its file.
 
     Args:
-        guest: its RAM blocks are there.
-        pages: what has come.
+        guest: the guest, with its RAM blocks made.
+        pages: the received pages that are not written yet.
     """
 
     def __init__(self, guest: StoringGuest, pages: MarkedPages, monitor: MonitorCore) -> None:
         self._guest = guest
-        #: What has come.
+        #: The received pages that are not written yet.
         self.pages = pages
         self._monitor = monitor
         self._scope = trio.CancelScope()
@@ -40,11 +40,11 @@ class Storing:
         self._writes = True
 
     async def run(self) -> None:
-        """The task. It ends with :meth:`end`, or when the guest has nothing to write.
+        """Run the task. It ends with :meth:`end`, or when the guest's method returns.
 
         Raises:
-            GuestFailed: it cannot write, and the source can still keep its guest. Behind the switch to postcopy it can not:
-                then all pages are taken into memory first, and :meth:`trimig.guest.OpaqueGuest.ram_received` fails.
+            GuestFailed: the guest cannot write, and the source still has its guest. After the switch to postcopy this is
+                only a warning: all pages are received, and then :meth:`trimig.guest.OpaqueGuest.ram_received` fails.
 
         **Cancellation:** a piece that is being written is finished.
         """
@@ -69,10 +69,10 @@ class Storing:
             await self.pages.wait_taken()
 
     async def reserve(self, missing: int) -> None:
-        """Let the guest set aside the room for *missing* pages that will come, and for those that it has not written.
+        """Let the guest reserve space for *missing* pages that will come, and for the pages that it has not written.
 
         Raises:
-            GuestFailed: there is none.
+            GuestFailed: there is not enough space.
 
         **Cancellation:** as for the guest's method.
         """
@@ -80,16 +80,16 @@ class Storing:
             await self._guest.reserve(missing + self.pages.count)
 
     async def end(self) -> None:
-        """End the task; what it has not written is left to the guest.
+        """End the task. The guest writes the remaining pages in a later call.
 
-        **Cancellation:** it may go on, and ends with the nursery it is in.
+        **Cancellation:** the task may go on; it ends with its nursery.
         """
         self._scope.cancel("all pages have come")
         await self._ended.wait()
 
 
 async def keep_ram(into: Incoming, storing: Storing | None) -> None:
-    """Tell a guest that is only kept that all of its RAM is there: one on disk can be written out. GuestFailed.
+    """Tell a parked guest that all of its RAM has come, so that it can complete its file. GuestFailed.
 
     **Cancellation:** as for the guest's method.
     """
@@ -101,10 +101,10 @@ async def keep_ram(into: Incoming, storing: Storing | None) -> None:
 
 
 class KeptMemory:
-    """:class:`trimig.guest.MissingMemory` of a guest that is only kept: nothing waits for a page.
+    """The :class:`trimig.guest.MissingMemory` of a parked guest. It does not run, so no thread waits for a page.
 
     Args:
-        storing: writes what comes, if the guest does that.
+        storing: the task that writes received pages to the guest's file, if there is one.
     """
 
     def __init__(self, blocks: Sequence[RamBlock], storing: Storing | None) -> None:
@@ -112,20 +112,20 @@ class KeptMemory:
         self._marks = None if storing is None else storing.pages
 
     def fileno(self) -> int:
-        """There is nothing to wait for."""
+        """Raise OSError: there is no descriptor."""
         raise OSError("the memory of a guest that does not run is touched by nothing")
 
     def waits(self) -> Sequence[Wait]:
-        """None."""
+        """Return no wait, because the guest does not run."""
         return ()
 
     def place(self, block: int, first: int, pages: Pages) -> int:
-        """Copy them."""
+        """Copy *pages* into the block from page *first* on."""
         self._blocks[block].pages[first : first + len(pages)] = pages
         return self._came(block, first, len(pages))
 
     def place_zeros(self, block: int, first: int, count: int) -> int:
-        """The memory was discarded, so they are there."""
+        """Count the pages as received. Their memory was discarded before, so it is zero already."""
         return self._came(block, first, count)
 
     def _came(self, block: int, first: int, count: int) -> int:
@@ -134,4 +134,4 @@ class KeptMemory:
         return count
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""

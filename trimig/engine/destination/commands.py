@@ -1,4 +1,4 @@
-"""Commands of the main stream before the guest is here: the return path, PING, marks, and the announcement of postcopy."""
+"""Handles the commands of the main stream before the guest arrives: the return path, PING, marks, and ADVISE."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 async def take_command(
     into: Incoming, stream: IncomingStream, devices: IncomingDevices, event: ev.CommandElement
 ) -> None:
-    """Act on a command that is legal where it stands.
+    """Carry out a command. :class:`.stream.IncomingStream` has checked that it is legal at its place.
 
     Raises:
-        RemoteProtocolError: its payload is not legal, or what it asks for cannot be done.
+        RemoteProtocolError: its payload is not legal, or this destination cannot carry it out.
         GuestFailed: as :meth:`.devices.IncomingDevices.load`.
-        PeerFailed: the source has ended the migration, and said why.
+        PeerFailed: the source has ended the migration and sent the reason.
 
     **Cancellation:** the stream must be given up.
     """
@@ -53,7 +53,7 @@ async def take_command(
             lengths = {block.name: block.length for block in into.guest.ram}
             into.ram.forget(wire_postcopy.decode_discard(event.payload, lengths, offset=event.at))
         case Command.SWITCHOVER_START | Command.PACKAGED:
-            pass  # the last pages are next, which changes nothing; the package itself is the next element
+            pass  # both only announce: SWITCHOVER_START the last pages, PACKAGED the package, which is the next element
 
 
 async def _take_mark(into: Incoming, stream: IncomingStream, mark: Mark, payload: bytes) -> None:
@@ -75,8 +75,8 @@ async def _open_return_path(into: Incoming, stream: IncomingStream) -> None:
     if not channel.sends:
         into.monitor.warn("the source asks for answers, but this transport has no way back: it gets none")
     elif into.config.capabilities.switchover_ack:
-        # No device here asks for more time, so all that the source's machine type waits for is said at once. A source
-        # that has the capability off refuses it, and nothing in the stream shows that.
+        # No device here needs time before the switchover. So all acknowledgements that the source's machine type waits for
+        # are sent at once. A source with the capability off fails on them; the stream does not show its capabilities.
         await channel.send(encode(SwitchoverAck()) * into.config.peer.switchover_acks)
 
 
@@ -87,8 +87,8 @@ async def _answer_ping(
         raise RemoteProtocolError("PING without a return path to answer on", offset=event.at)
     value = int.from_bytes(event.payload)
     into.of_trimig = into.of_trimig or value >> 16 == TRIMIG_PINGS
-    # A PING behind the devices asks whether all of it is loaded, so that is what must be done first.
-    # Before the first device it asks about the memory only.
+    # A PING after the devices asks whether everything is loaded, so the devices are loaded before the answer. A PING in
+    # front of the first device asks about the memory only.
     proof = stream.state is Stream.DEVICES and devices.begun
     if proof:
         await devices.load_all(stream)
@@ -97,13 +97,13 @@ async def _answer_ping(
     await stream.channel.send(encode(Pong(value=value)))
     into.prepared = proof
     if value == PING_MARK and not into.marked:
-        # The source is a trimig: so is this side. Without a way back it is not told, and says nothing of it either.
+        # The source is a trimig, and learns here that this side is one too. Without a return path neither side uses marks.
         await stream.channel.send(encode(Pong(value=PONG_MARK)))
         into.marked = stream.decoder.marks = True
 
 
 async def _take_advice(into: Incoming, event: ev.CommandElement) -> None:
-    """The source may switch to postcopy: better to find out now whether that is possible here."""
+    """The source announces a possible switch to postcopy: check now whether postcopy is possible here."""
     advice = wire_postcopy.decode_advise(event.payload, offset=event.at)
     if advice is None:
         raise bitmaps_only(event.at)
@@ -114,7 +114,7 @@ async def _take_advice(into: Incoming, event: ev.CommandElement) -> None:
         )
     if advice.target_page != PAGE_SIZE:
         raise wrong_page_size(advice.target_page, offset=event.at)
-    # A guest that is only kept takes the pages as they come: no host page is looked at before it is whole.
+    # A parked guest accepts other host pages, because its memory is not used before all of it has come.
     if advice.page_sizes != PAGE_SIZE and not isinstance(into.guest, OpaqueGuest):
         raise RemoteProtocolError(
             f"the source has host pages of {advice.page_sizes:#x} bytes, here they have {PAGE_SIZE:#x}",

@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 
 async def connect(into: Incoming, nursery: trio.Nursery) -> IncomingStream:
-    """Wait for the source, and begin to read what it sends.
+    """Wait for the connection of the source, and return its stream.
 
     Args:
-        nursery: of the attempt; other connections are judged in it.
+        nursery: of the attempt; the tasks that read other connections run in it.
 
     Raises:
-        TransportFailed: there is no connection.
+        TransportFailed: no connection came, and none can come any more.
 
-    **Cancellation:** what was opened is closed at the end of the attempt.
+    **Cancellation:** the end of the attempt closes the connections that were opened.
     """
     config, reception = into.config, into.reception
 
@@ -45,7 +45,7 @@ async def connect(into: Incoming, nursery: trio.Nursery) -> IncomingStream:
     into.preempt.expect(nursery)
     stream = IncomingStream(into, channel, _decoder(into))
     into.counters.setup_done = trio.current_time()
-    await trio.lowlevel.checkpoint_if_cancelled()  # of a cancel since the last checkpoint
+    await trio.lowlevel.checkpoint_if_cancelled()  # a cancel may have come since the last checkpoint
     into.monitor.advance(Status.ACTIVE)
     return stream
 
@@ -54,7 +54,7 @@ def _decoder(into: Incoming) -> Decoder:
     config, opaque = into.config, isinstance(into.guest, OpaqueGuest)
     return Decoder(
         measure=None if opaque else functools.partial(measure_device, into.guest),
-        # What an unknown machine sends is seen from the stream; one that is known is asked for all that it must have.
+        # For an unknown machine the decoder finds the framing in the stream (None). For a known one it demands the framing.
         configuration=None if opaque or not config.peer.send_configuration else True,
         footers=None if opaque or not config.peer.send_section_footer else True,
         description=not config.peer.suppress_vmdesc,

@@ -1,4 +1,4 @@
-"""The devices of an incoming guest: taken one by one, looked at as a whole, and loaded or kept."""
+"""The devices of an incoming guest: their sections are collected, checked together, and loaded into the guest."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 
 class IncomingDevices:
-    """The device sections that have come, and the run state, which is one of them.
+    """The received device sections. The run state is one of them.
 
     Attributes:
-        run_state: that the guest is to have here.
+        run_state: the run state that the guest gets here.
     """
 
     def __init__(self, into: Incoming) -> None:
@@ -43,27 +43,27 @@ class IncomingDevices:
 
     @property
     def begun(self) -> bool:
-        """The first section has come, or there is none to come."""
+        """True if the first section has come, or if the guest has no devices."""
         return self._seen or not self._into.guest.devices
 
     async def take_section(
         self, stream: IncomingStream, header: ev.SectionHeader, *, before: Literal["list", "pages"] | None = None
     ) -> Sequence[DeviceSection]:
-        """Take the section behind *header*.
+        """Read the section that *header* begins.
 
         Args:
             before: as in :attr:`trimig.guest.DeviceSection.before`.
 
         Returns:
-            The section, if the guest is one that is only kept.
+            The section, if the guest is parked. Otherwise the section is kept for :meth:`load_all`.
 
         Raises:
-            RemoteProtocolError: it is not a section of this guest.
+            RemoteProtocolError: the guest has no such device.
 
         **Cancellation:** the stream must be given up.
         """
         event = await stream.next()
-        assert isinstance(event, ev.DevicePayload)  # nothing else can be behind the header
+        assert isinstance(event, ev.DevicePayload)  # the decoder returns no other element after a header
         section = section_of(header, event)
         self._seen = True
         if isinstance(self._into.guest, OpaqueGuest):
@@ -87,13 +87,13 @@ class IncomingDevices:
             raise RemoteProtocolError(error.reason, offset=at, section=section.idstr) from None
 
     async def load_all(self, stream: IncomingStream | None) -> None:
-        """Give the guest its devices, unless it has them. Its memory and its devices must be complete.
+        """Check that memory and devices are complete, and load the devices into the guest, unless they are loaded.
 
         Args:
-            stream: that has brought its memory; None where memory follows.
+            stream: the stream that has brought all memory; None in postcopy, where memory follows.
 
         Raises:
-            RemoteProtocolError: something is missing (``completeness`` says whether it may be).
+            RemoteProtocolError: a page or a device is missing, and ``completeness`` demands all.
             GuestFailed: a device cannot be loaded.
 
         **Cancellation:** the devices are undefined.
@@ -106,7 +106,7 @@ class IncomingDevices:
         self._loaded = True
 
     def _check_complete(self, stream: IncomingStream | None) -> None:
-        """Look at what QEMU does not: that every page and every device has come (states.md part 14, G18)."""
+        """Check that every page and every device has come. QEMU does not check that (states.md part 14, G18)."""
         problems: list[str] = []
         if stream is not None:
             stream.check_page_size()
@@ -121,13 +121,13 @@ class IncomingDevices:
         self._into.tell(problems)
 
     def check_kept(self, sections: Sequence[DeviceSection]) -> None:
-        """What can be wrong with the devices of a guest that is only kept. RemoteProtocolError."""
+        """Check the run state among the devices of a parked guest, the only section that is decoded. RemoteProtocolError."""
         for section in sections:
             if section.idstr == globalstate.IDSTR:
                 self._take_run_state(section, None)
 
     async def keep(self, sections: Sequence[DeviceSection], description: bytes | None = None) -> None:
-        """Let a guest that is only kept keep its devices. GuestFailed, RemoteProtocolError.
+        """Give a parked guest its device sections. GuestFailed, RemoteProtocolError.
 
         **Cancellation:** the devices are undefined.
         """
@@ -138,10 +138,10 @@ class IncomingDevices:
 
 
 async def take_devices(into: Incoming, stream: IncomingStream, devices: IncomingDevices, taken: Taken) -> None:
-    """Read up to the end of the stream, and load the devices, or keep them. Behind this the guest is this side's.
+    """Read up to the end of the stream, and load the devices. After this function this side owns the guest.
 
     Raises:
-        RemoteProtocolError: something is missing, or not legal.
+        RemoteProtocolError: a page or a device is missing, or an element is not legal.
         TransportFailed: the connection is lost.
         GuestFailed: the devices cannot be loaded.
 
@@ -164,11 +164,11 @@ async def take_devices(into: Incoming, stream: IncomingStream, devices: Incoming
 
 
 def check_ended(into: Incoming, taken: Taken, at: int) -> None:
-    """Whether the RAM has come to its end, at the element with the offset *at* that goes on without it.
+    """Check at the end of the stream, offset *at*, that the RAM has come to its end.
 
     Raises:
-        RemoteProtocolError: it has not. No option accepts that: such a guest is made of nothing. (A background snapshot has
-            no end of the RAM, and can only be kept.)
+        RemoteProtocolError: the section END of the RAM is missing. No option accepts that, because the stream may have no
+            memory at all. A parked guest is not checked: a background snapshot has no section END.
     """
     if not taken.ended and not isinstance(into.guest, OpaqueGuest):
         raise RemoteProtocolError("the guest has no end of its RAM: the section END did not come", offset=at)
@@ -177,7 +177,7 @@ def check_ended(into: Incoming, taken: Taken, at: int) -> None:
 async def _keep_tail(
     into: Incoming, stream: IncomingStream, devices: IncomingDevices, taken: Taken, event: ev.TailBytes
 ) -> None:
-    """The devices of an unknown machine."""
+    """Read the devices of an unknown machine, and give them to the parked guest."""
     stream.check_page_size()
     await keep_ram(into, taken.storing)
     tail = IncomingTail(into, stream.channel, devices, event.at, taken.early)
@@ -196,7 +196,10 @@ async def _keep_tail(
 
 
 async def _read_description(into: Incoming, stream: IncomingStream) -> None:
-    """Read the text behind the end of file. A bad one is an error; one that stops coming is not: the decision came."""
+    """Read the description after the end of file. A wrong text is an error.
+
+    A missing or incomplete text is only a warning, because the decision has come before it.
+    """
     if into.config.peer.suppress_vmdesc:
         return
     event: ev.Element | None = None

@@ -1,4 +1,4 @@
-"""What the phases of an incoming migration share."""
+"""The data that the phases of an incoming migration share."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 
 
 class Following(Protocol):
-    """The memory that follows a guest."""
+    """The memory that follows the guest in postcopy."""
 
     @property
     def whole(self) -> bool:
-        """Every page has come, although the migration has not come to its end."""
+        """True if every page has come, even if the migration has not ended."""
 
     async def end(self) -> Mapping[str, Runs]:
-        """Nothing more will follow: the guest is stopped. Returns the pages that it lacks, by block."""
+        """End the postcopy, and stop the guest if pages are missing. Returns the missing pages, by block."""
 
 
 class NothingFollows:
-    """All memory comes before the guest is started."""
+    """Precopy: all memory comes before the guest is started."""
 
     @property
     def whole(self) -> bool:
-        """False: the migration itself says whether the guest is whole."""
+        """False, because in precopy the status shows whether all memory has come."""
         return False
 
     async def end(self) -> Mapping[str, Runs]:
-        """Nothing is to be done.
+        """Do nothing, and return no missing page.
 
         **Cancellation:** no effect.
         """
@@ -51,7 +51,7 @@ class NothingFollows:
 
 
 class Incoming:
-    """One incoming migration. The attributes below the first group are facts, which phases set as they learn them."""
+    """One incoming migration. The attributes from :attr:`opened` on are facts that the phases find out and set."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Incoming:
         loaders: Mapping[str, SectionLoader],
     ) -> None:
         self.guest = guest
-        #: As the configuration section has refined it.
+        #: The configuration, with the profile that the stream has shown.
         self.config = config
         self.monitor = monitor
         self.counters = monitor.counters
@@ -73,40 +73,40 @@ class Incoming:
         self.reception = reception
         self.preempt = preempt
         self.ram = ram
-        #: The iterative sections that are taken, by their names.
+        #: The loaders of the iterative sections, by idstr.
         self.loaders = loaders
         self.following: Following = NothingFollows()
-        #: The source has asked for answers.
+        #: True once the source has sent OPEN_RETURN_PATH.
         self.opened = False
-        #: The source has asked for answers, and there is a way back.
+        #: True if the source has sent OPEN_RETURN_PATH, and the connection can send.
         self.return_path = False
-        #: The source is a trimig, and knows that this side is one.
+        #: True if the source is a trimig, and knows that this side is one.
         self.marked = False
-        #: The source has sent a PING that only a trimig sends.
+        #: True once the source has sent a PING that only a trimig sends.
         self.of_trimig = False
-        #: The id that the source has given this attempt.
+        #: The id of this attempt that the source has sent; None before.
         self.attempt: bytes | None = None
-        #: The source has asked for the proof that everything is loaded, and got it.
+        #: True once the source was answered the PING of `prepare`: everything is loaded.
         self.prepared = False
-        #: The source was told that the guest has arrived.
+        #: True once SHUT 0, which confirms the arrival of the guest, was sent.
         self.confirmed = False
-        #: The guest ran here, and was stopped because perhaps its source runs it.
+        #: True if the guest ran here and was stopped, because its source may run it too.
         self.stopped = False
-        #: Seconds that the guest needed to go on.
+        #: Seconds that the activation of the guest took.
         self.resume_seconds = 0.0
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A phase of the migration, see :func:`trimig.engine.phase.phase`."""
+        """Run the block as a phase, see :func:`trimig.engine.phase.phase`."""
         with phase(self.monitor, name):
             yield
 
     def refine(self, peer: PeerProfile) -> None:
-        """The stream has shown what its source is like."""
+        """Set the profile of the source, after the stream has shown more of it."""
         self.config = dataclasses.replace(self.config, peer=peer)
 
     def tell(self, problems: list[str]) -> None:
-        """Something is missing. RemoteProtocolError, unless ``completeness`` says that it may."""
+        """Report missing pages or devices: RemoteProtocolError, or warnings with ``completeness = "warn"``."""
         for problem in problems:
             if self.config.completeness == "fail":
                 raise RemoteProtocolError(f'{problem} (the option completeness = "warn" accepts that)')

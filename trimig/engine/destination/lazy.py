@@ -1,4 +1,4 @@
-"""Which guests can run before their memory has come."""
+"""Checks whether a guest can be the destination of postcopy, and opens its missing memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def check_guest(guest: Guest) -> None:
-    """Whether *guest* can run on memory that follows, or be kept until it is whole.
+    """Check that *guest* can run before all of its memory has come, or is parked until then.
 
     Raises:
-        GuestFailed: with the reason.
+        GuestFailed: it can not; with the reason.
     """
     if not isinstance(guest, LazyGuest | OpaqueGuest):
         raise GuestFailed(
@@ -29,7 +29,7 @@ def check_guest(guest: Guest) -> None:
 
 
 def obstacle(guest: Guest) -> str | None:
-    """Why *guest* could not be the destination of postcopy on this host; None if it could, as far as can be told before."""
+    """Why *guest* cannot be the destination of postcopy on this host; None if no reason is visible in advance."""
     try:
         check_guest(guest)
         if isinstance(guest, LazyGuest):
@@ -42,7 +42,7 @@ def obstacle(guest: Guest) -> str | None:
 
 
 async def open_memory(guest: LazyGuest, seconds: float) -> MissingMemory:
-    """From here on an access to an absent page of *guest* waits. GuestFailed, also when it takes longer than *seconds*.
+    """Make each access to an absent page of *guest* wait from now on. GuestFailed, also after *seconds*.
 
     **Cancellation:** as the guest's method says.
     """

@@ -1,4 +1,4 @@
-"""The memory of an incoming guest, up to the end of the RAM or to the package with which the guest goes before it."""
+"""Reads the memory of an incoming guest, up to the end of the RAM or to the package of a switch to postcopy."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
-    """What the RAM has left behind.
+    """The result of reading the memory, for the next phase.
 
     Attributes:
-        storing: writes the guest out while it arrives, if it is one that wants that.
+        storing: the task that writes received pages to the guest's file; None for other guests.
         early: device sections of an unknown machine in front of the memory.
-        last: the element with which the RAM has ended.
-        ended: that was the end of a section END.
+        last: the first element after the RAM, which is not handled yet.
+        ended: True if the RAM has ended with its section END.
     """
 
     storing: Storing | None
@@ -46,11 +46,11 @@ async def take_memory(
     """Read pages until the RAM ends, or the package of postcopy has come.
 
     Args:
-        nursery: of the attempt; a guest that writes itself out does so in it.
+        nursery: of the attempt; the task of a guest that writes its pages to a file runs in it.
 
     Raises:
-        RemoteProtocolError: the blocks do not fit the guest, or what comes is not legal here.
-        GuestFailed: it cannot make its blocks, or cannot write them.
+        RemoteProtocolError: the blocks do not fit the guest, or an element is not legal here.
+        GuestFailed: the guest cannot make its blocks, or cannot write them.
 
     **Cancellation:** the memory is undefined.
     """
@@ -78,7 +78,10 @@ async def take_memory(
 
 
 async def _to_pages(stream: IncomingStream, devices: IncomingDevices, early: list[DeviceSection]) -> ev.Element | None:
-    """The first element that shows how the stream is written; device sections in front of it go to *early*."""
+    """The first element after the list of blocks that is no device section; those sections are appended to *early*.
+
+    When it has come, the decoder knows the framing of the stream.
+    """
     while True:
         match event := await stream.next():
             case ev.SectionHeader(kind=Section.FULL):

@@ -1,4 +1,4 @@
-"""The end of an incoming migration: the last word to the source, and what the caller gets."""
+"""The end of an incoming migration: the last message to the source, and the error or the summary for the caller."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ log = logging.getLogger("trimig.destination")
 
 
 async def unwind(into: Incoming, failure: BaseException | None) -> None:
-    """Bring the status to its end, tell it to the source, and close the connections.
+    """Set the status of the end, send SHUT to the source, and close the connections.
 
     Args:
-        failure: why the attempt has ended, if it has not come to its end.
+        failure: the exception that ended the attempt; None without one.
 
     **Cancellation:** held off, for at most ``teardown_grace``.
     """
@@ -49,7 +49,7 @@ async def unwind(into: Incoming, failure: BaseException | None) -> None:
     monitor.listening()
     await into.preempt.close()
     try:
-        # In those statuses the source is told no end: it may still have to answer a question.
+        # No SHUT in ARRIVED_PAUSED: the source must not end its attempt, as it may still show which side owns the guest.
         if into.return_path and monitor.status not in ARRIVED_PAUSED:
             reason = _reason(into, failure) if ended and into.marked else b""
             await _say(into, reason + encode(Shut(status=1 if ended else 0)), arrived=not ended)
@@ -58,9 +58,9 @@ async def unwind(into: Incoming, failure: BaseException | None) -> None:
 
 
 async def _say(into: Incoming, message: bytes, *, arrived: bool) -> None:
-    """Send the last message; *arrived* says that the guest is here."""
+    """Send the last message. *arrived*: the message confirms that the guest has arrived."""
     said = False
-    for channel in into.channels.of(ChannelKind.MAIN):  # none if it was lost
+    for channel in into.channels.of(ChannelKind.MAIN):  # there is no channel if the connection was lost
         said = await closing.farewell(channel, message, into.config.teardown_grace)
     if arrived:
         into.confirmed = said
@@ -69,7 +69,7 @@ async def _say(into: Incoming, message: bytes, *, arrived: bool) -> None:
 
 
 def _reason(into: Incoming, failure: BaseException | None) -> bytes:
-    """The message that tells a trimig why it is refused."""
+    """The message with the reason of the refusal, for a source that is a trimig."""
     error = domain_error(failure, into.monitor.owner) if failure is not None else None
     cancelled = f"it was cancelled: {into.monitor.cancel_reason or 'no reason was given'}"
     return encode(Reason(payload=reason_bytes(str(error) if error is not None else cancelled)))
@@ -79,11 +79,11 @@ def conclude(into: Incoming, failure: BaseException | None, missing: Mapping[str
     """Raise the one error for an attempt that has not succeeded.
 
     Args:
-        missing: pages that the guest lacks, by block.
+        missing: the missing pages of the guest, by block.
     """
     monitor = into.monitor
     if monitor.status is Status.COMPLETED:
-        return  # a cancellation that came after the guest had arrived is too late
+        return  # the guest has arrived: a later cancellation or error has no effect
     error = domain_error(failure, monitor.owner) if failure is not None else None
     if monitor.status is Status.CANCELLING:
         monitor.advance(Status.CANCELLED)
@@ -118,7 +118,7 @@ def _judged(into: Incoming, error: TrimigError | None, missing: Mapping[str, Run
 
 
 def _lost(error: TrimigError, missing: Mapping[str, Sequence[tuple[int, int]]]) -> PostcopyLost:
-    """The guest is here and will never be whole: say what it lacks."""
+    """The error for a guest that is here and will never have all of its memory, with the missing pages."""
     pages = sum(end - first for runs in missing.values() for first, end in runs)
     lost = PostcopyLost(
         f"{error}; {pages} pages of the guest's memory never came, and it stands still", missing=missing
@@ -128,7 +128,7 @@ def _lost(error: TrimigError, missing: Mapping[str, Sequence[tuple[int, int]]]) 
 
 
 def summary(into: Incoming) -> Summary:
-    """What the caller gets of an attempt that has succeeded."""
+    """The summary of an attempt that has succeeded. Logs its warnings."""
     c = into.counters
     for text in c.warnings:
         log.warning("%s", text)

@@ -1,4 +1,4 @@
-"""The package of a switch to postcopy on the destination: it is taken apart before any of it is acted on."""
+"""Parses the package of a switch to postcopy at the destination. All of it is parsed before a part is carried out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LISTEN: Final = bytes((Section.COMMAND, 0, Command.POSTCOPY_LISTEN, 0, 0))
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
-    """What was in the package: the devices in their order, and the values of the PINGs."""
+    """The contents of the package: the device sections in their order, and the values of the PINGs."""
 
     sections: Sequence[DeviceSection]
     pings: Sequence[int]
@@ -34,14 +34,14 @@ class Package:
 async def parse_package(
     package: ev.PackageElement, decoder: Decoder, measure: Measure | None, *, footers: bool
 ) -> Package:
-    """Read a package: LISTEN, device sections and PINGs, RUN.
+    """Parse a package: LISTEN, device sections and PINGs, RUN.
 
     Args:
-        decoder: of the stream that the package came in.
-        measure: delimits device payloads; None for a guest whose devices are unknown.
+        decoder: the decoder of the stream that has brought the package.
+        measure: finds the ends of device payloads; None for a guest whose devices are unknown.
 
     Raises:
-        RemoteProtocolError: it is anything else.
+        RemoteProtocolError: the package has another content or order.
 
     **Cancellation:** no effect.
     """
@@ -61,7 +61,7 @@ async def parse_package(
 
 
 def _check_order(commands: Sequence[tuple[int, bytes, int]], package: ev.PackageElement) -> None:
-    """The commands of a package are legal in their order, and RUN is its last element. RemoteProtocolError."""
+    """Check that the commands of a package are legal in their order, with RUN at the end. RemoteProtocolError."""
     state = after(Stream.PACKAGE, Item.POSTCOPY_LISTEN)
     end = package.at + len(package.data)
     for number, payload, where in commands:
@@ -87,7 +87,7 @@ def _decode(
             case ev.SectionHeader():
                 payload = inner.next_event()
                 if not isinstance(payload, ev.DevicePayload):
-                    break  # it is cut
+                    break  # the section is incomplete
                 sections.append(section_of(event, payload))
             case ev.CommandElement():
                 commands.append((event.number, event.payload, at + event.at))

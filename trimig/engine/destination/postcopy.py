@@ -1,8 +1,8 @@
-"""The destination behind the switch to postcopy: the guest runs here, and its memory follows.
+"""The destination after the switch to postcopy: the guest runs here, and its memory follows.
 
-Three tasks: one reads the stream and places pages, one serves the guest's page faults, and for a moment one brings the
-guest to life. A lost connection is none of their failures: the guest goes on as far as its memory reaches, and a later
-connection brings the rest.
+There are three tasks. One reads the stream and places pages. One serves the guest's page faults. One starts the guest and
+ends. A lost connection ends none of them. The guest runs on until it needs a missing page, and a later connection brings
+the rest.
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ if TYPE_CHECKING:
 async def follow(
     into: Incoming, stream: IncomingStream, devices: IncomingDevices, taken: Taken, nursery: trio.Nursery
 ) -> None:
-    """Take the package that *taken* ends with, start the guest, and let its memory follow.
+    """Parse the package at the end of *taken*, start the guest, and receive the rest of its memory.
 
     Raises:
         TrimigError: the guest could not be started, or the rest of its memory was given up.
 
-    **Cancellation:** until the guest runs, the source keeps it; then it is held off while there is a connection.
+    **Cancellation:** until the guest runs, the source keeps it. Then the cancellation is held off while there is a
+    connection.
     """
     assert isinstance(taken.last, ev.PackageElement)
     footers = into.config.peer.send_section_footer
@@ -72,7 +73,7 @@ async def follow(
 
 
 async def _listen(into: Incoming, storing: Storing | None) -> MissingMemory:
-    """The memory of the guest, from here on: pages that have not come are missing, and an access to one waits."""
+    """Discard the pages that have not come, and make each access to one of them wait. Returns that memory."""
     guest, received = into.guest, into.ram.received()
     for block in guest.ram:
         runs = runs_of(~received[block.name])
@@ -90,11 +91,11 @@ async def _listen(into: Incoming, storing: Storing | None) -> MissingMemory:
 
 
 class PostcopyDestination:
-    """A guest that has come before its memory. Implements :class:`.incoming.Following`.
+    """Runs the destination of postcopy, after the package. Implements :class:`.incoming.Following`.
 
     Args:
         nursery: of the attempt.
-        stream: has brought *package*.
+        stream: the stream that has brought *package*.
     """
 
     def __init__(
@@ -122,34 +123,36 @@ class PostcopyDestination:
             self._answers.drop()
         names = [block.name for block in into.guest.ram]
         self._receiver = PostcopyReceiver(memory, names, into.ram.received(), self._answers.say_bytes, self._counters)
-        self._scope = trio.CancelScope()  # of the reading on the present connection
-        self._why = ""  # the reason why it was ended, if it was
+        self._scope = trio.CancelScope()  # around the reading from the present connection
+        self._why = ""  # the reason for which that scope was cancelled, if it was
         #: The id of the attempt that the present connection has named, in a recovery.
         self._named: bytes | None = None
         self._told_unnamed = False
         self._lives = trio.Event()
-        #: Pages may come on this connection: it is the first, or RESUME has been read.
+        #: Set when pages may come on this connection: on the first one at once, on a recovery connection after RESUME.
         self._resumed = trio.Event()
         self._resumed.set()
         self._search = Search(self._monitor, self._config, self._reopen(), listens=True)
         self._least = math.inf  # pages that were missing at the last RESUME
-        self._finished = False  # the guest knows that it is whole
-        #: The source takes its guest back if it has not read the answer to PING_RUNS, and nothing shows yet that it has.
+        self._finished = False  # the guest was told that all of its memory has come
+        #: True until the source shows that it has read the answer to PING_RUNS. Without that answer it resumes its guest.
         self._doubt = PING_RUNS in package.pings and not into.of_trimig
 
     async def run(self) -> None:
-        """Until the guest is whole and runs. Losing the connection does not undo what is in the package.
+        """Run until the guest runs and has all of its memory. A lost connection does not stop the start of the guest.
 
         Raises:
-            TrimigError: it could not be started, or the rest of its memory was given up.
+            TrimigError: the guest could not be started, or the rest of its memory was given up.
 
-        **Cancellation:** until the guest runs, the source keeps it; then it is held off while there is a connection.
+        **Cancellation:** until the guest runs, the source keeps it. Then the cancellation is held off while there is a
+        connection.
         """
         if isinstance(self._guest, LazyGuest):
             self._nursery.start_soon(self._receiver.serve, name="trimig.faults")
         self._nursery.start_soon(self._take_over, name="trimig.activation")
         while (why := await self._read()) is not None:
-            # With the package the guest has come: the source does not take it back unless it is told to.
+            # The package has brought the guest, so its start is completed even without a connection: the source may count
+            # the guest as handed over.
             await self._lives.wait()
             await self._lost(why)
             if not await self._recover():
@@ -162,10 +165,10 @@ class PostcopyDestination:
     # -- the switch ------------------------------------------------------------------------------------------------
 
     async def _take_over(self) -> None:
-        """Start the guest. The PING inside the package is answered when it runs: then the source does not take it back."""
+        """Start the guest, then answer the PINGs inside the package: after that the source does not resume its guest."""
         sections, devices = self._package.sections, self._devices
         if isinstance(self._guest, OpaqueGuest):
-            # It is kept: what can be wrong with it is looked at now, and then nothing of it can fail until it is whole.
+            # A parked guest is not started. Everything that can fail is checked now, before the PINGs are answered.
             devices.check_kept(sections)
             if self._storing is not None:
                 await self._storing.reserve(self._receiver.missing)
@@ -188,7 +191,7 @@ class PostcopyDestination:
             await self._answers.say(Pong(value=value))
 
     async def _finish(self) -> None:
-        """The last page has come, and the guest is told so. Idempotent."""
+        """Tell the guest that all of its memory has come. Idempotent."""
         if self._finished:
             return
         self._finished = True
@@ -201,7 +204,10 @@ class PostcopyDestination:
             await self._keep()
 
     async def _told_whole(self, guest: LazyGuest) -> Sequence[float]:
-        """Seconds that each worker has waited. The guest is whole and runs, whatever it says to that."""
+        """Tell *guest* that all of its memory has come. Returns the seconds that each worker has waited for pages.
+
+        An error of the guest is only a warning, because the guest runs and has all of its memory.
+        """
         try:
             whole = guest.memory_is_whole
             return await guest_calls.call("ending the wait for memory", whole, self._config.handover_timeout)
@@ -210,7 +216,7 @@ class PostcopyDestination:
             return ()
 
     async def _keep(self) -> None:
-        """The last page has come: a guest that is only kept is kept whole now."""
+        """Complete a parked guest: all of its memory has come, and now its devices are kept with it."""
         await keep_ram(self._into, self._storing)
         await self._devices.keep(self._package.sections)
         keeping = functools.partial(self._guest.activate, self._devices.run_state)
@@ -221,7 +227,7 @@ class PostcopyDestination:
     # -- one connection --------------------------------------------------------------------------------------------
 
     async def _read(self) -> str | None:
-        """Take pages until the end; None if everything is here, otherwise why this connection is of no use any more."""
+        """Receive pages from this connection. None if everything has come, else the reason why the connection has ended."""
         self._why = ""
         why: str | None = "the connection was lost"
         self._monitor.interrupt(self._interrupted)
@@ -235,7 +241,7 @@ class PostcopyDestination:
         return None if why is None else self._why or why
 
     async def _take_both(self) -> str | None:
-        """The pages of the main connection and of the one beside it; returns as :meth:`_read`."""
+        """Receive the pages of the main connection and of the preempt channel. Returns as :meth:`_read`."""
         why: str | None = None
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
             if self._into.preempt.wanted:
@@ -265,7 +271,7 @@ class PostcopyDestination:
                     self._into.reception.settle()
                     if self._into.preempt.wanted:
                         await receiver.pages_in_turns(event)
-                    else:  # what is asked for is behind this
+                    else:  # without a preempt channel, requested pages wait behind this run: no checkpoint in it
                         receiver.pages(event)
                 case ev.ZeroRun():
                     receiver.zeros(event)
@@ -279,7 +285,7 @@ class PostcopyDestination:
                         )
                     return
                 case ev.SectionHeader(kind=Section.END):
-                    await self._proved()  # it is sent by a source that has read the answer, and by no other
+                    await self._proved()  # a source sends this only after it has read the answer
 
     async def _command(self, event: ev.CommandElement) -> None:
         receiver = self._receiver
@@ -293,11 +299,11 @@ class PostcopyDestination:
                     await self._answers.say(Pong(value=PONG_MARK))
                     self._stream.decoder.marks = True
             case Command.SWITCHOVER_START:
-                pass  # announces the switch, which has been
+                pass  # it announces the switchover, which is over
             case Command.RECV_BITMAP:
                 await self._check_attempt(event)
                 answer = bitmap_of(event, receiver.received)
-                await self._proved()  # a source that has taken its guest back does not come again
+                await self._proved()  # a source that has resumed its guest does not connect for a recovery
                 await self._answers.say(answer)
             case Command.POSTCOPY_RESUME:
                 await self._into.preempt.wait()
@@ -322,7 +328,10 @@ class PostcopyDestination:
                 self._named = event.payload
 
     async def _check_attempt(self, event: ev.CommandElement) -> None:
-        """Memory of another guest must not come into this one: a source that is a trimig has named its attempt."""
+        """Check that the source has named the attempt of this guest, as a trimig does. RemoteProtocolError.
+
+        Without the check the memory of another guest could come into this one.
+        """
         expected = self._into.attempt
         if self._named == expected:
             if expected is None and not self._told_unnamed:
@@ -354,7 +363,7 @@ class PostcopyDestination:
             self._monitor.advance(Status.POSTCOPY_UNCERTAIN)
 
     async def _stop_guest(self, grace: float) -> None:
-        """It stands still from here on, unless it cannot be stopped: then that is a warning.
+        """Stop the guest, if it runs. A failure is only a warning.
 
         **Cancellation:** held off, for at most *grace* seconds.
         """
@@ -367,7 +376,7 @@ class PostcopyDestination:
             self._monitor.emit("STOP")
 
     async def _proved(self) -> None:
-        """The source has shown that it knows the guest to be here: the source does not run it. GuestFailed."""
+        """Note that the source knows that the guest is here and so does not run it. Resume a stopped guest. GuestFailed."""
         if not self._doubt:
             return
         self._doubt = False
@@ -381,13 +390,14 @@ class PostcopyDestination:
             self._monitor.emit("RESUME")
 
     async def _recover(self) -> bool:
-        """Wait for another connection; what it says is read by :meth:`_read`.
+        """Wait for another connection; :meth:`_read` then reads from it.
 
         Returns:
-            False if none came and none is needed: the guest has all of its memory, and only the source does not know it.
+            False if no connection came and none is needed: the guest has all of its memory, and only the source does not
+            know that.
 
         Raises:
-            PostcopyLost: none came, and pages are missing.
+            PostcopyLost: no connection came, and pages are missing.
         """
         if self._receiver.missing or self._doubt:
             lift_shield(self._nursery)
@@ -405,7 +415,7 @@ class PostcopyDestination:
         return True
 
     def _reopen(self) -> Reopen | None:
-        """What waits for another connection of this source; None where none can come."""
+        """The function that waits for another connection of this source; None if the transport can have no other."""
         judge = judge_again([block.name for block in self._guest.ram])
         return (
             functools.partial(self._into.reception.again, self._nursery, judge=judge)
@@ -434,16 +444,16 @@ class PostcopyDestination:
 
     @property
     def whole(self) -> bool:
-        """Every page has come."""
+        """True if every page has come."""
         return not self._receiver.missing
 
     async def end(self) -> Mapping[str, Runs]:
-        """The end of an attempt: one that did not succeed stops the guest before its missing pages read as zero.
+        """End the attempt. If pages are missing, the guest is stopped, because they read as zero from then on.
 
-        A guest that is only kept is given its devices: with what has come of its memory they can be saved.
+        A parked guest with missing pages gets its devices, so that it can be saved with the memory that has come.
 
         Returns:
-            The pages that have not come, by block.
+            The missing pages, by block.
 
         **Cancellation:** held off, for at most ``teardown_grace``.
         """

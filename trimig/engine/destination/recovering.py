@@ -1,4 +1,4 @@
-"""What a source asks for on a recovery connection, and what shows that it is the source of another migration."""
+"""The answer to a source on a recovery connection, and the error for the source of another migration."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def bitmap_of(event: ev.CommandElement, received: Mapping[str, PageBitmap]) -> R
     """The answer to RECV_BITMAP.
 
     Args:
-        received: the pages that are here, by the block's name.
+        received: the received pages, by the block's name.
 
     Raises:
-        RemoteProtocolError: there is no such block.
+        RemoteProtocolError: the guest has no such block.
     """
     payload = event.payload
     name = payload[1:].decode("utf-8", "surrogateescape")
@@ -31,10 +31,10 @@ def bitmap_of(event: ev.CommandElement, received: Mapping[str, PageBitmap]) -> R
 
 
 def wrong_attempt(named: bytes | None, at: int) -> RemoteProtocolError:
-    """The error for a source that names another attempt, or None.
+    """The error for a source that has named another attempt, or no attempt (*named* is None).
 
     Args:
-        at: offset of the element that needs the right attempt.
+        at: offset of the element that is legal only for the source of this attempt.
     """
     return RemoteProtocolError(
         "this connection is of the source of another migration: the id of the attempt is another one"

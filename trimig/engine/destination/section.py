@@ -1,4 +1,4 @@
-"""A section of a device: its length, as the guest's own device says, and its record."""
+"""A device section: its length, which the guest's device finds, and its record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def measure_device(guest: Guest, idstr: str, instance_id: int, version_id: int, data: memoryview) -> int | None:
-    """Where a device's section ends: see :class:`trimig.wire.measure.Measure`.
+    """The length of a device payload, see :class:`trimig.wire.measure.Measure`.
 
     Raises:
         RemoteProtocolError: *guest* has no such device, or an older version of it.
@@ -34,7 +34,7 @@ def measure_device(guest: Guest, idstr: str, instance_id: int, version_id: int, 
 
 
 def section_of(header: ev.SectionHeader, event: ev.DevicePayload) -> DeviceSection:
-    """The device section that these two elements are."""
+    """The device section that consists of these two elements."""
     return DeviceSection(
         idstr=header.idstr,
         instance_id=header.instance_id,

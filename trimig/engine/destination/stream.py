@@ -1,4 +1,4 @@
-"""The main stream of an incoming migration: its elements, in the order that the table allows."""
+"""Reads the main stream of an incoming migration, and checks the order of its elements."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 #: Elements handled before other tasks get a turn; one takes up to some tens of microseconds.
 _SLICE_EVENTS: Final = 32
-#: How long a connection in a recovery may be silent before RESUME, where the time for the recovery is short: a quarter of
-#: that, but not less than this. A silent connection may be a stranger's that has asked for the pages of a block, and must not
-#: use the time up. A source waits there for the bitmaps, which may be long, and for a turn of a busy machine.
+#: Seconds for which a recovery connection may be silent before RESUME, unless a quarter of ``recovery_timeout`` is more. The
+#: connection may come from a stranger that has sent RECV_BITMAP; it must not use up the time for the recovery. The real
+#: source waits there for the bitmaps, which may be long, and perhaps for a busy machine.
 _ASKING_SECONDS: Final = 10.0
 
-#: The kernel may place pages: the guest does not run.
+#: States in which the guest does not run here, so the kernel may place pages directly in its memory.
 _PLACED: Final = SENDING_RAM | {Stream.ENDING}
 _POSTCOPY: Final = frozenset({Stream.FOLLOWING, Stream.RECOVERING})
 
@@ -35,8 +35,8 @@ class IncomingStream:
     """Reads the stream of one connection.
 
     Attributes:
-        state: behind the last element that :meth:`next` returned.
-        ended: nothing follows on this connection.
+        state: the state after the last element that :meth:`next` returned.
+        ended: True once the connection has ended.
     """
 
     def __init__(self, into: Incoming, channel: Channel, decoder: Decoder, state: Stream = Stream.OPENING) -> None:
@@ -50,12 +50,12 @@ class IncomingStream:
         self._between = False  # the last element was the end of a section
 
     async def next(self, seconds: float = math.inf) -> ev.Element | None:
-        """The next element; None if nothing came for *seconds*, or if the connection ends where a stream may end.
+        """The next element; None after *seconds* without a byte, or if the connection ends where a stream may end.
 
-        Pages in the last element are valid until this is called.
+        The pages in an element are valid until the next call.
 
         Raises:
-            RemoteProtocolError: it is not legal here, or no element.
+            RemoteProtocolError: the next bytes are no element, or the element is not legal here.
             TransportFailed: the connection is lost.
 
         **Cancellation:** the stream must be given up.
@@ -70,24 +70,25 @@ class IncomingStream:
         self.state = after(self.state, item_of(event), offset=event.at, section=section)
         if isinstance(event, ev.SectionHeader) and event.kind is not Section.FULL:
             self._loader = self._into.loaders[event.idstr]
-        # A command changes nothing: a source that is going to switch to postcopy sends a PING before it is held.
+        # A command does not change this: before a switch to postcopy a source sends a PING, and may then be held by
+        # pause-before-switchover.
         if not isinstance(event, ev.CommandElement):
             self._between = isinstance(event, ev.SectionFooter | ev.RamEnd)
         return event
 
     def enter(self, state: Stream) -> None:
-        """Another reader has read up to *state*: that of a package."""
+        """Set the state after the package, which another reader has parsed."""
         self.state = state
 
     async def load(self, event: ev.Element) -> None:
-        """Take an element of the content of the last iterative section; see :class:`trimig.engine.sections.SectionLoader`.
+        """Give *event* to the loader of its section; see :class:`trimig.engine.sections.SectionLoader`.
 
-        **Cancellation:** as there.
+        **Cancellation:** as for the loader.
         """
         await self._loader.load(event)
 
     async def _read(self, seconds: float) -> bool:
-        """Read once; False if nothing came for *seconds*."""
+        """Read from the connection once; False if nothing came for *seconds*."""
         into, channel, decoder = self._into, self.channel, self.decoder
         bulk = False
         if self.state in _PLACED:
@@ -108,11 +109,12 @@ class IncomingStream:
         return True
 
     def _patience(self) -> float | None:
-        """How long the source may be silent now; None for the usual time.
+        """Seconds for which the source may be silent now; None for the usual ``stall_timeout``.
 
-        A source that is held before the switchover (pause-before-switchover) sends nothing for as long as its user likes,
-        and only the source needs that capability, so nothing here tells whether it is held. It is behind a section of
-        RAM, or a command behind one, and nowhere else. A host that is gone is noticed by the transport (keepalive).
+        The user of a source with pause-before-switchover may hold it before the switchover for any time. Then it sends
+        nothing. Only the source has that capability, so the destination does not know it. Such a source is held only after
+        a section of RAM, or after a command behind that section: there is no limit there. The transport (keepalive) notices
+        a host that is gone.
         """
         if self.state is Stream.RECOVERING:
             config = self._into.config  # a source that is a trimig gives the handshake up after handover_timeout
@@ -121,6 +123,6 @@ class IncomingStream:
         return math.inf if self._between and self.state in SENDING_RAM else None
 
     def check_page_size(self) -> None:
-        """Pages of another size are not taken for memory with holes. Unsupported."""
+        """Raise Unsupported if the stream has pages of another size, which must not be reported as missing pages."""
         if (size := self.decoder.page_size) is not None:
             raise wrong_page_size(size, section="ram")

@@ -1,4 +1,4 @@
-"""The devices of an unknown machine. Only the description at the very end of the stream tells them apart."""
+"""Receives the devices of an unknown machine. Only the description at the end of the stream shows where each one ends."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from .devices import IncomingDevices
     from .incoming import Incoming
 
-#: How long the description may follow the decision before it is given up: it is only text about what has come.
+#: Seconds to wait for the description after the decision. The wait is short, because the guest is complete without it.
 DESCRIPTION_SECONDS = 2.0
 
-#: The same where the profile says that none follows: the end is where nothing follows, as far as that can be seen.
+#: The same for a profile without a description. A byte that still comes in this time shows that the end was not the end.
 KNOWN_END_SECONDS = 0.05
 
 
 class IncomingTail:
-    """What follows the RAM of a guest that is only kept.
+    """The tail of the stream of a parked guest: everything that follows the RAM.
 
     Args:
-        at: offset of its first byte.
+        at: offset of the tail's first byte.
         early: device sections that stood in front of the memory.
     """
 
@@ -50,12 +50,12 @@ class IncomingTail:
 
     @property
     def complete(self) -> bool:
-        """All of it has come."""
+        """True if the whole tail has come."""
         return self._buffer.complete
 
     @property
     def last_wait(self) -> float:
-        """Seconds for which something must follow what has come; if nothing does, it was the end of the stream."""
+        """Seconds to wait for the next byte; if none comes, the stream has ended. Infinite if it cannot end here."""
         if not self._buffer.perhaps_ended:
             return math.inf
         if not self._into.config.peer.send_section_footer:
@@ -63,10 +63,10 @@ class IncomingTail:
         return KNOWN_END_SECONDS if self._into.config.peer.suppress_vmdesc else DESCRIPTION_SECONDS
 
     async def feed(self, event: ev.TailBytes) -> None:
-        """Take more of it, and answer the PING of a trimig behind it.
+        """Take more bytes of the tail, and answer the PING of `prepare` at its end, which a trimig sends.
 
         Raises:
-            RemoteProtocolError: it is too long, or pages are missing.
+            RemoteProtocolError: the tail is too long, or pages are missing.
 
         **Cancellation:** a part of *event* was taken.
         """
@@ -78,7 +78,7 @@ class IncomingTail:
             self._into.prepared = True
 
     async def take_undescribed(self) -> None:
-        """The same where the stream has ended without a description, and its source waits for an answer (suppress-vmdesc).
+        """As :meth:`take`, for a stream without a description whose source waits for the answer (suppress-vmdesc).
 
         **Cancellation:** as for :meth:`take`.
         """
@@ -94,10 +94,10 @@ class IncomingTail:
             raise
 
     async def take(self, *, ended: bool) -> None:
-        """Keep the devices: all of them have come. RemoteProtocolError, TransportFailed, GuestFailed.
+        """Split the tail into devices, and give them to the guest. RemoteProtocolError, TransportFailed, GuestFailed.
 
         Args:
-            ended: nothing follows what has come.
+            ended: True if the connection has ended.
 
         **Cancellation:** as for :meth:`.devices.IncomingDevices.keep`.
         """
@@ -126,7 +126,7 @@ class IncomingTail:
         await self._devices.keep(sections, split.description_text)
 
     def _check_missing(self, sections: Sequence[DeviceSection]) -> None:
-        """Whether all of RAM has come that is to come, by what *sections* say. RemoteProtocolError."""
+        """Check that all pages have come, except those that *sections* declare absent (virtio-mem). RemoteProtocolError."""
         if not self._into.ram.missing():
             return
         absent = absent_by_rule({block.name: block.length for block in self._into.guest.ram}, sections)

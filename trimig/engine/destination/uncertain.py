@@ -1,4 +1,4 @@
-"""A guest that is here, and that its source perhaps runs."""
+"""The error for a guest that has arrived and that its source may run as well, and the settlement of its owner."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def uncertain(into: Incoming, error: TrimigError | None) -> HandoverUncertain:
-    """The error for it. The guest stands still here, with its devices, until its owner is settled.
+    """The error for such a guest. The guest stays stopped here, with its devices, until its owner is settled.
 
     Args:
-        error: why the connection was lost.
+        error: the error that ended the connection.
     """
     question = _Question(into)
     found = HandoverUncertain(
@@ -33,14 +33,14 @@ def uncertain(into: Incoming, error: TrimigError | None) -> HandoverUncertain:
 
 
 class _Question:
-    """Which side owns the guest of one attempt."""
+    """The open question which side owns the guest of one attempt."""
 
     def __init__(self, into: Incoming) -> None:
         self._into = into
         self._settled = False
 
     async def settle_by_error(self, owner: Owner) -> None:
-        """What the error's own ``settle`` comes to: an old answer must not settle the question of a later attempt.
+        """The function behind ``settle`` of the error. It works once, so that an old error cannot settle a later attempt.
 
         **Cancellation:** as for :meth:`settle`.
         """
@@ -49,10 +49,10 @@ class _Question:
         await self._into.guest.settle(owner)
 
     async def settle(self, owner: Owner) -> None:
-        """What :meth:`trimig.guest.Guest.settle` comes to. A guest without all of its memory stands still in any case.
+        """The function behind :meth:`trimig.guest.Guest.settle`. A guest with missing pages stays stopped in any case.
 
         Raises:
-            GuestNotResumed: it is this side's, and could not be resumed.
+            GuestNotResumed: this side owns the guest, and could not resume it.
 
         **Cancellation:** held off, for at most ``teardown_grace``.
         """
