@@ -32,6 +32,7 @@ from trimig.monitor.statistics import Counters
 from trimig.status import Status
 from trimig.testing import LazyScriptedGuest, ScriptedGuest, VirtualLink
 from trimig.wire import events as ev
+from trimig.wire.pages.sink import put
 from trimig.wire.return_path import PageRequest, encode
 
 PAGES = {"a": 5, "b": 5, "c": 3}
@@ -176,7 +177,7 @@ async def test_faults_of_a_process_with_several_blocks(announced: Order) -> None
         async def send(data: bytes) -> None:
             asked.append(data)
             name = names[len(asked) - 1]
-            receiver.pages(run_of(name, 2, fills[name]))
+            await put(receiver.sink(turns=True), run_of(name, 2, fills[name]))
 
         receiver = PostcopyReceiver(memory, names, received, send, Counters())
         touch = ctypes.CDLL(None).memmove  # a function of CDLL runs without the GIL

@@ -95,7 +95,7 @@ def judge_second(main: Decoder, wants: Callable[[str, int], bool], ended: Callab
         decoder = Decoder(measure=None, continues=main, records_only=True, buffer_bytes=_BUFFER)
         decoder.feed(data)
         match event := decoder.next_event():
-            case ev.PageRun() | ev.ZeroRun():
+            case ev.PageElement():
                 return Verdict.YES if wants(event.block, int(event.offsets[0])) else Verdict.ALONE
             case ev.RamEnd():
                 ended()

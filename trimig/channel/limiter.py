@@ -74,6 +74,10 @@ class Limiter:
                 return count
             await self._opened.wait()
 
+    def give_back(self, pages: int, sent: int) -> None:
+        """*pages* PAGE records were allowed, and they took *sent* bytes: zero pages take less than others."""
+        self._budget.give_back(max(0, pages * _RECORD - sent))
+
     async def bytes(self, count: int) -> None:
         """Wait until *count* bytes (small against a window) may be sent, and spend them.
 

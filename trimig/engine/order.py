@@ -27,8 +27,6 @@ _ITEMS: Final = MappingProxyType(
         ev.FileHeader: Item.FILE_HEADER,
         ev.Configuration: Item.CONFIGURATION,
         ev.RamList: Item.RAM_LIST,
-        ev.PageRun: Item.PAGES,
-        ev.ZeroRun: Item.PAGES,
         ev.RamEnd: Item.RAM_END,
         ev.DevicePayload: Item.PAYLOAD,
         ev.SectionFooter: Item.FOOTER,
@@ -45,6 +43,8 @@ _SECTIONS: Final = MappingProxyType(
 
 def item_of(event: ev.Element) -> Item:
     """The name of *event* in the table. RemoteProtocolError: a command that is not known."""
+    if isinstance(event, ev.PageElement):
+        return Item.PAGES
     if isinstance(event, ev.CommandElement):
         return item_of_command(event.number, event.at)
     if isinstance(event, ev.SectionHeader):

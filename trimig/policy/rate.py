@@ -64,3 +64,7 @@ class Budget:
         """*count* bytes are being sent; may exceed the available bytes by less than one indivisible piece."""
         if self._rate:
             self._used += count
+
+    def give_back(self, count: int) -> None:
+        """*count* of the spent bytes were not sent. What was spent in a window that is over does not come back."""
+        self._used = max(0.0, self._used - count)

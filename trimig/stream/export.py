@@ -22,6 +22,7 @@ from ..wire import events as ev
 from ..wire.decoder import Decoder
 from ..wire.devices.virtio_mem import Unplugged, absent_by_rule, overlap
 from ..wire.elements import Elements
+from ..wire.pages.sink import put
 from ..wire.pages.size import wrong_page_size
 from .files import STDIN, reading
 from .pages import PageSet
@@ -113,7 +114,7 @@ async def _copy_block(source: str | os.PathLike[str], block: str, fd: int, parti
                         payload=event.payload,
                     )
                 )
-            copy.take(event)
+            await copy.take(event)
         # No RAM follows a device section.
         if (size := decoder.page_size) is not None:
             raise wrong_page_size(size, section="ram")
@@ -143,6 +144,8 @@ async def _read_on(
 
 
 class _BlockCopy:
+    """Writes the pages of one block to a file. A :class:`trimig.wire.pages.sink.PageSink` for that block."""
+
     def __init__(self, name: str, fd: int) -> None:
         self.name = name
         self.fd = fd
@@ -153,7 +156,7 @@ class _BlockCopy:
         self.received = PageSet(0)
         self.written = PageSet(0)
 
-    def take(self, event: ev.Element) -> None:
+    async def take(self, event: ev.Element) -> None:
         """Write the pages of the block."""
         match event:
             case ev.RamList() if self.length < 0:
@@ -167,23 +170,37 @@ class _BlockCopy:
                 os.ftruncate(self.fd, self.length)
                 self.received = PageSet(self.length // PAGE_SIZE)
                 self.written = PageSet(self.length // PAGE_SIZE)
-            case ev.PageRun(block=self.name):
-                self._write(event.offsets, event.data)
-            case ev.ZeroRun(block=self.name):
-                index = event.offsets // PAGE_SIZE
-                self.received.add(index)
-                # A page that is still a hole is zero already.
-                do = self.written.contains(index) | (event.fills != 0)
-                if do.any():
-                    self._write(event.offsets[do], np.repeat(event.fills[do, None], PAGE_SIZE, axis=1))
+            case ev.PageElement(block=self.name):
+                await put(self, event)
 
-    def _write(self, offsets: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
-        self.received.add(offsets // PAGE_SIZE)
-        self.written.add(offsets // PAGE_SIZE)
-        borders = np.flatnonzero(np.diff(offsets) != PAGE_SIZE) + 1
-        for run, pages in zip(np.split(offsets, borders), np.split(data, borders), strict=True):
+    async def pages(self, block: str, indices: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
+        """Write pages.
+
+        **Cancellation:** no effect.
+        """
+        self._write(indices, data)
+
+    async def zeros(self, block: str, indices: NDArray[np.int64], fills: NDArray[np.uint8]) -> None:
+        """Write filled pages; a page that is still a hole of the file is zero already.
+
+        **Cancellation:** no effect.
+        """
+        self.received.add(indices)
+        do = self.written.contains(indices) | (fills != 0)
+        if do.any():
+            self._write(indices[do], np.repeat(fills[do, None], PAGE_SIZE, axis=1))
+
+    def read(self, block: str, index: int) -> NDArray[np.uint8]:
+        """The page as it is in the file."""
+        return np.frombuffer(os.pread(self.fd, PAGE_SIZE, index * PAGE_SIZE), np.uint8)
+
+    def _write(self, indices: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
+        self.received.add(indices)
+        self.written.add(indices)
+        borders = np.flatnonzero(np.diff(indices) != 1) + 1
+        for run, pages in zip(np.split(indices, borders), np.split(data, borders), strict=True):
             view = np.ascontiguousarray(pages).data.cast("B")
-            at = int(run[0])
+            at = int(run[0]) * PAGE_SIZE
             while len(view):
                 done = os.pwrite(self.fd, view, at)
                 view, at = view[done:], at + done

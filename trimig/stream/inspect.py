@@ -17,9 +17,10 @@ from ..wire.decoder import Decoder
 from ..wire.devices import decoding, globalstate
 from ..wire.devices.tail import TailBuffer
 from ..wire.devices.virtio_mem import absent_by_rule, overlap
+from ..wire.elements import Elements
 from ..wire.pages.size import wrong_page_size
 from ..wire.refusals import Unsupported, command_name
-from .files import reading
+from .files import ReadInto, reading
 from .pages import PageSet
 from .report import BlockInfo, CommandInfo, DeviceInfo, SectionInfo, StreamReport
 
@@ -44,12 +45,7 @@ async def inspect_stream(source: str | os.PathLike[str], *, max_device_bytes: in
     """
     async with reading(source) as read_into:
         inspector = _Inspector(max_device_bytes)
-        while not await inspector.step():
-            count = await read_into(inspector.decoder.writable())
-            inspector.received(count)
-            if not count:
-                break
-            await trio.lowlevel.checkpoint()
+        await inspector.read(read_into)
         report = await inspector.finish()
     if source != "-":
         # If reading has ended early, the size is still that of the whole file.
@@ -74,22 +70,19 @@ class _Inspector:
         self.early_at: list[int] = []
         self.page_size: int | None = None  # the page size in the description, if it is not the usual one
 
-    def received(self, count: int) -> None:
-        self.decoder.received(count)
-        self.report.size += count
-        if not count:
-            if not self.report.size:
-                self.report.error = Unsupported("the file is empty")
-            self.decoder.receive_eof()
+    async def read(self, read_into: ReadInto) -> None:
+        """Take all elements, up to the end of the file or to damage."""
 
-    async def step(self) -> bool:
-        """Take all elements that the decoder has; True if the rest cannot be decoded."""
-        report = self.report
-        if report.error is not None:
-            return True
+        async def counted(view: memoryview) -> int:
+            count = await read_into(view)
+            report.size += count
+            await trio.lowlevel.checkpoint()
+            return count
+
+        report, elements = self.report, Elements(self.decoder, counted)
         try:
-            while (event := self.decoder.next_event()) is not None:
-                self.report.footers = self.decoder.footers is not False
+            while (event := await elements.next()) is not None:
+                report.footers = self.decoder.footers is not False
                 if isinstance(event, ev.TailBytes):
                     await self._tail_bytes(event)
                 elif isinstance(event, ev.PackageElement):
@@ -101,13 +94,9 @@ class _Inspector:
         report.configuration = self.decoder.configuration is not False
         report.footers = self.decoder.footers is not False
         report.good = self.decoder.offset
-        return report.error is not None
 
     async def finish(self) -> StreamReport:
         report = self.report
-        if report.error is None:
-            self.decoder.receive_eof()
-            await self.step()
         if self.tail is not None and (report.error is None or len(self.tail)):
             await self._take_tail(self.tail)
         size = self.decoder.page_size or self.page_size
@@ -128,9 +117,7 @@ class _Inspector:
     def _take(self, event: ev.Element) -> None:
         report = self.report
         match event:
-            case ev.PageRun():
-                self._pages(event)
-            case ev.ZeroRun():
+            case ev.PageElement():
                 self._pages(event)
             case ev.FileHeader():
                 report.version = event.version
@@ -209,17 +196,12 @@ class _Inspector:
         self.report.blocks = list(self.blocks.values())
         self.seen = {name: PageSet(length // PAGE_SIZE) for name, length in event.blocks}
 
-    def _pages(self, event: ev.PageRun | ev.ZeroRun) -> None:
-        block, count = self.blocks[event.block], len(event.offsets)
-        if isinstance(event, ev.PageRun):
-            block.pages += count
-        else:
-            block.zero_pages += count
-        if self.open is not None:
-            if isinstance(event, ev.PageRun):
-                self.open.pages += count
-            else:
-                self.open.zero_pages += count
+    def _pages(self, event: ev.PageElement) -> None:
+        for counted in (self.blocks[event.block], self.open):
+            if isinstance(event, ev.ZeroRun) and counted is not None:
+                counted.zero_pages += len(event.offsets)
+            elif counted is not None:
+                counted.pages += len(event.offsets)
         self.seen[event.block].add(event.offsets // PAGE_SIZE)
 
     async def _package(self, event: ev.PackageElement) -> None:

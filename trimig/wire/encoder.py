@@ -24,13 +24,12 @@ from .events import (
     EndOfStream,
     FileHeader,
     PackageElement,
-    PageRun,
+    PageElement,
     RamEnd,
     RamList,
     SectionFooter,
     SectionHeader,
     TailBytes,
-    ZeroRun,
 )
 
 if TYPE_CHECKING:
@@ -213,12 +212,10 @@ class Encoder:
                 return data
             case RamList():
                 return ram_list(event.blocks, event.page_sizes)
-            case PageRun():
-                self._name_again(named=event.named)
-                return self._records.page_records(event.block, event.offsets, event.data)
-            case ZeroRun():
-                self._name_again(named=event.named)
-                return self._records.zero_records(event.block, event.offsets, event.fills)
+            case PageElement():
+                if event.named:
+                    self._records.forget()
+                return event.records(self._records)
             case RamEnd():
                 return END_WORD
             case DevicePayload(payload=payload):
@@ -230,10 +227,6 @@ class Encoder:
             case DescriptionElement(text=text):
                 return description(text)
         raise LocalProtocolError(f"{type(event).__name__} is not an element of the main stream")
-
-    def _name_again(self, *, named: bool) -> None:
-        if named:
-            self._records.forget()
 
 
 __all__ = [

@@ -7,9 +7,10 @@ event that was not read from one).
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,10 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from ..guest import ConfigSubsection
     from .constants import Section
+    from .encoder import RecordWriter
+
+#: Returns the present content of a page: the block's name and the page's number -> uint8, shape (page size,).
+ReadPage: TypeAlias = Callable[[str, int], NDArray[np.uint8]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,36 +95,71 @@ class RamList(Element):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PageRun(Element):
-    """Raw pages of one block.
+class PageElement(Element, abc.ABC):
+    """Pages of one block, in one encoding. Each encoding has a class of its own.
 
     Attributes:
         named: the first record contained the block's name (no CONTINUE); all others continue.
         offsets: int64, shape (n,): byte offsets inside the block, multiples of the page size, checked to be inside it.
+    """
+
+    block: str
+    named: bool
+    offsets: NDArray[np.int64]
+
+    @abc.abstractmethod
+    def content(self, read: ReadPage) -> PageRun | ZeroRun:
+        """The same pages without an encoding.
+
+        Args:
+            read: returns the present content of a page, for an encoding of differences.
+
+        Raises:
+            RemoteProtocolError: the encoded bytes are malformed.
+        """
+
+    @abc.abstractmethod
+    def records(self, writer: RecordWriter) -> bytes:
+        """The bytes of these records."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PageRun(PageElement):
+    """Raw pages of one block.
+
+    Attributes:
         data: uint8, shape (n, page size). A decoder's runs are views into its buffer: use them before the next call
             that gives the decoder bytes.
     """
 
-    block: str
-    named: bool
-    offsets: NDArray[np.int64]
     data: NDArray[np.uint8]
+
+    def content(self, read: ReadPage) -> PageRun:
+        """This element."""
+        return self
+
+    def records(self, writer: RecordWriter) -> bytes:
+        """The bytes of these records."""
+        return writer.page_records(self.block, self.offsets, self.data)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ZeroRun(Element):
+class ZeroRun(PageElement):
     """Pages of one block, each filled with one byte value.
 
     Attributes:
-        named: as for :class:`PageRun`.
-        offsets: int64, shape (n,).
         fills: uint8, shape (n,): the value; every known sender uses 0.
     """
 
-    block: str
-    named: bool
-    offsets: NDArray[np.int64]
     fills: NDArray[np.uint8]
+
+    def content(self, read: ReadPage) -> ZeroRun:
+        """This element."""
+        return self
+
+    def records(self, writer: RecordWriter) -> bytes:
+        """The bytes of these records."""
+        return writer.zero_records(self.block, self.offsets, self.fills)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

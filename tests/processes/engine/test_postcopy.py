@@ -18,6 +18,7 @@ from trimig.config import PeerProfile
 from trimig.engine.device_writer import opening
 from trimig.engine.ram.postcopy_receiver import PostcopyReceiver
 from trimig.engine.ram.postcopy_sender import PostcopySender
+from trimig.engine.ram.records import PageSender
 from trimig.engine.ram.sender import RamSender
 from trimig.errors import RemoteProtocolError
 from trimig.guest import PAGE_SIZE, MissingMemory, PageBitmap
@@ -27,6 +28,7 @@ from trimig.monitor.statistics import Counters
 from trimig.policy.page_order import PageOrder
 from trimig.wire import Decoder
 from trimig.wire import events as ev
+from trimig.wire.pages.sink import put
 from trimig.wire.return_path import PageRequest, ReturnPathDecoder, encode
 
 SIZE = 8 * MiB
@@ -81,7 +83,7 @@ class Sending:
         self.source = source
         self.order = PageOrder([unsent.copy()])
         self.limiter = CountingLimiter(channel, rate, self.counters)
-        self.records = RamSender(channel, self.limiter, self.counters)
+        self.records = RamSender(channel, self.limiter, PageSender(channel, self.counters))
         self.sender = PostcopySender(channel, self.records, self.limiter, source.ram, self.order, self.counters)
 
     async def run(self) -> None:
@@ -106,11 +108,8 @@ async def receive(channel: Channel, receiver: PostcopyReceiver) -> None:
     decoder = Decoder(measure=lambda *_: None)
     while receiver.missing:
         while (event := decoder.next_event()) is not None:
-            match event:
-                case ev.PageRun():
-                    receiver.pages(event)
-                case ev.ZeroRun():
-                    receiver.zeros(event)
+            if isinstance(event, ev.PageElement):
+                await put(receiver.sink(turns=False), event)
         if receiver.missing:
             decoder.received(await channel.receive_into(decoder.writable()))
 
@@ -213,32 +212,33 @@ def receiver_of(memory: MissingMemory, *here: int) -> PostcopyReceiver:
     return PostcopyReceiver(memory, ["ram"], {"ram": received}, nothing, Counters())
 
 
-def test_runs_with_gaps_are_placed_in_stretches() -> None:
+async def test_runs_with_gaps_are_placed_in_stretches() -> None:
     memory = Recorded()
     receiver = receiver_of(memory, 9)
-    receiver.pages(run_of(0, 1, 2, 5, 7, 8))
+    await put(receiver.sink(turns=False), run_of(0, 1, 2, 5, 7, 8))
     assert memory.placed == [(0, 0, 3), (0, 5, 1), (0, 7, 2)]
     assert receiver.missing == 3
     assert {name: runs.tolist() for name, runs in receiver.missing_runs().items()} == {"ram": [[3, 5], [6, 7]]}
 
 
-def test_zeros_and_other_fill_bytes() -> None:
+async def test_zeros_and_other_fill_bytes() -> None:
     memory = Recorded()
     receiver = receiver_of(memory)
     fills = np.array([0, 0, 7], np.uint8)
-    receiver.zeros(
-        ev.ZeroRun(at=0, block="ram", named=True, offsets=np.array([0, 1, 4], np.int64) * PAGE_SIZE, fills=fills)
+    await put(
+        receiver.sink(turns=False),
+        ev.ZeroRun(at=0, block="ram", named=True, offsets=np.array([0, 1, 4], np.int64) * PAGE_SIZE, fills=fills),
     )
     assert memory.placed == [(0, 0, -2), (0, 4, 1)]
 
 
 @pytest.mark.parametrize("pages", [(3,), (2, 3), (5, 5)])
-def test_a_page_that_comes_a_second_time_is_refused_before_anything_is_placed(pages: tuple[int, ...]) -> None:
+async def test_a_page_that_comes_a_second_time_is_refused_before_anything_is_placed(pages: tuple[int, ...]) -> None:
     """The guest may have written it since."""
     memory = Recorded()
     receiver = receiver_of(memory, 3)
     with pytest.raises(RemoteProtocolError, match="came a second time"):
-        receiver.pages(run_of(*pages))
+        await put(receiver.sink(turns=False), run_of(*pages))
     assert memory.placed == []
 
 
@@ -276,10 +276,11 @@ async def test_what_was_asked_for_is_asked_for_again_on_a_new_connection() -> No
             for page in (4, 7, 4, 9):
                 await receiver._want(0, page)
             assert len(sent) == 3
-            receiver.zeros(
+            await put(
+                receiver.sink(turns=False),
                 ev.ZeroRun(
                     at=0, block="ram", named=True, offsets=np.array([7 * PAGE_SIZE]), fills=np.zeros(1, np.uint8)
-                )
+                ),
             )
             sent.clear()
             await receiver.ask_again()

@@ -23,6 +23,7 @@ from ...wire import events as ev
 from ...wire.constants import Command, Section
 from ...wire.decoder import Decoder
 from ...wire.marks import PING_MARK, PONG_MARK, Mark, is_mark, reason_bytes, shown_reason
+from ...wire.pages.sink import put
 from ...wire.postcopy import Runs, runs_of
 from ...wire.return_path import Clock, Pong, Reason, ResumeAck
 from .. import guest_calls
@@ -263,18 +264,16 @@ class PostcopyDestination:
 
     async def _take_pages(self) -> None:
         receiver, stream = self._receiver, self._stream
+        # Without a preempt channel, requested pages wait behind the others on this one: no checkpoint between them.
+        sink = receiver.sink(turns=self._into.preempt.wanted)
         if not self._into.preempt.wanted:
             stream.channel.keep_backlog_short()
         while True:
             match event := await stream.next():
-                case ev.PageRun():
-                    self._into.reception.settle()
-                    if self._into.preempt.wanted:
-                        await receiver.pages_in_turns(event)
-                    else:  # without a preempt channel, requested pages wait behind this run: no checkpoint in it
-                        receiver.pages(event)
-                case ev.ZeroRun():
-                    receiver.zeros(event)
+                case ev.PageElement():
+                    if not isinstance(event, ev.ZeroRun):
+                        self._into.reception.settle()
+                    await put(sink, event)
                 case ev.CommandElement():
                     await self._command(event)
                 case ev.EndOfStream():

@@ -22,7 +22,7 @@ from ...wire.return_path import PageRequest, encode
 
 if TYPE_CHECKING:
     from ...monitor.statistics import Counters
-    from ...wire.events import PageRun, ZeroRun
+    from ...wire.pages.sink import PageSink
 
 #: Pages placed before other tasks get a turn: a quarter of a millisecond.
 _TURN_PAGES: Final = 64
@@ -153,41 +153,43 @@ class PostcopyReceiver:
 
     # -- pages ---------------------------------------------------------------------------------------------------------
 
-    def pages(self, run: PageRun) -> None:
-        """Place a run of pages.
+    def sink(self, *, turns: bool) -> PageSink:
+        """Where the pages of one connection go.
 
-        Raises:
-            RemoteProtocolError: one of them is here already.
-            GuestFailed: it cannot be placed.
+        The sink raises RemoteProtocolError for a page that is here already, and GuestFailed if a page cannot be placed.
+
+        Args:
+            turns: place pages in pieces that leave other tasks a turn, because another connection may bring a page
+                that the guest waits for.
         """
-        block, indices = self._numbers[run.block], run.offsets // PAGE_SIZE
-        for first, end in self._stretches(block, indices):
-            self._place(block, int(indices[first]), end - first, run.data[first:end])
-        self._counters.normal += len(indices)
+        return _Sink(self, turns=turns)
 
-    async def pages_in_turns(self, run: PageRun) -> None:
-        """As :meth:`pages`, in pieces that leave other tasks a turn: what the guest waits for may come beside it.
+    async def place(self, name: str, indices: NDArray[np.int64], data: Pages, *, turns: bool) -> None:
+        """Place pages; see :meth:`sink`.
 
         **Cancellation:** some pages have been placed, and count.
         """
-        block, indices = self._numbers[run.block], run.offsets // PAGE_SIZE
+        block = self._numbers[name]
         for first, end in self._stretches(block, indices):
-            for start in range(first, end, _TURN_PAGES):
-                stop = min(end, start + _TURN_PAGES)
-                self._check_new(block, indices[start:stop])  # others have had a turn since the first look
-                self._place(block, int(indices[start]), stop - start, run.data[start:stop])
+            size = _TURN_PAGES if turns else end - first
+            for start in range(first, end, size):
+                stop = min(end, start + size)
+                if turns:
+                    self._check_new(block, indices[start:stop])  # others have had a turn since the first look
+                self._place(block, int(indices[start]), stop - start, data[start:stop])
                 self._counters.normal += stop - start
-                await trio.lowlevel.checkpoint()
+                if turns:
+                    await trio.lowlevel.checkpoint()
 
-    def zeros(self, run: ZeroRun) -> None:
-        """Place a run of pages of one byte each; raises as :meth:`pages`."""
-        block, indices = self._numbers[run.block], run.offsets // PAGE_SIZE
+    def place_fills(self, name: str, indices: NDArray[np.int64], fills: NDArray[np.uint8]) -> None:
+        """Place pages of one byte each; see :meth:`sink`."""
+        block = self._numbers[name]
         for first, end in self._stretches(block, indices):
-            if not run.fills[first:end].any():
+            if not fills[first:end].any():
                 self._place(block, int(indices[first]), end - first, None)
                 continue
             for at in range(first, end):
-                self._place(block, int(indices[at]), 1, np.full((1, PAGE_SIZE), run.fills[at], np.uint8))
+                self._place(block, int(indices[at]), 1, np.full((1, PAGE_SIZE), fills[at], np.uint8))
         self._counters.duplicate += len(indices)
 
     def _stretches(self, block: int, indices: NDArray[np.int64]) -> list[tuple[int, int]]:
@@ -255,3 +257,36 @@ class PostcopyReceiver:
         return {
             name: runs_of(~bitmap) for name, bitmap in zip(self._names, self._received, strict=True) if not bitmap.all()
         }
+
+
+class _Sink:
+    """See :meth:`PostcopyReceiver.sink`."""
+
+    def __init__(self, receiver: PostcopyReceiver, *, turns: bool) -> None:
+        self._receiver = receiver
+        self._turns = turns
+
+    async def pages(self, block: str, indices: NDArray[np.int64], data: Pages) -> None:
+        """See :class:`trimig.wire.pages.sink.PageSink`.
+
+        **Cancellation:** some pages have been placed, and count.
+        """
+        await self._receiver.place(block, indices, data, turns=self._turns)
+
+    async def zeros(self, block: str, indices: NDArray[np.int64], fills: NDArray[np.uint8]) -> None:
+        """See :class:`trimig.wire.pages.sink.PageSink`.
+
+        **Cancellation:** no effect.
+        """
+        self._receiver.place_fills(block, indices, fills)
+
+    def read(self, block: str, index: int) -> NDArray[np.uint8]:
+        """Nothing is read: looking at an absent page would make it a page of zeros for the guest.
+
+        Raises:
+            RemoteProtocolError: always.
+        """
+        raise RemoteProtocolError(
+            f"page {index} of RAM block {block!r} came as a difference; in postcopy each page comes whole",
+            section="ram",
+        )

@@ -155,7 +155,7 @@ class PostcopySender:
 
     async def _send(self, batch: Batch) -> None:
         block = self._blocks[batch.block]
-        await self._sender.send_batch(block.name, block.pages, batch.pages)
+        await self._sender.send_unlimited(block.name, block.pages, batch.pages)
         self._sent(batch)
 
     def _sent(self, batch: Batch) -> None:

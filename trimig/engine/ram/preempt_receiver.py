@@ -19,6 +19,7 @@ from ...channel.first_bytes import judge_second
 from ...errors import RemoteProtocolError, TransportFailed
 from ...wire import events as ev
 from ...wire.decoder import Decoder
+from ...wire.pages.sink import put
 
 if TYPE_CHECKING:
     from ...channel.channels import Channels
@@ -118,13 +119,12 @@ class PreemptReceiver:
 
     async def _take(self, receiver: PostcopyReceiver, channel: Channel, main: Decoder) -> None:
         decoder = Decoder(measure=None, continues=main, records_only=True, buffer_bytes=1 << 18)
+        sink = receiver.sink(turns=False)
         while True:
             while (event := decoder.next_event()) is not None:
                 match event:
-                    case ev.PageRun():
-                        receiver.pages(event)
-                    case ev.ZeroRun():
-                        receiver.zeros(event)
+                    case ev.PageElement():
+                        await put(sink, event)
                     case ev.RamEnd():
                         return
             # However long it is silent: perhaps the guest touches nothing that is missing.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from ...wire import encoder as wire
-from .records import RecordSender
+from .records import PageSender
 
 if TYPE_CHECKING:
     from ...channel.channel import Channel
@@ -42,7 +42,7 @@ class PreemptSender:
         told: Callable[[Batch], None],
     ) -> None:
         self._channel = channel
-        self._sender = RecordSender(channel, counters)
+        self._sender = PageSender(channel, counters)
         self._blocks = tuple(blocks)
         self._order = order
         self._told = told
@@ -63,7 +63,7 @@ class PreemptSender:
         """
         if self._idle.is_set() and (batch := self._order.requested(1)) is not None:
             block = self._blocks[batch.block]
-            self._rest = self._sender.hand_over(block.name, block.pages, int(batch.pages[0]))
+            self._rest = self._sender.send_now(block.name, block.pages, int(batch.pages[0]))
             self._told(batch)
         if self._rest or self._order.urgent:
             if self._idle.is_set():
@@ -86,7 +86,7 @@ class PreemptSender:
                 await self._channel.send(rest)
             while (batch := self._order.requested(REQUESTED_PAGES)) is not None:
                 block = self._blocks[batch.block]
-                await self._sender.send_batch(block.name, block.pages, batch.pages)
+                await self._sender.send(block.name, block.pages, batch.pages)
                 self._told(batch)
             self._idle.set()
 

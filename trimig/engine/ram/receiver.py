@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import trio
+from numpy.typing import NDArray
 
 from ...errors import RemoteProtocolError
 from ...guest import PAGE_SIZE, PageBitmap, RamBlock
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from ...channel.channel import Channel
     from ...monitor.statistics import Counters
     from ...wire.decoder import Decoder
-    from ...wire.events import PageRun, RamList, ZeroRun
+    from ...wire.events import RamList
     from ...wire.postcopy import Discard
 
 #: Pages read at once to see whether they are zero already: half a millisecond.
@@ -46,7 +47,7 @@ def never_received(name: str, here: PageBitmap) -> str:
 
 
 class RamReceiver:
-    """Fills the guest's RAM blocks."""
+    """Fills the guest's RAM blocks. A :class:`trimig.wire.pages.sink.PageSink`."""
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
@@ -108,34 +109,37 @@ class RamReceiver:
         for first, end in discard.runs.tolist():
             received[first:end] = False
 
-    async def pages(self, run: PageRun) -> None:
-        """Copy a run of pages to their places.
+    def read(self, block: str, index: int) -> NDArray[np.uint8]:
+        """See :class:`trimig.wire.pages.sink.PageSink`."""
+        page: NDArray[np.uint8] = self._targets[block].pages[index]
+        return page
+
+    async def pages(self, block: str, indices: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
+        """Copy pages to their places, see :class:`trimig.wire.pages.sink.PageSink`.
 
         **Cancellation:** some are there.
         """
-        target = self._targets[run.block]
-        indices = run.offsets // PAGE_SIZE
+        target = self._targets[block]
         first, count = int(indices[0]), len(indices)
         if count == 1 or (int(indices[-1]) - first == count - 1 and bool((np.diff(indices) == 1).all())):
             for start in range(0, count, _SLICE_PAGES):
                 if start:
                     await trio.lowlevel.checkpoint()
-                target.put(first + start, run.data[start : start + _SLICE_PAGES])
+                target.put(first + start, data[start : start + _SLICE_PAGES])
         else:
-            target.pages[indices] = run.data
+            target.pages[indices] = data
             target.arrived_each(indices)
         self._counters.normal += count
 
-    async def zeros(self, run: ZeroRun) -> None:
-        """Make pages hold their fill byte; memory that is zero already is not touched.
+    async def zeros(self, block: str, indices: NDArray[np.int64], fills: NDArray[np.uint8]) -> None:
+        """Fill pages, see :class:`trimig.wire.pages.sink.PageSink`; memory that is zero already is not touched.
 
-        **Cancellation:** some of them do.
+        **Cancellation:** some are filled.
         """
-        target = self._targets[run.block]
-        indices = run.offsets // PAGE_SIZE
+        target = self._targets[block]
         self._counters.duplicate += len(indices)
-        if run.fills.any():
-            target.pages[indices] = run.fills[:, None]
+        if fills.any():
+            target.pages[indices] = fills[:, None]
             target.arrived_each(indices)
             return
         look = indices[~target.untouched[indices]]

@@ -9,32 +9,30 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import trio
 from numpy.typing import NDArray
 
-from ...guest import PAGE_SIZE, PageBitmap, Pages, RamBlock
+from ...guest import PageBitmap, Pages, RamBlock
 from ...wire import encoder as wire
 from ...wire.constants import Section
-from .records import RecordSender
-from .zeros import zero_pages
+from .records import ZERO_BATCH
 
 if TYPE_CHECKING:
     from ...channel.channel import Channel
     from ...channel.limiter import Limiter
-    from ...monitor.statistics import Counters
+    from .records import PageSender
 
 #: The section id of RAM in every QEMU (stream.md part 5.4), and ours.
 RAM_SECTION = 2
 #: A PART section is closed after this many bytes, so that what is not RAM never waits long for its turn.
 PART_BYTES = 32 << 20
-#: ZERO records of one write: 9 bytes each.
-_ZERO_BATCH = 8192
+_ZERO_RECORD = 9
 
 
-class RamSender(RecordSender):
+class RamSender:
     """Sends pages of RAM blocks as sections of the stream.
 
     Args:
+        pages: writes the records to *channel*.
         section_id: of the section ``ram``.
         footers: close sections with a footer.
     """
@@ -43,12 +41,13 @@ class RamSender(RecordSender):
         self,
         channel: Channel,
         limiter: Limiter,
-        counters: Counters,
+        pages: PageSender,
         *,
         section_id: int = RAM_SECTION,
         footers: bool = True,
     ) -> None:
-        super().__init__(channel, counters)
+        self._channel = channel
+        self._pages = pages
         self._limiter = limiter
         self._id = section_id
         self._close = wire.END_WORD + (wire.section_footer(section_id) if footers else b"")
@@ -86,9 +85,9 @@ class RamSender(RecordSender):
         **Cancellation:** some pages have been sent; the channel is poisoned if one was cut.
         """
         if absent is not None:
-            await self._send_zeros(block.name, np.flatnonzero(todo & absent))
+            await self._send_absent(block.name, np.flatnonzero(todo & absent))
             todo = todo & ~absent
-        rest = await self._send_pages(block.name, pages, np.flatnonzero(todo), stop)
+        rest = await self._send_limited(block.name, pages, np.flatnonzero(todo), stop)
         await self._part_end()
         if rest is None:
             return None
@@ -96,13 +95,13 @@ class RamSender(RecordSender):
         left[rest] = True
         return left
 
-    async def send_batch(self, block: str, pages: Pages, indices: NDArray[np.int64]) -> None:
+    async def send_unlimited(self, block: str, pages: Pages, indices: NDArray[np.int64]) -> None:
         """Send some pages at once, whatever the bandwidth limit says. Their section stays open for more.
 
         **Cancellation:** as for :meth:`send_pass`.
         """
         await self._part_begin()
-        await super().send_batch(block, pages, indices)
+        await self._pages.send(block, pages, indices)
 
     def send_page_now(self, block: str, pages: Pages, index: int) -> bytes | None:
         """Hand one page to the kernel without waiting, where that can be done.
@@ -113,7 +112,7 @@ class RamSender(RecordSender):
         """
         if self._open_since is None or self._channel.socket_fd is None:
             return None
-        return self.hand_over(block, pages, index)
+        return self._pages.send_now(block, pages, index)
 
     async def end(self, rest: Sequence[tuple[RamBlock, Pages, PageBitmap]]) -> None:
         """The END section, with the last pages in it: of each block, where to read them and which."""
@@ -122,7 +121,7 @@ class RamSender(RecordSender):
         await self._channel.send(wire.section_continue(Section.END, self._id))
         self._open_since = None
         for block, pages, todo in rest:
-            await self._send_pages(block.name, pages, np.flatnonzero(todo), part=False)
+            await self._send_limited(block.name, pages, np.flatnonzero(todo), part=False)
         self._inside = False
         await self._channel.send(self._close)
 
@@ -140,17 +139,14 @@ class RamSender(RecordSender):
             self._inside = False
             await self._channel.send(self._close)
 
-    async def _send_zeros(self, name: str, indices: NDArray[np.int64], *, part: bool = True) -> None:
-        for start in range(0, len(indices), _ZERO_BATCH):
-            batch = indices[start : start + _ZERO_BATCH]
-            if part:
-                await self._part_begin()
-            data = self._records.zero_records(name, batch * PAGE_SIZE)
-            await self._limiter.bytes(len(data))
-            await self._channel.send(data)
-            self._count(zero=len(batch))
+    async def _send_absent(self, block: str, indices: NDArray[np.int64]) -> None:
+        for start in range(0, len(indices), ZERO_BATCH):
+            batch = indices[start : start + ZERO_BATCH]
+            await self._part_begin()
+            await self._limiter.bytes(len(batch) * _ZERO_RECORD)
+            await self._pages.send_zeros(block, batch)
 
-    async def _send_pages(
+    async def _send_limited(
         self,
         block: str,
         pages: Pages,
@@ -165,16 +161,10 @@ class RamSender(RecordSender):
             if stop is not None and stop():
                 return indices[position:]
             count = await self._limiter.pages(len(indices) - position)
-            batch = indices[position : position + count]
-            position += count
             if part:
                 await self._part_begin()
-            zero = zero_pages(pages, batch)
-            if zero.any():
-                await self._send_zeros(block, batch[zero], part=False)
-                batch = batch[~zero]
-                if not len(batch):
-                    await trio.lowlevel.checkpoint()
-                    continue
-            await self._send_normal(block, pages, batch)
+            before = self._channel.sent
+            await self._pages.send(block, pages, indices[position : position + count])
+            self._limiter.give_back(count, self._channel.sent - before)
+            position += count
         return None

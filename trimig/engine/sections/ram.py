@@ -11,7 +11,9 @@ from ...guest import PAGE_SIZE, PageBitmap, RamBlock
 from ...memory.tracking import snapshot_of
 from ...wire import events as ev
 from ...wire import postcopy as wire_postcopy
+from ...wire.pages.sink import put
 from .. import guest_calls
+from ..ram.records import PageSender
 from ..ram.sender import RamSender
 
 if TYPE_CHECKING:
@@ -70,7 +72,8 @@ class RamSection:
         self.unsent: list[PageBitmap] = [np.ones(b.length // PAGE_SIZE, np.bool_) for b in blocks]
 
     def _sender_on(self, channel: Channel) -> RamSender:
-        return RamSender(channel, self._limiter, self._counters, footers=self._config.peer.send_section_footer)
+        pages = PageSender(channel, self._counters)
+        return RamSender(channel, self._limiter, pages, footers=self._config.peer.send_section_footer)
 
     @property
     def boundary(self) -> bytes:
@@ -152,10 +155,9 @@ class RamLoader:
         **Cancellation:** some pages are in their places.
         """
         match event:
-            case ev.PageRun():
-                self._reception.settle()
-                await self._ram.pages(event)
-            case ev.ZeroRun():
-                await self._ram.zeros(event)
+            case ev.PageElement():
+                if not isinstance(event, ev.ZeroRun):
+                    self._reception.settle()
+                await put(self._ram, event)
             case ev.RamList():
                 self._ram.open(event, self._guest.ram)

@@ -23,6 +23,7 @@ from ...wire.decoder import Decoder
 from ...wire.devices.sections import SplitTail, Undelimited
 from ...wire.devices.virtio_mem import absent_by_rule
 from ...wire.elements import Elements
+from ...wire.pages.sink import put
 from ...wire.pages.size import wrong_page_size
 from ...wire.refusals import check_kept_command
 from ..named import naming
@@ -96,10 +97,8 @@ class _Reading:
 
     async def take(self, event: ev.Element) -> None:
         match event:
-            case ev.PageRun():
-                await self.ram.pages(event)
-            case ev.ZeroRun():
-                await self.ram.zeros(event)
+            case ev.PageElement():
+                await put(self.ram, event)
             case ev.Configuration():
                 self._machine, self._subsections = event.machine, event.subsections
             case ev.RamList():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from ...errors import RemoteProtocolError
 from ...guest import PAGE_SIZE
 from ..constants import RamFlag, Section
-from ..events import Element, PageRun, RamEnd, RamList, SectionHeader, ZeroRun
+from ..events import Element, PageElement, PageRun, RamEnd, RamList, SectionHeader
 from ..pages.mixed import read_mixed
 from ..pages.plain import FIRST_LOOK, PAGE_AGAIN, RECORD, ZERO_AGAIN, ZERO_RECORD, read_pages, read_zeros
 from ..pages.size import wrong_page_size
@@ -95,7 +95,7 @@ class RamReader:
             if size is None:
                 raise
             raise wrong_page_size(size, offset=offset, section="ram") from None
-        if isinstance(event, PageRun | ZeroRun):
+        if isinstance(event, PageElement):
             sizes.add(event.offsets)
             if isinstance(event, PageRun):
                 # In a run the first record ends before *used*. Only a single record may be misread.
