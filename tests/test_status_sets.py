@@ -1,4 +1,7 @@
-"""Sets of statuses have a name and stand in `trimig/status.py`: a copy elsewhere is forgotten when a status is added."""
+"""Sets of statuses, and of states of a stream, have a name and stand in `trimig/status.py`.
+
+A copy elsewhere is forgotten when a status is added.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,23 @@ from typing import Final
 
 import pytest
 
-from trimig.status import QMP_STATUSES, Status
+from trimig.status import QMP_STATUSES, ReturnPath, Status, Stream
 
 PACKAGE: Final = Path(__file__).parents[1] / "trimig"
 #: This file has the sets.
 TABLE: Final = "status.py"
 WORDS: Final = frozenset(status.value for status in Status) | frozenset(QMP_STATUSES)
+#: The members of the enumerations, by the name of each. `trimig.wire.constants` has a `ReturnPath` with other members.
+MEMBERS: Final = {kind.__name__: frozenset(kind.__members__) for kind in (Status, Stream, ReturnPath)}
 
 
 def named(node: ast.expr) -> str | None:
-    """The status that *node* is: a member of `Status`, its word, or a word as a literal."""
+    """The status that *node* is: a member of an enumeration, the word of a status, or a word as a literal."""
     match node:
-        case ast.Attribute(value=ast.Name(id="Status") | ast.Attribute(attr="Status"), attr=name) if name.isupper():
-            return name
+        case ast.Attribute(value=ast.Name(id=kind) | ast.Attribute(attr=kind), attr=name) if name in MEMBERS.get(
+            kind, ()
+        ):
+            return f"{kind}.{name}"
         case ast.Attribute(value=inner, attr="value" | "qmp"):
             return named(inner)
         case ast.Constant(value=str(word)) if word in WORDS:
@@ -43,13 +50,22 @@ def alternatives(node: ast.AST) -> list[ast.expr]:
     return []
 
 
+def extensions(node: ast.AST) -> list[ast.expr]:
+    """The elements of a display that a union adds to another set."""
+    match node:
+        case ast.BinOp(op=ast.BitOr(), left=left, right=right):
+            return [element for side in (left, right) if isinstance(side, ast.Set) for element in side.elts]
+    return []
+
+
 def private_sets(text: str) -> Iterator[str]:
-    """Each place of *text* with two or more statuses as alternatives."""
+    """Each place of *text* with two or more statuses as alternatives, or with one that is added to a set."""
     for node in ast.walk(ast.parse(text)):
-        found = {name for element in alternatives(node) if (name := named(element)) is not None}
-        if len(found) > 1:
-            line = node.lineno if isinstance(node, ast.expr | ast.pattern) else 0
-            yield f"line {line}: {sorted(found)}"
+        for elements, least in ((alternatives(node), 2), (extensions(node), 1)):
+            found = {name for element in elements if (name := named(element)) is not None}
+            if len(found) >= least:
+                line = node.lineno if isinstance(node, ast.expr | ast.pattern) else 0
+                yield f"line {line}: {sorted(found)}"
 
 
 @pytest.mark.parametrize(
@@ -70,6 +86,11 @@ BAD: Final = [
     "known = word in {Status.FAILED.value, Status.CANCELLED.qmp}",
     "known = status is Status.FAILED or status is Status.CANCELLED",
     "match status:\n    case Status.FAILED | Status.CANCELLED:\n        pass",
+    "ENDED = UNSUCCESSFUL | {Status.COMPLETED}",
+    "SENT = SENDING_RAM | {Stream.ENDING}",
+    "known = stream.state in (Stream.ENDING, Stream.PACKAGED)",
+    "RESUMED = frozenset({ReturnPath.FOLLOWING, ReturnPath.RESUMING})",
+    "known = reader.state is status.ReturnPath.BEFORE or reader.state is status.ReturnPath.ENDED",
 ]
 GOOD: Final = [
     "known = status in UNSUCCESSFUL",
@@ -78,6 +99,8 @@ GOOD: Final = [
     "known = word in ('none', 'zlib')",
     "known = monitor.status is Status.FAILED and owner is Ownership.SOURCE",
     "new = Status.FAILED if failed else Status.CANCELLED",
+    "known = stream.state in STREAM_IN_PRECOPY",
+    "known = kind in (ReturnPath.SHUT, ReturnPath.PONG)",  # the messages, which have other members
 ]
 
 

@@ -430,6 +430,12 @@ STREAM: Final = MappingProxyType(
 BEGINNINGS: Final = frozenset({_T.OPENING, _T.RECOVERING, _T.URGENT})
 #: The source sends the RAM, and has not ended it.
 SENDING_RAM: Final = frozenset({_T.RAM, _T.RAM_ADVISED})
+#: Pages may come, and the guest does not run at the destination.
+STREAM_PRECOPY_PAGES: Final = SENDING_RAM | {_T.ENDING}
+#: Behind the list of RAM blocks, up to the devices or to a package.
+STREAM_IN_PRECOPY: Final = STREAM_PRECOPY_PAGES | {_T.PACKAGED}
+#: The guest was handed over, and its memory follows on this connection.
+STREAM_IN_POSTCOPY: Final = frozenset({_T.FOLLOWING, _T.RECOVERING})
 
 
 #: Legal on every return path.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...guest import DeviceSection, StoringGuest
-from ...status import SENDING_RAM, Stream
+from ...status import STREAM_IN_PRECOPY, Stream
 from ...wire import events as ev
 from ...wire.constants import Section
 from .announced import make_blocks
@@ -61,7 +61,7 @@ async def take_memory(
     if isinstance(into.guest, StoringGuest):
         storing = Storing(into.guest, into.ram.watch(), into.monitor)
         nursery.start_soon(storing.run, name="trimig.storing")
-    while stream.state in SENDING_RAM or stream.state in (Stream.ENDING, Stream.PACKAGED):
+    while stream.state in STREAM_IN_PRECOPY:
         match event:
             case ev.SectionHeader(kind=Section.FULL):
                 early += await devices.take_section(stream, event, before="pages")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from ...status import SENDING_RAM, Stream, after
+from ...status import SENDING_RAM, STREAM_IN_POSTCOPY, STREAM_PRECOPY_PAGES, Stream, after
 from ...wire import events as ev
 from ...wire.constants import Section
 from ...wire.pages.size import wrong_page_size
@@ -25,10 +25,6 @@ _SLICE_EVENTS: Final = 32
 #: connection may come from a stranger that has sent RECV_BITMAP; it must not use up the time for the recovery. The real
 #: source waits there for the bitmaps, which may be long, and perhaps for a busy machine.
 _ASKING_SECONDS: Final = 10.0
-
-#: States in which the guest does not run here, so the kernel may place pages directly in its memory.
-_PLACED: Final = SENDING_RAM | {Stream.ENDING}
-_POSTCOPY: Final = frozenset({Stream.FOLLOWING, Stream.RECOVERING})
 
 
 class IncomingStream:
@@ -66,7 +62,7 @@ class IncomingStream:
         self._handled += 1
         if self._handled % _SLICE_EVENTS == 0:
             await trio.lowlevel.checkpoint()
-        section = "postcopy" if self.state in _POSTCOPY else None
+        section = "postcopy" if self.state in STREAM_IN_POSTCOPY else None
         self.state = after(self.state, item_of(event), offset=event.at, section=section)
         if isinstance(event, ev.SectionHeader) and event.kind is not Section.FULL:
             self._loader = self._into.loaders[event.idstr]
@@ -91,7 +87,7 @@ class IncomingStream:
         """Read from the connection once; False if nothing came for *seconds*."""
         into, channel, decoder = self._into, self.channel, self.decoder
         bulk = False
-        if self.state in _PLACED:
+        if self.state in STREAM_PRECOPY_PAGES:  # the guest does not run: the kernel may place pages
             if await into.ram.place_run(channel, decoder):
                 return True
             run = decoder.open_run
