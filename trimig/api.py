@@ -66,7 +66,7 @@ async def migrate(
     ``handover_timeout`` seconds; then the call returns, or raises the error that fits the outcome. In postcopy the
     switch is the decision. After the switch a cancellation is held off for as long as memory is sent over a connection,
     however long that takes. While the connection is lost, a cancellation ends the call: with PostcopyLost, or with
-    HandoverUncertain where the destination had not said yet that it has the guest.
+    HandoverUncertain if the destination has not confirmed yet that it has the guest.
     """
     try:
         check_migrate(guest, to, config, monitor, commit, fence)
@@ -110,7 +110,7 @@ async def receive(
     is activated and the call returns, or raises the error that fits the outcome, within ``handover_timeout`` seconds.
     In postcopy the package is the decision. After it a cancellation is held off for as long as memory is received over
     a connection, however long that takes. While the connection is lost, a cancellation ends the call with PostcopyLost,
-    or with HandoverUncertain where the source may have taken its guest back; the guest stands still then.
+    or with HandoverUncertain if the source may have taken its guest back; then the guest stays stopped here.
     """
     try:
         check_receive(guest, at, config, monitor)
@@ -152,7 +152,7 @@ def _check_way(name: str, way: object, stream: type[object]) -> None:
 
 
 class _Caller:
-    """Makes the connections of a source: the first one, further ones, and new ones in postcopy."""
+    """Opens the connections of a source: the first one, the second one of postcopy-preempt, and those of a recovery."""
 
     def __init__(self, to: str | trio.abc.SendStream, config: Config) -> None:
         self._to = to
@@ -184,7 +184,7 @@ class _Caller:
 
 
 class _Acceptor:
-    """Accepts the connections of a receiver: several at an address, or one stream that was given."""
+    """Accepts the connections of a receiver: several connections at an address, or the one stream of the caller."""
 
     def __init__(self, at: str | trio.abc.ReceiveStream, config: Config, monitor: Monitor) -> None:
         self._at = at

@@ -2,17 +2,17 @@
 
 All errors derive from :class:`TrimigError`. The class tells the caller how to go on:
 
-* :class:`MigrationError` and its leaves, raised by :func:`trimig.migrate`: this side has its guest, in the run state that
-  it had. Raised by :func:`trimig.receive`: this side has no guest and never ran one. It is safe to go on.
+* :class:`MigrationError` and its subclasses, raised by :func:`trimig.migrate`: this side has its guest, in the run state
+  that it had. Raised by :func:`trimig.receive`: this side has no guest and never ran one. It is safe to go on.
 * :class:`ConfigError` and :class:`StateError` (with :class:`NotOwner`): the call was not possible, and nothing was
   changed. They say nothing about the owner.
-* :class:`GuestNotResumed`, :class:`HandoverUncertain` and :class:`PostcopyLost` are none of these: the caller must act
-  before the guest may be used.
+* :class:`GuestNotResumed`, :class:`HandoverUncertain` and :class:`PostcopyLost` belong to neither group: the caller must
+  act before the guest may be used.
 
-The leaves of MigrationError are named by the cause: the peer's bytes (:class:`RemoteProtocolError`), the peer's
-decision (:class:`PeerFailed`), the link (:class:`TransportFailed`), the guest (:class:`GuestFailed`), this side
+The subclasses of MigrationError are named by the cause: the peer's bytes (:class:`RemoteProtocolError`), a refusal of the
+peer (:class:`PeerFailed`), the connection (:class:`TransportFailed`), the guest (:class:`GuestFailed`), this side
 (:class:`LocalProtocolError`, :class:`InternalError`), or no fault at all (:class:`MigrationCancelled`,
-:class:`NotConverging`). The engine chooses the class by the status of the migration, never the other way round.
+:class:`NotConverging`). The engine chooses the class by the status of the migration. The class never decides the status.
 
 This module imports nothing of trimig.
 """
@@ -48,7 +48,7 @@ class TrimigError(Exception):
     """Root of all errors of this package.
 
     Attributes:
-        owner: which side of the migration may run the guest now; None where the error says nothing about that.
+        owner: which side of the migration may run the guest now; None if the error does not tell that.
         others: further errors of the same attempt, less important than this one (for logs; no decision needs them).
     """
 

@@ -175,7 +175,7 @@ class Guest(Protocol):
         """
 
     async def settle(self, owner: Owner) -> None:
-        """State the owner of the guest where it is UNKNOWN. Raises the errors of
+        """State the owner of a guest whose owner is UNKNOWN. Raises the errors of
         :meth:`trimig.owner.OwnerState.settle`.
 
         **Cancellation:** cancelled before anything was done, or not at all.
@@ -246,9 +246,7 @@ class ConfigSubsection:
 
 @runtime_checkable
 class OpaqueGuest(Guest, Protocol):
-    """A guest of a machine type unknown to trimig: everything but its RAM is kept as it came, and sent again like
-    that.
-    """
+    """A guest of a machine type unknown to trimig. Everything beside its RAM is kept as bytes and sent again unchanged."""
 
     @property
     def subsections(self) -> Sequence[ConfigSubsection]:
@@ -344,7 +342,7 @@ class StoringGuest(OpaqueGuest, Protocol):
 
 @runtime_checkable
 class FramedGuest(OpaqueGuest, Protocol):
-    """A guest that is written again as it was received, also where old machine types leave out parts of a stream."""
+    """A guest that is sent with the framing of the received stream; old machine types leave out parts of it."""
 
     def framed(self, *, configuration: bool, footers: bool, early: Sequence[DeviceSection]) -> None:
         """Tell the guest the form of its stream, before :meth:`OpaqueGuest.adopt`.
@@ -367,7 +365,7 @@ class IdentifiedGuest(Guest, Protocol):
 
 @runtime_checkable
 class CountingGuest(Guest, Protocol):
-    """A guest that tells whether it has run since the last check, also if it stands still again."""
+    """A guest that counts its starts, so that a start since the last check is seen even if the guest was stopped again."""
 
     @property
     def starts(self) -> int:

@@ -148,6 +148,7 @@ _OWNERS: Final = MappingProxyType(
 
 _ALL: Final = frozenset(_S)
 
+# Each of these sets is named by a fact; its members are the statuses in which the fact is true.
 #: No migration is running, and the owner is certain: a new attempt may begin, and capabilities may be changed.
 IDLE: Final = frozenset({_S.NONE, _S.COMPLETED, _S.FAILED, _S.CANCELLED, _S.POSTCOPY_LOST})
 #: The end of an attempt; after UNCERTAIN the owner is still to be settled.
@@ -163,15 +164,16 @@ RUNNING: Final = IN_PROGRESS - BEFORE_MEMORY
 
 #: A cancel is accepted in these statuses.
 CANCELLABLE: Final = frozenset({_S.SETUP, _S.ACTIVE, _S.PRE_SWITCHOVER, _S.DEVICE})
-#: A cancel has no effect: nothing is under way, or a cancel is. In a status of neither set it is refused.
+#: A cancel has no effect: no attempt is under way, or it is being cancelled. In a status that is in neither of the last two
+#: sets a cancel is refused.
 CANCEL_IGNORED: Final = IDLE | TERMINAL | {_S.CANCELLING}
 #: The source has stopped its guest for the handover.
 SWITCHING: Final = frozenset({_S.PRE_SWITCHOVER, _S.DEVICE, _S.HANDOVER})
 #: The source has stopped its guest for the handover, and may still take it back by itself.
 REVOCABLE: Final = SWITCHING & CANCELLABLE
-#: The last part of the handover, in which no person or program is waited for.
+#: The part of the handover after pre-switchover, in which the engine waits for no person or program.
 SWITCHOVER: Final = SWITCHING - {_S.PRE_SWITCHOVER}
-#: A switch to postcopy can be asked for, and has an effect.
+#: A request for postcopy has an effect.
 BEFORE_POSTCOPY: Final = CANCELLABLE - {_S.DEVICE}
 
 #: The connection can be recovered.
@@ -254,8 +256,8 @@ def check(role: Role, old: Status, new: Status) -> None:
         raise StateError(f"a {role.value} cannot go from {old.value} to {new.value}", status=old.value)
 
 
-#: How an attempt ends that is interrupted in a status: (by a cancellation, by a failure). A status that is not here says
-#: itself how the attempt ends.
+#: Role -> the status of an attempt -> the status after an interruption: (by a cancellation, by a failure). An attempt in a
+#: status that is not in the table keeps its status.
 ENDS: Final = MappingProxyType(
     {
         role: MappingProxyType(
@@ -263,17 +265,17 @@ ENDS: Final = MappingProxyType(
             | dict.fromkeys((_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.POSTCOPY_RECOVER), (_S.POSTCOPY_LOST,) * 2)
             | {_S.POSTCOPY_UNCERTAIN: (_S.UNCERTAIN,) * 2, _S.HANDOVER: (after_commit,) * 2}
         )
-        # The source cannot know what became of its decision; the destination has not brought the guest to life.
+        # In `handover` the source cannot know whether its decision has arrived; the destination has not started the guest.
         for role, after_commit in ((Role.SOURCE, _S.UNCERTAIN), (Role.DESTINATION, _S.FAILED))
     }
 )
 
 
 def end_of(role: Role, status: Status, *, cancelled: bool) -> Status | None:
-    """The status that an attempt in *status* comes to if it is interrupted; None if *status* says that itself.
+    """The status of an attempt after it was interrupted in *status*; None if the status does not change.
 
     Args:
-        cancelled: by a cancellation, not by a failure.
+        cancelled: True if a cancellation has interrupted the attempt, False for a failure.
     """
     ends = ENDS[role].get(status)
     return None if ends is None else ends[0 if cancelled else 1]
@@ -293,7 +295,7 @@ class Item(enum.Enum):
     RAM_END = "the end of the records of a section"
     PAYLOAD = "the state of a device"
     FOOTER = "a section footer"
-    #: Bytes of devices that are not known, which only the end of the stream tells apart.
+    #: Bytes of unknown devices. Only the description at the end of the stream shows where each device ends.
     TAIL = "the state of an unknown device"
     PACKAGE = "the content of a package"
     EOF = "the end of the stream"
@@ -305,12 +307,12 @@ class Item(enum.Enum):
     POSTCOPY_RUN = "command POSTCOPY_RUN"
     POSTCOPY_RAM_DISCARD = "command POSTCOPY_RAM_DISCARD"
     PACKAGED = "command PACKAGED"
-    #: Legal nowhere: it is not built.
+    #: Legal in no state, because trimig does not have COLO.
     ENABLE_COLO = "command ENABLE_COLO"
     POSTCOPY_RESUME = "command POSTCOPY_RESUME"
     RECV_BITMAP = "command RECV_BITMAP"
     SWITCHOVER_START = "command SWITCHOVER_START"
-    #: The marks are between two trimigs (return_path.md part 9). They have the same names in both directions.
+    #: Marks, which only two trimigs exchange (return_path.md part 9). They have the same names in both directions.
     REASON = "mark REASON"
     CLOCK = "mark CLOCK"
     ATTEMPT = "mark ATTEMPT"
@@ -324,7 +326,7 @@ class Item(enum.Enum):
 
 
 class Stream(enum.Enum):
-    """How far a main stream is. The value completes the sentence "... has no place ..."."""
+    """The state of a main stream. The value completes the sentence "... has no place ..."."""
 
     OPENING = "before the file header"
     CONFIGURING = "behind the file header"
@@ -349,7 +351,7 @@ class Stream(enum.Enum):
 
 
 class ReturnPath(enum.Enum):
-    """How far a return path is, for both sides. The value completes the sentence "... has no place ..."."""
+    """The state of a return path, for both sides. The value completes the sentence "... has no place ..."."""
 
     BEFORE = "before the guest is handed over"
     #: The end of the stream has been given to the transport.
@@ -366,21 +368,21 @@ _State = TypeVar("_State", Stream, ReturnPath)
 
 
 def _stay(state: _State, *items: Item) -> dict[Item, _State]:
-    """Items that are legal in *state*, and lead to no other."""
+    """Items that are legal in *state* and do not change it."""
     return dict.fromkeys(items, state)
 
 
-#: Legal wherever a command is legal: they change nothing (newer.md part 2 for SWITCHOVER_START).
+#: Legal in each state in which a command is legal, without a change of the state (newer.md part 2 for SWITCHOVER_START).
 _ALWAYS: Final = (_I.PING, _I.SWITCHOVER_START)
-#: What a trimig may say at any place but inside a package.
+#: Elements that a trimig may send in any state except inside a package.
 _SAYS: Final = (*_ALWAYS, _I.REASON, _I.CLOCK)
 _DEVICE: Final = (_I.FULL, _I.PAYLOAD, _I.FOOTER)
 _MEMORY: Final = (_I.PART, _I.PAGES, _I.RAM_END, _I.FOOTER)
-#: Before the list of RAM blocks. Device sections may stand there (newer.md part 2). OPEN_RETURN_PATH a second time says
-#: nothing new, as in QEMU.
+#: Legal before the list of RAM blocks. Device sections may stand there (newer.md part 2). A second OPEN_RETURN_PATH has no
+#: effect, as in QEMU.
 _HEAD: Final = (*_SAYS, _I.ATTEMPT, _I.OPEN_RETURN_PATH, _I.START, *_DEVICE)
-#: While pages are sent. START may repeat the list (stream.md part 10). Devices follow a page directly in a background
-#: snapshot (files.md part 6), and so does the end of the stream where there are none.
+#: Legal while pages are sent. START may repeat the list (stream.md part 10). In a background snapshot devices follow a page
+#: directly (files.md part 6), and so does the end of the stream if there are no devices.
 _PAGES: Final = (*_HEAD, _I.RAM_LIST, *_MEMORY)
 _PAGES_END: Final = {_I.END: _T.ENDING, _I.TAIL: _T.TAIL, _I.EOF: _T.ENDED}
 
