@@ -157,8 +157,7 @@ class MemfdBlock:
     def close(self) -> None:
         """Close the descriptor and unmap. Idempotent; never fails.
 
-        Where the caller still holds arrays or views of the block, they stay usable, and the mapping goes with the
-        last of them.
+        Arrays and views of the block that the caller still holds stay usable. The memory is unmapped with the last one.
         """
         if self._pages is None:
             return

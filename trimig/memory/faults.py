@@ -72,9 +72,9 @@ class MissingPages:
         """Open a userfaultfd of this process.
 
         Args:
-            user_mode_only: where no other is permitted, accept a userfaultfd that does not see system calls touch
-                missing pages. Such a system call fails with EFAULT instead of waiting, so use this only for programs
-                that make none on this memory.
+            user_mode_only: if a full userfaultfd is not permitted, accept one that does not notice system calls on
+                missing pages. Such a system call fails with EFAULT and does not wait. So use this only for programs that
+                make no system calls on this memory.
 
         Raises:
             MemoryUnavailable: names the sysctl, the device or the kernel version to check.

@@ -232,7 +232,7 @@ class WrittenScanner:
         self._regions = np.zeros((max_regions, 3), dtype=np.uint64)
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close the pagemap. Idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

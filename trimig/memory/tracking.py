@@ -6,12 +6,12 @@ tracker                   how it knows                                    price
 :class:`UffdTracker`      the kernel write-protects the pages, lifts the  1 us for the first write to a page after
                           protection at a write and remembers it          each sync; 0.3 to 4 ms for each 256 MiB
 :class:`CompareTracker`   a second copy of the memory                     twice the memory; 50 ms for each 256 MiB
-:class:`MarkTracker`      the application says so                         the application must not forget
-:class:`NullTracker`      nothing writes                                  none
+:class:`MarkTracker`      the application calls ``mark`` at each write    a write without the call is lost
+:class:`NullTracker`      the guest does not run and writes no page       none
 ========================  ==============================================  =========================================
 
-All trackers are exact: no write is lost. With :class:`CompareTracker` this is true only if the sender takes its pages
-from :meth:`CompareTracker.snapshot`; see there.
+All trackers are exact: they find each page that was written. With :class:`CompareTracker` this is true only if the sender
+takes its pages from :meth:`CompareTracker.snapshot`; see there.
 
 A migration asks :func:`snapshot_of` where to read a block's pages from, whatever the tracker.
 """

@@ -133,7 +133,7 @@ class Monitor:
         await self._core.wait_changed()
 
     def events(self) -> AsyncIterator[Event]:
-        """All events from now on (at most EVENT_BACKLOG behind); ends by itself with the attempt.
+        """All events from now on, until the attempt ends. A reader that is too slow loses all but the last EVENT_BACKLOG.
 
         **Cancellation:** nothing is lost; the iterator may be used again.
         """
@@ -162,10 +162,10 @@ class Monitor:
         self._core.cancel(reason)
 
     def resume(self) -> None:
-        """Go on with the switchover from ``pre-switchover``, where the guest stands still.
+        """Go on with the switchover of a migration that is held in ``pre-switchover``.
 
         Raises:
-            StateError: the status is another one. Nothing was done, and a later ``pre-switchover`` waits again.
+            StateError: the status is not ``pre-switchover``. Nothing was done, and a later ``pre-switchover`` waits again.
         """
         self._core.resume()
 
@@ -207,7 +207,7 @@ class Monitor:
         is allowed.
 
         Raises:
-            StateError: the status is another one, or a recovery was asked for already.
+            StateError: the migration is not paused in postcopy, or a recovery was already requested.
         """
         expect("uri", uri, str, "a URI (a str such as 'tcp:host:4444')")
         self._core.recover(uri)
@@ -216,7 +216,7 @@ class Monitor:
         """Give up a paused postcopy migration; it ends with :class:`trimig.PostcopyLost`. A second call has no effect.
 
         Raises:
-            StateError: the status is another one.
+            StateError: the migration is not paused in postcopy.
         """
         expect("reason", reason, str, "a str")
         self._core.abandon(reason)

@@ -59,7 +59,7 @@ class Statistics:
     iteration: int
     bandwidth: float
     dirty_rate: float
-    #: None until it can be told.
+    #: None until a bandwidth was measured.
     expected_downtime: float | None
     elapsed: float
     #: How dirty pages are found: ``userfaultfd-wp``, ``compare``, ``marks``, ``none``; empty on a destination.
@@ -101,10 +101,10 @@ class Summary:
     """The result of a migration. Returned only when the destination owns the guest."""
 
     role: Role
-    #: True: the destination has confirmed that it owns the guest (source), or has told the source so (destination).
-    #: False: there was no return path, and the transport took the last byte; the arrival of the guest is not confirmed.
+    #: Source: True if the destination has confirmed that it owns the guest. Destination: True if it has sent that
+    #: confirmation. False without a return path: the transport took the last byte, and the arrival is not confirmed.
     confirmed: bool
-    #: The destination proved that it had loaded everything before the decision was sent (needs a return path).
+    #: True if the destination proved, before the decision was sent, that it had loaded everything (needs a return path).
     prepared: bool
     total_time: float
     setup_time: float
@@ -137,7 +137,7 @@ class Counters:
     paused_at: float | None = None
     finished: float | None = None
     total: int = 0
-    #: Tells :attr:`transferred`; the engine sets it.
+    #: Returns the value of :attr:`transferred`; the engine sets this function.
     count_bytes: Callable[[], int] = int
     #: Bytes sent when the guest stopped; 0 for a guest that never ran during the migration; None while it runs.
     transferred_at_pause: int | None = None
@@ -153,7 +153,7 @@ class Counters:
     missing: Mapping[str, Sequence[tuple[int, int]]] = dataclasses.field(default_factory=dict)
     #: Pages that the guest in postcopy waited for.
     page_requests: int = 0
-    #: Source: the migration has switched to postcopy.
+    #: Source: True once the migration has switched to postcopy.
     switched_to_postcopy: bool = False
     iteration: int = 0
     dirty_sync_count: int = 0
@@ -167,7 +167,7 @@ class Counters:
     shown_downtime: float | None = None
     downtime: float | None = None
     dirty_tracking: str = ""
-    #: All memory has been sent once.
+    #: True once all memory has been sent once.
     first_copy_done: bool = False
     #: 0 to 1, see :class:`Statistics`.
     convergence_progress: float = 0.0
@@ -232,8 +232,8 @@ def query_migrate(
         info["warnings"] = list(c.warnings)
     if role is Role.DESTINATION:
         if c.blocktime is not None and status is Status.COMPLETED:
-            # The time in which all processors waited at once. With one processor it is that processor's time, with
-            # several at most the smallest.
+            # QEMU's member is the time in which all processors waited at once, which is not measured. With one processor
+            # it is that processor's time. With several it is at most the smallest time, which is shown.
             info["postcopy-blocktime"] = _ms(min(c.blocktime, default=0.0))
             info["postcopy-vcpu-blocktime"] = [_ms(seconds) for seconds in c.blocktime]
         return info

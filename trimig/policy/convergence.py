@@ -51,13 +51,13 @@ class Progress:
 
     Attributes:
         remaining: bytes of guest memory still to be sent.
-        bandwidth: bytes per second that the transport takes; 0 where nothing was measured yet.
+        bandwidth: bytes per second that the transport takes; 0 before the first measurement.
         iteration: passes made.
         elapsed: seconds since the start.
         dirty_rate: bytes of guest memory dirtied per second during the last pass.
-        queued: bytes that the transport has taken and not delivered; they are sent first. least: the smallest rest that
-        an earlier pass has left; None after the first pass. switchover_bandwidth: bytes per second that the user
-        expects while the guest stands still; 0 for *bandwidth*.
+        queued: bytes that the transport has taken and not delivered; they are sent first.
+        least: bytes of the smallest rest that an earlier pass has left; None after the first pass.
+        switchover_bandwidth: bytes per second that the user expects while the guest is stopped; 0 for *bandwidth*.
     """
 
     remaining: int

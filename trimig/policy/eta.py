@@ -26,8 +26,8 @@ class Estimate:
     """The remaining time.
 
     Attributes:
-        seconds: infinite where no end is in sight, None where nothing is known yet.
-        at_least: the phase after the present one is not known yet, so this is a lower bound.
+        seconds: infinite if the passes do not converge, None before the first measurement.
+        at_least: True if *seconds* is a lower bound, because the time of the later passes is not known yet.
     """
 
     seconds: float | None = None

@@ -1,8 +1,8 @@
-"""Messages between two trimigs on QEMU's wire (return_path.md part 9): first the marks of both, then reasons and ids.
+"""Messages that only two trimigs exchange (return_path.md part 9): the marks, and then reasons, clocks and ids.
 
-The source sends one more PING, which every QEMU echoes. A trimig answers it with one more PONG. Only after these two
-messages may either side use the commands and messages here, which a QEMU would refuse. Their text and figures come from
-an untrusted peer: they are bounded, escaped before they are shown, and never interpreted.
+The source sends an additional PING, its mark. Every QEMU echoes it. A trimig answers with an additional PONG, its own
+mark. After the two marks both sides may use the commands and messages of this file, which a QEMU would refuse. Their texts
+and figures come from an untrusted peer: they are bounded, escaped before they are shown, and never interpreted.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def unknown_command(number: int, length: int, *, offset: int | None = None) -> R
 
 
 def check_kept_command(number: int, length: int, offset: int) -> None:
-    """Check that the stream of a guest that is only kept may contain this command.
+    """Check that the stream of a parked guest may contain this command.
 
     Raises:
         RemoteProtocolError: the command belongs to postcopy or COLO, or is unknown.

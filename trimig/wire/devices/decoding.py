@@ -16,8 +16,8 @@ from ..constants import MAX_CSTR, Section
 from .description import bad, key_of, section_name, short
 from .vmstate import SCALARS
 
-#: Fields and elements that may be examined before the first byte, and how many more for each byte. A description can
-#: name fields and elements without a single byte, which cost the peer nothing: only this limits their number.
+#: The number of fields and elements that may be examined, and the number that each byte of the payload adds. A description
+#: can name fields and elements of zero bytes, at no cost for the peer. Only these two numbers limit them.
 _FREE_STEPS: Final = 1024
 _STEPS_PER_BYTE: Final = 4
 #: Fields and elements in one piece of work: about ten milliseconds on a busy machine.

@@ -31,7 +31,7 @@ _COMMAND: Final = struct.Struct(">BHH")
 _FOOTER_SIZE: Final = 5
 _COMMANDS: Final = frozenset(int(command) for command in Command)
 _AFTER_FOOTER: Final = frozenset({Section.FULL, Section.COMMAND, Section.EOF})
-#: Fields and elements that the descriptions of one tail may name before its first byte (see Allowance).
+#: Fields and elements that may be examined in one tail, in addition to those for its bytes (see Allowance).
 _FREE_STEPS: Final = 1 << 16
 #: One piece of work: sections and commands, possible positions of a footer, and bytes searched for a footer.
 _ELEMENTS, _PLACES, _SEARCHED = 64, 1024, 4 << 20
