@@ -40,7 +40,7 @@ class View(Protocol):
         """A migration begins."""
 
     def show(self, now: Picture) -> None:
-        """How it stands."""
+        """Show the present picture of the migration."""
 
     def end(self, text: str, *, on_stdout: bool = False, **data: Any) -> None:
         """Show the end; *text* is the outcome. With *on_stdout* stdout gets it too, a terminal only once."""

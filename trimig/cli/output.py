@@ -22,8 +22,8 @@ _said: Final[set[str]] = set()
 class ForgivingStream:
     """A text stream whose ``write`` and ``flush`` do not raise when the file behind it fails.
 
-    Everything else is that of the stream itself. So ``buffer``, which carries data (``export --out -``), raises as
-    it must.
+    All other attributes are those of the wrapped stream. So ``buffer``, which carries data (``export --out -``), raises
+    its errors.
     """
 
     def __init__(self, stream: TextIO, name: str) -> None:

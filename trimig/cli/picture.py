@@ -86,7 +86,7 @@ class Picture:
 
     @property
     def time_left(self) -> str:
-        """In words."""
+        """The remaining time in words."""
         return formats.remaining_time(self.eta, at_least=self.eta_at_least)
 
     @property
@@ -181,7 +181,7 @@ class Pictures:
         self._received = _Rate()
 
     def now(self) -> Picture:
-        """As it stands."""
+        """A picture of the present moment."""
         return with_estimate(self._taken(), self._remaining_time)
 
     def _taken(self) -> Picture:

@@ -28,7 +28,7 @@ class ProcessSignals:
         self.numbers: tuple[signal.Signals, ...] = _NUMBERS
 
     def install(self) -> None:
-        """From now on."""
+        """Handle the signals from now on."""
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             self.numbers = (*_NUMBERS, signal.SIGHUP)
         for number in self.numbers:
@@ -42,21 +42,21 @@ class ProcessSignals:
         self._pending = number
 
     def hold(self) -> None:
-        """A command is about to watch: interrupt nothing any more, and keep a signal for the command."""
+        """Raise no KeyboardInterrupt any more, and keep a signal until the command watches for signals."""
         self._holding = True
 
     def watched(self) -> None:
-        """The command watches from now on: give it the kept signal."""
+        """The command watches for signals from now on: send it the kept signal."""
         if self._pending is not None:
             number, self._pending = self._pending, None
             signal.raise_signal(number)
 
     def decided(self) -> None:
-        """The outcome for the guest is known: a later signal changes nothing."""
+        """Ignore later signals, because the outcome for the guest is known."""
         self._decided = True
 
     def ending(self) -> None:
-        """The process ends, and its exit code is known."""
+        """Ignore signals until the end of the process, because its exit code is known."""
         self._decided = True
         if isinstance(signal.getsignal(signal.SIGTERM), ProcessSignals):
             for number in self.numbers:

@@ -37,7 +37,7 @@ async def alongside(call: Callable[[], Awaitable[T]], other: Callable[[], Awaita
 
 
 def _is_cancelled(error: BaseException) -> bool:
-    """Nothing but cancellation."""
+    """Whether *error* is a cancellation, or a group of cancellations."""
     if isinstance(error, BaseExceptionGroup):
         return error.split(trio.Cancelled)[1] is None
     return isinstance(error, trio.Cancelled)

@@ -446,8 +446,8 @@ def _trio_hook(hook: Callable[[], Awaitable[T] | T] | None) -> Callable[[], Awai
     if hook is None:
         return None
     if inspect.iscoroutinefunction(hook) or inspect.iscoroutinefunction(type(hook).__call__):
-        return hook  # type: ignore[return-value]  # that it returns an awaitable has just been looked at
-    return functools.partial(offload, hook)  # type: ignore[return-value]  # and here that it does not
+        return hook  # type: ignore[return-value]  # the check above shows that it returns an awaitable
+    return functools.partial(offload, hook)  # type: ignore[return-value]  # the check shows that it returns none
 
 
 # -- streams of anyio --------------------------------------------------------------------------------------------------

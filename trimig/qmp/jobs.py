@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class IncomingState(enum.Enum):
     """Whether a machine waits for a guest."""
 
-    #: Until a client gives an address.
+    #: The machine waits for ``migrate-incoming`` with an address.
     DEFERRED = "deferred"
     ACTIVE = "active"
     #: The last attempt has failed; ``migrate-incoming`` may begin another.
@@ -38,7 +38,7 @@ class Job:
 
     @property
     def begun(self) -> bool:
-        """The job has begun, or never will."""
+        """True if the job has begun, or could not begin."""
         return self._begun.is_set()
 
     def begin(self) -> None:
@@ -46,7 +46,7 @@ class Job:
         self._begun.set()
 
     def end(self) -> None:
-        """It is over."""
+        """Mark the job as ended."""
         self._begun.set()
         self._over.set()
 

@@ -71,7 +71,7 @@ class MessageReader:
 
     @property
     def held(self) -> int:
-        """The number of bytes that wait for more."""
+        """The number of bytes that wait for the rest of their message."""
         return len(self._buffer)
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:

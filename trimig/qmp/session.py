@@ -48,7 +48,7 @@ class Outbox:
         self._wake()
 
     async def get(self) -> Any:
-        """The oldest item. The next call says that this item has been written.
+        """The oldest item. The next call tells the outbox that this item has been written.
 
         **Cancellation:** nothing is lost.
         """
@@ -62,8 +62,7 @@ class Outbox:
         return item
 
     async def wait_room(self) -> None:
-        """Wait until at most half of the limit is waiting: a client that sends much and reads little delays only
-        itself.
+        """Wait until at most half of the limit is used. So a client that sends much and reads little delays only itself.
 
         **Cancellation:** no effect.
         """
@@ -79,7 +78,7 @@ class Outbox:
             await self._changed.wait()
 
     async def wait_overflow(self) -> None:
-        """Wait until the client leaves more unread than it may. The writer cannot notice this: it is writing.
+        """Wait until more bytes wait for the client than the limit. The task that writes cannot notice this: it waits.
 
         **Cancellation:** no effect.
         """
@@ -118,11 +117,11 @@ class Conversation:
         self._afterwards: list[Callable[[], None]] = []
 
     def greet(self) -> None:
-        """The first message."""
+        """Send the first message, the greeting."""
         self._say({"QMP": {"version": dict(self._dispatcher.version), "capabilities": []}})
 
     def close(self) -> None:
-        """No more events. Idempotent."""
+        """Send no more events. Idempotent."""
         if self._unsubscribe is not None:
             self._unsubscribe()
             self._unsubscribe = None
@@ -136,7 +135,7 @@ class Conversation:
         self._afterwards.append(call)
 
     async def hear(self, message: tuple[Any] | Malformed) -> list[Callable[[], None]]:
-        """Answer one message; returns the function to call when the answer is on its way.
+        """Answer one message. Returns the functions to call when the answer has been written.
 
         **Cancellation:** as :meth:`Dispatcher.execute`.
         """

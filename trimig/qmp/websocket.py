@@ -168,7 +168,7 @@ async def _answer(conversation: Conversation, frame: str | bytes, outbox: Outbox
 
 
 async def _read(connection: MessageStream, frames: trio.MemorySendChannel[str | bytes]) -> None:
-    """A task of its own, so that a ping and the client's end are handled while a command is executed."""
+    """Read frames, in a task of its own, so that pings and the client's close are handled during a command."""
     with frames, suppress(ConnectionGone):
         while True:
             await frames.send(await connection.receive())

@@ -1,4 +1,4 @@
-"""What TLS and a websocket have in common: a stream of both directions over another one."""
+"""The base of TLS and websockets: a stream in both directions over another stream."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ READ_BYTES: Final = 1 << 20
 
 
 class Below:
-    """The stream under a layer. What is written to it must not have a gap, so a write that was cut is the last one.
+    """The stream below a layer. Its bytes must not have a gap, so nothing is written after a write that was cut off.
 
     Attributes:
-        stream: is owned by the layer.
-        socket: of the kernel, if the stream is one.
-        writing: a task that writes holds it.
-        cut: a write was cut: nothing more can be written. Also true during a write.
+        stream: the stream, which the layer owns.
+        socket: its kernel socket; None for a stream that is no socket.
+        writing: a lock; a task holds it while it writes.
+        cut: True after a write that was cut off, and during a write. Then nothing can be written.
     """
 
     def __init__(self, stream: trio.abc.Stream) -> None:
@@ -55,8 +55,9 @@ class Below:
         self.cut = False
 
     async def write_last(self, data: bytes | memoryview, seconds: float) -> None:
-        """Write the announcement of the end, if that is possible at once or, without a socket, within *seconds*. The
-        caller has seen that no task holds :attr:`writing`.
+        """Write the announcement of the end if the socket takes it at once; without a socket, within *seconds*.
+
+        The caller has checked that no task holds :attr:`writing`.
 
         **Cancellation:** on a socket the announcement is written all the same.
         """
@@ -95,8 +96,8 @@ class LayeredStream(trio.abc.Stream):
     """A stream over another one. A layer adds ``send_all``, ``receive_into`` and ``announce_end``.
 
     Args:
-        transport: is owned, and closed with this stream.
-        name: of the layer, for messages.
+        transport: the stream below. This stream owns it and closes it.
+        name: the name of the layer, for messages.
     """
 
     def __init__(self, transport: trio.abc.Stream, name: str) -> None:
@@ -195,6 +196,6 @@ async def closed_on_failure(stream: AnyStream) -> AsyncIterator[None]:
 
 
 def text_of(error: Exception) -> str:
-    """The most telling text of an error of a stream: trio wraps the system's own."""
+    """The text of an error of a stream. If trio has wrapped an error of the system, the text of the system's error."""
     inner = error.__cause__ if isinstance(error, trio.BrokenResourceError) and error.__cause__ else error
     return str(inner) or type(inner).__name__

@@ -20,7 +20,7 @@ _TURN: Final = 100
 
 
 class ConnectionGone(Exception):
-    """The conversation is over: the client has closed the connection, broken a rule, or gone."""
+    """The connection has ended: the client has closed it or broken the protocol, or the network has failed."""
 
 
 class MessageStream:

@@ -16,7 +16,7 @@ class OneTask:
 
     def __init__(self, doing: str) -> None:
         self._doing = doing
-        #: A task is in it.
+        #: True while a task is inside the block.
         self.inside = False
 
     def __enter__(self) -> None:

@@ -42,7 +42,7 @@ def _understood(handshake: H11Handshake, head: bytes) -> list[object]:
     """The events that wsproto reads from *head*.
 
     Raises:
-        NotUnderstood: wsproto cannot read the head, with whatever error.
+        NotUnderstood: wsproto raised any error for the head.
     """
     try:
         handshake.receive_data(head)

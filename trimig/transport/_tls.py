@@ -160,7 +160,7 @@ class TlsStream(LayeredStream):
         self._break(words, error)
 
     def _break(self, words: str, error: Exception) -> NoReturn:
-        """Fail for good, for *error*, which *words* explain."""
+        """Raise an error with the text *words* and the cause *error*. Every later call raises the same error."""
         self._verdict.set()
         broken = ssl.SSLError(0, words)
         broken.__cause__ = error
@@ -195,7 +195,7 @@ class TlsStream(LayeredStream):
             piece = piece[self._ssl.write(piece) :]
 
     async def _await_verdict(self) -> None:
-        """The error of a failed write. If the peer refused, its alert has arrived or arrives now."""
+        """Wait for the alert of the peer after a failed write: if the peer has refused, the alert has the reason."""
         with trio.move_on_after(_VERDICT_SECONDS):
             if self._receiving.inside:
                 await self._verdict.wait()
@@ -282,7 +282,7 @@ class TlsStream(LayeredStream):
 async def secure(
     stream: AnyStream, tls: Credentials, where: str, name: str | None = None, *, seconds: float = HANDSHAKE_SECONDS
 ) -> TlsStream:
-    """*stream* with TLS over it, after the handshake. *stream* is owned, and closed on every path but success.
+    """*stream* with TLS over it, after the handshake. The function owns *stream*, and closes it unless it succeeds.
 
     Args:
         where: the address, for messages.

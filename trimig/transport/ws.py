@@ -51,5 +51,5 @@ async def listen(rest: str, config: Config) -> WebSocketListener:
     return WebSocketListener(await tcp.listen(at.tcp, config), at)
 
 
-#: wss: has TLS below the websocket; TLS over its messages would have no user.
+#: TLS over the messages of a websocket would have no user, because wss: has TLS below the websocket.
 TRANSPORT: Final = Transport(connect=connect, listen=listen, parse=parse, tls=Tls.NONE, multiple_channels=True)

@@ -329,7 +329,7 @@ def settle(file: Path, owner: str, as_json: bool) -> int:
         try:
             record = stream.read_record(file)
         except trimig.StateError as error:
-            say(str(error))  # the caller knows better
+            say(str(error))  # the record is damaged; the user's word replaces it
             record = stream.OwnerRecord.now(Ownership.UNKNOWN, "an unknown place")
         if record is None:
             raise trimig.StateError(f"there is nothing to settle: {file} is with its source")

@@ -140,7 +140,7 @@ class Demo:
             result["error"] = f"the guest is not as its journal says: {proof['text']}"
         return code, result
 
-    # -- the play ----------------------------------------------------------------------------------------------------
+    # -- the hops ----------------------------------------------------------------------------------------------------
 
     async def _run_hops(self) -> Message:
         options = self._options
@@ -304,7 +304,7 @@ class Demo:
         owner, migrating = self._owner(), self._migrating
         if owner is trimig.Ownership.UNKNOWN:
             return UNCERTAIN
-        # A destination may die behind its last word to the source: then the source knows that nothing is missing.
+        # A destination may die after its last message to the source: then the source knows that no page is missing.
         ends = [report for host in (self.source, self.destination) if (report := host.report) is not None]
         done = any(report["event"] == "done" and report["op"] in ("migrate", "receive") for report in ends)
         if owner is trimig.Ownership.DESTINATION and migrating and not done:

@@ -1,10 +1,10 @@
 """``trimig migrate --dry-run``: predicts a migration of this guest.
 
-The guest's memory is streamed to a sink on this host, while the guest runs on: at the bandwidth to be predicted
-for, or faster if whole passes would not fit into the time otherwise. The sink discards the memory. Two locks keep the
-stream from becoming a migration: a downtime limit of zero, which no busy guest meets, and
-pause-before-switchover for an idle guest. After a few passes the stream is cancelled, every setting is restored,
-and the guest must be in its former run state. From the passes :mod:`trimig.policy.forecast` makes the prediction.
+The guest's memory is streamed to a sink on this host, while the guest runs on. The bandwidth is the one to be predicted
+for, or a higher one if whole passes would not fit into the time otherwise. The sink discards the memory. Two settings keep
+the stream from becoming a migration: a downtime limit of zero, which no busy guest meets, and pause-before-switchover for
+an idle guest. After a few passes the stream is cancelled, every setting is restored, and the guest must be in its former
+run state. From the passes :mod:`trimig.policy.forecast` makes the prediction.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _PAGE: Final = 4096
 #: The name of the descriptor in the other process.
 _NAME: Final = "trimig-dry-run"
 
-#: Capabilities that must be off meanwhile, if the other side knows them: they need an answer from the sink, hand the
-#: guest over, or slow it down.
+#: Capabilities that must be off during the measurement, if the other side knows them. They need an answer from the sink,
+#: hand the guest over, or slow it down.
 _OFF: Final = (
     "return-path",
     "postcopy-preempt",
@@ -58,12 +58,12 @@ _OFF: Final = (
     "release-ram",
 )
 _ON: Final = ("pause-before-switchover", "events")
-#: No downtime is short enough, and the sink has no certificate.
+#: The downtime limit 0 prevents the switchover of a busy guest. TLS is off, because the sink has no certificate.
 _PARAMETERS: Final[Mapping[str, Any]] = {"downtime-limit": 0, "tls-creds": ""}
 #: Settings during the measurement.
 _TUNED: Final = Settings(parameters={"max-bandwidth": 0})
-#: The largest share of the time for the first copy. Passes as long as the real ones show how much a guest dirties in
-#: them; but without passes after the first copy there is nothing to see.
+#: The largest share of the time for the first copy. A first copy at the real bandwidth would show what the guest dirties in
+#: it. But passes after it are needed too, so a slow first copy is made faster.
 _FIRST_COPY_SHARE: Final = 0.4
 
 
@@ -79,7 +79,7 @@ class _Measurement:
     #: The size of the first copy on the transport, complete or not; None if nothing was sent.
     first_copy: float | None = None
     bandwidth: float | None = None
-    #: The stream reached the second lock, where the guest is stopped.
+    #: True if the stream reached pre-switchover, in which the guest is stopped.
     stopped: bool = False
     ended: State | None = None
 

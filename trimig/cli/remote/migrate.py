@@ -268,7 +268,7 @@ class _MigrationWatch:
             if self._stop.asked and not self._busy:
                 self._busy = True
                 self._view.note(f"{address} serves another client; the migration is cancelled as soon as it is free")
-            return state  # the other client may recover it or let it go on
+            return state  # the other client may recover the migration or continue it
         except Refused as error:
             raise _lost(address, self._last, error) from error
 
@@ -277,7 +277,7 @@ class _MigrationWatch:
             self._stop.ask(f"--timeout {formats.plain(self._timeout or 0)}")
 
     async def _pass(self, seconds: float) -> None:
-        """*seconds*, but not longer than until the end of the waiting."""
+        """Wait for *seconds*, or until a stop is requested, or until the end of the timeout."""
         with trio.move_on_after(min(seconds, max(0.0, self._timer - trio.current_time()))):
             await self._stop.wait()
 
