@@ -1,13 +1,14 @@
 """Tools to test a migration, or any trio protocol between two sides, at every point where it can be disturbed.
 
-* :mod:`.link`: :class:`VirtualLink`, a connection with window, rate, latency, chunks and faults, on virtual time; *
-:mod:`.streams`: :class:`DribbleStream`, one byte at a time; :class:`VirtualListener`, servers without sockets; *
-:mod:`.fakes`: :class:`ScriptedGuest`, a guest without a machine; :mod:`.lazy`: a guest that runs before its memory is
-here; * :mod:`.referee`: :class:`OwnerReferee`, which reports at once that two guests run, or that a guest runs an old
-state; * :mod:`.failing`: :class:`FailingGuest`, :class:`FailingStream`: call number n raises, or hangs; *
-:mod:`.determinism`: :func:`deterministic_schedule`, without which a sweep covers nothing; * :mod:`.scenario`:
-:class:`Scenario`, one run of two sides with an injected event; :func:`replay`; * :mod:`.sweep`: :func:`run_sweep` over
-every edge, byte, call, instant; it returns a :class:`SweepReport`.
+* :mod:`.link`: :class:`VirtualLink`, a connection with window, rate, latency, chunks and faults, on virtual time;
+* :mod:`.streams`: :class:`DribbleStream` passes one byte at a time; :class:`VirtualListener` is for servers without sockets;
+* :mod:`.fakes`: :class:`ScriptedGuest`, a guest without a machine;
+* :mod:`.lazy`: a guest that runs before all of its memory has come;
+* :mod:`.referee`: :class:`OwnerReferee` reports at once that two guests run, or that a guest runs an old state;
+* :mod:`.failing`: :class:`FailingGuest` and :class:`FailingStream`, of which call number n raises or hangs;
+* :mod:`.determinism`: :func:`deterministic_schedule` repeats a schedule, which sweeps need;
+* :mod:`.scenario`: :class:`Scenario`, one run of two sides with an injected event; :func:`replay`;
+* :mod:`.sweep`: :func:`run_sweep` over every edge, byte, call and instant; it returns a :class:`SweepReport`.
 
 Sweeps are synchronous. A small run takes a few milliseconds, so sweep every point, in every test run::
 

@@ -70,11 +70,11 @@ class EdgeInstrument(trio.abc.Instrument):
         return {kind: len(trace) for kind, trace in self.traces.items()}
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        """An edge."""
+        """Count an edge of the kind "before"."""
         self._edge("before", task)
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        """An edge."""
+        """Count an edge of the kind "after"."""
         self._edge("after", task)
 
     def _edge(self, kind: EdgeKind, task: trio.lowlevel.Task) -> None:
@@ -117,11 +117,11 @@ class StuckInstrument(trio.abc.Instrument):
         self._rounds = 0
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        """Something happens."""
+        """Begin to count idle rounds again, because a task runs."""
         self._rounds = 0
 
     def before_io_wait(self, timeout: float) -> None:
-        """Nothing happens."""
+        """Count a round of the run loop; after many rounds without a task step, break the run."""
         self._rounds += 1
         if self._rounds >= self._ROUNDS and self.main is not None:
             self._rounds = 0

@@ -116,23 +116,23 @@ class FailingStream(trio.abc.HalfCloseableStream):
         self._label = label
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """As the stream behind. **Cancellation:** any part may have been sent."""
+        """As the wrapped stream. **Cancellation:** any part may have been sent."""
         await self._calls.through(f"{self._label}.send_all", lambda: self._stream.send_all(data))
 
     async def wait_send_all_might_not_block(self) -> None:
-        """As the stream behind. **Cancellation:** has no effect."""
+        """As the wrapped stream. **Cancellation:** has no effect."""
         await self._calls.through(f"{self._label}.wait_send", self._stream.wait_send_all_might_not_block)
 
     async def send_eof(self) -> None:
-        """As the stream behind, the **Cancellation** too."""
+        """As the wrapped stream, the **Cancellation** too."""
         await self._calls.through(f"{self._label}.send_eof", self._stream.send_eof)
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        """As the stream behind. **Cancellation:** with ``when="after"``, bytes may be lost."""
+        """As the wrapped stream. **Cancellation:** with ``when="after"``, bytes may be lost."""
         return await self._calls.through(f"{self._label}.receive_some", lambda: self._stream.receive_some(max_bytes))
 
     async def aclose(self) -> None:
-        """Close the stream behind. **Cancellation:** it is closed nevertheless."""
+        """Close the wrapped stream. **Cancellation:** it is closed nevertheless."""
         await self._calls.close(f"{self._label}.aclose", self._stream.aclose)
 
 
@@ -147,19 +147,19 @@ class FailingTracker:
 
     @property
     def method(self) -> str:
-        """As the tracker behind."""
+        """As the wrapped tracker."""
         return self._tracker.method
 
     async def start(self) -> None:
-        """As the tracker behind. **Cancellation:** tracking may be on."""
+        """As the wrapped tracker. **Cancellation:** tracking may be on."""
         await self._calls.through(f"{self._label}.track", self._tracker.start, late=False)
 
     async def sync(self) -> Mapping[str, PageBitmap]:
-        """As the tracker behind. **Cancellation:** marks may be lost."""
+        """As the wrapped tracker. **Cancellation:** marks may be lost."""
         return await self._calls.through(f"{self._label}.sync", self._tracker.sync, late=False)
 
     def stop(self) -> None:
-        """As the tracker behind; never fails."""
+        """As the wrapped tracker; never fails."""
         self._tracker.stop()
 
 
@@ -167,78 +167,78 @@ class FailingGuest:
     """Passes everything on to *guest*, and counts its coroutines as ``<label>.pause``, ``<label>.save_devices``, …."""
 
     def __init__(self, guest: Guest, calls: Calls, *, label: str = "guest") -> None:
-        #: The guest behind.
+        #: The wrapped guest.
         self.guest = guest
         self._calls = calls
         self._label = label
 
     @property
     def name(self) -> str:
-        """As the guest behind."""
+        """As the wrapped guest."""
         return self.guest.name
 
     @property
     def ram(self) -> Sequence[RamBlock]:
-        """As the guest behind."""
+        """As the wrapped guest."""
         return self.guest.ram
 
     @property
     def devices(self) -> Mapping[tuple[str, int], DeviceProtocol] | None:
-        """As the guest behind."""
+        """As the wrapped guest."""
         return self.guest.devices
 
     @property
     def run_state(self) -> str:
-        """As the guest behind."""
+        """As the wrapped guest."""
         return self.guest.run_state
 
     @property
     def owner(self) -> Owner:
-        """As the guest behind."""
+        """As the wrapped guest."""
         return self.guest.owner
 
     def set_owner(self, owner: Owner, *, handed_over: bool = False, settle: Settle | None = None) -> None:
-        """As the guest behind."""
+        """As the wrapped guest."""
         self.guest.set_owner(owner, handed_over=handed_over, settle=settle)
 
     async def settle(self, owner: Owner) -> None:
-        """As the guest behind, the **Cancellation** too."""
+        """As the wrapped guest, the **Cancellation** too."""
         await self.guest.settle(owner)
 
     def claim(self, purpose: str) -> None:
-        """As the guest behind."""
+        """As the wrapped guest."""
         self.guest.claim(purpose)
 
     def release(self) -> None:
-        """As the guest behind."""
+        """As the wrapped guest."""
         self.guest.release()
 
     def dirty_tracker(self) -> FailingTracker:
-        """A counted tracker around one of the guest behind."""
+        """A counted tracker around a tracker of the wrapped guest."""
         return FailingTracker(self.guest.dirty_tracker(), self._calls, label=self._label)
 
     async def pause(self) -> None:
-        """As the guest behind, the **Cancellation** too."""
+        """As the wrapped guest, the **Cancellation** too."""
         await self._through("pause", self.guest.pause)
 
     async def resume(self) -> None:
-        """As the guest behind, the **Cancellation** too."""
+        """As the wrapped guest, the **Cancellation** too."""
         await self._through("resume", self.guest.resume)
 
     async def throttle(self, percent: int) -> None:
-        """As the guest behind, the **Cancellation** too."""
+        """As the wrapped guest, the **Cancellation** too."""
         await self._through("throttle", lambda: self.guest.throttle(percent))
 
     async def save_devices(self) -> Sequence[DeviceSection]:
-        """As the guest behind, the **Cancellation** too."""
+        """As the wrapped guest, the **Cancellation** too."""
         return await self._through("save_devices", self.guest.save_devices)
 
     async def load_devices(self, sections: Sequence[DeviceSection]) -> None:
-        """As the guest behind, the **Cancellation** too."""
+        """As the wrapped guest, the **Cancellation** too."""
         await self._through("load_devices", lambda: self.guest.load_devices(sections))
 
     async def activate(self, run_state: str) -> None:
-        """As the guest behind, the **Cancellation** too."""
+        """As the wrapped guest, the **Cancellation** too."""
         await self._through("activate", lambda: self.guest.activate(run_state))
 
     async def _through(self, name: str, call: Callable[[], Awaitable[T]]) -> T:
@@ -254,9 +254,9 @@ class FailingLazyGuest(FailingGuest):
         self._lazy = guest
 
     async def missing_memory(self) -> MissingMemory:
-        """As the guest behind, the **Cancellation** too."""
+        """As the wrapped guest, the **Cancellation** too."""
         return await self._through("missing_memory", self._lazy.missing_memory)
 
     async def memory_is_whole(self) -> Sequence[float]:
-        """As the guest behind, the **Cancellation** too."""
+        """As the wrapped guest, the **Cancellation** too."""
         return await self._through("memory_is_whole", self._lazy.memory_is_whole)

@@ -61,7 +61,7 @@ class LazyScriptedGuest(ScriptedGuest):
             self.memory.go_on()
 
     async def missing_memory(self) -> ScriptedMemory:
-        """From now on the guest waits for absent pages. **Cancellation:** no effect."""
+        """Make the guest wait for absent pages from now on. **Cancellation:** no effect."""
         await trio.lowlevel.checkpoint()
         if self.running:
             self.misuse.append("missing_memory() of a running guest")
@@ -69,7 +69,7 @@ class LazyScriptedGuest(ScriptedGuest):
         return self.memory
 
     async def memory_is_whole(self) -> Sequence[float]:
-        """Nothing is missing. **Cancellation:** no effect."""
+        """End postcopy: no page is missing any more. **Cancellation:** no effect."""
         await trio.lowlevel.checkpoint()
         return (0.0,)
 

@@ -45,11 +45,11 @@ class DribbleStream(trio.abc.HalfCloseableStream):
                 return
 
     async def wait_send_all_might_not_block(self) -> None:
-        """As the stream behind. **Cancellation:** has no effect."""
+        """As the wrapped stream. **Cancellation:** has no effect."""
         await self._stream.wait_send_all_might_not_block()
 
     async def send_eof(self) -> None:
-        """As the stream behind, the **Cancellation** too."""
+        """As the wrapped stream, the **Cancellation** too."""
         await self._stream.send_eof()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
@@ -58,7 +58,7 @@ class DribbleStream(trio.abc.HalfCloseableStream):
         return await self._stream.receive_some(limit)
 
     async def aclose(self) -> None:
-        """Close the stream behind. **Cancellation:** it is closed nevertheless."""
+        """Close the wrapped stream. **Cancellation:** it is closed nevertheless."""
         await self._stream.aclose()
 
 

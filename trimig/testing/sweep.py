@@ -41,7 +41,7 @@ class CancelSweep:
     kinds: Sequence[EdgeKind] = EDGE_KINDS
 
     def points(self, baseline: Run[Any]) -> Iterator[Point]:
-        """Edges by kinds."""
+        """A point for each edge of each kind."""
         for kind, n, task in _edges(baseline, self.kinds, self.victims):
             yield _point(baseline, CancelAt(kind=kind, n=n, victims=self.victims, task=task))
 
@@ -54,7 +54,7 @@ class TimeLeap:
     kinds: Sequence[EdgeKind] = EDGE_KINDS
 
     def points(self, baseline: Run[Any]) -> Iterator[Point]:
-        """Edges by kinds."""
+        """A point for each edge of each kind."""
         for kind, n, task in _edges(baseline, self.kinds, tuple(baseline.exits)):
             yield _point(baseline, LeapAt(kind=kind, n=n, seconds=self.seconds, task=task))
 
@@ -71,7 +71,7 @@ class DeadlineSweep:
     epsilon: float = 1e-6
 
     def points(self, baseline: Run[Any]) -> Iterator[Point]:
-        """Instants by 3."""
+        """Three points for each instant: just before it, at it, and just after it."""
         last = max(baseline.ends[victim].at for victim in _known(baseline, self.victims))
         for offset in (-self.epsilon, 0.0, self.epsilon):
             for time in baseline.times:
@@ -106,7 +106,7 @@ class CallSweep:
     only: Callable[[str], bool] | None = None
 
     def points(self, baseline: Run[Any]) -> Iterator[Point]:
-        """Calls by errors."""
+        """A point for each call and each error."""
         for error in self.errors:
             for n, name in enumerate(baseline.calls, 1):
                 if self.only is None or self.only(name):

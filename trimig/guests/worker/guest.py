@@ -1,4 +1,4 @@
-"""What guests in a worker process share: the run state, dirty tracking, missing memory and the device state.
+"""The base of guests in a worker process: the run state, dirty tracking, missing memory and the device state.
 
 The memory is memfds that both processes map, so each process sees the data that the other writes. The worker's writes
 are tracked through its page tables, by a userfaultfd that the worker made and passed to this process.

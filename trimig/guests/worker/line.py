@@ -50,7 +50,7 @@ class LastWords:
     """The end of what a process writes to its standard error."""
 
     def __init__(self) -> None:
-        """OSError."""
+        """Make the pipe. OSError."""
         self._read, self.write = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._read, False)
         self._text = b""
@@ -73,12 +73,12 @@ class LastWords:
         return last if len(last) <= MOST_QUOTED else f"…{last[-MOST_QUOTED:]}"
 
     def started(self) -> None:
-        """The process has the other end of the pipe."""
+        """Close this side's copy of the writing end, after the process has inherited it."""
         os.close(self.write)
         self.write = -1
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close the pipe. Idempotent."""
         if self._read >= 0:
             trio.lowlevel.notify_closing(self._read)
             os.close(self._read)
@@ -88,7 +88,7 @@ class LastWords:
             self.write = -1
 
     def _take(self) -> bool:
-        """Read what is there; False at the end of file. At most one pipe's content, so that a flood does not hold on."""
+        """Read the available bytes, at most the size of a pipe, so that endless output is no endless loop. False at the end."""
         for _ in range(16):
             if self._read < 0:
                 return False
@@ -215,7 +215,7 @@ class Worker:
             return
         self._closed = True
         if self._process.returncode is None:
-            # Not reaped yet, so its number and its group's are not those of another process.
+            # The process is not reaped yet, so no other process or group can have its number.
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         self._socket.close()
@@ -289,7 +289,7 @@ class Worker:
         return f"the guest's worker process {self.pid} {how} (seen at {verb!r}){': ' + last if last else ''}"
 
     def _end(self) -> str:
-        # Looked at without reaping it: close() needs the number of the process.
+        # WNOWAIT: the process stays a zombie, because close() needs its number.
         end = None if self._closed else os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if end is None:
             return "closed its control socket"

@@ -193,7 +193,7 @@ class WorkerMain:
         """Make a userfaultfd for missing pages; from now on pages are touched before they are written."""
         if self._running:
             raise RequestRefused("the guest runs")
-        # One that sees only faults of user code is enough: no system call of this process touches the memory.
+        # A userfaultfd for faults of user code is enough, because no system call of this process touches the memory.
         fd = self.userfaultfd(features)
         self._touched = np.zeros(len(self._words), np.bool_)
         if self.fault_thread is None:
