@@ -52,7 +52,7 @@ async def migrate(
 
     Raises:
         MigrationError: this side has its guest, in the run state that it had; it is safe to go on.
-        GuestNotResumed: this side has its guest, and the guest stands still; ``guest.resume()`` may be tried again.
+        GuestNotResumed: this side has its guest, and the guest is stopped; ``guest.resume()`` may be tried again.
         HandoverUncertain: the decision was sent and no answer came. The guest stays paused here, on purpose, until
             ``guest.settle()``.
         PostcopyLost: the destination has the guest, without all of its memory.
@@ -98,8 +98,8 @@ async def receive(
 
     Raises:
         MigrationError: the guest is not here and never ran here: its memory and devices are undefined until the next
-            whole migration. The source has been told, where there is a return path.
-        PostcopyLost: the guest is here without all of its memory, and stands still.
+            whole migration. If there is a return path, the source was told that.
+        PostcopyLost: the guest is here without all of its memory, and is stopped.
         HandoverUncertain: the guest came by postcopy, and its source, a QEMU from 11.1 on, may have taken it back. The
             guest stands still here until its owner is settled.
         NotOwner: the owner of the guest given is not known: call ``guest.settle()`` first.

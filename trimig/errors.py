@@ -174,7 +174,7 @@ class MigrationCancelled(MigrationError):
 class GuestNotResumed(TrimigError):
     """The migration did not take place, and the guest, which is the source's, could not be put back into its run state.
 
-    The guest stands still. ``guest.resume()`` may be called again.
+    The guest is stopped. ``guest.resume()`` may be called again.
     """
 
     def __init__(self, message: str) -> None:
@@ -242,7 +242,7 @@ class HandoverUncertain(TrimigError):
 class PostcopyLost(TrimigError):
     """The guest is at the destination, and the rest of its memory is lost.
 
-    On the destination the guest stands still. It keeps the pages it has, and cannot be migrated again.
+    On the destination the guest is stopped. It keeps the pages it has, and cannot be migrated again.
     ``guest.resume()`` runs it with zeros for the missing pages. The source keeps its half, too.
 
     Attributes:

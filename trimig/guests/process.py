@@ -92,7 +92,7 @@ class ProcessGuest(WorkerGuest):
             GuestFailed: the worker could not be started, or does not come up; or userfaultfd was demanded and is not
                 available.
 
-        **Cancellation:** nothing is left, on entering as on leaving. A cancelled leaving waits for the kernel only.
+        **Cancellation:** no process is left, during the start and during the end. A cancelled end waits for the kernel only.
         """
         if isinstance(argv, str | bytes) or not argv:
             raise ConfigError(f"the worker's program is a list of a program and its arguments, not {argv!r:.80}")

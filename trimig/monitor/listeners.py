@@ -41,8 +41,8 @@ class Listeners:
     def tell(self, event: Event) -> None:
         """Call all listeners, in the order in which they were added.
 
-        A listener may cause the next event (for example by a cancel). That event is told after all listeners have been
-        called for this one, so that all see the same order.
+        A listener may cause another event (for example by a cancel). The listeners are called for it after all of them were
+        called for *event*, so that all see the same order.
         """
         self._waiting.append(event)
         if self._telling:

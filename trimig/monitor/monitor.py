@@ -109,7 +109,7 @@ class Monitor:
         return self._core.info()
 
     def watch(self, every: float = 1.0) -> AsyncIterator[Statistics]:
-        """Statistics every *every* seconds and at each change of status; ends by itself with the attempt.
+        """Statistics every *every* seconds and at each change of status, until the attempt ends.
 
         **Cancellation:** nothing is lost; the iterator may be used again.
         """

@@ -146,7 +146,7 @@ class Counters:
     remaining: int = 0
     normal: int = 0
     duplicate: int = 0
-    #: Destination: seconds that each processor has waited for pages, where it is measured.
+    #: Destination: seconds that each processor has waited for pages; None if that was not measured.
     blocktime: tuple[float, ...] | None = None
     #: Destination: after a lost postcopy, the pages that never came, by block: the first page and the page after the
     #: last.

@@ -64,8 +64,8 @@ class ScriptedGuest:
         run_state: QEMU's name; the guest runs if this is ``"running"``.
         script: writes at given guest times, in any order.
         rate: random pages written per second of guest time. Each write stamps the running number of the write.
-        dirty_per_sync: random pages written at each sync and at each pause while running: a busy guest even where
-            virtual time stands still, as it does on a link without latency.
+        dirty_per_sync: random pages written at each sync and at each pause while running. So a guest is busy even if
+            virtual time does not pass, as on a link without latency.
         working_set: random writes hit only so many pages, the first ones (over all blocks in order); None for all.
         delays: virtual seconds that a call takes, by name (``{"pause": 0.01, "activate": 2}``), between its two
             checkpoints and before its effect.

@@ -60,8 +60,8 @@ class Decoder:
         max_ram_bytes: largest accepted sum of the RAM blocks.
         reorder: alternating records of pages and of zero pages may be returned as one event of each kind. This is
             faster and gives the same memory, but not the same bytes if the events are written again.
-        continues: the decoder of the stream of which this one reads a later connection or a package: sections and RAM
-            blocks are known, and there is no header.
+        continues: the decoder of the main stream, for a decoder that reads a later connection or a package of it. Then
+            sections and RAM blocks are known, and there is no header.
         sections: the iterative sections that are read, ``ram`` among them; with *continues* those of that stream.
         records_only: for the second connection of postcopy-preempt: page records and an end word, no sections.
         buffer_bytes: size of the buffer; it grows only for an element that does not fit, and all elements are bounded.
@@ -110,7 +110,7 @@ class Decoder:
             self._started = dict(continues._started)
             self._pages.know(continues.blocks)
         self._records_only = records_only
-        #: The sender is a trimig that may use the commands of :mod:`.marks`. Set by the caller that has seen its mark.
+        #: True if the sender may use the commands of :mod:`.marks`. The caller sets this when it has seen the sender's mark.
         self.marks = False
         self._text = DescriptionText(max_description_bytes)
 

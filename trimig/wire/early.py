@@ -19,7 +19,7 @@ _FOOTER_SIZE: Final = 5
 
 
 class FooterSearch:
-    """Searches the end of one payload, in pieces as they are received, without reading a byte twice."""
+    """Searches the end of one payload while its bytes are received. No byte is read twice."""
 
     def __init__(self, section_id: int) -> None:
         self._footer = bytes((Section.FOOTER,)) + _BE32.pack(section_id)

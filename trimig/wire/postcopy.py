@@ -191,7 +191,7 @@ def _bad_bitmap(what: str, offset: int, block: str) -> RemoteProtocolError:
 
 
 def check_bitmap_size(data: bytes | bytearray, pages: int, *, offset: int, block: str) -> None:
-    """Check the length at the start of a bitmap as soon as it is there, to refuse a wrong bitmap before its bits come.
+    """Check the length at the start of a bitmap, so that a wrong bitmap is refused before its bits have come.
 
     Raises:
         RemoteProtocolError: the length is not that of a block of *pages* pages.

@@ -54,8 +54,8 @@ class Pong:
 class PageRequest:
     """The destination's guest waits for these bytes (postcopy).
 
-    ``block`` is what the message named; None means "the block of the request before" on the wire. A decoder fills in
-    the block it stands for and sets ``named`` accordingly.
+    ``named`` is False for a message without a name, which means the block of the previous request. A decoder fills in the
+    name of that block.
     """
 
     block: str
@@ -151,7 +151,7 @@ class ReturnPathDecoder:
 
     def __init__(self, blocks: Mapping[str, int], *, marks: bool = False) -> None:
         self._marks = marks
-        #: The destination has answered the mark.
+        #: True once the destination has answered the mark.
         self.marked = False
         self._blocks = dict(blocks)
         self._buffer = bytearray()

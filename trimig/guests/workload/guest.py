@@ -105,7 +105,7 @@ class WorkloadGuest(WorkerGuest):
             GuestFailed: the worker could not be started, or does not come up; or userfaultfd was demanded and is not
                 available.
 
-        **Cancellation:** nothing is left, on entering as on leaving; leaving does not wait for anything but the kernel.
+        **Cancellation:** no process is left, during the start and during the end. The end waits for the kernel only.
         """
         check_tracking(dirty_tracking)
         if size <= 0 or size % PAGE_SIZE:
