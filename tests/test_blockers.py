@@ -103,7 +103,7 @@ async def test_none_can_be_added_during_a_migration(autojump_clock: trio.testing
 async def test_none_can_be_added_with_only_migratable() -> None:
     """I3: refused by the configuration, not by the moment; unmigratable devices as well."""
     with app() as guest:
-        guest.blockers.only_migratable = True
+        guest.blockers.refuse_all()
         with pytest.raises(trimig.ConfigError, match=r"only-migratable.*for: passthrough") as caught:
             guest.blockers.add("passthrough")
         assert caught.value.name == "only-migratable"

@@ -57,6 +57,12 @@ class TrimigError(Exception):
         self.owner = owner
         self.others: Sequence[BaseException] = ()
 
+    def complete(self, *others: BaseException, owner: Ownership | None = None) -> None:
+        """For the engine: set *others*, and the owner if it is given, at the end of the attempt."""
+        self.others = others
+        if owner is not None:
+            self.owner = owner
+
 
 class MigrationError(TrimigError):
     """The migration did not take place. At the source the guest is unchanged; at the destination there is no guest."""
@@ -84,8 +90,8 @@ class StateError(TrimigError):
         status: the status (QEMU's spelling) that forbids it, or None where the guest itself is busy.
     """
 
-    def __init__(self, message: str, *, status: str | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, status: str | None = None, owner: Ownership | None = None) -> None:
+        super().__init__(message, owner=owner)
         self.status = status
 
 

@@ -80,7 +80,7 @@ async def test_a_guest_without_all_of_its_memory_is_not_sent_on(
         ):
             await trimig.migrate(lost, one, monitor=monitor)
         assert monitor.status is Status.NONE
-    lost.blockers.only_migratable = True  # what the engine knows is no blocker that could be refused
+    lost.blockers.refuse_all()  # what the engine knows is no blocker that could be refused
     with pytest.raises(trimig.StateError, match="never came"):
         lost.blockers.check()
     lost.close()

@@ -97,7 +97,7 @@ def judged(error: TrimigError, status: Status) -> TrimigError:
     """
     if status is Status.POSTCOPY_LOST and not isinstance(error, PostcopyLost):
         lost = PostcopyLost(str(error))
-        lost.others = (error, *error.others)
+        lost.complete(error, *error.others)
         lost.__cause__ = error
         return lost
     return error
@@ -115,8 +115,7 @@ def domain_error(error: BaseException, owner: Ownership) -> TrimigError | None:
     known = [_known(leaf) for leaf in real]
     known.sort(key=_rank)
     first, *others = known
-    first.owner = owner
-    first.others = tuple(others)
+    first.complete(*others, owner=owner)
     return first
 
 

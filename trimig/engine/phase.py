@@ -21,13 +21,18 @@ class Phase:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self._began = trio.current_time()
+
+    def end(self) -> None:
+        """Take the time of the end."""
+        self.seconds = trio.current_time() - self._began
 
 
 @contextlib.contextmanager
 def phase(monitor: MonitorCore, name: str) -> Iterator[Phase]:
     """Run the block as the phase *name*. A phase that fails has no end event: the status shows how the attempt ends."""
-    found, began = Phase(), trio.current_time()
+    found = Phase()
     monitor.emit("PHASE", phase=name, step="begin")
     yield found
-    found.seconds = trio.current_time() - began
+    found.end()
     monitor.emit("PHASE", phase=name, step="end", seconds=found.seconds)

@@ -41,16 +41,29 @@ class Blockers:
 
     Args:
         busy: returns the purpose that the guest is reserved for, or None; during a migration no blocker can be added.
-        only_migratable: nothing that prevents a migration is allowed at all: QEMU's ``--only-migratable``. May be
-            changed.
+        only_migratable: nothing that prevents a migration is allowed at all: QEMU's ``--only-migratable``.
     """
 
     def __init__(self, *, busy: Callable[[], str | None] = lambda: None, only_migratable: bool = False) -> None:
         self._busy = busy
         self._blockers: list[Blocker] = []
-        self.only_migratable = only_migratable
-        #: For the engine: the reason after a lost postcopy (missing pages). It stays until the next guest is received.
-        self.lacking: str | None = None
+        self._only_migratable = only_migratable
+        self._lacking: str | None = None
+
+    @property
+    def only_migratable(self) -> bool:
+        """Whether everything that prevents a migration is refused."""
+        return self._only_migratable
+
+    def refuse_all(self) -> None:
+        """Refuse everything that prevents a migration from now on, as the argument ``only_migratable`` does."""
+        self._only_migratable = True
+
+    def set_lacking(self, reason: str | None) -> None:
+        """For the engine: the reason after a lost postcopy (missing pages), or None. It stays until the next guest is
+        received. It is no blocker that could be refused.
+        """
+        self._lacking = reason
 
     def add(self, reason: str) -> Blocker:
         """Refuse migrations from now on, until the blocker is deleted.
@@ -59,7 +72,7 @@ class Blockers:
             ConfigError: ``only_migratable`` is on; its ``name`` is ``only-migratable``.
             StateError: a migration is under way, and comes too late to be refused.
         """
-        if self.only_migratable:
+        if self._only_migratable:
             raise ConfigError(
                 f"no migration blocker is allowed (only-migratable), for: {reason}", name="only-migratable"
             )
@@ -77,7 +90,7 @@ class Blockers:
     def reasons(self) -> tuple[str, ...]:
         """All reasons, the most recent first."""
         explicit = tuple(blocker.reason for blocker in reversed(self._blockers))
-        return explicit if self.lacking is None else (self.lacking, *explicit)
+        return explicit if self._lacking is None else (self._lacking, *explicit)
 
     def check(self) -> None:
         """Refuse if there is a blocker.
@@ -129,7 +142,7 @@ def lacks(guest: Guest, pages: int) -> None:
     """
     if isinstance(guest, Blockable):
         what = f"{pages} pages of the guest's memory never came, as a postcopy was lost; receive it anew"
-        guest.blockers.lacking = what if pages else None
+        guest.blockers.set_lacking(what if pages else None)
 
 
 def check_incoming(guest: Guest) -> None:

@@ -52,15 +52,18 @@ class MonitorCore:
         self._addresses: tuple[str, ...] = ()
         self._migrating: Guest | None = None
         self._listeners = Listeners()
-        #: The guest whose blockers :meth:`info` lists. Each attempt sets it; a caller may set it before the first
-        #: attempt.
-        self.guest: Guest | None = None
+        self._guest: Guest | None = None
 
     def __repr__(self) -> str:
         role = f" {self._role.value}" if self._role else ""
         return f"<trimig.Monitor{role} {self._status.value}>"
 
     # -- watching --------------------------------------------------------------------------------------------------
+
+    @property
+    def guest(self) -> Guest | None:
+        """See :meth:`trimig.Monitor.guest`."""
+        return self._guest
 
     @property
     def status(self) -> Status:
@@ -118,7 +121,7 @@ class MonitorCore:
             status=self._status,
             owner=self.owner,
             addresses=self._addresses,
-            blocked=blockers.reasons(self.guest) if self.guest is not None else (),
+            blocked=blockers.reasons(self._guest) if self._guest is not None else (),
             downtime_limit=self._config.parameters.downtime_limit,
             now=trio.current_time() if self._status is not Status.NONE else 0.0,
         )
@@ -145,6 +148,10 @@ class MonitorCore:
     def add_listener(self, listener: Listener) -> Callable[[], None]:
         """See :meth:`trimig.Monitor.add_listener`."""
         return self._listeners.add(listener)
+
+    def set_guest(self, guest: Guest | None) -> None:
+        """See :meth:`trimig.Monitor.guest`."""
+        self._guest = guest
 
     # -- steering --------------------------------------------------------------------------------------------------
 
@@ -287,7 +294,7 @@ class MonitorCore:
         self._role = role
         self._config = config
         if guest is not None:
-            self.guest = guest
+            self._guest = guest
         self._counters = Counters(started=trio.current_time())
         self._cancel_reason = None
         self._postcopy_wanted = False
@@ -298,6 +305,10 @@ class MonitorCore:
         for text in config.parameters.warnings():
             self.warn(text)
         return self._counters
+
+    def count(self, moved: Callable[[], int]) -> None:
+        """Set the function that tells the bytes of this attempt so far, over all connections."""
+        self._counters.count_bytes = moved
 
     def control(
         self,

@@ -62,7 +62,7 @@ class Monitor:
     @guest.setter
     def guest(self, guest: Guest | None) -> None:
         expect("guest", guest, (Guest, type(None)), "a trimig.Guest such as a trimig.AppGuest, or None")
-        self._core.guest = guest
+        self._core.set_guest(guest)
 
     @property
     def counters(self) -> Counters:

@@ -137,7 +137,7 @@ class Counters:
     paused_at: float | None = None
     finished: float | None = None
     total: int = 0
-    #: Returns the value of :attr:`transferred`; the engine sets this function.
+    #: Returns the value of :attr:`transferred`.
     count_bytes: Callable[[], int] = int
     #: Bytes sent when the guest stopped; 0 for a guest that never ran during the migration; None while it runs.
     transferred_at_pause: int | None = None

@@ -68,9 +68,9 @@ def read_record(file: Path) -> OwnerRecord | None:
             time=str(found["time"]),
         )
     except (ValueError, KeyError, TypeError) as error:
-        unknown = StateError(f"{path} is damaged, so it cannot be told who owns the guest in {file}")
-        unknown.owner = Ownership.UNKNOWN
-        raise unknown from error
+        raise StateError(
+            f"{path} is damaged, so it cannot be told who owns the guest in {file}", owner=Ownership.UNKNOWN
+        ) from error
 
 
 def write_record(file: Path, record: OwnerRecord | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, Final
 
@@ -44,7 +45,7 @@ async def _inspect(file: str, names: tuple[str, ...], fields: bool, as_json: boo
             raise click.BadParameter(
                 f"there is no device {' or '.join(names)}; there are {known}", param_hint="--device"
             )
-        report.devices = chosen
+        report = dataclasses.replace(report, devices=chosen)
     if as_json:
         write_json({"file": file, **report.record()})
     elif names:

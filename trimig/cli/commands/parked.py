@@ -334,11 +334,10 @@ def settle(file: Path, owner: str, as_json: bool) -> int:
         if record is None:
             raise trimig.StateError(f"there is nothing to settle: {file} is with its source")
         if record.owner is Ownership.DESTINATION:
-            failure = trimig.StateError(
-                f"there is nothing to settle: {file} was handed over to {record.destination} at {record.time}"
+            raise trimig.StateError(
+                f"there is nothing to settle: {file} was handed over to {record.destination} at {record.time}",
+                owner=Ownership.DESTINATION,
             )
-            failure.owner = Ownership.DESTINATION
-            raise failure
         if owner == "source":
             stream.write_record(file, None)
             text = f"settled: the guest in {file} is here, and can be sent"

@@ -95,7 +95,7 @@ def _only_migratable(guest: trimig.Guest) -> None:
     for reason in blockers.reasons(guest):
         raise click.BadParameter(reason, param_hint="--only-migratable")
     if isinstance(guest, blockers.Blockable):
-        guest.blockers.only_migratable = True
+        guest.blockers.refuse_all()
 
 
 def _other_side(machine: qmp.Machine) -> str | None:

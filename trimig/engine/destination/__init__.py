@@ -63,7 +63,7 @@ async def receive_stream(guest: Guest, connections: Connections, config: Config,
         blockers.lacks(guest, 0)
         reception = Reception(connections, config, monitor)
         channels = Channels()
-        monitor.counters.count_bytes = lambda: channels.received
+        monitor.count(lambda: channels.received)
         preempt = PreemptReceiver(reception, config, channels)
         ram = RamReceiver(monitor.counters)
         loaders = {"ram": RamLoader(guest, ram, reception)}

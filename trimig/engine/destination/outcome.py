@@ -123,7 +123,7 @@ def _lost(error: TrimigError, missing: Mapping[str, Sequence[tuple[int, int]]]) 
     lost = PostcopyLost(
         f"{error}; {pages} pages of the guest's memory never came, and it stands still", missing=missing
     )
-    lost.others = (error, *error.others)
+    lost.complete(error, *error.others)
     return lost
 
 

@@ -28,7 +28,8 @@ def uncertain(into: Incoming, error: TrimigError | None) -> HandoverUncertain:
         here=Ownership.DESTINATION,
     )
     into.guest.set_owner(Owner.UNKNOWN, settle=question.settle)
-    found.others = (error,) if error is not None else ()
+    if error is not None:
+        found.complete(error)
     return found
 
 

@@ -66,9 +66,12 @@ class PostcopySender:
         self._idle: trio.CancelScope | None = None
         self._batch = _BACKGROUND_PAGES
         self._rest = b""  # of a page that the kernel did not take whole
-        #: Give pages that have been sent back to the host (release-ram). They cannot be sent again then.
-        self.release = False
+        self._release = False
         self._released = False
+
+    def release_sent(self) -> None:
+        """From now on give sent pages back to the host (release-ram). They cannot be sent again."""
+        self._release = True
 
     def request(self, message: PageRequest) -> None:
         """The guest waits for these bytes; the decoder of the return path has looked at the range.
@@ -138,7 +141,7 @@ class PostcopySender:
 
     async def _send_all(self) -> None:
         while self._order.remaining or self._rest:
-            self._release_sent()
+            self._release_first()
             if self._rest:
                 rest, self._rest = self._rest, b""
                 await self._channel.send(rest)
@@ -164,9 +167,9 @@ class PostcopySender:
             for page in batch.pages.tolist():
                 _give_back(self._blocks[batch.block], page, 1)
 
-    def _release_sent(self) -> None:
+    def _release_first(self) -> None:
         """Once, between two runs: what had been sent before it was allowed."""
-        if self.release and not self._released and not (self._urgent is not None and self._urgent.busy):
+        if self._release and not self._released and not (self._urgent is not None and self._urgent.busy):
             self._released = True
             for block, unsent in zip(self._blocks, self._order.unsent, strict=True):
                 for first, end in runs_of(~unsent).tolist():

@@ -104,7 +104,7 @@ def _start_children(out: Outgoing, nursery: trio.Nursery) -> None:
 async def _connected(guest: Guest, connections: Connections, config: Config, monitor: MonitorCore) -> Link:
     """The phase `connect`. If it fails, the attempt ends here."""
     outcome, channels, scope = Outcome(), Channels(), trio.CancelScope()
-    monitor.counters.count_bytes = lambda: channels.sent
+    monitor.count(lambda: channels.sent)
     with outcome.watch(), scope:
         monitor.control(scope.cancel, None, channels.cut)
         if (reason := monitor.cancel_reason) is not None:
@@ -130,8 +130,7 @@ async def _run(out: Outgoing) -> Summary:
     out.monitor.control(None, None)
     # The answer may have come in the moment in which the time for it ended. Then it counts.
     refusal = take_refusal(out)
-    if outcome.failure is None:
-        outcome.failure = refusal
-    guest_failure = await unwind(out, outcome.failure)
-    await conclude(out, outcome.failure, guest_failure)
+    failure = refusal if outcome.failure is None else outcome.failure
+    guest_failure = await unwind(out, failure)
+    await conclude(out, failure, guest_failure)
     return summary(out)

@@ -104,7 +104,8 @@ async def conclude(out: Outgoing, failure: BaseException | None, guest_failure: 
         await uncertain.report(out, error)
         return
     if guest_failure is not None:
-        guest_failure.others = (error,) if error is not None else ()
+        if error is not None:
+            guest_failure.complete(error)
         if monitor.status is not Status.FAILED:
             monitor.advance(Status.FAILED)
         out.counters.error = str(guest_failure)

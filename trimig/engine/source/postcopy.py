@@ -184,7 +184,9 @@ class PostcopySource:
         if self._monitor.status is Status.HANDOVER:
             if self._scope is not None and not self._all_sent:
                 self._scope.deadline = math.inf
-            self._release = self._sender.release = self._config.capabilities.release_ram
+            if self._config.capabilities.release_ram:
+                self._release = True
+                self._sender.release_sent()
             self._monitor.advance(Status.POSTCOPY_ACTIVE)
             shield(self._nursery, math.inf)
 

@@ -49,7 +49,7 @@ async def report(out: Outgoing, error: TrimigError | None) -> None:
         settle=functools.partial(settle_by_error, out),
     )
     out.guest.set_owner(Owner.UNKNOWN, settle=functools.partial(settle, out))
-    uncertain.others = tuple(others)
+    uncertain.complete(*others)
     out.counters.error = str(uncertain)
     raise uncertain
 
@@ -78,7 +78,7 @@ async def give_back(out: Outgoing, why: str, others: Sequence[BaseException]) ->
     if failure is None:
         how = "it runs here again" if out.paused_by_us else "it is as it was"
         failure = TransportFailed(f"the answer was lost ({why}); the fence gave the guest back, and {how}")
-    failure.others = tuple(others)
+    failure.complete(*others)
     out.counters.error = str(failure)
     return failure
 
