@@ -10,6 +10,7 @@ import trimig
 from tests.engine.pair import Pair, config, running, waiting
 from trimig.channel import closing
 from trimig.channel.channel import Channel
+from trimig.channel.channels import Channels
 from trimig.channel.limiter import Limiter
 from trimig.channel.return_path import ReturnPathReader
 from trimig.engine import guest_calls
@@ -57,7 +58,7 @@ async def test_channel(autojump_clock: trio.testing.MockClock) -> None:
 
 
 async def test_limiter_within_its_budget_needs_no_turn(autojump_clock: trio.testing.MockClock) -> None:
-    limiter = Limiter(Channel(VirtualLink().a), 0, Counters())
+    limiter = Limiter(Channels(), 0, Counters())
     with trio.testing.assert_no_checkpoints():
         assert await limiter.pages(3) == 3
         await limiter.bytes(100)

@@ -23,7 +23,8 @@ from tests.engine.test_postcopy_bad_input import HEAD
 from tests.transport.test_hostile_handshakes import client_hello
 from trimig import transport
 from trimig.channel.channel import AnyStream
-from trimig.channel.first_bytes import judge_again, judge_first, judge_surplus, known
+from trimig.channel.channels import Beside, ChannelKind
+from trimig.channel.first_bytes import judge_again, judge_first, judge_other, known
 from trimig.channel.lobby import MOST_READ, MOST_WAITING, Lobby, NotTheOne, Verdict, accept_pause
 from trimig.errors import RemoteProtocolError, TransportFailed
 from trimig.transport.tcp import TcpListener
@@ -372,7 +373,7 @@ def check_scripted(event: object) -> None:
 
 
 def test_main_is_known_when_its_configuration_has_come() -> None:
-    judge = judge_first(trimig.Config(), check_scripted)
+    judge = judge_first(trimig.Config(), (), check_scripted)
     found = verdicts(judge, HEAD[: HEAD.index(wire.ping(1))])
     at = found.index(Verdict.YES)
     assert set(found[:at]) == {Verdict.MORE}
@@ -385,7 +386,7 @@ def test_main_is_known_when_its_configuration_has_come() -> None:
 
 def test_main_of_a_type_without_a_configuration_is_known_by_the_next_section() -> None:
     config = trimig.Config(peer=trimig.PeerProfile(send_configuration=False))
-    judge = judge_first(config, check_scripted)
+    judge = judge_first(config, (), check_scripted)
     assert judge(wire.file_header()) is Verdict.MORE
     assert judge(wire.file_header() + wire.section_start(Section.START, 2, "ram", 0, 4)) is Verdict.YES
     assert judge(wire.file_header() + wire.command(Command.OPEN_RETURN_PATH)) is Verdict.YES
@@ -447,21 +448,49 @@ def test_a_named_attempt_may_stand_before_the_bitmap() -> None:
     ("data", "words"), [(MULTIFD, "multifd off there"), (client_hello(), "set tls-creds here"), (HTTP, "HTTP request")]
 )
 def test_first_bytes_that_are_known_say_what_is_wrong(data: bytes, words: str) -> None:
-    for judge in (judge_first(trimig.Config(), check_scripted), judge_again(["ram"])):
+    for judge in (judge_first(trimig.Config(), (), check_scripted), judge_again(["ram"])):
         with pytest.raises(NotTheOne) as caught:
             judge(data)
         assert words in str(caught.value.telling)
     assert known(HEAD) is None
     with pytest.raises(NotTheOne) as surplus:
-        judge_surplus(data)
+        judge_other(())(data)
     assert (surplus.value.telling is not None) is (data is MULTIFD), "beside the source that has come"
     with pytest.raises(NotTheOne, match="has its source already"):
-        judge_surplus(HEAD)
+        judge_other(())(HEAD)
+
+
+def test_a_connection_that_is_wanted_beside_the_main_one_waits_for_its_turn() -> None:
+    """Whatever comes first: it is neither the main one, nor a sign of another setting."""
+    channel = Beside(kind=ChannelKind.PREEMPT, capability="x", count=2, early=True, magic=MULTIFD[:4])
+    for judge in (judge_first(trimig.Config(), (channel,), check_scripted), judge_other((channel,))):
+        assert verdicts(judge, MULTIFD) == 3 * [Verdict.MORE] + 61 * [Verdict.LATER]
+        with pytest.raises(NotTheOne):
+            judge(HTTP)
+    assert judge_first(trimig.Config(), (channel,), check_scripted)(HEAD) is Verdict.YES
+    assert judge_other((channel,))(HEAD) is Verdict.ALONE
+
+
+async def test_a_visitor_for_a_later_judge_is_kept_with_all_its_bytes(autojump_clock: trio.testing.MockClock) -> None:
+    async with lobby() as tried:
+        early = tried.door.connect(b"later" + bytes(MOST_READ))
+        tried.door.connect(b"main")
+
+        def judge(data: bytes) -> Verdict:
+            return Verdict.LATER if data.startswith(b"l") else Verdict.YES
+
+        assert (await tried.lobby.choose(judge)).first == b"main"
+        assert tried.lobby.waiting == 1
+        await trio.testing.wait_all_tasks_blocked()
+        chosen = await tried.lobby.choose(wants(b"later"))
+        assert chosen.first == b"later" + bytes(MOST_READ - 5)
+        assert tried.told == []
+        await trio.aclose_forcefully(early)
 
 
 def test_judges_never_fail_in_another_way() -> None:
     source = random.Random(20)
-    recover, first = judge_again(["ram"]), judge_first(trimig.Config(), check_scripted)
+    recover, first = judge_again(["ram"]), judge_first(trimig.Config(), (), check_scripted)
     for good, judge in ((HEAD, first), (wire.ping(1) + RECV, recover)):
         for _ in range(3000):
             data = bytearray(good[: source.randint(1, len(good))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,21 @@ class ChannelKind(enum.Enum):
     #: Pages that the guest waits for in postcopy. It begins with the record of such a page
     #: (:func:`.first_bytes.judge_second`).
     PREEMPT = enum.auto()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """Connections beside the main one that a capability adds to a migration."""
+
+    kind: ChannelKind
+    #: The capability, in QMP spelling.
+    capability: str
+    #: Number of the connections.
+    count: int
+    #: The source opens them with the main one; otherwise when it needs them.
+    early: bool
+    #: The first bytes of each; empty where they are not known before.
+    magic: bytes = b""
 
 
 class Channels:
@@ -52,6 +68,21 @@ class Channels:
     def received(self) -> int:
         """Bytes received over all of them, closed ones included."""
         return self._closed_received + sum(channel.received for _, channel in self._open)
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that the kernel has taken and the peers' kernels have not acknowledged, as far as that can be told."""
+        return sum(channel.backlog() for _, channel in self._open)
+
+    @property
+    def delivered(self) -> int:
+        """Bytes sent over all of them without those that still wait here."""
+        return self.sent - self.backlog
+
+    @property
+    def writing(self) -> bool:
+        """One is in the middle of a write that :attr:`sent` will show when it is done."""
+        return any(channel.writing for _, channel in self._open)
 
     def cut(self) -> bool:
         """Break all of them; False if one cannot be broken. See :meth:`.channel.Channel.cut`."""

@@ -1,12 +1,9 @@
-"""How the first bytes of a connection tell its kind: the judges of a :class:`.lobby.Lobby`.
-
-A new kind is a member of :class:`.channels.ChannelKind` and a judge.
-"""
+"""How the first bytes of a connection tell its kind: the judges of a :class:`.lobby.Lobby`."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Final
 
 from ..wire import events as ev
@@ -17,6 +14,7 @@ from .lobby import MOST_READ, Judge, NotTheOne, Verdict
 
 if TYPE_CHECKING:
     from ..config.config import Config
+    from .channels import Beside
 
 #: Behind a page record's word and name there is a page; the decoder's buffer holds more than a judge is ever given.
 _BUFFER: Final = 2 * MOST_READ
@@ -46,17 +44,20 @@ def known(data: bytes) -> NotTheOne | None:
     return None
 
 
-def judge_first(config: Config, check: Callable[[ev.Configuration], None]) -> Judge:
+def judge_first(config: Config, beside: Sequence[Beside], check: Callable[[ev.Configuration], None]) -> Judge:
     """The main connection: the header, and a configuration section that *check* accepts.
 
     A stream of a machine type without that section is known by its header and the section behind it. A stranger who
     copies both is taken for the source: only TLS tells them apart.
 
     Args:
+        beside: other connections of the source, which may come before the main one.
         check: raises RemoteProtocolError for a configuration that does not fit.
     """
 
     def judge(data: bytes) -> Verdict:
+        if (verdict := _of_beside(data, beside)) is not None:
+            return verdict
         if (refusal := known(data)) is not None:
             raise refusal
         decoder = Decoder(
@@ -153,17 +154,32 @@ def _asks_for(payload: bytes, blocks: Container[str], at: int) -> Verdict:
     return Verdict.YES
 
 
-def judge_surplus(data: bytes) -> Verdict:
-    """No connection is needed any more. That one comes all the same may tell why the migration is going to fail."""
-    refusal = known(data)
-    if refusal is None or data[:4] == _MULTIFD:
-        raise refusal or NotTheOne("the migration has its source already")
-    raise NotTheOne(str(refusal))  # it has nothing to do with a source that has come
+def judge_other(beside: Sequence[Beside]) -> Judge:
+    """The connections that come once there is a main one.
+
+    A connection that is not wanted may still show why the migration is going to fail: a channel of multifd comes from a
+    source that has other settings. A connection of another protocol has nothing to do with the source.
+
+    Args:
+        beside: the connections that are wanted.
+    """
+
+    def judge(data: bytes) -> Verdict:
+        if (verdict := _of_beside(data, beside)) is not None:
+            return verdict
+        refusal = known(data)
+        if refusal is None and beside:
+            return Verdict.ALONE
+        if refusal is None:
+            raise NotTheOne("the migration has its source already")
+        raise refusal if data[:4] == _MULTIFD else NotTheOne(str(refusal))
+
+    return judge
 
 
-def judge_beside(data: bytes) -> Verdict:
-    """A second connection is going to be needed, and the main one does not say yet which. All but known strangers wait on."""
-    refusal = known(data)
-    if refusal is None:
-        return Verdict.ALONE
-    raise refusal if data[:4] == _MULTIFD else NotTheOne(str(refusal))
+def _of_beside(data: bytes, beside: Sequence[Beside]) -> Verdict | None:
+    """The verdict on a connection that begins as one that is wanted beside the main one; None if it does not."""
+    magics = [wanted.magic for wanted in beside if wanted.magic]
+    if any(data.startswith(magic) for magic in magics):
+        return Verdict.LATER
+    return Verdict.MORE if any(magic.startswith(data) for magic in magics) else None

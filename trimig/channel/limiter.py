@@ -12,10 +12,11 @@ import trio
 
 from ..guest import PAGE_SIZE
 from ..policy.rate import WINDOW, Budget
-from .channel import BATCH_PAGES, Channel
+from .channel import BATCH_PAGES
 
 if TYPE_CHECKING:
     from ..monitor.statistics import Counters
+    from .channels import Channels
 
 _RECORD = 8 + PAGE_SIZE
 
@@ -24,13 +25,13 @@ class Limiter:
     """Bandwidth limit of one attempt.
 
     Args:
-        channel: the channel whose sent bytes are measured.
+        channels: the connections whose sent bytes are measured together.
         rate: bytes per second; 0 for no limit.
         counters: receives the measurements.
     """
 
-    def __init__(self, channel: Channel, rate: int, counters: Counters) -> None:
-        self._channel = channel
+    def __init__(self, channels: Channels, rate: int, counters: Counters) -> None:
+        self._channels = channels
         self._counters = counters
         self._budget = Budget(rate, trio.current_time())
         self._opened = trio.Event()
@@ -42,14 +43,13 @@ class Limiter:
         self._budget.set_rate(rate, trio.current_time())
         self._wake()
 
-    def move_to(self, channel: Channel, rate: int) -> None:
-        """Measure *channel* from now on, with a limit of *rate* bytes per second. Ends :meth:`lift` and :meth:`rest`."""
-        self._channel = channel
+    def resume(self, rate: int) -> None:
+        """Measure again, with a limit of *rate* bytes per second. Ends :meth:`lift` and :meth:`rest`."""
         self._lifted = self._resting = False
         self.set_rate(rate)
 
     def rest(self) -> None:
-        """Measure nothing until :meth:`move_to`, because the connection is lost."""
+        """Measure nothing until :meth:`resume`, because the connections are lost."""
         self._resting = True
 
     def lift(self) -> None:
@@ -92,28 +92,28 @@ class Limiter:
 
         **Cancellation:** the sender gets no further budget.
         """
-        c = self._counters
+        c, channels = self._counters, self._channels
         then, sent, pages = trio.current_time(), 0, c.normal + c.duplicate
-        channel = self._channel
         while True:
             # Without a limit, and while a write blocks, no other call moves the window on.
             self._budget.roll(trio.current_time())
             await trio.sleep(min(max(self._budget.window_end - trio.current_time(), 0.001), WINDOW))
             self._wake()
             now = trio.current_time()
-            if self._channel is not channel:
-                channel, then, sent = self._channel, now, 0
-            if (passed := now - then) < WINDOW or self._resting:
+            if (passed := now - then) < WINDOW:
                 continue
-            if self._channel.writing and self._channel.sent == sent:
+            # Bytes that are still in the kernel's buffers have not been transported.
+            delivered, handled = channels.delivered, c.normal + c.duplicate
+            if self._resting:
+                then, sent, pages = now, delivered, handled
+                continue
+            if channels.writing and delivered == sent:
                 # A slow write to a stream that is not a socket is in progress. Its bytes are counted when it has ended,
                 # and are then divided by the whole time that it took.
                 continue
-            handled = c.normal + c.duplicate
             c.pages_per_second = (handled - pages) / passed
             # Windows with at most 10 kB are left out: there the guest's dirty rate was the limit, not the transport
-            # (states.md part 13). Bytes that are still in the kernel's buffers have not been transported.
-            delivered = self._channel.sent - self._channel.backlog()
+            # (states.md part 13).
             if delivered - sent > 10_000:
                 c.bandwidth = (delivered - sent) / passed
             then, sent, pages = now, delivered, handled

@@ -67,6 +67,8 @@ class Verdict(enum.Enum):
 
     #: The bytes are too few for a verdict.
     MORE = enum.auto()
+    #: The visitor is another connection of the same source, which a later judge chooses. It waits, with any number of bytes.
+    LATER = enum.auto()
     #: The visitor is chosen if no other visitor comes for a moment.
     ALONE = enum.auto()
     #: The visitor is chosen.
@@ -323,7 +325,7 @@ class Lobby:
         elif verdict is Verdict.ALONE:
             visitor.possible = True
             self._tell()
-        elif len(visitor.data) >= MOST_READ:
+        elif verdict is Verdict.MORE and len(visitor.data) >= MOST_READ:
             self._drop(visitor, f"{len(visitor.data)} bytes came, and they do not say what it is")
 
     def _choose(self, visitor: _Visitor) -> None:

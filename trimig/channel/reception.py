@@ -1,4 +1,4 @@
-"""The connections that a destination accepts: the first one, the second one of postcopy-preempt, and those of a recovery.
+"""The connections that a destination accepts: the first one, others beside it, and those of a recovery.
 
 A URI on which trimig listens can get several connections; a :class:`.lobby.Lobby` tells them apart. A stream of the
 caller, a command, a descriptor or a file is the only connection; it is taken without a check of its first bytes.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -20,6 +21,7 @@ from .lobby import Chosen, Judge, Lobby, Verdict
 if TYPE_CHECKING:
     from ..config.config import Config
     from ..monitor.core import MonitorCore
+    from .channels import Beside
     from .connections import Connections
 
 log = logging.getLogger("trimig.destination")
@@ -33,15 +35,17 @@ class Reception:
     """The connections of one incoming migration.
 
     Attributes:
-        lobby: the lobby in which a second connection waits; None if there can be no second connection.
+        lobby: the lobby in which connections wait; None if there can be no further connection.
+        beside: the connections that are wanted beside the main one.
     """
 
-    def __init__(self, connections: Connections, config: Config, monitor: MonitorCore) -> None:
+    def __init__(
+        self, connections: Connections, config: Config, monitor: MonitorCore, beside: Sequence[Beside]
+    ) -> None:
         self._connections = connections
         self._config = config
         self._monitor = monitor
-        #: True if a second connection is expected (postcopy-preempt).
-        self.wants_second = config.capabilities.postcopy_preempt
+        self.beside = tuple(beside)
         self.lobby: Lobby | None = None
         self._chosen: Chosen | None = None
         self._look = trio.Event()  # set when a connection that is not the main one has sent bytes
@@ -56,12 +60,12 @@ class Reception:
             others: examines the first bytes of each other connection.
 
         Raises:
-            ConfigError: postcopy-preempt needs a second connection, and the transport has only one.
+            ConfigError: a capability needs several connections, and the transport has only one.
             TransportFailed: no connection came, and none can come any more.
 
         **Cancellation:** nothing is left open, as after an error.
         """
-        self._connections.for_preempt(self._config)
+        self._connections.check_beside(self.beside)
         if self._connections.entrance is None:
             return self.channel(await self._connections.first())
         channel = self.channel(await self._meet(nursery, None, judge))
@@ -137,20 +141,21 @@ class Reception:
         first = self._chosen.first if known and self._chosen is not None else b""
         return Channel(stream, stall_timeout=self._config.stall_timeout, first=first)
 
-    def expect_second(self, nursery: trio.Nursery) -> None:
-        """Accept the second connection of postcopy-preempt, if it is wanted and does not come through the entrance."""
-        beside = self._connections.beside
-        if self.wants_second and self._connections.entrance is None and beside is not None:
-            self.lobby = Lobby(nursery, _Beside(beside), self._told)
+    def expect_beside(self, nursery: trio.Nursery) -> None:
+        """Accept the connections beside the main one, if any are wanted and they do not come through the entrance."""
+        accept = self._connections.beside
+        if self.beside and self._connections.entrance is None and accept is not None:
+            count = sum(wanted.count for wanted in self.beside)
+            self.lobby = Lobby(nursery, _Beside(accept, count), self._told)
             self.lobby.open()
 
     def settle(self) -> None:
         """The main connection brings pages, so the source has the same settings: stop suspecting it.
 
-        If no second connection is wanted, no further connection is accepted.
+        If no connection is wanted beside it, no further connection is accepted.
         """
         self._suspicion.cancel("pages come")
-        if not self.wants_second:
+        if not self.beside:
             self.close()
 
     def close(self) -> None:
@@ -174,21 +179,21 @@ class Reception:
 
 
 class _Beside:
-    """An entrance that yields one connection: the second one of postcopy-preempt."""
+    """An entrance that yields *count* connections."""
 
-    def __init__(self, accept: OpenStream) -> None:
-        self._accept: OpenStream | None = accept
+    def __init__(self, accept: OpenStream, count: int) -> None:
+        self._accept = accept
+        self._left = count
 
     async def meet(self) -> AnyStream:
-        """The connection at the first call. A later call waits for ever.
+        """The next connection. After the last one a call waits for ever.
 
         **Cancellation:** the connection can still come.
         """
-        if self._accept is None:
+        if not self._left:
             await trio.sleep_forever()
-        assert self._accept is not None
         stream = await self._accept()
-        self._accept = None
+        self._left -= 1
         return stream
 
     async def admit(self, stream: AnyStream) -> AnyStream:

@@ -18,8 +18,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,22 +27,19 @@ from ..guest import PAGE_SIZE
 from . import commands, header
 from . import events as ev
 from .configuration import read_configuration
-from .constants import RAM_VERSION, Command, Section
+from .constants import Command, Section
 from .description_text import DescriptionText
 from .early import FooterSearch
 from .pages.size import wrong_page_size
 from .pages.state import PageState
 from .refusals import Unsupported
-from .sections.ram import RamReader
 from .sections.reader import SectionFormat, SectionReader, Window, check_start
+from .sections.table import SECTIONS
 
 if TYPE_CHECKING:
     from .measure import Measure
 
 _BE32 = struct.Struct(">I")
-
-#: The iterative sections that are read, by their id string. All others are refused by name.
-SECTIONS: Final[Mapping[str, SectionFormat]] = MappingProxyType({"ram": SectionFormat(RAM_VERSION, RamReader)})
 
 
 class Decoder:

@@ -13,6 +13,7 @@ import trio
 
 import trimig
 from trimig.channel.channel import Channel
+from trimig.channel.channels import ChannelKind, Channels
 from trimig.channel.limiter import Limiter
 from trimig.config import PeerProfile
 from trimig.engine.device_writer import opening
@@ -82,7 +83,9 @@ class Sending:
         self.counters = Counters()
         self.source = source
         self.order = PageOrder([unsent.copy()])
-        self.limiter = CountingLimiter(channel, rate, self.counters)
+        channels = Channels()
+        channels.add(ChannelKind.MAIN, channel)
+        self.limiter = CountingLimiter(channels, rate, self.counters)
         self.records = RamSender(channel, self.limiter, PageSender(channel, self.counters))
         self.sender = PostcopySender(channel, self.records, self.limiter, source.ram, self.order, self.counters)
 

@@ -22,7 +22,8 @@ from ...status import Role, Stream
 from ..outcome import Outcome
 from ..ram.preempt_receiver import PreemptReceiver
 from ..ram.receiver import RamReceiver
-from ..sections.ram import RamLoader
+from ..sections.ram import beside_of
+from ..sections.table import make_loaders
 from .activate import activate
 from .announced import take_announcement
 from .connect import connect
@@ -61,12 +62,12 @@ async def receive_stream(guest: Guest, connections: Connections, config: Config,
             guest.check_store()
         monitor.begin(Role.DESTINATION, config, guest)
         blockers.lacks(guest, 0)
-        reception = Reception(connections, config, monitor)
+        reception = Reception(connections, config, monitor, beside_of(config))
         channels = Channels()
         monitor.count(lambda: channels.received)
         preempt = PreemptReceiver(reception, config, channels)
         ram = RamReceiver(monitor.counters)
-        loaders = {"ram": RamLoader(guest, ram, reception)}
+        loaders = make_loaders(guest, ram, reception, preempt)
         return await _run(Incoming(guest, config, monitor, channels, reception, preempt, ram, loaders))
     finally:
         guest.release()

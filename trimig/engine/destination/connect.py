@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from ...channel.channels import ChannelKind
-from ...channel.first_bytes import judge_beside, judge_first, judge_surplus
+from ...channel.first_bytes import judge_first, judge_other
 from ...guest import OpaqueGuest
 from ...status import Status
 from ...wire.decoder import Decoder
@@ -38,11 +38,12 @@ async def connect(into: Incoming, nursery: trio.Nursery) -> IncomingStream:
         refined(into, event)
 
     channel = await reception.first(
-        nursery, judge_first(config, acceptable), judge_beside if reception.wants_second else judge_surplus
+        nursery, judge_first(config, reception.beside, acceptable), judge_other(reception.beside)
     )
     into.channels.add(ChannelKind.MAIN, channel)
     into.monitor.listening()
-    into.preempt.expect(nursery)
+    for loader in into.loaders.values():
+        loader.begin(nursery)
     stream = IncomingStream(into, channel, _decoder(into))
     into.counters.setup_done = trio.current_time()
     await trio.lowlevel.checkpoint_if_cancelled()  # a cancel may have come since the last checkpoint

@@ -46,7 +46,7 @@ class PreemptReceiver:
     @property
     def wanted(self) -> bool:
         """There is to be one."""
-        return self._reception.wants_second
+        return any(wanted.kind is ChannelKind.PREEMPT for wanted in self._reception.beside)
 
     @property
     def _has_come(self) -> bool:
@@ -55,7 +55,7 @@ class PreemptReceiver:
     def expect(self, nursery: trio.Nursery) -> None:
         """The main connection is there: this one may come, and is judged in *nursery*."""
         self._there = trio.Event()
-        self._reception.expect_second(nursery)
+        self._reception.expect_beside(nursery)
 
     async def wait(self) -> None:
         """Wait until one is there that can be it, if it is to be.

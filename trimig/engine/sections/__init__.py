@@ -1,8 +1,7 @@
 """Iterative sections of the stream: state that is sent while the guest runs, and again where it changes.
 
-RAM is one. What a source and a destination do with each of them is QEMU's ``SaveVMHandlers``. A new one is a file of this
-package, a line in :func:`trimig.engine.source.announce.announce`, and one in
-:func:`trimig.engine.destination.receive_stream`.
+RAM is one. What a source and a destination do with each of them is QEMU's ``SaveVMHandlers``. A new section is a file of
+this package, a line in :mod:`.table`, and a row in :data:`trimig.wire.sections.table.SECTIONS`.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import trio
+
     from ...wire.events import Element
 
 
@@ -75,6 +76,13 @@ class SectionHandler(Protocol):
 
 class SectionLoader(Protocol):
     """One iterative section at the destination."""
+
+    def begin(self, nursery: trio.Nursery) -> None:
+        """The main connection is there: expect the connections that this section needs beside it.
+
+        Args:
+            nursery: of the attempt; the tasks of those connections run in it.
+        """
 
     async def load(self, event: Element) -> None:
         """Take one element of the section's content (``load_state``).

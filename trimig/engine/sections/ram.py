@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...channel.channels import Beside, ChannelKind
 from ...guest import PAGE_SIZE, PageBitmap, RamBlock
 from ...memory.tracking import snapshot_of
 from ...wire import events as ev
@@ -17,12 +18,15 @@ from ..ram.records import PageSender
 from ..ram.sender import RamSender
 
 if TYPE_CHECKING:
+    import trio
+
     from ...channel.channel import Channel
     from ...channel.limiter import Limiter
     from ...channel.reception import Reception
     from ...config.config import Config
     from ...guest import DirtyTracker, Guest
     from ...monitor.statistics import Counters
+    from ..ram.preempt_receiver import PreemptReceiver
     from ..ram.receiver import RamReceiver
 
 
@@ -36,6 +40,14 @@ def at_least_one(unsent: Sequence[PageBitmap]) -> None:
     """
     if unsent and not any(bitmap.any() for bitmap in unsent):
         max(unsent, key=len)[-1:] = True
+
+
+def beside_of(config: Config) -> tuple[Beside, ...]:
+    """The connections beside the main one on which pages go."""
+    if not config.capabilities.postcopy_preempt:
+        return ()
+    early = config.peer.preempt_pre_7_2
+    return (Beside(kind=ChannelKind.PREEMPT, capability="postcopy-preempt", count=1, early=early),)
 
 
 class RamSection:
@@ -144,10 +156,15 @@ class RamSection:
 class RamLoader:
     """The RAM of one incoming migration, up to the end of precopy. A :class:`trimig.engine.sections.SectionLoader`."""
 
-    def __init__(self, guest: Guest, ram: RamReceiver, reception: Reception) -> None:
+    def __init__(self, guest: Guest, ram: RamReceiver, reception: Reception, preempt: PreemptReceiver) -> None:
         self._guest = guest
         self._ram = ram
         self._reception = reception
+        self._preempt = preempt
+
+    def begin(self, nursery: trio.Nursery) -> None:
+        """Expect the preempt channel, see :class:`trimig.engine.sections.SectionLoader`."""
+        self._preempt.expect(nursery)
 
     async def load(self, event: ev.Element) -> None:
         """Place pages, or check the list of blocks where a second START repeats it.

@@ -14,11 +14,11 @@ from ...wire import encoder as wire
 from ...wire import postcopy as wire_postcopy
 from ...wire.constants import Command
 from ...wire.marks import PING_MARK
-from .. import guest_calls
 from ..device_writer import UUID_SUBSECTION, early_sections, opening
-from ..sections.ram import RamSection
+from ..sections.table import make_handlers
 
 if TYPE_CHECKING:
+    from ..sections.ram import RamSection
     from .outgoing import Outgoing
 
 #: The value of QEMU's PING, directly behind OPEN_RETURN_PATH.
@@ -45,8 +45,7 @@ async def announce(out: Outgoing) -> RamSection:
         await channel.send(wire.command(Command.OPEN_RETURN_PATH) + wire.ping(PING_OPENED) + wire.ping(PING_MARK))
     if config.capabilities.postcopy_ram:
         await channel.send(wire_postcopy.advise(wire_postcopy.Advice()))
-    ram = ram_section(out)
-    out.sections.append(ram)
+    ram = make_handlers(out)
     early: Sequence[DeviceSection] = ()
     if isinstance(out.guest, OpaqueGuest):
         early = await out.call("saving the devices in front of the memory", out.guest.save_devices)
@@ -63,15 +62,6 @@ async def announce(out: Outgoing) -> RamSection:
     out.counters.convergence = convergence.FIRST_COPY
     await out.advance(Status.ACTIVE)
     return ram
-
-
-def ram_section(out: Outgoing) -> RamSection:
-    """The section of the guest's RAM. GuestFailed."""
-    with guest_calls.guarded("looking at the RAM blocks"):
-        blocks = list(out.guest.ram)
-    with guest_calls.guarded("preparing dirty tracking"):
-        tracker = out.guest.dirty_tracker()
-    return RamSection(out.link.channel, out.link.limiter, out.config, out.counters, blocks, tracker)
 
 
 def warn_without_uuid(out: Outgoing) -> None:

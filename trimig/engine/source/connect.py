@@ -13,6 +13,7 @@ from ...channel.limiter import Limiter
 from ...channel.return_path import ReturnPathReader
 from ...errors import ConfigError, TransportFailed
 from .. import guest_calls
+from ..sections.ram import beside_of
 from .link import SILENT_PEER, Link, Ways, one_way
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ async def connect(
     **Cancellation:** the connections that were opened are in *channels*.
     """
     counters, capabilities = monitor.counters, config.capabilities
-    beside = connections.for_preempt(config)
+    wanted = beside_of(config)
+    connections.check_beside(wanted)
     stream = await connections.first()
     channel = Channel(stream, stall_timeout=config.stall_timeout)
     channels.add(ChannelKind.MAIN, channel)
@@ -67,19 +69,19 @@ async def connect(
         Ways(
             stall_timeout=config.stall_timeout,
             lengths=lengths,
-            beside=beside,
+            beside=connections.beside,
+            wanted=wanted,
             again=connections.again,
             acks=config.peer.switchover_acks if asks and capabilities.switchover_ack else 0,
         ),
         channels,
         channel,
-        Limiter(channel, monitor.config.parameters.max_bandwidth, counters),
+        Limiter(channels, monitor.config.parameters.max_bandwidth, counters),
         ReturnPathReader(channel, lengths, perhaps_silent=silent, acks=capabilities.switchover_ack),
         asks=asks,
         answers=asks and not silent,
     )
-    if config.peer.preempt_pre_7_2:
-        await link.open_preempt()
+    await link.open_beside(early=True)
     return link
 
 

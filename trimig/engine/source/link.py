@@ -10,9 +10,10 @@ from ...channel.channels import ChannelKind, Channels
 from ...channel.return_path import ReturnPathReader
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from ...channel.channel import AnyStream, OpenStream
+    from ...channel.channels import Beside
     from ...channel.connections import Reopen
     from ...channel.limiter import Limiter
 
@@ -32,7 +33,8 @@ class Ways:
     Attributes:
         stall_timeout: see :class:`trimig.channel.channel.Channel`.
         lengths: used length of the RAM blocks by name.
-        beside: opens the preempt channel; None without postcopy-preempt.
+        beside: opens another connection to the destination; None if the transport has only one.
+        wanted: the connections beside the main one.
         again: opens a new main connection for a recovery; None if the transport cannot do that.
         acks: the number of SWITCHOVER_ACK messages for which the switchover waits.
     """
@@ -40,6 +42,7 @@ class Ways:
     stall_timeout: float
     lengths: Mapping[str, int]
     beside: OpenStream | None
+    wanted: Sequence[Beside]
     again: Reopen | None
     acks: int
 
@@ -99,14 +102,21 @@ class Link:
         self.answers = self.reader.heard
         return self.answers
 
-    async def open_preempt(self) -> None:
-        """Open the second connection of postcopy-preempt, unless the capability is off or it is open. TransportFailed.
+    async def open_beside(self, *, early: bool = False) -> None:
+        """Open the connections that are wanted beside the main one, as far as they are not open. TransportFailed.
 
-        **Cancellation:** the second connection is not opened.
+        Args:
+            early: open only those that are opened with the main connection.
+
+        **Cancellation:** some of them are open.
         """
-        if self.ways.beside is not None and not self.channels.has(ChannelKind.PREEMPT):
-            channel = Channel(await self.ways.beside(), stall_timeout=self.ways.stall_timeout)
-            self.channels.add(ChannelKind.PREEMPT, channel)
+        for wanted in self.ways.wanted:
+            if early and not wanted.early:
+                continue
+            for _ in range(wanted.count - len(self.channels.of(wanted.kind))):
+                assert self.ways.beside is not None, "Connections.check_beside has refused it"
+                channel = Channel(await self.ways.beside(), stall_timeout=self.ways.stall_timeout)
+                self.channels.add(wanted.kind, channel)
 
     def replace(self, stream: AnyStream, rate: int) -> None:
         """Use *stream* as the main connection. The earlier connections are closed already.
@@ -117,4 +127,4 @@ class Link:
         self.channel = Channel(stream, stall_timeout=self.ways.stall_timeout)
         self.channels.add(ChannelKind.MAIN, self.channel)
         self.reader = ReturnPathReader(self.channel, self.ways.lengths)
-        self.limiter.move_to(self.channel, rate)
+        self.limiter.resume(rate)

@@ -258,8 +258,7 @@ class PostcopySource:
         self._nursery.start_soon(reader.run, name="trimig.return_path")
         seconds = min(config.handover_timeout, self._search.deadline - trio.current_time())
         with self._connected(seconds):
-            if config.peer.preempt_pre_7_2:
-                await link.open_preempt()
+            await link.open_beside(early=True)
             if attempt := self._out.attempt:
                 await channel.send(wire.ping(PING_MARK) + wire.command(Mark.ATTEMPT, attempt))
             for block in blocks:
@@ -267,8 +266,7 @@ class PostcopySource:
                 await channel.send(wire.command(Command.RECV_BITMAP, cstr(block.name)))
             while not handshake.complete:
                 await self._news.wait()
-            if not config.peer.preempt_pre_7_2:
-                await link.open_preempt()
+            await link.open_beside()
             unsent = [~handshake.bitmaps[block.name] for block in blocks]
             # The order must be made before the state RESUMING: a request may come together with the answer to RESUME.
             order = PageOrder(unsent)

@@ -82,13 +82,13 @@ async def wait_first_answer(out: Outgoing) -> None:
 
 async def drain_before_pass(out: Outgoing) -> None:
     """Wait a moment before the next pass if the transport has a long queue: a pass now would find few dirty pages."""
-    seconds = out.link.channel.backlog() / out.counters.bandwidth if out.counters.bandwidth else 0.0
+    seconds = out.link.channels.backlog / out.counters.bandwidth if out.counters.bandwidth else 0.0
     if seconds > out.monitor.config.parameters.downtime_limit / 1000:
         await trio.sleep(min(seconds, WINDOW))
 
 
 def delivered(out: Outgoing) -> int:
-    return out.link.channel.sent - out.link.channel.backlog()
+    return out.link.channels.delivered
 
 
 def progress_of(out: Outgoing, stall: Stall, now: float) -> convergence.Progress:
@@ -100,7 +100,7 @@ def progress_of(out: Outgoing, stall: Stall, now: float) -> convergence.Progress
         iteration=c.iteration,
         elapsed=now - c.started,
         dirty_rate=c.dirty_rate,
-        queued=out.link.channel.backlog(),
+        queued=out.link.channels.backlog,
         least=stall.least,
         switchover_bandwidth=out.monitor.config.parameters.avail_switchover_bandwidth,
     )

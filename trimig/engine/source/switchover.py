@@ -146,7 +146,7 @@ class PostcopySwitchover:
         _decide_return_path(out)
         if not out.link.answers:
             raise TransportFailed("postcopy needs a return path, and the destination does not answer on this one")
-        await out.link.open_preempt()
+        await out.link.open_beside()
         out.counters.switched_to_postcopy = True
         await _wait_loaded(out, self._channel, PING_QUEUED)
         await _introduce(out, self._channel)
@@ -198,7 +198,7 @@ class PostcopySwitchover:
         out, channel, package = self._out, self._channel, self._package
         await _call_commit_hook(out)
         out.in_postcopy = True
-        out.link.limiter.move_to(channel, out.rate)
+        out.link.limiter.resume(out.rate)
         following = PostcopySource(out, nursery, self._ram)
         await _decide(out, nursery, math.inf)
         out.commit_offset = channel.sent + len(package) - 1
@@ -316,7 +316,7 @@ async def _wait_loaded(out: Outgoing, channel: Channel, value: int) -> None:
 async def _drain(out: Outgoing) -> None:
     """Wait until the queue of the transport fits into the downtime limit, while the guest still runs here."""
     limit = out.monitor.config.parameters.downtime_limit / 1000
-    while out.counters.bandwidth and out.link.channel.backlog() / out.counters.bandwidth > limit:  # noqa: ASYNC110 - the kernel has no event for it
+    while out.counters.bandwidth and out.link.channels.backlog / out.counters.bandwidth > limit:  # noqa: ASYNC110 - the kernel has no event for it
         await trio.sleep(WINDOW)
 
 

@@ -1,0 +1,14 @@
+"""The iterative sections that are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from ..constants import RAM_VERSION
+from .ram import RamReader
+from .reader import SectionFormat
+
+#: By idstr. All other iterative sections are refused by name.
+SECTIONS: Final[Mapping[str, SectionFormat]] = MappingProxyType({"ram": SectionFormat(RAM_VERSION, RamReader)})
