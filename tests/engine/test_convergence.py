@@ -84,6 +84,16 @@ async def test_downtime_limit_raised_while_it_runs(autojump_clock: trio.testing.
     assert 3 < here.total_time < 4.5
 
 
+async def test_pages_of_zeros_count_with_the_bytes_that_they_take(autojump_clock: trio.testing.MockClock) -> None:
+    """Pages whose zeros are found by a look take nine bytes each, and the limit counts nine bytes for each."""
+    pair = Pair(
+        running(pages=2048, content="zero"), link=VirtualLink(rate=100e6), config_here=config(max_bandwidth=200_000)
+    )
+    here, _ = await pair.both()
+    assert here.zero_pages >= 2048
+    assert here.total_time < 2, "as pages of data they would take 42 s"
+
+
 @pytest.mark.parametrize("limit", [200_000, 1_000_000])
 async def test_rate_limit_holds_over_two_seconds(autojump_clock: trio.testing.MockClock, limit: int) -> None:
     """L7: within 5 % on a link that is much faster."""

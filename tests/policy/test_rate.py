@@ -142,3 +142,14 @@ def test_mean_follows_a_live_change() -> None:
     budget.set_rate(5_000_000, 1.0)
     sent_in(budget, 1.0, 0.2, RECORD)
     assert sent_in(budget, 1.2, 2.0, RECORD) == pytest.approx(10_000_000, rel=0.05)
+
+
+def test_what_was_not_sent_comes_back_within_its_window() -> None:
+    budget = Budget(1000, 0.0)
+    budget.spend(100)
+    assert budget.available(0.05) == 0
+    budget.give_back(60)
+    assert budget.available(0.05) == 60
+    budget.give_back(60)
+    assert budget.available(0.05) == 100, "never more than a window's share"
+    assert Budget(0, 0.0).available(0.0) == math.inf

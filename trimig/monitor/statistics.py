@@ -146,8 +146,9 @@ class Counters:
     remaining: int = 0
     normal: int = 0
     duplicate: int = 0
-    #: Destination: seconds that each processor has waited for pages; None if that was not measured.
-    blocktime: tuple[float, ...] | None = None
+    #: Members of query-migrate that only one capability has, by name: each capability adds its own. A destination shows
+    #: them when it has completed, a source from the first copy on.
+    members: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)
     #: Destination: after a lost postcopy, the pages that never came, by block: the first page and the page after the
     #: last.
     missing: Mapping[str, Sequence[tuple[int, int]]] = dataclasses.field(default_factory=dict)
@@ -231,11 +232,8 @@ def query_migrate(
     if c.warnings:
         info["warnings"] = list(c.warnings)
     if role is Role.DESTINATION:
-        if c.blocktime is not None and status is Status.COMPLETED:
-            # QEMU's member is the time in which all processors waited at once, which is not measured. With one processor
-            # it is that processor's time. With several it is at most the smallest time, which is shown.
-            info["postcopy-blocktime"] = _ms(min(c.blocktime, default=0.0))
-            info["postcopy-vcpu-blocktime"] = [_ms(seconds) for seconds in c.blocktime]
+        if status is Status.COMPLETED:
+            info |= {name: member() for name, member in c.members.items()}
         return info
     if c.dirty_tracking:
         info["dirty-tracking"] = c.dirty_tracking
@@ -257,7 +255,7 @@ def query_migrate(
     else:
         info["downtime"] = _ms(c.downtime or 0.0)
     info["ram"] = _ram(c, end, completed=not running)
-    return info
+    return info | {name: member() for name, member in c.members.items()}
 
 
 def _ram(c: Counters, end: float, *, completed: bool) -> dict[str, Any]:
