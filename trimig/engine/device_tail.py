@@ -18,7 +18,7 @@ from ..wire.constants import Section
 from ..wire.devices.description import Description, Limits, parse
 from ..wire.devices.sections import SplitTail, TailSplitter
 from ..wire.devices.tail import TailBuffer
-from ..wire.pages.size import wrong_page_size
+from ..wire.refusals import wrong_page_size
 
 if TYPE_CHECKING:
     from ..config.config import Config

@@ -23,7 +23,7 @@ from ..wire.decoder import Decoder
 from ..wire.devices.virtio_mem import Unplugged, absent_by_rule, overlap
 from ..wire.elements import Elements
 from ..wire.pages.sink import put
-from ..wire.pages.size import wrong_page_size
+from ..wire.refusals import wrong_page_size
 from .files import STDIN, reading
 from .pages import PageSet
 

@@ -18,8 +18,7 @@ from ..wire.devices import decoding, globalstate
 from ..wire.devices.tail import TailBuffer
 from ..wire.devices.virtio_mem import absent_by_rule, overlap
 from ..wire.elements import Elements
-from ..wire.pages.size import wrong_page_size
-from ..wire.refusals import Unsupported, command_name
+from ..wire.refusals import Unsupported, command_name, wrong_page_size
 from .files import ReadInto, reading
 from .pages import PageSet
 from .report import BlockInfo, CommandInfo, DeviceInfo, SectionInfo, StreamReport

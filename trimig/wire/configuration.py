@@ -9,8 +9,7 @@ from ..config.capabilities import CAPABILITY_NAMES
 from ..errors import RemoteProtocolError
 from ..guest import PAGE_SIZE, ConfigSubsection
 from .constants import Section
-from .pages.size import wrong_page_size
-from .refusals import Unsupported
+from .refusals import Unsupported, wrong_page_size
 
 _BE32: Final = struct.Struct(">I")
 _PAGE_BITS: Final = PAGE_SIZE.bit_length() - 1

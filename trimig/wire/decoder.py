@@ -30,9 +30,8 @@ from .configuration import read_configuration
 from .constants import Command, Section
 from .description_text import DescriptionText
 from .early import FooterSearch
-from .pages.size import wrong_page_size
 from .pages.state import PageState
-from .refusals import Unsupported
+from .refusals import Unsupported, wrong_page_size
 from .sections.reader import SectionFormat, SectionReader, Window, check_start
 from .sections.table import SECTIONS
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from ..errors import RemoteProtocolError
+from ..guest import PAGE_SIZE
 from .constants import Command
 
 #: The newest known command, and the version of QEMU that introduced it.
@@ -73,4 +74,14 @@ def bitmaps_only(offset: int) -> Unsupported:
     """The error for the empty POSTCOPY_ADVISE, which announces bitmaps of disks and no RAM."""
     return Unsupported(
         f"the section 'dirty-bitmap' will follow, which is not supported: {_SECTIONS['dirty-bitmap']}", offset=offset
+    )
+
+
+def wrong_page_size(size: int, *, offset: int | None = None, section: str | None = None) -> Unsupported:
+    """The error for a guest whose target pages have *size* bytes."""
+    return Unsupported(
+        f"the guest has target pages of {size} bytes, and only pages of {PAGE_SIZE} bytes can be read: guests of this "
+        "architecture cannot be received, kept or sent here",
+        offset=offset,
+        section=section,
     )

@@ -27,7 +27,7 @@ from ..output import say, write_json
 from ..picture import Picture
 from ..runner import run
 from . import figures
-from .host import pack_config
+from .messages import pack_config
 from .process import HostProcess, Message, reap_descendants
 
 #: Seconds that a host may take to report a failure, beyond the limits of the migration itself.

@@ -14,7 +14,6 @@ will not come).
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import ctypes
 import dataclasses
@@ -22,7 +21,6 @@ import functools
 import json
 import logging
 import os
-import pickle
 import signal
 import socket
 import sys
@@ -38,21 +36,9 @@ from ..errors import error_record
 from ..picture import Picture, Pictures, follow
 from ..summary import summary_record
 from ..tasks import alongside
+from .messages import MAX_PACKET, unpack_config
 
-#: No packet is longer.
-MAX_PACKET: Final = 1 << 16
 _PR_SET_PDEATHSIG: Final = 1
-
-
-def pack_config(config: trimig.Config) -> str:
-    """*config* for a request. Pickle keeps all of it; both processes run the same program."""
-    return base64.b64encode(pickle.dumps(config)).decode()
-
-
-def _unpack_config(text: str) -> trimig.Config:
-    config = pickle.loads(base64.b64decode(text))
-    assert isinstance(config, trimig.Config)
-    return config
 
 
 class Host:
@@ -139,7 +125,7 @@ class Host:
         assert self._guest is not None
         monitor = self._monitor = trimig.Monitor()
         receive = functools.partial(
-            trimig.receive, self._guest, "tcp:127.0.0.1:0", _unpack_config(config), monitor=monitor
+            trimig.receive, self._guest, "tcp:127.0.0.1:0", unpack_config(config), monitor=monitor
         )
         summary = await alongside(receive, functools.partial(self._announce, monitor))
         times = self._guest.touch_times
@@ -161,7 +147,7 @@ class Host:
         """Migrate the guest, and end it here once the destination owns it."""
         assert self._guest is not None
         monitor = self._monitor = trimig.Monitor()
-        migrate = functools.partial(trimig.migrate, self._guest, uri, _unpack_config(config), monitor=monitor)
+        migrate = functools.partial(trimig.migrate, self._guest, uri, unpack_config(config), monitor=monitor)
         if postcopy_after is not None:
             schedule = postcopy.PostcopySchedule(after=postcopy_after, cut_after=cut_after)
             migrate = functools.partial(alongside, migrate, functools.partial(schedule.run, monitor))

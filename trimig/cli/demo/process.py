@@ -18,7 +18,7 @@ import trio
 
 import trimig
 
-from .host import MAX_PACKET
+from .messages import MAX_PACKET
 
 #: Seconds that a host may take to end on request, and a killed process to be gone.
 _ENDING: Final = 3.0

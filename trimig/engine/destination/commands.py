@@ -12,8 +12,7 @@ from ...status import Stream
 from ...wire import postcopy as wire_postcopy
 from ...wire.constants import Command
 from ...wire.marks import PING_MARK, PONG_MARK, Mark, is_mark, shown_reason
-from ...wire.pages.size import wrong_page_size
-from ...wire.refusals import bitmaps_only
+from ...wire.refusals import bitmaps_only, wrong_page_size
 from ...wire.return_path import Attempt, Clock, Pong, SwitchoverAck, encode
 from .. import guest_calls
 from ..order import TRIMIG_PINGS

@@ -10,7 +10,7 @@ import trio
 from ...status import SENDING_RAM, STREAM_IN_POSTCOPY, STREAM_PRECOPY_PAGES, Stream, after
 from ...wire import events as ev
 from ...wire.constants import Section
-from ...wire.pages.size import wrong_page_size
+from ...wire.refusals import wrong_page_size
 from ..order import item_of
 from ..ram.placement import ENOUGH
 

@@ -24,8 +24,7 @@ from ...wire.devices.sections import SplitTail, Undelimited
 from ...wire.devices.virtio_mem import absent_by_rule
 from ...wire.elements import Elements
 from ...wire.pages.sink import put
-from ...wire.pages.size import wrong_page_size
-from ...wire.refusals import check_kept_command
+from ...wire.refusals import check_kept_command, wrong_page_size
 from ..named import naming
 
 if TYPE_CHECKING:

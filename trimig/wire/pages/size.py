@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from ...guest import PAGE_SIZE
 from ..constants import RamFlag, Section
-from ..refusals import Unsupported
 
 _BE64: Final = struct.Struct(">Q")
 _BASE_FLAGS: Final = 0xFF
@@ -27,16 +26,6 @@ _KINDS: Final = frozenset({int(RamFlag.PAGE), int(RamFlag.ZERO)})
 _BEHIND_END: Final = frozenset({Section.FOOTER, Section.PART, Section.END, Section.FULL})
 _SMALL: Final = (256, 512, 1024, 2048)
 _LARGE: Final = (8192, 16384, 32768, 65536)
-
-
-def wrong_page_size(size: int, *, offset: int | None = None, section: str | None = None) -> Unsupported:
-    """The error for a guest whose target pages have *size* bytes."""
-    return Unsupported(
-        f"the guest has target pages of {size} bytes, and only pages of {PAGE_SIZE} bytes can be read: guests of this "
-        "architecture cannot be received, kept or sent here",
-        offset=offset,
-        section=section,
-    )
 
 
 class PageSizes:

@@ -13,8 +13,7 @@ from ..constants import RamFlag, Section
 from ..events import Element, PageElement, PageRun, RamEnd, RamList, SectionHeader
 from ..pages.mixed import read_mixed
 from ..pages.plain import FIRST_LOOK, PAGE_AGAIN, RECORD, ZERO_AGAIN, ZERO_RECORD, read_pages, read_zeros
-from ..pages.size import wrong_page_size
-from ..refusals import Unsupported
+from ..refusals import Unsupported, wrong_page_size
 
 if TYPE_CHECKING:
     from ..pages.state import PageState
