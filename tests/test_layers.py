@@ -4,6 +4,7 @@
 * Three dangerous things have one address each (``ADDRESSES``): threads, shields, trio's scheduler seed.
 * ``wire`` and ``policy`` import neither trio nor a clock.
 * No broad ``except`` that does not raise again.
+* No object writes the attributes of another one, but for records (``RECORDS``).
 
 ``violations`` is a plain function of a path and a text, so that each rule is also shown to fail on a bad file.
 """
@@ -11,6 +12,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -262,3 +264,111 @@ GOOD: Final = [
 @pytest.mark.parametrize(("path", "source"), GOOD)
 def test_guard_lets_a_good_file_pass(path: str, source: str) -> None:
     assert violations(path, source) == []
+
+
+# -- attributes of other objects -----------------------------------------------------------------------------------------
+
+#: Attributes of objects of Python, trio, ctypes and OpenSSL.
+FOREIGN: Final = frozenset(
+    {
+        "__cause__", "args", "argtypes", "restype", "propagate", "deadline", "shield",
+        "check_hostname", "minimum_version", "num_tickets", "options", "verify_flags", "verify_mode",
+    }
+)  # fmt: skip
+#: (Where, names of the variable or attribute): the record that has the name there. Other objects write its attributes.
+RECORDS: Final = {
+    ("trimig/", ("counters", "c")): "trimig.monitor.statistics.Counters",
+    ("trimig/engine/source/", ("out",)): "trimig.engine.source.outgoing.Outgoing",
+    ("trimig/engine/destination/", ("into",)): "trimig.engine.destination.incoming.Incoming",
+    ("trimig/engine/ram/receiver.py", ("target",)): "trimig.engine.ram.placement.Target",
+    ("trimig/wire/sections/ram.py", ("state",)): "trimig.wire.pages.state.PageState",
+    ("trimig/wire/decoder.py", ("pages",)): "trimig.wire.pages.state.PageState",
+    ("trimig/channel/lobby.py", ("visitor", "waiting")): "trimig.channel.lobby._Visitor",
+    ("trimig/stream/export.py", ("copy",)): "trimig.stream.export._BlockCopy",
+    ("trimig/stream/inspect.py", ("report",)): "trimig.stream.report.StreamReport",
+    ("trimig/stream/inspect.py", ("device",)): "trimig.stream.report.DeviceInfo",
+    ("trimig/stream/inspect.py", ("open", "counted")): "trimig.stream.report.SectionInfo",
+    ("trimig/stream/inspect.py", ("blocks", "seen")): "trimig.stream.report.BlockInfo",
+    ("trimig/cli/remote/dry_run.py", ("seen",)): "trimig.cli.remote.dry_run._Measurement",
+}  # fmt: skip
+#: Properties with a setter, which checks the value.
+SETTERS: Final = frozenset({("guest", "uuid")})
+
+
+def _made_here(function: ast.FunctionDef | ast.AsyncFunctionDef) -> frozenset[str]:
+    """The variables of a class method that hold a new object of the class."""
+    if not any(isinstance(d, ast.Name) and d.id == "classmethod" for d in function.decorator_list):
+        return frozenset()
+    return frozenset(
+        target.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name)
+        and node.value.func.id == "cls"
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    )  # fmt: skip
+
+
+def _receiver(node: ast.expr) -> str:
+    """The last name of an expression: ``out`` of ``self._out``, ``blocks`` of ``self.blocks[name]``."""
+    match node:
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return name.lstrip("_")
+        case ast.Subscript(value=inner) | ast.Call(func=inner):
+            return _receiver(inner)
+    return ""
+
+
+def foreign_writes(path: str, source: str) -> list[str]:
+    """The lines that write an attribute of another object."""
+    allowed = {name for (where, names), _ in RECORDS.items() if path.startswith(where) for name in names}
+    tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    own = {id(inner): _made_here(function) for function in functions for inner in ast.walk(function)}
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Store | ast.Del):
+            continue
+        receiver = _receiver(node.value)
+        if isinstance(node.value, ast.Name) and node.value.id in {"self", "cls", *own.get(id(node), ())}:
+            continue
+        if node.attr in FOREIGN or (receiver, node.attr) in SETTERS:
+            continue
+        if receiver not in allowed:
+            found.append(f"{node.lineno}: {ast.unparse(node)} belongs to another object")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_no_object_writes_the_attributes_of_another_one(path: str) -> None:
+    assert foreign_writes(path, (ROOT / path).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("dotted", sorted(set(RECORDS.values())))
+def test_record_exists(dotted: str) -> None:
+    module, _, name = dotted.rpartition(".")
+    assert isinstance(getattr(importlib.import_module(module), name), type)
+
+
+WRITES: Final = [
+    ("trimig/x.py", "monitor.status = 1", True),
+    ("trimig/x.py", "self.monitor.status = 1", True),
+    ("trimig/x.py", "self.a, other.b = 1, 2", True),
+    ("trimig/x.py", "other.count += 1", True),
+    ("trimig/x.py", "del other.count", True),
+    ("trimig/x.py", "others[0].count: int = 1", True),
+    ("trimig/x.py", "for other.name in names: pass", True),
+    ("trimig/channel/x.py", "into.prepared = True", True),
+    ("trimig/x.py", "def f():\n    guest = cls()\n    guest._run_state = 'paused'", True),
+    ("trimig/x.py", "self.count = 1", False),
+    ("trimig/x.py", "monitor.counters.normal += 1", False),
+    ("trimig/engine/destination/x.py", "self._into.prepared = True", False),
+    ("trimig/x.py", "scope.deadline = 1", False),
+    ("trimig/x.py", "guest.uuid = uuid", False),
+    ("trimig/x.py", "@classmethod\ndef f(cls):\n    guest = cls()\n    guest._run_state = 'paused'", False),
+]
+
+
+@pytest.mark.parametrize(("path", "source", "bad"), WRITES)
+def test_write_to_another_object_is_noticed(path: str, source: str, bad: bool) -> None:
+    assert bool(foreign_writes(path, source)) is bad

@@ -259,7 +259,7 @@ def walked(data: bytes, guest: trimig.Guest, state: Stream = Stream.OPENING, bef
     """The state behind *data*, whose every element is legal where it stands."""
     measure = functools.partial(measure_device, guest)
     decoder = Decoder(measure=measure, description=False, continues=before, buffer_bytes=2 * len(data))
-    decoder.marks = True
+    decoder.accept_marks()
     decoder.feed(data)
     while (event := decoder.next_event()) is not None:
         state = after(state, item_of(event), offset=event.at)

@@ -54,7 +54,7 @@ def test_messages_are_refused_before_the_mark_is_answered(message: Message, befo
 def test_lengths_are_checked_before_the_payload_has_come(mark: Mark, length: int, legal: bool) -> None:
     assert (wrong_length(mark, length) is None) is legal
     decoder = Decoder(measure=None)
-    decoder.marks = True
+    decoder.accept_marks()
     decoder.feed(HEAD + encoder.command(mark, bytes(length))[:5])
     events = [type(decoder.next_event()), type(decoder.next_event())]
     assert events == [ev.FileHeader, ev.Configuration]

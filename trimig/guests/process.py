@@ -39,8 +39,8 @@ class WorkerDevice(Device):
         """What the worker saved, and what it loads."""
         return self.state
 
-    @worker_state.setter
-    def worker_state(self, state: bytes) -> None:
+    def set_worker_state(self, state: bytes) -> None:
+        """See :class:`trimig.guests.worker.guest.WorkerState`."""
         self.size, self.state = len(state), state
 
 

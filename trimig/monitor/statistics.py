@@ -130,7 +130,7 @@ class Summary:
 
 @dataclasses.dataclass(slots=True)
 class Counters:
-    """The engine's counters. Bytes, seconds; times are trio's clock."""
+    """The engine's counters: a record that the functions of the engine write. Bytes, seconds; times are trio's clock."""
 
     started: float = 0.0
     setup_done: float | None = None

@@ -128,6 +128,16 @@ class Client:
             pass
         return event
 
+    async def _event(self, number: int) -> tuple[Message, int]:
+        """Event *number*, or the oldest one that was kept, and the number of the event after it."""
+        while number >= self._event_count:
+            self._check()
+            await self._news.wait()
+        oldest = self._event_count - len(self._events)
+        self.dropped += max(0, oldest - number)
+        number = max(number, oldest)
+        return self._events[number - oldest], number + 1
+
     async def _send(self, data: bytes, fds: Sequence[int]) -> None:
         async with self._sending:
             self._check()
@@ -210,8 +220,7 @@ class Client:
             refusal = message.get("error", {})
             self._lose(f"the other side refused the connection: {refusal.get('desc', 'without a reason')}")
         elif type(ident := message.get("id")) is int and (answer := self._asked.get(ident)) is not None:
-            answer.message = message
-            answer.came.set()
+            answer.take(message)
 
     def _lose(self, why: str) -> None:
         if self._lost is None:
@@ -230,6 +239,10 @@ class _Answer:
         self.came = trio.Event()
         self.message: Message | None = None
 
+    def take(self, message: Message) -> None:
+        self.message = message
+        self.came.set()
+
 
 class _EventFeed:
     """See :meth:`Client.events`."""
@@ -243,15 +256,7 @@ class _EventFeed:
 
     async def __anext__(self) -> Message:
         await trio.lowlevel.checkpoint()
-        client = self._client
-        while self._next >= client._event_count:
-            client._check()
-            await client._news.wait()
-        oldest = client._event_count - len(client._events)
-        client.dropped += max(0, oldest - self._next)
-        self._next = max(self._next, oldest)
-        event = client._events[self._next - oldest]
-        self._next += 1
+        event, self._next = await self._client._event(self._next)
         return event
 
 

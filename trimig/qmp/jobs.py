@@ -45,6 +45,10 @@ class Job:
         """Mark the job as begun, so that the task that started the job goes on."""
         self._begun.set()
 
+    def refuse(self, error: TrimigError) -> None:
+        """Record why the job could not begin."""
+        self.refusal = error
+
     def end(self) -> None:
         """Mark the job as ended."""
         self._begun.set()

@@ -156,6 +156,10 @@ class Machine:
 
         return remove
 
+    def configure(self, **changes: Any) -> None:
+        """Change fields of the configuration, for the next migration."""
+        self.config = dataclasses.replace(self.config, **changes)
+
     # -- events ----------------------------------------------------------------------------------------------------
 
     def emit(self, name: str, **data: Any) -> None:
@@ -317,7 +321,7 @@ class Machine:
     def _start_on_arrival(self, start: bool) -> None:
         if self.incoming.status is Status.HANDOVER:
             raise StateError("Migration is not finalized yet: the guest is arriving in this moment")
-        self.config = dataclasses.replace(self.config, autostart=start)
+        self.configure(autostart=start)
         self.incoming.reconfigure(autostart=start)
 
     def _guard_switchover(self, event: Event) -> None:
@@ -371,7 +375,7 @@ class Machine:
             if job.begun:
                 log.warning("the migration to %s failed: %s", uri, error)
             else:
-                job.refusal = error
+                job.refuse(error)
         finally:
             forget()
             on_done()
@@ -406,7 +410,7 @@ class Machine:
         except TrimigError as error:
             self.incoming_state = IncomingState.FAILED
             log.warning("nothing has arrived: %s; nothing listens here until migrate-incoming gives an address", error)
-            job.refusal = error
+            job.refuse(error)
         else:
             self.incoming_state = IncomingState.NONE
         finally:

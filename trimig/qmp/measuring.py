@@ -27,6 +27,11 @@ class Measurement:
     #: MiB per second.
     rate: int = 0
 
+    def done(self, rate: int) -> None:
+        """Record the result in MiB per second."""
+        self.rate = rate
+        self.status = "measured"
+
     def failed(self, why: str) -> None:
         """Record that there is no result: the status is the first one again, and the log has the reason."""
         self.status = "unstarted"

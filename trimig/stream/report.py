@@ -74,7 +74,7 @@ class DeviceInfo:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class StreamReport:
-    """The report on one stream. ``error`` is None for a sound stream."""
+    """The report on one stream: a record that the reader of the stream writes. ``error`` is None for a sound stream."""
 
     #: Bytes read, and the offset after the last byte that was decoded.
     size: int = 0

@@ -112,9 +112,12 @@ class StuckInstrument(trio.abc.Instrument):
     _ROUNDS = 2000
 
     def __init__(self) -> None:
-        #: The task whose tree is watched.
-        self.main: trio.lowlevel.Task | None = None
+        self._main: trio.lowlevel.Task | None = None
         self._rounds = 0
+
+    def watch(self, main: trio.lowlevel.Task) -> None:
+        """Watch *main* and the tasks below it."""
+        self._main = main
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
         """Begin to count idle rounds again, because a task runs."""
@@ -123,9 +126,9 @@ class StuckInstrument(trio.abc.Instrument):
     def before_io_wait(self, timeout: float) -> None:
         """Count a round of the run loop; after many rounds without a task step, break the run."""
         self._rounds += 1
-        if self._rounds >= self._ROUNDS and self.main is not None:
+        if self._rounds >= self._ROUNDS and self._main is not None:
             self._rounds = 0
-            stuck = list(_leaves(self.main))
+            stuck = list(_leaves(self._main))
             names = ", ".join(task.name for task in stuck)
             for task in stuck:
                 trio.lowlevel.reschedule(task, outcome.Error(Stuck(f"stuck for ever: {names}")))

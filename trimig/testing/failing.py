@@ -55,12 +55,19 @@ class Calls:
         self.hang = hang
         self.when = when
         self.only = only
-        #: Whether calls are counted; a sweep turns this on for the part under test only.
-        self.armed = True
+        self._counting = True
         #: The names of all calls counted, in order.
         self.names: list[str] = []
         #: The failure has been delivered.
         self.fired = False
+
+    def start_counting(self) -> None:
+        """Count calls, as from the beginning. A sweep counts those of the part under test only."""
+        self._counting = True
+
+    def stop_counting(self) -> None:
+        """Let every call through, and count none."""
+        self._counting = False
 
     async def through(self, name: str, call: Callable[[], Awaitable[T]], *, late: bool | None = None) -> T:
         """Make *call*, or fail in its place (or, with *late*, behind it; None follows :attr:`when`).
@@ -91,7 +98,7 @@ class Calls:
 
     def _count(self, name: str) -> bool:
         """Whether this is the call to fail."""
-        if not self.armed or (self.only is not None and not self.only(name)):
+        if not self._counting or (self.only is not None and not self.only(name)):
             return False
         self.names.append(name)
         return len(self.names) == self.fail_at

@@ -73,6 +73,14 @@ class LazyScriptedGuest(ScriptedGuest):
         await trio.lowlevel.checkpoint()
         return (0.0,)
 
+    def count_fault(self) -> None:
+        """For the memory: count a page that the guest has to wait for."""
+        self.faults += 1
+
+    def forget_memory(self) -> None:
+        """For the memory: it was closed."""
+        self.memory = None
+
 
 class ScriptedMemory:
     """Implements :class:`trimig.guest.MissingMemory`."""
@@ -107,7 +115,7 @@ class ScriptedMemory:
             page = guest.touches.pop(0)
             if gone[page]:
                 self._waiting = page
-                guest.faults += 1
+                guest.count_fault()
                 self._waits.append(Wait(block=0, page=page, thread=1))
                 os.eventfd_write(self._event, 1)
                 return
@@ -141,4 +149,4 @@ class ScriptedMemory:
                 self._guest.misuse.append("memory was closed under a running guest that lacks pages")
             os.close(self._event)
             self._event = -1
-            self._guest.memory = None
+            self._guest.forget_memory()

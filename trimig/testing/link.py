@@ -154,7 +154,7 @@ class VirtualStream(trio.abc.HalfCloseableStream):
             self._out.end()
         # A sender learns of the close unless a fault swallows everything in that direction.
         if not self._out.silent:
-            self._in.send_broken = True
+            self._in.refuse_sends()
         self._in.queue.clear()
         self._in.wake()
 
@@ -272,26 +272,24 @@ class VirtualLink:
         match fault.kind:
             case "eof":
                 for each in (pipe, back):
-                    each.send_broken = True
+                    each.refuse_sends()
                     each.end()
             case "reset":
                 pipe.reset(lose=False)
                 back.reset(lose=True)
             case "half-close":
-                pipe.send_broken = True
+                pipe.refuse_sends()
                 pipe.end()
             case "blackhole":
                 pipe.silence(lose=False)
                 back.silence(lose=True)
                 for each in (pipe, back):
-                    each.dead_at = trio.current_time() + self._keepalive
-                    each.wake()
+                    each.die(after=self._keepalive)
             case "silence":
                 pipe.silence(lose=False)
-                pipe.dead_at = trio.current_time() + self._keepalive  # the receiver's probes get no answer
-                pipe.wake()
+                pipe.die(after=self._keepalive)  # the receiver's probes get no answer
             case "stall":
-                pipe.free_at = max(pipe.free_at, trio.current_time()) + fault.seconds
+                pipe.stall(fault.seconds)
 
 
 def virtual_link(*, seed: int = 0, window: int = 65536) -> tuple[VirtualStream, VirtualStream]:

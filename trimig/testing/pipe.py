@@ -224,6 +224,19 @@ class Pipe:
             self.eof_at = max(trio.current_time(), self.free_at) + self.latency
         self.wake()
 
+    def refuse_sends(self) -> None:
+        """Let every further send fail."""
+        self.send_broken = True
+
+    def die(self, *, after: float) -> None:
+        """Let the receiver's kernel find out in *after* seconds that no more bytes come."""
+        self.dead_at = trio.current_time() + after
+        self.wake()
+
+    def stall(self, seconds: float) -> None:
+        """Delay all further bytes by *seconds*."""
+        self.free_at = max(self.free_at, trio.current_time()) + seconds
+
     def reset(self, *, lose: bool) -> None:
         self.send_broken = self.receive_broken = True
         if lose:

@@ -135,8 +135,7 @@ class SweepContext:
         self.seed = point.seed
         self.clock = MockClock(autojump_threshold=0)
         self.link = make_link(seed=point.seed)
-        self.calls = Calls()
-        self.calls.armed = False
+        self.calls = _calls_of(point)
         self._make_link = make_link
         self._expected = expected
         self._scopes: dict[str, trio.CancelScope] = {}
@@ -146,11 +145,6 @@ class SweepContext:
             match injection:
                 case Fault():
                     self.link.add_fault(injection)
-                case FailCall():
-                    self.calls.fail_at = injection.n
-                    self.calls.when = injection.when
-                    self.calls.hang = injection.error is None
-                    self.calls.error = injection.error or OSError
                 case ExpireAt():
                     self._expiries.append(injection)
                 case CancelAt():
@@ -185,12 +179,12 @@ class SweepContext:
         try:
             async with trio.open_nursery() as nursery:
                 self.edges.open(nursery)
-                self.calls.armed = True
+                self.calls.start_counting()
                 for name, side in sides.items():
                     nursery.start_soon(self._watched, name, side, name=name)
         finally:
             self.edges.close()
-            self.calls.armed = False
+            self.calls.stop_counting()
         self.expired = sum(scope.cancel_called for scope in self._scopes.values()) if self._expiries else 0
         return {name: self.ends[name] for name in sides}
 
@@ -237,6 +231,17 @@ class SweepContext:
         if missing:
             raise ValueError(f"no such side: {sorted(missing)}; there are {sorted(self._scopes)}")
         return [self._scopes[name] for name in names]
+
+
+def _calls_of(point: Point) -> Calls:
+    """The calls of one run, not counted yet, and the one that *point* lets fail."""
+    found = next((injection for injection in reversed(point.inject) if isinstance(injection, FailCall)), None)
+    if found is None:
+        calls = Calls()
+    else:
+        calls = Calls(fail_at=found.n, error=found.error or OSError, hang=found.error is None, when=found.when)
+    calls.stop_counting()
+    return calls
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,7 +324,7 @@ def _execute(scenario: Scenario[T], point: Point) -> Run[T]:
     watchdog = StuckInstrument()
 
     async def main() -> tuple[T | object, float]:
-        watchdog.main = trio.lowlevel.current_task()
+        watchdog.watch(trio.lowlevel.current_task())
         living = trio.lowlevel.current_statistics().tasks_living
         outcome: T | object = _NOTHING
         with trio.move_on_after(limit):

@@ -105,8 +105,7 @@ class Decoder:
             self._started = dict(continues._started)
             self._pages.know(continues.blocks)
         self._records_only = records_only
-        #: True if the sender may use the commands of :mod:`.marks`. The caller sets this when it has seen the sender's mark.
-        self.marks = False
+        self._marks = False
         self._text = DescriptionText(max_description_bytes)
 
     # -- the buffer ------------------------------------------------------------------------------------------------
@@ -171,6 +170,10 @@ class Decoder:
             raise ValueError(f"{len(data)} bytes do not fit into the {len(view)} that are free")
         view[: len(data)] = data
         self.received(len(data))
+
+    def accept_marks(self) -> None:
+        """From now on accept the commands of :mod:`.marks`: the caller has seen the sender's mark."""
+        self._marks = True
 
     def receive_eof(self) -> None:
         """The connection has ended after the bytes given so far."""
@@ -267,13 +270,10 @@ class Decoder:
 
     def _cstr(self, at: int) -> str | None:
         """The counted string *at* bytes ahead; None if it is not complete."""
-        if not self._have(at + 1):
-            return None
-        length = self._mem[self._pos + at]
-        if not self._have(at + 1 + length):
+        if not (self._have(at + 1) and self._have(at + 1 + self._mem[self._pos + at])):
             return None
         start = self._pos + at + 1
-        return bytes(self._mem[start : start + length]).decode("utf-8", "surrogateescape")
+        return bytes(self._mem[start : start + self._mem[start - 1]]).decode("utf-8", "surrogateescape")
 
     def _grow(self, size: int) -> None:
         array = np.empty(size, np.uint8)
@@ -378,7 +378,7 @@ class Decoder:
         return header
 
     def _read_command(self) -> ev.Element | None:
-        found = commands.read_command(self._mem[self._pos : self._end], marks=self.marks)
+        found = commands.read_command(self._mem[self._pos : self._end], marks=self._marks)
         if found is None:
             return None
         number, payload = found

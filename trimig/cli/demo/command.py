@@ -252,14 +252,14 @@ class Demo:
                 if not self._migrating:
                     self._pending.clear()
             case "worker-died":
-                host.worker_died = True
+                host.lose_worker()
                 role = self._role(host)
                 self._deaths.append(f"the worker process {message['pid']} of host {host.pid} ({role}) has died")
             case "done":
-                host.report = message
+                host.answered(message)
                 self._pending.discard(host)
             case "failed":
-                host.report = message
+                host.answered(message)
                 self._pending.discard(host)
                 await other.ask("peer-ended")
                 return f"host {host.pid}: {message['error']}"

@@ -63,6 +63,14 @@ class HostProcess:
         """Forget the last answer: it belongs to an earlier request."""
         self.report = None
 
+    def answered(self, message: Message) -> None:
+        """Store the answer to the last request."""
+        self.report = message
+
+    def lose_worker(self) -> None:
+        """Record that the worker of this host has died."""
+        self.worker_died = True
+
     async def ask(self, op: str, **arguments: Any) -> None:
         """Send a request. A dead host is noticed by the task that reads its reports."""
         if op not in ("cancel", "peer-ended", "quit"):

@@ -69,7 +69,7 @@ _FIRST_COPY_SHARE: Final = 0.4
 
 @dataclasses.dataclass(slots=True)
 class _Measurement:
-    """The measured values. Bytes, seconds."""
+    """The measured values: a record that the functions of this module write. Bytes, seconds."""
 
     samples: list[policy.Sample] = dataclasses.field(default_factory=list)
     started: float = 0.0

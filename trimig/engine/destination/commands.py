@@ -98,7 +98,8 @@ async def _answer_ping(
     if value == PING_MARK and not into.marked:
         # The source is a trimig, and learns here that this side is one too. Without a return path neither side uses marks.
         await stream.channel.send(encode(Pong(value=PONG_MARK)))
-        into.marked = stream.decoder.marks = True
+        into.marked = True
+        stream.accept_marks()
 
 
 async def _take_advice(into: Incoming, event: ev.CommandElement) -> None:

@@ -51,7 +51,7 @@ class NothingFollows:
 
 
 class Incoming:
-    """One incoming migration. The attributes from :attr:`opened` on are facts that the phases find out and set."""
+    """One incoming migration: a record. The phases write the attributes from :attr:`opened` on, which are facts."""
 
     def __init__(
         self,

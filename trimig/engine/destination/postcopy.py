@@ -296,7 +296,7 @@ class PostcopyDestination:
                 await self._answers.say(Pong(value=int.from_bytes(event.payload)))
                 if int.from_bytes(event.payload) == PING_MARK:
                     await self._answers.say(Pong(value=PONG_MARK))
-                    self._stream.decoder.marks = True
+                    self._stream.accept_marks()
             case Command.SWITCHOVER_START:
                 pass  # it announces the switchover, which is over
             case Command.RECV_BITMAP:
@@ -341,7 +341,7 @@ class PostcopyDestination:
                 )
             return
         refusal = wrong_attempt(self._named, event.at)
-        if self._stream.decoder.marks:
+        if self._stream.marks:
             await self._answers.say_last(Reason(payload=reason_bytes(str(refusal))), self._config.teardown_grace)
         raise refusal
 

@@ -33,6 +33,7 @@ class IncomingStream:
     Attributes:
         state: the state after the last element that :meth:`next` returned.
         ended: True once the connection has ended.
+        marks: True if the source of this connection is a trimig, which may use the commands of :mod:`trimig.wire.marks`.
     """
 
     def __init__(self, into: Incoming, channel: Channel, decoder: Decoder, state: Stream = Stream.OPENING) -> None:
@@ -41,6 +42,7 @@ class IncomingStream:
         self.decoder = decoder
         self.state = state
         self.ended = False
+        self.marks = False
         self._loader = into.loaders["ram"]
         self._handled = 0
         self._between = False  # the last element was the end of a section
@@ -75,6 +77,11 @@ class IncomingStream:
     def enter(self, state: Stream) -> None:
         """Set the state after the package, which another reader has parsed."""
         self.state = state
+
+    def accept_marks(self) -> None:
+        """From now on accept marks on this connection: the source has sent its own."""
+        self.marks = True
+        self.decoder.accept_marks()
 
     async def load(self, event: ev.Element) -> None:
         """Give *event* to the loader of its section; see :class:`trimig.engine.sections.SectionLoader`.

@@ -34,7 +34,8 @@ _DOWNTIME: Final = {"pause": "pause", "hold": "held", "rest": "ram", "devices": 
 
 
 class Outgoing:
-    """One outgoing migration with a connection, and the facts that the end of the attempt needs.
+    """One outgoing migration with a connection, and the facts that the end of the attempt needs: a record that the phases
+    write.
 
     Args:
         commit: called before the decision is sent.

@@ -37,8 +37,12 @@ THROTTLE: Final = "throttle"
 class WorkerState(DeviceProtocol, Protocol):
     """The device that has the worker's state."""
 
-    worker_state: bytes
-    """What the worker saved, and what it loads. Setting raises ValueError for bytes that cannot be such a state."""
+    @property
+    def worker_state(self) -> bytes:
+        """The bytes that the worker saved, and that it loads."""
+
+    def set_worker_state(self, state: bytes) -> None:
+        """Store the bytes that the worker saved. ValueError for bytes that cannot be such a state."""
 
 
 def check_tracking(method: str) -> None:
@@ -258,7 +262,7 @@ class WorkerGuest(GuestBase):
         """
         reply = await self._worker.call("save")
         try:
-            self._worker_state.worker_state = reply.body
+            self._worker_state.set_worker_state(reply.body)
         except ValueError as error:
             raise self._worker.nonsense("save", f"a state that cannot be: {quoted(str(error))}") from error
         return await super().save_devices()

@@ -293,11 +293,11 @@ class Journal(Device):
 
     @property
     def worker_state(self) -> bytes:
-        """The state, for the worker and from the worker. ValueError for bytes that are no state."""
+        """The state, for the worker."""
         return self.state.pack()
 
-    @worker_state.setter
-    def worker_state(self, data: bytes) -> None:
+    def set_worker_state(self, data: bytes) -> None:
+        """See :class:`trimig.guests.worker.guest.WorkerState`."""
         self.state = WorkloadState.unpack(data)
 
     def post_load(self, version_id: int) -> None:

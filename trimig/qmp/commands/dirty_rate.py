@@ -80,8 +80,7 @@ async def _measure(machine: Machine, measurement: Measurement, seconds: float) -
         written = await guest_calls.call("finding dirty pages", tracker.sync, machine.config.handover_timeout)
         passed = trio.current_time() - began
         pages = sum(int(np.count_nonzero(bitmap)) for bitmap in written.values())
-        measurement.rate = round(pages * PAGE_SIZE / _MIB / passed)
-        measurement.status = "measured"
+        measurement.done(round(pages * PAGE_SIZE / _MIB / passed))
     except TrimigError as error:
         measurement.failed(str(error))
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -49,7 +48,7 @@ async def object_add(machine: Machine, arguments: Mapping[str, Any], session: Se
     added = read_object(arguments)
     if any(present.id == added.id for present in machine.config.objects):
         raise CommandFailed(f"there is an object with the id '{added.id}' already: delete it first with object-del")
-    machine.config = dataclasses.replace(machine.config, objects=(*machine.config.objects, added))
+    machine.configure(objects=(*machine.config.objects, added))
     return {}
 
 
@@ -64,7 +63,7 @@ async def object_del(machine: Machine, arguments: Mapping[str, Any], session: Se
         parameters = monitor.config.parameters
         if monitor.status not in IDLE and name in (parameters.tls_creds, parameters.tls_authz):
             raise CommandFailed(f"object '{name}' is in use by a migration, and can not be deleted")
-    machine.config = dataclasses.replace(machine.config, objects=rest)
+    machine.configure(objects=rest)
     return {}
 
 

@@ -55,7 +55,7 @@ async def set_capabilities(machine: Machine, arguments: Mapping[str, Any], sessi
         listening=machine.incoming.status is Status.SETUP,
         postcopy_obstacle=obstacle(machine.guest) if changed.postcopy_ram else None,
     )
-    machine.config = dataclasses.replace(machine.config, capabilities=changed)
+    machine.configure(capabilities=changed)
     machine.incoming.reconfigure(capabilities=changed)
     return {}
 
@@ -77,7 +77,7 @@ async def set_parameters(machine: Machine, arguments: Mapping[str, Any], session
 
 
 def _put(machine: Machine, parameters: Parameters) -> None:
-    machine.config = dataclasses.replace(machine.config, parameters=parameters)
+    machine.configure(parameters=parameters)
     for monitor in (machine.outgoing, machine.incoming):
         if monitor.status not in IDLE:
             fields = {field.name: getattr(parameters, field.name) for field in dataclasses.fields(parameters)}

@@ -82,6 +82,11 @@ class Allowance:
     free: int = _FREE_STEPS
     spent: int = 0
 
+    def spend(self) -> int:
+        """Count one step; returns the steps so far."""
+        self.spent += 1
+        return self.spent
+
 
 def decode_payload(
     device: Mapping[str, Any], payload: bytes | memoryview, *, max_nodes: int | None = None
@@ -212,7 +217,7 @@ class _Walk:
 
     def step(self, where: str) -> bool:
         """Count a field or an element; returns True at the end of a piece of work."""
-        self._allowance.spent = spent = self._allowance.spent + 1
+        spent = self._allowance.spend()
         if spent > self._limit + _STEPS_PER_BYTE * self.position:
             raise self.error(where, f"{spent} fields and elements are too many for so many bytes")
         return spent % _PIECE == 0
