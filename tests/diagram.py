@@ -5,6 +5,7 @@ A picture stands between two marks, in a page between `<!-- NAME -->` and `<!-- 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,24 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
+def _id(status: Status) -> str:
+    return status.value.replace("-", "_")
+
+
+def mermaid(role: Role) -> str:
+    """A diagram that forges draw. The colour and the shape of a status say who owns the guest."""
+    shapes = {"source": ("[", "]"), "destination": ("([", "])"), "unknown": ("{{", "}}")}
+    lines = ["```mermaid", "flowchart LR"]
+    for status in Status:
+        if status in TRANSITIONS[role]:
+            left, right = shapes[_owner(role, status)]
+            lines.append(f'    {_id(status)}{left}"{status.value}"{right}')
+    for status in Status:
+        if status in TRANSITIONS[role]:
+            lines += [f"    {_id(status)} --> {_id(after)}" for after in Status if after in TRANSITIONS[role][status]]
+    return "\n".join([*lines, "```"])
+
+
 class Place(NamedTuple):
     """A marked region of a file."""
 
@@ -50,6 +69,11 @@ class Place(NamedTuple):
     begin: str
     end: str
     picture: Callable[[], str]
+
+    @property
+    def name(self) -> str:
+        """The words of the first mark."""
+        return self.begin.strip("<!->").strip()
 
     def written(self) -> str:
         """The file with the picture in it."""
@@ -62,8 +86,18 @@ class Place(NamedTuple):
         return text
 
 
+_DESIGN: Final = ROOT / "trimig" / "docs" / "design.md"
 PLACES: Final = (
-    Place(ROOT / "trimig" / "docs" / "design.md", "<!-- transitions -->", "<!-- /transitions -->", markdown),
+    Place(_DESIGN, "<!-- transitions -->", "<!-- /transitions -->", markdown),
+    *(
+        Place(
+            _DESIGN,
+            f"<!-- diagram {role.value} -->",
+            f"<!-- /diagram {role.value} -->",
+            functools.partial(mermaid, role),
+        )
+        for role in Role
+    ),
 )
 
 

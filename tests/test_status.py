@@ -302,7 +302,7 @@ def test_nothing_goes_back_to_memory_behind_the_commit() -> None:
             todo |= set(STREAM[now].values()) - seen
 
 
-@pytest.mark.parametrize("place", diagram.PLACES, ids=lambda place: place.path.name)
+@pytest.mark.parametrize("place", diagram.PLACES, ids=lambda place: place.name)
 def test_pictures_show_the_table(place: diagram.Place) -> None:
     """`python -m tests.diagram` writes them."""
     assert place.path.read_text(encoding="utf-8") == place.written()
