@@ -463,6 +463,10 @@ RETURN_PATH: Final = MappingProxyType(
 )
 
 
+#: Elements that have no place yet, and what a source wants that sends them.
+NOT_BUILT: Final = MappingProxyType({Item.ENABLE_COLO: "the source wants COLO"})
+
+
 def after(state: _State, item: Item, *, offset: int | None = None, section: str | None = None) -> _State:
     """The state of a main stream, or of a return path, behind *item*.
 
@@ -478,5 +482,7 @@ def after(state: _State, item: Item, *, offset: int | None = None, section: str 
     if found is None:
         places = [place.value for place, row in table.items() if item in row]
         where = f"; its place is {places[0]}" if len(places) == 1 else ""
+        if item in NOT_BUILT:
+            where = f": {NOT_BUILT[item]}, which is not built yet"
         raise RemoteProtocolError(f"{item.value} has no place {state.value}{where}", offset=offset, section=section)
     return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Final
 
-from ..errors import RemoteProtocolError
 from ..status import Item
 from ..wire import events as ev
 from ..wire.constants import Command, Section
@@ -52,19 +51,17 @@ def item_of(event: ev.Element) -> Item:
     return _ITEMS[type(event)]
 
 
-def item_of_command(number: int, at: int, section: str | None = None) -> Item:
+def item_of_command(number: int, at: int) -> Item:
     """The name of a command in the table.
 
     Args:
         at: its offset in the stream.
 
     Raises:
-        RemoteProtocolError: it is not known, or it wants COLO.
+        RemoteProtocolError: it is not known.
     """
     if is_mark(number):
         return Item[Mark(number).name]
     if number not in list(Command):
         raise unknown_command(number, 0, offset=at)
-    if number == Command.ENABLE_COLO:
-        raise RemoteProtocolError("the source wants COLO, which is not built yet", offset=at, section=section)
     return Item[Command(number).name]

@@ -65,7 +65,7 @@ def _check_order(commands: Sequence[tuple[int, bytes, int]], package: ev.Package
     state = after(Stream.PACKAGE, Item.POSTCOPY_LISTEN)
     end = package.at + len(package.data)
     for number, payload, where in commands:
-        state = after(state, item_of_command(number, where, "package"), offset=where, section="package")
+        state = after(state, item_of_command(number, where), offset=where, section="package")
         if state is Stream.FOLLOWING and where + HEAD + len(payload) != end:
             raise RemoteProtocolError(
                 "the package goes on behind RUN", offset=where + HEAD + len(payload), section="package"
