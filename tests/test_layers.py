@@ -5,6 +5,7 @@
 * ``wire`` and ``policy`` import neither trio nor a clock.
 * No broad ``except`` that does not raise again.
 * No object writes the attributes of another one, but for records (``RECORDS``).
+* No lookup of an attribute that may be missing: an interface is a Protocol, and ``isinstance`` asks for it.
 
 ``violations`` is a plain function of a path and a text, so that each rule is also shown to fail on a bad file.
 """
@@ -372,3 +373,40 @@ WRITES: Final = [
 @pytest.mark.parametrize(("path", "source", "bad"), WRITES)
 def test_write_to_another_object_is_noticed(path: str, source: str, bad: bool) -> None:
     assert bool(foreign_writes(path, source)) is bad
+
+
+# -- attributes that may be missing --------------------------------------------------------------------------------------
+
+#: Functions that a C library may lack; what a subclass declares; the data of a type hint.
+LOOKUPS: Final = frozenset({"trimig/guests/parked/newfile.py", "trimig/guests/device.py", "trimig/config/types.py"})
+
+
+def lookups(source: str) -> list[str]:
+    """The lines that ask for an attribute by a literal name, which may be missing."""
+    return [
+        f"{node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and (node.func.id, len(node.args)) in {("hasattr", 2), ("getattr", 3)}
+        and isinstance(node.args[1], ast.Constant)
+    ]
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path not in LOOKUPS])
+def test_an_interface_is_asked_for_by_its_protocol(path: str) -> None:
+    assert lookups((ROOT / path).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "bad"),
+    [
+        ("hasattr(guest, 'uuid')", True),
+        ("getattr(guest, 'uuid', None)", True),
+        ("getattr(self, name)", False),
+        ("getattr(module, name, None)", False),
+        ("isinstance(guest, IdentifiedGuest)", False),
+    ],
+)
+def test_such_a_lookup_is_noticed(source: str, bad: bool) -> None:
+    assert bool(lookups(source)) is bad

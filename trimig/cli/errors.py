@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from trimig.errors import ConfigError, TrimigError
+from trimig.errors import ConfigError, PeerFailed, RemoteProtocolError, TrimigError
 
 from .exit_codes import exit_code
 from .output import say, write_error, write_json
@@ -42,9 +42,11 @@ def error_record(error: Exception) -> tuple[int, dict[str, Any]]:
     elif isinstance(error, TrimigError):
         if error.owner is not None:
             record["owner"] = error.owner.value
-        for name in ("offset", "section", "code"):
-            if (value := getattr(error, name, None)) is not None:
-                record[name] = value
+        if isinstance(error, RemoteProtocolError):
+            found = {"offset": error.offset, "section": error.section}
+            record |= {name: value for name, value in found.items() if value is not None}
+        elif isinstance(error, PeerFailed):
+            record["code"] = error.code
     elif isinstance(error, OSError):
         text = error.strerror or str(error)
         if error.filename is not None:

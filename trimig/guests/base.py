@@ -13,7 +13,7 @@ import trio
 from ..errors import ConfigError, GuestFailed, Owner, RemoteProtocolError, StateError
 from ..expected import expect
 from ..guest import DeviceProtocol, DeviceSection, DirtyTracker, RamBlock
-from ..monitor.blockers import Blockers
+from ..monitor.blockers import Blockers, why_unmigratable
 from ..owner import OwnerState, Settle
 from .device import device_section
 
@@ -140,15 +140,14 @@ class GuestBase(abc.ABC):
                 migrated although :attr:`blockers` demand that.
             StateError: a migration is under way.
         """
-        if not hasattr(device, "idstr"):  # other missing members are reported where they are needed
-            expect("device", device, DeviceProtocol, "a trimig.Device")
+        expect("device", device, DeviceProtocol, "a trimig.Device")
         self._check_unclaimed("a device cannot be added")
         if not 1 <= len(device.idstr.encode()) <= 255:
             raise ConfigError(f"a device id has 1 to 255 bytes, {device.idstr!r} has {len(device.idstr.encode())}")
         key = (device.idstr, device.instance_id)
         if key in self._devices:
             raise ConfigError(f"guest {self._name!r} has a device {device.idstr!r} {device.instance_id} already")
-        reason: object = getattr(device, "unmigratable", None)
+        reason = why_unmigratable(device)
         if reason and self.blockers.only_migratable:
             raise ConfigError(
                 f"device {device.idstr!r} cannot be migrated ({reason}), and only-migratable is on",

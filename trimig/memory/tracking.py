@@ -22,8 +22,8 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 import trio
@@ -282,12 +282,19 @@ class NullTracker:
         """Nothing to do."""
 
 
+@runtime_checkable
+class SnapshotTracker(DirtyTracker, Protocol):
+    """A tracker with a copy of the memory, from which a sender must take the pages: see :class:`CompareTracker`."""
+
+    def snapshot(self, name: str) -> Pages:
+        """The copy of the block *name*, shape ``(pages, PAGE_SIZE)``."""
+
+
 def snapshot_of(tracker: DirtyTracker, block: RamBlock) -> Pages:
     """The array that a sender must read the pages of *block* from: its memory, or the tracker's snapshot if there is
     one.
     """
-    snapshot: Callable[[str], Pages] | None = getattr(tracker, "snapshot", None)
-    return block.pages if snapshot is None else snapshot(block.name)
+    return tracker.snapshot(block.name) if isinstance(tracker, SnapshotTracker) else block.pages
 
 
 def check_method(method: str) -> None:

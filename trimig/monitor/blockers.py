@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from ..errors import ConfigError, StateError
 
 if TYPE_CHECKING:
-    from ..guest import Guest
+    from ..guest import DeviceProtocol, Guest
 
 
 class Blocker:
@@ -111,11 +111,24 @@ class Blockable(Protocol):
         """The blockers of the guest."""
 
 
+@runtime_checkable
+class DeclaringDevice(Protocol):
+    """A device that declares whether it can be migrated."""
+
+    @property
+    def unmigratable(self) -> str | None:
+        """Why the device cannot be migrated; None if it can."""
+
+
+def why_unmigratable(device: DeviceProtocol) -> str | None:
+    """Why *device* cannot be migrated; None if it can, or declares nothing."""
+    return (device.unmigratable or None) if isinstance(device, DeclaringDevice) else None
+
+
 def unmigratable(guest: Guest) -> Iterator[str]:
-    """One sentence for each device that declares that it cannot be migrated (its attribute ``unmigratable``)."""
+    """One sentence for each device that declares that it cannot be migrated."""
     for (idstr, _), device in (guest.devices or {}).items():
-        reason: object = getattr(device, "unmigratable", None)
-        if reason:
+        if reason := why_unmigratable(device):
             yield f"device {idstr!r} cannot be migrated: {reason}"
 
 

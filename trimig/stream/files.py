@@ -75,7 +75,8 @@ async def reading(source: str | os.PathLike[str]) -> AsyncIterator[ReadInto]:
         try:
             data = await pipe.receive_some(len(view))
         except trio.BrokenResourceError as error:
-            code = getattr(error.__cause__, "errno", None) or errno.EIO
+            cause = error.__cause__
+            code = (cause.errno if isinstance(cause, OSError) else None) or errno.EIO
             raise OSError(code, os.strerror(code), os.fspath(source)) from error
         view[: len(data)] = data
         return len(data)

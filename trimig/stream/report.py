@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..errors import RemoteProtocolError
 from ..wire.refusals import Unsupported
 
 if TYPE_CHECKING:
@@ -146,8 +147,8 @@ class StreamReport:
             else {
                 "kind": type(error).__name__,
                 "message": str(error),
-                "offset": getattr(error, "offset", None),
-                "section": getattr(error, "section", None),
+                "offset": error.offset if isinstance(error, RemoteProtocolError) else None,
+                "section": error.section if isinstance(error, RemoteProtocolError) else None,
             },
         }
 

@@ -175,7 +175,7 @@ def _own(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
     except _Passphrase:
         raise ConfigError(f"{key} is protected by a passphrase; give it without one", name="tls-creds") from None
     except (ssl.SSLError, ValueError) as error:
-        reason = getattr(error, "reason", None) or ""
+        reason = (error.reason if isinstance(error, ssl.SSLError) else None) or ""
         if "MISMATCH" in reason:
             raise ConfigError(f"{key} is not the key of {certificate}", name="tls-creds") from error
         try:

@@ -14,6 +14,7 @@ from wsproto.connection import ConnectionType
 from wsproto.events import AcceptConnection, RejectConnection, Request
 from wsproto.handshake import H11Handshake
 from wsproto.utilities import LocalProtocolError
+from wsproto.utilities import RemoteProtocolError as WsRemoteProtocolError
 
 from ..errors import ConfigError, TransportFailed
 
@@ -49,7 +50,7 @@ def _understood(handshake: H11Handshake, head: bytes) -> list[object]:
         return list(handshake.events())
     except Exception as error:
         # wsproto's decoders may raise any exception for the bytes of a stranger.
-        hint = getattr(error, "event_hint", None)
+        hint = error.event_hint if isinstance(error, WsRemoteProtocolError) else None
         status = 426 if isinstance(hint, RejectConnection) and hint.status_code == 426 else 400
         raise NotUnderstood(str(error) or type(error).__name__, status) from error
 

@@ -8,7 +8,7 @@ import json
 import sys
 import uuid as uuids
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import click
 import trio
@@ -105,6 +105,13 @@ def _other_side(machine: qmp.Machine) -> str | None:
     return "source" if machine.incoming.owner is Ownership.UNKNOWN else None
 
 
+@runtime_checkable
+class _WithUuid(Protocol):
+    """A guest that takes the UUID of its machine."""
+
+    uuid: str | None
+
+
 class _Host:
     """The process around one machine: its output and its end."""
 
@@ -150,7 +157,7 @@ class _Host:
                 spec, waiting=incoming is not None, stopped=stopped, name=name, peer=self._config.peer
             )
             async with opened(kind, request) as guest, trio.open_nursery(strict_exception_groups=True) as nursery:
-                if uuid is not None and hasattr(guest, "uuid"):
+                if uuid is not None and isinstance(guest, _WithUuid):
                     guest.uuid = uuid
                 if only_migratable:
                     _only_migratable(guest)

@@ -37,9 +37,9 @@ async def _open(request: GuestRequest) -> AsyncIterator[trimig.Guest]:
                 found = found(**_arguments(found, {"running": not (request.waiting or request.stopped)}))
             if inspect.isawaitable(found):
                 found = await found
-            if hasattr(found, "__aenter__"):
+            if isinstance(found, contextlib.AbstractAsyncContextManager):
                 found = await stack.enter_async_context(found)
-            elif hasattr(found, "__enter__"):
+            elif isinstance(found, contextlib.AbstractContextManager):
                 found = stack.enter_context(found)
         except Exception as error:  # raised by the user's code
             raise trimig.ConfigError(f"app:{text} failed: {error!r}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from ...monitor.blockers import Blockers
+from ...monitor.blockers import Blockable
 from ..arguments import Argument
 from ..command import QmpCommand
 from ..interface import CommandFailed, Session
@@ -64,11 +64,11 @@ def _on(state: object) -> str:
 
 def _globals(machine: Machine) -> list[str]:
     peer = machine.config.peer.for_machine(None)
-    held = getattr(machine.guest, "blockers", None)  # the guest protocol does not require blockers
+    guest = machine.guest
     return [
         "globals:",
         f"store-global-state: {_on(peer.store_global_state)}",
-        "only-migratable: " + _on(isinstance(held, Blockers) and held.only_migratable),
+        "only-migratable: " + _on(isinstance(guest, Blockable) and guest.blockers.only_migratable),
         f"send-configuration: {_on(peer.send_configuration)}",
         f"send-section-footer: {_on(peer.send_section_footer)}",
         f"send-switchover-start: {_on(peer.send_switchover_start)}",
