@@ -20,7 +20,81 @@ from .device import device_section
 _UUID: Final = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
-class GuestBase(abc.ABC):
+class OwnedGuest:
+    """The identity of a guest, its owner and its claim; :class:`trimig.guest.Guest` defines the contract of each method.
+
+    A subclass keeps ``_run_state``.
+
+    Args:
+        name: the machine name in the stream; empty while it is not known.
+        run_state: ``"running"``, or ``"inmigrate"`` for a guest that waits to be filled and is not owned by this side.
+    """
+
+    def __init__(self, name: str, *, run_state: str) -> None:
+        self._name = name
+        self._run_state = run_state
+        self._purpose: str | None = None
+        first = Owner.ELSEWHERE if run_state == "inmigrate" else Owner.HERE
+        self._owner = OwnerState(first, runs=self._runs)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._name!r} {self._run_state}>"
+
+    @property
+    def name(self) -> str:
+        """The machine name in the configuration section."""
+        return self._name
+
+    @property
+    def run_state(self) -> str:
+        """QEMU's name of the run state."""
+        return self._run_state
+
+    @property
+    def owner(self) -> Owner:
+        """HERE: the guest may run in this process. ELSEWHERE: it was handed over, or has not arrived. UNKNOWN: see
+        :meth:`settle`.
+        """
+        return self._owner.owner
+
+    def set_owner(self, owner: Owner, *, handed_over: bool = False, settle: Settle | None = None) -> None:
+        """For the engine: see :class:`trimig.guest.Guest`."""
+        self._owner.set(owner, handed_over=handed_over, settle=settle)
+
+    async def settle(self, owner: Owner) -> None:
+        """State the owner of the guest after :class:`trimig.HandoverUncertain`: HERE resumes it, ELSEWHERE gives it up.
+
+        Raises:
+            TypeError: *owner* is no :class:`trimig.Owner`.
+            ValueError: *owner* is UNKNOWN.
+            StateError: the owner is known, or the answer may still come.
+            GuestNotResumed: the guest is here and could not be resumed; :meth:`resume` may be tried again.
+
+        **Cancellation:** cancelled before anything was done, or not at all.
+        """
+        await self._owner.settle(owner)
+
+    def claim(self, purpose: str) -> None:
+        """Reserve the guest for one migration. StateError if it is reserved."""
+        if self._purpose is not None:
+            raise StateError(f"{self._title} is busy: {self._purpose}")
+        self._purpose = purpose
+
+    def release(self) -> None:
+        """End the reservation of :meth:`claim`. Idempotent."""
+        self._purpose = None
+
+    def _runs(self) -> bool:
+        """Whether the guest may execute now."""
+        return self._run_state == "running"
+
+    @property
+    def _title(self) -> str:
+        """The guest in a sentence."""
+        return f"guest {self._name!r}"
+
+
+class GuestBase(OwnedGuest, abc.ABC):
     """A guest with declared devices; :class:`trimig.guest.Guest` defines the contract of each method.
 
     A subclass appends its blocks to ``_ram``, keeps ``_run_state``, and implements :meth:`pause`, :meth:`resume` and
@@ -38,25 +112,13 @@ class GuestBase(abc.ABC):
         expect("name", name, str, "a str")
         if not 1 <= len(name.encode()) <= 255:
             raise ConfigError(f"a guest's name has 1 to 255 bytes, {name!r} has {len(name.encode())}")
-        self._name = name
-        self._run_state = run_state
+        super().__init__(name, run_state=run_state)
         self._ram: list[RamBlock] = []
         self._devices: dict[tuple[str, int], DeviceProtocol] = {}
-        self._purpose: str | None = None
         self._throttle = 0
         self._uuid: str | None = None
-        first = Owner.ELSEWHERE if run_state == "inmigrate" else Owner.HERE
-        self._owner = OwnerState(first, runs=lambda: self._run_state == "running")
         #: The reasons why the guest cannot be migrated now.
         self.blockers = Blockers(busy=lambda: self._purpose)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._name!r} {self._run_state}>"
-
-    @property
-    def name(self) -> str:
-        """The machine name in the configuration section."""
-        return self._name
 
     @property
     def ram(self) -> Sequence[RamBlock]:
@@ -67,11 +129,6 @@ class GuestBase(abc.ABC):
     def devices(self) -> Mapping[tuple[str, int], DeviceProtocol] | None:
         """Devices by (idstr, instance id)."""
         return MappingProxyType(self._devices)
-
-    @property
-    def run_state(self) -> str:
-        """QEMU's name of the run state."""
-        return self._run_state
 
     @property
     def uuid(self) -> str | None:
@@ -94,43 +151,9 @@ class GuestBase(abc.ABC):
         return self._throttle
 
     @property
-    def owner(self) -> Owner:
-        """HERE: the guest may run in this process. ELSEWHERE: it was handed over, or has not arrived. UNKNOWN: see
-        :meth:`settle`.
-        """
-        return self._owner.owner
-
-    @property
     def starts(self) -> int:
         """See :class:`trimig.guest.CountingGuest`."""
         return self._owner.starts
-
-    def set_owner(self, owner: Owner, *, handed_over: bool = False, settle: Settle | None = None) -> None:
-        """For the engine: see :class:`trimig.guest.Guest`."""
-        self._owner.set(owner, handed_over=handed_over, settle=settle)
-
-    async def settle(self, owner: Owner) -> None:
-        """State the owner of the guest after :class:`trimig.HandoverUncertain`: HERE resumes it, ELSEWHERE gives it up.
-
-        Raises:
-            TypeError: *owner* is no :class:`trimig.Owner`.
-            ValueError: *owner* is UNKNOWN.
-            StateError: the owner is known, or the answer may still come.
-            GuestNotResumed: the guest is here and could not be resumed; :meth:`resume` may be tried again.
-
-        **Cancellation:** cancelled before anything was done, or not at all.
-        """
-        await self._owner.settle(owner)
-
-    def claim(self, purpose: str) -> None:
-        """Reserve the guest for one migration. StateError if it is reserved."""
-        if self._purpose is not None:
-            raise StateError(f"guest {self._name!r} is busy: {self._purpose}")
-        self._purpose = purpose
-
-    def release(self) -> None:
-        """End the reservation of :meth:`claim`. Idempotent."""
-        self._purpose = None
 
     def add_device(self, device: DeviceProtocol) -> None:
         """Register *device*; its state moves with the guest, in the order in which devices were added.

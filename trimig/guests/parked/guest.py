@@ -31,9 +31,9 @@ from ...guest import (
 )
 from ...memory.block import MemfdBlock
 from ...memory.tracking import NullTracker
-from ...owner import OwnerState, Settle
 from ...wire.devices import globalstate
 from ...wire.postcopy import runs_of
+from ..base import OwnedGuest
 from . import reader, writer
 from .newfile import check_target
 
@@ -48,11 +48,14 @@ Holes: TypeAlias = Mapping[str, Sequence[tuple[int, int]]]
 
 
 @final
-class ParkedGuest:
+class ParkedGuest(OwnedGuest):
     """Implements :class:`trimig.guest.OpaqueGuest`. Use it as a context manager, or :meth:`close` it: it holds the RAM.
 
     Filled by :func:`trimig.receive` or :meth:`load`; after that it can be sent by :func:`trimig.migrate`, once. Sending
     does not change the file: a user who loads the file again and sends that guest, too, has two guests.
+
+    Its ``name`` is that of the machine, for example ``pc-i440fx-7.2``; empty until it is known. Its ``run_state`` is
+    ``inmigrate`` until the guest is filled, then ``paused``.
 
     Args:
         save_to: save the guest in this file too. A receiving side then owns the guest only when the file is on the
@@ -74,27 +77,21 @@ class ParkedGuest:
         expect("save_to", save_to, (str, os.PathLike, type(None)), "a path, or None")
         expect("peer", peer, PeerProfile, "a trimig.PeerProfile")
         expect("max_ram", max_ram, (int, type(None)), "an int, in bytes, or None")
+        super().__init__("", run_state="inmigrate")
         self._save_to = None if save_to is None else Path(save_to)
         self._replace = replace
         self._peer = peer
         self._max_ram = max_ram
-        self._name = ""
         self._ram: list[MemfdBlock] = []
         self._subsections: tuple[ConfigSubsection, ...] = ()
         self._sections: tuple[DeviceSection, ...] | None = None
         self._description: bytes | None = None
-        self._run_state = "inmigrate"
-        self._purpose: str | None = None
-        self._owner = OwnerState(Owner.ELSEWHERE, runs=lambda: False)
         self._file: writer.SaveFile | None = None
         self._arriving: ArrivingPages | None = None
         self._failure: OSError | None = None  # error of a write during the reception
         self._early: tuple[DeviceSection, ...] = ()
         self._warnings: tuple[str, ...] = ()
         self._holes: Holes = {}
-
-    def __repr__(self) -> str:
-        return f"<ParkedGuest {self._name!r} {self._run_state}>"
 
     def __enter__(self) -> Self:
         return self
@@ -240,11 +237,6 @@ class ParkedGuest:
     # -- what it is ------------------------------------------------------------------------------------------------
 
     @property
-    def name(self) -> str:
-        """The machine name, for example ``pc-i440fx-7.2``; empty until it is known."""
-        return self._name
-
-    @property
     def ram(self) -> Sequence[RamBlock]:
         """The RAM blocks, in the order in which they were announced."""
         return tuple(self._ram)
@@ -270,11 +262,6 @@ class ParkedGuest:
         return self._description
 
     @property
-    def run_state(self) -> str:
-        """``inmigrate`` until the guest is filled, then ``paused``: it never runs here."""
-        return self._run_state
-
-    @property
     def guest_run_state(self) -> str:
         """The run state that the guest will have at its destination, from its section ``globalstate``; ``running``
         without one.
@@ -286,35 +273,14 @@ class ParkedGuest:
 
     # -- Guest -----------------------------------------------------------------------------------------------------
 
-    @property
-    def owner(self) -> Owner:
-        """HERE once the guest is filled, ELSEWHERE before that and after it was handed over, UNKNOWN: see
-        :meth:`settle`.
-        """
-        return self._owner.owner
-
-    def set_owner(self, owner: Owner, *, handed_over: bool = False, settle: Settle | None = None) -> None:
-        """For the engine: see :class:`trimig.guest.Guest`."""
-        self._owner.set(owner, handed_over=handed_over, settle=settle)
-
-    async def settle(self, owner: Owner) -> None:
-        """State the owner after :class:`trimig.HandoverUncertain`. Raises the errors of
-        :meth:`trimig.owner.OwnerState.settle`.
-
-        **Cancellation:** cancelled before anything was done, or not at all.
-        """
-        await self._owner.settle(owner)
-
-    def claim(self, purpose: str) -> None:
-        """Reserve the guest for one migration. StateError if it is reserved."""
-        if self._purpose is not None:
-            raise StateError(f"the parked guest is busy: {self._purpose}")
-        self._purpose = purpose
-
     def release(self) -> None:
         """End the reservation of :meth:`claim`; an unfinished file is removed. Idempotent."""
         self._discard_file()
-        self._purpose = None
+        super().release()
+
+    @property
+    def _title(self) -> str:
+        return "the parked guest"
 
     async def pause(self) -> None:
         """No effect: the guest never runs here. **Cancellation:** no effect."""

@@ -21,7 +21,7 @@ from ...memory.faults import FEATURES as FAULT_FEATURES
 from ...memory.faults import MissingPages, UffdMemory
 from ...memory.linux import TRACKING_FEATURES, MemoryUnavailable, probe_tracking
 from ...memory.tracking import CompareTracker, TrackedRange, UffdTracker, log_choice, log_fallback
-from ...owner import OwnerState, Settle
+from ...owner import Settle
 from ..base import GuestBase
 from .line import Refusal, Worker
 from .messages import VERSION, Nonsense, WorkerReply, decimal, quoted
@@ -76,7 +76,9 @@ class WorkerGuest(GuestBase):
         self._offers: frozenset[str] = frozenset()
         #: The worker was told to run and has not answered: it may run at any time.
         self._perhaps_runs = False
-        self._owner = OwnerState(Owner.ELSEWHERE, runs=lambda: self._run_state == "running" or self._perhaps_runs)
+
+    def _runs(self) -> bool:
+        return super()._runs() or self._perhaps_runs
 
     @property
     def pid(self) -> int:
