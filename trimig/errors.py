@@ -139,7 +139,7 @@ class PeerFailed(MigrationError):
     """The peer refused: it reported an error of its own over the return path.
 
     Attributes:
-        code: the value of the SHUT message (QEMU and trimig send 1).
+        code: the number in the SHUT message (QEMU and trimig send 1).
     """
 
     def __init__(self, message: str, *, code: int) -> None:

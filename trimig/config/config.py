@@ -44,7 +44,9 @@ class Config:
         ConfigError: on construction, for a value out of its range or a combination that contradicts itself.
     """
 
+    #: The capabilities: the switches of the migration.
     capabilities: Annotated[Capabilities, Instance(Capabilities)] = dataclasses.field(default_factory=Capabilities)
+    #: The parameters: the values that control the migration.
     parameters: Annotated[Parameters, Instance(Parameters)] = dataclasses.field(default_factory=Parameters)
     #: The stream format that the other side expects; by default the guest's machine type decides it.
     peer: Annotated[PeerProfile, Instance(PeerProfile)] = BY_MACHINE
@@ -65,7 +67,7 @@ class Config:
     recovery_retry: Annotated[bool, Flag()] = False
     #: Postcopy: seconds without a connection after which the rest of the memory is given up; ``math.inf`` for never.
     recovery_timeout: Annotated[float, Seconds(endless=True)] = math.inf
-    #: Iterations over RAM after which ``on_bound`` applies; None for any number.
+    #: Number of iterations over RAM after which ``on_bound`` applies; None for any number.
     max_iterations: Annotated[int | None, OrNone(Int(1, None))] = None
     #: Seconds from the start after which ``on_bound`` applies; None (or ``math.inf``) for any time.
     max_total_time: Annotated[float | None, OrNone(Seconds(endless=True))] = None

@@ -55,19 +55,23 @@ class Parameters:
             yet.
     """
 
-    #: zlib level of the capability ``compress``; 0 stores.
+    #: zlib level of the capability ``compress``, a number; 0 stores.
     compress_level: Annotated[int, Int(0, 9)] = 1
+    #: Number of threads that compress, for the capability ``compress``.
     compress_threads: Annotated[int, Int(1, 255)] = 8
     #: Wait for a free compression thread instead of sending the page as it is.
     compress_wait_thread: Annotated[bool, Flag()] = True
+    #: Number of threads that decompress.
     decompress_threads: Annotated[int, Int(1, 255)] = 2
-    #: Share of the bytes sent in an iteration that may be dirtied again before throttling starts.
+    #: Percent of the bytes sent in an iteration that may be dirtied again before throttling starts.
     throttle_trigger_threshold: Annotated[int, Int(1, 100, "percent")] = 50
+    #: Percent of the guest's running time that the first throttling takes (capability ``auto-converge``).
     cpu_throttle_initial: Annotated[int, Int(1, 99, "percent")] = 20
+    #: Percent that each later throttling adds.
     cpu_throttle_increment: Annotated[int, Int(1, 99, "percent")] = 10
     #: Raise the throttling in smaller steps towards the end.
     cpu_throttle_tailslow: Annotated[bool, Flag()] = False
-    #: At least ``cpu_throttle_initial``.
+    #: Percent of the guest's running time that throttling takes at most; at least ``cpu_throttle_initial``.
     max_cpu_throttle: Annotated[int, Int(1, 99, "percent")] = 99
     #: Id of the TLS credentials (in ``Config.objects``); empty for no TLS.
     tls_creds: Annotated[str, Text()] = ""
@@ -83,20 +87,26 @@ class Parameters:
     x_checkpoint_delay: Annotated[int, Int(0, 2**32 - 1, "milliseconds")] = 20_000
     #: Block migration sends the top image only.
     block_incremental: Annotated[bool, Flag()] = False
+    #: Number of connections for pages, for the capability ``multifd``.
     multifd_channels: Annotated[int, Int(1, 255)] = 2
+    #: The compression of pages with ``multifd``.
     multifd_compression: Annotated[str, Choice(("none", "zlib", "zstd"))] = "none"
-    #: QEMU 7.2 accepts this parameter and the next one in a command without checking them; here they are checked and
-    #: set.
+    #: Level of that compression, a number. QEMU 7.2 accepts this parameter and the next one in a command without checking
+    #: them; here they are checked and set.
     multifd_zlib_level: Annotated[int, Int(0, 9)] = 1
+    #: Level of that compression, a number.
     multifd_zstd_level: Annotated[int, Int(0, 20)] = 1
     #: Bytes; a power of two of at least one target page.
     xbzrle_cache_size: Annotated[int, Size(_TARGET_PAGE, power_of_two=True)] = 64 * MiB
     #: Postcopy: bytes per second for pages that the destination has not requested; 0 for no limit.
     max_postcopy_bandwidth: Annotated[int, Size(unit="bytes per second, 0 for no limit")] = 0
-    #: Self-announcement of network cards after the switchover: first pause, longest pause, count, growth.
+    #: Self-announcement of network cards after the switchover: the first pause in milliseconds.
     announce_initial: Annotated[int, Int(0, 100_000, "milliseconds")] = 50
+    #: The longest pause in milliseconds.
     announce_max: Annotated[int, Int(0, 100_000, "milliseconds")] = 550
+    #: Number of announcements.
     announce_rounds: Annotated[int, Int(0, 1000)] = 5
+    #: Milliseconds by which each pause is longer than the one before.
     announce_step: Annotated[int, Int(1, 10_000, "milliseconds")] = 100
     #: Aliases of disks and bitmaps; with None each has its own name.
     block_bitmap_mapping: Annotated[tuple[NodeAlias, ...] | None, OrNone(Mappings())] = None
@@ -109,9 +119,11 @@ class Parameters:
     mode: Annotated[str, Choice(("normal", "cpr-reboot", "cpr-transfer", "cpr-exec"))] = "normal"
     #: Bypass the host's page cache when writing a file, for the capability ``mapped-ram``.
     direct_io: Annotated[bool, Flag()] = False
+    #: Level of the compression ``qatzip`` with ``multifd``, a number.
     multifd_qatzip_level: Annotated[int, Int(1, 9)] = 1
-    #: For the capability ``dirty-limit``: the period of its checks, and the dirty rate that each vCPU may have.
+    #: For the capability ``dirty-limit``: milliseconds between its checks.
     x_vcpu_dirty_limit_period: Annotated[int, Int(1, 1000, "milliseconds")] = 1000
+    #: For the capability ``dirty-limit``: MB per second that each vCPU may dirty.
     vcpu_dirty_limit: Annotated[int, Int(1, 2**64 - 1, "MB per second")] = 1
     #: The command line that the mode ``cpr-exec`` executes.
     cpr_exec_command: Annotated[tuple[str, ...], Words()] = ()

@@ -147,7 +147,7 @@ class GuestBase(OwnedGuest, abc.ABC):
 
     @property
     def throttle_percent(self) -> int:
-        """The last value given to :meth:`throttle`."""
+        """The last value given to :meth:`throttle`, in percent."""
         return self._throttle
 
     @property

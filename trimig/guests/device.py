@@ -28,6 +28,7 @@ class Device:
     Class attributes:
         vmstate: the declaration.
         idstr: the device id string; left out, it is the name of the declaration.
+        instance_id: the number that distinguishes devices of the same idstr.
         unmigratable: the reason why its state can never be migrated; a guest with such a device is refused, outgoing
             and incoming.
 
@@ -54,7 +55,7 @@ class Device:
 
     @property
     def version_id(self) -> int:
-        """The version that :meth:`save` writes."""
+        """The number of the version that :meth:`save` writes."""
         return self.vmstate.version
 
     def pre_save(self) -> None:

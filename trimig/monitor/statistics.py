@@ -26,7 +26,7 @@ class Event:
 
     name: str
     data: Mapping[str, Any]
-    #: trio's clock, seconds.
+    #: When it happened, in seconds of trio's clock.
     time: float
 
 
@@ -34,6 +34,7 @@ class Event:
 class Convergence:
     """Whether the migration converges, the reason, and measures that would help."""
 
+    #: True if what is left will fit into the downtime limit, as far as the passes so far show.
     converging: bool
     #: One sentence with the deciding figures.
     reason: str
@@ -43,24 +44,31 @@ class Convergence:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """The figures of a migration at one moment; bytes, seconds, bytes per second."""
+    """The figures of a migration at one moment."""
 
+    #: The status of the present or the last attempt.
     status: Status
+    #: Which side may run the guest, as far as this side can tell.
     owner: Ownership
-    #: All RAM of the guest.
+    #: Bytes of RAM of the guest.
     total: int
     #: All bytes sent over the transport so far (source), or received (destination).
     transferred: int
     #: Bytes of RAM still to be sent, as of the last dirty sync.
     remaining: int
+    #: Number of pages sent or received with their content.
     normal_pages: int
+    #: Number of pages of zeros, sent or received as short records.
     zero_pages: int
-    #: Passes over the memory, the present one included.
+    #: Number of passes over the memory, the present one included.
     iteration: int
+    #: Bytes per second that the transport takes, as measured.
     bandwidth: float
+    #: Bytes of RAM per second that the guest wrote in the last pass.
     dirty_rate: float
-    #: None until a bandwidth was measured.
+    #: Seconds of downtime if the switchover began now; None until a bandwidth was measured.
     expected_downtime: float | None
+    #: Seconds since the attempt began; at its end the whole time.
     elapsed: float
     #: How dirty pages are found: ``userfaultfd-wp``, ``compare``, ``marks``, ``none``; empty on a destination.
     dirty_tracking: str
@@ -69,7 +77,7 @@ class Statistics:
     #: After the first copy: the largest share of the rest that fitted into the downtime limit, 0 to 1. At 1 the whole
     #: rest fits.
     convergence_progress: float = 0.0
-    #: None before the first pass, and on a destination.
+    #: Whether the passes converge; None before the first pass, and on a destination.
     convergence: Convergence | None = None
 
 
@@ -81,18 +89,24 @@ class Downtime:
     source that time is a part of ``commit``.
     """
 
+    #: Seconds to stop the guest.
     pause: float = 0.0
-    #: In pre-switchover, until the permission to go on.
+    #: Seconds in pre-switchover, until the permission to go on.
     held: float = 0.0
+    #: Seconds to send the last pages.
     ram: float = 0.0
+    #: Seconds to save and send the devices.
     devices: float = 0.0
+    #: Seconds until the proof that the destination has loaded everything.
     prepare: float = 0.0
+    #: Seconds from the decision to its answer.
     commit: float = 0.0
+    #: Seconds to activate the guest.
     resume: float = 0.0
 
     @property
     def total(self) -> float:
-        """The sum of the parts."""
+        """The sum of the parts, in seconds."""
         return self.pause + self.held + self.ram + self.devices + self.prepare + self.commit + self.resume
 
 
@@ -100,21 +114,32 @@ class Downtime:
 class Summary:
     """The result of a migration. Returned only when the destination owns the guest."""
 
+    #: The side of this process.
     role: Role
     #: Source: True if the destination has confirmed that it owns the guest. Destination: True if it has sent that
     #: confirmation. False without a return path: the transport took the last byte, and the arrival is not confirmed.
     confirmed: bool
     #: True if the destination proved, before the decision was sent, that it had loaded everything (needs a return path).
     prepared: bool
+    #: Seconds from the begin of the attempt to its end.
     total_time: float
+    #: Seconds of it until the list of RAM blocks was sent (source), or until a source had connected (destination).
     setup_time: float
+    #: Seconds in which the guest ran on neither side, by this side's clock.
     downtime: float
+    #: The parts of the downtime.
     downtime_parts: Downtime
+    #: Number of passes over the memory; 0 on a destination.
     iterations: int
+    #: Bytes sent over the transport (source), or received (destination).
     bytes_transferred: int
+    #: Number of pages sent or received with their content.
     normal_pages: int
+    #: Number of pages of zeros, sent or received as short records.
     zero_pages: int
+    #: Bytes of RAM of the guest.
     ram_bytes: int
+    #: How dirty pages were found, as in :class:`Statistics`.
     dirty_tracking: str
     #: Problems that did not endanger the guest; one sentence each.
     warnings: tuple[str, ...] = ()

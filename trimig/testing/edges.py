@@ -53,7 +53,7 @@ class EdgeInstrument(trio.abc.Instrument):
         self.traces: dict[EdgeKind, list[str]] = {"before": [], "after": []}
         #: Every instant of virtual time at which there was an edge, ascending.
         self.times: list[float] = []
-        #: When each action happened.
+        #: When each action happened, in virtual seconds.
         self.fired: list[float] = []
 
     def open(self, root: trio.Nursery) -> None:

@@ -33,6 +33,7 @@ class Write(NamedTuple):
 
     at: float
     block: str
+    #: The number of the page in the block.
     page: int
     value: int
 
@@ -41,11 +42,13 @@ class JournalEntry(NamedTuple):
     """An event that took effect on a guest.
 
     ``event`` is one of ``pause``, ``resume``, ``activate``, ``throttle``, ``save``, ``load``, ``claim``, ``release``,
-    ``track``, ``sync``, ``untrack``; ``time`` is virtual, and 0 outside a run.
+    ``track``, ``sync``, ``untrack``.
     """
 
+    #: Virtual seconds; 0 outside a run.
     time: float
     event: str
+    #: The argument of the call, or empty.
     detail: str = ""
 
 
@@ -125,7 +128,7 @@ class ScriptedGuest:
         self.executed = False
         #: The guest's running time in seconds.
         self.guest_time = 0.0
-        #: Writes made so far.
+        #: The number of writes made so far.
         self.writes = 0
 
     def __repr__(self) -> str:

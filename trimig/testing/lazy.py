@@ -45,7 +45,7 @@ class LazyScriptedGuest(ScriptedGuest):
         self.touches = list(touches)
         #: Pages that were placed although they were present.
         self.overwritten: list[tuple[int, int]] = []
-        #: Pages that the guest had to wait for.
+        #: The number of pages that the guest had to wait for.
         self.faults = 0
         #: The open memory, if any.
         self.memory: ScriptedMemory | None = None

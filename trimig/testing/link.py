@@ -31,6 +31,7 @@ class VirtualStream(trio.abc.HalfCloseableStream):
     """One end of a :class:`VirtualLink`. Made by the link only."""
 
     def __init__(self, link: VirtualLink, name: str, outgoing: Pipe, incoming: Pipe) -> None:
+        #: The link of this end.
         self.link = link
         #: ``"a"`` or ``"b"``.
         self.name = name
@@ -217,7 +218,9 @@ class VirtualLink:
             for direction in DIRECTIONS
         }
         there, back = self._pipes["a->b"], self._pipes["b->a"]
+        #: One end.
         self.a = VirtualStream(self, "a", there, back)
+        #: The other end.
         self.b = VirtualStream(self, "b", back, there)
         for fault in faults:
             self.add_fault(fault)

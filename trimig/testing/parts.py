@@ -50,12 +50,13 @@ class FakeDevice:
 
     Args:
         idstr: device id string.
-        instance_id: tells devices of the same idstr apart.
+        instance_id: the number that distinguishes devices of the same idstr.
         size: bytes of state, at least 8.
         seed: for the initial bytes.
         load_error: raised by :meth:`load`, to play a destination that refuses.
     """
 
+    #: The number of the version that is saved.
     version_id: int = 1
 
     def __init__(
@@ -71,6 +72,7 @@ class FakeDevice:
             raise ValueError("a fake device has at least 8 bytes")
         self.idstr = idstr
         self.instance_id = instance_id
+        #: The state.
         self.data = bytearray(random.Random(f"{seed} {idstr} {instance_id}").randbytes(size))
         self.load_error = load_error
 

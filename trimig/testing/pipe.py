@@ -57,7 +57,9 @@ class Fault:
     """
 
     direction: Direction
+    #: The number of bytes sent before it strikes.
     after: int
+    #: One of the kinds above.
     kind: FaultKind
     #: Only for ``"stall"``: virtual seconds.
     seconds: float = 0.0
@@ -77,8 +79,11 @@ class Fault:
 class Transfer:
     """One piece of data that a sender handed to the link."""
 
+    #: Virtual seconds.
     time: float
+    #: From its sender to its receiver.
     direction: Direction
+    #: The number of bytes.
     n: int
 
 

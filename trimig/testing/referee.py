@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 class Violation:
     """A breach that :class:`OwnerReferee` found. ``kind`` is ``"both-run"`` or ``"stale-state"``."""
 
+    #: Virtual seconds.
     time: float
     kind: Literal["both-run", "stale-state"]
+    #: The guests; first the one that broke the promise.
     labels: tuple[str, ...]
 
 
@@ -36,6 +38,7 @@ class OwnerReferee:
     """
 
     def __init__(self, **guests: ScriptedGuest) -> None:
+        #: Every breach, in order.
         self.violations: list[Violation] = []
         #: Every start, stop and load: (time, label, event).
         self.history: list[tuple[float, str, str]] = []

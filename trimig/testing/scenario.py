@@ -33,7 +33,9 @@ Side = Callable[[], Awaitable[object]]
 class CancelAt:
     """Cancel the scopes of *victims* at edge *n*, counted over the tasks of all sides."""
 
+    #: The kind of the edge.
     kind: EdgeKind
+    #: The number of the edge, from 1.
     n: int
     victims: tuple[str, ...] = ("source",)
     #: The task of that edge; for reports only.
@@ -44,7 +46,9 @@ class CancelAt:
 class LeapAt:
     """Let *seconds* pass at once at edge *n*, as after a suspend of the host: every timer expires together."""
 
+    #: The kind of the edge.
     kind: EdgeKind
+    #: The number of the edge, from 1.
     n: int
     seconds: float = 3600.0
     #: The task of that edge; for reports only.
@@ -53,8 +57,9 @@ class LeapAt:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ExpireAt:
-    """Give the scopes of *victims* this deadline (virtual time; a run starts at 0)."""
+    """Give the scopes of *victims* this deadline."""
 
+    #: Virtual seconds; a run starts at 0.
     time: float
     victims: tuple[str, ...] = ("source",)
 
@@ -63,8 +68,10 @@ class ExpireAt:
 class FailCall:
     """Let counted call *n* raise *error*; None lets it hang."""
 
+    #: The number of the call, from 1.
     n: int
     error: type[Exception] | None = OSError
+    #: Fail before the effect of the call, or after it.
     when: Literal["before", "after"] = "before"
     #: The name of the call; for reports only.
     name: str = ""
@@ -75,9 +82,11 @@ Injection = CancelAt | LeapAt | ExpireAt | FailCall | Fault
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """Everything needed to repeat one run: the seed of the schedule and the injected events (one or several)."""
+    """Everything needed to repeat one run."""
 
+    #: The number that fixes the schedule.
     seed: int
+    #: The injected events, one or several.
     inject: tuple[Injection, ...] = ()
 
 
@@ -97,10 +106,13 @@ class SweepFailure(AssertionError):
 class End:
     """How one side ended."""
 
+    #: By a return, an error or a cancellation.
     kind: Literal["returned", "raised", "cancelled"]
+    #: What a side that returned has returned.
     value: Any = None
+    #: The error of a side that raised.
     error: Exception | None = None
-    #: Virtual time.
+    #: Virtual seconds.
     at: float = 0.0
 
     def __str__(self) -> str:
@@ -119,7 +131,7 @@ class SweepContext:
     """The context that a scenario gets for one run.
 
     Attributes:
-        seed: of the schedule, of the link, and of anything else that the scenario varies.
+        seed: the number that fixes the schedule, the link, and anything else that the scenario varies.
         link: the link under test; the point's faults are on it.
         calls: for :class:`~trimig.testing.FailingGuest` and :class:`~trimig.testing.FailingStream`.
         clock: virtual time; starts at 0.
@@ -151,11 +163,13 @@ class SweepContext:
                     actions[injection.kind, injection.n] = functools.partial(self._cancel, injection)
                 case LeapAt():
                     actions[injection.kind, injection.n] = functools.partial(self.clock.jump, injection.seconds)
+        #: The instrument that counts the edges.
         self.edges = EdgeInstrument(actions)
         #: How each side ended; sides that have not ended are missing.
         self.ends: dict[str, End] = {}
         #: The number of edges at the end of each side.
         self.exits: dict[str, dict[EdgeKind, int]] = {}
+        #: The number of deadlines that have expired.
         self.expired = 0
 
     def new_link(self) -> VirtualLink:
@@ -266,14 +280,17 @@ class Scenario(Generic[T]):
 class Run(Generic[T]):
     """The observations of one run."""
 
+    #: What was repeated or injected.
     point: Point
+    #: What the scenario returned.
     outcome: T
+    #: How each side ended.
     ends: Mapping[str, End]
     #: All planned events were injected.
     fired: bool
     #: Names of the tasks at each edge of each kind.
     traces: Mapping[EdgeKind, tuple[str, ...]]
-    #: Edges of each kind until each side ended.
+    #: Number of edges of each kind until each side ended.
     exits: Mapping[str, Mapping[EdgeKind, int]]
     #: Instants of virtual time at which there was an edge.
     times: tuple[float, ...]
@@ -283,6 +300,7 @@ class Run(Generic[T]):
     calls: tuple[str, ...]
     #: Virtual seconds.
     elapsed: float
+    #: The link under test.
     link: VirtualLink
 
 

@@ -38,6 +38,7 @@ class CancelSweep:
     """
 
     victims: tuple[str, ...] = ("source",)
+    #: The kinds of edges.
     kinds: Sequence[EdgeKind] = EDGE_KINDS
 
     def points(self, baseline: Run[Any]) -> Iterator[Point]:
@@ -51,6 +52,7 @@ class TimeLeap:
     """Let *seconds* pass at once at every edge: all timers, deadlines and grace periods expire together."""
 
     seconds: float = 3600.0
+    #: The kinds of edges.
     kinds: Sequence[EdgeKind] = EDGE_KINDS
 
     def points(self, baseline: Run[Any]) -> Iterator[Point]:
@@ -68,6 +70,7 @@ class DeadlineSweep:
     """
 
     victims: tuple[str, ...] = ("source",)
+    #: Virtual seconds by which "just before" and "just after" differ from the instant.
     epsilon: float = 1e-6
 
     def points(self, baseline: Run[Any]) -> Iterator[Point]:
@@ -83,9 +86,11 @@ class DeadlineSweep:
 class FaultSweep:
     """Break the link at every byte of every direction, with every kind of fault."""
 
+    #: The kinds of faults.
     kinds: Sequence[FaultKind] = ("eof", "reset", "blackhole")
+    #: The directions that break.
     directions: Sequence[Direction] = DIRECTIONS
-    #: The length of a ``"stall"``.
+    #: The length of a ``"stall"``, in virtual seconds.
     seconds: float = 60.0
 
     def points(self, baseline: Run[Any]) -> Iterator[Point]:
@@ -101,6 +106,7 @@ class CallSweep:
     """Let every counted call fail once with each of *errors*; None among them makes the call hang."""
 
     errors: Sequence[type[Exception] | None] = (OSError,)
+    #: Fail before the effect of the call, or after it.
     when: Literal["before", "after"] = "before"
     #: The names of the calls (``"source.pause"``); None for all.
     only: Callable[[str], bool] | None = None
@@ -117,13 +123,15 @@ class CallSweep:
 class SweepReport:
     """The result of a sweep. ``str()`` of it is one paragraph for the test's output."""
 
+    #: The sweeps that were run.
     sweeps: tuple[Sweep, ...]
+    #: The seeds of their schedules.
     seeds: tuple[int, ...]
-    #: All runs, including the baselines.
+    #: Number of all runs, including the baselines.
     runs: int
-    #: Runs with an injection.
+    #: Number of runs with an injection.
     points: int
-    #: Runs in which the event happened: all (or the sweep fails), except for deadlines that came too late.
+    #: Number of runs in which the event happened: all (or the sweep fails), except for deadlines that came too late.
     fired: int
     #: How often each outcome came, including those of the baselines.
     outcomes: Mapping[Hashable, int]

@@ -144,7 +144,7 @@ class Field:
     count: int | str | None = None
     #: Bytes of a buffer, bits of a bitmap, or the name of the field with that number.
     size: int | str | None = None
-    #: The first version with this field.
+    #: The number of the first version with this field.
     since: int = 0
     #: The field is present only if this is true.
     when: When | None = None
@@ -171,7 +171,7 @@ class Field:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Subsection:
-    """An optional part of a :class:`VMState`, sent when it is needed.
+    """An optional part of a :class:`VMState`: its declaration *vmstate*, sent when it is needed.
 
     Without *needed* the subsection is sent if the state has a value other than None for each of its fields.
     """
@@ -195,6 +195,8 @@ class Subsection:
 class VMState:
     """The declaration of one structure: a device, a structure nested in it, or a subsection.
 
+    It has the *name* and the *version* (a number) of the structure, its *fields* in order, and its *subsections*.
+
     Raises:
         ValueError: a subsection whose name does not begin with this structure's name; no reader would find it.
     """
@@ -202,7 +204,7 @@ class VMState:
     name: str
     _: dataclasses.KW_ONLY
     version: int = 1
-    #: Oldest version that can be read; the default is *version*.
+    #: Number of the oldest version that can be read; the default is *version*.
     minimum_version: int = -1
     fields: Sequence[Field]
     subsections: Sequence[Subsection] = ()
