@@ -152,7 +152,7 @@ class GuestBase(OwnedGuest, abc.ABC):
 
     @property
     def starts(self) -> int:
-        """See :class:`trimig.guest.CountingGuest`."""
+        """The number of starts, as :class:`trimig.guest.CountingGuest` counts them."""
         return self._owner.starts
 
     def add_device(self, device: DeviceProtocol) -> None:
