@@ -6,7 +6,7 @@ import trio
 import trio.testing
 
 from trimig.channel.channel import Channel
-from trimig.channel.channels import ChannelKind, Channels
+from trimig.channel.channels import MAIN, PREEMPT, Channels
 from trimig.testing import VirtualLink
 
 
@@ -15,20 +15,20 @@ async def test_bytes_of_closed_connections_stay_in_the_sums(autojump_clock: trio
     channels, links = Channels(), [VirtualLink(seed=n) for n in range(3)]
     assert (channels.sent, channels.received, channels.cut()) == (0, 0, True)
     main, preempt, later = (Channel(link.a) for link in links)
-    channels.add(ChannelKind.MAIN, main)
-    channels.add(ChannelKind.PREEMPT, preempt)
+    channels.add(MAIN, main)
+    channels.add(PREEMPT, preempt)
     await main.send(b"12345")
     await preempt.send(b"123")
     await links[0].b.send_all(b"1")
     await main.receive_into(memoryview(bytearray(8)))
     assert (channels.sent, channels.received) == (8, 1)
     await channels.close_beside()
-    assert channels.has(ChannelKind.MAIN)
-    assert not channels.has(ChannelKind.PREEMPT)
+    assert channels.has(MAIN)
+    assert not channels.has(PREEMPT)
     assert channels.sent == 8
     await channels.close()
     await channels.close()
-    channels.add(ChannelKind.MAIN, later)
+    channels.add(MAIN, later)
     await later.send(b"12")
     assert (channels.sent, channels.received) == (10, 1)
 
@@ -54,8 +54,8 @@ async def test_the_main_connection_is_closed_first(autojump_clock: trio.testing.
             await trio.lowlevel.checkpoint()
 
     channels = Channels()
-    channels.add(ChannelKind.PREEMPT, Channel(Noted("beside")))
-    channels.add(ChannelKind.MAIN, Channel(Noted("main")))
+    channels.add(PREEMPT, Channel(Noted("beside")))
+    channels.add(MAIN, Channel(Noted("main")))
     assert not channels.cut()  # no kernel socket
     await channels.close(1.0)
     assert order == ["main", "beside"]

@@ -12,6 +12,7 @@ import trio.testing
 
 import trimig
 from tests.engine.pair import Destination, Pair, config, played, running, told, waiting
+from trimig.engine.sections.ram import RamSection
 from trimig.engine.source.switchover import PING_PREPARE
 from trimig.status import Status
 from trimig.testing import FakeDevice, VirtualLink, Write
@@ -398,3 +399,22 @@ async def test_pages_without_memory_are_sent_and_get_none(autojump_clock: trio.t
         assert (summary.zero_pages, summary.normal_pages) == (63, 1)
         assert int(block.absent().sum()) == int(arrived.absent().sum()) == 63
         assert arrived.pages[5, 0] == 7
+
+
+async def test_tasks_of_a_section_run_from_before_its_first_bytes_to_the_end(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A section may send on connections of its own, as multifd does."""
+    pair, seen = Pair(running(pages=64)), list[str]()
+
+    async def run() -> None:
+        seen.append(f"begins after {pair.link.sent('a->b')} bytes")
+        try:
+            await trio.sleep_forever()
+        finally:
+            seen.append(f"ends in {pair.here.status.value}")
+
+    monkeypatch.setattr(RamSection, "tasks", {"probe": run})
+    await pair.both()
+    assert pair.target.run_state == "running"
+    assert seen == ["begins after 0 bytes", "ends in completed"]

@@ -23,7 +23,7 @@ from tests.engine.test_postcopy_bad_input import HEAD
 from tests.transport.test_hostile_handshakes import client_hello
 from trimig import transport
 from trimig.channel.channel import AnyStream
-from trimig.channel.channels import Beside, ChannelKind
+from trimig.channel.channels import PREEMPT, Beside
 from trimig.channel.first_bytes import judge_again, judge_first, judge_other, known
 from trimig.channel.lobby import MOST_READ, MOST_WAITING, Lobby, NotTheOne, Verdict, accept_pause
 from trimig.errors import RemoteProtocolError, TransportFailed
@@ -462,7 +462,7 @@ def test_first_bytes_that_are_known_say_what_is_wrong(data: bytes, words: str) -
 
 def test_a_connection_that_is_wanted_beside_the_main_one_waits_for_its_turn() -> None:
     """Whatever comes first: it is neither the main one, nor a sign of another setting."""
-    channel = Beside(kind=ChannelKind.PREEMPT, capability="x", count=2, early=True, magic=MULTIFD[:4])
+    channel = Beside(kind=PREEMPT, capability="x", count=2, early=True, magic=MULTIFD[:4])
     for judge in (judge_first(trimig.Config(), (channel,), check_scripted), judge_other((channel,))):
         assert verdicts(judge, MULTIFD) == 3 * [Verdict.MORE] + 61 * [Verdict.LATER]
         with pytest.raises(NotTheOne):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from . import closing
 
@@ -12,15 +11,18 @@ if TYPE_CHECKING:
     from .channel import Channel
 
 
-class ChannelKind(enum.Enum):
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChannelKind:
     """What a connection is for. A listener has to tell that by the first bytes of each: :mod:`.first_bytes`."""
 
-    #: The stream, and the return path. It begins with the header (:func:`.first_bytes.judge_first`), in a recovery with
-    #: a question for bitmaps (:func:`.first_bytes.judge_again`).
-    MAIN = enum.auto()
-    #: Pages that the guest waits for in postcopy. It begins with the record of such a page
-    #: (:func:`.first_bytes.judge_second`).
-    PREEMPT = enum.auto()
+    name: str
+
+
+#: The stream, and the return path. It begins with the header (:func:`.first_bytes.judge_first`), in a recovery with a
+#: question for bitmaps (:func:`.first_bytes.judge_again`).
+MAIN: Final = ChannelKind("main")
+#: Pages that the guest waits for in postcopy. It begins with the record of such a page (:func:`.first_bytes.judge_second`).
+PREEMPT: Final = ChannelKind("preempt")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,16 +50,16 @@ class Channels:
 
     def add(self, kind: ChannelKind, channel: Channel) -> None:
         """*channel* belongs to the set from here on, which closes it. There is one of kind MAIN at a time."""
-        assert kind is not ChannelKind.MAIN or not self.has(kind)
+        assert kind != MAIN or not self.has(kind)
         self._open.append((kind, channel))
 
     def of(self, kind: ChannelKind) -> tuple[Channel, ...]:
         """The open ones of *kind*."""
-        return tuple(channel for found, channel in self._open if found is kind)
+        return tuple(channel for found, channel in self._open if found == kind)
 
     def has(self, kind: ChannelKind) -> bool:
         """One of *kind* is open."""
-        return any(found is kind for found, _ in self._open)
+        return any(found == kind for found, _ in self._open)
 
     @property
     def sent(self) -> int:
@@ -97,7 +99,7 @@ class Channels:
         **Cancellation:** held off, for at most *grace* seconds.
         """
         for kind, channel in tuple(self._open):
-            if kind is ChannelKind.MAIN:
+            if kind == MAIN:
                 await self._close(kind, channel, grace)
         await self.close_beside()
 
@@ -107,7 +109,7 @@ class Channels:
         **Cancellation:** held off.
         """
         for kind, channel in tuple(self._open):
-            if kind is not ChannelKind.MAIN:
+            if kind != MAIN:
                 await self._close(kind, channel, 0.0)
 
     async def _close(self, kind: ChannelKind, channel: Channel, grace: float) -> None:

@@ -13,7 +13,7 @@ import trio
 
 import trimig
 from trimig.channel.channel import Channel
-from trimig.channel.channels import ChannelKind, Channels
+from trimig.channel.channels import MAIN, Channels
 from trimig.channel.limiter import Limiter
 from trimig.config import PeerProfile
 from trimig.engine.device_writer import opening
@@ -84,7 +84,7 @@ class Sending:
         self.source = source
         self.order = PageOrder([unsent.copy()])
         channels = Channels()
-        channels.add(ChannelKind.MAIN, channel)
+        channels.add(MAIN, channel)
         self.limiter = CountingLimiter(channels, rate, self.counters)
         self.records = RamSender(channel, self.limiter, PageSender(channel, self.counters))
         self.sender = PostcopySender(channel, self.records, self.limiter, source.ram, self.order, self.counters)

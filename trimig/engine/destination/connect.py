@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ...channel.channels import ChannelKind
+from ...channel.channels import MAIN
 from ...channel.first_bytes import judge_first, judge_other
 from ...guest import OpaqueGuest
 from ...status import Status
@@ -40,7 +40,7 @@ async def connect(into: Incoming, nursery: trio.Nursery) -> IncomingStream:
     channel = await reception.first(
         nursery, judge_first(config, reception.beside, acceptable), judge_other(reception.beside)
     )
-    into.channels.add(ChannelKind.MAIN, channel)
+    into.channels.add(MAIN, channel)
     into.monitor.listening()
     for loader in into.loaders.values():
         loader.begin(nursery)

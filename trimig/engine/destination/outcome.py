@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ...channel import closing
-from ...channel.channels import ChannelKind
+from ...channel.channels import MAIN
 from ...errors import (
     HandoverUncertain,
     MigrationCancelled,
@@ -60,7 +60,7 @@ async def unwind(into: Incoming, failure: BaseException | None) -> None:
 async def _say(into: Incoming, message: bytes, *, arrived: bool) -> None:
     """Send the last message. *arrived*: the message confirms that the guest has arrived."""
     said = False
-    for channel in into.channels.of(ChannelKind.MAIN):  # there is no channel if the connection was lost
+    for channel in into.channels.of(MAIN):  # there is no channel if the connection was lost
         said = await closing.farewell(channel, message, into.config.teardown_grace)
     if arrived:
         into.confirmed = said

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ...channel.channels import ChannelKind
+from ...channel.channels import MAIN
 from ...channel.first_bytes import judge_again
 from ...errors import GuestFailed, PostcopyLost, RemoteProtocolError, TransportFailed
 from ...guest import DiscardableBlock, LazyGuest, MissingMemory, OpaqueGuest
@@ -425,7 +425,7 @@ class PostcopyDestination:
     async def _take_up(self, stream: AnyStream) -> None:
         self._monitor.listening()
         channel = self._into.reception.channel(stream)
-        self._into.channels.add(ChannelKind.MAIN, channel)
+        self._into.channels.add(MAIN, channel)
         await self._answers.use(channel)
         decoder = Decoder(
             measure=None,

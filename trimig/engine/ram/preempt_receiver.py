@@ -14,7 +14,7 @@ import trio
 
 from ... import formats
 from ...channel.channel import Channel
-from ...channel.channels import ChannelKind
+from ...channel.channels import PREEMPT
 from ...channel.first_bytes import judge_second
 from ...errors import RemoteProtocolError, TransportFailed
 from ...wire import events as ev
@@ -46,11 +46,11 @@ class PreemptReceiver:
     @property
     def wanted(self) -> bool:
         """There is to be one."""
-        return any(wanted.kind is ChannelKind.PREEMPT for wanted in self._reception.beside)
+        return any(wanted.kind == PREEMPT for wanted in self._reception.beside)
 
     @property
     def _has_come(self) -> bool:
-        return self._channels.has(ChannelKind.PREEMPT)
+        return self._channels.has(PREEMPT)
 
     def expect(self, nursery: trio.Nursery) -> None:
         """The main connection is there: this one may come, and is judged in *nursery*."""
@@ -108,7 +108,7 @@ class PreemptReceiver:
         try:
             chosen = await lobby.choose(judge_second(main, receiver.wants, self._ended.set), lonely=_LONELY_SECONDS)
             channel = Channel(chosen.stream, stall_timeout=self._config.stall_timeout, first=chosen.first)
-            self._channels.add(ChannelKind.PREEMPT, channel)
+            self._channels.add(PREEMPT, channel)
             lobby.close()
             await self._take(receiver, channel, main)
         except (TransportFailed, RemoteProtocolError) as error:

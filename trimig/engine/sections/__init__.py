@@ -6,7 +6,7 @@ this package, a line in :mod:`.table`, and a row in :data:`trimig.wire.sections.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 class SectionHandler(Protocol):
     """One iterative section at the source, in the order of the calls."""
+
+    @property
+    def tasks(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
+        """What sends on connections of this section's own, from before :meth:`setup` to the end of the attempt, by the name
+        of each task. Each is cancelled at the end.
+        """
 
     @property
     def boundary(self) -> bytes:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...channel.channels import Beside, ChannelKind
+from ...channel.channels import PREEMPT, Beside
 from ...guest import PAGE_SIZE, PageBitmap, RamBlock
 from ...memory.tracking import snapshot_of
 from ...wire import events as ev
@@ -47,7 +47,7 @@ def beside_of(config: Config) -> tuple[Beside, ...]:
     if not config.capabilities.postcopy_preempt:
         return ()
     early = config.peer.preempt_pre_7_2
-    return (Beside(kind=ChannelKind.PREEMPT, capability="postcopy-preempt", count=1, early=early),)
+    return (Beside(kind=PREEMPT, capability="postcopy-preempt", count=1, early=early),)
 
 
 class RamSection:
@@ -86,6 +86,11 @@ class RamSection:
     def _sender_on(self, channel: Channel) -> RamSender:
         pages = PageSender(channel, self._counters)
         return RamSender(channel, self._limiter, pages, footers=self._config.peer.send_section_footer)
+
+    @property
+    def tasks(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
+        """None: all pages go on the main connection, or on one that another object has."""
+        return {}
 
     @property
     def boundary(self) -> bytes:

@@ -18,6 +18,7 @@ from ...status import Role
 from ..device_writer import profile_of
 from ..outcome import Outcome
 from ..phase import phase
+from ..sections.table import make_handlers
 from .announce import announce
 from .answer import take_refusal
 from .connect import await_first_answer, connect
@@ -66,9 +67,10 @@ async def migrate_stream(
 
 async def _phases(out: Outgoing, nursery: trio.Nursery) -> None:
     """The phases after `connect`."""
+    ram = make_handlers(out)
     _start_children(out, nursery)
     with out.phase("announce"):  # setup: header, configuration, list of RAM blocks
-        ram = await announce(out)
+        await announce(out)
     with out.phase("precopy"):  # active: passes over the RAM
         ahead = await copy_passes(out)
     switch: Switchover = PostcopySwitchover(out, ram) if ahead else PrecopySwitchover(out)
@@ -99,6 +101,9 @@ def _start_children(out: Outgoing, nursery: trio.Nursery) -> None:
         nursery.start_soon(out.link.reader.run, name="trimig.return_path")
     if out.link.answers:
         nursery.start_soon(await_first_answer, out, name="trimig.first_answer")
+    for section in out.sections:
+        for name, run in section.tasks.items():
+            nursery.start_soon(run, name=name)
 
 
 async def _connected(guest: Guest, connections: Connections, config: Config, monitor: MonitorCore) -> Link:

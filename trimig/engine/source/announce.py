@@ -15,21 +15,16 @@ from ...wire import postcopy as wire_postcopy
 from ...wire.constants import Command
 from ...wire.marks import PING_MARK
 from ..device_writer import UUID_SUBSECTION, early_sections, opening
-from ..sections.table import make_handlers
 
 if TYPE_CHECKING:
-    from ..sections.ram import RamSection
     from .outgoing import Outgoing
 
 #: The value of QEMU's PING, directly behind OPEN_RETURN_PATH.
 PING_OPENED: Final = 1
 
 
-async def announce(out: Outgoing) -> RamSection:
+async def announce(out: Outgoing) -> None:
     """Send header, configuration, and the START of each iterative section. Dirty tracking begins.
-
-    Returns:
-        The section of the RAM, which a switch to postcopy needs.
 
     Raises:
         GuestFailed: the guest's code failed.
@@ -45,7 +40,6 @@ async def announce(out: Outgoing) -> RamSection:
         await channel.send(wire.command(Command.OPEN_RETURN_PATH) + wire.ping(PING_OPENED) + wire.ping(PING_MARK))
     if config.capabilities.postcopy_ram:
         await channel.send(wire_postcopy.advise(wire_postcopy.Advice()))
-    ram = make_handlers(out)
     early: Sequence[DeviceSection] = ()
     if isinstance(out.guest, OpaqueGuest):
         early = await out.call("saving the devices in front of the memory", out.guest.save_devices)
@@ -61,7 +55,6 @@ async def announce(out: Outgoing) -> RamSection:
         out.counters.transferred_at_pause = 0  # as in QEMU: a stopped guest counts as paused from the first byte on
     out.counters.convergence = convergence.FIRST_COPY
     await out.advance(Status.ACTIVE)
-    return ram
 
 
 def warn_without_uuid(out: Outgoing) -> None:

@@ -8,7 +8,7 @@ import trio
 
 from ... import formats
 from ...channel.channel import Channel, PerhapsSilent
-from ...channel.channels import ChannelKind
+from ...channel.channels import MAIN
 from ...channel.limiter import Limiter
 from ...channel.return_path import ReturnPathReader
 from ...errors import ConfigError, TransportFailed
@@ -51,7 +51,7 @@ async def connect(
     connections.check_beside(wanted)
     stream = await connections.first()
     channel = Channel(stream, stall_timeout=config.stall_timeout)
-    channels.add(ChannelKind.MAIN, channel)
+    channels.add(MAIN, channel)
     with guest_calls.guarded("looking at the RAM blocks"):
         lengths = {block.name: block.length for block in guest.ram}
     counters.total = counters.remaining = sum(lengths.values())

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Final
 
 from ...channel.channel import Channel
-from ...channel.channels import ChannelKind, Channels
+from ...channel.channels import MAIN, PREEMPT, Channels
 from ...channel.return_path import ReturnPathReader
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Link:
     @property
     def preempt(self) -> Channel | None:
         """The second connection of postcopy-preempt; None while there is none."""
-        return next(iter(self.channels.of(ChannelKind.PREEMPT)), None)
+        return next(iter(self.channels.of(PREEMPT)), None)
 
     @property
     def is_silent(self) -> bool:
@@ -125,6 +125,6 @@ class Link:
             rate: bytes per second; 0 for no limit.
         """
         self.channel = Channel(stream, stall_timeout=self.ways.stall_timeout)
-        self.channels.add(ChannelKind.MAIN, self.channel)
+        self.channels.add(MAIN, self.channel)
         self.reader = ReturnPathReader(self.channel, self.ways.lengths)
         self.limiter.resume(rate)
