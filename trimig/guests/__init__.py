@@ -10,6 +10,7 @@ from .app import AppGuest as AppGuest
 from .base import GuestBase as GuestBase
 from .device import Device as Device
 from .device import device_section as device_section
+from .kinds import ArrivalRecord as ArrivalRecord
 from .kinds import GuestKind as GuestKind
 from .kinds import GuestRequest as GuestRequest
 from .kinds import HandoverRecord as HandoverRecord

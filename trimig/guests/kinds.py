@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from ..config.peer import PeerProfile
 from ..errors import ConfigError
@@ -55,6 +55,14 @@ class HandoverRecord(Protocol):
 
     def on_event(self, event: Event) -> None:
         """Called with each event of the outgoing migration."""
+
+
+@runtime_checkable
+class ArrivalRecord(HandoverRecord, Protocol):
+    """A :class:`HandoverRecord` that is also told how the guest arrives."""
+
+    def on_incoming_event(self, event: Event) -> None:
+        """Called with each event of the incoming migration."""
 
 
 def _no_record(_request: GuestRequest) -> None:

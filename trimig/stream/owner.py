@@ -43,8 +43,9 @@ class OwnerRecord:
 
 
 def record_path(file: Path) -> Path:
-    """The path of the record of *file*."""
-    return file.with_name(file.name + _SUFFIX)
+    """The path of the record of *file*. A file has one record, also if a symbolic link names it."""
+    real = Path(os.path.realpath(file))
+    return real.with_name(real.name + _SUFFIX)
 
 
 def read_record(file: Path) -> OwnerRecord | None:
@@ -84,7 +85,12 @@ def write_record(file: Path, record: OwnerRecord | None) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
     else:
-        text = json.dumps(dataclasses.asdict(record) | {"owner": record.owner.value, "file": file.name}) + "\n"
+        text = (
+            json.dumps(
+                dataclasses.asdict(record) | {"owner": record.owner.value, "file": path.name.removesuffix(_SUFFIX)}
+            )
+            + "\n"
+        )
         fd, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
         try:
             with os.fdopen(fd, "w", encoding="utf-8") as stream:
@@ -112,7 +118,7 @@ async def record_decision(file: Path, destination: str) -> None:
 
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Lock *file*, so that no other process sends or settles it meanwhile.
+    """Lock *file*, so that no other process hosts, sends, replaces or settles it meanwhile.
 
     Raises:
         StateError: another process does.
@@ -123,7 +129,9 @@ def locked(file: Path) -> Iterator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StateError(f"{file} is being sent or settled by another process") from None
+            raise StateError(f"{file} is being hosted, received, sent or settled by another process") from None
+        if not os.path.samestat(os.fstat(fd), os.stat(file)):
+            raise StateError(f"{file} was replaced by another process in this moment")
         yield
     finally:
         os.close(fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ import click
 from trimig import formats, stream
 from trimig.stream import check_target
 
+from .. import saved
 from ..exit_codes import DONE
 from ..options import FILE, FILE_OR_DASH, debug_option, json_option
 from ..output import say, write_json
@@ -148,9 +150,12 @@ def merge(
     if source is None and not raw:
         raise click.UsageError("give the source's half: a stream as SOURCE, or its RAM with --raw BLOCK=PATH")
     _check_new(out, force, "--out")
-    return run(
-        functools.partial(_merge, partial, source, out, dict(raw), force, accept_differences, as_json), as_json=as_json
-    )
+    job = functools.partial(_merge, partial, source, out, dict(raw), force, accept_differences, as_json)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(saved.replacing(out))
+        if source is not None and source.is_file() and not (out.is_file() and source.samefile(out)):
+            stack.enter_context(stream.locked(source))
+        return run(job, as_json=as_json)
 
 
 async def _merge(
@@ -163,6 +168,8 @@ async def _merge(
     as_json: bool,
 ) -> int:
     merged = await stream.merge(partial, source, out, raw=raw, replace=force, accept_differences=accept_differences)
+    with stream.locked(out):
+        saved.forget_record(out)
     different = sum(merged.different.values())
     if as_json:
         write_json(

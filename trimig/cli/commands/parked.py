@@ -20,7 +20,7 @@ from trimig import formats, stream, transport
 from trimig.errors import Ownership
 from trimig.monitor import WHY_CLOSED
 
-from .. import display, postcopy
+from .. import display, postcopy, saved
 from ..exit_codes import DONE
 from ..options import FILE, debug_option, json_option, migration_options
 from ..output import out, same_terminal, say, write_json
@@ -50,10 +50,13 @@ def receive(uri: str, file: Path, force: bool, recover_for: float | None, config
     transport.check(uri)
     _check_target(file, force=force)
     monitor = trimig.Monitor()
+    monitor.add_listener(saved.Arrival(file).on_event)
     job = functools.partial(_receive, uri, file, force, config, as_json, monitor)
     truth = functools.partial(postcopy.PostcopyInterrupts.truth, monitor)
     doing = functools.partial(words_for, monitor, file)
-    return run(job, as_json=as_json, doing=doing, decide=postcopy.PostcopyInterrupts.of(monitor).decide, truth=truth)
+    decide = postcopy.PostcopyInterrupts.of(monitor).decide
+    with saved.replacing(file):
+        return run(job, as_json=as_json, doing=doing, decide=decide, truth=truth)
 
 
 def _check_target(file: Path, *, force: bool) -> None:
@@ -67,9 +70,6 @@ def _check_target(file: Path, *, force: bool) -> None:
         trimig.ParkedGuest(file, replace=force).check_store()
     except trimig.GuestFailed as error:
         raise click.BadParameter(str(error), param_hint="--save") from error
-    record = stream.read_record(file)
-    if record is not None and record.owner is Ownership.UNKNOWN:
-        raise _unsettled(file, record)
 
 
 async def _receive(
@@ -88,8 +88,6 @@ async def _receive(
             # For every end, also a cancellation: there is no second chance to keep the received memory.
             if monitor.status is trimig.Status.POSTCOPY_LOST:
                 await _keep_partial(guest, file, monitor, view)
-        if force:
-            stream.write_record(file, None)  # the old record is about the guest that was in the file before
         text = (
             f"received {guest.name or 'a guest'} with {formats.size(summary.ram_bytes)} of RAM and "
             f"{len(guest.sections)} devices in {formats.duration(summary.total_time)}; it is in {file} "
@@ -196,7 +194,7 @@ def send(
     with stream.locked(file):
         record = stream.read_record(file)
         if record is not None and record.owner is Ownership.UNKNOWN:
-            raise _unsettled(file, record)
+            raise saved.unsettled(file, record)
         if record is not None and record.owner is Ownership.DESTINATION:
             handed = f"{file} was handed over to {record.destination} from {record.host} at {record.time}"
             if not force:
@@ -216,20 +214,6 @@ def _check_elsewhere(file: Path, scheme: str, rest: str) -> None:
     there = Path(rest.partition(",offset=")[0])
     if scheme == "file" and there.exists() and file.exists() and there.samefile(file):
         raise click.BadParameter(f"file:{rest} is FILE itself: the guest in it would be lost", param_hint="URI")
-
-
-def _unsettled(file: Path, record: stream.OwnerRecord) -> trimig.HandoverUncertain:
-    return trimig.HandoverUncertain(
-        f"{file} was sent to {record.destination} at {record.time} and no answer came, so the guest may be running "
-        f"there. {_how_to_settle(file, record.destination)}"
-    )
-
-
-def _how_to_settle(file: Path, destination: str) -> str:
-    return (
-        f"Look whether it runs at {destination} (for a QEMU: query-status, or whether the process lives), then run: "
-        f"trimig settle {file} --owner source|destination"
-    )
 
 
 async def _send(
@@ -276,7 +260,7 @@ async def _send(
             elif monitor.owner is Ownership.SOURCE:
                 stream.write_record(file, before)
         if uncertain is not None:
-            raise trimig.HandoverUncertain(f"{uncertain}. {_how_to_settle(file, uri)}") from uncertain
+            raise trimig.HandoverUncertain(f"{uncertain}. {saved.how_to_settle(file, uri)}") from uncertain
         text = f"sent {guest.name or 'the guest'} to {uri} in {formats.duration(summary.total_time)}"
         if not summary.confirmed:
             text += "; no answer has confirmed that it arrived, because there was no return path"

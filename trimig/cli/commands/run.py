@@ -16,6 +16,7 @@ import trio
 import trimig
 from trimig import formats, qmp, transport
 from trimig.errors import Ownership
+from trimig.guests import ArrivalRecord
 from trimig.monitor import blockers
 from trimig.status import IDLE
 
@@ -174,6 +175,8 @@ class _Host:
                 )
                 if record is not None:
                     machine.outgoing.add_listener(record.on_event)
+                if isinstance(record, ArrivalRecord):
+                    machine.incoming.add_listener(record.on_incoming_event)
                 machine.subscribe(self._event)
                 for monitor in (machine.outgoing, machine.incoming):
                     monitor.add_listener(self._happened)

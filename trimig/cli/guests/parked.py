@@ -13,6 +13,7 @@ import trimig
 from trimig import stream
 from trimig.guests import GuestKind, GuestRequest
 
+from .. import saved
 from ..output import say
 
 
@@ -29,7 +30,11 @@ async def _open(request: GuestRequest) -> AsyncIterator[trimig.Guest]:
     if request.waiting:
         if await trio.Path(path).exists():
             raise trimig.ConfigError(f"{path} exists; the guest that arrives would replace the one in it")
-        with trimig.ParkedGuest(path, peer=request.peer) as parked:
+        with saved.replacing(path), trimig.ParkedGuest(path, peer=request.peer) as parked:
+            try:
+                parked.check_store()
+            except trimig.GuestFailed as error:
+                raise trimig.ConfigError(str(error)) from error
             yield parked
         return
     with stream.locked(path):
@@ -71,6 +76,10 @@ class OwnerFile:
         self._destination = uri
         await stream.record_decision(self._path, uri)
 
+    def on_incoming_event(self, event: trimig.Event) -> None:
+        """Handle an event of the incoming migration, which has brought the guest into the file."""
+        saved.Arrival(self._path).on_event(event)
+
     def on_event(self, event: trimig.Event) -> None:
         """Handle an event of the migration; after the commit, the record gets the owner."""
         if event.name != "MIGRATION" or self._destination is None:
@@ -88,8 +97,8 @@ class OwnerFile:
         self._destination = None
 
 
-def _record(request: GuestRequest) -> OwnerFile | None:
-    return None if request.waiting else OwnerFile(_path(request))
+def _record(request: GuestRequest) -> OwnerFile:
+    return OwnerFile(_path(request))
 
 
 KIND: Final = GuestKind(

@@ -60,7 +60,7 @@ class ParkedGuest(OwnedGuest):
     Args:
         save_to: save the guest in this file too. A receiving side then owns the guest only when the file is on the
             disk; until then no file has this name. RAM is written out before the source is told that everything
-            arrived.
+            arrived. From the arrival until :meth:`close` the file is locked, so that ``trimig send`` refuses it.
         replace: *save_to* may replace an existing file.
         peer: the form of the saved file; the profile that the migration itself uses.
         max_ram: the most bytes of RAM that are accepted; None for as much as the host has.
@@ -87,6 +87,7 @@ class ParkedGuest(OwnedGuest):
         self._sections: tuple[DeviceSection, ...] | None = None
         self._description: bytes | None = None
         self._file: writer.SaveFile | None = None
+        self._lock = -1  # a descriptor that keeps the saved file locked
         self._arriving: ArrivingPages | None = None
         self._failure: OSError | None = None  # error of a write during the reception
         self._early: tuple[DeviceSection, ...] = ()
@@ -102,8 +103,11 @@ class ParkedGuest(OwnedGuest):
         self.close()
 
     def close(self) -> None:
-        """Release the memory, and remove an unfinished file. Idempotent."""
+        """Release the memory and the lock of the saved file, and remove an unfinished file. Idempotent."""
         self._discard_file()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
         for block in self._ram:
             block.close()
         self._ram = []
@@ -331,7 +335,7 @@ class ParkedGuest(OwnedGuest):
                 if self._file is None:
                     await self.ram_received()
                 assert self._file is not None
-                await self._file.finish(self.sections)
+                await self._finish(self._file)
             except OSError as error:
                 raise writer.failed("the guest cannot be saved to", self._save_to, error) from error
             finally:
@@ -451,6 +455,15 @@ class ParkedGuest(OwnedGuest):
         await trio.lowlevel.checkpoint()
         self._sections = tuple(sections)
         self._description = description
+
+    async def _finish(self, file: writer.SaveFile) -> None:
+        lock = file.hold()
+        try:
+            await file.finish(self.sections)
+            self._lock, lock = lock, -1
+        finally:
+            if lock >= 0:
+                os.close(lock)
 
     def _discard_file(self) -> None:
         file, self._file = self._file, None

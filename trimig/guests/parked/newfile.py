@@ -183,6 +183,12 @@ class NewFile:
         """Wait until all written bytes are on the disk. OSError."""
         os.fdatasync(self.fd)
 
+    def hold(self) -> int:
+        """A descriptor that keeps the file locked beyond :meth:`finish`, from the moment it has its name. The caller
+        closes it.
+        """
+        return os.dup(self.fd)
+
     def finish(self) -> None:
         """Give the file its name and close it. When this returns, the file and its name survive a loss of power.
 

@@ -165,6 +165,10 @@ class SaveFile:
         sender = DeviceSender(self._guest, self._peer)
         await offload(self._finish, sender.sections(sections, self._guest.run_state) + sender.ending())
 
+    def hold(self) -> int:
+        """A descriptor that keeps the file locked beyond :meth:`finish`. The caller closes it."""
+        return self._file.hold()
+
     async def _sync(self) -> None:
         await offload(self._file.sync)
         self._unsynced = 0
