@@ -78,11 +78,11 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ),
     (
         "blocktime always 0", "trimig/engine/destination/postcopy.py",
-        "self._counters.blocktime = tuple(waited)", "self._counters.blocktime = tuple(0.0 for _ in waited)", (_SWITCH,),
+        "members.update(_blocktime(waited))", "members.update(_blocktime([0.0 for _ in waited]))", (_SWITCH,),
     ),
     (
-        "max for min over the processors", "trimig/monitor/statistics.py",
-        "_ms(min(c.blocktime, default=0.0))", "_ms(max(c.blocktime, default=0.0))", (_SWITCH,),
+        "max for min over the processors", "trimig/engine/destination/postcopy.py",
+        "lambda: min(each, default=0)", "lambda: max(each, default=0)", (_SWITCH,),
     ),
     ("PING 4 left out", "trimig/engine/source/switchover.py", "package + wire.ping(PING_FOLLOWED)", "package", (_SWITCH,)),
     # -- statuses
@@ -162,7 +162,7 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ),
     (
         "release-ram gives nothing back", "trimig/engine/source/postcopy.py",
-        "self._sender.release = self._config.capabilities.release_ram", "self._sender.release = False",
+        "if self._config.capabilities.release_ram:", "if False:",
         ("tests/processes/engine/test_postcopy_guests.py",),
     ),
     (

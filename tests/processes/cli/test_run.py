@@ -23,8 +23,9 @@ LIMIT = 60
 MODULE = """
 import contextlib, trimig
 
-class Stuck:
-    idstr, instance_id, version_id, unmigratable = "card", 0, 1, "it is passed through"
+class Stuck(trimig.Device):
+    vmstate = trimig.VMState("card", fields=[])
+    unmigratable = "it is passed through"
 
 def factory(running):
     guest = trimig.AppGuest("mine", running=running)
