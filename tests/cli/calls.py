@@ -19,6 +19,7 @@ CALLS: Final[dict[str, list[str]]] = {
     "postcopy": ["--qmp", ADDRESS],
     "pause": ["--qmp", ADDRESS],
     "recover": ["tcp:h:1", "--qmp", ADDRESS],
+    "incoming": ["tcp:h:1", "--qmp", ADDRESS],
     "events": ["--until-end", "--qmp", ADDRESS],
     "receive": ["file:{stream}", "--save", "{target}"],
     "send": ["{stream}", "file:{out}", "-c", "return-path=off"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from typing import Any
 
@@ -91,3 +92,18 @@ def test_signal_cancels_what_is_held(invoke: Invoke, monkeypatch: pytest.MonkeyP
     result = invoke(guest, "migrate", "tcp:b:4444", "--wait", "-c", "pause-before-switchover")
     assert result.exit_code == 130, result.stderr
     assert "migrate_cancel" in guest.names
+
+
+def test_incoming_says_where_the_destination_listens(invoke: Invoke) -> None:
+    address = {"type": "inet", "host": "127.0.0.1", "port": "4444"}
+    guest = Scripted(run_state="inmigrate", info={"socket-address": [address]})
+    result = invoke(guest, "incoming", "tcp:127.0.0.1:0")
+    assert (result.exit_code, result.stdout) == (0, "the destination waits at tcp:127.0.0.1:4444\n")
+    assert guest.executed[0] == ("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+    record = json.loads(invoke(guest, "incoming", "tcp:127.0.0.1:0", "--json").stdout)
+    assert (record["address"], record["run_state"]) == ("tcp:127.0.0.1:4444", "inmigrate")
+
+
+def test_incoming_of_a_guest_that_does_not_wait_is_an_error(invoke: Invoke) -> None:
+    result = invoke(Scripted(refuses={"migrate-incoming": "'-incoming' was not specified"}), "incoming", "tcp:h:1")
+    assert (result.exit_code, "'-incoming' was not specified" in result.stderr) == (1, True)

@@ -48,7 +48,7 @@ def test_only_four_statuses_are_final(status: str, run_state: str, owner: str, *
         ),
         (
             {"status": "failed", "error-desc": "it broke"},
-            "nothing listens here until migrate-incoming gives an address",
+            "nothing listens here until trimig incoming gives an address",
         ),
     ],
 )

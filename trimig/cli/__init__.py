@@ -36,6 +36,7 @@ COMMANDS: Final = {
     "postcopy": "remote.control",
     "pause": "remote.control",
     "recover": "remote.control",
+    "incoming": "remote.control",
     "events": "remote.control",
     "receive": "commands.parked",
     "send": "commands.parked",
@@ -52,7 +53,7 @@ GROUPS: Final = {
     "See it work, and read about it": ("demo", "docs"),
     "Host a guest": ("run",),
     "Drive a guest over QMP (of a trimig run or a QEMU)": (
-        "migrate", "status", "info", "cancel", "set", "continue", "postcopy", "pause", "recover", "events",
+        "migrate", "status", "info", "cancel", "set", "continue", "postcopy", "pause", "recover", "incoming", "events",
     ),
     "Guests in files, and streams": ("receive", "send", "settle", "inspect", "export", "merge"),
 }  # fmt: skip

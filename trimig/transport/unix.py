@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: sizeof(sockaddr_un.sun_path) on Linux, the terminator included.
 _MAX_PATH: Final = 108
+#: Errors of a connection to an address at which no process listens.
+_NO_LISTENER: Final = frozenset({errno.ENOENT, errno.ECONNREFUSED})
 
 
 def parse(path: str) -> str:
@@ -48,7 +50,8 @@ async def connect(rest: str, config: Config) -> trio.SocketStream:
     try:
         stream = await trio.open_unix_socket(path)
     except OSError as error:
-        raise TransportFailed(f"cannot connect to unix:{path}: {error.strerror or error}") from error
+        hint = " (does a destination listen there?)" if error.errno in _NO_LISTENER else ""
+        raise TransportFailed(f"cannot connect to unix:{path}: {error.strerror or error}{hint}") from error
     try:
         stream.socket.getpeername()
     except OSError as error:

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 
 import trimig
 from tests.guests.saved import check
+from tests.guests.saved import stream as saved_stream
 from tests.processes.cli.command import LIMIT, LISTEN, first_line, started, text_of, trimig_command
 from tests.processes.cli.hosted import hosting, status
 from trimig import cli, qmp, stream
@@ -231,3 +232,22 @@ def test_a_file_that_was_replaced_while_it_was_locked_is_not_taken(
     monkeypatch.setattr(fcntl, "flock", replaced)
     with contextlib.ExitStack() as stack, pytest.raises(trimig.StateError, match="was replaced"):
         stack.enter_context(stream.locked(saved))
+
+
+async def test_a_run_listens_again_after_a_source_that_left(saved: Path, tmp_path: Path) -> None:
+    """Until then a source says that nothing listens there."""
+    via = tmp_path / "via"
+    address, monitor = f"unix:{via}.sock", f"unix:{via}.qmp"
+    guest = ("--guest", f"parked:{via}", "--incoming", "defer")
+    async with hosting(monitor, *guest) as (_, client):
+        assert (await trimig_command("incoming", address, "--qmp", monitor))[
+            1
+        ] == f"the destination waits at {address}\n"
+        async with await trio.open_unix_socket(f"{via}.sock") as source:
+            await source.send_all(saved_stream()[:300])
+        await status(client, "failed")
+        code, _, err = await trimig_command("send", saved, address)
+        assert (code, "No such file or directory (does a destination listen there?)" in err) == (1, True), err
+        assert (await trimig_command("incoming", address, "--qmp", monitor))[0] == 0
+        assert (await trimig_command("send", saved, address))[0] == 0
+        await status(client, "completed")

@@ -244,7 +244,7 @@ class _Host:
         monitor = machine.incoming if arriving else machine.outgoing
         reason = monitor.info().get("error-desc")
         text = f", {reason}" if reason else ""
-        return f"{text}; nothing listens here until migrate-incoming gives an address" if arriving else text
+        return f"{text}; nothing listens here until trimig incoming gives an address" if arriving else text
 
     def _report(self) -> None:
         machine = self._machine

@@ -267,6 +267,29 @@ def recover(uri: str, address: str, as_json: bool) -> int:
     return _run(address, as_json, job)
 
 
+@click.command()
+@click.argument("uri")
+@qmp_option
+@json_option
+@debug_option
+def incoming(uri: str, address: str, as_json: bool) -> int:
+    """Have a destination listen at URI: one that was started with --incoming defer, or whose last attempt has ended without a
+    guest.
+
+    The QMP command is migrate-incoming. A QEMU listens once; a trimig run listens again after every attempt that has failed
+    or was cancelled.
+    """
+
+    async def job(remote: Remote) -> int:
+        await remote.execute("migrate-incoming", uri=uri)
+        state = await remote.state()
+        where = _where(state, uri)
+        _tell(f"the destination waits at {where}", {"address": where, **state.record()}, as_json)
+        return DONE
+
+    return _run(address, as_json, job)
+
+
 def _where(state: State, uri: str) -> str:
     """The address that the destination listens at, with the port that the kernel chose."""
     addresses = state.info.get("socket-address", ())

@@ -96,7 +96,7 @@ class State:
     def _awaited(self) -> str:
         """The words for a side that waits for a guest."""
         if self.migration in QMP_UNSUCCESSFUL:
-            return "the last attempt has failed, and nothing listens here until migrate-incoming gives an address"
+            return "the last attempt has failed, and nothing listens here until trimig incoming gives an address"
         addresses = self.info.get("socket-address", ())
         return "this side waits for a guest " + (f"at {uri_of(addresses[0])}" if addresses else "here")
 
