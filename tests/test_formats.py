@@ -52,6 +52,10 @@ def test_rate(value: float, text: str) -> None:
     assert formats.rate(value) == text
 
 
+def test_transfer() -> None:
+    assert formats.transfer(20.1 * MiB, 62.5 * MiB) == "20.1 MiB sent, 62.5 MiB/s of guest memory"
+
+
 def test_limit_of_nothing_is_no_limit() -> None:
     assert [formats.bandwidth_limit(n) for n in (0, 32 * MiB)] == ["no limit", "limit 32 MiB/s"]
 

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,6 +194,23 @@ def test_lines_of_others_stand_above_and_no_line_is_there_twice(monkeypatch: pyt
     assert len(terminal.written) > 1000
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_line_comes_once_where_both_outputs_are_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, same: bool
+) -> None:
+    results, progress = tmp_path / "results", tmp_path / ("results" if same else "progress")
+    with results.open("a") as stdout, progress.open("a") as stderr:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with open_view(as_json=False) as view:
+            display.note_and_print(view, "listening on tcp:h:2", as_json=False)
+            view.end("sent the guest to tcp:h:1", on_stdout=True)
+            out("sent the guest to tcp:h:1")
+    assert results.read_text() == "listening on tcp:h:2\nsent the guest to tcp:h:1\n"
+    if not same:
+        assert progress.read_text() == "trimig: listening on tcp:h:2\ntrimig: sent the guest to tcp:h:1\n"
+
+
 def test_picture_is_cut_to_the_height_so_that_nothing_scrolls() -> None:
     terminal = Terminal(50, lines=6)
     screen = SizedScreen(terminal)
@@ -243,6 +261,12 @@ def test_members_for_machines_name_their_units(capsys: pytest.CaptureFixture[str
     for name, value in record.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             assert re.search(r"_(bytes|bytes_per_s|ms)$|^iteration$", name), name
+
+
+def test_receiver_waits_for_a_source_until_one_has_come() -> None:
+    waiting = dataclasses.replace(FIRST, role="destination", status="setup", sent=0)
+    assert waiting.sentence == "waiting for a source"
+    assert dataclasses.replace(waiting, sent=MiB).sentence == "connecting: 1 MiB received"
 
 
 def test_picture_goes_through_json() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 import pytest
 
 from trimig.cli.remote.state import State
@@ -36,6 +38,26 @@ def test_only_four_statuses_are_final(status: str, run_state: str, owner: str, *
     state = State(run_state=run_state, info={"status": status})
     assert state.ended is ended
     assert state.owner == owner
+
+
+OF_TRIMIG: Final = {"owner": "destination"}
+
+
+@pytest.mark.parametrize(
+    ("run_state", "info", "end"),
+    [
+        ("postmigrate", OF_TRIMIG, "owner: destination (the other side)"),
+        ("finish-migrate", {**OF_TRIMIG, "ram": {}}, "owner: destination (the other side)"),
+        ("running", {**OF_TRIMIG, "ram": {}}, "owner: destination (this side)"),
+        ("postmigrate", {"ram": {}}, "owner: destination (the other side)"),
+        ("running", {}, "owner: destination (this side)"),
+        ("running", {"ram": {}}, "owner: destination"),  # a QEMU source after `cont`, so neither is certain
+    ],
+)
+def test_a_handover_says_whether_this_side_has_the_guest(run_state: str, info: dict[str, Any], end: str) -> None:
+    state = State(run_state=run_state, info={"status": "completed", **info})
+    assert state.sentence.endswith(end)
+    assert state.record()["owner"] == "destination"
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ async def test_guest_of_a_qemu_is_migrated_and_reported(tmp_path: Path) -> None:
         await there.wait_status("running")
         assert np.array_equal(vm.ram, there.ram)
         code, out, _ = await command("status", "--qmp", address)
-        assert (code, out) == (0, "guest: postmigrate; migration: completed; owner: destination\n")
+        assert (code, out) == (0, "guest: postmigrate; migration: completed; owner: destination (the other side)\n")
         code, out, _ = await command("info", "--qmp", address)
         assert "ram.total" in out
 

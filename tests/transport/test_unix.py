@@ -119,6 +119,8 @@ async def test_orphaned_socket_is_replaced(path: str) -> None:
         killed.bind(path)
         killed.listen()
     assert there(path)
+    with pytest.raises(TransportFailed, match=r"refused \(does a destination listen there\?\)"):
+        await unix.connect(path, Config())
     listener = await unix.listen(path, Config())
     try:
         await talk(listener, path)
@@ -168,7 +170,7 @@ async def test_other_things_are_left_alone(path: str, kind: str) -> None:
         fill(target)
         if kind != "file":
             os.symlink(target, path)
-    with pytest.raises(TransportFailed, match="already in use"):
+    with pytest.raises(TransportFailed, match=f"{path} exists and is no socket; remove it"):
         await unix.listen(path, Config())
     if kind != "directory":
         assert content(path) == "precious"

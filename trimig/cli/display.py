@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from trimig import formats
 
-from .output import out, same_terminal, say, write_json
+from .output import out, same_output, say, write_json
 from .screen import Screen, wrapped
 
 if TYPE_CHECKING:
@@ -43,12 +43,12 @@ class View(Protocol):
         """Show the present picture of the migration."""
 
     def end(self, text: str, *, on_stdout: bool = False, **data: Any) -> None:
-        """Show the end; *text* is the outcome. With *on_stdout* stdout gets it too, a terminal only once."""
+        """Show the end; *text* is the outcome. With *on_stdout* stdout gets it too; one reader of both gets it once."""
 
 
 def note_and_print(view: View, text: str, *, as_json: bool, **data: Any) -> None:
-    """Show *text* to the readers of the progress and of the results, but only once if both are the same terminal."""
-    if as_json or not same_terminal():
+    """Show *text* to the readers of the progress and of the results, but only once if both are the same."""
+    if as_json or not same_output():
         view.note(text, **data)
     if not as_json:
         out(text)
@@ -110,7 +110,7 @@ class LineView:
                 say(now.sentence)
 
     def end(self, text: str, *, on_stdout: bool = False, **data: Any) -> None:
-        if not (on_stdout and same_terminal()):
+        if not (on_stdout and same_output()):
             say(text)
 
 
@@ -155,7 +155,7 @@ class LiveView:
 
     def end(self, text: str, *, on_stdout: bool = False, **data: Any) -> None:
         self.screen.erase()
-        if not (on_stdout and same_terminal()):
+        if not (on_stdout and same_output()):
             say(text)
 
     def lines(self, now: Picture, columns: int) -> list[str]:

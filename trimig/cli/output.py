@@ -165,6 +165,11 @@ def _write(stream: TextIO, text: str) -> None:
     stream.flush()
 
 
-def same_terminal() -> bool:
-    """Whether stdout and stderr are the same terminal, so that a text on both is seen twice."""
-    return sys.stdout.isatty() and sys.stderr.isatty()
+def same_output() -> bool:
+    """Whether stdout and stderr are both terminals, or the same file or pipe, so that a text on both is seen twice."""
+    if sys.stdout.isatty() and sys.stderr.isatty():
+        return True
+    try:
+        return os.path.samestat(os.fstat(sys.stdout.fileno()), os.fstat(sys.stderr.fileno()))
+    except (OSError, ValueError):  # a closed stream, or one that is no file
+        return False

@@ -93,6 +93,8 @@ class Picture:
     def sentence(self) -> str:
         """One plain line."""
         if self.role == "destination":
+            if self.phase == "connecting" and not self.sent:
+                return "waiting for a source"
             speed = f" at {formats.rate(self.bandwidth)}" if self.bandwidth and self.phase == "receiving" else ""
             return f"{self.phase}: {formats.size(self.sent)} received{speed}"
         if self.status in QMP_IN_POSTCOPY:

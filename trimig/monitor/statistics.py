@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 #: A QEMU that cannot load the stream gives the reason only in its log.
 WHY_CLOSED: Final = (
-    "its own log says why. Of a QEMU it is usually another machine type or version, another size of the RAM or of a ROM, or "
-    "a device that one side does not have"
+    "its own log says why. Usually it has another name of the guest (of a QEMU: another machine type or version), another size "
+    "of the RAM or of a ROM, or a device that one side does not have"
 )
 
 

@@ -129,7 +129,9 @@ def locked(file: Path) -> Iterator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StateError(f"{file} is being hosted, received, sent or settled by another process") from None
+            raise StateError(
+                f"{file} is held by another trimig (send, settle, receive or run); end that one first"
+            ) from None
         if not os.path.samestat(os.fstat(fd), os.stat(file)):
             raise StateError(f"{file} was replaced by another process in this moment")
         yield

@@ -118,7 +118,26 @@ async def listen(rest: str, config: Config, *, backlog: int = 128) -> UnixListen
         return UnixListener(path, trio.socket.from_stdlib_socket(sock))
     except OSError as error:
         sock.close()
-        raise TransportFailed(f"cannot listen on unix:{path}: {error.strerror or error}") from error
+        raise TransportFailed(f"cannot listen on unix:{path}: {_why_unbound(path, error)}") from error
+
+
+def _why_unconnected(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    hint = error.errno in (errno.ENOENT, errno.ECONNREFUSED)
+    return f"{reason} (does a process listen there?)" if hint else reason
+
+
+def _why_unbound(path: str, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE and not _is_socket(path):
+        return f"{path} exists and is no socket; remove it, or take another path"
+    return error.strerror or str(error)
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _remove_stale(path: str) -> None:
@@ -127,10 +146,7 @@ def _remove_stale(path: str) -> None:
     The probe has another socket type, so that a listener cannot take it for a peer. A live socket answers EPROTOTYPE
     and notices nothing; an abandoned one answers ECONNREFUSED.
     """
-    try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            return
-    except FileNotFoundError:
+    if not _is_socket(path):
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         probe.setblocking(False)

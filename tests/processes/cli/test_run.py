@@ -61,6 +61,7 @@ number = 5
         (["--guest", "parked:"], "parked:FILE"),
         (["--guest", "worker:"], "needs a program"),
         (["--guest", "worker:ram=5000,x"], "4096"),
+        (["--guest", "worker:size=16M,x"], "worker: has no option size; there is ram=SIZE"),
         (["--guest", "worker:'"], "quotation"),
         (["--guest", "process:size=x"], "size"),
         (["--guest", "process:colour=red"], "colour"),

@@ -23,7 +23,7 @@ from trimig.monitor import WHY_CLOSED
 from .. import display, postcopy, saved
 from ..exit_codes import DONE
 from ..options import FILE, debug_option, json_option, migration_options
-from ..output import out, same_terminal, say, write_json
+from ..output import out, same_output, say, write_json
 from ..picture import watched
 from ..runner import run
 from ..stop import words_for
@@ -89,7 +89,7 @@ async def _receive(
             if monitor.status is trimig.Status.POSTCOPY_LOST:
                 await _keep_partial(guest, file, monitor, view)
         text = (
-            f"received {guest.name or 'a guest'} with {formats.size(summary.ram_bytes)} of RAM and "
+            f"received {_called(guest)} with {formats.size(summary.ram_bytes)} of RAM and "
             f"{len(guest.sections)} devices in {formats.duration(summary.total_time)}; it is in {file} "
             f"({guest.guest_run_state} when it is resumed)"
         )
@@ -98,7 +98,7 @@ async def _receive(
             write_json(_received(guest, file, summary))
             return DONE
         out(
-            f"received {guest.name or 'a guest'} into {file}\n"
+            f"received {_called(guest)} into {file}\n"
             f"  RAM: {', '.join(f'{block.name} {formats.size(block.length)}' for block in guest.ram)}\n"
             f"  devices: {', '.join(_device_name(s) for s in guest.sections)}"
         )
@@ -108,7 +108,7 @@ async def _receive(
 
 def _print_warnings(summary: trimig.Summary) -> None:
     """Print the warnings, which were shown during the migration, with the result as well."""
-    if not same_terminal():
+    if not same_output():
         for warning in summary.warnings:
             out(f"  warning: {warning}")
 
@@ -129,6 +129,11 @@ async def _keep_partial(guest: trimig.ParkedGuest, file: Path, monitor: trimig.M
         "trimig export --partial writes what is there",
         partial=str(partial),
     )
+
+
+def _called(guest: trimig.ParkedGuest) -> str:
+    """The guest in a sentence; a name such as ``none`` alone would read as nothing."""
+    return f"the guest (machine type {guest.name})" if guest.name else "the guest"
 
 
 def _device_name(section: Any) -> str:
@@ -261,14 +266,14 @@ async def _send(
                 stream.write_record(file, before)
         if uncertain is not None:
             raise trimig.HandoverUncertain(f"{uncertain}. {saved.how_to_settle(file, uri)}") from uncertain
-        text = f"sent {guest.name or 'the guest'} to {uri} in {formats.duration(summary.total_time)}"
+        text = f"sent {_called(guest)} to {uri} in {formats.duration(summary.total_time)}"
         if not summary.confirmed:
             text += "; no answer has confirmed that it arrived, because there was no return path"
         view.end(text, on_stdout=True)
     if as_json:
         write_json({"file": str(file), "destination": uri, "machine": guest.name, **summary_record(summary)})
         return DONE
-    out(f"{text}: {formats.size(summary.bytes_transferred)} at {formats.rate(summary.throughput)}")
+    out(f"{text}: {formats.transfer(summary.bytes_transferred, summary.throughput)}")
     _print_warnings(summary)
     return DONE
 

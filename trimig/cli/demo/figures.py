@@ -106,7 +106,7 @@ def text(result: dict[str, Any], width: int = 80) -> str:
         ("downtime", downtime),
         ("  parts, in ms", f"{parts['pause']}, {parts['ram']}, {parts['devices']},"),
         ("", f"{parts['prepare']}, {parts['commit']} ({resume} of it to resume there)"),
-        ("throughput", f"{formats.rate(result['throughput_bytes_per_s'])} of guest memory"),
+        ("throughput", formats.memory_rate(result["throughput_bytes_per_s"])),
         ("memory moved", f"{normal} in normal pages, {zero} in zero pages"),
         ("bytes sent", formats.size(result["transferred_bytes"])),
         ("dirty tracking", result["dirty_tracking"]),

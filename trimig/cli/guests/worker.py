@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 from collections.abc import AsyncIterator
 from typing import Final
@@ -12,6 +13,8 @@ from trimig.guests import GuestKind, GuestRequest
 
 _DEFAULT_RAM: Final = 64 * trimig.MiB
 _PREFIX: Final = "ram="
+#: An option before the program, as ``size=16M,``: the name is what no program's path begins with.
+_OPTION: Final = re.compile(r"([a-z][a-z-]*)=[^,\s/]*,")
 
 
 @contextlib.asynccontextmanager
@@ -20,6 +23,8 @@ async def _open(request: GuestRequest) -> AsyncIterator[trimig.Guest]:
     if text.startswith(_PREFIX):
         size, _, text = text.removeprefix(_PREFIX).partition(",")
         ram = trimig.parse_size(size)
+    if option := _OPTION.match(text):
+        raise trimig.ConfigError(f"worker: has no option {option[1]}; there is ram=SIZE, once, before the program")
     try:
         argv = shlex.split(text)
     except ValueError as error:

@@ -369,4 +369,4 @@ def _report(state: State, uri: str, text: str, as_json: bool) -> None:
         f"  downtime {formats.duration(info.get('downtime', 0) / 1000)}, "
         f"{formats.counted(ram.get('dirty-sync-count', 0), 'pass', 'passes')} over {formats.size(ram.get('total', 0))}"
     )
-    print(f"  {formats.size(ram.get('transferred', 0))} sent, {formats.rate(speed)} of guest memory")
+    print(f"  {formats.transfer(ram.get('transferred', 0), speed)}")

@@ -85,6 +85,8 @@ class State:
         text = f"guest: {self.run_state}; migration: {self.migration}; owner: {self.owner}"
         if self.run_state == "inmigrate" and self.owner == "source":
             text += f", which is not this side: {self._awaited}"
+        elif self.owner == Ownership.DESTINATION.value:
+            text += self._where_it_is
         why = self.info.get("convergence")
         if isinstance(why, Mapping) and not why.get("converging", True):
             text += (
@@ -99,6 +101,14 @@ class State:
             return "the last attempt has failed, and nothing listens here until trimig incoming gives an address"
         addresses = self.info.get("socket-address", ())
         return "this side waits for a guest " + (f"at {uri_of(addresses[0])}" if addresses else "here")
+
+    @property
+    def _where_it_is(self) -> str:
+        """Whether this side is the destination that has the guest; empty for a QEMU of which that is not certain."""
+        if self.run_state in ("postmigrate", "finish-migrate"):
+            return " (the other side)"
+        # A QEMU has members about RAM at the source only; there `cont` changes the run state also after the handover.
+        return " (this side)" if "owner" in self.info or "ram" not in self.info else ""
 
     def record(self) -> dict[str, Any]:
         """For JSON."""

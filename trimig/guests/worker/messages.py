@@ -66,12 +66,21 @@ def quoted(text: bytes | str) -> str:
 
 
 def _packet(words: tuple[str, ...], body: bytes) -> bytes:
+    for word in words:
+        if not _WORD.fullmatch(word.encode(errors="replace")):
+            raise ValueError(f"{word!r:.200} {_why_no_word(word)}; put it into the body")
     line = b" ".join(word.encode("ascii") for word in words) + b"\n"
-    if len(line) > MAX_LINE or not all(_WORD.fullmatch(word.encode()) for word in words):
-        raise ValueError(f"{words!r:.200} cannot be sent as one line of words")
+    if len(line) > MAX_LINE:
+        raise ValueError(f"a line of {len(line)} bytes; {MAX_LINE} is the most. Put long values into the body")
     if len(body) > MAX_BODY:
         raise ValueError(f"a body of {len(body)} bytes; {MAX_BODY} is the most")
     return line + body
+
+
+def _why_no_word(word: str) -> str:
+    if not word:
+        return "is empty"
+    return "has a space" if " " in word else "is not printable ASCII"
 
 
 def _parts(packet: bytes) -> tuple[list[str], bytes]:
