@@ -155,7 +155,7 @@ def test_a_file_is_sent_by_one_process_at_a_time(tmp_path: Path) -> None:
     file = write(tmp_path / "guest", b"")
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(file))
-        with pytest.raises(trimig.StateError, match="by another process"):
+        with pytest.raises(trimig.StateError, match="by another trimig"):
             stack.enter_context(locked(file))
     with locked(file):
         pass

@@ -350,7 +350,7 @@ def test_declarations_that_cannot_work_are_refused() -> None:
         Field("f", "buffer")
     with pytest.raises(ValueError, match="bitmap needs size=BITS"):
         Field("f", "bitmap")
-    with pytest.raises(ValueError, match="size goes with"):
+    with pytest.raises(ValueError, match="only buffers, bitmaps have size"):
         Field("f", "uint8", size=1)
     with pytest.raises(ValueError, match="negative"):
         Field("f", "uint8", count=-1)

@@ -101,10 +101,10 @@ async def test_no_other_command_takes_the_guest_of_a_run(saved: Path, tmp_path: 
                 ("merge", saved, via, "--out", tmp_path / "merged"),
             ):
                 result = command(*words)
-                assert (result.exit_code, "by another process" in result.stderr) == (1, True), (words, result.stderr)
+                assert (result.exit_code, "by another trimig" in result.stderr) == (1, True), (words, result.stderr)
             other = ("run", "--guest", f"parked:{via}", "--qmp", f"unix:{tmp_path}/other.qmp")
             code, _, err = await trimig_command(*other)
-            assert (code, "by another process" in err) == (1, True), err
+            assert (code, "by another trimig" in err) == (1, True), err
             async with listening(there) as address:
                 await client.execute("migrate", {"uri": address})
                 await status(client, "completed")

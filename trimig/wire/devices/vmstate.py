@@ -65,6 +65,7 @@ SCALARS: Final = MappingProxyType(
     }
 )
 
+_TYPES: Final = ", ".join((*SCALARS, *sorted(_SIZED)))
 _U32: Final = struct.Struct(">I")
 _NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
@@ -153,16 +154,10 @@ class Field:
 
     def __post_init__(self) -> None:
         if isinstance(self.type, str) and self.type not in SCALARS and self.type not in _SIZED:
-            known = ", ".join((*SCALARS, *sorted(_SIZED)))
-            raise ValueError(f"field {self.name!r}: unknown type {self.type!r}; there are {known}, or a VMState")
-        sized = isinstance(self.type, str) and self.type in _SIZED
-        if sized and self.size is None:
-            unit = "BITS" if self.type == "bitmap" else "BYTES"
-            raise ValueError(f"field {self.name!r}: {self.type} needs size={unit}")
-        if not sized and self.size is not None:
-            raise ValueError(
-                f"field {self.name!r}: size goes with {', '.join(sorted(_SIZED))} only; count makes a list"
-            )
+            raise ValueError(f"field {self.name!r}: unknown type {self.type!r}; there are {_TYPES}, or a VMState")
+        if (self.type in _SIZED) != (self.size is not None):
+            need = f"{self.type} needs size={'BITS' if self.type == 'bitmap' else 'BYTES'}"
+            raise ValueError(f"field {self.name!r}: {need if self.size is None else 'only buffers, bitmaps have size'}")
         if any(isinstance(n, int) and n < 0 for n in (self.count, self.size)):
             raise ValueError(f"field {self.name!r}: a negative length")
 
