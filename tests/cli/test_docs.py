@@ -85,6 +85,8 @@ def test_page_fits_the_terminal(columns: int) -> None:
     assert "<!--" not in text
     bare = re.sub(r"\x1b\[[0-9;]*m", "", text)
     assert max(map(len, bare.splitlines())) <= min(columns, docs.MOST_COLUMNS)
+    end = " ".join(bare.rpartition("\n\n")[2].split())
+    assert end == f"other pages: trimig docs NAME, with one of {', '.join(page.topic for page in docs.pages())}"
 
 
 def test_a_shell_completes_topics() -> None:

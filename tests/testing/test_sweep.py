@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -439,3 +440,22 @@ def test_a_scenario_tests_one_part_only() -> None:
 
     with pytest.raises(SweepFailure, match="only one part"):
         replay(Scenario(body=body), Point(seed=0))
+
+
+def test_warnings_of_the_engine_are_not_printed_in_a_sweep(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python prints warnings where a program has no handlers; those of pytest are taken away here."""
+    log = logging.getLogger("trimig.destination")
+
+    async def body(ctx: SweepContext) -> tuple[str, ...]:
+        log.warning("the source could not be told")
+        return tuple(map(str, (await ctx.run(one=trio.lowlevel.checkpoint)).values()))
+
+    monkeypatch.setattr(logging.root, "handlers", [])
+    before = list(logging.getLogger("trimig").handlers)
+    run_sweep(Scenario(body=body), CancelSweep(victims=("one",)), seeds=(0,))
+    assert capsys.readouterr().err == ""
+    assert logging.getLogger("trimig").handlers == before
+    log.warning("outside of a sweep")
+    assert capsys.readouterr().err == "outside of a sweep\n"

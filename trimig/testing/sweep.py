@@ -10,8 +10,10 @@ The functions here are synchronous: they call ``trio.run`` for each point. So do
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
+import logging
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeVar
@@ -169,6 +171,24 @@ def run_sweep(scenario: Scenario[T], *sweeps: Sweep, seeds: Sequence[int] = (0, 
     """
     if not sweeps or not seeds or every < 1:
         raise ValueError("a sweep needs at least one kind, one seed, and a stride of at least 1")
+    with _quiet_log():
+        return _run_all(scenario, sweeps, seeds, every)
+
+
+@contextlib.contextmanager
+def _quiet_log() -> Iterator[None]:
+    """Keep Python from printing warnings of the engine to standard error: they do not say which run they are from.
+    Handlers of the program, such as those of pytest, still get them.
+    """
+    handler, logger = logging.NullHandler(), logging.getLogger("trimig")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _run_all(scenario: Scenario[T], sweeps: tuple[Sweep, ...], seeds: Sequence[int], every: int) -> SweepReport:
     outcomes: collections.Counter[Hashable] = collections.Counter()
     samples: dict[Hashable, Point] = {}
     runs = points = fired = 0

@@ -121,12 +121,6 @@ async def listen(rest: str, config: Config, *, backlog: int = 128) -> UnixListen
         raise TransportFailed(f"cannot listen on unix:{path}: {_why_unbound(path, error)}") from error
 
 
-def _why_unconnected(error: OSError) -> str:
-    reason = error.strerror or str(error)
-    hint = error.errno in (errno.ENOENT, errno.ECONNREFUSED)
-    return f"{reason} (does a process listen there?)" if hint else reason
-
-
 def _why_unbound(path: str, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE and not _is_socket(path):
         return f"{path} exists and is no socket; remove it, or take another path"

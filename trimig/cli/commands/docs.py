@@ -127,5 +127,9 @@ def rendered(text: str, columns: int) -> str:
     from rich.markdown import Markdown
 
     to = io.StringIO()
-    Console(file=to, force_terminal=True, width=min(columns, MOST_COLUMNS)).print(Markdown(plain(text)))
+    console = Console(file=to, force_terminal=True, width=min(columns, MOST_COLUMNS))
+    console.print(Markdown(plain(text)))
+    # A terminal cannot follow the links of a page.
+    others = ", ".join(page.topic for page in pages())
+    console.print(f"\nother pages: trimig docs NAME, with one of {others}", markup=False, highlight=False)
     return to.getvalue()
