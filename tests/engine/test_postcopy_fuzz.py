@@ -21,6 +21,7 @@ INPUTS = 400
 MANY = 20_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preempt", [False, True], ids=["one connection", "two"])
 def test_pages_behind_the_switch(fuzzed: Fuzzed, *, preempt: bool) -> None:
     """T4, O6, O8, P12: blocks in any order, spoiled streams, wrong handshakes; the memory is that of an own reading."""

@@ -12,6 +12,7 @@ import contextlib
 import random
 
 import numpy as np
+import pytest
 import trio
 import trio.testing
 
@@ -171,6 +172,7 @@ async def one(seed: int) -> str:
     return "resumed" if told.resumed > 2 else "refused"
 
 
+@pytest.mark.slow
 def test_what_a_destination_says_in_a_recovery(fuzzed: Fuzzed) -> None:
     """O6, O8: paused again or resumed, never completed without the last word, and no error without a type."""
     count = MANY if tiers.everything() else INPUTS
