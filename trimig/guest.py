@@ -235,6 +235,21 @@ class Guest(Protocol):
         """
 
 
+@runtime_checkable
+class MortalGuest(Protocol):
+    """A guest that may be lost while this process lives, because its code runs in another process."""
+
+    @property
+    def lost(self) -> str | None:
+        """Why the guest is lost, in a sentence; None if it is not. Its run state is ``"internal-error"`` then."""
+
+    async def wait_lost(self) -> None:
+        """Return when the guest is lost, or when its process has ended in order.
+
+        **Cancellation:** no effect.
+        """
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigSubsection:
     """One optional part of a stream's configuration section, with its payload as bytes."""

@@ -128,5 +128,6 @@ class ProcessGuest(WorkerGuest):
     async def _quit(self) -> None:
         with trio.move_on_after(_QUITTING), contextlib.suppress(GuestFailed):
             if not self._worker.closed:
+                self._worker.may_end()
                 await self._worker.call("quit")
                 await self._worker.ended()

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from ..errors import ConfigError, StateError
+from ..errors import ConfigError, GuestFailed, StateError
+from ..guest import MortalGuest
 
 if TYPE_CHECKING:
     from ..guest import DeviceProtocol, Guest
@@ -135,15 +136,29 @@ def unmigratable(guest: Guest) -> Iterator[str]:
 def reasons(guest: Guest) -> tuple[str, ...]:
     """All reasons against a migration of *guest*: QEMU's ``blocked-reasons``."""
     explicit = guest.blockers.reasons if isinstance(guest, Blockable) else ()
-    return (*explicit, *unmigratable(guest))
+    lost = why_lost(guest)
+    return (*(() if lost is None else (lost,)), *explicit, *unmigratable(guest))
+
+
+def why_lost(guest: Guest) -> str | None:
+    """Why *guest* is lost; None if it is not, or cannot tell."""
+    return guest.lost if isinstance(guest, MortalGuest) else None
+
+
+def check_alive(guest: Guest) -> None:
+    """Raise GuestFailed if *guest* is lost."""
+    if (lost := why_lost(guest)) is not None:
+        raise GuestFailed(lost)
 
 
 def check_outgoing(guest: Guest) -> None:
     """Refuse to migrate a blocked guest.
 
     Raises:
-        StateError: naming the device, or with the most recent reason.
+        StateError: the guest is lost; naming the device; or with the most recent reason.
     """
+    if (lost := why_lost(guest)) is not None:
+        raise StateError(f"the migration is blocked: {lost}")
     check_incoming(guest)
     if isinstance(guest, Blockable):
         guest.blockers.check()

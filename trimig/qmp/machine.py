@@ -35,6 +35,7 @@ from ..status import (
     Status,
 )
 from . import arguments as args
+from .death import DeathWatch
 from .interface import CommandFailed, Session
 from .jobs import IncomingState, Job, Jobs
 from .measuring import Measurer
@@ -113,6 +114,7 @@ class Machine:
         self._outgoing_started = False
         self._resuming = 0
         self._shutting_down = False
+        self._death = DeathWatch(guest, nursery, functools.partial(self.emit, "STOP"))
         self.outgoing.add_listener(self._guard_switchover)
         self.outgoing.add_listener(functools.partial(self._migration_event, self.outgoing))
         self.incoming.add_listener(functools.partial(self._migration_event, self.incoming))
@@ -292,7 +294,12 @@ class Machine:
             raise StateError(
                 "Migration is not finalized yet: the migration has paused the guest, which stays paused if it succeeds"
             )
-        elif self.guest.run_state == "running":
+        else:
+            await self._pause()
+
+    async def _pause(self) -> None:
+        blockers.check_alive(self.guest)
+        if self.guest.run_state == "running":
             await self.guest.pause()
             self.emit("STOP")
 
@@ -309,6 +316,7 @@ class Machine:
             self._start_on_arrival(True)
             return
         self.check_owned_here()
+        blockers.check_alive(self.guest)
         if self.guest.run_state == "running":
             return
         self._resuming += 1
@@ -428,7 +436,7 @@ class Machine:
         Each wait is bounded: by ``teardown_grace``, or by ``handover_timeout``.
 
         Raises:
-            GuestFailed: the guest could not be paused.
+            GuestFailed: the guest could not be paused, or is lost.
 
         **Cancellation:** the migrations go on, and the guest may run.
         """
@@ -441,9 +449,7 @@ class Machine:
             except StateError as error:
                 log.warning("%s; waiting for its end", error)
         await self._jobs.wait()
-        if self.guest.run_state == "running":
-            await self.guest.pause()
-            self.emit("STOP")
+        await self._pause()
 
     async def settle(self, owner: Ownership) -> None:
         """Set the owner of the guest after an uncertain handover.
@@ -481,7 +487,8 @@ class Machine:
         return info
 
     def close(self) -> None:
-        """Close the descriptors that no command has used."""
+        """Close the descriptors that no command has used, and watch the guest no more."""
+        self._death.close()
         for fd in self.descriptors.values():
             os.close(fd)
         self.descriptors.clear()

@@ -223,19 +223,47 @@ async def test_lines_for_machines(tmp_path: Path) -> None:
 
 
 async def test_guest_that_dies(tmp_path: Path) -> None:
-    """Commands report it, a migration fails with the reason, and the end is a sentence and exit code 1."""
+    """Commands report it, a migration is refused with the reason, and the end is a sentence and exit code 1."""
     async with hosting(f"unix:{tmp_path}/q", "--guest", GUEST) as (process, client):
         children = (await trio.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()).split()
         assert len(children) == 1
+        events = client.events()
         os.kill(int(children[0]), signal.SIGKILL)
-        with pytest.raises(qmp.CommandFailed, match="killed by signal 9"):
-            await client.execute("stop")
-        await client.execute("migrate", {"uri": f"file:{tmp_path}/f"})
-        assert "killed by signal 9" in (await status(client, "failed"))["error-desc"]
+        assert (await anext(events))["event"] == "STOP"
+        found = await client.execute("query-status")
+        assert (found["status"], found["running"]) == ("internal-error", False)
+        for command in ("stop", "cont"):
+            with pytest.raises(
+                qmp.CommandFailed, match=r"its worker has died .*killed by signal 9 .*the guest is lost"
+            ):
+                await client.execute(command)
+        with pytest.raises(qmp.CommandFailed, match=r"its worker has died .*killed by signal 9"):
+            await client.execute("migrate", {"uri": f"file:{tmp_path}/f"})
+        told = await trimig_command("status", "--qmp", f"unix:{tmp_path}/q")
+        assert told[1].startswith(
+            "guest: internal-error; migration: none; owner: source; its worker has died (process "
+        )
         await client.execute("quit")
         code, text = await ends(process)
         assert (code, "killed by signal 9" in text) == (1, True)
     assert os.listdir(tmp_path) == []
+
+
+async def test_guest_that_dies_while_its_memory_is_sent(tmp_path: Path) -> None:
+    to, here = f"unix:{tmp_path}/m", f"unix:{tmp_path}/a"
+    async with (
+        hosting(here, "--guest", GUEST) as (process, source),
+        hosting(f"unix:{tmp_path}/b", "--guest", GUEST, "--incoming", to),
+        started("migrate", to, "--qmp", here, "--wait", "-p", "max-bandwidth=2M") as migrate,
+    ):
+        assert migrate.stderr is not None
+        await status(source, "active")
+        children = (await trio.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()).split()
+        os.kill(int(children[0]), signal.SIGKILL)
+        text = await text_of(migrate.stderr)
+        assert await migrate.wait() == 1
+        assert f"the guest is internal-error at {here}: its worker has died (process {children[0]} was killed" in text
+        assert (await source.execute("query-status"))["status"] == "internal-error"
 
 
 @pytest.mark.parametrize("size", ["4K", "1M", "16M", "100M", "256M", "2G"])

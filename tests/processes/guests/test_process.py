@@ -25,6 +25,7 @@ from trimig.guests.workload.guest import MiB, WorkloadGuest
 from trimig.guests.workload.state import verify, words_of
 from trimig.memory import MemoryUnavailable, snapshot_of
 from trimig.memory.linux import TRACKING_FEATURES
+from trimig.monitor import blockers
 from trimig.testing import virtual_link
 
 SIZE = 4 * MiB
@@ -248,6 +249,14 @@ async def test_a_killed_worker_is_reported_by_signal_at_every_call() -> None:
         tracker = guest.dirty_tracker()
         await tracker.start()
         os.kill(guest.pid, signal.SIGKILL)
+        await guest.wait_lost()
+        assert (guest.owner, guest.run_state) == (Owner.HERE, "internal-error")
+        assert guest.lost is not None
+        assert "its worker has died" in guest.lost
+        assert blockers.reasons(guest) == (guest.lost,)
+        with pytest.raises(StateError, match="the migration is blocked: its worker has died"):
+            await trimig.migrate(guest, "tcp:127.0.0.1:1")
+        assert guest.owner is Owner.HERE
         with pytest.raises(GuestFailed, match=r"signal 9 \(SIGKILL\)"):
             await guest.pause()
         for call in (guest.resume, guest.verify, guest.save_devices, tracker.sync):

@@ -107,7 +107,7 @@ class Host:
     def _guest_state(self) -> str | None:
         if self._guest is None:
             return None
-        return self._guest.run_state if self._alive else "dead"
+        return self._guest.run_state if self._alive and self._guest.lost is None else "dead"
 
     # -- requests ----------------------------------------------------------------------------------------------------
 

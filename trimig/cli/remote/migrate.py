@@ -317,7 +317,7 @@ def _outcome(state: State, address: str, uri: str, stop: StopRequest) -> tuple[i
         HandoverUncertain: the owner of the guest is not certain.
         Refused: the migration has failed, or does not end.
     """
-    here = f"the guest is {state.run_state} at {address}"
+    here = f"the guest is {state.run_state} at {address}" + (f": {state.lost_guest}" if state.lost_guest else "")
     if state.owner == "unknown":
         why = f": {state.problem}" if state.problem else ""
         settle = "; then say it with the QMP command x-trimig-settle" if "owner" in state.info else ""

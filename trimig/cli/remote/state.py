@@ -87,12 +87,19 @@ class State:
             text += f", which is not this side: {self._awaited}"
         elif self.owner == Ownership.DESTINATION.value:
             text += self._where_it_is
+        if self.lost_guest:
+            text += f"; {self.lost_guest}"
         why = self.info.get("convergence")
         if isinstance(why, Mapping) and not why.get("converging", True):
             text += (
                 f"; it does not converge: {why.get('reason')}; what would help: {' or '.join(why.get('advice', ()))}"
             )
         return f"{text}; {self.problem}" if self.problem else text
+
+    @property
+    def lost_guest(self) -> str:
+        """Why a guest with an internal error stands still, as far as the other side says it; empty for any other guest."""
+        return "; ".join(self.info.get("blocked-reasons", ())) if self.run_state == "internal-error" else ""
 
     @property
     def _awaited(self) -> str:

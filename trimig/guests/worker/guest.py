@@ -28,6 +28,9 @@ from .messages import VERSION, Nonsense, WorkerReply, decimal, quoted
 
 log = logging.getLogger("trimig.guests")
 
+#: QEMU's run state of a guest whose machine has failed.
+LOST_STATE: Final = "internal-error"
+
 #: Capabilities of a worker: it makes a userfaultfd for dirty tracking, or for missing pages; it can be slowed down.
 TRACK: Final = "track"
 MISSING: Final = "missing"
@@ -79,6 +82,25 @@ class WorkerGuest(GuestBase):
 
     def _runs(self) -> bool:
         return super()._runs() or self._perhaps_runs
+
+    @property
+    def run_state(self) -> str:
+        """QEMU's name of the run state; ``internal-error`` when the guest's worker has died."""
+        return super().run_state if self.lost is None else LOST_STATE
+
+    @property
+    def lost(self) -> str | None:
+        """Why the guest is lost: it is here, and its worker has died. None if it is not."""
+        if self.owner is not Owner.HERE or (how := self._worker.death) is None:
+            return None
+        return f"its worker has died ({how}): the guest is lost"
+
+    async def wait_lost(self) -> None:
+        """Return when the worker has ended.
+
+        **Cancellation:** no effect.
+        """
+        await self._worker.ended()
 
     @property
     def pid(self) -> int:

@@ -155,6 +155,8 @@ class Worker:
         self._last_words.started()
         self._socket = trio.socket.from_stdlib_socket(ours)
         self._closed = False
+        self._ending = False
+        self._death: str | None = None
         trio.lowlevel.spawn_system_task(self._last_words.keep, name="trimig.worker.stderr")
 
     @property
@@ -196,6 +198,18 @@ class Worker:
         """The error for a reply that makes no sense."""
         return GuestFailed(f"the guest's worker process {self.pid} answered {verb!r} with {what}")
 
+    @property
+    def death(self) -> str | None:
+        """How the process has ended, if it was not to end; None as long as it lives."""
+        if self._death is None and not self._closed and not self._ending and self._status() is not None:
+            last = self._last_words.line()
+            self._death = f"process {self.pid} {self._end()}{': ' + last if last else ''}"
+        return self._death
+
+    def may_end(self) -> None:
+        """From now on the end of the process is no death."""
+        self._ending = self.death is None
+
     async def ended(self) -> None:
         """Return when the process has ended.
 
@@ -213,6 +227,7 @@ class Worker:
         """Kill the process with its process group, and reap it. Idempotent; takes no longer than the kernel needs."""
         if self._closed:
             return
+        self.may_end()
         self._closed = True
         if self._process.returncode is None:
             # The process is not reaped yet, so no other process or group can have its number.
@@ -288,9 +303,17 @@ class Worker:
         last = self._last_words.line()
         return f"the guest's worker process {self.pid} {how} (seen at {verb!r}){': ' + last if last else ''}"
 
-    def _end(self) -> str:
+    def _status(self) -> os.waitid_result | None:
         # WNOWAIT: the process stays a zombie, because close() needs its number.
-        end = None if self._closed else os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if self._closed:
+            return None
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:  # it was reaped elsewhere in this process
+            return None
+
+    def _end(self) -> str:
+        end = self._status()
         if end is None:
             return "closed its control socket"
         if end.si_code == os.CLD_EXITED:
