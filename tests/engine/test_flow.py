@@ -418,3 +418,21 @@ async def test_tasks_of_a_section_run_from_before_its_first_bytes_to_the_end(
     await pair.both()
     assert pair.target.run_state == "running"
     assert seen == ["begins after 0 bytes", "ends in completed"]
+
+
+async def test_a_status_that_shows_an_error_is_never_without_one(autojump_clock: trio.testing.MockClock) -> None:
+    """A poll of query-migrate in the moment of the status finds the reason, too."""
+    pair = Pair(running(pages=64), waiting(pages=32))
+    shown: dict[str, list[str | None]] = {"here": [], "there": []}
+    for name, monitor in (("here", pair.here), ("there", pair.there)):
+
+        def noting(event: trimig.Event, name: str = name, monitor: trimig.Monitor = monitor) -> None:
+            if event.name == "MIGRATION" and event.data["status"] in {"failed", "uncertain"}:
+                shown[name].append(monitor.info().get("error-desc"))
+
+        monitor.add_listener(noting)
+    here, there = await pair.both()
+    assert shown["there"] == [str(there)]
+    assert len(shown["here"]) == 1
+    assert shown["here"][0]
+    assert str(here).startswith(shown["here"][0])

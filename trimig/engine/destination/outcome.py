@@ -43,7 +43,10 @@ async def unwind(into: Incoming, failure: BaseException | None) -> None:
     monitor = into.monitor
     ended = monitor.status is not Status.COMPLETED
     if ended:
-        cancelled = failure is None or domain_error(failure, monitor.owner) is None
+        error = domain_error(failure, monitor.owner) if failure is not None else None
+        cancelled = error is None
+        if error is not None:
+            into.counters.error = str(error)  # first, because a status that shows an error is never without one
         if (end := end_of(Role.DESTINATION, monitor.status, cancelled=cancelled)) is not None:
             monitor.advance(end)
     monitor.listening()

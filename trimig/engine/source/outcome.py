@@ -46,6 +46,8 @@ async def unwind(out: Outgoing, failure: BaseException | None) -> GuestNotResume
     """
     monitor = out.monitor
     if monitor.status is Status.HANDOVER:
+        if failure is not None and (error := domain_error(failure, monitor.owner)) is not None:
+            monitor.counters.error = str(error)
         monitor.advance(Status.FAILED if out.commit_not_sent else Status.UNCERTAIN)
     elif failure is not None or monitor.status in IN_POSTCOPY:
         end_status(monitor, failure)
@@ -62,7 +64,10 @@ async def unwind(out: Outgoing, failure: BaseException | None) -> GuestNotResume
 
 def end_status(monitor: MonitorCore, failure: BaseException | None) -> None:
     """Set the status of an attempt that ended with *failure*, before its outcome is reported."""
-    cancelled = failure is not None and domain_error(failure, monitor.owner) is None
+    error = domain_error(failure, monitor.owner) if failure is not None else None
+    cancelled = failure is not None and error is None
+    if error is not None:
+        monitor.counters.error = str(error)  # first, because a status that shows an error is never without one
     if (end := end_of(Role.SOURCE, monitor.status, cancelled=cancelled)) is not None:
         monitor.advance(end)
 
