@@ -178,6 +178,13 @@ class RecordWriter:
         out = records.tobytes()
         return out[:8] + name + out[8:] if name else out
 
+    def records(self, block: str, offsets: NDArray[np.int64], flag: RamFlag, contents: Iterable[bytes]) -> bytes:
+        """Complete records of any encoding: for each offset the word, and one of *contents*."""
+        name, words = self.words(block, offsets, flag)
+        heads = words.tobytes()
+        pieces = [heads[8 * n : 8 * n + 8] + content for n, content in enumerate(contents)]
+        return heads[:8] + name + pieces[0][8:] + b"".join(pieces[1:]) if pieces else b""
+
     def forget(self) -> None:
         """The next record names its block again."""
         self._block = None
