@@ -151,7 +151,7 @@ def _count(delta: bytes, position: int, at: int) -> tuple[int, int]:
 
 
 def _malformed(what: str, at: int) -> RemoteProtocolError:
-    return RemoteProtocolError(f"XBZRLE delta with {what}, in a page of {PAGE_SIZE} bytes", offset=at, section="ram")
+    return RemoteProtocolError(f"XBZRLE delta of a page of {PAGE_SIZE} bytes: {what}", offset=at, section="ram")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
