@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from types import MappingProxyType
 from typing import Any
 
 import hypothesis
@@ -14,9 +16,12 @@ from tests.wire.cases import hexed, read
 from trimig.errors import RemoteProtocolError
 from trimig.guest import PAGE_SIZE
 from trimig.wire import Encoder, Section, events
-from trimig.wire.encoder import RAM_VERSION, file_header, ram_list, section_start
+from trimig.wire.constants import RAM_VERSION, RamFlag
+from trimig.wire.encoder import file_header, ram_list, section_start
 from trimig.wire.pages.sink import put
-from trimig.wire.pages.xbzrle import MOST_RECORDS, DeltaRun, decode, encode
+from trimig.wire.pages.xbzrle import MOST_RECORDS, DeltaRun, decode, encode, read_deltas
+from trimig.wire.sections.ram import ENCODINGS, RamReader
+from trimig.wire.sections.reader import SectionFormat
 
 Page = NDArray[np.uint8]
 ZERO = np.zeros(PAGE_SIZE, np.uint8)
@@ -124,7 +129,13 @@ HEAD = (
 )
 FIRST = hexed('00 00 00 00 00 00 10 40 03 "ram" 01 00 03 00 01 51')
 AGAIN = hexed("00 00 00 00 00 00 20 60 01 00 00") + hexed("00 00 00 00 00 00 10 60 01 00 03 01 01 52")
-OPTIONS: dict[str, Any] = {"configuration": False, "footers": False}
+#: A row of the table of encodings, which a later change adds.
+ROW = MappingProxyType({**ENCODINGS, RamFlag.XBZRLE: read_deltas})
+OPTIONS: dict[str, Any] = {
+    "configuration": False,
+    "footers": False,
+    "sections": {"ram": SectionFormat(RAM_VERSION, functools.partial(RamReader, encodings=ROW))},
+}
 
 
 def deltas(found: list[events.Element]) -> list[tuple[bool, int, bytes]]:
