@@ -31,7 +31,7 @@ async def test_destination_that_ends_without_a_word_is_explained(saved: Path, ho
             code, _, err = await trimig_command("send", saved, f"tcp:127.0.0.1:{port}")
     assert code == 1
     assert "its own log says why" in err
-    assert "another machine type or version, another size of the RAM" in err
+    assert "another machine type or version), another size of the RAM" in err
 
 
 async def test_destination_that_is_not_there_is_not_explained_so(saved: Path) -> None:
