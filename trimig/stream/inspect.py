@@ -75,7 +75,6 @@ class _Inspector:
         async def counted(view: memoryview) -> int:
             count = await read_into(view)
             report.size += count
-            await trio.lowlevel.checkpoint()
             return count
 
         report, elements = self.report, Elements(self.decoder, counted)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ...guest import PageBitmap, Pages, RamBlock
 from ...wire import encoder as wire
 from ...wire.constants import Section
+from ...wire.pages.plain import ZERO_RECORD
 from .records import ZERO_BATCH
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 RAM_SECTION = 2
 #: A PART section is closed after this many bytes, so that what is not RAM never waits long for its turn.
 PART_BYTES = 32 << 20
-_ZERO_RECORD = 9
 
 
 class RamSender:
@@ -143,7 +143,7 @@ class RamSender:
         for start in range(0, len(indices), ZERO_BATCH):
             batch = indices[start : start + ZERO_BATCH]
             await self._part_begin()
-            await self._limiter.bytes(len(batch) * _ZERO_RECORD)
+            await self._limiter.bytes(len(batch) * ZERO_RECORD)
             await self._pages.send_zeros(block, batch)
 
     async def _send_limited(
