@@ -93,7 +93,7 @@ class Limiter:
         **Cancellation:** the sender gets no further budget.
         """
         c, channels = self._counters, self._channels
-        then, sent, pages = trio.current_time(), 0, c.normal + c.duplicate
+        then, sent, pages = trio.current_time(), 0, c.handled
         while True:
             # Without a limit, and while a write blocks, no other call moves the window on.
             self._budget.roll(trio.current_time())
@@ -103,7 +103,7 @@ class Limiter:
             if (passed := now - then) < WINDOW:
                 continue
             # Bytes that are still in the kernel's buffers have not been transported.
-            delivered, handled = channels.delivered, c.normal + c.duplicate
+            delivered, handled = channels.delivered, c.handled
             if self._resting:
                 then, sent, pages = now, delivered, handled
                 continue

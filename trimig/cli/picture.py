@@ -191,7 +191,7 @@ class Pictures:
         s, parameters = monitor.statistics(), monitor.config.parameters
         role = monitor.role or Role.SOURCE
         following = s.status.value in QMP_IN_POSTCOPY
-        moved = (s.normal_pages + s.zero_pages) * 4096
+        moved = (s.normal_pages + s.zero_pages + s.encoded_pages) * 4096
         copied = min(moved, s.total) if s.iteration <= 1 else s.total
         if following or role is Role.DESTINATION:
             bandwidth = self._received.of(s.elapsed, s.transferred)

@@ -117,7 +117,7 @@ def drop(monitor: Monitor) -> None:
 
 def _sent(now: Statistics) -> float:
     """The share of the memory that has been sent in the first pass; 1 after the first pass."""
-    return 1.0 if now.iteration > 1 else (now.normal_pages + now.zero_pages) * _PAGE / now.total
+    return 1.0 if now.iteration > 1 else (now.normal_pages + now.zero_pages + now.encoded_pages) * _PAGE / now.total
 
 
 def options(command: F, *, also: tuple[str, ...] = ()) -> F:

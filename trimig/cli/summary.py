@@ -28,5 +28,7 @@ def summary_record(summary: Summary) -> dict[str, Any]:
         "transferred_bytes": summary.bytes_transferred,
         "normal_bytes": summary.normal_pages * 4096,
         "zero_bytes": summary.zero_pages * 4096,
+        "encoded_bytes": summary.encoded_pages * 4096,
+        "encoded_sent_bytes": summary.encoded_bytes,
         "warnings": list(summary.warnings),
     }

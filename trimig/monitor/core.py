@@ -111,6 +111,8 @@ class MonitorCore:
             first_copy=c.first_copy,
             convergence_progress=c.convergence_progress,
             convergence=c.convergence,
+            encoded_pages=c.encoded,
+            encoded_bytes=c.encoded_bytes,
         )
 
     def info(self) -> dict[str, Any]:

@@ -79,6 +79,11 @@ class Statistics:
     convergence_progress: float = 0.0
     #: Whether the passes converge; None before the first pass, and on a destination.
     convergence: Convergence | None = None
+    #: Source: number of pages sent in another encoding, of a capability such as xbzrle, or not sent because the destination
+    #: had them. They are not among the normal pages.
+    encoded_pages: int = 0
+    #: Source: bytes of the records of these pages.
+    encoded_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,11 +150,15 @@ class Summary:
     warnings: tuple[str, ...] = ()
     #: The convergence after the last pass; None on a destination.
     convergence: Convergence | None = None
+    #: Source: number of pages sent in another encoding, as in :class:`Statistics`.
+    encoded_pages: int = 0
+    #: Source: bytes of the records of these pages.
+    encoded_bytes: int = 0
 
     @property
     def throughput(self) -> float:
         """Guest memory moved (every copy of a page counted) in bytes per second of the total time."""
-        moved = (self.normal_pages + self.zero_pages) * PAGE_SIZE
+        moved = (self.normal_pages + self.zero_pages + self.encoded_pages) * PAGE_SIZE
         return moved / self.total_time if self.total_time > 0 else 0.0
 
 
@@ -171,6 +180,10 @@ class Counters:
     remaining: int = 0
     normal: int = 0
     duplicate: int = 0
+    #: Source: pages sent in another encoding than PAGE and ZERO, or not sent because the destination had them, and the
+    #: bytes of their records.
+    encoded: int = 0
+    encoded_bytes: int = 0
     #: Members of query-migrate that only one capability has, by name: each capability adds its own. A destination shows
     #: them when it has completed, a source from the first copy on.
     members: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)
@@ -207,11 +220,16 @@ class Counters:
         return self.count_bytes()
 
     @property
+    def handled(self) -> int:
+        """Pages sent or received in any encoding; a page that was sent twice counts twice."""
+        return self.normal + self.duplicate + self.encoded
+
+    @property
     def first_copy(self) -> float:
         """See :class:`Statistics`."""
         if self.first_copy_done:
             return 1.0
-        return min(1.0, (self.normal + self.duplicate) * PAGE_SIZE / self.total) if self.total else 0.0
+        return min(1.0, self.handled * PAGE_SIZE / self.total) if self.total else 0.0
 
 
 def socket_address(uri: str) -> dict[str, str]:

@@ -1,12 +1,13 @@
 """Guest memory -> page records on a channel: the one writer of pages.
 
 The zero pages of a batch go as one block of 9-byte records, the others by one gathering write whose headers come from an
-array and whose pages come straight from guest memory. Another encoding takes its pages in :meth:`PageSender.send`.
+array and whose pages come straight from guest memory. A :class:`PageEncoder` takes its pages out of a batch before that.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +25,58 @@ if TYPE_CHECKING:
 ZERO_BATCH: Final = 8192
 
 
-class PageSender:
-    """Writes page records, and nothing around them."""
+class PageEncoder(Protocol):
+    """Sends pages in another encoding than PAGE and ZERO, in precopy; :mod:`.encoding` makes it.
 
-    def __init__(self, channel: Channel, counters: Counters) -> None:
+    It never gets a page that a guest in postcopy waits for, nor any page after the switch to postcopy.
+    """
+
+    def begin_pass(self, *, first: bool, last: bool) -> None:
+        """A pass over the memory begins.
+
+        Args:
+            first: no page was sent before.
+            last: the guest is stopped, and no pass follows.
+        """
+
+    def zeros(self, block: str, indices: NDArray[np.int64]) -> None:
+        """These pages of *block* go as ZERO records."""
+
+    async def send(
+        self, records: PageSender, block: str, pages: Pages, indices: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Send some pages of *block*, at least one; none of them was zero just before. TransportFailed.
+
+        The guest may write the pages meanwhile, so a page that is read twice may differ.
+
+        Args:
+            records: writes and counts the records: :meth:`PageSender.send_encoded`, :meth:`PageSender.send_copies`.
+            pages: where to read the content.
+            indices: the numbers of the pages, rising, at most BATCH_PAGES.
+
+        Returns:
+            The numbers of the pages that were left, rising. They go as PAGE records, straight from *pages*.
+
+        **Cancellation:** as for :meth:`PageSender.send`.
+        """
+
+
+class PageSender:
+    """Writes page records, and nothing around them.
+
+    Args:
+        encoder: gets each batch first; None for PAGE and ZERO records only.
+    """
+
+    def __init__(self, channel: Channel, counters: Counters, encoder: PageEncoder | None = None) -> None:
         self._channel = channel
         self._counters = counters
+        self._encoder = encoder
         self._records = RecordWriter()
+
+    def stop_encoding(self) -> None:
+        """From now on all pages go as PAGE and ZERO records (postcopy)."""
+        self._encoder = None
 
     async def send(self, block: str, pages: Pages, indices: NDArray[np.int64]) -> None:
         """Send some pages of *block*, at least one. TransportFailed.
@@ -47,16 +93,50 @@ class PageSender:
             if zero.any():
                 await self.send_zeros(block, batch[zero])
                 batch = batch[~zero]
+            if len(batch) and self._encoder is not None:
+                batch = await self._encoder.send(self, block, pages, batch)
             if len(batch):
-                await self._send_plain(block, pages, batch)
+                await self._send_plain(block, batch, pages, batch)
 
     async def send_zeros(self, block: str, indices: NDArray[np.int64]) -> None:
         """Send pages that are zero, at least one and at most ``ZERO_BATCH``. TransportFailed.
 
         **Cancellation:** as for :meth:`send`.
         """
+        if self._encoder is not None:
+            self._encoder.zeros(block, indices)
         await self._channel.send(self._records.zero_records(block, indices * PAGE_SIZE))
         self._count(zero=len(indices))
+
+    async def send_copies(self, block: str, indices: NDArray[np.int64], copies: Pages) -> None:
+        """Send pages, at least one and at most BATCH_PAGES, as PAGE records whose content is in *copies*. TransportFailed.
+
+        Args:
+            copies: shape (n, page size): one for each of *indices*.
+
+        **Cancellation:** as for :meth:`send`.
+        """
+        await self._send_plain(block, indices, copies, np.arange(len(indices)))
+
+    async def send_encoded(
+        self, block: str, indices: NDArray[np.int64], flag: RamFlag, contents: Sequence[bytes]
+    ) -> None:
+        """Send pages, at least one, as records of another encoding. TransportFailed.
+
+        Args:
+            flag: of the records.
+            contents: what follows the word, and the block's name, of each record.
+
+        **Cancellation:** as for :meth:`send`.
+        """
+        data = self._records.records(block, indices * PAGE_SIZE, flag, contents)
+        await self._channel.send(data)
+        self._count(encoded=len(indices))
+        self._counters.encoded_bytes += len(data)
+
+    def skip(self, count: int) -> None:
+        """Count *count* pages that the destination has as they are now: nothing is sent."""
+        self._count(encoded=count)
 
     def send_now(self, block: str, pages: Pages, index: int) -> bytes:
         """Give one page to the kernel without waiting, as far as the kernel takes it.
@@ -75,14 +155,16 @@ class PageSender:
             self._count(normal=1)
         return data[taken:]
 
-    async def _send_plain(self, block: str, pages: Pages, batch: NDArray[np.int64]) -> None:
-        name, words = self._records.words(block, batch * PAGE_SIZE, RamFlag.PAGE)
+    async def _send_plain(self, block: str, indices: NDArray[np.int64], pages: Pages, rows: NDArray[np.int64]) -> None:
+        """PAGE records of *indices*, whose content is in *rows* of *pages*."""
+        name, words = self._records.words(block, indices * PAGE_SIZE, RamFlag.PAGE)
         lead = words[:1].tobytes() + name if name else b""
-        await self._channel.send_pages(lead, words, pages, batch)
-        self._count(normal=len(batch))
+        await self._channel.send_pages(lead, words, pages, rows)
+        self._count(normal=len(indices))
 
-    def _count(self, *, normal: int = 0, zero: int = 0) -> None:
+    def _count(self, *, normal: int = 0, zero: int = 0, encoded: int = 0) -> None:
         c = self._counters
         c.normal += normal
         c.duplicate += zero
-        c.remaining = max(0, c.remaining - (normal + zero) * PAGE_SIZE)
+        c.encoded += encoded
+        c.remaining = max(0, c.remaining - (normal + zero + encoded) * PAGE_SIZE)

@@ -54,6 +54,10 @@ class RamSender:
         self._open_since: int | None = None
         self._inside = False  # a PART or END section has begun, and its end has not
 
+    def stop_encoding(self) -> None:
+        """See :meth:`.records.PageSender.stop_encoding`."""
+        self._pages.stop_encoding()
+
     @property
     def boundary(self) -> bytes:
         """What brings the stream to the end of its section, behind a write that was cancelled and mended."""

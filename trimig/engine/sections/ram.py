@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ...monitor.statistics import Counters
     from ..ram.preempt_receiver import PreemptReceiver
     from ..ram.receiver import RamReceiver
+    from ..ram.records import PageEncoder
 
 
 def at_least_one(unsent: Sequence[PageBitmap]) -> None:
@@ -57,6 +58,7 @@ class RamSection:
         channel: the main one.
         blocks: the guest's RAM.
         tracker: one that has not been started.
+        encoder: sends pages of the passes; None for PAGE and ZERO records only.
 
     Attributes:
         sender: writes the section. No other object uses it while a method of this one runs.
@@ -72,19 +74,21 @@ class RamSection:
         counters: Counters,
         blocks: Sequence[RamBlock],
         tracker: DirtyTracker,
+        encoder: PageEncoder | None = None,
     ) -> None:
         self._channel = channel
         self._limiter = limiter
         self._config = config
         self._counters = counters
         self._tracker = tracker
+        self._encoder = encoder
         self._first = True
         self.blocks = tuple(blocks)
         self.sender = self._sender_on(channel)
         self.unsent: list[PageBitmap] = [np.ones(b.length // PAGE_SIZE, np.bool_) for b in blocks]
 
     def _sender_on(self, channel: Channel) -> RamSender:
-        pages = PageSender(channel, self._counters)
+        pages = PageSender(channel, self._counters, self._encoder)
         return RamSender(channel, self._limiter, pages, footers=self._config.peer.send_section_footer)
 
     @property
@@ -111,6 +115,7 @@ class RamSection:
 
         **Cancellation:** some have been sent; the channel is poisoned if one was cut.
         """
+        self._begin_pass(last=False)
         for number, block in enumerate(self.blocks):
             with guest_calls.guarded("looking at the guest's memory"):
                 pages = snapshot_of(self._tracker, block)
@@ -119,6 +124,10 @@ class RamSection:
             left = await self.sender.send_pass(block, pages, todo, absent, stop)
             self.unsent[number] = np.zeros_like(todo) if left is None else left
         self._first = False
+
+    def _begin_pass(self, *, last: bool) -> None:
+        if self._encoder is not None:
+            self._encoder.begin_pass(first=self._first, last=last)
 
     async def find_pending(self) -> int:
         """Ask the tracker.
@@ -135,17 +144,23 @@ class RamSection:
 
         **Cancellation:** as for a pass.
         """
+        self._begin_pass(last=True)
         rest = zip(self.blocks, self.unsent, strict=True)
         await self.sender.end([(block, snapshot_of(self._tracker, block), unsent) for block, unsent in rest])
 
     async def switch_to_postcopy(self) -> None:
-        """The pages that follow, as ranges that the destination drops.
+        """The pages that follow, as ranges that the destination drops. They will go as PAGE and ZERO records.
 
         **Cancellation:** some ranges have been sent.
         """
+        self._drop_encoder()
         at_least_one(self.unsent)
         for block, bitmap in zip(self.blocks, self.unsent, strict=True):
             await self._channel.send(b"".join(wire_postcopy.discards(block.name, bitmap)))
+
+    def _drop_encoder(self) -> None:
+        self._encoder = None
+        self.sender.stop_encoding()
 
     def move_to(self, channel: Channel) -> None:
         """Go on over another main connection."""
@@ -153,7 +168,8 @@ class RamSection:
         self.sender = self._sender_on(channel)
 
     def cleanup(self) -> None:
-        """Dirty tracking ends."""
+        """Dirty tracking ends, and the encoder's memory is released."""
+        self._drop_encoder()
         with guest_calls.guarded("ending the dirty tracking"):
             self._tracker.stop()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .. import guest_calls
+from ..ram.encoding import choose_encoder
 from .ram import RamLoader, RamSection
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def make_handlers(out: Outgoing) -> RamSection:
         blocks = list(out.guest.ram)
     with guest_calls.guarded("preparing dirty tracking"):
         tracker = out.guest.dirty_tracker()
-    ram = RamSection(out.link.channel, out.link.limiter, out.config, out.counters, blocks, tracker)
+    encoder = choose_encoder(out.config, lambda: out.monitor.config.parameters, blocks, out.counters)
+    ram = RamSection(out.link.channel, out.link.limiter, out.config, out.counters, blocks, tracker, encoder)
     out.sections.append(ram)
     return ram
 

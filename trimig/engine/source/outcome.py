@@ -177,4 +177,6 @@ def summary(out: Outgoing) -> Summary:
         dirty_tracking=c.dirty_tracking,
         warnings=tuple(c.warnings),
         convergence=c.convergence,
+        encoded_pages=c.encoded,
+        encoded_bytes=c.encoded_bytes,
     )
