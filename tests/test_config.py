@@ -331,7 +331,7 @@ def test_empty_toml_is_the_default() -> None:
             "capabilities.evnts: there is no capability 'evnts'; did you mean ev",
         ),
         ("[capabilities]\nevents = 1", "events", "capabilities.events: capability 'events' expects true or false"),
-        ("[capabilities]\nmultifd = true", "multifd", "capabilities.multifd: capability 'multifd' is not built"),
+        ("[capabilities]\nx-colo = true", "x-colo", "capabilities.x-colo: capability 'x-colo' is not built"),
         ("[capabilities]\nmultifd = false\nx-multifd = false", "multifd", "capabilities.x-multifd: 'multifd' is given"),
         ("[parameters]\ndowntime-limits = 1", "downtime-limits", "did you mean downtime-limit"),
         (
@@ -422,7 +422,7 @@ def test_command_line_options_change_a_config_from_left_to_right() -> None:
         ([], ["max-bandwidth=fast"], "a size from 0 to 2^64-1"),
         ([], ["block-incremental=maybe"], "true or false"),
         ([], ["block-bitmap-mapping=["], "a list of disks"),
-        ([], ["multifd-compression=zlib"], "not built into trimig yet"),
+        ([], ["mode=cpr-reboot"], "not built into trimig yet"),
     ],
 )
 def test_bad_command_line_option_is_refused(capabilities: list[str], parameters: list[str], words: str) -> None:

@@ -293,6 +293,8 @@ class Item(enum.Enum):
     RAM_LIST = "a list of RAM blocks"
     PAGES = "a page"
     RAM_END = "the end of the records of a section"
+    #: All data channels of multifd have come to the same place (newer.md part 3.3).
+    RAM_SYNC = "a synchronisation mark of data channels"
     PAYLOAD = "the state of a device"
     FOOTER = "a section footer"
     #: Bytes of unknown devices. Only the description at the end of the stream shows where each device ends.
@@ -377,7 +379,7 @@ _ALWAYS: Final = (_I.PING, _I.SWITCHOVER_START)
 #: Elements that a trimig may send in any state except inside a package.
 _SAYS: Final = (*_ALWAYS, _I.REASON, _I.CLOCK)
 _DEVICE: Final = (_I.FULL, _I.PAYLOAD, _I.FOOTER)
-_MEMORY: Final = (_I.PART, _I.PAGES, _I.RAM_END, _I.FOOTER)
+_MEMORY: Final = (_I.PART, _I.PAGES, _I.RAM_SYNC, _I.RAM_END, _I.FOOTER)
 #: Legal before the list of RAM blocks. Device sections may stand there (newer.md part 2). A second OPEN_RETURN_PATH has no
 #: effect, as in QEMU.
 _HEAD: Final = (*_SAYS, _I.ATTEMPT, _I.OPEN_RETURN_PATH, _I.START, *_DEVICE)
@@ -407,7 +409,7 @@ STREAM: Final = MappingProxyType(
                 **_PAGES_END,
                 _I.PACKAGED: _T.PACKAGED,
             },
-            _T.ENDING: {_I.PAGES: _T.ENDING, _I.RAM_END: _T.DEVICES},
+            _T.ENDING: {**_stay(_T.ENDING, _I.PAGES, _I.RAM_SYNC), _I.RAM_END: _T.DEVICES},
             _T.DEVICES: {
                 **_stay(_T.DEVICES, *_SAYS, _I.OPEN_RETURN_PATH, *_DEVICE),
                 _I.TAIL: _T.TAIL,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import trio
 import trio.testing
 
+import trimig
+from tests.engine.pair import running, waiting
 from trimig.channel.channel import Channel
-from trimig.channel.channels import MAIN, PREEMPT, Channels
+from trimig.channel.channels import MAIN, MULTIFD, PREEMPT, Channels
+from trimig.engine.sections.ram import beside_of
 from trimig.testing import VirtualLink
+from trimig.wire.pages.multifd import MAGIC
 
 
 async def test_bytes_of_closed_connections_stay_in_the_sums(autojump_clock: trio.testing.MockClock) -> None:
@@ -59,3 +64,24 @@ async def test_the_main_connection_is_closed_first(autojump_clock: trio.testing.
     assert not channels.cut()  # no kernel socket
     await channels.close(1.0)
     assert order == ["main", "beside"]
+
+
+def test_connections_beside_the_main_one() -> None:
+    """S13: the parameter says how many; they are opened with the main one and begin with the magic of a hello."""
+    assert beside_of(trimig.Config()) == ()
+    both = trimig.Config(
+        capabilities=trimig.Capabilities(multifd=True, postcopy_ram=True, postcopy_preempt=True),
+        parameters=trimig.Parameters(multifd_channels=3),
+    )
+    first, second = beside_of(both)
+    assert (first.kind, first.count, first.early, first.magic) == (MULTIFD, 3, True, MAGIC)
+    assert (second.kind, second.magic) == (PREEMPT, b"")
+
+
+async def test_where_multifd_cannot_be_used_it_is_refused() -> None:
+    config = trimig.Config(capabilities=trimig.Capabilities(multifd=True))
+    link = VirtualLink()
+    with pytest.raises(trimig.ConfigError, match="cannot send with multifd yet: turn multifd off"):
+        await trimig.migrate(running(), link.a, config)
+    with pytest.raises(trimig.ConfigError, match="cannot receive with multifd yet: turn multifd off"):
+        await trimig.receive(waiting(), link.b, config)

@@ -279,7 +279,7 @@ async def test_uuid_is_compared_where_both_have_one(
 
 async def test_parameter_without_effect_is_told_by_both_sides(autojump_clock: trio.testing.MockClock) -> None:
     """The migration is done; what nothing reads is named in the summary, in info() and, if it is set late, there too."""
-    changed = dataclasses.replace(config(), parameters=trimig.Parameters(multifd_channels=4, max_bandwidth=0))
+    changed = dataclasses.replace(config(), parameters=trimig.Parameters(x_checkpoint_delay=4, max_bandwidth=0))
     pair = Pair(config_here=changed, config_there=changed)
 
     def listener(event: trimig.Event) -> None:
@@ -288,7 +288,7 @@ async def test_parameter_without_effect_is_told_by_both_sides(autojump_clock: tr
 
     pair.here.add_listener(listener)
     await pair.both()
-    for monitor, names in ((pair.here, ["multifd-channels", "compress-level"]), (pair.there, ["multifd-channels"])):
+    for monitor, names in ((pair.here, ["x-checkpoint-delay", "compress-level"]), (pair.there, ["x-checkpoint-delay"])):
         warnings = monitor.info()["warnings"]
         assert [text.split()[2] for text in warnings] == names
         assert all("has no effect yet" in text for text in warnings)

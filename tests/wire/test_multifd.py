@@ -8,8 +8,12 @@ import struct
 import numpy as np
 import pytest
 
+from tests.wire import cases
 from trimig.errors import RemoteProtocolError
 from trimig.guest import PAGE_SIZE
+from trimig.wire import Decoder, Encoder
+from trimig.wire import encoder as wire
+from trimig.wire import events as ev
 from trimig.wire.pages.multifd import (
     HEADER_BYTES,
     HELLO_BYTES,
@@ -22,6 +26,7 @@ from trimig.wire.pages.multifd import (
     write_hello,
     write_packet,
 )
+from trimig.wire.sections.table import SECTIONS_WITH_MULTIFD
 
 UUID = bytes(range(16))
 HELLO = bytes.fromhex("1122334400000001") + UUID + b"\x01" + bytes(39)
@@ -169,3 +174,19 @@ def test_any_bytes_give_a_packet_or_one_error() -> None:
             continue
         for where in (found.offsets, found.zeros):
             assert ((where >= 0) & (where < BLOCKS.get(found.block, 0))).all()
+
+
+def test_the_mark_on_the_main_channel() -> None:
+    """newer.md part 3.3: 0x200 in START before its end word, and in a PART between pages."""
+    assert (0x200).to_bytes(8) == wire.SYNC_WORD
+    stream = cases.OPENING + cases.START_HEAD + cases.LIST + wire.SYNC_WORD + cases.END_WORD + cases.FOOTER
+    stream += cases.PART + wire.SYNC_WORD + cases.END_WORD
+    decoder = Decoder(measure=None, sections=SECTIONS_WITH_MULTIFD)
+    decoder.feed(stream)
+    found = []
+    while (event := decoder.next_event()) is not None:
+        found.append(event)
+    marks = [event.at for event in found if isinstance(event, ev.RamSync)]
+    assert [stream[at : at + 8] for at in marks] == 2 * [wire.SYNC_WORD]
+    encoder = Encoder()
+    assert b"".join(map(encoder.encode, found)) == stream

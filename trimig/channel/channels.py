@@ -23,6 +23,8 @@ class ChannelKind:
 MAIN: Final = ChannelKind("main")
 #: Pages that the guest waits for in postcopy. It begins with the record of such a page (:func:`.first_bytes.judge_second`).
 PREEMPT: Final = ChannelKind("preempt")
+#: A data channel of multifd. It begins with a hello (:func:`.first_bytes.judge_data`), and nothing comes back on it.
+MULTIFD: Final = ChannelKind("multifd")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

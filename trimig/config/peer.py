@@ -45,7 +45,7 @@ class PeerProfile:
     #: With the capability switchover-ack, a destination whose devices need no acknowledgement sends one SWITCHOVER_ACK;
     #: if off, none. If one is missing, such a source waits for ever. If there is one too many, QEMU 11.1 fails.
     switchover_ack_legacy: Annotated[bool, Flag()] = True
-    #: The synchronisation of the channels of the capability multifd (not built yet), and the channel of zero pages:
+    #: The synchronisation of the data channels of the capability multifd, and the connection of zero pages:
     #: ``7.2`` at the end of each section, ``8.1`` once for each pass, ``9.0`` also with zero pages in the channels.
     multifd_scheme: Annotated[Literal["7.2", "8.1", "9.0"], Choice(("7.2", "8.1", "9.0"))] = "7.2"
     #: The machine type of the guest decides the switches that are not in :attr:`explicit` and have their default here.
@@ -98,7 +98,7 @@ class PeerProfile:
 _TYPES: Final = types_of(PeerProfile)
 #: The switches by their Python names, and in their written form.
 _FIELDS: Final = tuple(name for name in _TYPES if name not in ("name", "by_machine"))
-#: The multifd scheme comes only with the profile: it has no effect before the capability is built.
+#: The multifd scheme comes only with the profile: no source has a switch for it.
 _SWITCHES: Final = tuple(qmp_name(name) for name in _FIELDS if name != "multifd_scheme")
 #: The switches that can be seen in the stream itself.
 _SEEN: Final = frozenset({"send_configuration", "send_section_footer", "store_global_state"})

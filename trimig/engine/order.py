@@ -27,6 +27,7 @@ _ITEMS: Final = MappingProxyType(
         ev.Configuration: Item.CONFIGURATION,
         ev.RamList: Item.RAM_LIST,
         ev.RamEnd: Item.RAM_END,
+        ev.RamSync: Item.RAM_SYNC,
         ev.DevicePayload: Item.PAYLOAD,
         ev.SectionFooter: Item.FOOTER,
         ev.TailBytes: Item.TAIL,

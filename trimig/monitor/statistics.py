@@ -184,6 +184,8 @@ class Counters:
     #: bytes of their records.
     encoded: int = 0
     encoded_bytes: int = 0
+    #: Bytes of the data channels of multifd, sent (source) or received (destination).
+    multifd_bytes: int = 0
     #: Members of query-migrate that only one capability has, by name: each capability adds its own. A destination shows
     #: them when it has completed, a source from the first copy on.
     members: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)
@@ -319,7 +321,7 @@ def _ram(c: Counters, end: float, *, completed: bool) -> dict[str, Any]:
         "dirty-sync-count": c.dirty_sync_count,
         "postcopy-requests": c.page_requests,
         "page-size": PAGE_SIZE,
-        "multifd-bytes": 0,
+        "multifd-bytes": c.multifd_bytes,
         "pages-per-second": round(c.pages_per_second),
         "precopy-bytes": at_pause,
         "downtime-bytes": at_postcopy - at_pause,

@@ -27,6 +27,7 @@ from .events import (
     PageElement,
     RamEnd,
     RamList,
+    RamSync,
     SectionFooter,
     SectionHeader,
     TailBytes,
@@ -42,6 +43,8 @@ _TAG32 = struct.Struct(">BI")
 
 #: The word that ends the records of a RAM section.
 END_WORD = _BE64.pack(RamFlag.EOS)
+#: The word behind which a receiver waits until each data channel of multifd has come to its packet with SYNC.
+SYNC_WORD = _BE64.pack(RamFlag.MULTIFD_FLUSH)
 
 Words = NDArray[np.uint64]
 
@@ -225,6 +228,8 @@ class Encoder:
                 return event.records(self._records)
             case RamEnd():
                 return END_WORD
+            case RamSync():
+                return SYNC_WORD
             case DevicePayload(payload=payload):
                 return payload
             case TailBytes(data=data):
@@ -239,6 +244,7 @@ class Encoder:
 __all__ = [
     "END_WORD",
     "RAM_VERSION",
+    "SYNC_WORD",
     "Encoder",
     "RecordWriter",
     "command",

@@ -168,6 +168,11 @@ class RamEnd(Element):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RamSync(Element):
+    """The word behind which a receiver waits until each data channel of multifd has come to its packet with SYNC."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePayload(Element):
     """The whole payload of a FULL section of a device whose length could be measured."""
 

@@ -14,7 +14,7 @@ import trio
 
 from ...channel.channels import Channels
 from ...channel.reception import Reception
-from ...errors import Owner, StateError
+from ...errors import ConfigError, Owner, StateError
 from ...guest import Guest, OpaqueGuest, StoringGuest
 from ...monitor import blockers
 from ...owner import refusal
@@ -49,6 +49,8 @@ async def receive_stream(guest: Guest, connections: Connections, config: Config,
     **Cancellation:** before the decision the source keeps its guest. After the decision this side owns the guest, and the
     call ends within ``teardown_grace``.
     """
+    if config.capabilities.multifd:
+        raise ConfigError("this version of trimig cannot receive with multifd yet: turn multifd off", name="multifd")
     guest.claim("an incoming migration")
     try:
         if guest.owner is Owner.UNKNOWN:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...channel.channels import PREEMPT, Beside
+from ...channel.channels import MULTIFD, PREEMPT, Beside
 from ...guest import PAGE_SIZE, PageBitmap, RamBlock
 from ...memory.tracking import snapshot_of
 from ...wire import events as ev
 from ...wire import postcopy as wire_postcopy
+from ...wire.pages import multifd
 from ...wire.pages.sink import put
 from .. import guest_calls
 from ..ram.records import PageSender
@@ -45,10 +46,14 @@ def at_least_one(unsent: Sequence[PageBitmap]) -> None:
 
 def beside_of(config: Config) -> tuple[Beside, ...]:
     """The connections beside the main one on which pages go."""
-    if not config.capabilities.postcopy_preempt:
-        return ()
-    early = config.peer.preempt_pre_7_2
-    return (Beside(kind=PREEMPT, capability="postcopy-preempt", count=1, early=early),)
+    wanted = []
+    if config.capabilities.multifd:
+        count = config.parameters.multifd_channels
+        wanted.append(Beside(kind=MULTIFD, capability="multifd", count=count, early=True, magic=multifd.MAGIC))
+    if config.capabilities.postcopy_preempt:
+        early = config.peer.preempt_pre_7_2
+        wanted.append(Beside(kind=PREEMPT, capability="postcopy-preempt", count=1, early=early))
+    return tuple(wanted)
 
 
 class RamSection:

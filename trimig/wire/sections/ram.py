@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from ...errors import RemoteProtocolError
 from ...guest import PAGE_SIZE
 from ..constants import RamFlag, Section
-from ..events import Element, PageElement, PageRun, RamEnd, RamList, SectionHeader
+from ..events import Element, PageElement, PageRun, RamEnd, RamList, RamSync, SectionHeader
 from ..pages.mixed import read_mixed
 from ..pages.plain import FIRST_LOOK, PAGE_AGAIN, RECORD, ZERO_AGAIN, ZERO_RECORD, read_pages, read_zeros
 from ..refusals import Unsupported, wrong_page_size
@@ -50,7 +50,6 @@ _NOT_BUILT: Final[Mapping[int, str]] = MappingProxyType(
         RamFlag.XBZRLE: "a delta-encoded page (capability xbzrle)",
         RamFlag.COMPRESS_PAGE: "a compressed page (capability compress)",
         RamFlag.HOOK: "a record private to the RDMA transport",
-        RamFlag.MULTIFD_FLUSH: "a synchronisation mark of multifd channels (capability multifd)",
         RamFlag.FULL: "an obsolete FULL record",
     }
 )
@@ -62,10 +61,14 @@ class RamReader:
     Args:
         state: of the stream's pages.
         encodings: as :data:`ENCODINGS`.
+        multifd: pages may come on data channels too, so that the stream may have :class:`trimig.wire.events.RamSync`.
     """
 
-    def __init__(self, state: PageState, encodings: Mapping[int, PageEncoding] = ENCODINGS) -> None:
+    def __init__(
+        self, state: PageState, encodings: Mapping[int, PageEncoding] = ENCODINGS, *, multifd: bool = False
+    ) -> None:
         self._state = state
+        self._multifd = multifd
         self._encodings = encodings
         self._queued: Element | None = None
         self._expect_list = False
@@ -121,6 +124,9 @@ class RamReader:
                 raise RemoteProtocolError("RAM START without a size list", offset=offset, section="ram")
             self._ended = True
             return RamEnd(at=offset), 8
+        if flags == RamFlag.MULTIFD_FLUSH and self._multifd:
+            self._state.end_run()
+            return RamSync(at=offset), 8
         if flags == RamFlag.MEM_SIZE and self._expect_list:
             return self._size_list(window, word & ~_FLAGS)
         raise self._refuse(word, offset)
@@ -175,6 +181,13 @@ class RamReader:
         if (size := self._state.sizes.of_flags(word)) is not None:
             return wrong_page_size(size, offset=offset, section="ram")
         flags = word & _FLAGS
+        if flags == RamFlag.MULTIFD_FLUSH:
+            return Unsupported(
+                "a synchronisation mark of multifd channels (capability multifd), and multifd is off here: turn it on here, or "
+                "off at the source",
+                offset=offset,
+                section="ram",
+            )
         known = _NOT_BUILT.get(flags & ~_CONTINUE)
         if known is not None:
             return Unsupported(f"{known}, which is not supported yet (flags {flags:#x})", offset=offset, section="ram")
