@@ -10,6 +10,7 @@ import trio
 
 from .. import formats
 from ..errors import GuestFailed, MigrationError, TrimigError
+from ..guest import MortalGuest
 
 T = TypeVar("T")
 
@@ -71,6 +72,19 @@ async def call(what: str, function: Callable[[], Awaitable[T]], seconds: float) 
             return await function()
     assert limit.cancelled_caught
     raise GuestFailed(f"{what} took longer than {formats.duration(seconds)}")
+
+
+async def watch_guest(guest: MortalGuest) -> None:
+    """Wait until *guest* is lost, or has ended in order.
+
+    Raises:
+        GuestFailed: it is lost, and this side owns it.
+
+    **Cancellation:** no effect.
+    """
+    await guest.wait_lost()
+    if (lost := guest.lost) is not None:
+        raise GuestFailed(lost)
 
 
 async def bring_back(what: str, call: Callable[[], Awaitable[None]], grace: float) -> GuestFailed | None:

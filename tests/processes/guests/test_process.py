@@ -463,3 +463,28 @@ async def test_a_worker_that_cannot_be_started_is_a_failed_guest(monkeypatch: py
     with pytest.raises(GuestFailed, match="could not be started"):
         async with a_guest():
             pytest.fail("it was opened")
+
+
+async def test_a_worker_that_dies_ends_the_migration_at_once() -> None:
+    """The pass would take hours, and no call is made to the worker in it."""
+    config = trimig.Config(parameters=trimig.Parameters(max_bandwidth=4096))
+    async with a_guest() as guest:
+        near, far = virtual_link()
+        monitor = trimig.Monitor()
+        failures: list[GuestFailed] = []
+
+        async def migrate() -> None:
+            with pytest.raises(GuestFailed, match=r"its worker has died .*signal 9 \(SIGKILL\)") as caught:
+                await trimig.migrate(guest, near, config, monitor=monitor)
+            failures.append(caught.value)
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(migrate)
+                while not monitor.counters.normal:  # noqa: ASYNC110 - the first batch has no event
+                    await trio.sleep(0.002)
+                os.kill(guest.pid, signal.SIGKILL)
+        assert monitor.status is trimig.Status.FAILED
+        assert guest.run_state == "internal-error"
+        assert failures
+        await far.aclose()

@@ -13,10 +13,12 @@ import trio
 
 from ...channel.channels import Channels
 from ...errors import ConfigError
+from ...guest import MortalGuest
 from ...monitor import blockers
 from ...owner import check_here
 from ...status import Role
 from ..device_writer import profile_of
+from ..guest_calls import watch_guest
 from ..outcome import Outcome
 from ..phase import phase
 from ..sections.table import make_handlers
@@ -100,6 +102,8 @@ async def _phases(out: Outgoing, nursery: trio.Nursery) -> None:
 def _start_children(out: Outgoing, nursery: trio.Nursery) -> None:
     """Start the tasks that run beside the phases. All of them end with the attempt's nursery."""
     nursery.start_soon(out.link.limiter.run, name="trimig.limiter")
+    if isinstance(out.guest, MortalGuest):
+        nursery.start_soon(watch_guest, out.guest, name="trimig.guest")
     if out.link.asks:
         nursery.start_soon(out.link.reader.run, name="trimig.return_path")
     if out.link.answers:
