@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+import trimig.stream
 from tests.guests.saved import stream
 from trimig import cli
+from trimig.errors import Ownership
 
 
 def invoke(*words: object) -> Result:
@@ -150,3 +152,40 @@ def test_an_empty_name_is_wrong_usage(words: tuple[str, ...], tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     result = invoke(*(word.format("") for word in words))
     assert (result.exit_code, "an empty name" in result.stderr) == (2, True), result.stderr
+
+
+@pytest.mark.parametrize("command", ["export", "holes", "merge"])
+def test_a_file_that_another_trimig_holds_is_not_replaced(command: str, guest: Path, tmp_path: Path) -> None:
+    out = tmp_path / "other"
+    out.write_bytes(stream())
+    with trimig.stream.locked(out):
+        result = written(command, guest, out, "--force")
+    assert (result.exit_code, f"{out} is held by another trimig" in result.stderr) == (1, True), result.stderr
+    assert out.read_bytes() == stream()
+
+
+def test_an_export_is_not_taken_for_the_guest_that_had_its_name(guest: Path, tmp_path: Path) -> None:
+    out = tmp_path / "other"
+    out.write_bytes(stream())
+    trimig.stream.write_record(out, trimig.stream.OwnerRecord.now(Ownership.DESTINATION, "tcp:b:1"))
+    assert written("export", guest, out, "--force").exit_code == 0
+    assert trimig.stream.read_record(out) is None
+
+
+def test_a_guest_sent_into_a_file_does_not_replace_one_whose_owner_is_not_known(guest: Path, tmp_path: Path) -> None:
+    out = tmp_path / "other"
+    out.write_bytes(b"x")
+    trimig.stream.write_record(out, trimig.stream.OwnerRecord.now(Ownership.UNKNOWN, "tcp:b:1"))
+    result = invoke("send", guest, f"file:{out}")
+    assert (result.exit_code, "no answer came" in result.stderr) == (3, True), result.stderr
+    assert out.read_bytes() == b"x"
+
+
+def test_a_guest_sent_into_a_file_gets_a_record_of_its_own(guest: Path, tmp_path: Path) -> None:
+    out = tmp_path / "other"
+    out.write_bytes(stream())
+    trimig.stream.write_record(out, trimig.stream.OwnerRecord.now(Ownership.DESTINATION, "tcp:b:1"))
+    result = invoke("send", guest, f"file:{out}")
+    assert result.exit_code == 0, result.stderr
+    assert trimig.stream.read_record(out) is None
+    assert trimig.stream.read_record(guest) is not None

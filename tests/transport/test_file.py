@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -16,11 +17,11 @@ import trio.testing
 
 import trimig
 from tests.conftest import LeakCheck
-from trimig import transport
+from trimig import stream, transport
 from trimig.channel.channel import Channel, Delivering
 from trimig.channel.offload import limiter
 from trimig.config import Config
-from trimig.errors import ConfigError, TransportFailed
+from trimig.errors import ConfigError, StateError, TransportFailed
 from trimig.testing import ScriptedGuest
 from trimig.transport import file
 
@@ -423,3 +424,20 @@ async def test_new_file_of_a_migration_stays_and_that_of_a_cancelled_one_does_no
     assert check.leaks() == []
     await trimig.migrate(guest, f"file:{tmp_path}/guest")
     assert (tmp_path / "guest").stat().st_size > 0
+
+
+async def test_file_that_another_trimig_holds_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "guest"
+    path.write_bytes(b"a guest")
+    with stream.locked(path), pytest.raises(TransportFailed, match="another trimig holds it"):
+        await file.connect(str(path), Config())
+    assert path.read_bytes() == b"a guest"
+    await write(str(path))
+    assert path.read_bytes() == DATA
+
+
+async def test_file_that_is_written_is_held(tmp_path: Path) -> None:
+    path = tmp_path / "guest"
+    async with await file.connect(str(path), Config()):
+        with contextlib.ExitStack() as stack, pytest.raises(StateError, match="held by another trimig"):
+            stack.enter_context(stream.locked(path))

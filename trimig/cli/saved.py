@@ -41,10 +41,21 @@ def replacing(file: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if file.is_file():
             stack.enter_context(stream.locked(file))
-        record = stream.read_record(file)
-        if record is not None and record.owner is Ownership.UNKNOWN:
-            raise unsettled(file, record)
+        check_settled(file)
         yield
+
+
+def check_settled(file: Path) -> None:
+    """Refuse to lose the guest in *file*, if there is one whose owner is not known.
+
+    Raises:
+        trimig.HandoverUncertain: the owner of the guest in it is not known.
+        trimig.StateError: its record is damaged.
+        OSError: the record cannot be read.
+    """
+    record = stream.read_record(file)
+    if record is not None and record.owner is Ownership.UNKNOWN:
+        raise unsettled(file, record)
 
 
 def forget_record(file: Path) -> None:

@@ -1,7 +1,7 @@
 """``file:PATH[,offset=N]``: the stream in a file, with the bytes of the wire; newer QEMUs have the same.
 
 The bytes before the offset belong to another program and stay; the bytes behind it are replaced. The migration succeeds
-when the disk has the stream, not when the page cache has it. A file that was made for a migration that
+when the disk has the stream, not when the page cache has it. The file is locked meanwhile (flock). A file that was made for a migration that
 then failed is removed. A file that existed before keeps only the bytes before the offset, so that half a
 stream is never taken for a whole one.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import re
@@ -275,7 +276,7 @@ async def connect(rest: str, config: Config) -> FileSender:
 
     Raises:
         ConfigError: no path, or a bad offset.
-        TransportFailed: the path cannot be opened, or is no file.
+        TransportFailed: the path cannot be opened, is no file, or another trimig holds the file.
 
     **Cancellation:** no file has been made.
     """
@@ -313,6 +314,7 @@ _FLAGS: Final = os.O_CLOEXEC | os.O_NONBLOCK
 def _open_to_write(path: str, offset: int) -> tuple[int, int | None]:
     fd, created = _open_or_create(path)
     try:
+        _lock(path, fd)
         if not _check_kind(path, fd) or created:
             return fd, None if created else 0
         _keep_private(path, fd, offset)
@@ -322,6 +324,16 @@ def _open_to_write(path: str, offset: int) -> tuple[int, int | None]:
     except BaseException:
         os.close(fd)
         raise
+
+
+def _lock(path: str, fd: int) -> None:
+    """Hold the file until it is closed, as every trimig holds the file of its guest."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise TransportFailed(
+            f"cannot write file:{path}: another trimig holds it (send, settle, receive, run or migrate); end that one first"
+        ) from None
 
 
 def _keep_private(path: str, fd: int, offset: int) -> None:

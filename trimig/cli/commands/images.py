@@ -62,7 +62,14 @@ def export(
     if out != "-":
         _check_new(Path(out), force, "--out")
     job = functools.partial(_export, file, block, out, partial or holes is not None, holes, force, as_json)
-    return run(job, as_json=as_json)
+    with contextlib.ExitStack() as stack:
+        for written in (holes, None if out == "-" else Path(out)):
+            if written is not None:
+                stack.enter_context(saved.replacing(written))
+        code = run(job, as_json=as_json)
+        if code == DONE and out != "-":
+            saved.forget_record(Path(out))
+        return code
 
 
 def _check_new(path: Path, force: bool, option: str) -> None:

@@ -195,7 +195,7 @@ def send(
     postcopy.refuse_pause(config, "send")
     schedule = None if postcopy_after is None else postcopy.PostcopySchedule(after=postcopy_after)
     config = postcopy.recovering(config, recover_for)
-    _check_elsewhere(file, *transport.check(uri))
+    target = _target_file(file, *transport.check(uri))
     with stream.locked(file):
         record = stream.read_record(file)
         if record is not None and record.owner is Ownership.UNKNOWN:
@@ -209,16 +209,24 @@ def send(
         job = functools.partial(_send, file, uri, record, config, schedule, as_json, monitor)
         truth = functools.partial(postcopy.PostcopyInterrupts.truth, monitor)
         doing = functools.partial(words_for, monitor, file)
-        return run(
+        code = run(
             job, as_json=as_json, doing=doing, decide=postcopy.PostcopyInterrupts.of(monitor).decide, truth=truth
         )
+        if code == DONE and target is not None:
+            with stream.locked(target):
+                saved.forget_record(target)
+        return code
 
 
-def _check_elsewhere(file: Path, scheme: str, rest: str) -> None:
-    """Refuse to send the guest onto its own file: the file would be cut off, and removed if anything fails."""
+def _target_file(file: Path, scheme: str, rest: str) -> Path | None:
+    """The file that the guest goes into; None if *rest* is no file. Refuse one whose guest would be lost."""
+    if scheme != "file":
+        return None
     there = Path(rest.partition(",offset=")[0])
-    if scheme == "file" and there.exists() and file.exists() and there.samefile(file):
+    if there.exists() and file.exists() and there.samefile(file):
         raise click.BadParameter(f"file:{rest} is FILE itself: the guest in it would be lost", param_hint="URI")
+    saved.check_settled(there)
+    return there
 
 
 async def _send(
