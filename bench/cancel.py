@@ -30,6 +30,7 @@ from bench.figures import format_table
 from bench.measure import percentile
 from bench.memory import fill_in_fork
 from bench.trimig_side import add_machine, make_config
+from trimig.errors import Owner
 
 #: The most migrations for one timed point: a very short switchover leaves little room for a cancel.
 MAX_ATTEMPTS = 4
@@ -82,6 +83,12 @@ class WatchedGuest(trimig.AppGuest):
         self.stopping = trio.Event()
         self.stopped_at: float | None = None
         self.resumed_at: float | None = None
+
+    async def take_back(self) -> None:
+        """Own and run the guest again after a completed migration; the destination throws its guest away."""
+        if self.owner is not Owner.HERE:
+            self._owner.set(Owner.HERE)
+        await self.resume()
 
     async def pause(self) -> None:
         self.stopped_at = time.perf_counter()
@@ -161,7 +168,7 @@ async def _run_points(
     if await _attempt(guest, child, never) is not None or guest.stopped_at is None:
         raise BenchError("the undisturbed migration did not complete")
     total, stopped_after = time.perf_counter() - began, guest.stopped_at - began
-    await guest.resume()
+    await guest.take_back()
     done: list[Point] = []
     attempts = 0
     while len(done) < points and attempts < MAX_ATTEMPTS * points:
@@ -172,7 +179,7 @@ async def _run_points(
         point = await _attempt(guest, child, moment)
         attempts += 1
         if point is None:
-            await guest.resume()
+            await guest.take_back()
         else:
             done.append(point)
         progress(f"{len(done)}/{points} points: {describe(point)}")
