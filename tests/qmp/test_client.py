@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -236,3 +237,10 @@ async def test_cancelled_after_any_number_of_steps_nothing_is_left(steps: int) -
     assert trio.lowlevel.current_statistics().tasks_living == living
     with pytest.raises(trio.ClosedResourceError):
         await ours.send_all(b"x")
+
+
+async def test_address_without_a_server(tmp_path: Path) -> None:
+    for address in (f"unix:{tmp_path}/none", "tcp:127.0.0.1:1"):
+        with pytest.raises(TransportFailed, match=r"\(does a QEMU or a trimig run with this QMP address\?\)"):
+            async with qmp.connect(address):
+                raise AssertionError("it was taken")

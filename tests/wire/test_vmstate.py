@@ -426,3 +426,12 @@ def test_arbitrary_bytes_give_a_state_or_one_typed_error(data: bytes) -> None:
         assert MIXED.decode(MIXED.encode(state)) == state
     else:
         assert refusal.section == "here"
+
+
+def test_fields_of_a_nested_structure_may_be_a_list() -> None:
+    inner = VMState("inner", fields=[Field("x", "uint8"), Field("y", "uint16")])
+    outer = VMState("outer", fields=[Field("pair", inner), Field("pairs", inner, count=2)], subsections=[])
+    state = {"pair": {"x": 1, "y": 2}, "pairs": [{"x": 3, "y": 4}, {"x": 5, "y": 6}]}
+    data = outer.encode(state)
+    assert data == bytes.fromhex("01 0002 03 0004 05 0006")
+    assert outer.decode(data) == state

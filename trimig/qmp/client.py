@@ -30,6 +30,7 @@ EVENT_BACKLOG: Final = 1024
 #: The schema of a QEMU is some hundred KiB.
 _MAX_MESSAGE: Final = 64 << 20
 _READ_BYTES: Final = 1 << 16
+_MISSING: Final = "does a QEMU or a trimig run with this QMP address?"
 
 Message = dict[str, Any]
 
@@ -302,7 +303,7 @@ def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
 async def _open(address: str) -> trio.abc.Stream:
     kind, colon, rest = address.partition(":")
     if colon and kind == "unix":
-        return await unix.connect(rest, Config())
+        return await unix.connect(rest, Config(), missing=_MISSING)
     if colon and kind == "tcp":
-        return await tcp.connect(rest, Config())
+        return await tcp.connect(rest, Config(), missing=_MISSING)
     raise ConfigError(f"{address!r} is no address of a QMP socket: unix:PATH or tcp:HOST:PORT", name="qmp")

@@ -6,13 +6,16 @@ import abc
 import dataclasses
 import enum
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 if TYPE_CHECKING:
     import trio
 
     from ..channel.channel import AnyStream
     from ..config.config import Config
+
+#: The question in the error of a connection that no process accepts.
+DESTINATION_MISSING: Final = "does a destination listen there?"
 
 
 class Listener(abc.ABC):

@@ -13,7 +13,7 @@ import trio
 
 from ..errors import ConfigError, TransportFailed
 from ._inet import Families, addresses, open_listeners, split
-from ._interface import Listener, Transport
+from ._interface import DESTINATION_MISSING, Listener, Transport
 
 if TYPE_CHECKING:
     from ..config.config import Config
@@ -64,8 +64,11 @@ def _uri(host: str, port: int) -> str:
     return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
 
 
-async def connect(rest: str, config: Config) -> trio.SocketStream:
+async def connect(rest: str, config: Config, *, missing: str = DESTINATION_MISSING) -> trio.SocketStream:
     """Connect, trying all addresses of a name.
+
+    Args:
+        missing: a question for the error when the connection is refused.
 
     Raises:
         ConfigError: bad address.
@@ -77,7 +80,7 @@ async def connect(rest: str, config: Config) -> trio.SocketStream:
     try:
         stream = await _dial(host or "localhost", port, split(rest)[1])
     except OSError as error:
-        raise TransportFailed(f"cannot connect to {_uri(host, port)}: {_reason(error)}") from error
+        raise TransportFailed(f"cannot connect to {_uri(host, port)}: {_reason(error, missing)}") from error
     _keep_alive(stream.socket)
     return stream
 
@@ -220,7 +223,7 @@ def _is_taken(error: BaseException) -> bool:
     return taken or (error.__cause__ is not None and _is_taken(error.__cause__))
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: OSError, missing: str = DESTINATION_MISSING) -> str:
     """The reason of an error of the system; trio puts the errors of several addresses in a group."""
     cause: BaseException | None = error.__cause__
     if isinstance(error, socket.gaierror):
@@ -231,7 +234,7 @@ def _reason(error: OSError) -> str:
     if first.errno == errno.EADDRINUSE:
         return "the port is in use"
     if first.errno == errno.ECONNREFUSED:
-        return "connection refused (does a destination listen there?)"
+        return f"connection refused ({missing})"
     return first.strerror or str(first)
 
 

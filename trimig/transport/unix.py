@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from ..errors import ConfigError, TransportFailed
-from ._interface import Listener, Transport
+from ._interface import DESTINATION_MISSING, Listener, Transport
 
 if TYPE_CHECKING:
     from ..config.config import Config
@@ -37,8 +37,11 @@ def parse(path: str) -> str:
     return path
 
 
-async def connect(rest: str, config: Config) -> trio.SocketStream:
+async def connect(rest: str, config: Config, *, missing: str = DESTINATION_MISSING) -> trio.SocketStream:
     """Connect.
+
+    Args:
+        missing: a question for the error when no process listens there.
 
     Raises:
         ConfigError: bad path.
@@ -50,7 +53,7 @@ async def connect(rest: str, config: Config) -> trio.SocketStream:
     try:
         stream = await trio.open_unix_socket(path)
     except OSError as error:
-        hint = " (does a destination listen there?)" if error.errno in _NO_LISTENER else ""
+        hint = f" ({missing})" if error.errno in _NO_LISTENER else ""
         raise TransportFailed(f"cannot connect to unix:{path}: {error.strerror or error}{hint}") from error
     try:
         stream.socket.getpeername()

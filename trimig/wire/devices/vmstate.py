@@ -216,6 +216,8 @@ class VMState:
     def __post_init__(self) -> None:
         if self.minimum_version < 0:
             object.__setattr__(self, "minimum_version", self.version)
+        object.__setattr__(self, "fields", tuple(self.fields))
+        object.__setattr__(self, "subsections", tuple(self.subsections))
         for subsection in self.subsections:
             name = subsection.vmstate.name
             if not name.startswith(self.name) or name == self.name or len(name.encode()) > MAX_CSTR:
@@ -367,8 +369,7 @@ class VMState:
     # Loading.
 
     def _load_versioned(self, cursor: _Cursor, version: int | None, local: Mapping[str, Any]) -> dict[str, Any]:
-        if version is None:
-            version = self.version
+        version = self.version if version is None else version
         if not self.minimum_version <= version <= self.version:
             raise RemoteProtocolError(
                 f"version {version} of {self.name!r} cannot be read, only {self.minimum_version} to {self.version}",
@@ -399,9 +400,8 @@ class VMState:
             if field.type != "unused_buffer":
                 state[field.name] = value
         if self.subsections:
-            while (subsection := self._next_subsection(cursor)) is not None:
-                inner, inner_version = subsection
-                inner._load(cursor, inner_version, state, local, path)
+            while (found := self._next_subsection(cursor)) is not None:
+                found[0]._load(cursor, found[1], state, local, path)
 
     def _next_subsection(self, cursor: _Cursor) -> tuple[VMState, int] | None:
         """The subsection that begins here; None if these bytes belong to another structure (vmstate.md part 3)."""
