@@ -260,7 +260,7 @@ def test_members_for_machines_name_their_units(capsys: pytest.CaptureFixture[str
     assert (record["eta_ms"], record["elapsed_ms"], record["expected_downtime_ms"]) == (None, 12_000, 1125)
     for name, value in record.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            assert re.search(r"_(bytes|bytes_per_s|ms)$|^iteration$", name), name
+            assert re.search(r"_(bytes|bytes_per_s|ms)$|^iteration$|^data_channels$", name), name
 
 
 def test_receiver_waits_for_a_source_until_one_has_come() -> None:
@@ -345,3 +345,12 @@ def test_context_of_views_gives_the_streams_back(monkeypatch: pytest.MonkeyPatch
     with contextlib.suppress(KeyError), open_view(as_json=False):
         raise KeyError
     assert sys.stderr is terminal
+
+
+def test_data_channels_are_shown_beside_the_rate() -> None:
+    """S13: how many there are, for people and for machines."""
+    now = dataclasses.replace(FIRST, data_channels=2, multifd=63 * MiB)
+    assert "40 MiB/s sent over 2 data channels (limit 40 MiB/s)" in now.sentence
+    assert "over" not in FIRST.sentence
+    record = now.record()
+    assert (record["data_channels"], record["multifd_bytes"]) == (2, 63 * MiB)

@@ -320,7 +320,23 @@ class Channel:
         first = (keep.ctypes.data, len(lead)) if lead else None
         await self._write(vectored.Records(words.ctypes.data, 8, addresses, PAGE_SIZE, first))
 
-    async def _write(self, records: vectored.Records) -> None:
+    async def send_pieces(self, vector: vectored.Vector) -> None:
+        """Send bytes from where they lie in memory. The kernel reads them there; for other streams they are copied once.
+
+        Args:
+            vector: address and size in bytes of each piece, shape (n, 2), at least one. It is used up. The caller keeps the
+                memory.
+
+        **Cancellation:** as for :meth:`send`, and :meth:`mend` does not know the rest.
+        """
+        if self._socket is None:
+            for part in vectored.copied(vector, self._room()):
+                await self.send(part)
+            return
+        self._check()
+        await self._write(vectored.Pieces(vector))
+
+    async def _write(self, records: vectored.Records | vectored.Pieces) -> None:
         assert self._socket is not None
         fd = self._socket.fileno()
         try:
@@ -341,7 +357,7 @@ class Channel:
                     await trio.lowlevel.checkpoint()
                     turn = self.sent
         except trio.Cancelled:
-            self._unfinished = records.rest_of_record()
+            self._unfinished = records.rest_of_record() if isinstance(records, vectored.Records) else None
             raise
         except (OSError, trio.ClosedResourceError) as error:
             raise TransportFailed(f"the connection broke while sending: {_cause(error)}") from error
@@ -355,9 +371,7 @@ class Channel:
         """The records in one buffer, for streams that take only bytes."""
         count = len(words)
         extra = max(0, len(lead) - 8)
-        if self._staging is None:
-            self._staging = np.empty(_STAGED_PAGES * (8 + PAGE_SIZE) + 256, np.uint8)
-        buffer = self._staging[: extra + count * (8 + PAGE_SIZE)]
+        buffer = self._room()[: extra + count * (8 + PAGE_SIZE)]
         records = buffer[extra:].reshape(count, 8 + PAGE_SIZE)
         records[:, :8] = words.view(np.uint8).reshape(count, 8)
         first, last = int(indices[0]), int(indices[-1])
@@ -368,6 +382,11 @@ class Channel:
         if lead:
             buffer[: len(lead)] = np.frombuffer(lead, np.uint8)
         return buffer.data
+
+    def _room(self) -> NDArray[np.uint8]:
+        if self._staging is None:
+            self._staging = np.empty(_STAGED_PAGES * (8 + PAGE_SIZE) + 256, np.uint8)
+        return self._staging
 
     async def receive_into(self, view: memoryview, *, stall_timeout: float | None = None, bulk: bool = False) -> int:
         """Read at least one byte into *view*; 0 at the end of the stream.

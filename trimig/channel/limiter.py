@@ -78,6 +78,12 @@ class Limiter:
         """*pages* PAGE records were allowed, and they took *sent* bytes: zero pages take less than others."""
         self._budget.give_back(max(0, pages * _RECORD - sent))
 
+    def refund(self, count: int) -> None:
+        """*count* bytes of those that were spent have not been sent."""
+        if count > 0:
+            self._budget.give_back(count)
+            self._wake()
+
     async def bytes(self, count: int) -> None:
         """Wait until *count* bytes (small against a window) may be sent, and spend them.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
@@ -104,6 +105,66 @@ class Records:
             self._vector[element, 0] += np.uint64(more)
             self._vector[element, 1] -= np.uint64(more)
         self._element, self._cut = element, inside
+
+
+class Pieces:
+    """A vector of pieces of any size, with the count of bytes that were sent or received.
+
+    Args:
+        vector: address and size of each piece, shape (n, 2), no size 0. It is used up.
+    """
+
+    __slots__ = ("_cut", "_element", "_ends", "_vector", "done", "size")
+
+    def __init__(self, vector: Vector) -> None:
+        self._vector = vector
+        self._ends = np.cumsum(vector[:, 1]).astype(np.int64)
+        self._element = 0
+        self._cut = 0
+        #: Bytes of the whole vector.
+        self.size = int(self._ends[-1])
+        #: Bytes that were sent or received.
+        self.done = 0
+
+    @property
+    def left(self) -> int:
+        """Bytes that were not yet sent or received."""
+        return self.size - self.done
+
+    @property
+    def rest(self) -> Vector:
+        """The elements that were not yet sent or received completely; the first one is shortened to its rest."""
+        return self._vector[self._element :]
+
+    def advance(self, count: int) -> None:
+        """Count *count* more bytes as sent or received."""
+        self.done += count
+        element = int(np.searchsorted(self._ends, self.done, "right"))
+        if element == len(self._ends):
+            self._element = element
+            return
+        inside = self.done - (int(self._ends[element - 1]) if element else 0)
+        more = inside - (self._cut if element == self._element else 0)
+        if more:
+            self._vector[element, 0] += np.uint64(more)
+            self._vector[element, 1] -= np.uint64(more)
+        self._element, self._cut = element, inside
+
+
+def copied(vector: Vector, room: NDArray[np.uint8]) -> Iterator[memoryview]:
+    """Copy the bytes that *vector* names through *room*: yields what *room* holds, as often as is needed."""
+    start, held = room.ctypes.data, 0
+    for address, size in vector.tolist():
+        taken = 0
+        while taken < size:
+            part = min(size - taken, len(room) - held)
+            ctypes.memmove(start + held, address + taken, part)
+            held, taken = held + part, taken + part
+            if held == len(room):
+                yield room.data
+                held = 0
+    if held:
+        yield room[:held].data
 
 
 def _call(function: str, fd: int, vector: Vector) -> int | None:

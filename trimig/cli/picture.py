@@ -64,6 +64,10 @@ class Picture:
     converging: bool | None = None
     reason: str = ""
     advice: tuple[str, ...] = ()
+    #: Open connections for pages beside the main one (multifd).
+    data_channels: int = 0
+    #: Bytes of :attr:`sent` that went over them.
+    multifd: int = 0
 
     @property
     def phase(self) -> str:
@@ -82,7 +86,8 @@ class Picture:
     def limit(self) -> str:
         """The bytes sent in a second, and the limit."""
         speed = f"{formats.rate(self.bandwidth)} sent" if self.bandwidth else "no rate measured yet"
-        return f"{speed} ({formats.bandwidth_limit(self.max_bandwidth)})"
+        over = f" over {formats.counted(self.data_channels, 'data channel')}" if self.data_channels else ""
+        return f"{speed}{over} ({formats.bandwidth_limit(self.max_bandwidth)})"
 
     @property
     def time_left(self) -> str:
@@ -149,6 +154,8 @@ class Picture:
             "converging": self.converging,
             "reason": self.reason,
             "advice": list(self.advice),
+            "data_channels": self.data_channels,
+            "multifd_bytes": self.multifd,
         }
 
     @classmethod
@@ -217,6 +224,8 @@ class Pictures:
             converging=None if why is None or following else why.converging,
             reason="" if why is None or following else why.reason,
             advice=() if why is None or following else why.advice,
+            data_channels=0 if following else s.data_channels,
+            multifd=s.multifd_bytes,
         )
 
     def passed(self, event: Event) -> Picture:

@@ -30,5 +30,7 @@ def summary_record(summary: Summary) -> dict[str, Any]:
         "zero_bytes": summary.zero_pages * 4096,
         "encoded_bytes": summary.encoded_pages * 4096,
         "encoded_sent_bytes": summary.encoded_bytes,
+        "data_channels": summary.data_channels,
+        "multifd_bytes": summary.multifd_bytes,
         "warnings": list(summary.warnings),
     }

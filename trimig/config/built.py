@@ -29,10 +29,7 @@ BUILT: Final[frozenset[str]] = frozenset(
 
 #: Values of parameters that may be chosen; the other values of these parameters need features that are not built.
 BUILT_VALUES: Final[Mapping[str, frozenset[object]]] = {
-    "multifd-compression": frozenset({"none", "zlib", "zstd"}),
     "mode": frozenset({"normal"}),
-    # Without multifd the source finds zero pages itself with either of the two values, as in QEMU.
-    "zero-page-detection": frozenset({"legacy", "multifd"}),
 }
 
 #: Parameters without an effect yet, and the feature that they belong to. They may be set to any legal value, because
@@ -50,8 +47,6 @@ UNREAD: Final[Mapping[str, str]] = {
     "max-cpu-throttle": "the capability auto-converge",
     "x-checkpoint-delay": "the capability x-colo",
     "block-incremental": "the capability block",
-    "multifd-zlib-level": "the capability multifd",
-    "multifd-zstd-level": "the capability multifd",
     "multifd-qatzip-level": "the capability multifd",
     "xbzrle-cache-size": "the capability xbzrle",
     "announce-initial": "the announcement of network cards",

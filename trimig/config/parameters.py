@@ -112,7 +112,9 @@ class Parameters:
     block_bitmap_mapping: Annotated[tuple[NodeAlias, ...] | None, OrNone(Mappings())] = None
     #: Network bandwidth for the last pages and the devices, in bytes per second; 0 for the measured bandwidth.
     avail_switchover_bandwidth: Annotated[int, Size(unit="bytes per second, 0 for what was measured")] = 0
-    #: The place where zero pages are found. ``none`` (send them as data) is not built.
+    #: Where zero pages are found: ``legacy`` and ``none`` send them on the main connection, the latter as data; ``multifd``
+    #: on the data channels of that capability, if the machine type is 9.0 or later. Memory that the guest has never touched
+    #: is always sent as zero pages.
     zero_page_detection: Annotated[str, Choice(("none", "legacy", "multifd"))] = "multifd"
     #: The mode of migration; the others than ``normal`` move a guest to another program on the same host and are not
     #: built.

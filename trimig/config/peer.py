@@ -45,9 +45,13 @@ class PeerProfile:
     #: With the capability switchover-ack, a destination whose devices need no acknowledgement sends one SWITCHOVER_ACK;
     #: if off, none. If one is missing, such a source waits for ever. If there is one too many, QEMU 11.1 fails.
     switchover_ack_legacy: Annotated[bool, Flag()] = True
-    #: The synchronisation of the data channels of the capability multifd, and the connection of zero pages:
-    #: ``7.2`` at the end of each section, ``8.1`` once for each pass, ``9.0`` also with zero pages in the channels.
-    multifd_scheme: Annotated[Literal["7.2", "8.1", "9.0"], Choice(("7.2", "8.1", "9.0"))] = "7.2"
+    #: A destination with this profile can do the capabilities multifd and postcopy-ram together. A QEMU before 10.0 accepts
+    #: both and loses the guest.
+    multifd_postcopy: Annotated[bool, Flag()] = False
+    #: The synchronisation of the channels of the capability multifd, and the channel of zero pages: ``7.2`` at the end of
+    #: each section, ``8.1`` once for each pass, ``9.0`` also with zero pages in the channels. ``2.11`` opens no channel, as
+    #: QEMU's ``x-multifd`` of that time.
+    multifd_scheme: Annotated[Literal["2.11", "7.2", "8.1", "9.0"], Choice(("2.11", "7.2", "8.1", "9.0"))] = "7.2"
     #: The machine type of the guest decides the switches that are not in :attr:`explicit` and have their default here.
     by_machine: Annotated[bool, Flag()] = False
     #: Python names of the switches that were given together with ``by-machine``; they override the machine type.
@@ -98,13 +102,14 @@ class PeerProfile:
 _TYPES: Final = types_of(PeerProfile)
 #: The switches by their Python names, and in their written form.
 _FIELDS: Final = tuple(name for name in _TYPES if name not in ("name", "by_machine"))
-#: The multifd scheme comes only with the profile: no source has a switch for it.
-_SWITCHES: Final = tuple(qmp_name(name) for name in _FIELDS if name != "multifd_scheme")
+_SWITCHES: Final = tuple(qmp_name(name) for name in _FIELDS)
 #: The switches that can be seen in the stream itself.
 _SEEN: Final = frozenset({"send_configuration", "send_section_footer", "store_global_state"})
 
 #: Machine types of 2.4 to 7.2.
 QEMU_7_2: Final = PeerProfile(name="qemu-7.2")
+#: The program QEMU 2.11, with any of its machine types from 2.4 on: its ``x-multifd`` changes nothing.
+QEMU_2_11: Final = dataclasses.replace(QEMU_7_2, name="qemu-2.11", multifd_scheme="2.11")
 #: Machine types of 8.0.
 QEMU_8_0: Final = PeerProfile(name="qemu-8.0", preempt_pre_7_2=False)
 #: Machine types of 8.1 and 8.2.
@@ -114,7 +119,7 @@ QEMU_9_0: Final = dataclasses.replace(QEMU_8_1, name="qemu-9.0", multifd_scheme=
 #: Machine types of 10.0 to 11.0.
 QEMU_10_0: Final = dataclasses.replace(QEMU_9_0, name="qemu-10.0", send_switchover_start=True)
 #: Machine types of 11.1 and later.
-QEMU_11_1: Final = dataclasses.replace(QEMU_10_0, name="qemu-11.1", switchover_ack_legacy=False)
+QEMU_11_1: Final = dataclasses.replace(QEMU_10_0, name="qemu-11.1", switchover_ack_legacy=False, multifd_postcopy=True)
 #: Machine types of 2.3.
 LEGACY_2_3: Final = PeerProfile(
     name="legacy-2.3", send_configuration=False, send_section_footer=False, store_global_state=False
@@ -138,6 +143,7 @@ PEERS: Final[Mapping[str, PeerProfile]] = MappingProxyType(
             BY_MACHINE,
             LEGACY_2_2,
             LEGACY_2_3,
+            QEMU_2_11,
             QEMU_7_2,
             QEMU_8_0,
             QEMU_8_1,

@@ -50,6 +50,16 @@ def opening(guest: Guest, peer: PeerProfile, *, validate_uuid: bool = False) -> 
     return wire.file_header() + wire.configuration(guest.name, subsections)
 
 
+def machine_uuid(guest: Guest) -> bytes:
+    """The UUID of the machine, 16 bytes: that of its stream, or the one that it was given; all zero without one."""
+    if isinstance(guest, OpaqueGuest):
+        for subsection in guest.subsections:
+            if subsection.name == UUID_SUBSECTION:
+                return bytes(subsection.payload)
+    named = guest.uuid if isinstance(guest, IdentifiedGuest) else None
+    return bytes(16) if named is None else uuid.UUID(named).bytes
+
+
 def early_sections(sections: Sequence[DeviceSection], before: str, peer: PeerProfile) -> bytes:
     """The FULL sections that stand in front of the RAM: of its ``list``, or of its first ``pages``, as *before* says."""
     footer = peer.send_section_footer

@@ -113,6 +113,8 @@ class MonitorCore:
             convergence=c.convergence,
             encoded_pages=c.encoded,
             encoded_bytes=c.encoded_bytes,
+            data_channels=c.data_channels,
+            multifd_bytes=c.multifd_bytes,
         )
 
     def info(self) -> dict[str, Any]:

@@ -84,6 +84,10 @@ class Statistics:
     encoded_pages: int = 0
     #: Source: bytes of the records of these pages.
     encoded_bytes: int = 0
+    #: Number of open connections for pages beside the main one (multifd).
+    data_channels: int = 0
+    #: Bytes of :attr:`transferred` that went over them.
+    multifd_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +158,10 @@ class Summary:
     encoded_pages: int = 0
     #: Source: bytes of the records of these pages.
     encoded_bytes: int = 0
+    #: Number of connections for pages beside the main one (multifd).
+    data_channels: int = 0
+    #: Bytes of :attr:`bytes_transferred` that went over them.
+    multifd_bytes: int = 0
 
     @property
     def throughput(self) -> float:
@@ -173,9 +181,12 @@ class Counters:
     total: int = 0
     #: Returns the value of :attr:`transferred`.
     count_bytes: Callable[[], int] = int
-    #: Bytes sent when the guest stopped; 0 for a guest that never ran during the migration; None while it runs.
+    #: Number of data channels that have been opened (multifd).
+    data_channels: int = 0
+    #: Bytes sent when the guest stopped, as in :attr:`on_main`; 0 for a guest that never ran during the migration; None
+    #: while it runs.
     transferred_at_pause: int | None = None
-    #: Source: bytes sent at the switch to postcopy; None before that.
+    #: Source: bytes sent at the switch to postcopy, as in :attr:`on_main`; None before that.
     transferred_at_postcopy: int | None = None
     remaining: int = 0
     normal: int = 0
@@ -225,6 +236,11 @@ class Counters:
     def handled(self) -> int:
         """Pages sent or received in any encoding; a page that was sent twice counts twice."""
         return self.normal + self.duplicate + self.encoded
+
+    @property
+    def on_main(self) -> int:
+        """The bytes of :attr:`transferred` without those over data channels (multifd)."""
+        return max(0, self.transferred - self.multifd_bytes)
 
     @property
     def first_copy(self) -> float:
@@ -304,7 +320,7 @@ def query_migrate(
 
 
 def _ram(c: Counters, end: float, *, completed: bool) -> dict[str, Any]:
-    at_postcopy = c.transferred if c.transferred_at_postcopy is None else min(c.transferred, c.transferred_at_postcopy)
+    at_postcopy = c.on_main if c.transferred_at_postcopy is None else min(c.on_main, c.transferred_at_postcopy)
     at_pause = at_postcopy if c.transferred_at_pause is None else min(at_postcopy, c.transferred_at_pause)
     duration = end - (c.setup_done or c.started)
     rate = c.transferred / duration if completed and duration > 0 else c.bandwidth
@@ -325,7 +341,7 @@ def _ram(c: Counters, end: float, *, completed: bool) -> dict[str, Any]:
         "pages-per-second": round(c.pages_per_second),
         "precopy-bytes": at_pause,
         "downtime-bytes": at_postcopy - at_pause,
-        "postcopy-bytes": c.transferred - at_postcopy,
+        "postcopy-bytes": c.on_main - at_postcopy,
         "dirty-sync-missed-zero-copy": 0,
     }
 

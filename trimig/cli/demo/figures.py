@@ -67,6 +67,8 @@ def overall(hops: Sequence[Hop]) -> dict[str, Any]:
         "normal_bytes": normal,
         "zero_bytes": zero,
         "dirty_tracking": ", ".join(methods),
+        "data_channels": max(r["data_channels"] for r in records),
+        "multifd_bytes": sum(r["multifd_bytes"] for r in records),
         **_postcopy(records),
     }
 
@@ -111,6 +113,9 @@ def text(result: dict[str, Any], width: int = 80) -> str:
         ("bytes sent", formats.size(result["transferred_bytes"])),
         ("dirty tracking", result["dirty_tracking"]),
     ]  # fmt: skip
+    if channels := result["data_channels"]:
+        over = formats.size(result["multifd_bytes"])
+        rows.insert(-1, ("data channels", f"{channels} (multifd), with {over} of the bytes sent"))
     if "page_faults" in result:
         cuts = result["recoveries"]
         lost = f"; the connection was lost {formats.counted(cuts, 'time')}, and taken up again" if cuts else ""

@@ -66,12 +66,21 @@ class PageSender:
 
     Args:
         encoder: gets each batch first; None for PAGE and ZERO records only.
+        look_for_zeros: send pages that are zero as ZERO records. If False, only those of :meth:`send_zeros`.
     """
 
-    def __init__(self, channel: Channel, counters: Counters, encoder: PageEncoder | None = None) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        counters: Counters,
+        encoder: PageEncoder | None = None,
+        *,
+        look_for_zeros: bool = True,
+    ) -> None:
         self._channel = channel
         self._counters = counters
         self._encoder = encoder
+        self._look_for_zeros = look_for_zeros
         self._records = RecordWriter()
 
     def stop_encoding(self) -> None:
@@ -89,8 +98,7 @@ class PageSender:
         """
         for start in range(0, len(indices), BATCH_PAGES):
             batch = indices[start : start + BATCH_PAGES]
-            zero = zero_pages(pages, batch)
-            if zero.any():
+            if self._look_for_zeros and (zero := zero_pages(pages, batch)).any():
                 await self.send_zeros(block, batch[zero])
                 batch = batch[~zero]
             if len(batch) and self._encoder is not None:
@@ -145,7 +153,7 @@ class PageSender:
             The bytes that the kernel did not take. They must be sent before anything else.
         """
         where = np.array([index], np.int64)
-        if zero_pages(pages, where)[0]:
+        if self._look_for_zeros and zero_pages(pages, where)[0]:
             data = self._records.zero_records(block, where * PAGE_SIZE)
             taken = self._channel.send_now(data)
             self._count(zero=1)

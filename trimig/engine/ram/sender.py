@@ -1,6 +1,7 @@
 """Guest memory -> the section ``ram`` of the stream, in batches of records within the bandwidth limit.
 
-The guest may write meanwhile; what it changes is dirty again and will be sent again.
+The guest may write meanwhile; what it changes is dirty again and will be sent again. With multifd the pages of precopy go on
+data channels, and the section says where these are synchronised.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .records import ZERO_BATCH
 if TYPE_CHECKING:
     from ...channel.channel import Channel
     from ...channel.limiter import Limiter
+    from .multifd_sender import MultifdSender
     from .records import PageSender
 
 #: The section id of RAM in every QEMU (stream.md part 5.4), and ours.
@@ -33,6 +35,7 @@ class RamSender:
 
     Args:
         pages: writes the records to *channel*.
+        data: writes the pages of precopy to the data channels of multifd, if there are any.
         section_id: of the section ``ram``.
         footers: close sections with a footer.
     """
@@ -43,11 +46,13 @@ class RamSender:
         limiter: Limiter,
         pages: PageSender,
         *,
+        data: MultifdSender | None = None,
         section_id: int = RAM_SECTION,
         footers: bool = True,
     ) -> None:
         self._channel = channel
         self._pages = pages
+        self._data = data
         self._limiter = limiter
         self._id = section_id
         self._close = wire.END_WORD + (wire.section_footer(section_id) if footers else b"")
@@ -66,7 +71,8 @@ class RamSender:
     async def start(self, blocks: Sequence[RamBlock]) -> None:
         """The START section with the size list."""
         head = wire.section_start(Section.START, self._id, "ram", 0, wire.RAM_VERSION)
-        await self._channel.send(head + wire.ram_list((b.name, b.length) for b in blocks) + self._close)
+        listed = head + wire.ram_list((b.name, b.length) for b in blocks)
+        await self._channel.send(listed + await self._synchronised(pass_over=True) + self._close)
 
     async def send_pass(
         self,
@@ -76,7 +82,7 @@ class RamSender:
         absent: PageBitmap | None,
         stop: Callable[[], bool] | None = None,
     ) -> PageBitmap | None:
-        """Send the pages of *block* that are set in *todo*, in PART sections.
+        """Send the pages of *block* that are set in *todo*, in PART sections. The last one stays open: see :meth:`end_pass`.
 
         Args:
             pages: where to read the content: the block's memory, or the dirty tracker's snapshot of it.
@@ -92,12 +98,24 @@ class RamSender:
             await self._send_absent(block.name, np.flatnonzero(todo & absent))
             todo = todo & ~absent
         rest = await self._send_limited(block.name, pages, np.flatnonzero(todo), stop)
-        await self._part_end()
         if rest is None:
             return None
         left = np.zeros_like(todo)
         left[rest] = True
         return left
+
+    async def end_pass(self) -> None:
+        """Close the section behind the last block of a pass.
+
+        **Cancellation:** the channel is poisoned if a write was cut.
+        """
+        await self._part_end(pass_over=True)
+
+    def leave_channels(self) -> None:
+        """Send everything on the main connection from now on. All data channels have been synchronised."""
+        if self._data is not None:
+            self._data.finish()
+            self._data = None
 
     async def send_unlimited(self, block: str, pages: Pages, indices: NDArray[np.int64]) -> None:
         """Send some pages at once, whatever the bandwidth limit says. Their section stays open for more.
@@ -119,15 +137,22 @@ class RamSender:
         return self._pages.send_now(block, pages, index)
 
     async def end(self, rest: Sequence[tuple[RamBlock, Pages, PageBitmap]]) -> None:
-        """The END section, with the last pages in it: of each block, where to read them and which."""
+        """The END section, with the last pages in it: of each block, where to read them and which.
+
+        When this returns, all data channels have been synchronised, and nothing follows on them.
+
+        **Cancellation:** as for :meth:`send_pass`.
+        """
         await self._part_end()
         self._inside = True
         await self._channel.send(wire.section_continue(Section.END, self._id))
         self._open_since = None
         for block, pages, todo in rest:
             await self._send_limited(block.name, pages, np.flatnonzero(todo), part=False)
+        said = await self._synchronised(pass_over=True)
         self._inside = False
-        await self._channel.send(self._close)
+        await self._channel.send(said + self._close)
+        self.leave_channels()
 
     async def _part_begin(self) -> None:
         if self._open_since is not None and self._channel.sent - self._open_since > PART_BYTES:
@@ -137,18 +162,28 @@ class RamSender:
             await self._channel.send(wire.section_continue(Section.PART, self._id))
             self._open_since = self._channel.sent
 
-    async def _part_end(self) -> None:
+    async def _part_end(self, *, pass_over: bool = False) -> None:
         if self._open_since is not None:
+            said = await self._synchronised(pass_over=pass_over)
             self._open_since = None
             self._inside = False
-            await self._channel.send(self._close)
+            await self._channel.send(said + self._close)
+
+    async def _synchronised(self, *, pass_over: bool) -> bytes:
+        """Synchronise the data channels, if there are any; returns what the section says of it before its end."""
+        return b"" if self._data is None else await self._data.synchronise(pass_over=pass_over)
+
+    @property
+    def _spent(self) -> int:
+        """Bytes that were sent here or handed over to data channels."""
+        return self._channel.sent + (0 if self._data is None else self._data.handed_over)
 
     async def _send_absent(self, block: str, indices: NDArray[np.int64]) -> None:
         for start in range(0, len(indices), ZERO_BATCH):
             batch = indices[start : start + ZERO_BATCH]
             await self._part_begin()
             await self._limiter.bytes(len(batch) * ZERO_RECORD)
-            await self._pages.send_zeros(block, batch)
+            await (self._data or self._pages).send_zeros(block, batch)
 
     async def _send_limited(
         self,
@@ -167,8 +202,8 @@ class RamSender:
             count = await self._limiter.pages(len(indices) - position)
             if part:
                 await self._part_begin()
-            before = self._channel.sent
-            await self._pages.send(block, pages, indices[position : position + count])
-            self._limiter.give_back(count, self._channel.sent - before)
+            before = self._spent
+            await (self._data or self._pages).send(block, pages, indices[position : position + count])
+            self._limiter.give_back(count, self._spent - before)
             position += count
         return None

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ...config.config import Config
     from ...guest import DirtyTracker, Guest
     from ...monitor.statistics import Counters
+    from ..ram.multifd_sender import MultifdSender
     from ..ram.preempt_receiver import PreemptReceiver
     from ..ram.receiver import RamReceiver
     from ..ram.records import PageEncoder
@@ -47,7 +48,7 @@ def at_least_one(unsent: Sequence[PageBitmap]) -> None:
 def beside_of(config: Config) -> tuple[Beside, ...]:
     """The connections beside the main one on which pages go."""
     wanted = []
-    if config.capabilities.multifd:
+    if config.capabilities.multifd and config.peer.multifd_scheme != "2.11":
         count = config.parameters.multifd_channels
         wanted.append(Beside(kind=MULTIFD, capability="multifd", count=count, early=True, magic=multifd.MAGIC))
     if config.capabilities.postcopy_preempt:
@@ -64,6 +65,7 @@ class RamSection:
         blocks: the guest's RAM.
         tracker: one that has not been started.
         encoder: sends pages of the passes; None for PAGE and ZERO records only.
+        data: writes pages to the data channels of multifd, if there are any.
 
     Attributes:
         sender: writes the section. No other object uses it while a method of this one runs.
@@ -80,6 +82,7 @@ class RamSection:
         blocks: Sequence[RamBlock],
         tracker: DirtyTracker,
         encoder: PageEncoder | None = None,
+        data: MultifdSender | None = None,
     ) -> None:
         self._channel = channel
         self._limiter = limiter
@@ -87,19 +90,22 @@ class RamSection:
         self._counters = counters
         self._tracker = tracker
         self._encoder = encoder
+        self._data = data
         self._first = True
         self.blocks = tuple(blocks)
-        self.sender = self._sender_on(channel)
+        self.sender = self._sender_on(channel, data)
         self.unsent: list[PageBitmap] = [np.ones(b.length // PAGE_SIZE, np.bool_) for b in blocks]
 
-    def _sender_on(self, channel: Channel) -> RamSender:
-        pages = PageSender(channel, self._counters, self._encoder)
-        return RamSender(channel, self._limiter, pages, footers=self._config.peer.send_section_footer)
+    def _sender_on(self, channel: Channel, data: MultifdSender | None = None) -> RamSender:
+        look = self._config.parameters.zero_page_detection != "none"
+        pages = PageSender(channel, self._counters, self._encoder, look_for_zeros=look)
+        footers = self._config.peer.send_section_footer
+        return RamSender(channel, self._limiter, pages, data=data, footers=footers)
 
     @property
     def tasks(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
-        """None: all pages go on the main connection, or on one that another object has."""
-        return {}
+        """Those of the data channels."""
+        return {} if self._data is None else self._data.tasks
 
     @property
     def boundary(self) -> bytes:
@@ -107,10 +113,12 @@ class RamSection:
         return self.sender.boundary
 
     async def setup(self) -> None:
-        """The list of blocks; dirty tracking begins.
+        """The list of blocks; dirty tracking begins. The data channels are opened: the begin of the stream has been sent.
 
         **Cancellation:** tracking may be on.
         """
+        if self._data is not None:
+            self._data.open()
         await self.sender.start(self.blocks)
         await guest_calls.call("starting dirty tracking", self._tracker.start, self._config.handover_timeout)
         self._counters.dirty_tracking = self._tracker.method
@@ -128,6 +136,7 @@ class RamSection:
             todo = self.unsent[number]
             left = await self.sender.send_pass(block, pages, todo, absent, stop)
             self.unsent[number] = np.zeros_like(todo) if left is None else left
+        await self.sender.end_pass()
         self._first = False
 
     def _begin_pass(self, *, last: bool) -> None:
@@ -159,6 +168,7 @@ class RamSection:
         **Cancellation:** some ranges have been sent.
         """
         self._drop_encoder()
+        self.sender.leave_channels()
         at_least_one(self.unsent)
         for block, bitmap in zip(self.blocks, self.unsent, strict=True):
             await self._channel.send(b"".join(wire_postcopy.discards(block.name, bitmap)))

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...channel.channels import MULTIFD
+from ...wire.pages.multifd import Hello, write_hello
 from .. import guest_calls
+from ..device_writer import machine_uuid
 from ..ram.encoding import choose_encoder
+from ..ram.multifd_sender import Manner, MultifdSender
+from ..ram.records import PageSender
 from .ram import RamLoader, RamSection
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Mapping
 
+    from ...channel.channel import Channel
     from ...channel.reception import Reception
     from ...guest import Guest
     from ..ram.preempt_receiver import PreemptReceiver
@@ -33,9 +39,24 @@ def make_handlers(out: Outgoing) -> RamSection:
     with guest_calls.guarded("preparing dirty tracking"):
         tracker = out.guest.dirty_tracker()
     encoder = choose_encoder(out.config, lambda: out.monitor.config.parameters, blocks, out.counters)
-    ram = RamSection(out.link.channel, out.link.limiter, out.config, out.counters, blocks, tracker, encoder)
+    channel, limiter = out.link.channel, out.link.limiter
+    ram = RamSection(channel, limiter, out.config, out.counters, blocks, tracker, encoder, _data_channels(out))
     out.sections.append(ram)
     return ram
+
+
+def _data_channels(out: Outgoing) -> MultifdSender | None:
+    """The writer of pages to the data channels; None if there are none."""
+    if not out.link.wants(MULTIFD):
+        return None
+    with guest_calls.guarded("looking at the machine's UUID"):
+        uuid = machine_uuid(out.guest)
+
+    def open_channel(number: int) -> Awaitable[Channel]:
+        return out.link.open_data_channel(write_hello(Hello(uuid=uuid, number=number)))
+
+    pages = PageSender(out.link.channel, out.counters)
+    return MultifdSender(Manner.of(out.config), pages, out.link.limiter, out.counters, open_channel)
 
 
 def make_loaders(

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import trio
 
 from ...channel.channels import Channels
-from ...errors import ConfigError
 from ...guest import MortalGuest
 from ...monitor import blockers
 from ...owner import check_here
@@ -56,8 +55,6 @@ async def migrate_stream(
     ``handover_timeout`` + ``teardown_grace`` with the answer or HandoverUncertain. In postcopy the cancellation is held off
     while there is a connection.
     """
-    if config.capabilities.multifd:
-        raise ConfigError("this version of trimig cannot send with multifd yet: turn multifd off", name="multifd")
     guest.claim("an outgoing migration")
     try:
         check_here(guest)

@@ -14,7 +14,7 @@ from ...channel.return_path import ReturnPathReader
 from ...errors import ConfigError, TransportFailed
 from .. import guest_calls
 from ..sections.ram import beside_of
-from .link import SILENT_PEER, Link, Ways, one_way
+from .link import Link, Ways, one_way
 
 if TYPE_CHECKING:
     from ...channel.channels import Channels
@@ -102,7 +102,7 @@ async def await_first_answer(out: Outgoing) -> None:
             await reader.wait_life()
         if patience.cancelled_caught:
             out.monitor.warn(
-                f"the destination has answered nothing for {formats.duration(_ANSWER_SECONDS)}: {SILENT_PEER}"
+                f"the destination has answered nothing for {formats.duration(_ANSWER_SECONDS)}: {out.link.silence}"
             )
             await reader.wait_life()
     if limit.cancelled_caught:

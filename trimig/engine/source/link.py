@@ -6,19 +6,23 @@ import dataclasses
 from typing import TYPE_CHECKING, Final
 
 from ...channel.channel import Channel
-from ...channel.channels import MAIN, PREEMPT, Channels
+from ...channel.channels import MAIN, MULTIFD, PREEMPT, Channels
 from ...channel.return_path import ReturnPathReader
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ...channel.channel import AnyStream, OpenStream
-    from ...channel.channels import Beside
+    from ...channel.channels import Beside, ChannelKind
     from ...channel.connections import Reopen
     from ...channel.limiter import Limiter
 
 #: The likely reason for a destination that has accepted the connection and sends no message.
-SILENT_PEER: Final = "if multifd is on there, it waits for further connections: turn multifd off there"
+_SILENT_PEER: Final = "if multifd is on there, it waits for further connections: turn multifd off there"
+#: The same if this side has opened data channels.
+_SILENT_PEER_MULTIFD: Final = (
+    "if it waits for more data channels, or for none: set multifd and multifd-channels to the same at both sides"
+)
 
 
 def one_way(what: str) -> str:
@@ -102,8 +106,19 @@ class Link:
         self.answers = self.reader.heard
         return self.answers
 
+    @property
+    def silence(self) -> str:
+        """The likely reason for a destination that has accepted the connection and sends no message."""
+        return _SILENT_PEER_MULTIFD if self.wants(MULTIFD) else _SILENT_PEER
+
+    def wants(self, kind: ChannelKind) -> bool:
+        """Connections of *kind* belong to this migration."""
+        return any(wanted.kind == kind for wanted in self.ways.wanted)
+
     async def open_beside(self, *, early: bool = False) -> None:
         """Open the connections that are wanted beside the main one, as far as they are not open. TransportFailed.
+
+        Data channels are left out: each is opened by its own task, see :meth:`open_data_channel`.
 
         Args:
             early: open only those that are opened with the main connection.
@@ -111,12 +126,26 @@ class Link:
         **Cancellation:** some of them are open.
         """
         for wanted in self.ways.wanted:
-            if early and not wanted.early:
+            if wanted.kind == MULTIFD or (early and not wanted.early):
                 continue
             for _ in range(wanted.count - len(self.channels.of(wanted.kind))):
-                assert self.ways.beside is not None, "Connections.check_beside has refused it"
-                channel = Channel(await self.ways.beside(), stall_timeout=self.ways.stall_timeout)
-                self.channels.add(wanted.kind, channel)
+                await self._open(wanted.kind)
+
+    async def open_data_channel(self, hello: bytes) -> Channel:
+        """Open one data channel of multifd, and send *hello* on it at once: a QEMU from 11.1 on handles nothing else
+        until the first bytes of a connection have come. TransportFailed.
+
+        **Cancellation:** it may be open.
+        """
+        channel = await self._open(MULTIFD)
+        await channel.send(hello)
+        return channel
+
+    async def _open(self, kind: ChannelKind) -> Channel:
+        assert self.ways.beside is not None, "Connections.check_beside has refused it"
+        channel = Channel(await self.ways.beside(), stall_timeout=self.ways.stall_timeout)
+        self.channels.add(kind, channel)
+        return channel
 
     def replace(self, stream: AnyStream, rate: int) -> None:
         """Use *stream* as the main connection. The earlier connections are closed already.

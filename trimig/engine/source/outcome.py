@@ -23,7 +23,6 @@ from ...wire import encoder as wire
 from ...wire.marks import Mark, reason_bytes
 from ..outcome import add_to_message, bare, domain_error, judged, lost_by_cancellation
 from . import uncertain
-from .link import SILENT_PEER
 
 if TYPE_CHECKING:
     from ...channel.channels import Channels
@@ -101,7 +100,7 @@ async def conclude(out: Outgoing, failure: BaseException | None, guest_failure: 
     monitor = out.monitor
     error = domain_error(failure, monitor.owner) if failure is not None else None
     if isinstance(error, TransportFailed) and out.link.is_silent:
-        add_to_message(error, SILENT_PEER)
+        add_to_message(error, out.link.silence)
     if monitor.status is Status.COMPLETED and error is not None:
         monitor.warn(f"the guest was handed over; behind that: {error}")
         return
@@ -179,4 +178,6 @@ def summary(out: Outgoing) -> Summary:
         convergence=c.convergence,
         encoded_pages=c.encoded,
         encoded_bytes=c.encoded_bytes,
+        data_channels=c.data_channels,
+        multifd_bytes=c.multifd_bytes,
     )

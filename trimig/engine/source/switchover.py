@@ -210,7 +210,7 @@ class PostcopySwitchover:
                 if out.commit_not_sent:
                     raise
         end_downtime(out)
-        out.counters.transferred_at_postcopy = out.counters.transferred
+        out.counters.transferred_at_postcopy = out.counters.on_main
         return following
 
 
@@ -229,7 +229,7 @@ async def stop_guest(out: Outgoing) -> None:
         await out.advance(Status.DEVICE)
     await _pause_guest(out)
     if c.transferred_at_pause is None:
-        c.transferred_at_pause = c.transferred
+        c.transferred_at_pause = c.on_main
 
 
 async def hold(out: Outgoing) -> None:

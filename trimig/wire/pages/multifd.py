@@ -37,6 +37,7 @@ _HELLO: Final = struct.Struct(">4sI16sB39x")
 # magic, version, flags, most pages, pages, bytes of the content, number, zero pages, block
 _HEADER: Final = struct.Struct(">4sIIIIIQI28x256s")
 _NAME_BYTES: Final = 255
+_NUMBER: Final = slice(24, 32)
 assert _HELLO.size == HELLO_BYTES
 assert _HEADER.size + 8 * PACKET_PAGES == HEADER_BYTES
 
@@ -131,7 +132,7 @@ def write_packet(packet: Packet, *, new: bool) -> bytes:
     head = _HEADER.pack(
         MAGIC,
         VERSION,
-        (PacketFlag.SYNC if packet.sync else 0) | (packet.compression if count else 0),
+        (PacketFlag.SYNC if packet.sync else 0) | (packet.compression if count or zeros else 0),
         0 if bare else PACKET_PAGES,
         count,
         packet.size,
@@ -143,6 +144,36 @@ def write_packet(packet: Packet, *, new: bool) -> bytes:
     offsets[:count] = packet.offsets
     offsets[count : count + zeros] = packet.zeros
     return head + offsets.tobytes()
+
+
+def write_packets(
+    block: str, offsets: NDArray[np.int64], *, number: int, zero: bool = False, compression: int = 0
+) -> NDArray[np.uint8]:
+    """The headers of packets of many pages: each but the last one has ``PACKET_PAGES`` of them. No packet synchronises.
+
+    Args:
+        offsets: byte offsets of the pages in *block*, at least one.
+        number: of the first packet.
+        zero: name zero pages, which have no content (the new scheme). If False the content follows each header as it is.
+        compression: with *zero*, one of the bits of :data:`COMPRESSION`; 0 for none.
+
+    Returns:
+        uint8, shape (packets, ``HEADER_BYTES``).
+    """
+    count = -(-len(offsets) // PACKET_PAGES)
+    last = len(offsets) - (count - 1) * PACKET_PAGES
+    rows = np.zeros((count, HEADER_BYTES), np.uint8)
+    head = (MAGIC, VERSION, compression, PACKET_PAGES)
+    full = (0, 0, 0, PACKET_PAGES) if zero else (PACKET_PAGES, PACKET_PAGES * PAGE_SIZE, 0, 0)
+    rest = (0, 0, 0, last) if zero else (last, last * PAGE_SIZE, 0, 0)
+    name = block.encode("utf-8", "surrogateescape")
+    rows[:, : _HEADER.size] = np.frombuffer(_HEADER.pack(*head, *full, name), np.uint8)
+    rows[-1, : _HEADER.size] = np.frombuffer(_HEADER.pack(*head, *rest, name), np.uint8)
+    rows[:, _NUMBER].view(">u8")[:, 0] = np.arange(number, number + count)
+    padded = np.zeros(count * PACKET_PAGES, ">u8")
+    padded[: len(offsets)] = offsets
+    rows[:, _HEADER.size :] = padded.view(np.uint8).reshape(count, -1)
+    return rows
 
 
 class PacketReader:
