@@ -72,9 +72,26 @@ class JsonChild:
             raise BenchError(f"{self.name} wrote JSON that is not an object: {line[:80]!r}")
         return message
 
+    async def answer(self, wanted: str) -> Any:
+        """The member *wanted* of the next object. BenchError if it says that something failed, or has another member.
 
-async def start_child(nursery: trio.Nursery, name: str, command: Sequence[str]) -> JsonChild:
+        **Cancellation:** as for :meth:`receive`.
+        """
+        message = await self.receive()
+        if "failed" in message:
+            raise BenchError(f"{self.name}: {message['failed']}")
+        if wanted not in message:
+            raise BenchError(f"{self.name} answered {message!r} where {wanted!r} was due")
+        return message[wanted]
+
+
+async def start_child(
+    nursery: trio.Nursery, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
+) -> JsonChild:
     """Start *command* as a child that lives until *nursery* is cancelled.
+
+    Args:
+        environment: variables beside those of this process.
 
     Raises:
         BenchError: the child cannot be started.
@@ -86,7 +103,7 @@ async def start_child(nursery: trio.Nursery, name: str, command: Sequence[str]) 
         stdout=subprocess.PIPE,
         check=False,
         deliver_cancel=_kill,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **(environment or {})},
     )
     try:
         process = await nursery.start(run)
@@ -95,9 +112,11 @@ async def start_child(nursery: trio.Nursery, name: str, command: Sequence[str]) 
     return JsonChild(name, process)
 
 
-async def start_python_child(nursery: trio.Nursery, name: str, module: str, arguments: Sequence[str]) -> JsonChild:
-    """Start ``python -m MODULE`` of this installation as a child."""
-    return await start_child(nursery, name, [sys.executable, "-m", module, *arguments])
+async def start_python_child(
+    nursery: trio.Nursery, name: str, module: str, arguments: Sequence[str], prefix: Sequence[str] = ()
+) -> JsonChild:
+    """Start ``python -m MODULE`` of this installation as a child; *prefix* is a command that starts it."""
+    return await start_child(nursery, name, [*prefix, sys.executable, "-m", module, *arguments])
 
 
 async def _kill(process: trio.Process) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bench.goals import Verdict, judge
 from bench.measure import Slices, Usage
+from bench.table import format_table, number
 
 PAIRS = ("raw", "qemu-qemu", "trimig-trimig", "qemu-trimig", "trimig-qemu")
 
@@ -37,6 +39,10 @@ class Measurement:
     seconds: float
     source: Usage
     destination: Usage
+    #: A name of :data:`bench.ways.WAYS`.
+    way: str = "tcp"
+    #: The load average at the end.
+    load: float = 0.0
     #: As reported by the source; None without a guest to stop.
     downtime_ms: float | None = None
     #: Of each trimig side.
@@ -50,9 +56,10 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """The medians of all runs of one pair with one memory and one content; None: not measurable here."""
+    """The medians of all runs of one pair in the same conditions; None: not measurable here."""
 
     pair: str
+    way: str
     memory: str
     pages: str
     runs: int
@@ -60,7 +67,12 @@ class Row:
     bytes_per_s: float
     bytes_per_s_min: float
     bytes_per_s_max: float
+    cpu_source_s_per_gib: float
+    cpu_destination_s_per_gib: float
+    #: Of both sides together.
     cpu_s_per_gib: float
+    #: The highest load average at the end of a run.
+    load: float
     #: Of the side that used more.
     extra_memory_bytes: float
     extra_memory_source_bytes: float
@@ -79,13 +91,13 @@ class Row:
 
 
 def make_rows(measurements: Iterable[Measurement]) -> list[Row]:
-    """Group by pair, memory and pages, and compute medians; the rows keep the order of first appearance."""
-    groups: dict[tuple[str, str, str], list[Measurement]] = {}
+    """Group by conditions and pair, and compute medians; the rows keep the order of first appearance."""
+    groups: dict[tuple[str, str, str, str], list[Measurement]] = {}
     for one in measurements:
-        groups.setdefault((one.memory, one.pages, one.pair), []).append(one)
+        groups.setdefault((one.way, one.memory, one.pages, one.pair), []).append(one)
     rows = [_row(group) for group in groups.values()]
-    order = {key[:2]: at for at, key in reversed(list(enumerate(groups)))}
-    return sorted(rows, key=lambda row: (order[row.memory, row.pages], PAIRS.index(row.pair)))
+    order = {key[:3]: at for at, key in reversed(list(enumerate(groups)))}
+    return sorted(rows, key=lambda row: (order[row.way, row.memory, row.pages], PAIRS.index(row.pair)))
 
 
 def _row(group: Sequence[Measurement]) -> Row:
@@ -93,6 +105,7 @@ def _row(group: Sequence[Measurement]) -> Row:
     speeds = [one.size / one.seconds for one in group]
     return Row(
         pair=first.pair,
+        way=first.way,
         memory=first.memory,
         pages=first.pages,
         runs=len(group),
@@ -100,6 +113,9 @@ def _row(group: Sequence[Measurement]) -> Row:
         bytes_per_s=statistics.median(speeds),
         bytes_per_s_min=min(speeds),
         bytes_per_s_max=max(speeds),
+        cpu_source_s_per_gib=statistics.median(one.source.cpu_seconds * GIB / one.size for one in group),
+        cpu_destination_s_per_gib=statistics.median(one.destination.cpu_seconds * GIB / one.size for one in group),
+        load=max(one.load for one in group),
         cpu_s_per_gib=statistics.median(
             (one.source.cpu_seconds + one.destination.cpu_seconds) * GIB / one.size for one in group
         ),
@@ -127,170 +143,96 @@ def _median_of_known(values: Iterable[float | None]) -> float | None:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """One figure to reach, and the measured value."""
-
-    what: str
-    memory: str
-    pages: str
-    value: float
-    unit: str
-    floor: float
-    goal: float
-    higher_is_better: bool = True
-
-    @property
-    def result(self) -> str:
-        """``"goal"``, ``"floor"`` or ``"below"`` (neither)."""
-        sign = 1 if self.higher_is_better else -1
-        if sign * self.value >= sign * self.goal:
-            return "goal"
-        return "floor" if sign * self.value >= sign * self.floor else "below"
-
-    def as_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "result": self.result}
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RatioGoal:
-    """At least *floor*, better *goal*, for the throughput of one pair over another's in the same conditions."""
+    """The figure *key* of :mod:`bench.goals`: a pair on a way compared with another one in the same conditions."""
 
+    key: str
     over: str
     under: str
-    pages: str
-    floor: float
-    goal: float
-    applies: Callable[[str], bool] = lambda memory: True
-
-
-def _populated(memory: str) -> bool:
-    return memory.endswith("-populated")
-
-
-def _cold(memory: str) -> bool:
-    return not _populated(memory)
+    over_way: str = "tcp"
+    under_way: str = "tcp"
+    pages: str = "random"
+    populated: bool = True
+    #: Compare the processor time of both sides, and not the throughput.
+    cpu: bool = False
 
 
 RATIO_GOALS = (
-    RatioGoal(over="trimig-trimig", under="qemu-qemu", pages="random", floor=1.2, goal=1.5, applies=_populated),
-    RatioGoal(over="trimig-trimig", under="qemu-qemu", pages="random", floor=1.5, goal=2.0, applies=_cold),
-    RatioGoal(over="trimig-trimig", under="raw", pages="random", floor=0.8, goal=0.9),
-    RatioGoal(over="qemu-trimig", under="qemu-qemu", pages="random", floor=1.3, goal=1.6),
-    RatioGoal(over="trimig-qemu", under="qemu-qemu", pages="random", floor=0.95, goal=1.0),
-    RatioGoal(over="trimig-trimig", under="qemu-qemu", pages="zero", floor=1.0, goal=2.0),
-    RatioGoal(over="trimig-trimig", under="qemu-qemu", pages="absent", floor=1.0, goal=2.0),
+    RatioGoal(key="populated-cpu", over="trimig-trimig", under="qemu-qemu", cpu=True),
+    RatioGoal(key="populated", over="trimig-trimig", under="qemu-qemu"),
+    RatioGoal(key="raw", over="trimig-trimig", under="raw"),
+    RatioGoal(key="cold", over="trimig-trimig", under="qemu-qemu", populated=False),
+    RatioGoal(key="from-qemu", over="qemu-trimig", under="qemu-qemu"),
+    RatioGoal(key="from-qemu-cold", over="qemu-trimig", under="qemu-qemu", populated=False),
+    RatioGoal(key="to-qemu", over="trimig-qemu", under="qemu-qemu"),
+    RatioGoal(key="zero", over="trimig-trimig", under="qemu-qemu", pages="zero"),
+    RatioGoal(key="zero-cold", over="trimig-trimig", under="qemu-qemu", pages="zero", populated=False),
+    RatioGoal(
+        key="multifd-cpu",
+        over="trimig-trimig",
+        under="qemu-qemu",
+        over_way="multifd-2",
+        under_way="multifd-2",
+        cpu=True,
+    ),
+    RatioGoal(key="multifd", over="trimig-trimig", under="qemu-qemu", over_way="multifd-2", under_way="multifd-2"),
+    RatioGoal(key="unix-cpu", over="trimig-trimig", under="trimig-trimig", over_way="unix", cpu=True),
 )
-
-EXTRA_MEMORY_MIB = (64.0, 32.0)
-SLICE_P99_MS = (5.0, 2.0)
 
 
 def make_verdicts(rows: Sequence[Row]) -> list[Verdict]:
     """Every figure to reach for which these rows have the data."""
-    by_key = {(row.pair, row.memory, row.pages): row for row in rows}
+    by_key = {(row.pair, row.way, row.memory, row.pages): row for row in rows}
     verdicts: list[Verdict] = []
     for ratio in RATIO_GOALS:
         for memory in dict.fromkeys(row.memory for row in rows):
-            over = by_key.get((ratio.over, memory, ratio.pages))
-            under = by_key.get((ratio.under, memory, ratio.pages))
-            if over is not None and under is not None and ratio.applies(memory):
-                verdicts.append(
-                    Verdict(
-                        what=f"{ratio.over} / {ratio.under}",
-                        memory=memory,
-                        pages=ratio.pages,
-                        value=over.bytes_per_s / under.bytes_per_s,
-                        unit="ratio",
-                        floor=ratio.floor,
-                        goal=ratio.goal,
-                    )
-                )
-    memory_rows = [(row, row.extra_memory_trimig_bytes) for row in rows]
-    slice_rows = [(row, row.slice_p99_ms) for row in rows]
-    verdicts += _worst("memory above the guest's, trimig side", memory_rows, "MiB", EXTRA_MEMORY_MIB, MIB)
-    verdicts += _worst("run loop held by one slice, p99", slice_rows, "ms", SLICE_P99_MS, 1)
+            over = by_key.get((ratio.over, ratio.over_way, memory, ratio.pages))
+            under = by_key.get((ratio.under, ratio.under_way, memory, ratio.pages))
+            if over is None or under is None or memory.endswith("-populated") is not ratio.populated:
+                continue
+            if ratio.cpu:
+                value = under.cpu_s_per_gib / over.cpu_s_per_gib
+            else:
+                value = over.bytes_per_s / under.bytes_per_s
+            verdicts.append(judge(ratio.key, value, f"{memory} {ratio.pages}"))
+    verdicts += _worst("memory", [(row, row.extra_memory_trimig_bytes) for row in rows], MIB)
+    verdicts += _worst("slice-p99", [(row, row.slice_p99_ms) for row in rows], 1)
+    verdicts += _worst("slice-worst", [(row, row.slice_max_ms) for row in rows], 1)
     return verdicts
 
 
-def _worst(
-    what: str, values: Iterable[tuple[Row, float | None]], unit: str, limits: tuple[float, float], divisor: float
-) -> list[Verdict]:
+def _worst(key: str, values: Iterable[tuple[Row, float | None]], divisor: float) -> list[Verdict]:
     known = [(value, row) for row, value in values if value is not None]
     if not known:
         return []
     value, row = max(known, key=lambda pair: pair[0])
-    verdict = Verdict(
-        what=f"{what} (worst: {row.pair})",
-        memory=row.memory,
-        pages=row.pages,
-        value=value / divisor,
-        unit=unit,
-        floor=limits[0],
-        goal=limits[1],
-        higher_is_better=False,
-    )
-    return [verdict]
+    return [judge(key, value / divisor, f"{row.pair} {row.way} {row.memory} {row.pages}")]
 
 
 def rows_table(rows: Sequence[Row]) -> str:
-    """The rows as text."""
-    head = ["pair", "memory", "pages", "runs", "GB/s", "(min-max)", "CPU s/GiB", "extra src", "extra dst"]
-    head += ["downtime", "slice p99", "max", "resident before"]
+    """The rows as text. Processor time is in seconds for each GiB of guest RAM."""
+    head = ["pair", "way", "memory", "pages", "runs", "GB/s", "(min-max)", "CPU src", "CPU dst", "both", "load"]
+    head += ["extra src", "extra dst", "downtime", "slice p99", "max", "resident before"]
     lines = [
         [
             row.pair,
+            row.way,
             row.memory,
             row.pages,
             str(row.runs),
             f"{row.bytes_per_s / 1e9:.2f}",
             f"{row.bytes_per_s_min / 1e9:.2f}-{row.bytes_per_s_max / 1e9:.2f}",
+            f"{row.cpu_source_s_per_gib:.2f}",
+            f"{row.cpu_destination_s_per_gib:.2f}",
             f"{row.cpu_s_per_gib:.2f}",
+            f"{row.load:.1f}",
             f"{row.extra_memory_source_bytes / MIB:.0f} MiB",
             f"{row.extra_memory_destination_bytes / MIB:.0f} MiB",
-            _known(row.downtime_ms, "ms"),
-            _known(row.slice_p99_ms, "ms"),
-            _known(row.slice_max_ms, "ms"),
+            number(row.downtime_ms, 1, "ms"),
+            number(row.slice_p99_ms, 1, "ms"),
+            number(row.slice_max_ms, 1, "ms"),
             f"{100 * row.resident_at_start_bytes / row.size_bytes:.0f} %",
         ]
         for row in rows
     ]
-    return format_table([head, *lines], left=3)
-
-
-def verdicts_table(verdicts: Sequence[Verdict]) -> str:
-    """The verdicts as text."""
-    head = ["figure", "memory", "pages", "reached", "at least", "goal", "result"]
-    lines = []
-    for verdict in verdicts:
-        least = ">=" if verdict.higher_is_better else "<="
-        unit = "" if verdict.unit == "ratio" else f" {verdict.unit}"
-        lines.append(
-            [
-                verdict.what,
-                verdict.memory,
-                verdict.pages,
-                f"{verdict.value:.2f}{unit}",
-                f"{least} {verdict.floor:g}{unit}",
-                f"{least} {verdict.goal:g}{unit}",
-                verdict.result,
-            ]
-        )
-    return format_table([head, *lines], left=3)
-
-
-def format_table(lines: Sequence[Sequence[str]], *, left: int) -> str:
-    """Columns of equal width; the first *left* of them are aligned to the left, the others to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-
-    def one(line: Sequence[str]) -> str:
-        cells = (
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        return "  ".join(cells).rstrip()
-
-    return "\n".join(one(line) for line in lines)
-
-
-def _known(value: float | None, unit: str) -> str:
-    return "-" if value is None else f"{value:.1f} {unit}"
+    return format_table([head, *lines], left=4)

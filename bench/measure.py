@@ -36,6 +36,22 @@ def cpu_seconds(pid: int) -> float:
     return time.clock_gettime((~pid << 3) | 2)
 
 
+class CpuClocks:
+    """The processor time of some processes over one interval."""
+
+    def __init__(self, *pids: int) -> None:
+        self._pids = pids
+        self._at_start: list[float] = []
+
+    def start(self) -> None:
+        """Begin the interval."""
+        self._at_start = [cpu_seconds(pid) for pid in self._pids]
+
+    def read(self) -> list[float]:
+        """Seconds of each process since the start. The processes must still exist."""
+        return [cpu_seconds(pid) - then for pid, then in zip(self._pids, self._at_start, strict=True)]
+
+
 def percentile(values: Sequence[float], percent: float) -> float:
     """The nearest-rank percentile: the smallest value that at least *percent* % of all are not above."""
     if not values:

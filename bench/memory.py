@@ -8,7 +8,9 @@ The *pages* are the contents of the source's memory:
 
 - ``random``: every page random, and different from every other;
 - ``zero``: 15 of 16 pages were written with zeros, 1 of 16 is random, scattered singly over the whole memory;
-- ``absent``: the same, but the zero pages were never touched (a guest that has just booted).
+- ``absent``: the same, but the zero pages were never touched (a guest that has just booted);
+- ``eighth``: one page in eight is random, scattered singly; the others were never touched;
+- ``image``: binaries and text files of this system, as the page cache of a guest has them (:mod:`bench.image`).
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ import dataclasses
 import functools
 import mmap
 import os
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bench import image
 from bench.errors import BenchError
 
 PAGE_SIZE = 4096
@@ -33,7 +37,11 @@ MADV_POPULATE_WRITE = 23
 
 Pages = NDArray[np.uint8]
 
-PAGE_PATTERNS = ("random", "zero", "absent")
+PAGE_PATTERNS = ("random", "zero", "absent", "eighth", "image")
+#: In these patterns only the random pages are touched.
+UNTOUCHED = frozenset({"absent", "eighth"})
+#: The share of random pages, where the others are zero: one in so many.
+_ONE_IN = {"zero": 16, "absent": 16, "eighth": 8}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,10 +101,10 @@ def populate(pages: Pages) -> None:
 
 def fill(pages: Pages, pattern: str) -> None:
     """Write the contents of *pattern* into memory that is zero so far."""
-    if pattern == "random":
+    if pattern in _WHOLE:
         for first in range(0, len(pages), TEMPLATE_PAGES):
             part = pages[first : first + TEMPLATE_PAGES]
-            part[:] = _random_pages(np.arange(first, first + len(part), dtype=np.uint64))
+            part[:] = _WHOLE[pattern](np.arange(first, first + len(part), dtype=np.uint64))
         return
     if pattern == "zero":
         pages[:] = 0
@@ -123,15 +131,15 @@ def fill_in_fork(pages: Pages, pattern: str) -> None:
     _, status = os.waitpid(child, 0)
     if status:
         raise BenchError("the guest's memory could not be filled")
-    if pattern != "absent":
+    if pattern not in UNTOUCHED:
         populate(pages)
 
 
 def expected(first: int, count: int, total: int, pattern: str) -> Pages:
     """The contents that :func:`fill` wrote to pages *first* … *first* + *count* of a memory of *total* pages."""
     numbers = np.arange(first, first + count, dtype=np.uint64)
-    if pattern == "random":
-        return _random_pages(numbers)
+    if pattern in _WHOLE:
+        return _WHOLE[pattern](numbers)
     result = np.zeros((count, PAGE_SIZE), dtype=np.uint8)
     chosen = _chosen(total, pattern)
     chosen = chosen[np.searchsorted(chosen, first) : np.searchsorted(chosen, first + count)]
@@ -178,10 +186,11 @@ def _template() -> Pages:
 @functools.lru_cache(maxsize=4)
 def _chosen(total: int, pattern: str) -> NDArray[np.uint64]:
     """The numbers of the pages that are not zero, ascending."""
-    if pattern not in PAGE_PATTERNS:
+    if pattern not in _ONE_IN:
         raise BenchError(f"unknown contents {pattern!r}: one of {', '.join(PAGE_PATTERNS)}")
     generator = np.random.default_rng(2)
-    return np.sort(generator.choice(total, size=total // 16, replace=False)).astype(np.uint64)
+    chosen = generator.choice(total, size=total // _ONE_IN[pattern], replace=False)
+    return np.sort(chosen).astype(np.uint64)
 
 
 def _random_pages(numbers: NDArray[np.uint64]) -> Pages:
@@ -189,3 +198,13 @@ def _random_pages(numbers: NDArray[np.uint64]) -> Pages:
     result = _template()[(numbers % np.uint64(TEMPLATE_PAGES)).astype(np.intp)]
     result.view(np.uint64)[:, 0] ^= numbers
     return result
+
+
+def _image_pages(numbers: NDArray[np.uint64]) -> Pages:
+    """The pages of these numbers of the image, which begins again at its end."""
+    pages = image.pages()
+    return pages[(numbers % np.uint64(len(pages))).astype(np.intp)]
+
+
+#: The patterns that give each page a content of its own, whatever the size of the memory.
+_WHOLE: Mapping[str, Callable[[NDArray[np.uint64]], Pages]] = {"random": _random_pages, "image": _image_pages}

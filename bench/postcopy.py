@@ -1,31 +1,38 @@
 """``python -m bench postcopy``: how long a guest waits for a missing page, and the cost of the switch.
 
-trimig is measured by its own demo: two hosts, and a guest whose worker records the time of each touch of a missing
-page. A QEMU has no processor here (``-M none``), so its monitor touches the memory: ``xp`` reads a page, and waits as a
-processor would. The time for a present page is subtracted. Both count the touches that had to wait. Each pair runs with
-one connection and with postcopy-preempt's second one, without a limit and with 1 MiB/s for the pages without a request.
-Under the limit the rounds end after a number of faults, because the rest would take minutes.
+The guest of trimig is a workload whose worker records the time of each touch of a missing page. A QEMU has no processor
+here (``-M none``), so its monitor touches the memory: ``xp`` reads a page, and waits as a processor would. The time for
+a present page is subtracted. Both count the touches that had to wait. Each pair runs with one connection and with
+postcopy-preempt's second one, without a limit and with 1 MiB/s for the pages without a request. Under the limit the
+rounds end after a number of faults, because the rest would take minutes.
+
+Processor time is that of both sides from the command to the end of the migration (of a QEMU under the limit: to the
+last touch), without the guest's own worker.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import trio
 
-from bench.child import JsonObject
-from bench.errors import BenchError
-from bench.measure import percentile
+from bench.child import start_python_child
+from bench.errors import BenchError, first_error
+from bench.figures import GIB
+from bench.goals import Verdict, judge
+from bench.load import LoadLog
+from bench.measure import CpuClocks, percentile
 from bench.memory import MEMORY_KINDS
+from bench.programs import QemuProgram
 from bench.qemu import QemuSide, open_qemu_side
 from bench.sides import Setup
+from bench.table import format_table
+from bench.table import number as number_text
 
 #: Bytes per second of the limited rows.
 CAP: Final = 1 << 20
@@ -53,44 +60,73 @@ class Result:
     downtime_ms: float | None
     total_s: float | None
     bytes_per_s: float | None
+    size: int = GIB
+    #: Processor seconds of the source and of the destination.
+    cpu: tuple[float, float] = (0.0, 0.0)
+    #: The load average at the end.
+    load: float = 0.0
 
 
 async def trimig_run(size: int, cap: int, *, postcopy: bool = True, preempt: bool = False) -> Result:
-    """One demo. BenchError if the demo's verification fails.
+    """One migration from trimig to trimig. BenchError if it fails, or if the guest finds a wrong page.
 
     Args:
         preempt: with a second connection for requested pages.
 
-    **Cancellation:** the processes of the demo are killed.
+    **Cancellation:** the processes of both sides are killed.
     """
-    command = [sys.executable, "-m", "trimig", "demo", "--json", "--size", str(size), "--hot", str(size)]
-    command += ["--dirty-rate", "4M" if postcopy else "0"]
-    if postcopy:
-        command += ["--postcopy-after", "1%", "-p", f"max-postcopy-bandwidth={cap}"]
-        command += ["-c", f"postcopy-preempt={'on' if preempt else 'off'}"]
-        # Nearly all pages are left to postcopy, as with QEMU, which switches to postcopy at once.
-        command += ["--bandwidth", "64M"]
-    done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
+    found: list[Result] = []
     try:
-        found: JsonObject = json.loads(done.stdout)
-    except ValueError:
-        raise BenchError(f"trimig demo: {done.stderr.decode()[-300:]}") from None
-    if not found["verified"]:
-        raise BenchError(f"trimig demo: {found['error']}")
-    seconds = found["total_ms"] / 1000
+        async with trio.open_nursery(strict_exception_groups=True) as nursery:
+            found.append(await _trimig_run(nursery, size, cap, postcopy=postcopy, preempt=preempt))
+            nursery.cancel_scope.cancel("measured")
+    except* BenchError as group:
+        raise first_error(group) from None
+    return found[0]
+
+
+async def _trimig_run(nursery: trio.Nursery, size: int, cap: int, *, postcopy: bool, preempt: bool) -> Result:
+    names = (*(("postcopy-ram",) if postcopy else ()), *(("postcopy-preempt",) if preempt else ()))
+    # Nearly all pages are left to postcopy, as with QEMU, which switches to postcopy at once.
+    parameters = [f"max-postcopy-bandwidth={cap}", f"max-bandwidth={64 << 20}"] if postcopy else ["max-bandwidth=0"]
+    how = {"capabilities": names, "parameters": parameters}
+    rate = 4 << 20 if postcopy else 0
+    source, destination = [
+        await start_python_child(nursery, f"trimig {role}", "bench.workload_side", [role, str(size), str(rate)])
+        for role in ("source", "destination")
+    ]
+    for side in (source, destination):
+        await side.answer("ready")
+    await destination.send({"do": "listen", "at": "tcp:127.0.0.1:0", **how})
+    uri = await destination.answer("listening")
+    clocks = CpuClocks(source.pid, destination.pid)
+    clocks.start()
+    await source.send({"do": "migrate", "uri": uri, **how, **({"postcopy_after": 0.01} if postcopy else {})})
+    for side in (source, destination):
+        await side.answer("finished")
+    here, there = clocks.read()
+    for side in (source, destination):
+        await side.send({"do": "report"})
+    gave, got = [await side.answer("report") for side in (source, destination)]
+    await destination.send({"do": "verify"})
+    proof = await destination.receive()
+    if not proof.get("verified"):
+        raise BenchError(f"the guest is not what it was: {proof.get('text', proof.get('failed'))}")
     return Result(
         pair=f"trimig-trimig{PREEMPT if preempt else '' if postcopy else PRECOPY}",
         cap=cap,
-        faults=found.get("page_faults", 0),
-        fault_median_ms=found.get("fault_median_ms"),
-        fault_p99_ms=found.get("fault_p99_ms"),
-        downtime_ms=found["downtime_ms"],
-        total_s=seconds,
-        bytes_per_s=size / seconds,
+        faults=got.get("faults", 0),
+        fault_median_ms=got.get("fault_median_ms"),
+        fault_p99_ms=got.get("fault_p99_ms"),
+        downtime_ms=gave["downtime_ms"],
+        total_s=gave["total_s"],
+        bytes_per_s=size / gave["total_s"],
+        size=size,
+        cpu=(here, there),
     )
 
 
-async def qemu_run(size: int, cap: int, qemu: str, *, preempt: bool = False) -> Result:
+async def qemu_run(size: int, cap: int, qemu: QemuProgram, *, preempt: bool = False) -> Result:
     """One migration from QEMU to QEMU. BenchError.
 
     Args:
@@ -104,25 +140,22 @@ async def qemu_run(size: int, cap: int, qemu: str, *, preempt: bool = False) -> 
             found.append(await _qemu_run(nursery, size, cap, qemu, preempt=preempt))
             nursery.cancel_scope.cancel("measured")
     except* BenchError as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
+        raise first_error(group) from None
     return found[0]
 
 
-async def _qemu_run(nursery: trio.Nursery, size: int, cap: int, qemu: str, *, preempt: bool) -> Result:
+async def _qemu_run(nursery: trio.Nursery, size: int, cap: int, qemu: QemuProgram, *, preempt: bool) -> Result:
     setup = Setup(size=size, memory=MEMORY_KINDS["memfd-cold"], pages="random", qemu=qemu)
     source = await open_qemu_side(nursery, "source", setup)
     destination = await open_qemu_side(nursery, "destination", setup)
-    names = ("postcopy-ram", *(("postcopy-preempt",) if preempt else ()))
-    on = {"capabilities": [{"capability": name, "state": True} for name in names]}
     for side in (source, destination):
-        await side.command("migrate-set-capabilities", on)
+        await side.turn_on("postcopy-ram", *(("postcopy-preempt",) if preempt else ()))
     await source.command(
         "migrate-set-parameters", {"max-bandwidth": 64 << 20, "max-postcopy-bandwidth": cap, "downtime-limit": 0}
     )
     uri = await destination.listen()
+    clocks = CpuClocks(source.pid, destination.pid)
+    clocks.start()
     await source.command("migrate", {"uri": uri})
     await source.command("migrate-start-postcopy")
     begun = ("postcopy-active", "completed")
@@ -139,6 +172,7 @@ async def _qemu_run(nursery: trio.Nursery, size: int, cap: int, qemu: str, *, pr
         downtime = answer["downtime"]
     else:
         downtime = (await source.command("query-migrate")).get("downtime", 0)
+    here, there = clocks.read()
     waits = [touch * 1000 for touch in touches if touch > WAITED_S]
     return Result(
         pair=f"qemu-qemu{PREEMPT if preempt else ''}",
@@ -150,6 +184,8 @@ async def _qemu_run(nursery: trio.Nursery, size: int, cap: int, qemu: str, *, pr
         downtime_ms=downtime if 0 < downtime < 1e6 else None,
         total_s=seconds,
         bytes_per_s=size / seconds if seconds else None,
+        size=size,
+        cpu=(here, there),
     )
 
 
@@ -173,7 +209,12 @@ async def _touch(side: QemuSide, size: int, limit: int) -> list[float]:
 
 
 async def run(
-    size: int, repeat: int, qemu: str | None, timeout: float, progress: Callable[[str], None]
+    size: int,
+    repeat: int,
+    qemu: QemuProgram | None,
+    timeout: float,
+    progress: Callable[[str], None],
+    loads: LoadLog,
 ) -> list[Result]:
     """All runs, interleaved; a failed run is reported and left out."""
     results: list[Result] = []
@@ -199,9 +240,10 @@ async def run(
             except (BenchError, trio.TooSlowError) as error:
                 progress(f"round {number + 1}/{repeat} {name}: FAILED: {str(error) or 'not done in time'}")
                 continue
-            results.append(result)
-            median = "-" if result.fault_median_ms is None else f"{result.fault_median_ms:.2f} ms"
-            progress(f"round {number + 1}/{repeat} {name}: {result.faults} faults, median {median}")
+            load = loads.read()
+            results.append(dataclasses.replace(result, load=load))
+            median = number_text(result.fault_median_ms, 2, "ms")
+            progress(f"round {number + 1}/{repeat} {name}: {result.faults} faults, median {median}, load {load:.1f}")
     return results
 
 
@@ -214,55 +256,55 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
         for field in ("faults", "fault_median_ms", "fault_p99_ms", "downtime_ms", "total_s", "bytes_per_s"):
             values = [value for r in mine if (value := getattr(r, field)) is not None]
             row[field] = statistics.median(values) if values else None
+        for side, name in enumerate(("cpu_source_s_per_gib", "cpu_destination_s_per_gib")):
+            row[name] = statistics.median(r.cpu[side] * GIB / r.size for r in mine)
+        row["load"] = max(r.load for r in mine)
         found.append(row)
     return found
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """The table as text, with the figures to reach."""
-    lines = [
-        f"{'pair':<22} {'limit':>8} {'runs':>4} {'faults':>6} {'median':>9} {'99 %':>9} {'downtime':>9} {'GB/s':>5}"
-    ]
+    """The table as text. Processor time is in seconds for each GiB of guest RAM."""
+    lines = [["pair", "limit", "runs", "faults", "median", "99 %", "downtime", "GB/s", "CPU src", "CPU dst", "load"]]
     for row in found:
-        limit = f"{row['cap'] >> 20} MiB/s" if row["cap"] else "none"
-        median, p99 = (_ms(row[key]) for key in ("fault_median_ms", "fault_p99_ms"))
-        speed = "-" if row["bytes_per_s"] is None or row["cap"] else f"{row['bytes_per_s'] / 1e9:.2f}"
+        speed = None if row["bytes_per_s"] is None or row["cap"] else row["bytes_per_s"] / 1e9
         lines.append(
-            f"{row['pair']:<22} {limit:>8} {row['runs']:>4} {row['faults']:>6.0f} {median:>9} {p99:>9} "
-            f"{_ms(row['downtime_ms']):>9} {speed:>5}"
+            [
+                row["pair"],
+                f"{row['cap'] >> 20} MiB/s" if row["cap"] else "none",
+                str(row["runs"]),
+                number_text(row["faults"], 0),
+                number_text(row["fault_median_ms"], 2, "ms"),
+                number_text(row["fault_p99_ms"], 2, "ms"),
+                number_text(row["downtime_ms"], 2, "ms"),
+                number_text(speed, 2),
+                f"{row['cpu_source_s_per_gib']:.2f}",
+                f"{row['cpu_destination_s_per_gib']:.2f}",
+                f"{row['load']:.1f}",
+            ]
         )
+    return format_table(lines, left=1)
+
+
+#: A name in :mod:`bench.goals`, two rows (the pair and its limit), and the member to divide.
+_RATIOS: Final = (
+    ("fault-preempt", (f"trimig-trimig{PREEMPT}", 0), (f"qemu-qemu{PREEMPT}", 0), "fault_median_ms"),
+    ("fault-limited", ("trimig-trimig", CAP), ("qemu-qemu", CAP), "fault_median_ms"),
+    ("fault-limited", (f"trimig-trimig{PREEMPT}", CAP), (f"qemu-qemu{PREEMPT}", CAP), "fault_median_ms"),
+    ("postcopy-time", ("trimig-trimig", 0), (f"trimig-trimig{PRECOPY}", 0), "total_s"),
+    ("postcopy-time", (f"trimig-trimig{PREEMPT}", 0), (f"trimig-trimig{PRECOPY}", 0), "total_s"),
+)
+
+
+def verdicts(found: Sequence[dict[str, Any]]) -> list[Verdict]:
+    """The figures to reach for which there are rows."""
     by = {(row["pair"], row["cap"]): row for row in found}
-    lines += ["", "Figures to reach:"]
-    for text, one, other, key, at_most in (
-        *(
-            (
-                f"fault median{also}, {where}, trimig / QEMU",
-                (f"trimig-trimig{also}", cap),
-                (f"qemu-qemu{also}", cap),
-                "fault_median_ms",
-                most,
-            )
-            for also in ("", PREEMPT)
-            for cap, where, most in ((0, "no limit", 1.0), (CAP, "1 MiB/s", 0.05))
-        ),
-        ("downtime, trimig / QEMU", ("trimig-trimig", 0), ("qemu-qemu", 0), "downtime_ms", 1.0),
-        *(
-            (
-                f"time, postcopy{also} / precopy",
-                (f"trimig-trimig{also}", 0),
-                (f"trimig-trimig{PRECOPY}", 0),
-                "total_s",
-                1.25,
-            )
-            for also in ("", PREEMPT)
-        ),
-    ):
-        if one in by and other in by and by[one][key] and by[other][key]:
-            ratio = by[one][key] / by[other][key]
-            word = "reached" if ratio <= at_most else "not reached"
-            lines.append(f"{text}: {ratio:.3g}, at most {at_most:g}: {word}")
-    return "\n".join(lines)
-
-
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f} ms"
+    judged = []
+    if (plain := by.get(("trimig-trimig", 0))) is not None:
+        for key, member in (("fault", "fault_median_ms"), ("fault-p99", "fault_p99_ms")):
+            if plain[member] is not None:
+                judged.append(judge(key, plain[member], "trimig-trimig"))
+    for key, one, other, member in _RATIOS:
+        if one in by and other in by and by[one][member] and by[other][member]:
+            judged.append(judge(key, by[one][member] / by[other][member], f"{one[0]} / {other[0]}"))
+    return judged

@@ -1,5 +1,8 @@
 """``python -m bench precopy``: the same RAM moved by every pair in turn, round by round.
 
+A *cell* is a way (tcp, unix, multifd with several channels), a kind of destination memory and a content. Pairs are
+compared within a cell.
+
 **The interval** is the same for every pair. Before it, both processes are up, their memory is allocated (and the
 source's filled), and the destination listens. The coordinator reads ``CLOCK_MONOTONIC``, writes the start command to
 the source (QMP ``migrate``, or a line to the Python side), and reads the clock again when *both* sides have reported
@@ -13,17 +16,22 @@ the machine and the place in the order affect all pairs alike.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 
 import trio
 
-from bench.errors import BenchError
+from bench.errors import BenchError, first_error
 from bench.figures import Measurement, engines
+from bench.load import LoadLog
 from bench.measure import Meter, sample_forever
 from bench.memory import MEMORY_KINDS
+from bench.programs import QemuProgram
 from bench.qemu import open_qemu_side
 from bench.sides import Setup, Side, open_python_side
+from bench.ways import TCP, WAYS, Way
 
 #: Why a combination of an engine and a kind of destination memory cannot be measured; "" if it can.
 TRIMIG_NEEDS_MEMFD = "AppGuest's memory is a memfd, so trimig is not measured as the destination into anonymous memory"
@@ -38,7 +46,8 @@ class Plan:
     memories: Sequence[str]
     pages: Sequence[str]
     pairs: Sequence[str]
-    qemu: str | None
+    qemu: QemuProgram | None
+    ways: Sequence[str] = ("tcp",)
     verify: bool = True
     #: Time limit of one run, in seconds.
     timeout: float = 300.0
@@ -52,6 +61,7 @@ class Left:
     memory: str
     pages: str
     reason: str
+    way: str = "tcp"
     #: From 1; None: there was no run at all.
     round: int | None = None
 
@@ -63,11 +73,16 @@ class Outcome:
     measurements: list[Measurement] = dataclasses.field(default_factory=list)
     skipped: list[Left] = dataclasses.field(default_factory=list)
     failed: list[Left] = dataclasses.field(default_factory=list)
+    loads: LoadLog = dataclasses.field(default_factory=LoadLog)
 
 
-def reason_to_skip(pair: str, memory: str, qemu: str | None) -> str:
-    """Why this pair cannot be measured into this memory; empty if it can."""
+def reason_to_skip(pair: str, memory: str, qemu: QemuProgram | None, way: Way = TCP) -> str:
+    """Why this pair cannot be measured into this memory on this way; empty if it can."""
     source, destination = engines(pair)
+    if source == "raw" and way.capabilities:
+        return "the raw copy has one connection"
+    if "trimig" in (source, destination) and (refusal := way.refusal()):
+        return refusal
     if "qemu" in (source, destination) and qemu is None:
         return "there is no QEMU on this machine (Debian: qemu-system-x86; or give --qemu PATH)"
     if destination == "trimig" and not MEMORY_KINDS[memory].shared:
@@ -81,33 +96,59 @@ def round_order(pairs: Sequence[str], number: int) -> list[str]:
     return [*pairs[at:], *pairs[:at]]
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """The conditions in which pairs are compared."""
+
+    way: str
+    memory: str
+    pages: str
+
+
 async def run_plan(plan: Plan, progress: Callable[[str], None]) -> Outcome:
     """Measure everything; a run that fails is listed and does not stop the others."""
     outcome = Outcome()
-    cells = [(memory, pages) for memory in plan.memories for pages in plan.pages]
-    todo: dict[tuple[str, str], list[str]] = {}
-    for memory, pages in cells:
+    outcome.loads.read()
+    todo: dict[Cell, list[str]] = {}
+    for way, memory, pages in itertools.product(plan.ways, plan.memories, plan.pages):
         for pair in plan.pairs:
-            if reason := reason_to_skip(pair, memory, plan.qemu):
-                outcome.skipped.append(Left(pair=pair, memory=memory, pages=pages, reason=reason))
+            if reason := reason_to_skip(pair, memory, plan.qemu, WAYS[way]):
+                outcome.skipped.append(Left(pair=pair, way=way, memory=memory, pages=pages, reason=reason))
             else:
-                todo.setdefault((memory, pages), []).append(pair)
+                todo.setdefault(Cell(way=way, memory=memory, pages=pages), []).append(pair)
     for number in range(plan.repeat):
-        for (memory, pages), pairs in todo.items():
-            setup = Setup(size=plan.size, memory=MEMORY_KINDS[memory], pages=pages, qemu=plan.qemu)
+        for cell, pairs in todo.items():
             for pair in round_order(pairs, number):
-                label = f"round {number + 1}/{plan.repeat} {pair} {memory} {pages}"
-                try:
-                    with trio.fail_after(plan.timeout):
-                        one = await measure(pair, setup, verify=plan.verify)
-                except (BenchError, trio.TooSlowError) as exc:
-                    reason = str(exc) or f"not done after {plan.timeout:g} s"
-                    outcome.failed.append(Left(pair=pair, memory=memory, pages=pages, reason=reason, round=number + 1))
-                    progress(f"{label}: FAILED: {reason}")
-                else:
-                    outcome.measurements.append(one)
-                    progress(f"{label}: {plan.size / one.seconds / 1e9:.2f} GB/s")
+                await _run_one(plan, cell, pair, number + 1, outcome, progress)
     return outcome
+
+
+async def _run_one(
+    plan: Plan, cell: Cell, pair: str, number: int, outcome: Outcome, progress: Callable[[str], None]
+) -> None:
+    label = f"round {number}/{plan.repeat} {pair} {cell.way} {cell.memory} {cell.pages}"
+    with tempfile.TemporaryDirectory(prefix="trimig-bench-") as directory:
+        setup = Setup(
+            size=plan.size,
+            memory=MEMORY_KINDS[cell.memory],
+            pages=cell.pages,
+            qemu=plan.qemu,
+            way=WAYS[cell.way],
+            directory=directory,
+        )
+        try:
+            with trio.fail_after(plan.timeout):
+                one = await measure(pair, setup, verify=plan.verify)
+        except (BenchError, trio.TooSlowError) as exc:
+            reason = str(exc) or f"not done after {plan.timeout:g} s"
+            outcome.failed.append(
+                Left(pair=pair, way=cell.way, memory=cell.memory, pages=cell.pages, reason=reason, round=number)
+            )
+            progress(f"{label}: FAILED: {reason}")
+            return
+    load = outcome.loads.read()
+    outcome.measurements.append(dataclasses.replace(one, load=load))
+    progress(f"{label}: {plan.size / one.seconds / 1e9:.2f} GB/s, load {load:.1f}")
 
 
 async def measure(pair: str, setup: Setup, *, verify: bool) -> Measurement:
@@ -124,7 +165,7 @@ async def measure(pair: str, setup: Setup, *, verify: bool) -> Measurement:
             result.append(await _measure(nursery, pair, setup, verify=verify))
             nursery.cancel_scope.cancel()
     except* BenchError as group:
-        raise _first(group) from None
+        raise first_error(group) from None
     return result[0]
 
 
@@ -158,6 +199,7 @@ async def _measure(nursery: trio.Nursery, pair: str, setup: Setup, *, verify: bo
         raise BenchError(f"{wrong} pages of the destination are not what the source had")
     return Measurement(
         pair=pair,
+        way=setup.way.name,
         memory=setup.memory.name,
         pages=setup.pages,
         size=setup.size,
@@ -173,12 +215,3 @@ async def _open(nursery: trio.Nursery, engine: str, role: str, setup: Setup) -> 
     if engine == "qemu":
         return await open_qemu_side(nursery, role, setup)
     return await open_python_side(nursery, engine, role, setup)
-
-
-def _first(group: BaseExceptionGroup[BenchError]) -> BenchError:
-    """One of the errors of both sides: the first, because the second is mostly its consequence."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, BenchError)
-    return error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import mmap
 import os
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,17 @@ import trio
 from bench.child import JsonChild, JsonObject, start_child
 from bench.errors import BenchError
 from bench.measure import guest_mapping
-from bench.memory import PAGE_SIZE, TEMPLATE_PAGES, MemoryKind, as_pages, differing, expected, fill, mismatches
+from bench.memory import (
+    PAGE_SIZE,
+    TEMPLATE_PAGES,
+    UNTOUCHED,
+    MemoryKind,
+    as_pages,
+    differing,
+    expected,
+    fill,
+    mismatches,
+)
 from bench.sides import Report, Setup, Side
 
 #: The name of the RAM block on the wire, and the name of the machine. The trimig sides use the same names.
@@ -27,16 +37,11 @@ RAM_BLOCK = "m0"
 MACHINE = "none"
 
 
-def find_qemu(wanted: str | None) -> str | None:
-    """The path of a QEMU to use: *wanted*, or the installed one; None if there is none."""
-    return shutil.which(wanted or "qemu-system-x86_64")
-
-
-def qemu_command(qemu: str, size: int, kind: MemoryKind, *, incoming: bool, prealloc: bool) -> list[str]:
+def qemu_command(qemu: Sequence[str], size: int, kind: MemoryKind, *, incoming: bool, prealloc: bool) -> list[str]:
     """The command line of one side."""
     backend = "memory-backend-memfd,share=on" if kind.shared else "memory-backend-ram"
     memory = f"{backend},id={RAM_BLOCK},size={size},prealloc={'on' if prealloc else 'off'}"
-    command = [qemu, "-M", f"{MACHINE},memory-backend={RAM_BLOCK}", "-m", f"size={size}b", "-object", memory]
+    command = [*qemu, "-M", f"{MACHINE},memory-backend={RAM_BLOCK}", "-m", f"size={size}b", "-object", memory]
     command += ["-nodefaults", "-display", "none", "-qmp", "stdio"]
     return [*command, "-incoming", "defer"] if incoming else command
 
@@ -56,18 +61,30 @@ class QemuSide(Side):
 
     async def prepare(self) -> None:
         """Negotiate, set the parameters, fill the source's memory."""
+        way = self._setup.way
         await self._child.receive()  # the greeting
         await self.command("qmp_capabilities")
-        capabilities = [{"capability": name, "state": True} for name in ("events", "return-path")]
-        await self.command("migrate-set-capabilities", {"capabilities": capabilities})
-        await self.command("migrate-set-parameters", {"max-bandwidth": 0})
+        await self.turn_on("events", "return-path", *way.capabilities)
+        await self.command("migrate-set-parameters", {"max-bandwidth": 0, **way.parameters})
         if self._role == "source":
             fill(as_pages(self._map_ram()), self._setup.pages)
 
-    async def listen(self) -> str:
-        await self.command("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+    async def turn_on(self, *names: str) -> None:
+        """Turn capabilities on. BenchError if QEMU refuses one.
+
+        **Cancellation:** as for :meth:`command`.
+        """
+        capabilities = [{"capability": name, "state": True} for name in names]
+        await self.command("migrate-set-capabilities", {"capabilities": capabilities})
+
+    async def listen(self, at: str | None = None) -> str:
+        uri = at or self._setup.way.address(self._setup.directory)
+        await self.command("migrate-incoming", {"uri": uri})
+        if uri.startswith("unix:"):
+            return uri
         answer = await self.command("query-migrate")
-        return f"tcp:127.0.0.1:{answer['socket-address'][0]['port']}"
+        host = uri.split(":")[1]
+        return f"tcp:{host}:{answer['socket-address'][0]['port']}"
 
     async def begin(self, uri: str) -> None:
         await self._child.send({"execute": "migrate", "arguments": {"uri": uri}})
@@ -144,8 +161,9 @@ async def open_qemu_side(nursery: trio.Nursery, role: str, setup: Setup) -> Qemu
     """
     assert setup.qemu is not None, "the caller leaves out the pairs with QEMU when there is none"
     kind = setup.kind(role)
-    prealloc = kind.populated and not (role == "source" and setup.pages == "absent")
-    command = qemu_command(setup.qemu, setup.size, kind, incoming=role == "destination", prealloc=prealloc)
-    side = QemuSide(await start_child(nursery, f"QEMU {role}", command), role, setup)
+    prealloc = kind.populated and not (role == "source" and setup.pages in UNTOUCHED)
+    command = qemu_command(setup.qemu.command, setup.size, kind, incoming=role == "destination", prealloc=prealloc)
+    child = await start_child(nursery, f"QEMU {role}", command, setup.qemu.environment)
+    side = QemuSide(child, role, setup)
     await side.prepare()
     return side

@@ -17,9 +17,32 @@ from bench.memory import MEMORY_KINDS, Pages, allocate, fill_in_fork, mismatches
 CHUNK = 1 << 20
 
 
-def send_memory(pages: Pages, host: str, port: int, tls: str | None = None) -> None:
+def connect(uri: str) -> socket.socket:
+    """A connection to the destination at *uri*, ``tcp:`` or ``unix:``."""
+    scheme, _, rest = uri.partition(":")
+    if scheme == "unix":
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(rest)
+        return connection
+    host, _, port = rest.rpartition(":")
+    return socket.create_connection((host, int(port)))
+
+
+def listen(uri: str) -> tuple[socket.socket, str]:
+    """A listener at *uri*, and its address with the real port."""
+    scheme, _, rest = uri.partition(":")
+    if scheme == "unix":
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(rest)
+        listener.listen()
+        return listener, uri
+    listener = socket.create_server(("127.0.0.1", 0))
+    return listener, f"tcp:127.0.0.1:{listener.getsockname()[1]}"
+
+
+def send_memory(pages: Pages, uri: str, tls: str | None = None) -> None:
     """Connect, send all of *pages*, and wait for the answer of the other end; over TLS with *tls*'s files."""
-    with _secured(socket.create_connection((host, port)), tls, server=False) as connection:
+    with _secured(connect(uri), tls, server=False) as connection:
         connection.sendall(pages.data.cast("B"))
         if connection.recv(1) != b"k":
             raise ConnectionError("the destination closed before it had everything")
@@ -59,13 +82,13 @@ def main() -> None:
         command = json.loads(line)
         match command["do"]:
             case "listen":
-                with socket.create_server(("127.0.0.1", 0)) as listener:
-                    _say(listening=f"tcp:127.0.0.1:{listener.getsockname()[1]}")
+                listener, address = listen(command.get("at", "tcp:127.0.0.1:0"))
+                with listener:
+                    _say(listening=address)
                     receive_memory(pages, listener, command.get("tls"))
                 _say(finished=True)
             case "migrate":
-                _, host, port = command["uri"].split(":")
-                send_memory(pages, host, int(port), command.get("tls"))
+                send_memory(pages, command["uri"], command.get("tls"))
                 _say(finished=True)
             case "report":
                 _say(report={})

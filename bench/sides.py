@@ -13,9 +13,10 @@ from typing import Any
 import trio
 
 from bench.child import JsonChild, start_python_child
-from bench.errors import BenchError
 from bench.measure import Slices
 from bench.memory import SOURCE_KIND, MemoryKind
+from bench.programs import QemuProgram
+from bench.ways import TCP, Way
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,10 @@ class Setup:
     size: int
     memory: MemoryKind
     pages: str
-    qemu: str | None = None
+    qemu: QemuProgram | None = None
+    way: Way = TCP
+    #: For the sockets of the way.
+    directory: str = ""
 
     def kind(self, role: str) -> MemoryKind:
         """The kind of the RAM of that role; :mod:`bench.memory` says why the source's is always the same."""
@@ -51,7 +55,7 @@ class Side(abc.ABC):
 
     @abc.abstractmethod
     async def listen(self) -> str:
-        """Destination: wait for a migration on a free port of 127.0.0.1, and return its ``tcp:`` URI."""
+        """Destination: wait for a migration on the address of the way, and return its URI."""
 
     @abc.abstractmethod
     async def begin(self, uri: str) -> None:
@@ -77,21 +81,23 @@ class Side(abc.ABC):
 class PythonSide(Side):
     """A child that runs :mod:`bench.raw_side` or :mod:`bench.trimig_side`."""
 
-    def __init__(self, child: JsonChild) -> None:
+    def __init__(self, child: JsonChild, setup: Setup) -> None:
         self._child = child
+        self._at = setup.way.address(setup.directory)
+        self._options = {"capabilities": setup.way.capabilities, "parameters": setup.way.parameter_options()}
 
     @property
     def pid(self) -> int:
         return self._child.pid
 
     async def listen(self, **how: Any) -> str:
-        return str(await self._ask("listening", do="listen", **how))
+        return str(await self._ask("listening", **{"do": "listen", "at": self._at, **self._options, **how}))
 
     async def begin(self, uri: str, **how: Any) -> None:
-        await self._child.send({"do": "migrate", "uri": uri, **how})
+        await self._child.send({"do": "migrate", "uri": uri, **self._options, **how})
 
     async def finished(self) -> None:
-        await self._answer("finished")
+        await self._child.answer("finished")
 
     async def report(self) -> Report:
         values = await self._ask("report", do="report")
@@ -107,15 +113,7 @@ class PythonSide(Side):
 
     async def _ask(self, wanted: str, **message: Any) -> Any:
         await self._child.send(message)
-        return await self._answer(wanted)
-
-    async def _answer(self, wanted: str) -> Any:
-        message = await self._child.receive()
-        if "failed" in message:
-            raise BenchError(f"{self._child.name}: {message['failed']}")
-        if wanted not in message:
-            raise BenchError(f"{self._child.name} answered {message!r} where {wanted!r} was due")
-        return message[wanted]
+        return await self._child.answer(wanted)
 
 
 async def open_python_side(nursery: trio.Nursery, engine: str, role: str, setup: Setup) -> PythonSide:
@@ -126,6 +124,5 @@ async def open_python_side(nursery: trio.Nursery, engine: str, role: str, setup:
     """
     arguments = [role, str(setup.size), setup.kind(role).name, setup.pages]
     child = await start_python_child(nursery, f"{engine} {role}", f"bench.{engine}_side", arguments)
-    side = PythonSide(child)
-    await side._answer("ready")
-    return side
+    await child.answer("ready")
+    return PythonSide(child, setup)

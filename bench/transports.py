@@ -17,15 +17,33 @@ from typing import Any, Final
 
 import trio
 
-from bench.errors import BenchError
+from bench.errors import BenchError, first_error
+from bench.figures import GIB
+from bench.goals import Verdict, judge
+from bench.load import LoadLog
+from bench.measure import CpuClocks
 from bench.memory import MEMORY_KINDS
 from bench.sides import PythonSide, Setup, open_python_side
+from bench.table import format_table
 
 #: The measured transports, in the order of each round.
 TRANSPORTS: Final = ("tcp", "unix", "exec", "ws", "tls", "wss", "raw", "raw-tls")
 
-#: (transport, baseline, lowest ratio): the figures to reach.
-FLOORS: Final = (("unix", "tcp", 1.0), ("ws", "tcp", 0.5), ("tls", "raw-tls", 0.8))
+#: (transport, baseline, name in :mod:`bench.goals`): the figures to reach.
+RATIOS: Final = (("ws", "tcp", "ws"), ("tls", "raw-tls", "tls"))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One migration."""
+
+    transport: str
+    size: int
+    seconds: float
+    #: Processor seconds of the source and of the destination.
+    cpu: tuple[float, float]
+    #: The load average at the end.
+    load: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,40 +93,40 @@ def make_certificates(directory: Path) -> None:
         certificate.private_key_pem.write_to_path(directory / f"{side}-key.pem")
 
 
-async def measure(transport: str, size: int, directory: Path) -> float:
-    """Seconds of one migration.
+async def measure(transport: str, size: int, directory: Path) -> Result:
+    """One migration.
 
     Raises:
         BenchError: a side failed, or the memory differs.
 
     **Cancellation:** both processes are killed.
     """
-    result: list[float] = []
+    result: list[Result] = []
     try:
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
             result.append(await _measure(nursery, transport, size, directory))
             nursery.cancel_scope.cancel()
     except* BenchError as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
+        raise first_error(group) from None
     return result[0]
 
 
-async def _measure(nursery: trio.Nursery, transport: str, size: int, directory: Path) -> float:
+async def _measure(nursery: trio.Nursery, transport: str, size: int, directory: Path) -> Result:
     how = way(transport, directory)
     setup = Setup(size=size, memory=MEMORY_KINDS["memfd-populated"], pages="random")
     source = await open_python_side(nursery, how.engine, "source", setup)
     destination = await open_python_side(nursery, how.engine, "destination", setup)
     uri = await destination.listen(**how.listen)
+    clocks = CpuClocks(source.pid, destination.pid)
+    clocks.start()
     began = time.monotonic()
     await source.begin(how.to or uri, **how.migrate)
     await _both(source, destination)
     seconds = time.monotonic() - began
+    here, there = clocks.read()
     if wrong := await destination.mismatches():
         raise BenchError(f"{transport}: {wrong} pages of the destination are not what the source had")
-    return seconds
+    return Result(transport=transport, size=size, seconds=seconds, cpu=(here, there))
 
 
 async def _both(source: PythonSide, destination: PythonSide) -> None:
@@ -118,10 +136,10 @@ async def _both(source: PythonSide, destination: PythonSide) -> None:
 
 
 async def run(
-    transports: Sequence[str], size: int, repeat: int, timeout: float, progress: Callable[[str], None]
-) -> dict[str, list[float]]:
-    """Bytes per second of every run, by transport; a failed run is reported and left out."""
-    found: dict[str, list[float]] = {name: [] for name in transports}
+    transports: Sequence[str], size: int, repeat: int, timeout: float, progress: Callable[[str], None], loads: LoadLog
+) -> list[Result]:
+    """Every run; a failed one is reported and left out."""
+    found: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="trimig-bench-") as name:
         directory = Path(name)
         make_certificates(directory)
@@ -130,26 +148,88 @@ async def run(
                 label = f"round {number + 1}/{repeat} {transport}"
                 try:
                     with trio.fail_after(timeout):
-                        seconds = await measure(transport, size, directory)
+                        result = await measure(transport, size, directory)
                 except (BenchError, trio.TooSlowError) as error:
                     progress(f"{label}: FAILED: {str(error) or 'not done in time'}")
                     continue
-                found[transport].append(size / seconds)
-                progress(f"{label}: {size / seconds / 1e9:.2f} GB/s")
+                load = loads.read()
+                found.append(dataclasses.replace(result, load=load))
+                progress(f"{label}: {size / result.seconds / 1e9:.2f} GB/s, load {load:.1f}")
     return found
 
 
-def table(found: Mapping[str, Sequence[float]]) -> str:
-    """The medians, each with its ratio to tcp, and TLS with its ratio to its baseline."""
-    medians = {name: statistics.median(speeds) for name, speeds in found.items() if speeds}
-    lines = [f"{'transport':<10} {'runs':>4}  {'GB/s':>5}  {'(min-max)':<11}  {'of tcp':>6}"]
-    for name, speed in medians.items():
-        part = f"{speed / medians['tcp']:.2f}" if "tcp" in medians else "-"
-        spread = f"{min(found[name]) / 1e9:.2f}-{max(found[name]) / 1e9:.2f}"
-        lines.append(f"{name:<10} {len(found[name]):>4}  {speed / 1e9:>5.2f}  {spread:<11}  {part:>6}")
-    lines += ["", "Figures to reach:"]
-    for name, other, floor in FLOORS:
-        if name in medians and other in medians:
-            ratio = medians[name] / medians[other]
-            lines.append(f"{name} / {other}: {ratio:.2f}, at least {floor}: {'reached' if ratio >= floor else 'below'}")
-    return "\n".join(lines)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """The medians of all runs of one transport."""
+
+    transport: str
+    runs: int
+    bytes_per_s: float
+    bytes_per_s_min: float
+    bytes_per_s_max: float
+    cpu_source_s_per_gib: float
+    cpu_destination_s_per_gib: float
+    #: The highest load average at the end of a run.
+    load: float
+
+
+def rows(results: Sequence[Result]) -> list[Row]:
+    """One row for each transport, in the order of their first runs."""
+    found = []
+    for transport in dict.fromkeys(result.transport for result in results):
+        mine = [result for result in results if result.transport == transport]
+        speeds = [result.size / result.seconds for result in mine]
+        source, destination = (
+            statistics.median(result.cpu[side] * GIB / result.size for result in mine) for side in (0, 1)
+        )
+        found.append(
+            Row(
+                transport=transport,
+                runs=len(mine),
+                bytes_per_s=statistics.median(speeds),
+                bytes_per_s_min=min(speeds),
+                bytes_per_s_max=max(speeds),
+                cpu_source_s_per_gib=source,
+                cpu_destination_s_per_gib=destination,
+                load=max(result.load for result in mine),
+            )
+        )
+    return found
+
+
+def verdicts(found: Sequence[Row]) -> list[Verdict]:
+    """The figures to reach for which there are rows."""
+    by = {row.transport: row for row in found}
+    judged = [
+        judge(key, by[name].bytes_per_s / by[other].bytes_per_s, f"{name} / {other}")
+        for name, other, key in RATIOS
+        if name in by and other in by
+    ]
+    if "tcp" in by and "unix" in by:
+        ratio = _cpu(by["tcp"]) / _cpu(by["unix"])
+        judged.append(judge("unix-cpu", ratio, "transports"))
+    return judged
+
+
+def _cpu(row: Row) -> float:
+    return row.cpu_source_s_per_gib + row.cpu_destination_s_per_gib
+
+
+def table(found: Sequence[Row]) -> str:
+    """The rows as text, each with its ratio to tcp. Processor time is in seconds for each GiB of guest RAM."""
+    tcp = next((row.bytes_per_s for row in found if row.transport == "tcp"), None)
+    lines = [["transport", "runs", "GB/s", "(min-max)", "of tcp", "CPU src", "CPU dst", "load"]]
+    lines += [
+        [
+            row.transport,
+            str(row.runs),
+            f"{row.bytes_per_s / 1e9:.2f}",
+            f"{row.bytes_per_s_min / 1e9:.2f}-{row.bytes_per_s_max / 1e9:.2f}",
+            "-" if tcp is None else f"{row.bytes_per_s / tcp:.2f}",
+            f"{row.cpu_source_s_per_gib:.2f}",
+            f"{row.cpu_destination_s_per_gib:.2f}",
+            f"{row.load:.1f}",
+        ]
+        for row in found
+    ]
+    return format_table(lines, left=1)

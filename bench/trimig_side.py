@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from typing import Any
 
 import trio
@@ -27,14 +27,33 @@ def add_machine(guest: trimig.AppGuest, size: int) -> Pages:
     return block.pages
 
 
-def make_config(tls: str | None = None, *, return_path: bool = True) -> trimig.Config:
-    """No rate limit, otherwise the defaults; with the credentials in the directory *tls*, if any."""
-    parameters = trimig.Parameters(
-        max_bandwidth=0, tls_creds="tls0" if tls else "", tls_hostname="localhost" if tls else ""
-    )
-    capabilities = trimig.Capabilities(return_path=return_path)
+def make_config(
+    tls: str | None = None,
+    *,
+    return_path: bool = True,
+    capabilities: Sequence[str] = (),
+    parameters: Sequence[str] = (),
+) -> trimig.Config:
+    """No rate limit, otherwise the defaults; with the credentials in the directory *tls*, if any.
+
+    Args:
+        capabilities: names of capabilities to turn on.
+        parameters: each ``NAME=VALUE``.
+    """
+    ours = trimig.Parameters(max_bandwidth=0, tls_creds="tls0" if tls else "", tls_hostname="localhost" if tls else "")
     objects = (TlsX509(id="tls0", dir=tls),) if tls else ()
-    return trimig.Config(parameters=parameters, capabilities=capabilities, objects=objects)
+    config = trimig.Config(parameters=ours, capabilities=trimig.Capabilities(return_path=return_path), objects=objects)
+    return config.with_options(capabilities, parameters)
+
+
+def config_of(command: Mapping[str, Any]) -> trimig.Config:
+    """The configuration that a command of the coordinator describes."""
+    return make_config(
+        command.get("tls"),
+        return_path=command.get("return_path", True),
+        capabilities=command.get("capabilities", ()),
+        parameters=command.get("parameters", ()),
+    )
 
 
 async def wait_address(events: AsyncIterator[trimig.Event]) -> str:
@@ -71,22 +90,21 @@ class TrimigSide:
                         self._make_guest()  # the last guest was handed over and runs
                     monitor = trimig.Monitor()
                     async with trio.open_nursery() as nursery:
-                        nursery.start_soon(_announce, monitor.events())
-                        config = make_config(command.get("tls"))
+                        nursery.start_soon(announce, monitor.events())
                         uri = command.get("at", "tcp:127.0.0.1:0")
-                        incoming = trimig.receive(self._guest, uri, config, monitor=monitor)
+                        incoming = trimig.receive(self._guest, uri, config_of(command), monitor=monitor)
                         await self._watch(incoming)
                         nursery.cancel_scope.cancel()
                 case "migrate":
-                    config = make_config(command.get("tls"), return_path=command.get("return_path", True))
-                    await self._watch(trimig.migrate(self._guest, command["uri"], config))
+                    await self._watch(trimig.migrate(self._guest, command["uri"], config_of(command)))
                 case "report":
                     say(report=self._report())
                 case "verify":
                     say(mismatches=mismatches(self._pages, self._pattern))
 
     def _make_guest(self) -> None:
-        self._guest = trimig.AppGuest(MACHINE, running=self._role == "source")
+        kind = trimig.LazyAppGuest if self._role == "lazy" else trimig.AppGuest
+        self._guest = kind(MACHINE, running=self._role == "source")
         self._pages = add_machine(self._guest, self._size)
         self._summary = None
         if self._role == "destination" and self._populated:
@@ -124,7 +142,8 @@ async def commands() -> AsyncIterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-async def _announce(events: AsyncIterator[trimig.Event]) -> None:
+async def announce(events: AsyncIterator[trimig.Event]) -> None:
+    """Tell the coordinator the address of the destination; *events* was opened before its start."""
     say(listening=await wait_address(events))
 
 

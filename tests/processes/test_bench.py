@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import types
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import trio
 from click.testing import CliRunner
 
-from bench import parking, postcopy
+from bench import goals, image
 from bench.__main__ import as_json, main
-from bench.cancel import Point, cancel_table, summarise
 from bench.errors import BenchError
-from bench.figures import (
-    GIB,
-    MIB,
-    PAIRS,
-    Measurement,
-    Row,
-    Verdict,
-    engines,
-    format_table,
-    make_rows,
-    make_verdicts,
-    rows_table,
-    verdicts_table,
-)
+from bench.figures import GIB, MIB, PAIRS, RATIO_GOALS, Measurement, Row, engines, make_rows, make_verdicts, rows_table
+from bench.goals import GOALS, judge, verdicts_table
+from bench.load import LoadLog
 from bench.measure import SliceInstrument, Slices, Usage, parse_smaps, parse_status, percentile
 from bench.memory import (
     MEMORY_KINDS,
@@ -44,7 +31,11 @@ from bench.memory import (
     parse_size,
 )
 from bench.precopy import Outcome, Plan, reason_to_skip, round_order, run_plan
-from bench.qemu import find_qemu, qemu_command
+from bench.programs import QemuProgram, find_qemu
+from bench.qemu import qemu_command
+from bench.table import format_table
+from bench.ways import ENCODINGS, WAYS, Way
+from trimig.config.built import BUILT
 
 ISSUE_KEYS = {
     "pair",
@@ -52,6 +43,9 @@ ISSUE_KEYS = {
     "pages",
     "bytes_per_s",
     "cpu_s_per_gib",
+    "cpu_source_s_per_gib",
+    "cpu_destination_s_per_gib",
+    "load",
     "extra_memory_bytes",
     "downtime_ms",
 }
@@ -111,7 +105,12 @@ def test_a_size_that_is_none_is_refused(text: str) -> None:
         ["precopy", "--memory", "memfd-cold,ram"],
         ["precopy", "--pages", "ones"],
         ["precopy", "--pairs", "qemu-raw"],
+        ["precopy", "--ways", "multifd-3"],
         ["cancel", "--points", "0"],
+        ["cancel", "--modes", "colo"],
+        ["encodings", "--engines", "xen"],
+        ["scale", "--counts", "1,none"],
+        ["scale", "--counts", "0"],
     ],
 )
 def test_bad_arguments_are_usage_errors(arguments: list[str]) -> None:
@@ -149,21 +148,45 @@ def test_each_round_starts_with_another_pair() -> None:
     assert all(sorted(order) == sorted(PAIRS) for order in orders)
 
 
+QEMU = QemuProgram(command=("/bin/qemu",))
+
+
 @pytest.mark.parametrize(
     ("pair", "memory", "qemu", "said"),
     [
         ("raw", "anon", None, ""),
-        ("qemu-qemu", "anon", "/bin/qemu", ""),
+        ("qemu-qemu", "anon", QEMU, ""),
         ("trimig-trimig", "memfd-cold", None, ""),
-        ("trimig-qemu", "anon", "/bin/qemu", ""),
+        ("trimig-qemu", "anon", QEMU, ""),
         ("trimig-qemu", "memfd-cold", None, "no QEMU"),
-        ("qemu-trimig", "anon", "/bin/qemu", "memfd"),
+        ("qemu-trimig", "anon", QEMU, "memfd"),
     ],
 )
-def test_what_cannot_be_measured_has_a_reason(pair: str, memory: str, qemu: str | None, said: str) -> None:
+def test_what_cannot_be_measured_has_a_reason(pair: str, memory: str, qemu: QemuProgram | None, said: str) -> None:
     reason = reason_to_skip(pair, memory, qemu)
     assert said in reason
     assert bool(reason) is bool(said)
+
+
+@pytest.mark.parametrize("way", [*WAYS.values(), *ENCODINGS.values()], ids=lambda way: way.name)
+def test_a_way_is_refused_with_one_sentence_until_trimig_has_it(way: Way) -> None:
+    refusal = way.refusal()
+    assert bool(refusal) is not BUILT.issuperset(way.capabilities) or "multifd-compression" in refusal
+    assert "\n" not in refusal
+    assert reason_to_skip("trimig-trimig", "memfd-cold", None, way) == refusal
+
+
+def test_a_refusal_names_the_capability_and_qemus_go_that_way_all_the_same() -> None:
+    way = Way(name="colo", capabilities=("x-colo",))
+    assert "x-colo" in reason_to_skip("qemu-trimig", "memfd-cold", QEMU, way)
+    assert reason_to_skip("qemu-qemu", "memfd-cold", QEMU, way) == ""
+    assert "one connection" in reason_to_skip("raw", "memfd-cold", None, way)
+
+
+def test_the_address_of_a_way_is_a_port_or_a_socket_in_the_directory() -> None:
+    assert WAYS["multifd-2"].address("/d") == "tcp:127.0.0.1:0"
+    assert WAYS["unix-multifd-2"].address("/d") == "unix:/d/socket"
+    assert "multifd-channels=2" in WAYS["multifd-2"].parameter_options()
 
 
 def test_the_engines_of_a_pair() -> None:
@@ -174,7 +197,7 @@ def test_the_engines_of_a_pair() -> None:
 def test_qemu_gets_the_memory_that_the_row_names() -> None:
     def memory(name: str) -> str:
         kind = MEMORY_KINDS[name]
-        command = qemu_command("qemu", MIB, kind, incoming=True, prealloc=kind.populated)
+        command = qemu_command(["qemu"], MIB, kind, incoming=True, prealloc=kind.populated)
         return command[command.index("-object") + 1]
 
     assert memory("memfd-cold").startswith("memory-backend-memfd,share=on,")
@@ -185,9 +208,22 @@ def test_qemu_gets_the_memory_that_the_row_names() -> None:
 
 def test_a_qemu_that_is_not_there_is_not_found() -> None:
     assert find_qemu("/nowhere/qemu") is None
+    assert find_qemu("1.0") is None
 
 
 # --- contents
+
+
+@pytest.fixture(autouse=True)
+def small_image(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A memory image of three pages, of this file and a binary."""
+    folder = tmp_path_factory.mktemp("image")
+    (folder / "text").write_text("one line of text\n" * 300)
+    (folder / "binary").write_bytes(bytes(range(256)) * 16)
+    image.make(folder / "made", 1 << 20, [folder])
+    monkeypatch.setenv(image.VARIABLE, str(folder / "made"))
+    yield
+    image.forget()
 
 
 @pytest.mark.parametrize("pattern", PAGE_PATTERNS)
@@ -205,6 +241,7 @@ def test_random_pages_are_all_different_and_zero_pages_are_fifteen_of_sixteen() 
     count = 64
     assert len(np.unique(expected(0, count, count, "random"), axis=0)) == count
     assert int(expected(0, count, count, "zero").any(axis=1).sum()) == count // 16
+    assert int(expected(0, count, count, "eighth").any(axis=1).sum()) == count // 8
 
 
 def test_a_part_of_the_expected_contents_is_that_part_of_the_whole() -> None:
@@ -223,7 +260,56 @@ def test_an_unknown_pattern_is_refused() -> None:
         expected(0, 16, 16, "ones")
 
 
+def test_files_of_an_image_begin_at_pages_and_are_taken_in_the_order_of_their_names(tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "b").write_bytes(b"b" * (PAGE_SIZE + 1))
+    (files / "a").write_bytes(b"\0" * 7)
+    (files / "link").symlink_to(files / "a")
+    image.make(tmp_path / "image", 1 << 20, [files])
+    assert (tmp_path / "image").read_bytes() == bytes(PAGE_SIZE) + (b"b" * (PAGE_SIZE + 1)).ljust(2 * PAGE_SIZE, b"\0")
+
+
+def test_half_of_an_image_is_text(tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "binary").write_bytes(b"\0b" * (8 * PAGE_SIZE))
+    (files / "text").write_bytes(b"t" * (16 * PAGE_SIZE))
+    image.make(tmp_path / "image", 4 * PAGE_SIZE, [files])
+    assert (tmp_path / "image").read_bytes() == b"\0b" * PAGE_SIZE + b"t" * (2 * PAGE_SIZE)
+
+
+def test_an_image_without_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="no file can be read"):
+        image.make(tmp_path / "image", 1 << 20, [tmp_path / "nothing"])
+
+
+def test_a_prepared_image_is_found_and_then_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(image.VARIABLE)
+    with image.prepared(16 * PAGE_SIZE) as digest:
+        name = os.environ[image.VARIABLE]
+        assert len(image.pages()) == 16
+        assert len(digest) == 64
+    assert not os.path.exists(name)
+    with pytest.raises(BenchError, match="no memory image"):
+        image.pages()
+
+
 # --- readings
+
+
+def test_a_run_is_quiet_if_no_reading_of_the_load_reaches_the_limit() -> None:
+    quiet, busy = LoadLog([0.2, 1.4, 0.9]), LoadLog([0.2, 1.5])
+    assert (quiet.quiet, busy.quiet, LoadLog().quiet) == (True, False, False)
+    assert quiet.sentence() == "quiet run: load average 0.20 before it and 1.40 at most (quiet is below 1.5)"
+    assert busy.sentence().startswith("NOT a quiet run")
+    assert busy.as_json() == {"before": 0.2, "most": 1.5, "quiet": False}
+
+
+def test_a_reading_of_the_load_is_kept() -> None:
+    log = LoadLog()
+    value = log.read()
+    assert log.as_json()["most"] == value
 
 
 def test_nearest_rank_percentiles() -> None:
@@ -292,7 +378,18 @@ def test_a_row_has_the_medians_of_its_runs() -> None:
 
 def test_cpu_time_is_per_gib_of_guest_ram_and_of_both_sides() -> None:
     (row,) = make_rows([measurement(size=GIB // 4)])
-    assert row.cpu_s_per_gib == 6.0
+    assert (row.cpu_source_s_per_gib, row.cpu_destination_s_per_gib, row.cpu_s_per_gib) == (2.0, 4.0, 6.0)
+
+
+def test_the_load_of_a_row_is_the_highest_of_its_runs() -> None:
+    (row,) = make_rows([measurement(load=load) for load in (0.5, 2.5, 1.0)])
+    assert row.load == 2.5
+    assert " 2.5" in rows_table([row])
+
+
+def test_ways_are_rows_of_their_own() -> None:
+    rows = make_rows([measurement(way=way) for way in ("tcp", "unix", "tcp")])
+    assert [(row.way, row.runs) for row in rows] == [("tcp", 2), ("unix", 1)]
 
 
 def test_rows_are_grouped_by_conditions_and_ordered_like_the_pairs() -> None:
@@ -312,32 +409,63 @@ def test_only_the_trimig_side_counts_as_trimigs_memory() -> None:
     assert rows["raw"].downtime_ms is None
 
 
-def verdict_of(rows: list[Row], what: str, memory: str) -> Verdict:
-    (verdict,) = [one for one in make_verdicts(rows) if one.what == what and one.memory == memory]
-    return verdict
+def results(rows: list[Row]) -> dict[str, str]:
+    return {verdict.goal.key: verdict.result for verdict in make_verdicts(rows)}
 
 
 @pytest.mark.parametrize(
-    ("memory", "seconds", "result"),
+    ("memory", "key", "seconds", "result"),
     [
-        ("memfd-cold", 1 / 1.4, "below"),
-        ("memfd-cold", 1 / 1.6, "floor"),
-        ("memfd-cold", 1 / 2.0, "goal"),
-        ("memfd-populated", 1 / 1.1, "below"),
-        ("memfd-populated", 1 / 1.4, "floor"),
-        ("memfd-populated", 1 / 1.6, "goal"),
+        ("memfd-cold", "cold", 1 / 1.6, "below"),
+        ("memfd-cold", "cold", 1 / 1.8, "floor"),
+        ("memfd-cold", "cold", 1 / 2.0, "goal"),
+        ("memfd-populated", "populated", 1 / 1.1, "below"),
+        ("memfd-populated", "populated", 1 / 1.2, "floor"),
+        ("memfd-populated", "populated", 1 / 1.6, "goal"),
     ],
 )
-def test_the_ratio_to_reach_depends_on_the_destinations_memory(memory: str, seconds: float, result: str) -> None:
+def test_the_ratio_to_reach_depends_on_the_destinations_memory(
+    memory: str, key: str, seconds: float, result: str
+) -> None:
     rows = make_rows([measurement("qemu-qemu", memory=memory), measurement(seconds=seconds, memory=memory)])
-    verdict = verdict_of(rows, "trimig-trimig / qemu-qemu", memory)
-    assert verdict.value == pytest.approx(1 / seconds)
-    assert verdict.result == result
+    assert results(rows)[key] == result
+    assert {"cold", "populated"} - results(rows).keys() == {"cold", "populated"} - {key}
+
+
+def test_processor_time_is_compared_the_other_way_round() -> None:
+    ours = measurement(memory="memfd-populated", source=usage(cpu=0.4), destination=usage(cpu=0.6))
+    (verdict,) = [
+        one
+        for one in make_verdicts(make_rows([measurement("qemu-qemu", memory="memfd-populated"), ours]))
+        if one.goal.key == "populated-cpu"
+    ]
+    assert (verdict.value, verdict.result) == (1.5, "goal")
+
+
+def test_ways_are_compared_with_their_own_baseline() -> None:
+    runs = [
+        measurement("qemu-qemu", way="multifd-2", memory="memfd-populated"),
+        measurement(way="multifd-2", memory="memfd-populated", seconds=0.9),
+        measurement(way="tcp", memory="memfd-populated", seconds=0.1),
+        measurement(way="unix", memory="memfd-populated", source=usage(cpu=0.2), destination=usage(cpu=0.3)),
+    ]
+    assert results(make_rows(runs)) == {
+        "multifd": "floor",
+        "multifd-cpu": "below",
+        "unix-cpu": "goal",
+        "memory": "goal",
+    }
+
+
+def test_each_ratio_is_a_figure_to_reach_and_each_figure_is_named_once() -> None:
+    keys = [goal.key for goal in GOALS]
+    assert len(set(keys)) == len(keys)
+    assert {ratio.key for ratio in RATIO_GOALS} <= set(keys)
 
 
 def test_a_ratio_is_only_taken_between_like_conditions() -> None:
     rows = make_rows([measurement("qemu-qemu", memory="memfd-cold"), measurement(memory="memfd-populated")])
-    assert [verdict for verdict in make_verdicts(rows) if verdict.unit == "ratio"] == []
+    assert results(rows).keys() == {"memory"}
 
 
 def test_memory_and_slices_are_judged_by_the_worst_row_and_less_is_better() -> None:
@@ -345,12 +473,33 @@ def test_memory_and_slices_are_judged_by_the_worst_row_and_less_is_better() -> N
     bad = measurement(
         "trimig-qemu",
         source=usage(extra=40 * MIB),
-        slices=(Slices(steps=1, p99_ms=6.0, max_ms=9.0),),
+        slices=(Slices(steps=1, p99_ms=1.5, max_ms=9.0),),
     )
-    memory, held = [verdict for verdict in make_verdicts(make_rows([good, bad])) if verdict.unit != "ratio"]
+    memory, p99, worst = make_verdicts(make_rows([good, bad]))
     assert (memory.value, memory.result) == (40.0, "floor")
-    assert (held.value, held.result) == (6.0, "below")
-    assert "trimig-qemu" in memory.what
+    assert (p99.value, p99.result) == (1.5, "floor")
+    assert (worst.value, worst.result) == (9.0, "below")
+    assert "trimig-qemu" in memory.where
+
+
+def test_a_table_of_all_figures_has_those_that_were_not_measured(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    one = judge("scale", 45.0, "4 MiB each")
+    file.write_text(json.dumps({"verdicts": [one.as_json()], "load": {"before": 0.1, "most": 1.2, "quiet": True}}))
+    lines = goals.report([file]).splitlines()
+    assert len(lines) == 1 + len(GOALS) + 2
+    assert [line.split()[-1] for line in lines if line.startswith("200 migrations")] == ["floor"]
+    assert sum(line.endswith("not measured") for line in lines) == len(GOALS) - 1
+    assert lines[-1] == "figures.json: quiet, load 0.10 before it, 1.20 at most"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"verdicts": [{"key": "scale"}], "load": {}}'])
+def test_a_file_that_no_benchmark_has_written_is_one_sentence(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "figures.json"
+    file.write_text(text)
+    result = CliRunner().invoke(main, ["goals", str(file)])
+    assert result.exit_code == 1
+    assert "is not a document" in result.output
 
 
 def test_tables_have_a_line_for_each_row_and_name_the_memory() -> None:
@@ -358,7 +507,8 @@ def test_tables_have_a_line_for_each_row_and_name_the_memory() -> None:
     lines = rows_table(rows).splitlines()
     assert len(lines) == 1 + len(PAIRS)
     assert all("memfd-cold" in line for line in lines[1:])
-    assert "trimig-trimig / raw" in verdicts_table(make_verdicts(rows))
+    assert "cold: trimig-trimig / QEMU-QEMU" in verdicts_table(make_verdicts(rows))
+    assert verdicts_table([]) == ""
 
 
 def test_columns_are_aligned() -> None:
@@ -371,23 +521,9 @@ def test_the_json_has_the_agreed_keys_and_survives_a_round_trip() -> None:
     assert {row["pair"] for row in document["rows"]} == set(PAIRS)
     for row in document["rows"]:
         assert set(row) >= ISSUE_KEYS
-    assert {ratio["result"] for ratio in document["ratios"]} <= {"goal", "floor", "below"}
+    assert {verdict["result"] for verdict in document["verdicts"]} <= {"goal", "floor", "below"}
+    assert document["load"] == {"quiet": False}
     assert document["skipped"] == document["failed"] == []
-
-
-# --- cancel
-
-
-def test_cancel_figures_tell_points_while_paused_from_the_others() -> None:
-    points = [Point(at_s=0.1, paused=False, returned_s=0.001 * n, running_s=0.0) for n in range(1, 100)]
-    points.append(Point(at_s=0.2, paused=True, returned_s=0.5, running_s=0.4))
-    lines = summarise(points)
-    assert [line.what for line in lines] == ["guest runs again", "guest runs again, was paused", "call returned"]
-    everything, paused, returned = lines
-    assert (everything.count, everything.median_ms, everything.p99_ms, everything.max_ms) == (100, 0.0, 0.0, 400.0)
-    assert (paused.count, paused.median_ms) == (1, 400.0)
-    assert (returned.median_ms, returned.p99_ms, returned.max_ms) == pytest.approx((50.5, 99.0, 500.0))
-    assert len(cancel_table(lines).splitlines()) == 4
 
 
 # --- one real run
@@ -401,108 +537,6 @@ async def test_a_tiny_raw_copy_arrives_and_is_measured() -> None:
     for row in rows:
         assert row.bytes_per_s > 0
         assert row.cpu_s_per_gib > 0
+        assert row.load > 0
         assert row.extra_memory_bytes > 0
         assert row.resident_at_start_bytes < row.size_bytes
-
-
-# -- postcopy ----------------------------------------------------------------------------------------------------------
-
-
-def postcopy_result(pair: str, cap: int, median: float | None, total: float | None = None) -> Any:
-    return postcopy.Result(
-        pair=pair,
-        cap=cap,
-        faults=10,
-        fault_median_ms=median,
-        fault_p99_ms=None if median is None else 2 * median,
-        downtime_ms=5.0,
-        total_s=total,
-        bytes_per_s=None if total is None else 1e9 / total,
-    )
-
-
-def test_medians_of_postcopy_are_for_each_pair_and_limit() -> None:
-    found = postcopy.rows(
-        [postcopy_result("trimig-trimig", 0, median) for median in (1.0, 9.0, 2.0)]
-        + [postcopy_result("trimig-trimig", postcopy.CAP, 0.5), postcopy_result("trimig-trimig precopy", 0, None)]
-    )
-    assert [(row["pair"], row["cap"], row["runs"], row["fault_median_ms"]) for row in found] == [
-        ("trimig-trimig", 0, 3, 2.0),
-        ("trimig-trimig", postcopy.CAP, 1, 0.5),
-        ("trimig-trimig precopy", 0, 1, None),
-    ]
-
-
-def test_figures_of_postcopy_are_compared_with_what_is_to_be_reached() -> None:
-    results = [
-        postcopy_result("trimig-trimig", 0, 2.0, 1.0),
-        postcopy_result("qemu-qemu", 0, 1.0, 1.0),
-        postcopy_result("trimig-trimig preempt", 0, 1.0, 2.0),
-        postcopy_result("qemu-qemu preempt", 0, 1.0, 1.0),
-        postcopy_result("trimig-trimig", postcopy.CAP, 1.0),
-        postcopy_result("qemu-qemu", postcopy.CAP, 100.0),
-        postcopy_result("trimig-trimig precopy", 0, None, 1.0),
-    ]
-    lines = postcopy.table(postcopy.rows(results)).splitlines()
-    assert [line for line in lines if "reached" in line] == [
-        "fault median, no limit, trimig / QEMU: 2, at most 1: not reached",
-        "fault median, 1 MiB/s, trimig / QEMU: 0.01, at most 0.05: reached",
-        "fault median preempt, no limit, trimig / QEMU: 1, at most 1: reached",
-        "downtime, trimig / QEMU: 1, at most 1: reached",
-        "time, postcopy / precopy: 1, at most 1.25: reached",
-        "time, postcopy preempt / precopy: 2, at most 1.25: not reached",
-    ]
-
-
-async def test_a_demo_that_does_not_verify_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run(command: list[str], **_: object) -> Any:
-        await trio.lowlevel.checkpoint()
-        assert "--postcopy-after" in command
-        assert "postcopy-preempt=on" in command
-        return types.SimpleNamespace(stdout=b'{"verified": false, "error": "page 7 is wrong"}', stderr=b"")
-
-    monkeypatch.setattr(trio, "run_process", run)
-    with pytest.raises(BenchError, match="page 7 is wrong"):
-        await postcopy.trimig_run(1 << 20, 0, preempt=True)
-
-
-# -- parking -----------------------------------------------------------------------------------------------------------
-
-
-def parking_result(target: parking.Target, guest: str, pause: float, load: float = 1.0) -> parking.Result:
-    return parking.Result(
-        target=target, guest=guest, size=4 << 30, pause_ms=pause, total_s=2.0, cpu_s=1.0, file_bytes=1 << 20, load=load
-    )
-
-
-def test_pauses_of_parking_are_medians_with_the_worst_and_the_load_beside_them() -> None:
-    save, qemu = parking.TARGETS
-    found = parking.rows(
-        [parking_result(save, "idle", pause, load) for pause, load in ((20.0, 3.0), (90.0, 1.0), (30.0, 2.0))]
-        + [parking_result(qemu, "idle", 200.0), parking_result(save, "used", 400.0)]
-    )
-    assert [(row["guest"], row["target"], row["runs"], row["pause_ms"], row["worst_pause_ms"]) for row in found] == [
-        ("idle", save, 3, 30.0, 90.0),
-        ("idle", qemu, 1, 200.0, 200.0),
-        ("used", save, 1, 400.0, 400.0),
-    ]
-    assert found[0]["load"] == 3.0
-    lines = parking.table(found).splitlines()
-    assert [line for line in lines if "at most" in line] == [
-        "pause of an idle guest of 4096 MiB: 30 ms, at most 300 ms, goal 50 ms: goal reached"
-    ]
-
-
-@pytest.mark.qemu
-async def test_a_qemu_is_parked_and_measured(tmp_path: Path) -> None:
-    qemu = find_qemu(None)
-    assert qemu is not None
-    said: list[str] = []
-    found = await parking.run([16 << 20], 1, qemu, tmp_path, 60, said.append)
-    assert [(r.target, r.guest) for r in found] == [
-        (target, guest) for guest in parking.GUESTS for target in parking.TARGETS
-    ], said
-    assert all(r.cpu_s and r.cpu_s > 0 for r in found if r.target == parking.TARGETS[0])
-    # All pages of an idle guest are zero, 9 bytes each; a sixteenth of the other's is not.
-    assert [r.file_bytes is not None and r.file_bytes < 1 << 17 for r in found] == [True, False, False, False]
-    assert os.listdir(tmp_path) == []

@@ -1,0 +1,95 @@
+"""One side of a migration of a guest that checks itself (:class:`trimig.WorkloadGuest`). Run by :mod:`bench.postcopy`.
+
+The guest's worker is a process of its own, so the processor time of this process is that of the migration alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Awaitable, Mapping
+from typing import Any
+
+import trio
+
+import trimig
+from bench.trimig_side import announce, commands, config_of, say
+from trimig.cli.postcopy import PostcopySchedule
+
+
+class WorkloadSide:
+    """Answers the coordinator's commands."""
+
+    def __init__(self, guest: trimig.WorkloadGuest) -> None:
+        self._guest = guest
+        self._summary: trimig.Summary | None = None
+
+    async def serve(self) -> None:
+        """Answer commands until the coordinator is gone."""
+        async for command in commands():
+            match command["do"]:
+                case "listen":
+                    await self._listen(command)
+                case "migrate":
+                    await self._migrate(command)
+                case "report":
+                    say(report=self._report())
+                case "verify":
+                    await self._guest.pause()
+                    proof = await self._guest.verify()
+                    say(verified=proof.ok, text=str(proof))
+
+    async def _listen(self, command: Mapping[str, Any]) -> None:
+        monitor = trimig.Monitor()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(announce, monitor.events())
+            incoming = trimig.receive(self._guest, command["at"], config_of(command), monitor=monitor)
+            await self._watch(incoming)
+            nursery.cancel_scope.cancel()
+
+    async def _migrate(self, command: Mapping[str, Any]) -> None:
+        monitor = trimig.Monitor()
+        async with trio.open_nursery() as nursery:
+            if (after := command.get("postcopy_after")) is not None:
+                nursery.start_soon(PostcopySchedule(after=after).run, monitor)
+            await self._watch(trimig.migrate(self._guest, command["uri"], config_of(command), monitor=monitor))
+            nursery.cancel_scope.cancel()
+
+    async def _watch(self, migration: Awaitable[trimig.Summary]) -> None:
+        try:
+            self._summary = await migration
+        except trimig.TrimigError as exc:
+            say(failed=f"{type(exc).__name__}: {exc}")
+        else:
+            say(finished=True)
+
+    def _report(self) -> dict[str, Any]:
+        report: dict[str, Any] = {}
+        if self._summary is not None:
+            report |= {"downtime_ms": self._summary.downtime * 1000, "total_s": self._summary.total_time}
+        if (times := self._guest.touch_times) is not None:
+            report |= {
+                "faults": times.waits,
+                "fault_median_ms": times.median / 1e6 if times.waits else None,
+                "fault_p99_ms": times.p99 / 1e6 if times.waits else None,
+            }
+        return report
+
+
+async def run(role: str, size: int, dirty_rate: int) -> None:
+    """Make the guest, which writes all of its memory again and again at the source, and serve."""
+    source = role == "source"
+    opened = trimig.WorkloadGuest.open(
+        size=size, hot=size if source else 0, dirty_rate=dirty_rate if source else 0, running=source
+    )
+    async with opened as guest:
+        say(ready=True)
+        await WorkloadSide(guest).serve()
+
+
+def main() -> None:
+    role, size, dirty_rate = sys.argv[1:]
+    trio.run(run, role, int(size), int(dirty_rate), strict_exception_groups=True)
+
+
+if __name__ == "__main__":
+    main()
