@@ -395,7 +395,8 @@ class Decoder:
 
     def _read_package(self) -> ev.Element | None:
         if not self._have(self._package_bytes):
-            if self._package_bytes > len(self._mem) // 2:
+            # Not before half of the buffer is full: the length is only announced.
+            if self._package_bytes > len(self._mem) // 2 < self._end - self._pos:
                 self._grow(min(2 * len(self._mem), 2 * self._package_bytes))
             return None
         data = bytes(self._mem[self._pos : self._pos + self._package_bytes])
