@@ -16,6 +16,7 @@ import numpy as np
 from trimig.errors import RemoteProtocolError, TransportFailed
 from trimig.guest import PAGE_SIZE, ConfigSubsection
 from trimig.wire import Command, Decoder, Encoder, Section, events
+from trimig.wire.pages.xbzrle import DeltaRun
 
 PAYLOADS: Final = {"timer": 24, "globalstate": 104, "cpu_common": 8}
 
@@ -52,6 +53,12 @@ def zeros(block: str, offsets: Sequence[int], *, named: bool, fills: Sequence[in
     return events.ZeroRun(block=block, named=named, offsets=np.array(offsets, np.int64), fills=values)
 
 
+def deltas(block: str, offsets: Sequence[int], content: Sequence[str], *, named: bool) -> DeltaRun:
+    """A run of XBZRLE pages; the deltas are hexadecimal."""
+    found = tuple(bytes.fromhex(delta) for delta in content)
+    return DeltaRun(block=block, named=named, offsets=np.array(offsets, np.int64), deltas=found)
+
+
 def ram_header(kind: Section, section_id: int = 2) -> events.SectionHeader:
     """Header of a section of RAM."""
     return events.SectionHeader(kind=kind, section_id=section_id, idstr="ram", instance_id=0, version_id=4)
@@ -71,6 +78,10 @@ def flat(found: Iterable[events.Element], *, at: bool = False) -> list[Plain]:
                     where = (event.at,) if at and i == 0 else ()
                     row = (type(event).__name__, event.block, event.named and i == 0, offset, content[i].tobytes())
                     out.append(row if not at else (*row, *where))
+            case DeltaRun():
+                for i, offset in enumerate(event.offsets.tolist()):
+                    where = (event.at,) if at and i == 0 else ()
+                    out.append(("DeltaRun", event.block, event.named and i == 0, offset, event.deltas[i], *where))
             case events.TailBytes(data=data) if out and out[-1][0] == "TailBytes":
                 out[-1] = ("TailBytes", out[-1][1] + data)
             case events.TailBytes(data=data):
@@ -378,6 +389,17 @@ CASES: Final = [
         zeros("pc.ram", [0x2000], named=False),
         pages("pc.ram", [0x3000, 0x4000], [_P[1], _P[2]], named=False),
         zeros("pc.ram", [0x5000, 0x6000], named=False),
+    ),
+    _ram(
+        "XBZRLE pages, named and continued, between others",
+        hexed(
+            '0000000000001040 06 "pc.ram" 01 0003 000151 0000000000001060 01 0000 0000000000002022 00'
+            " 0000000000003060 01 0006 1004deadbeef"
+        ),
+        deltas("pc.ram", [0x1000], ["000151"], named=True),
+        deltas("pc.ram", [0x1000], [""], named=False),
+        zeros("pc.ram", [0x2000], named=False),
+        deltas("pc.ram", [0x3000], ["1004deadbeef"], named=False),
     ),
     _ram(
         "continued across two borders of sections",

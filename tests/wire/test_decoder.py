@@ -58,7 +58,7 @@ def test_events_know_where_they_began(case: Case) -> None:
     bounds = [*(event.at for event in found), len(whole)]
     assert bounds == sorted(bounds)
     for event, start, end in zip(found, bounds, bounds[1:], strict=False):
-        named = not isinstance(event, events.PageRun | events.ZeroRun) or event.named
+        named = not isinstance(event, events.PageElement) or event.named
         if named:  # a run that continues needs the one before for its block
             assert encode([event]) == whole[start:end], event
 

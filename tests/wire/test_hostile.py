@@ -141,8 +141,12 @@ BAD_RECORDS = [
     ("the unassigned 0x400", "0000000000000400", 0, "unknown combination of RAM flags 0x400"),
     ("the unassigned 0x800", "0000000000000800", 0, "unknown combination of RAM flags 0x800"),
     ("obsolete", "0000000000000001", 0, "obsolete FULL record"),
-    ("xbzrle", "0000000000001060 01 0003 000151", 0, "delta-encoded page (capability xbzrle)"),
-    ("xbzrle, named", '0000000000001040 06 "pc.ram" 01', 0, "delta-encoded page (capability xbzrle)"),
+    ("xbzrle, another encoding", "0000000000001060 02 0003 000151", 0, "encoding 2 of an XBZRLE page"),
+    ("xbzrle, named, another encoding", '0000000000001040 06 "pc.ram" 00 0000', 0, "encoding 0 of an XBZRLE page"),
+    ("xbzrle, longer than a page", "0000000000001060 01 1001", 0, "XBZRLE delta of 4097 bytes"),
+    ("xbzrle behind the end", "0000000000100060 01 0003 000151", 0, "page at 0x100000 is outside"),
+    ("xbzrle of an unknown block", '0000000000001040 03 "rim" 01 0000', 0, "page of the unknown RAM block 'rim'"),
+    ("second delta of two", "0000000000001060 01 0000 0000000000100060 01 0000", 11, "page at 0x100000 is outside"),
     ("compressed", "0000000000001120 0000002a 7801", 0, "compressed page (capability compress)"),
     ("rdma", "0000000000000080", 0, "private to the RDMA transport"),
     ("multifd flush", "0000000000000200", 0, "synchronisation mark of multifd channels (capability multifd)"),
@@ -288,3 +292,11 @@ def test_absurd_length_allocates_nothing(data: bytes) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 100_000
+
+
+def test_a_package_takes_memory_as_its_bytes_come() -> None:
+    """T4: its length is only announced. The buffer was doubled with each byte."""
+    head = cases.OPENING + hexed("08 0007 0004 01000000")
+    few = read(head + bytes(200), step=1, buffer_bytes=8192, eof=False)
+    assert few.error is None
+    assert len(few.decoder.writable()) <= 16384

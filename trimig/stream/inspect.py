@@ -6,7 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
 import trio
+from numpy.typing import NDArray
 
 from ..engine import device_tail
 from ..errors import RemoteProtocolError, TransportFailed, TrimigError
@@ -27,6 +29,14 @@ from .report import BlockInfo, CommandInfo, DeviceInfo, SectionInfo, StreamRepor
 MAX_LISTED: Final = 20_000
 #: Fields that are listed of all devices together: a fixed number, and one more per this many bytes of device state.
 _FREE_FIELDS, _BYTES_PER_FIELD = 50_000, 16
+
+
+_ZEROS: Final = np.zeros(PAGE_SIZE, np.uint8)
+
+
+def _no_content(_block: str, _index: int) -> NDArray[np.uint8]:
+    """The former content of a page, which no list of contents depends on."""
+    return _ZEROS
 
 
 async def inspect_stream(source: str | os.PathLike[str], *, max_device_bytes: int = 256 << 20) -> StreamReport:
@@ -200,6 +210,8 @@ class _Inspector:
                 counted.zero_pages += len(event.offsets)
             elif counted is not None:
                 counted.pages += len(event.offsets)
+        if not isinstance(event, ev.PageRun | ev.ZeroRun):
+            event.content(_no_content)  # a malformed page is damage
         self.seen[event.block].add(event.offsets // PAGE_SIZE)
 
     async def _package(self, event: ev.PackageElement) -> None:

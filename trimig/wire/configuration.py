@@ -24,7 +24,6 @@ _HARMLESS_CAPABILITIES: Final = frozenset(CAPABILITY_NAMES) - {
     "mapped-ram",
     "multifd",
     "compress",
-    "xbzrle",
     "block",
     "x-colo",
     "dirty-bitmaps",

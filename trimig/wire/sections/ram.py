@@ -13,6 +13,7 @@ from ..constants import RamFlag, Section
 from ..events import Element, PageElement, PageRun, RamEnd, RamList, RamSync, SectionHeader
 from ..pages.mixed import read_mixed
 from ..pages.plain import FIRST_LOOK, PAGE_AGAIN, RECORD, ZERO_AGAIN, ZERO_RECORD, read_pages, read_zeros
+from ..pages.xbzrle import read_deltas
 from ..refusals import Unsupported, wrong_page_size
 
 if TYPE_CHECKING:
@@ -41,13 +42,13 @@ ENCODINGS: Final[Mapping[int, PageEncoding]] = MappingProxyType(
     {
         RamFlag.PAGE: read_pages,
         RamFlag.ZERO: read_zeros,
+        RamFlag.XBZRLE: read_deltas,
     }
 )
 
 #: Records that are not supported, and the capability that makes a sender use them.
 _NOT_BUILT: Final[Mapping[int, str]] = MappingProxyType(
     {
-        RamFlag.XBZRLE: "a delta-encoded page (capability xbzrle)",
         RamFlag.COMPRESS_PAGE: "a compressed page (capability compress)",
         RamFlag.HOOK: "a record private to the RDMA transport",
         RamFlag.FULL: "an obsolete FULL record",
