@@ -413,7 +413,7 @@ def test_command_line_options_change_a_config_from_left_to_right() -> None:
         (["event"], [], "did you mean events"),
         (["events=yes"], [], "capability 'events' expects true or false, not 'yes'"),
         (["events="], [], "expects true or false"),
-        (["xbzrle"], [], "capability 'xbzrle' is not built into trimig yet"),
+        (["x-colo"], [], "capability 'x-colo' is not built into trimig yet"),
         ([""], [], "no capability ''"),
         ([], ["downtime-limit"], "NAME=VALUE, not 'downtime-limit'"),
         ([], ["downtime-limit="], "expects an integer"),

@@ -234,7 +234,7 @@ def test_rejected_list_of_capabilities_changes_nothing() -> None:
 
 
 def test_a_list_is_judged_as_a_whole_not_step_by_step() -> None:
-    changes = [{"capability": "xbzrle", "state": True}, {"capability": "xbzrle", "state": False}]
+    changes = [{"capability": "x-colo", "state": True}, {"capability": "x-colo", "state": False}]
     assert Capabilities.from_qmp(changes) == Capabilities()
 
 

@@ -96,7 +96,7 @@ def test_without_a_command_the_help_goes_to_stderr() -> None:
         (["demo", "--size", "4097"], "multiple of the page size"),
         (["demo", "--size", "0"], "too small"),
         (["demo", "-c", "nonsense"], "nonsense"),
-        (["demo", "-c", "xbzrle"], "not built"),
+        (["demo", "-c", "x-colo"], "not built"),
         (["demo", "-p", "downtime-limit"], "NAME=VALUE"),
         (["demo", "-p", "downtime-limit=soon"], "downtime_limit"),
         (["demo", "--config", "/no/such.toml"], "/no/such.toml"),

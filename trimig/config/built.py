@@ -24,6 +24,7 @@ BUILT: Final[frozenset[str]] = frozenset(
         "return-path",
         "switchover-ack",
         "validate-uuid",
+        "xbzrle",
     }
 )
 
@@ -48,7 +49,6 @@ UNREAD: Final[Mapping[str, str]] = {
     "x-checkpoint-delay": "the capability x-colo",
     "block-incremental": "the capability block",
     "multifd-qatzip-level": "the capability multifd",
-    "xbzrle-cache-size": "the capability xbzrle",
     "announce-initial": "the announcement of network cards",
     "announce-max": "the announcement of network cards",
     "announce-rounds": "the announcement of network cards",

@@ -33,6 +33,7 @@ def make_handlers(out: Outgoing) -> RamSection:
 
     Raises:
         GuestFailed: the guest's code failed.
+        ConfigError: there is not enough memory for the encoder of the pages.
     """
     with guest_calls.guarded("looking at the RAM blocks"):
         blocks = list(out.guest.ram)
