@@ -74,8 +74,11 @@ class _Code:
         return bytes(self._bytes.ljust(510, b"\0")) + b"\x55\xaa"
 
 
-def boot_sector(*, hz: int = 100) -> bytes:
-    """The image of a disk with only the guest; it counts *hz* times a second (19 to 1000)."""
+def boot_sector(*, hz: int = 100, idle: bool = True) -> bytes:
+    """The image of a disk with only the guest; it counts *hz* times a second (19 to 1000).
+
+    Without *idle* it does not sleep, and counts as fast as it can; it prints each 256th count.
+    """
     if not 19 <= hz <= 1000:
         raise ValueError("hz: the timer can do 19 to 1000 here")
     code = _Code()
@@ -87,10 +90,16 @@ def boot_sector(*, hz: int = 100) -> bytes:
     _check_and_dirty_pages(code)
     code.emit("66 ff 06")  # inc dword [COUNTER]
     code.word(COUNTER)
+    if not idle:
+        code.emit("80 3e")  # cmp byte [COUNTER], 0
+        code.word(COUNTER)
+        code.emit("00 0f")
+        code.jump("85", "round", width=2)  # jne near
     _print_counter(code)
     _flush_tlb(code)
-    code.emit("f4")  # hlt: until the next tick
-    code.jump("eb", "round")
+    if idle:
+        code.emit("f4")  # hlt: until the next tick
+    code.jump("e9", "round", width=2)
     _wrong_page(code)
     _putc(code)
     return code.sector()

@@ -39,10 +39,12 @@ HELD = 0.5
 Outcome = tuple[str, str, str]
 
 
-def make_config(*, return_path: bool = True, description: bool = True, hold: bool = False) -> trimig.Config:
+def make_config(
+    *, return_path: bool = True, description: bool = True, hold: bool = False, xbzrle: bool = False
+) -> trimig.Config:
     """Limits that virtual time makes short; no bandwidth limit."""
     return trimig.Config(
-        capabilities=trimig.Capabilities(return_path=return_path, pause_before_switchover=hold),
+        capabilities=trimig.Capabilities(return_path=return_path, pause_before_switchover=hold, xbzrle=xbzrle),
         parameters=trimig.Parameters(max_bandwidth=0),
         peer=dataclasses.replace(trimig.PeerProfile(), suppress_vmdesc=not description),
         handover_timeout=HANDOVER_TIMEOUT,
@@ -240,12 +242,13 @@ async def migrate_once(
     polite: bool = False,
     hold: bool = False,
     stream: str = "",
+    xbzrle: bool = False,
 ) -> Outcome:
     """Migrate under any injection of the context, check the rules, settle the owner, and migrate again undisturbed."""
     source, target = make_guests(ctx.seed, pages=pages, content=content, dirty=dirty, run_state=run_state)
     referee = OwnerReferee(source=source, destination=target)
     life = Life(source)
-    config = make_config(return_path=return_path, description=description, hold=hold)
+    config = make_config(return_path=return_path, description=description, hold=hold, xbzrle=xbzrle)
     failing = FailingStream(ctx.link.a, ctx.calls, label="a")
     outgoing = STREAMS[stream](failing, ctx.link) if stream else NotingStream(failing)
     answering = ProbedStream(FailingStream(ctx.link.b, ctx.calls, label="b"), ctx.calls)

@@ -190,3 +190,30 @@ def test_cancel_and_cut_where_perhaps_no_peer_answers() -> None:
     """K1, T1: if the peer does answer, the same rules hold as for any other stream."""
     there = scenario(pages=2, dirty=0, description=False, stream="perhaps silent")
     sweep(there, CancelSweep(), FaultSweep(kinds=("eof", "reset")), every=5)
+
+
+# -- XBZRLE ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("polite", [False, True], ids=["cancelled", "asked"])
+@pytest.mark.parametrize("victims", [SOURCE, DESTINATION], ids="+".join)
+def test_cancel_among_differences_at_every_edge(victims: tuple[str, ...], polite: bool) -> None:
+    """F10, L12, S1: the next attempt begins with nothing of the cache of this one."""
+    there = scenario(pages=3, content="random", dirty=2, xbzrle=True, polite=polite)
+    report = sweep(there, CancelSweep(victims=victims))
+    assert ("returned", "returned", "destination") in report.outcomes
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_fault_at_every_byte_among_differences(seed: int) -> None:
+    """T1, T3, S1: a zero page becomes one of eight bytes, which is sent as a difference of a few."""
+    there = scenario(pages=2, content="zero", dirty=1, xbzrle=True, description=False)
+    report = sweep(there, FaultSweep(kinds=("eof", "reset", "half-close")), seeds=(seed,))
+    assert "HandoverUncertain" in kinds_of_end(report.outcomes)
+    assert ("TransportFailed", "TransportFailed", "source") in report.outcomes
+
+
+@pytest.mark.parametrize("error", [OSError, MemoryError, None], ids=["OSError", "MemoryError", "hang"])
+def test_calls_that_fail_among_differences(error: type[Exception] | None) -> None:
+    """T5, S1: each call of guest and stream."""
+    sweep(scenario(pages=3, content="mixed", dirty=2, xbzrle=True), CallSweep(errors=(error,)))
