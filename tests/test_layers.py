@@ -281,6 +281,7 @@ RECORDS: Final = {
     ("trimig/", ("counters", "c")): "trimig.monitor.statistics.Counters",
     ("trimig/engine/source/", ("out",)): "trimig.engine.source.outgoing.Outgoing",
     ("trimig/engine/destination/", ("into",)): "trimig.engine.destination.incoming.Incoming",
+    ("trimig/engine/ram/xbzrle.py", ("figures", "f")): "trimig.engine.ram.xbzrle.XbzrleFigures",
     ("trimig/engine/ram/receiver.py", ("target",)): "trimig.engine.ram.placement.Target",
     ("trimig/wire/sections/ram.py", ("state",)): "trimig.wire.pages.state.PageState",
     ("trimig/wire/decoder.py", ("pages",)): "trimig.wire.pages.state.PageState",
