@@ -17,7 +17,7 @@ PAGE = 4096
 class Worker:
     def __init__(self) -> None:
         self.ram = memoryview(b"")
-        self.pages = self.count = 0
+        self.pages = self.count = self.throttle = 0
         self.running = False
 
     def write_page(self) -> None:
@@ -36,11 +36,13 @@ class Worker:
         """The first words of the reply, and its body."""
         match verb:
             case "hello":
-                return "ok 1", b""  # no capability: trimig finds the written pages by comparing
+                return "ok 1 throttle", b""  # not "track": trimig finds the written pages by comparing
             case "ram":
                 fd, length = int(words[0]), int(words[1])
                 self.ram, self.pages = memoryview(mmap.mmap(fd, length)), length // PAGE
                 return "ok 0", b""  # the address, which only the capabilities need
+            case "throttle":
+                self.throttle = int(words[0])
             case "pause" | "resume":
                 self.running = verb == "resume"
             case "save":
@@ -59,7 +61,8 @@ class Worker:
 def work(control: socket.socket) -> None:
     worker, verb = Worker(), ""
     while verb != "quit":
-        if select.select([control], [], [], 0.001 if worker.running else None)[0]:
+        pause = 0.1 / (100 - worker.throttle)  # 1 ms without a throttle, 2 ms with 50 percent
+        if select.select([control], [], [], pause if worker.running else None)[0]:
             packet = control.recv(65536)
             if not packet:  # the host has ended
                 return

@@ -210,6 +210,8 @@ class Guest(Protocol):
     async def throttle(self, percent: int) -> None:
         """Take *percent* (0 to 99) of the guest's running time away; 0 ends the throttling.
 
+        The engine ends the throttling also where the guest is paused, or has been handed over.
+
         **Cancellation:** the old or the new value is in force.
         """
 
@@ -232,6 +234,26 @@ class Guest(Protocol):
         this call raises, the guest is not running here.
 
         **Cancellation:** as for an error; the engine calls it in a bounded shield only.
+        """
+
+
+@runtime_checkable
+class SheddingGuest(Guest, Protocol):
+    """A guest that can shed load, so that it writes its memory less, in place of being slowed down."""
+
+    async def on_throttle(self, share: float) -> bool:
+        """The guest writes its memory faster than it can be sent (auto-converge): shed load, or leave it to *throttle*.
+
+        The memory must not be written in this call while the guest is paused: at the end of the migration the call
+        comes with 0 also where the guest is paused, or has been handed over.
+
+        Args:
+            share: the share of its load that the guest should shed, 0 to 0.99; 0 for none. A later call replaces it.
+
+        Returns:
+            True if the guest sheds load. False lets the engine call :meth:`Guest.throttle`, which slows the guest down.
+
+        **Cancellation:** the old or the new value is in force.
         """
 
 

@@ -260,7 +260,25 @@ def test_members_for_machines_name_their_units(capsys: pytest.CaptureFixture[str
     assert (record["eta_ms"], record["elapsed_ms"], record["expected_downtime_ms"]) == (None, 12_000, 1125)
     for name, value in record.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            assert re.search(r"_(bytes|bytes_per_s|ms)$|^iteration$|^data_channels$", name), name
+            assert re.search(r"_(bytes|bytes_per_s|ms)$|_percent$|^iteration$|^data_channels$", name), name
+
+
+def test_throttle_is_shown_in_every_display(capsys: pytest.CaptureFixture[str]) -> None:
+    """S3: in the sentence, in the table of passes, and under it; nowhere without a throttle."""
+    throttled = dataclasses.replace(CHASE, throttle=30)
+    assert "; the guest is throttled by 30 %; it does not converge" in throttled.sentence
+    assert throttled.record()["throttle_percent"] == 30
+    view = LiveView(Screen(sys.stderr))
+    view.show(dataclasses.replace(CHASE, iteration=3, passed=True))
+    assert "throttle" not in "".join(view.lines(CHASE, 100)).replace(CHASE.advice[1], "")
+    view.show(throttled)
+    lines = view.lines(throttled, 100)
+    head = next(n for n, line in enumerate(lines) if line.split()[:1] == ["pass"])
+    assert lines[head].split()[-1] == "throttle"
+    assert [line.split()[-1] for line in lines[head + 1 : head + 4]] == ["%", "0", "30"]
+    assert any("(limit 40 MiB/s); the guest is throttled by 30 %; time left: " in line for line in lines)
+    for columns in (30, 40, 60):
+        assert max(map(len, view.lines(throttled, columns))) <= columns
 
 
 def test_receiver_waits_for_a_source_until_one_has_come() -> None:

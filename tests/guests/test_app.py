@@ -9,7 +9,7 @@ import trio.testing
 
 import trimig
 from trimig.errors import ConfigError, GuestFailed, NotOwner, Owner, RemoteProtocolError, StateError
-from trimig.guest import DeviceSection, Guest
+from trimig.guest import DeviceSection, Guest, SheddingGuest
 from trimig.guests.app import AppGuest
 from trimig.guests.device import Device
 from trimig.testing import virtual_link
@@ -366,6 +366,23 @@ async def test_the_end_of_throttling_wakes_the_tasks_that_wait(autojump_clock: t
 
         await trio.sleep(5)
         await guest.throttle(0)
+
+
+async def test_hook_of_the_throttle_gets_the_share() -> None:
+    """S3: a guest without the hook leaves it to the gate."""
+    shares: list[float] = []
+
+    async def shed(share: float) -> None:
+        await trio.lowlevel.checkpoint()
+        shares.append(share)
+
+    with AppGuest(on_throttle=shed) as guest:
+        assert isinstance(guest, SheddingGuest)
+        assert await guest.on_throttle(0.5)
+        assert await guest.on_throttle(0.0)
+        assert shares == [0.5, 0.0]
+    with AppGuest() as plain:
+        assert not await plain.on_throttle(0.5)
 
 
 @pytest.mark.parametrize("percent", [-1, 100])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import zlib
 
 import numpy as np
@@ -11,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimig.errors import RemoteProtocolError
+from trimig.guest import PAGE_SIZE
+from trimig.guests.worker.messages import WorkerRequest
 from trimig.guests.workload import state as workload
+from trimig.guests.workload import worker
 from trimig.guests.workload.state import (
     WORDS_PER_PAGE,
     Journal,
@@ -200,3 +204,29 @@ def test_the_pacer_makes_what_is_due_and_forgets_old_arrears() -> None:
     assert pacer.due(101.0025) == 2
     pacer.restart(102.0, 0)
     assert pacer.due(110.0) == 0
+
+
+@pytest.mark.parametrize("throttle", [0, 20, 75, 99])
+def test_throttled_worker_writes_its_share_of_the_rate(throttle: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3: the worker's own program, with a clock that the test moves; its writes in ten seconds are counted."""
+    now = 100.0
+    monkeypatch.setattr("trimig.guests.workload.worker.time.monotonic", lambda: now)
+    main = worker.WorkerMain()
+    fd = os.memfd_create("test")
+    os.ftruncate(fd, SMALL.ram_pages * PAGE_SIZE)
+    main.ram(fd, SMALL.ram_pages * PAGE_SIZE)
+    main.create(SMALL)
+    main.resume()
+    main.handle(WorkerRequest(1, "throttle", (str(throttle),)))
+    for _ in range(10_000):
+        now += 0.001
+        main.tick()
+    assert main.stats()["throttle"] == throttle
+    full = 10 * SMALL.dirty_rate // PAGE_SIZE
+    assert main.stats()["writes"] == pytest.approx(full * (100 - throttle) / 100, abs=2)
+    main.handle(WorkerRequest(2, "throttle", ("0",)))
+    before = main.stats()["writes"]
+    for _ in range(1000):
+        now += 0.001
+        main.tick()
+    assert main.stats()["writes"] - before == pytest.approx(full / 10, abs=2)

@@ -99,8 +99,31 @@ def test_guest_that_is_faster_than_the_link_is_explained() -> None:
     assert "250 MiB/s are dirtied" in why.reason
     assert "100 MiB/s can be sent" in why.reason
     assert "500 MiB are left, which is 5000 ms of downtime against a limit of 300 ms" in why.reason
-    assert why.advice == ("raise downtime-limit to 5500 ms", "throttle the guest by 64 %")
+    assert why.advice == (
+        "raise downtime-limit to 5500 ms",
+        "throttle the guest by 64 % (capability auto-converge), which leaves 90 MiB/s dirtied",
+    )
     assert sentence(why) == f"{why.reason}; {why.advice[0]} or {why.advice[1]}"
+
+
+@pytest.mark.parametrize(
+    ("throttle", "most", "dirty_rate", "advice"),
+    [
+        (0, 99, 250.0, "let auto-converge go on from 0 % to 64 %, which leaves 90 MiB/s dirtied"),
+        # The guest would dirty 500 MiB/s at its full speed.
+        (50, 99, 250.0, "let auto-converge go on from 50 % to 82 %, which leaves 90 MiB/s dirtied"),
+        (20, 60, 250.0, "raise max-cpu-throttle (60 %) to 71 %, which leaves 90.6 MiB/s dirtied"),
+        (20, 99, 90.0, "let auto-converge throttle the guest"),
+    ],
+)
+def test_advice_with_auto_converge_names_the_throttle_that_is_enough(
+    throttle: int, most: int, dirty_rate: float, advice: str
+) -> None:
+    bounds = Bounds(downtime_limit=0.3, auto_converge=True, max_throttle=most)
+    progress = dataclasses.replace(
+        at(500 * MiB, 100.0 * MiB, dirty_rate=dirty_rate * MiB), least=400.0 * MiB, throttle=throttle
+    )
+    assert explain(progress, bounds).advice[-1] == advice
 
 
 def test_advice_is_enough() -> None:

@@ -114,8 +114,9 @@ class LineView:
             say(text)
 
 
-#: The columns of the table of passes: name, unit, width, and the value.
-_COLUMNS: Final[Sequence[tuple[str, str, int, Callable[[Picture], str]]]] = (
+#: A column of the table of passes: name, unit, width, and the value.
+_Column = tuple[str, str, int, Callable[["Picture"], str]]
+_COLUMNS: Final[Sequence[_Column]] = (
     ("pass", "", 4, lambda p: str(p.iteration)),
     ("sent", "MiB", 10, lambda p: formats.column_mib(p.sent)),
     ("left", "MiB", 10, lambda p: formats.column_mib(p.remaining)),
@@ -123,8 +124,10 @@ _COLUMNS: Final[Sequence[tuple[str, str, int, Callable[[Picture], str]]]] = (
     ("rate", "MiB/s", 9, lambda p: formats.column_mib(p.bandwidth or None)),
     ("downtime", "ms", 11, lambda p: formats.column_ms(p.expected_downtime)),
 )
+#: The column of a guest that auto-converge has throttled.
+_THROTTLE: Final[_Column] = ("throttle", "%", 10, lambda p: str(p.throttle))
 #: Columns in the order in which they are left out on a narrow terminal.
-_LEFT_OUT: Final = ("sent", "rate", "dirtied", "downtime")
+_LEFT_OUT: Final = ("sent", "rate", "throttle", "dirtied", "downtime")
 
 
 class LiveView:
@@ -175,7 +178,9 @@ class LiveView:
         if self._rows and now.role == "source":
             found += ["", *self._table(columns), ""]
         if now.phase in ("first copy", "later passes"):
-            found += wrapped(f"{now.limit}; time left: {now.time_left}", columns)
+            found += wrapped(
+                "; ".join(filter(None, (now.limit, now.throttled, f"time left: {now.time_left}"))), columns
+            )
         if now.phase == "later passes" and now.converging is False:
             found += wrapped(f"It does not converge: {now.reason}", columns)
             for clause in now.advice:
@@ -184,6 +189,8 @@ class LiveView:
 
     def _table(self, columns: int) -> list[str]:
         shown = list(_COLUMNS)
+        if any(row.throttle for row in self._rows.values()):
+            shown.append(_THROTTLE)
         for name in _LEFT_OUT:
             if sum(column[2] for column in shown) >= columns:
                 shown = [column for column in shown if column[0] != name]

@@ -68,6 +68,8 @@ class Picture:
     data_channels: int = 0
     #: Bytes of :attr:`sent` that went over them.
     multifd: int = 0
+    #: The share of its running time that auto-converge takes from the guest, in percent; 0 for none.
+    throttle: int = 0
 
     @property
     def phase(self) -> str:
@@ -88,6 +90,11 @@ class Picture:
         speed = f"{formats.rate(self.bandwidth)} sent" if self.bandwidth else "no rate measured yet"
         over = f" over {formats.counted(self.data_channels, 'data channel')}" if self.data_channels else ""
         return f"{speed}{over} ({formats.bandwidth_limit(self.max_bandwidth)})"
+
+    @property
+    def throttled(self) -> str:
+        """What auto-converge does to the guest; empty if the guest is not throttled."""
+        return f"the guest is throttled by {self.throttle} %" if self.throttle else ""
 
     @property
     def time_left(self) -> str:
@@ -125,6 +132,8 @@ class Picture:
             f"dirtied, {self.limit}, expected downtime {expected} (limit {formats.duration(self.downtime_limit)}), time "
             f"left: {self.time_left}"
         )
+        if self.throttle:
+            text += f"; {self.throttled}"
         if self.converging is False:
             text += f"; it does not converge, what would help: {' or '.join(self.advice)}"
         return text
@@ -156,6 +165,7 @@ class Picture:
             "advice": list(self.advice),
             "data_channels": self.data_channels,
             "multifd_bytes": self.multifd,
+            "throttle_percent": self.throttle,
         }
 
     @classmethod
@@ -226,6 +236,7 @@ class Pictures:
             advice=() if why is None or following else why.advice,
             data_channels=0 if following else s.data_channels,
             multifd=s.multifd_bytes,
+            throttle=s.throttle,
         )
 
     def passed(self, event: Event) -> Picture:

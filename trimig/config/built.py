@@ -14,6 +14,7 @@ from typing import Final
 #: Capabilities, in QMP spelling, that may be turned on.
 BUILT: Final[frozenset[str]] = frozenset(
     {
+        "auto-converge",
         "events",
         "multifd",
         "pause-before-switchover",
@@ -41,11 +42,6 @@ UNREAD: Final[Mapping[str, str]] = {
     "compress-threads": "the capability compress",
     "compress-wait-thread": "the capability compress",
     "decompress-threads": "the capability compress",
-    "throttle-trigger-threshold": "the capability auto-converge",
-    "cpu-throttle-initial": "the capability auto-converge",
-    "cpu-throttle-increment": "the capability auto-converge",
-    "cpu-throttle-tailslow": "the capability auto-converge",
-    "max-cpu-throttle": "the capability auto-converge",
     "x-checkpoint-delay": "the capability x-colo",
     "block-incremental": "the capability block",
     "multifd-qatzip-level": "the capability multifd",

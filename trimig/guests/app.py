@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from ..owner import OwnerState, Settle
 
 Hook = Callable[[], Awaitable[None]]
+#: Gets the share of its load that the application should shed, 0 to 0.99.
+ThrottleHook = Callable[[float], Awaitable[None]]
 
 
 class AppGuest(GuestBase):
@@ -51,6 +53,8 @@ class AppGuest(GuestBase):
             ``"marks"`` if the application calls :meth:`mark_dirty` after each write.
         on_pause: awaited by every pause, after the last task has left the gate. It may still change the state.
         on_resume: awaited by every resume, before the gate opens. It may change the state already.
+        on_throttle: awaited where the application writes faster than can be sent (auto-converge), with the share of its
+            load that it should shed: 0 to 0.99, and 0 at the end. With it, ``running()`` does not slow the tasks down.
 
     Raises:
         ConfigError: a bad name or method.
@@ -64,12 +68,14 @@ class AppGuest(GuestBase):
         dirty_tracking: str = "auto",
         on_pause: Hook | None = None,
         on_resume: Hook | None = None,
+        on_throttle: ThrottleHook | None = None,
     ) -> None:
         super().__init__(name, run_state="running" if running else "inmigrate")
         check_method(dirty_tracking)
         self._method = dirty_tracking
         self._pause_hook = on_pause
         self._resume_hook = on_resume
+        self._throttle_hook = on_throttle
         self._blocks: list[MemfdBlock] = []
         self._marks: MarkTracker | None = None
         self._gate = Gate(self._owner, is_open=running)
@@ -178,6 +184,20 @@ class AppGuest(GuestBase):
         """
         if self._resume_hook is not None:
             await self._resume_hook()
+
+    async def on_throttle(self, share: float) -> bool:
+        """Called by the engine before :meth:`throttle`; override it or pass ``on_throttle=``.
+
+        See :class:`trimig.guest.SheddingGuest`. Without a hook this returns False, and ``running()`` slows the tasks
+        down.
+
+        **Cancellation:** the old or the new value is in force.
+        """
+        if self._throttle_hook is None:
+            await trio.lowlevel.checkpoint()
+            return False
+        await self._throttle_hook(share)
+        return True
 
     async def pause(self) -> None:
         """Close the gate, wait until every task has left it, call :meth:`on_pause`. No effect if the guest does not

@@ -115,6 +115,7 @@ class MonitorCore:
             encoded_bytes=c.encoded_bytes,
             data_channels=c.data_channels,
             multifd_bytes=c.multifd_bytes,
+            throttle=c.throttle,
         )
 
     def info(self) -> dict[str, Any]:

@@ -88,6 +88,8 @@ class Statistics:
     data_channels: int = 0
     #: Bytes of :attr:`transferred` that went over them.
     multifd_bytes: int = 0
+    #: The share of its running time that is taken from the guest (auto-converge), in percent; 0 for none.
+    throttle: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +211,10 @@ class Counters:
     switched_to_postcopy: bool = False
     iteration: int = 0
     dirty_sync_count: int = 0
+    #: Source: bytes that the dirty syncs have found newly dirty; a page that was dirty before is not counted again.
+    dirtied: int = 0
+    #: Source: the share of its running time that is taken from the guest (auto-converge), in percent.
+    throttle: int = 0
     bandwidth: float = 0.0
     pages_per_second: float = 0.0
     dirty_rate: float = 0.0
@@ -306,6 +312,8 @@ def query_migrate(
     info["setup-time"] = _ms((c.setup_done or c.started) - c.started)
     if running:
         expected = c.shown_downtime
+        if c.throttle:
+            info["cpu-throttle-percentage"] = c.throttle
         info["expected-downtime"] = downtime_limit if expected is None or math.isinf(expected) else _ms(expected)
         if c.convergence is not None:
             info["convergence"] = {

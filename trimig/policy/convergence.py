@@ -35,6 +35,8 @@ class Bounds:
         max_total_time: seconds since the start; None for no bound.
         switch_over: at a bound, force the switchover with any downtime, instead of giving up.
         postcopy: the rest of the memory may be sent after the switchover.
+        auto_converge: the guest is throttled if it writes too fast.
+        max_throttle: percent of its running time that are taken from the guest at most.
     """
 
     downtime_limit: float
@@ -43,6 +45,8 @@ class Bounds:
     max_total_time: float | None = None
     switch_over: bool = False
     postcopy: bool = False
+    auto_converge: bool = False
+    max_throttle: int = 99
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +62,7 @@ class Progress:
         queued: bytes that the transport has taken and not delivered; they are sent first.
         least: bytes of the smallest rest that an earlier pass has left; None after the first pass.
         switchover_bandwidth: bytes per second that the user expects while the guest is stopped; 0 for *bandwidth*.
+        throttle: percent of its running time that are taken from the guest.
     """
 
     remaining: int
@@ -68,6 +73,7 @@ class Progress:
     queued: int = 0
     least: float | None = None
     switchover_bandwidth: int = 0
+    throttle: int = 0
 
 
 #: From this share of the bandwidth limit on, the limit and not the link is the bottleneck.
@@ -179,9 +185,7 @@ def _advice(progress: Progress, bounds: Bounds, downtime: float) -> tuple[str, .
     if needed <= _MOST_DOWNTIME:
         found.append(f"raise downtime-limit to {formats.whole_ms(math.ceil(needed * 1000) / 1000)}")
     if progress.dirty_rate > 0:
-        share = min(0.99, max(0.01, 1 - progress.bandwidth / progress.dirty_rate / _MARGIN))
-        by = f" by {formats.percent(math.ceil(share * 100) / 100)}" if progress.dirty_rate >= progress.bandwidth else ""
-        found.append(f"throttle the guest{by}")
+        found.append(_throttled(progress, bounds))
     if bounds.postcopy:
         found.append("start postcopy")
     return tuple(found)
@@ -194,3 +198,18 @@ def _faster(progress: Progress, bounds: Bounds, wanted: float) -> tuple[str, ...
         return ()
     enough = f", to more than {formats.rate(wanted * _MARGIN)}" if wanted * _MARGIN > limit else ""
     return (f"raise max-bandwidth ({formats.rate(limit)}){enough}",)
+
+
+def _throttled(progress: Progress, bounds: Bounds) -> str:
+    """The advice to throttle the guest: the throttle that would be enough, and the dirty rate that it leaves."""
+    running = 1 - progress.throttle / 100
+    unthrottled = progress.dirty_rate / running
+    share = math.ceil(min(0.99, max(0.01, 1 - progress.bandwidth / unthrottled / _MARGIN)) * 100)
+    if progress.dirty_rate < progress.bandwidth:
+        return "let auto-converge throttle the guest" if bounds.auto_converge else "throttle the guest"
+    left = f"which leaves {formats.rate(unthrottled * (100 - share) / 100)} dirtied"
+    if not bounds.auto_converge:
+        return f"throttle the guest by {share} % (capability auto-converge), {left}"
+    if share > bounds.max_throttle:
+        return f"raise max-cpu-throttle ({bounds.max_throttle} %) to {share} %, {left}"
+    return f"let auto-converge go on from {progress.throttle} % to {share} %, {left}"

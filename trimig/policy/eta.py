@@ -135,12 +135,16 @@ class Stall:
         """The smallest rest so far; None before the end of the first pass."""
         return self._least
 
-    def passed(self, remaining: float) -> bool:
-        """A pass has left *remaining* bytes. True for the third pass in a row without progress, and never again."""
+    def passed(self, remaining: float, *, helped: bool = False) -> bool:
+        """A pass has left *remaining* bytes. True for the third pass in a row without progress, and never again.
+
+        Args:
+            helped: something is being done about it, so it is told later, if at all.
+        """
         nearer = self._least is None or remaining <= self._least * NEARER
         self._in_a_row = 0 if nearer else self._in_a_row + 1
         self._least = remaining if self._least is None else min(self._least, remaining)
-        if self._in_a_row < STALLED_PASSES or self._told:
+        if self._in_a_row < STALLED_PASSES or self._told or helped:
             return False
         self._told = True
         return True

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar, final
 
 import trio
 
+from ..guest import SheddingGuest
+
 if TYPE_CHECKING:
     from ..errors import Owner
     from ..guest import (
@@ -231,6 +233,14 @@ class FailingGuest:
     async def resume(self) -> None:
         """As the wrapped guest, the **Cancellation** too."""
         await self._through("resume", self.guest.resume)
+
+    async def on_throttle(self, share: float) -> bool:
+        """As the wrapped guest, the **Cancellation** too. False if it cannot shed load."""
+        guest = self.guest
+        if not isinstance(guest, SheddingGuest):
+            await trio.lowlevel.checkpoint()
+            return False
+        return await self._through("on_throttle", lambda: guest.on_throttle(share))
 
     async def throttle(self, percent: int) -> None:
         """As the wrapped guest, the **Cancellation** too."""

@@ -16,7 +16,8 @@ import pytest
 
 import trimig
 from tests.processes.cli.demo import lives, run, started
-from trimig.cli.demo.command import Demo, Options
+from trimig.cli.demo.command import Demo
+from trimig.cli.demo.options import Options
 from trimig.cli.display import LineView
 from trimig.cli.exit_codes import FAILED, INCOMPLETE
 
@@ -123,6 +124,20 @@ def test_guest_that_cannot_converge_stays_at_the_source(tmp_path: Path) -> None:
     assert result["guest_verified"]
     assert "no convergence" in result["error"]
     assert result["error"] in err
+
+
+def test_demo_throttles_its_guest_and_shows_it() -> None:
+    """S3, G7: without the throttle this guest would not converge: it writes faster than can be sent."""
+    guest = ("--size", "8M", "--hot", "4M", "--dirty-rate", "8M", "--downtime-limit", "100")
+    code, out, err = run("demo", *guest, "-c", "auto-converge", "-p", "cpu-throttle-initial=70", "--json")
+    result = json.loads(out)
+    assert (code, result["verified"]) == (0, True)
+    assert result["throttle_percent"] == result["hops"][0]["throttle_percent"] >= 70
+    pictures = [message for line in err.splitlines() if (message := json.loads(line))["event"] == "progress"]
+    throttles = [picture["throttle_percent"] for picture in pictures]
+    assert throttles[0] == throttles[-1] == 0
+    assert max(throttles) == result["throttle_percent"]
+    assert {picture["max_bandwidth_bytes_per_s"] for picture in pictures} == {(8 << 20) * 9 // 10}
 
 
 # -- killed ------------------------------------------------------------------------------------------------------------

@@ -150,6 +150,30 @@ async def test_several_blocks_and_devices_of_the_caller() -> None:
             await guest.missing_memory()
 
 
+async def test_worker_that_does_not_offer_it_gets_no_throttle(caplog: pytest.LogCaptureFixture) -> None:
+    """S3: an older worker would not know the request; the log says so once."""
+    async with scripted("{'throttle': lambda: sys.exit(3)}") as guest:
+        for percent in (20, 30, 0):
+            await guest.throttle(percent)
+        await guest.ask("ping")
+    assert [record.message for record in caplog.records] == [
+        "guest 'trimig-worker' runs at full speed: its worker does not offer 'throttle'"
+    ]
+
+
+async def test_worker_that_offers_it_gets_the_throttle(caplog: pytest.LogCaptureFixture) -> None:
+    async with ProcessGuest.open(PYTHON, ram=SIZE, dirty_tracking="compare") as guest:
+        await guest.throttle(90)
+        await written(guest, 16)
+        await guest.throttle(0)
+        await written(guest, 16)
+    assert not caplog.records
+    refusing = "{'hello': b'N ok 1 throttle\\n', 'throttle': b'N error\\nbusy'}"
+    async with scripted(refusing) as guest:
+        with pytest.raises(GuestFailed, match="refused 'throttle': busy"):
+            await guest.throttle(20)
+
+
 async def test_stopped_guest_is_ready_and_waits() -> None:
     async with scripted(stopped=True) as guest:
         assert (guest.run_state, guest.owner) == ("prelaunch", Owner.HERE)

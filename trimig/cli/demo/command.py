@@ -28,6 +28,7 @@ from ..picture import Picture
 from ..runner import run
 from . import figures
 from .messages import pack_config
+from .options import Options
 from .process import HostProcess, Message, reap_descendants
 
 #: Seconds that a host may take to report a failure, beyond the limits of the migration itself.
@@ -40,20 +41,6 @@ class Interrupted(Exception):
 
 class Broken(Exception):
     """The demonstration cannot go on; the reports and the state of the hosts show the situation."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """The options of the demonstration."""
-
-    size: int
-    hot: int
-    dirty_rate: int
-    hops: int
-    config: trimig.Config
-    #: Shares, see :class:`trimig.cli.postcopy.PostcopySchedule`; None for no postcopy, and for no cut.
-    postcopy_after: float | None = None
-    cut_after: float | None = None
 
 
 class Demo:
@@ -180,8 +167,8 @@ class Demo:
             {
                 key: report[key]
                 for report in (self.source.report, self.destination.report)
-                for key in ("page_faults", "fault_median_ms", "fault_p99_ms", "recoveries")
-                if key in report and self._options.postcopy_after is not None
+                for key in self._options.reported
+                if key in report
             },
         )
         self.hops.append(hop)
@@ -445,6 +432,9 @@ def demo(
     for come on a second connection (-c postcopy-preempt=off: on the same). --cut-after shows the effect of a lost
     connection.
 
+    With -c auto-converge the guest is slowed down until it converges. Without --bandwidth the limit is nine tenths of the
+    dirty rate then.
+
     The figures go to stdout, progress to stderr. With --json there is one object on stdout, and progress is one object
     on each line of stderr.
     """
@@ -461,6 +451,8 @@ def demo(
         config = postcopy.recovering(config, None)
         if downtime_limit is None:
             downtime_limit = 0  # with any limit, a rest that fits the limit would be sent before the switch
+    if bandwidth is None and dirty_rate and config.capabilities.auto_converge and not config.parameters.max_bandwidth:
+        bandwidth = max(1, dirty_rate * 9 // 10)  # with more, there would be nothing to throttle the guest for
     changes = {"max_bandwidth": bandwidth, "downtime_limit": downtime_limit}
     changes = {name: value for name, value in changes.items() if value is not None}
     config = dataclasses.replace(config, parameters=config.parameters.replace(**changes))

@@ -25,13 +25,13 @@ class Hop:
         hosts: tuple[int, int],
         source: dict[str, Any],
         destination: dict[str, Any],
-        postcopy: dict[str, Any],
+        more: dict[str, Any],
     ) -> Self:
-        """Combine the two summaries (:func:`trimig.cli.summary.summary_record`) and the hosts' *postcopy* reports.
+        """Combine the two summaries (:func:`trimig.cli.summary.summary_record`) and *more* of the hosts' reports.
 
         Only the destination knows the time for resuming the guest; that time is part of the source's ``commit``.
         """
-        record = {"hop": number, "source": hosts[0], "destination": hosts[1], **source, **postcopy}
+        record = {"hop": number, "source": hosts[0], "destination": hosts[1], **source, **more}
         del record["role"]
         record["downtime"] = {**source["downtime"], "resume": destination["downtime"]["resume"]}
         record["warnings"] = list(dict.fromkeys([*source["warnings"], *destination["warnings"]]))
@@ -70,6 +70,7 @@ def overall(hops: Sequence[Hop]) -> dict[str, Any]:
         "data_channels": max(r["data_channels"] for r in records),
         "multifd_bytes": sum(r["multifd_bytes"] for r in records),
         **_postcopy(records),
+        **_throttle(records),
     }
 
 
@@ -83,6 +84,13 @@ def _postcopy(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "fault_p99_ms": max(r["fault_p99_ms"] for r in records),
         "recoveries": sum(r["recoveries"] for r in records),
     }
+
+
+def _throttle(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The largest throttle. Empty without auto-converge."""
+    if "throttle_percent" not in records[0]:
+        return {}
+    return {"throttle_percent": max(r["throttle_percent"] for r in records)}
 
 
 def text(result: dict[str, Any], width: int = 80) -> str:
@@ -116,6 +124,8 @@ def text(result: dict[str, Any], width: int = 80) -> str:
     if channels := result["data_channels"]:
         over = formats.size(result["multifd_bytes"])
         rows.insert(-1, ("data channels", f"{channels} (multifd), with {over} of the bytes sent"))
+    if "throttle_percent" in result:
+        rows.append(("throttle", f"{result['throttle_percent']} % of the guest's running time at most"))
     if "page_faults" in result:
         cuts = result["recoveries"]
         lost = f"; the connection was lost {formats.counted(cuts, 'time')}, and taken up again" if cuts else ""

@@ -151,10 +151,11 @@ class Host:
         if postcopy_after is not None:
             schedule = postcopy.PostcopySchedule(after=postcopy_after, cut_after=cut_after)
             migrate = functools.partial(alongside, migrate, functools.partial(schedule.run, monitor))
-        recoveries = 0
+        recoveries = throttle = 0
 
         def count(event: trimig.Event) -> None:
-            nonlocal recoveries
+            nonlocal recoveries, throttle
+            throttle = max(throttle, event.data["percent"] if event.name == "THROTTLE" else 0)
             recoveries += event.name == "MIGRATION" and event.data["status"] == trimig.Status.POSTCOPY_RECOVER.value
 
         monitor.add_listener(count)
@@ -170,7 +171,7 @@ class Host:
         # The display's task may have been cancelled before it reported the last pass.
         await tell(pictures.now())
         self.end_guest()
-        return {"summary": summary_record(summary), "recoveries": recoveries}
+        return {"summary": summary_record(summary), "recoveries": recoveries, "throttle_percent": throttle}
 
     async def _tell_picture(self, now: Picture) -> None:
         await self._tell(event="progress", op="migrate", picture=dataclasses.asdict(now))

@@ -28,6 +28,7 @@ class Tracker:
         self._limit = settings.get("downtime-limit", 300) / 1000
         self._bandwidth = int(settings.get("max-bandwidth", 0))
         self._postcopy_bandwidth = int(settings.get("max-postcopy-bandwidth", 0))
+        self._max_throttle = int(settings.get("max-cpu-throttle", 99))
         self._postcopy = postcopy
         self._iteration = 0
         self._copied = 0
@@ -59,8 +60,15 @@ class Tracker:
             elapsed=now.elapsed,
             dirty_rate=now.dirty_rate or 0.0,
             least=self._stall.least,
+            throttle=now.throttle,
         )
-        bounds = convergence.Bounds(downtime_limit=self._limit, max_bandwidth=self._bandwidth, postcopy=self._postcopy)
+        bounds = convergence.Bounds(
+            downtime_limit=self._limit,
+            max_bandwidth=self._bandwidth,
+            postcopy=self._postcopy,
+            auto_converge=now.throttle > 0,
+            max_throttle=self._max_throttle,
+        )
         reported = state.info.get("convergence")
         if isinstance(reported, Mapping):
             self._why = Convergence(
@@ -126,5 +134,6 @@ class Tracker:
             downtime_limit=self._limit,
             elapsed=self._elapsed,
             requests=int(ram.get("postcopy-requests", 0)) if following else None,
+            throttle=int(info.get("cpu-throttle-percentage", 0)),
         )
         return dataclasses.replace(now, **self._judgement(now))

@@ -150,8 +150,11 @@ class RamSection:
         """
         sync = self._tracker.sync
         written = await guest_calls.call("finding dirty pages", sync, self._config.handover_timeout)
+        before = sum(int(np.count_nonzero(bitmap)) for bitmap in self.unsent)
         self.unsent = [written[b.name] | left for b, left in zip(self.blocks, self.unsent, strict=True)]
-        return sum(int(np.count_nonzero(bitmap)) for bitmap in self.unsent) * PAGE_SIZE
+        pending = sum(int(np.count_nonzero(bitmap)) for bitmap in self.unsent)
+        self._counters.dirtied += (pending - before) * PAGE_SIZE
+        return pending * PAGE_SIZE
 
     async def complete(self) -> None:
         """The last pages.

@@ -28,6 +28,7 @@ from .outcome import conclude, end_unconnected, summary, unwind
 from .outgoing import CommitHook, FenceHook, Outgoing
 from .precopy import copy_passes
 from .switchover import PostcopySwitchover, PrecopySwitchover, Switchover, check_stopped, hold, stop_guest
+from .throttle import end_throttle
 
 if TYPE_CHECKING:
     from ...channel.connections import Connections
@@ -93,6 +94,8 @@ async def _phases(out: Outgoing, nursery: trio.Nursery) -> None:
     with out.phase("commit"):  # handover
         following = await switch.commit(nursery)
     with out.phase("follow"):  # postcopy-active, -paused, -recover: the rest of the memory, in postcopy
+        if out.in_postcopy:
+            nursery.start_soon(end_throttle, out, name="trimig.throttle")
         await following.run()
 
 

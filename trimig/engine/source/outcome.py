@@ -23,6 +23,7 @@ from ...wire import encoder as wire
 from ...wire.marks import Mark, reason_bytes
 from ..outcome import add_to_message, bare, domain_error, judged, lost_by_cancellation
 from . import uncertain
+from .throttle import end_throttle
 
 if TYPE_CHECKING:
     from ...channel.channels import Channels
@@ -38,7 +39,8 @@ _REASON_SECONDS: Final = 0.25
 async def unwind(out: Outgoing, failure: BaseException | None) -> GuestNotResumed | None:
     """Set the status, resume the guest if it stays here, and then close the connections.
 
-    The status decides which side owns the guest. The guest comes first, because it must not wait for the network.
+    The status decides which side owns the guest. The guest comes first, because it must not wait for the network; it is
+    not throttled any more.
 
     Returns:
         The failure, if the guest could not be resumed.
@@ -55,6 +57,7 @@ async def unwind(out: Outgoing, failure: BaseException | None) -> GuestNotResume
         clean_up(out)
         if monitor.owner is Ownership.SOURCE:
             guest_failure = await uncertain.resume_here(out)
+        await end_throttle(out)
     finally:
         await give_reason(out, failure)
         await out.link.channels.close(out.config.teardown_grace if monitor.status is Status.COMPLETED else 0.0)

@@ -64,6 +64,8 @@ class Outgoing:
         self.attempt = b""
         #: True once the guest was paused for this attempt: then it must be resumed if it stays here.
         self.paused_by_us = False
+        #: True once the guest was throttled for this attempt, until the throttle was ended.
+        self.slowed = False
         #: The run state of the guest before it was stopped, which it gets at the destination; empty until then.
         self.run_state = ""
         #: When the guest was paused, on trio's clock; infinity until then.

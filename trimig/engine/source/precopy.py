@@ -11,6 +11,7 @@ from ...errors import NotConverging
 from ...policy import convergence
 from ...policy.eta import Stall
 from ...policy.rate import WINDOW
+from .throttle import Throttle
 
 if TYPE_CHECKING:
     from ...config.config import Config
@@ -28,7 +29,7 @@ async def copy_passes(out: Outgoing) -> bool:
     Returns:
         True for a switch to postcopy: it was requested, and the rest does not fit.
     """
-    c, stall = out.counters, Stall()
+    c, stall, throttle = out.counters, Stall(), Throttle(out)
     while True:
         c.iteration += 1
         began, sent = trio.current_time(), delivered(out)
@@ -48,6 +49,7 @@ async def copy_passes(out: Outgoing) -> bool:
             return False
         if postcopy_begins(out):
             return True
+        await throttle.adjust()
         await wait_allowed(out)
         await drain_before_pass(out)
 
@@ -102,6 +104,7 @@ def progress_of(out: Outgoing, stall: Stall, now: float) -> convergence.Progress
         dirty_rate=c.dirty_rate,
         queued=out.link.channels.backlog,
         least=stall.least,
+        throttle=c.throttle,
         switchover_bandwidth=out.monitor.config.parameters.avail_switchover_bandwidth,
     )
 
@@ -115,6 +118,8 @@ def bounds_of(config: Config) -> convergence.Bounds:
         max_total_time=config.max_total_time,
         switch_over=config.on_bound == "switchover",
         postcopy=config.capabilities.postcopy_ram,
+        auto_converge=config.capabilities.auto_converge,
+        max_throttle=config.parameters.max_cpu_throttle,
     )
 
 
@@ -144,7 +149,8 @@ def decide(out: Outgoing, progress: convergence.Progress, stall: Stall, moved: i
         "PASS", iteration=c.iteration, sent=c.transferred, remaining=c.remaining, dirty_rate=c.dirty_rate,
         bandwidth=c.bandwidth, expected_downtime=c.expected_downtime,
     )  # fmt: skip
-    if stall.passed(c.remaining) and decision is convergence.Decision.ITERATE and not why.converging:
+    told = stall.passed(c.remaining, helped=bounds.auto_converge and c.throttle < bounds.max_throttle)
+    if told and decision is convergence.Decision.ITERATE and not why.converging:
         out.monitor.warn(convergence.stalled(why))
     if decision is convergence.Decision.GIVE_UP:
         raise NotConverging(

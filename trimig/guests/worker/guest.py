@@ -77,6 +77,8 @@ class WorkerGuest(GuestBase):
         self._method = dirty_tracking
         self._ranges: Sequence[TrackedRange] = ()
         self._offers: frozenset[str] = frozenset()
+        #: The log has said that the worker cannot be slowed down.
+        self._told = False
         #: The worker was told to run and has not answered: it may run at any time.
         self._perhaps_runs = False
 
@@ -227,6 +229,9 @@ class WorkerGuest(GuestBase):
         self._check_percent(percent)
         if THROTTLE in self._offers:
             await self._worker.call("throttle", percent)
+        elif percent and not self._told:
+            self._told = True
+            log.warning("guest %r runs at full speed: its worker does not offer %r", self.name, THROTTLE)
         await super().throttle(percent)
 
     def dirty_tracker(self) -> DirtyTracker:
