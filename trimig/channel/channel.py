@@ -23,15 +23,16 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from .. import formats
-from ..errors import LocalProtocolError, TransportFailed
+from ..errors import LocalProtocolError
 from ..guest import PAGE_SIZE
-from . import vectored
+from . import pump, vectored
+from .pump import broke, stalled
 from .socket_options import enlarge, shorten, shorten_receiving
+from .step import Plan, SendPlan, Step, Vector
 
-#: Pages that are prepared for sending together. One system call takes MAX_ELEMENTS // 2 of them. A larger batch divides
-#: the cost of building the arrays among more pages.
-BATCH_PAGES = 4096
+#: Pages that are prepared for sending together, 32 MiB. One system call takes MAX_ELEMENTS // 2 of them; the change of
+#: threads is paid once for all of them.
+BATCH_PAGES = 8192
 #: Pages that are copied into one buffer for streams that take only bytes.
 _STAGED_PAGES = 512
 #: Bytes of one ``send_all`` on a stream that is not a socket. Each call must end within the stall timeout, so pieces begin
@@ -43,11 +44,8 @@ _FAST_PIECES_NEEDED = 32
 _PIECE_SECONDS = 0.005
 #: If a bulk read from a stream that is not a socket got fewer bytes, the next read waits a millisecond for more to come.
 _SMALL_READ = 96 << 10
-#: Other tasks get a turn after at most this many bytes, which take about a millisecond.
-_SLICE_BYTES = 1 << 20
-#: Bytes for which a bulk read of pages waits before its next call, and the longest wait in seconds.
-_RCVLOWAT_BYTES = 256 << 10
-_RCVLOWAT_SECONDS = 0.001
+#: That wait, in seconds.
+_SMALL_READ_SECONDS = 0.001
 
 
 #: A stream in both directions, or in one direction; with one direction there is no return path.
@@ -119,9 +117,10 @@ class Channel:
         self._send_stream = stream if isinstance(stream, trio.abc.SendStream) else None
         self._receive_stream = stream if isinstance(stream, trio.abc.ReceiveStream) else None
         self.stall_timeout = stall_timeout
-        #: Bytes taken by the transport (for streams other than sockets: handed to it completely).
-        self.sent = 0
-        self.received = 0
+        self._sent = 0
+        self._received = 0
+        self._sending: Step | None = None
+        self._receiving: Step | None = None
         self.poisoned = False
         #: The rest of the element or record in which a write to a socket was cancelled; None if it is not known.
         self._unfinished: bytes | None = None
@@ -137,6 +136,16 @@ class Channel:
         self._fast_pieces = 0
         self._last = _SMALL_READ
         self._staging: NDArray[np.uint8] | None = None
+
+    @property
+    def sent(self) -> int:
+        """Bytes taken by the transport (for streams other than sockets: handed to it completely)."""
+        return self._sent + (self._sending.done if self._sending is not None else 0)
+
+    @property
+    def received(self) -> int:
+        """Bytes taken from the transport."""
+        return self._received + (self._receiving.done if self._receiving is not None else 0)
 
     @property
     def sends(self) -> bool:
@@ -203,9 +212,9 @@ class Channel:
                 else:
                     await self._send_stream.wait_send_all_might_not_block()
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise TransportFailed(f"the connection broke while sending: {_cause(error)}") from error
+            raise broke("sending", error) from error
         if limit.cancelled_caught:
-            raise self._stalled("took no data")
+            raise stalled("took no data", self.stall_timeout)
 
     def _check(self) -> None:
         if self.poisoned:
@@ -224,11 +233,6 @@ class Channel:
         self.poisoned = unfinished is None
         return unfinished
 
-    def _stalled(self, what: str, seconds: float | None = None) -> TransportFailed:
-        return TransportFailed(
-            f"the peer {what} for {formats.duration(self.stall_timeout if seconds is None else seconds)}"
-        )
-
     async def send(self, data: bytes | memoryview) -> None:
         """Send all of *data*.
 
@@ -246,8 +250,8 @@ class Channel:
                     with trio.move_on_after(self.stall_timeout) as limit:
                         taken = await self._socket.send(view)
                     if limit.cancelled_caught:
-                        raise self._stalled("took no data")
-                    self.sent += taken
+                        raise stalled("took no data", self.stall_timeout)
+                    self._sent += taken
                     view = view[taken:]
             else:
                 await self._send_pieces(view)
@@ -256,7 +260,7 @@ class Channel:
             self._unfinished = bytes(view) if self._socket is not None else None
             raise
         except (OSError, MemoryError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise TransportFailed(f"the connection broke while sending: {_cause(error)}") from error
+            raise broke("sending", error) from error
         finally:
             if not ok:
                 self.poisoned = True
@@ -274,7 +278,7 @@ class Channel:
             taken = os.write(self._socket.fileno(), data)
         except (OSError, ValueError):
             return 0
-        self.sent += taken
+        self._sent += taken
         return taken
 
     async def _send_pieces(self, data: memoryview) -> None:
@@ -289,8 +293,8 @@ class Channel:
                 with trio.move_on_after(self.stall_timeout) as limit:
                     await self._send_stream.send_all(piece)
                 if limit.cancelled_caught:
-                    raise self._stalled("took no data")
-                self.sent += len(piece)
+                    raise stalled("took no data", self.stall_timeout)
+                self._sent += len(piece)
                 quick = trio.current_time() - began < _PIECE_SECONDS * (size // _PIECE_BYTES)
                 self._fast_pieces = self._fast_pieces + 1 if quick else 0
         finally:
@@ -314,14 +318,13 @@ class Channel:
                 part = slice(start, start + _STAGED_PAGES)
                 await self.send(self._stage(b"" if start else lead, words[part], pages, indices[part]))
             return
-        self._check()
         addresses = pages.ctypes.data + indices.astype(np.uint64) * np.uint64(PAGE_SIZE)
         keep = np.frombuffer(lead, np.uint8)
         first = (keep.ctypes.data, len(lead)) if lead else None
-        await self._write(vectored.Records(words.ctypes.data, 8, addresses, PAGE_SIZE, first))
+        await self.send_vector(vectored.Records(words.ctypes.data, 8, addresses, PAGE_SIZE, first))
 
-    async def send_pieces(self, vector: vectored.Vector) -> None:
-        """Send bytes from where they lie in memory. The kernel reads them there; for other streams they are copied once.
+    async def send_pieces(self, vector: Vector) -> None:
+        """Send bytes from where they lie in memory, see :meth:`send_vector`.
 
         Args:
             vector: address and size in bytes of each piece, shape (n, 2), at least one. It is used up. The caller keeps the
@@ -329,41 +332,32 @@ class Channel:
 
         **Cancellation:** as for :meth:`send`, and :meth:`mend` does not know the rest.
         """
+        await self.send_vector(vectored.Pieces(vector))
+
+    async def send_vector(self, plan: SendPlan) -> None:
+        """Send all that *plan* says. The kernel reads it from where it lies; for other streams it is copied once.
+
+        The caller holds the memory of the plan until the end.
+
+        **Cancellation:** as for :meth:`send`.
+        """
         if self._socket is None:
-            for part in vectored.copied(vector, self._room()):
-                await self.send(part)
+            step = Step(plan)
+            while not step.over:
+                for part in vectored.copied(plan.rest, self._room()):
+                    await self.send(part)
+                    step.moved(len(part))
             return
         self._check()
-        await self._write(vectored.Pieces(vector))
-
-    async def _write(self, records: vectored.Records | vectored.Pieces) -> None:
-        assert self._socket is not None
-        fd = self._socket.fileno()
+        self._sending = Step(plan)
         try:
-            await trio.lowlevel.checkpoint()
-            turn = self.sent
-            while records.left:
-                taken = vectored.writev(fd, records.rest)
-                if taken is None:
-                    with trio.move_on_after(self.stall_timeout) as limit:
-                        await trio.lowlevel.wait_writable(fd)
-                    if limit.cancelled_caught:
-                        raise self._stalled("took no data")
-                    turn = self.sent
-                    continue
-                self.sent += taken
-                records.advance(taken)
-                if self.sent - turn >= _SLICE_BYTES and records.left:
-                    await trio.lowlevel.checkpoint()
-                    turn = self.sent
+            await pump.send(self._socket, self._sending, plan.left, self.stall_timeout)
         except trio.Cancelled:
-            self._unfinished = records.rest_of_record() if isinstance(records, vectored.Records) else None
+            self._unfinished = plan.rest_of_unit()
             raise
-        except (OSError, trio.ClosedResourceError) as error:
-            raise TransportFailed(f"the connection broke while sending: {_cause(error)}") from error
         finally:
-            if records.left:
-                self.poisoned = True
+            self._sent, self._sending = self.sent, None
+            self.poisoned = plan.left > 0
 
     def _stage(
         self, lead: bytes, words: NDArray[np.uint64], pages: NDArray[np.uint8], indices: NDArray[np.int64]
@@ -404,7 +398,7 @@ class Channel:
             await trio.lowlevel.checkpoint()
             count = min(len(view), len(self._first))
             view[:count], self._first = self._first[:count], self._first[count:]
-            self.received += count
+            self._received += count
             return count
         try:
             with trio.move_on_after(self.stall_timeout if stall_timeout is None else stall_timeout) as limit:
@@ -412,13 +406,13 @@ class Channel:
                     count = await self._socket.recv_into(view)
                 else:
                     if bulk and self._last < _SMALL_READ:
-                        await trio.sleep(_RCVLOWAT_SECONDS)
+                        await trio.sleep(_SMALL_READ_SECONDS)
                     count = self._last = await self._receive_some(view)
             if limit.cancelled_caught:
-                raise self._stalled("sent nothing", stall_timeout)
+                raise stalled("sent nothing", self.stall_timeout if stall_timeout is None else stall_timeout)
         except (OSError, MemoryError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise TransportFailed(f"the connection broke while receiving: {_cause(error)}") from error
-        self.received += count
+            raise broke("receiving", error) from error
+        self._received += count
         return count
 
     async def _receive_some(self, view: memoryview) -> int:
@@ -429,46 +423,27 @@ class Channel:
         view[: len(data)] = data
         return len(data)
 
-    async def read_records(self, records: vectored.Records) -> int:
-        """Let the kernel place the next bytes as *records* say, and return their number; 0 at the end of the stream.
+    async def receive_vector(self, plan: Plan, size: int) -> bool:
+        """Receive into the places that *plan* says, until it wants no more; True at the end of the stream.
 
-        Only for sockets. A receiver that keeps up with the sender would be woken for every few segments, which costs a
-        system call here and a wake-up at the sender each time. So SO_RCVLOWAT makes the kernel wait for 256 KiB, for at
-        most a millisecond.
+        The kernel puts the bytes there, or another stream that can. The caller holds the memory of the plan until the end.
+
+        Args:
+            size: bytes that the plan wants at most.
+
+        Raises:
+            TransportFailed: the connection broke, or nothing came for ``stall_timeout``.
 
         **Cancellation:** all bytes that were read are counted.
         """
-        assert self._socket is not None
-        fd = self._socket.fileno()
+        step = Step(plan)
+        while not step.over and (self._socket is None or self._first):
+            step.moved(await self.receive_into(vectored.view(plan.rest)))
+        if step.over or self._socket is None:
+            return step.ended
+        step = self._receiving = Step(plan)
         try:
-            if (count := vectored.readv(fd, records.rest)) is None:
-                await self._wait_rcvlowat()
-                while (count := vectored.readv(fd, records.rest)) is None:
-                    with trio.move_on_after(self.stall_timeout) as limit:
-                        await trio.lowlevel.wait_readable(fd)
-                    if limit.cancelled_caught:
-                        raise self._stalled("sent nothing")
-            self.received += count
-            records.advance(count)
-            if 0 < count < _RCVLOWAT_BYTES // 2:
-                await self._wait_rcvlowat()
-        except (OSError, trio.ClosedResourceError) as error:
-            raise TransportFailed(f"the connection broke while receiving: {_cause(error)}") from error
-        return count
-
-    async def _wait_rcvlowat(self) -> None:
-        """Wait until _RCVLOWAT_BYTES bytes can be read, or a millisecond has passed."""
-        assert self._socket is not None
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _RCVLOWAT_BYTES)
-        try:
-            with trio.move_on_after(_RCVLOWAT_SECONDS):
-                await trio.lowlevel.wait_readable(self._socket)
+            await pump.receive(self._socket, step, size, self.stall_timeout)
         finally:
-            with contextlib.suppress(OSError):  # an error here must not replace the exception that ended the wait
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-
-
-def _cause(error: BaseException) -> str:
-    """The text of a transport error. If trio has wrapped an error of the system, the text of the system's error."""
-    inner = error.__cause__ if isinstance(error, trio.BrokenResourceError) and error.__cause__ else error
-    return str(inner) or type(inner).__name__
+            self._received, self._receiving = self.received, None
+        return step.ended

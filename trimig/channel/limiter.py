@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from .channels import Channels
 
 _RECORD = 8 + PAGE_SIZE
+#: Batches of pages grow while one takes less than half of these seconds, and shrink when one takes more: a change of the limit,
+#: and a switch to postcopy, wait for the end of a batch.
+_BATCH_SECONDS = WINDOW
+#: The first batch, and the smallest one, in pages.
+_FIRST_PAGES = 1024
+_FEW_PAGES = 256
 
 
 class Limiter:
@@ -37,6 +43,9 @@ class Limiter:
         self._opened = trio.Event()
         self._lifted = False
         self._resting = False
+        self._batch = _FIRST_PAGES
+        self._granted_at = trio.current_time()
+        self._granted = 0
 
     def set_rate(self, rate: int) -> None:
         """Change the limit to *rate* bytes per second, at once."""
@@ -66,13 +75,22 @@ class Limiter:
 
         **Cancellation:** nothing was spent.
         """
+        self._adapt(trio.current_time() - self._granted_at)
         while True:
             available = float("inf") if self._lifted else self._budget.available(trio.current_time())
             if available > 0:
-                count = int(min(wanted, BATCH_PAGES, max(1.0, available / _RECORD)))
-                self._budget.spend(count * _RECORD)
-                return count
+                self._granted = int(min(wanted, self._batch, max(1.0, available / _RECORD)))
+                self._granted_at = trio.current_time()
+                self._budget.spend(self._granted * _RECORD)
+                return self._granted
             await self._opened.wait()
+
+    def _adapt(self, took: float) -> None:
+        """The last batch took *took* seconds, as far as this object can tell."""
+        if took > _BATCH_SECONDS:
+            self._batch = max(self._batch // 2, _FEW_PAGES)
+        elif self._granted == self._batch and took < _BATCH_SECONDS / 2:
+            self._batch = min(2 * self._batch, BATCH_PAGES)
 
     def give_back(self, pages: int, sent: int) -> None:
         """*pages* PAGE records were allowed, and they took *sent* bytes: zero pages take less than others."""

@@ -1,7 +1,7 @@
 """writev and readv between a socket and guest memory, with the vector built by NumPy.
 
 A page is 4 KiB, so even one Python object per page is too much. The vector of the kernel (struct iovec: address and
-length, 16 bytes) is an array of two uint64, which NumPy fills for hundreds of records at once. ctypes releases the
+length, 16 bytes) is an array of two uint64, which NumPy fills for thousands of records at once. ctypes releases the
 GIL during the call and takes the address of guest memory as it is, without a buffer object per page.
 """
 
@@ -16,10 +16,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-Vector = NDArray[np.uint64]
+from .step import Vector
 
 #: The kernel's UIO_MAXIOV.
 MAX_ELEMENTS: Final = 1024
+#: Bytes that one call moves at most. A cancellation waits for one call.
+CALL_BYTES: Final = 2 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 for _name in ("writev", "readv"):
@@ -29,10 +31,11 @@ for _name in ("writev", "readv"):
 
 
 class Records:
-    """A vector of header, body, header, body, … with the count of bytes that were sent or received.
+    """A plan of header, body, header, body, … with the count of bytes that were sent or received.
 
     All bodies have one size. All headers have one size too, except the first header, which may be longer. So a division
-    finds the place of any byte, and :meth:`advance` costs the same for a vector of any length.
+    finds the place of any byte, and :meth:`advance` costs the same for a vector of any length. The sizes are those of page
+    records, so that MAX_ELEMENTS elements have CALL_BYTES and a little more.
 
     Args:
         headers: address of the first header; the headers follow each other without a gap.
@@ -82,12 +85,11 @@ class Records:
         """The elements that were not yet sent or received completely; the first one is shortened to its rest."""
         return self._vector[self._element :]
 
-    def rest_of_record(self) -> bytes:
+    def rest_of_unit(self) -> bytes:
         """The rest of a record that was sent in part; empty if the last record was sent completely."""
         if not self.left or (self._element % 2 == 0 and not self._cut):
             return b""
-        rest = self._vector[self._element : (self._element | 1) + 1].tolist()
-        return b"".join(ctypes.string_at(address, size) for address, size in rest)
+        return _content(self._vector[self._element : (self._element | 1) + 1])
 
     def advance(self, count: int) -> None:
         """Count *count* more bytes as sent or received."""
@@ -102,27 +104,30 @@ class Records:
                 element, inside = element + 1, inside - self._header
         more = inside - (self._cut if element == self._element else 0)
         if more:
-            self._vector[element, 0] += np.uint64(more)
-            self._vector[element, 1] -= np.uint64(more)
+            _shorten(self._vector, element, more)
         self._element, self._cut = element, inside
 
 
 class Pieces:
-    """A vector of pieces of any size, with the count of bytes that were sent or received.
+    """A plan of pieces of any sizes, with the count of bytes that were sent or received.
 
     Args:
-        vector: address and size of each piece, shape (n, 2), no size 0. It is used up.
+        vector: address and size in bytes of each piece, shape (n, 2), no size 0. It is used up. A piece of more than CALL_BYTES
+            makes a call longer.
+        units: where each record or packet ends, as bytes from the beginning of the first piece; rising, the last one is the
+            end of the last piece. If they are given, the rest of a packet that was cut off is known.
     """
 
-    __slots__ = ("_cut", "_element", "_ends", "_vector", "done", "size")
+    __slots__ = ("_cut", "_element", "_ends", "_units", "_vector", "done", "size")
 
-    def __init__(self, vector: Vector) -> None:
+    def __init__(self, vector: Vector, units: NDArray[np.int64] | None = None) -> None:
         self._vector = vector
         self._ends = np.cumsum(vector[:, 1]).astype(np.int64)
+        self._units = units
         self._element = 0
         self._cut = 0
-        #: Bytes of the whole vector.
-        self.size = int(self._ends[-1])
+        #: Bytes of all pieces.
+        self.size = int(self._ends[-1]) if len(vector) else 0
         #: Bytes that were sent or received.
         self.done = 0
 
@@ -133,22 +138,42 @@ class Pieces:
 
     @property
     def rest(self) -> Vector:
-        """The elements that were not yet sent or received completely; the first one is shortened to its rest."""
-        return self._vector[self._element :]
+        """The elements of the next call; the first one is shortened to its rest."""
+        if not self.left:
+            return self._vector[:0]
+        fitting = int(np.searchsorted(self._ends, self.done + CALL_BYTES, "right"))
+        return self._vector[self._element : max(fitting, self._element + 1)]
+
+    def rest_of_unit(self) -> bytes | None:
+        """The rest of a unit that was sent in part; empty between two, None if the units are not known."""
+        if not self.left or not self.done:
+            return b""
+        if self._units is None:
+            return None
+        end = int(self._units[np.searchsorted(self._units, self.done, "left")])
+        if end == self.done:
+            return b""
+        last = int(np.searchsorted(self._ends, end, "left"))
+        return _content(self._vector[self._element : last + 1])[: end - self.done]
 
     def advance(self, count: int) -> None:
         """Count *count* more bytes as sent or received."""
         self.done += count
         element = int(np.searchsorted(self._ends, self.done, "right"))
-        if element == len(self._ends):
-            self._element = element
-            return
         inside = self.done - (int(self._ends[element - 1]) if element else 0)
         more = inside - (self._cut if element == self._element else 0)
         if more:
-            self._vector[element, 0] += np.uint64(more)
-            self._vector[element, 1] -= np.uint64(more)
+            _shorten(self._vector, element, more)
         self._element, self._cut = element, inside
+
+
+def _shorten(vector: Vector, element: int, count: int) -> None:
+    vector[element, 0] += np.uint64(count)
+    vector[element, 1] -= np.uint64(count)
+
+
+def _content(vector: Vector) -> bytes:
+    return b"".join(ctypes.string_at(address, size) for address, size in vector.tolist())
 
 
 def copied(vector: Vector, room: NDArray[np.uint8]) -> Iterator[memoryview]:
@@ -165,6 +190,12 @@ def copied(vector: Vector, room: NDArray[np.uint8]) -> Iterator[memoryview]:
                 held = 0
     if held:
         yield room[:held].data
+
+
+def view(vector: Vector) -> memoryview:
+    """The bytes at the first place of *vector*, for writing; valid as long as their memory is."""
+    address, size = vector[0].tolist()
+    return memoryview((ctypes.c_uint8 * size).from_address(address)).cast("B")
 
 
 def _call(function: str, fd: int, vector: Vector) -> int | None:

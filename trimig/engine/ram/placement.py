@@ -9,6 +9,8 @@ A page may be overwritten by a wrong prediction, so only pages that have not bee
 predicted, and one that was is zeroed again: its content was not the migration's yet. The interval cannot be seen: the
 guest does not run before the stream is complete. Where the memory was never touched and has a file behind it, the pages
 are read into a small buffer and written to the file (see :mod:`.receiver`), and a wrong prediction harms nothing.
+
+Both are plans of :mod:`trimig.channel.step`: a thread reads, compares and writes to the file, and the run loop goes on.
 """
 
 from __future__ import annotations
@@ -17,26 +19,24 @@ import os
 from typing import TYPE_CHECKING
 
 import numpy as np
-import trio
 from numpy.typing import NDArray
 
-from ...channel import vectored
+from ...channel.vectored import CALL_BYTES, Records
 from ...guest import PAGE_SIZE, FileBackedBlock, PageBitmap, Pages, RamBlock
 from ...wire.constants import RamFlag
 
 if TYPE_CHECKING:
     from ...channel.channel import Channel
+    from ...channel.step import Vector
     from ...wire.decoder import Decoder
     from .marked import MarkedPages
 
 _RECORD = 8 + PAGE_SIZE
 #: Pages predicted at once. Only a few of them are read by one system call; predicting many more spreads the cost of the
-#: arrays. What one call may have put into the wrong place is bounded by the call.
+#: arrays, and of the change of threads. What one call may have put into the wrong place is bounded by the call.
 PLACE_PAGES = 8192
-#: The same where pages go to a file through a buffer, which should stay in the processor's cache.
+#: Pages of the buffer through which they go to a file; it should stay in the processor's cache.
 STAGED_PAGES = 256
-#: Other tasks get a turn after this many bytes at the latest.
-_SLICE_BYTES = 1 << 20
 #: A run this long makes the next records predictable.
 ENOUGH = 32
 
@@ -57,20 +57,25 @@ class Target:
         self.marks: MarkedPages | None = None
         self._fd = block.fd if isinstance(block, FileBackedBlock) else None
 
-    def fresh(self, first: int, count: int) -> bool:
-        """Writing these pages to the file is cheaper than through the mapping."""
-        return self._fd is not None and bool(self.untouched[first : first + count].all())
+    def count_missing(self, first: int, most: int) -> int:
+        """How many pages from *first* on have not been received, *most* at most, up to one that has."""
+        return _count_leading(~self.received[first : first + most])
+
+    def count_fresh(self, first: int, most: int) -> int:
+        """How many pages from *first* on, *most* at most, are cheaper to write to the file than through the mapping."""
+        return 0 if self._fd is None else _count_leading(self.untouched[first : first + most])
 
     def put(self, first: int, data: Pages) -> None:
         """Consecutive pages from *first* on."""
         count = len(data)
-        if self._fd is not None and self.untouched[first] and self.fresh(first, count):
-            self._write(first, np.ascontiguousarray(data))
+        if self._fd is not None and self.untouched[first] and self.count_fresh(first, count) == count:
+            self.write(first, np.ascontiguousarray(data))
         else:
             self.pages[first : first + count] = data
         self.arrived(first, count)
 
-    def _write(self, first: int, data: Pages) -> None:
+    def write(self, first: int, data: Pages) -> None:
+        """Write consecutive pages from *first* on to the file. A thread may do that. OSError: there is no memory left."""
         assert self._fd is not None
         view = data.reshape(-1).data
         position = first * PAGE_SIZE
@@ -95,6 +100,10 @@ class Target:
             self.marks.mark_each(self.name, indices)
 
 
+def _count_leading(which: PageBitmap) -> int:
+    return len(which) if which.all() else int(np.argmin(which))
+
+
 class Placer:
     """Predicts and places; one for each incoming stream."""
 
@@ -111,11 +120,13 @@ class Placer:
         """
         if run_length < ENOUGH:
             return None
-        fresh = target.fresh(first, STAGED_PAGES)
-        ahead = target.received[first : first + (STAGED_PAGES if fresh else PLACE_PAGES)]
-        count = int(np.argmax(ahead)) if ahead.any() else len(ahead)
+        count = target.count_missing(first, PLACE_PAGES)
         if count < ENOUGH:
             return None
+        fresh = target.count_fresh(first, count)
+        staged = fresh >= min(STAGED_PAGES, count)
+        if staged:
+            count = fresh
         indices = np.arange(first, first + count, dtype=np.uint64)
         again = np.uint64(RamFlag.PAGE | RamFlag.CONTINUE)
         expected = ((indices * np.uint64(PAGE_SIZE)) | again).astype(">u8").view(np.uint64)
@@ -124,11 +135,10 @@ class Placer:
             decoder.give_back(rest)
             decoder.end_run()
             return 0
-        staging = self._staging[:count] if fresh else None
-        attempt = _Placing(target, first, self._words[:count], staging, expected)
+        attempt = _Placing(target, first, self._words, expected, self._staging if staged else None)
         attempt.begin(rest)
         try:
-            ended = await attempt.read(channel)
+            ended = await channel.receive_vector(attempt, count * _RECORD)
         finally:
             placed, left, wrong = attempt.settle()
         decoder.placed(placed)
@@ -139,20 +149,46 @@ class Placer:
 
 
 class _Placing:
-    """One prediction: the records of pages *first* and following, with these words."""
+    """One prediction: the records of pages *first* and following. A :class:`trimig.channel.step.Plan`.
+
+    A thread may move it on. It touches the pages and the file only; what the target knows of them, :meth:`settle` changes.
+
+    Args:
+        words: room for the words of the records.
+        expected: those words, as they should be; of so many pages.
+        staging: the buffer of pages that are written to the file; None: pages are placed directly.
+    """
 
     def __init__(
-        self, target: Target, first: int, words: NDArray[np.uint64], staging: Pages | None, expected: NDArray[np.uint64]
+        self,
+        target: Target,
+        first: int,
+        words: NDArray[np.uint64],
+        expected: NDArray[np.uint64],
+        staging: Pages | None,
     ) -> None:
-        count = len(words)
         self._target = target
         self._first = first
-        self._fresh = staging is not None
-        self._bodies = target.pages[first : first + count] if staging is None else staging
+        self._count = len(expected)
         self._words = words
         self._expected = expected
+        self._staging = staging
+        self._written = 0  # pages that are in the file; the present records follow them
+        self._checked = 0  # present records whose word is as expected
+        self._over = False
+        self._next_records()
+
+    def _next_records(self) -> None:
+        count = self._count - self._written
+        if self._staging is None:
+            self._bodies = self._target.pages[self._first : self._first + count]
+        else:
+            count = min(count, len(self._staging))
+            self._bodies = self._staging[:count]
         addresses = self._bodies.ctypes.data + np.arange(count, dtype=np.uint64) * np.uint64(PAGE_SIZE)
-        self._records = vectored.Records(words.ctypes.data, 8, addresses, PAGE_SIZE)
+        self._records = Records(self._words.ctypes.data, 8, addresses, PAGE_SIZE)
+        self._wanted = self._expected[self._written : self._written + count]
+        self._checked = 0
 
     def begin(self, rest: bytes) -> None:
         """The part of the first record that has come already stands in front."""
@@ -161,47 +197,59 @@ class _Placing:
         self._bodies[0, : max(0, len(rest) - 8)] = head[8:]
         self._records.advance(len(rest))
 
-    async def read(self, channel: Channel) -> bool:
-        """Read until most records are there, or one is not as predicted; True at the end of the stream.
+    @property
+    def rest(self) -> Vector:
+        """Where the next bytes go, see :class:`trimig.channel.step.Plan`."""
+        return self._records.rest[:0] if self._over else self._records.rest
 
-        **Cancellation:** nothing is read by the call that is cancelled.
-        """
+    def advance(self, count: int) -> None:
+        """Compare the words that have come, see :class:`trimig.channel.step.Plan`. OSError of the file."""
         records = self._records
-        await trio.lowlevel.checkpoint()
-        turn = records.done
-        checked = 0
-        while records.left > _RECORD:
-            if not await channel.read_records(records):
-                return True
-            begun = (records.done + PAGE_SIZE) // _RECORD  # records whose word is complete
-            if (self._words[checked:begun] != self._expected[checked:begun]).any():
-                break
-            checked = begun
-            if 8 * records.left < records.size:
-                break  # the next prediction reads more with one call than the rest of this one
-            if records.done - turn >= _SLICE_BYTES:
-                await trio.lowlevel.checkpoint()
-                turn = records.done
-        return False
+        records.advance(count)
+        begun = (records.done + PAGE_SIZE) // _RECORD  # records whose word is complete
+        if (self._words[self._checked : begun] != self._wanted[self._checked : begun]).any():
+            self._over = True
+            return
+        self._checked = begun
+        # Not to the last record: the next vector reads more with one call than the rest of this one.
+        if records.left > CALL_BYTES or 8 * records.left >= records.size:
+            return
+        if self._staging is None or self._count - self._written - len(self._wanted) < ENOUGH:
+            self._over = True
+        else:
+            self._write_staged()
+
+    def _write_staged(self) -> None:
+        """Write the whole records to the file; the part of one behind them stands in front of the next vector."""
+        whole, inside = divmod(self._records.done, _RECORD)
+        self._target.write(self._first + self._written, self._bodies[:whole])
+        rest = self._words[whole : whole + 1].tobytes() + self._bodies[whole : whole + 1].tobytes()
+        self._written += whole
+        self._next_records()
+        self.begin(rest[:inside])
 
     def settle(self) -> tuple[int, bytes, bool]:
-        """Keep the records that came as predicted; the bytes behind them, and whether a record was a wrong guess."""
-        done, target, first = self._records.done, self._target, self._first
+        """Keep the records that came as predicted.
+
+        Returns:
+            The number of their pages; the bytes behind them; and whether a record was a wrong guess.
+        """
+        done, target, first = self._records.done, self._target, self._first + self._written
         whole = done // _RECORD
-        same = self._words[:whole] == self._expected[:whole]
+        same = self._words[:whole] == self._wanted[:whole]
         good = whole if same.all() else int(np.argmin(same))
         left = done - good * _RECORD
         touched = -(-left // _RECORD)
         rest = np.empty((touched, _RECORD), np.uint8)
         rest[:, :8] = self._words[good : good + touched].view(np.uint8).reshape(-1, 8)
         rest[:, 8:] = self._bodies[good : good + touched]
-        if self._fresh:
-            if good:
-                target.put(first, self._bodies[:good])
-        else:
-            target.arrived(first, good)
+        if self._staging is None:
             if touched:
                 # Not received, so nothing of it is the migration's: back to what an untouched page reads as.
                 self._bodies[good : good + touched] = 0
                 target.untouched[first + good : first + good + touched] = False
-        return good, rest.reshape(-1)[:left].tobytes(), good < whole
+        elif good:
+            target.write(first, self._bodies[:good])
+        if self._written + good:
+            target.arrived(self._first, self._written + good)
+        return self._written + good, rest.reshape(-1)[:left].tobytes(), good < whole
