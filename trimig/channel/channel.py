@@ -30,9 +30,6 @@ from .pump import broke, stalled
 from .socket_options import enlarge, shorten, shorten_receiving
 from .step import Plan, SendPlan, Step, Vector
 
-#: Pages that are prepared for sending together, 32 MiB. One system call takes MAX_ELEMENTS // 2 of them; the change of
-#: threads is paid once for all of them.
-BATCH_PAGES = 8192
 #: Pages that are copied into one buffer for streams that take only bytes.
 _STAGED_PAGES = 512
 #: Bytes of one ``send_all`` on a stream that is not a socket. Each call must end within the stall timeout, so pieces begin

@@ -12,7 +12,7 @@ import trio
 
 from ..guest import PAGE_SIZE
 from ..policy.rate import WINDOW, Budget
-from .channel import BATCH_PAGES
+from .vectored import BATCH_PAGES
 
 if TYPE_CHECKING:
     from ..monitor.statistics import Counters

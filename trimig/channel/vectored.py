@@ -11,15 +11,19 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .step import Vector
+if TYPE_CHECKING:
+    from .step import Vector
 
 #: The kernel's UIO_MAXIOV.
 MAX_ELEMENTS: Final = 1024
+#: Pages that are prepared for sending together, 32 MiB. One call takes MAX_ELEMENTS // 2 of them; the change of threads is
+#: paid once for all of them.
+BATCH_PAGES: Final = 8192
 #: Bytes that one call moves at most. A cancellation waits for one call.
 CALL_BYTES: Final = 2 << 20
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ...channel.channel import BATCH_PAGES, Channel
+from ...channel.vectored import BATCH_PAGES
 from ...guest import PAGE_SIZE, Pages
 from ...wire.constants import RamFlag
 from ...wire.encoder import RecordWriter
 from .zeros import zero_pages
 
 if TYPE_CHECKING:
+    from ...channel.channel import Channel
     from ...monitor.statistics import Counters
 
 #: ZERO records of one write: 9 bytes each.
