@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from tests.engine.pair import Pair, running
 from tests.engine.test_switch import going, switched
-from trimig.channel.channel import BATCH_PAGES, Channel
+from trimig.channel.channel import Channel
+from trimig.channel.vectored import BATCH_PAGES
 from trimig.engine.ram.records import PageSender
 from trimig.engine.sections import table
 from trimig.guest import PAGE_SIZE, Pages
