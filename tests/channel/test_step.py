@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from trimig.channel.step import SendPlan, Step, Vector
-from trimig.channel.vectored import CALL_BYTES, MAX_ELEMENTS, Pieces, Records
+from trimig.channel.step import SendPlan, Step
+from trimig.channel.vectored import CALL_BYTES, MAX_ELEMENTS, Pieces, Records, Vector
 
 SEEDS: Final = (0, 1, 2)
 BODY: Final = 64

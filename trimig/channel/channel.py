@@ -28,7 +28,8 @@ from ..guest import PAGE_SIZE
 from . import pump, vectored
 from .pump import broke, stalled
 from .socket_options import enlarge, shorten, shorten_receiving
-from .step import Plan, SendPlan, Step, Vector
+from .step import Plan, SendPlan, Step
+from .vectored import Vector
 
 #: Pages that are copied into one buffer for streams that take only bytes.
 _STAGED_PAGES = 512

@@ -25,7 +25,8 @@ from ..errors import TransportFailed
 from . import offload, vectored
 
 if TYPE_CHECKING:
-    from .step import Call, Step, Vector
+    from .step import Call, Step
+    from .vectored import Vector
 
 #: From so many bytes on a transfer has a thread. What one system call takes goes at once.
 THREAD_BYTES: Final = vectored.CALL_BYTES

@@ -23,11 +23,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
+from .vectored import Vector
 
-#: Elements of the kernel's struct iovec: address and length in bytes, as two uint64 each.
-Vector: TypeAlias = NDArray[np.uint64]
 #: Moves bytes of the first elements of a vector, and returns their number: 0 at the end of the stream, None if it would block.
 Call: TypeAlias = Callable[[Vector], int | None]
 

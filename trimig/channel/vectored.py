@@ -11,13 +11,13 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from .step import Vector
+#: Elements of the kernel's struct iovec: address and size in bytes of each, shape (n, 2).
+Vector: TypeAlias = NDArray[np.uint64]
 
 #: The kernel's UIO_MAXIOV.
 MAX_ELEMENTS: Final = 1024

@@ -27,7 +27,7 @@ from ...wire.constants import RamFlag
 
 if TYPE_CHECKING:
     from ...channel.channel import Channel
-    from ...channel.step import Vector
+    from ...channel.vectored import Vector
     from ...wire.decoder import Decoder
     from .marked import MarkedPages
 
