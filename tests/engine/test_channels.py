@@ -81,5 +81,5 @@ def test_connections_beside_the_main_one() -> None:
 async def test_where_multifd_cannot_be_used_it_is_refused() -> None:
     config = trimig.Config(capabilities=trimig.Capabilities(multifd=True))
     link = VirtualLink()
-    with pytest.raises(trimig.ConfigError, match="cannot receive with multifd yet: turn multifd off"):
+    with pytest.raises(trimig.ConfigError, match="multifd needs several connections, and there is only one"):
         await trimig.receive(waiting(), link.b, config)

@@ -6,10 +6,12 @@ import struct
 from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Final
 
+from ..errors import RemoteProtocolError
 from ..wire import events as ev
 from ..wire.constants import Command, Section
 from ..wire.decoder import Decoder
 from ..wire.marks import Mark, is_mark, wrong_length
+from ..wire.pages import multifd
 from .lobby import MOST_READ, Judge, NotTheOne, Verdict
 
 if TYPE_CHECKING:
@@ -21,16 +23,15 @@ _BUFFER: Final = 2 * MOST_READ
 _COMMAND: Final = struct.Struct(">BHH")
 
 _HTTP: Final = (b"GET ", b"HEAD", b"POST", b"PUT ", b"OPTI", b"CONN", b"DELE", b"PATC", b"TRAC")
-_MULTIFD: Final = bytes.fromhex("11223344")
 
 
 def known(data: bytes) -> NotTheOne | None:
     """The verdict on a connection whose first bytes are those of another protocol, if *data* says so."""
     first = data[:4]
-    if first == _MULTIFD:
+    if first == multifd.MAGIC:
         return NotTheOne(
             "it is a channel of multifd",
-            "the source has the capability multifd on, which trimig has not: turn multifd off there",
+            "the source has the capability multifd on, and it is off here: turn it on here, or turn multifd off there",
         )
     if data[:2] == b"\x16\x03":
         return NotTheOne(
@@ -172,7 +173,35 @@ def judge_other(beside: Sequence[Beside]) -> Judge:
             return Verdict.ALONE
         if refusal is None:
             raise NotTheOne("the migration has its source already")
-        raise refusal if data[:4] == _MULTIFD else NotTheOne(str(refusal))
+        raise refusal if data[:4] == multifd.MAGIC else NotTheOne(str(refusal))
+
+    return judge
+
+
+def judge_data(check: Callable[[bytes], None], *, others: bool) -> Judge:
+    """A data channel of multifd: it begins with a hello that *check* accepts.
+
+    Args:
+        check: gets a hello, and raises RemoteProtocolError with the reason if the channel is not wanted.
+        others: further connections are wanted, which have no magic; they wait.
+    """
+
+    def judge(data: bytes) -> Verdict:
+        if not data.startswith(multifd.MAGIC[: len(data)]):
+            if (refusal := known(data)) is not None:
+                raise NotTheOne(str(refusal))
+            if others:
+                return Verdict.LATER
+            raise NotTheOne("the migration has its source already")
+        if len(data) < multifd.HELLO_BYTES:
+            return Verdict.MORE
+        try:
+            check(data[: multifd.HELLO_BYTES])
+        except RemoteProtocolError as error:
+            raise NotTheOne(
+                f"it is a channel of multifd, {error.reason}", f"a connection was dropped: {error.reason}"
+            ) from None
+        return Verdict.YES
 
     return judge
 

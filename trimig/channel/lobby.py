@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("trimig.lobby")
 
-#: The number of visitors that may wait. If one more comes, the visitor that has waited longest is dropped.
+#: The number of visitors that may wait, beside those that are wanted. If one more comes, the visitor that has waited longest is dropped.
 MOST_WAITING: Final = 64
 #: Bytes that are read from a visitor before it is chosen.
 MOST_READ: Final = 16 << 10
@@ -145,6 +145,7 @@ class _Visitor:
         stream: the stream after the handshakes; None before.
         data: the bytes that were read so far.
         possible: True if the judge's verdict was ALONE.
+        later: True if the judge's verdict was LATER, or if there was no judge for the bytes that came last.
         chosen: True if the visitor was chosen; then its stream belongs to the caller of :meth:`Lobby.choose`.
         left: set when the visitor's task does not use the stream any more.
     """
@@ -155,6 +156,7 @@ class _Visitor:
         self.data = bytearray()
         self.scope = trio.CancelScope()
         self.possible = False
+        self.later = False
         self.chosen = False
         self.left = trio.Event()
 
@@ -184,9 +186,11 @@ class Lobby:
     Args:
         nursery: of the attempt; the tasks of the visitors run in it.
         told: called for dropped visitors. If many are dropped, it is called for some of them.
+        wanted: number of the connections that are wanted beside the main one. So many more visitors may wait.
     """
 
-    def __init__(self, nursery: trio.Nursery, entrance: Entrance, told: Told) -> None:
+    def __init__(self, nursery: trio.Nursery, entrance: Entrance, told: Told, *, wanted: int = 0) -> None:
+        self._most = MOST_WAITING + wanted
         self._nursery = nursery
         self._entrance = entrance
         self._told = told
@@ -310,6 +314,7 @@ class Lobby:
 
     def _look(self, visitor: _Visitor) -> None:
         """Let the judge examine the bytes of *visitor*, and act on the verdict."""
+        visitor.later = self._judge is None
         if self._judge is None or not visitor.data or visitor.chosen:
             return
         try:
@@ -325,6 +330,8 @@ class Lobby:
         elif verdict is Verdict.ALONE:
             visitor.possible = True
             self._tell()
+        elif verdict is Verdict.LATER:
+            visitor.later = True
         elif verdict is Verdict.MORE and len(visitor.data) >= MOST_READ:
             self._drop(visitor, f"{len(visitor.data)} bytes came, and they do not say what it is")
 
@@ -384,8 +391,8 @@ class Lobby:
         await trio.sleep(pause)
 
     def _enter(self, raw: AnyStream) -> None:
-        if len(self._visitors) >= MOST_WAITING:
-            self._drop(self._oldest(), f"{MOST_WAITING} connections wait, and it has waited longest")
+        if len(self._visitors) >= self._most:
+            self._drop(self._oldest(), f"{self._most} connections wait, and it has waited longest")
         visitor = _Visitor(raw)
         self._visitors.append(visitor)
         self._nursery.start_soon(self._visit, visitor, raw, name="trimig.visitor")
@@ -425,7 +432,7 @@ class Lobby:
         while len(visitor.data) < MOST_READ:
             data = await stream.receive_some(min(4096, MOST_READ - len(visitor.data)))
             if not data:
-                if visitor.possible:
+                if visitor.possible or visitor.later:
                     break  # it may still be chosen; the reader of the stream then finds the end
                 said = f"after {len(visitor.data)} bytes" if visitor.data else "without sending anything"
                 self._drop(visitor, f"it closed the connection {said}")

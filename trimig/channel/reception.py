@@ -21,7 +21,7 @@ from .lobby import Chosen, Judge, Lobby, Verdict
 if TYPE_CHECKING:
     from ..config.config import Config
     from ..monitor.core import MonitorCore
-    from .channels import Beside
+    from .channels import Beside, ChannelKind
     from .connections import Connections
 
 log = logging.getLogger("trimig.destination")
@@ -46,6 +46,7 @@ class Reception:
         self._config = config
         self._monitor = monitor
         self.beside = tuple(beside)
+        self._lacking = {wanted.kind for wanted in beside}
         self.lobby: Lobby | None = None
         self._chosen: Chosen | None = None
         self._look = trio.Event()  # set when a connection that is not the main one has sent bytes
@@ -72,8 +73,12 @@ class Reception:
         assert self.lobby is not None
         self._suspicion = trio.CancelScope()
         nursery.start_soon(self._suspect, channel, self._suspicion, name="trimig.suspicion")
-        self.lobby.watch(functools.partial(self._others, others))
+        self.lobby.watch(self.watching(others))
         return channel
+
+    def watching(self, judge: Judge) -> Judge:
+        """*judge* for connections that come once there is a main one. They may show that the source has other settings."""
+        return functools.partial(self._others, judge)
 
     def _others(self, judge: Judge, data: bytes) -> Verdict:
         try:
@@ -121,7 +126,8 @@ class Reception:
 
     async def _meet(self, nursery: trio.Nursery, uri: str | None, judge: Judge) -> AnyStream:
         assert self._connections.entrance is not None
-        lobby = self.lobby = Lobby(nursery, await self._connections.entrance(uri), self._told)
+        count = sum(wanted.count for wanted in self.beside)
+        lobby = self.lobby = Lobby(nursery, await self._connections.entrance(uri), self._told, wanted=count)
         if self._chosen is not None:
             lobby.prefer(self._chosen.origins)
         lobby.open()
@@ -149,13 +155,17 @@ class Reception:
             self.lobby = Lobby(nursery, _Beside(accept, count), self._told)
             self.lobby.open()
 
-    def settle(self) -> None:
-        """The main connection brings pages, so the source has the same settings: stop suspecting it.
+    def complete(self, kind: ChannelKind) -> None:
+        """All connections of *kind* have come."""
+        self._lacking.discard(kind)
 
-        If no connection is wanted beside it, no further connection is accepted.
+    def settle(self) -> None:
+        """The source sends pages, so it has the same settings: stop suspecting it.
+
+        If no connection is lacking beside the main one, no further connection is accepted.
         """
         self._suspicion.cancel("pages come")
-        if not self.beside:
+        if not self._lacking:
             self.close()
 
     def close(self) -> None:

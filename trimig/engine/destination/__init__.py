@@ -14,18 +14,19 @@ import trio
 
 from ...channel.channels import Channels
 from ...channel.reception import Reception
-from ...errors import ConfigError, Owner, StateError
+from ...errors import Owner, StateError
 from ...guest import Guest, OpaqueGuest, StoringGuest
 from ...monitor import blockers
 from ...owner import refusal
 from ...status import Role, Stream
 from ..outcome import Outcome
+from ..ram.multifd_receiver import MultifdReceiver
 from ..ram.preempt_receiver import PreemptReceiver
 from ..ram.receiver import RamReceiver
 from ..sections.ram import beside_of
 from ..sections.table import make_loaders
 from .activate import activate
-from .announced import take_announcement
+from .announced import machine_of, take_announcement
 from .connect import connect
 from .devices import IncomingDevices, take_devices
 from .incoming import Incoming
@@ -49,8 +50,6 @@ async def receive_stream(guest: Guest, connections: Connections, config: Config,
     **Cancellation:** before the decision the source keeps its guest. After the decision this side owns the guest, and the
     call ends within ``teardown_grace``.
     """
-    if config.capabilities.multifd:
-        raise ConfigError("this version of trimig cannot receive with multifd yet: turn multifd off", name="multifd")
     guest.claim("an incoming migration")
     try:
         if guest.owner is Owner.UNKNOWN:
@@ -68,9 +67,11 @@ async def receive_stream(guest: Guest, connections: Connections, config: Config,
         channels = Channels()
         monitor.count(lambda: channels.received)
         preempt = PreemptReceiver(reception, config, channels)
-        ram = RamReceiver(monitor.counters)
-        loaders = make_loaders(guest, ram, reception, preempt)
-        return await _run(Incoming(guest, config, monitor, channels, reception, preempt, ram, loaders))
+        # Data channels bring pages, too: a page that is not received yet may come there meanwhile.
+        ram = RamReceiver(monitor.counters, predicts=not config.capabilities.multifd)
+        data = MultifdReceiver(reception, config, channels, ram, monitor.counters, machine_of(guest))
+        loaders = make_loaders(guest, ram, reception, preempt, data)
+        return await _run(Incoming(guest, config, monitor, channels, reception, preempt, data, ram, loaders))
     finally:
         guest.release()
 
@@ -89,6 +90,7 @@ async def _phases(into: Incoming, nursery: trio.Nursery) -> None:
         return
     with into.phase("devices"):  # active: devices, until the end of the stream
         await take_devices(into, stream, devices, taken)
+    await into.data.stop()
     await activate(into, devices.run_state)  # the phase "activate": handover, completed
 
 

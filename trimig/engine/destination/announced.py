@@ -17,6 +17,7 @@ from .commands import take_command
 
 if TYPE_CHECKING:
     from ...config.peer import PeerProfile
+    from ...guest import Guest
     from .devices import IncomingDevices
     from .incoming import Incoming
     from .stream import IncomingStream
@@ -54,11 +55,15 @@ async def take_announcement(into: Incoming, stream: IncomingStream, devices: Inc
             case ev.Configuration() as event:
                 into.refine(refined(into, event))
                 machine, subsections = event.machine, event.subsections
+                for subsection in subsections:
+                    if subsection.name == UUID_SUBSECTION:
+                        into.data.identify(subsection.payload, event.at)
             case ev.SectionHeader(kind=Section.FULL) as header:
                 early += await devices.take_section(stream, header, before="list")
             case ev.CommandElement() as event:
                 await take_command(into, stream, devices, event)
             case ev.RamList() as event:
+                into.data.know(dict(event.blocks), into.config.peer)
                 return Announced(machine=machine, subsections=subsections, blocks=event, early=early)
             case ev.FileHeader() | ev.SectionHeader() | ev.SectionFooter() | None:
                 pass
@@ -85,6 +90,13 @@ def refined(into: Incoming, event: ev.Configuration) -> PeerProfile:
             if subsection.name == UUID_SUBSECTION:
                 _check_uuid(into, subsection, event.at)
     return into.config.peer.for_machine(event.machine if opaque else None, arriving=True)
+
+
+def machine_of(guest: Guest) -> bytes | None:
+    """The UUID of the guest's machine, 16 bytes; None if it has none, or if the stream has yet to say it."""
+    if isinstance(guest, OpaqueGuest) or not isinstance(guest, IdentifiedGuest) or guest.uuid is None:
+        return None
+    return uuid.UUID(guest.uuid).bytes
 
 
 def _check_uuid(into: Incoming, subsection: ConfigSubsection, at: int) -> None:
@@ -114,7 +126,9 @@ def make_blocks(into: Incoming, stream: IncomingStream, announced: Announced, ea
         GuestFailed: the guest cannot make the blocks.
     """
     guest, peer = into.guest, into.config.peer
-    configuration, footers = stream.decoder.configuration is not False, stream.decoder.footers is not False
+    configuration = stream.decoder.configuration is not False
+    # With data channels the blocks may be needed before the framing is known; old machine types lack both parts of it.
+    footers = configuration if stream.decoder.footers is None else stream.decoder.footers
     if (configuration, footers) != (peer.send_configuration, peer.send_section_footer):
         into.refine(dataclasses.replace(peer, send_configuration=configuration, send_section_footer=footers))
     if isinstance(guest, FramedGuest):

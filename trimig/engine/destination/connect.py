@@ -12,6 +12,7 @@ from ...channel.first_bytes import judge_first, judge_other
 from ...guest import OpaqueGuest
 from ...status import Status
 from ...wire.decoder import Decoder
+from ...wire.sections.table import SECTIONS, SECTIONS_WITH_MULTIFD
 from .announced import refined
 from .section import measure_device
 from .stream import IncomingStream
@@ -62,4 +63,5 @@ def _decoder(into: Incoming) -> Decoder:
         max_device_bytes=config.max_device_bytes,
         max_description_bytes=config.max_description_bytes,
         reorder=True,
+        sections=SECTIONS_WITH_MULTIFD if into.data.wanted else SECTIONS,
     )

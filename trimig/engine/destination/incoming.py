@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ...guest import Guest
     from ...monitor.core import MonitorCore
     from ...wire.postcopy import Runs
+    from ..ram.multifd_receiver import MultifdReceiver
     from ..ram.preempt_receiver import PreemptReceiver
     from ..ram.receiver import RamReceiver
     from ..sections import SectionLoader
@@ -61,6 +62,7 @@ class Incoming:
         channels: Channels,
         reception: Reception,
         preempt: PreemptReceiver,
+        data: MultifdReceiver,
         ram: RamReceiver,
         loaders: Mapping[str, SectionLoader],
     ) -> None:
@@ -72,6 +74,7 @@ class Incoming:
         self.channels = channels
         self.reception = reception
         self.preempt = preempt
+        self.data = data
         self.ram = ram
         #: The loaders of the iterative sections, by idstr.
         self.loaders = loaders

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ...guest import DeviceSection, StoringGuest
 from ...status import STREAM_IN_PRECOPY, Stream
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from .devices import IncomingDevices
     from .incoming import Incoming
     from .stream import IncomingStream
+
+#: Seconds without a byte behind the list of blocks after which the pages of data channels are read. A QEMU may keep the
+#: footer of the first section in its buffer until it has sent pages there.
+_FRAMING_SECONDS: Final = 0.1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,38 +60,50 @@ async def take_memory(
     **Cancellation:** the memory is undefined.
     """
     early = list(announced.early)
-    event = await _to_pages(stream, devices, early)
+    event = await _to_pages(into, stream, devices, early)
     make_blocks(into, stream, announced, early)
     storing = None
     if isinstance(into.guest, StoringGuest):
         storing = Storing(into.guest, into.ram.watch(), into.monitor)
         nursery.start_soon(storing.run, name="trimig.storing")
+    into.data.admit_pages(None if storing is None else storing.wait_room)
     while stream.state in STREAM_IN_PRECOPY:
         match event:
             case ev.SectionHeader(kind=Section.FULL):
                 early += await devices.take_section(stream, event, before="pages")
             case ev.CommandElement():
                 await take_command(into, stream, devices, event)
-            case ev.SectionHeader() | ev.SectionFooter() | ev.RamEnd() | None:
+            case ev.SectionHeader() | ev.SectionFooter() | None:
                 pass
             case _:
                 await stream.load(event)
         if storing is not None:
             await storing.wait_room()
         event = await stream.next()
+    if isinstance(event, ev.RamEnd):
+        await stream.load(event)  # the end of the section END
+    await into.data.finish(drain=stream.state is Stream.PACKAGE)
     return Taken(storing=storing, early=early, last=event, ended=stream.state is Stream.DEVICES)
 
 
-async def _to_pages(stream: IncomingStream, devices: IncomingDevices, early: list[DeviceSection]) -> ev.Element | None:
+async def _to_pages(
+    into: Incoming, stream: IncomingStream, devices: IncomingDevices, early: list[DeviceSection]
+) -> ev.Element | None:
     """The first element after the list of blocks that is no device section; those sections are appended to *early*.
 
-    When it has come, the decoder knows the framing of the stream.
+    When it has come, the decoder knows the framing of the stream. A source with data channels may send it only when these
+    have been read: then the result is None.
     """
+    seconds = math.inf
     while True:
-        match event := await stream.next():
+        match event := await stream.next(seconds):
             case ev.SectionHeader(kind=Section.FULL):
                 early += await devices.take_section(stream, event, before="pages")
-            case ev.RamEnd() | ev.SectionFooter():
+            case ev.RamEnd() | ev.RamSync():
+                await stream.load(event)
+                if isinstance(event, ev.RamEnd) and into.data.wanted:
+                    seconds = _FRAMING_SECONDS
+            case ev.SectionFooter():
                 pass
             case _:
                 return event

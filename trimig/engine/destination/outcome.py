@@ -50,7 +50,8 @@ async def unwind(into: Incoming, failure: BaseException | None) -> None:
         if (end := end_of(Role.DESTINATION, monitor.status, cancelled=cancelled)) is not None:
             monitor.advance(end)
     monitor.listening()
-    await into.preempt.close()
+    # The connections beside the main one are closed behind the last message: their end says less than it.
+    into.reception.close()
     try:
         # No SHUT in ARRIVED_PAUSED: the source must not end its attempt, as it may still show which side owns the guest.
         if into.return_path and monitor.status not in ARRIVED_PAUSED:

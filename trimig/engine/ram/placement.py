@@ -65,6 +65,10 @@ class Target:
         """How many pages from *first* on, *most* at most, are cheaper to write to the file than through the mapping."""
         return 0 if self._fd is None else _count_leading(self.untouched[first : first + most])
 
+    def fresh_each(self, indices: NDArray[np.int64]) -> bool:
+        """True if pages in any order are all cheaper to write to the file than through the mapping."""
+        return self._fd is not None and bool(self.untouched[indices].all())
+
     def put(self, first: int, data: Pages) -> None:
         """Consecutive pages from *first* on."""
         count = len(data)
@@ -76,12 +80,14 @@ class Target:
 
     def write(self, first: int, data: Pages) -> None:
         """Write consecutive pages from *first* on to the file. A thread may do that. OSError: there is no memory left."""
+        self.write_at(first * PAGE_SIZE, data.reshape(-1).data)
+
+    def write_at(self, position: int, data: memoryview) -> None:
+        """Write bytes to the file at *position*, in bytes. A thread may do that. OSError: there is no memory left."""
         assert self._fd is not None
-        view = data.reshape(-1).data
-        position = first * PAGE_SIZE
-        while len(view):
-            done = os.pwrite(self._fd, view, position)
-            view = view[done:]
+        while len(data):
+            done = os.pwrite(self._fd, data, position)
+            data = data[done:]
             position += done
 
     def arrived(self, first: int, count: int) -> None:

@@ -21,6 +21,7 @@ from ...errors import RemoteProtocolError
 from ...guest import PAGE_SIZE, PageBitmap, RamBlock
 from .marked import MarkedPages
 from .placement import Placer, Target
+from .scatter import Scatterer
 from .zeros import zero_pages
 
 if TYPE_CHECKING:
@@ -47,12 +48,18 @@ def never_received(name: str, here: PageBitmap) -> str:
 
 
 class RamReceiver:
-    """Fills the guest's RAM blocks. A :class:`trimig.wire.pages.sink.PageSink`."""
+    """Fills the guest's RAM blocks. A :class:`trimig.wire.pages.sink.PageSink`.
 
-    def __init__(self, counters: Counters) -> None:
+    Args:
+        predicts: pages may be placed by prediction; only if no other connection brings pages.
+    """
+
+    def __init__(self, counters: Counters, *, predicts: bool = True) -> None:
         self._counters = counters
+        self._predicts = predicts
         self._targets: dict[str, Target] = {}
         self._placer = Placer()
+        self._scatterer = Scatterer()
         #: The source has said which blocks there are, and they are the guest's own.
         self.opened = False
 
@@ -159,11 +166,24 @@ class RamReceiver:
 
         **Cancellation:** a page that was not received yet may hold part of its content; the decoder is unusable.
         """
-        if channel.socket_fd is None or (run := decoder.open_run) is None:
+        if not self._predicts or channel.socket_fd is None or (run := decoder.open_run) is None:
             return False
         name, next_offset, length = run
         placed = await self._placer.place(channel, decoder, self._targets[name], next_offset // PAGE_SIZE, length)
         if placed is None:
             return False
         self._counters.normal += placed
+        return True
+
+    async def scatter(self, channel: Channel, block: str, indices: NDArray[np.int64]) -> bool:
+        """Let the kernel put the next bytes of *channel*, a socket, into pages. False at the end of the stream.
+
+        Args:
+            indices: the numbers of the pages, at least one, in the order in which they come.
+
+        **Cancellation:** pages that were not received yet may hold a part of their content.
+        """
+        if not await self._scatterer.read(channel, self._targets[block], indices):
+            return False
+        self._counters.normal += len(indices)
         return True

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ...config.config import Config
     from ...guest import DirtyTracker, Guest
     from ...monitor.statistics import Counters
+    from ..ram.multifd_receiver import MultifdReceiver
     from ..ram.multifd_sender import MultifdSender
     from ..ram.preempt_receiver import PreemptReceiver
     from ..ram.receiver import RamReceiver
@@ -195,25 +196,39 @@ class RamSection:
 class RamLoader:
     """The RAM of one incoming migration, up to the end of precopy. A :class:`trimig.engine.sections.SectionLoader`."""
 
-    def __init__(self, guest: Guest, ram: RamReceiver, reception: Reception, preempt: PreemptReceiver) -> None:
+    def __init__(
+        self,
+        guest: Guest,
+        ram: RamReceiver,
+        reception: Reception,
+        preempt: PreemptReceiver,
+        data: MultifdReceiver,
+    ) -> None:
         self._guest = guest
         self._ram = ram
         self._reception = reception
         self._preempt = preempt
+        self._data = data
 
     def begin(self, nursery: trio.Nursery) -> None:
-        """Expect the preempt channel, see :class:`trimig.engine.sections.SectionLoader`."""
+        """Expect the preempt channel and data channels, see :class:`trimig.engine.sections.SectionLoader`."""
         self._preempt.expect(nursery)
+        self._data.expect(nursery)
 
     async def load(self, event: ev.Element) -> None:
-        """Place pages, or check the list of blocks where a second START repeats it.
+        """Place pages, wait for the data channels, or check the list of blocks where a second START repeats it.
 
         **Cancellation:** some pages are in their places.
         """
         match event:
             case ev.PageElement():
                 if not isinstance(event, ev.ZeroRun):
+                    self._data.check_main_page(event.at)
                     self._reception.settle()
                 await put(self._ram, event)
+            case ev.RamSync():
+                await self._data.mark(event.at)
+            case ev.RamEnd():
+                await self._data.section_ended(event.at)
             case ev.RamList():
                 self._ram.open(event, self._guest.ram)

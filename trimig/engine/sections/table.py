@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ...channel.channel import Channel
     from ...channel.reception import Reception
     from ...guest import Guest
+    from ..ram.multifd_receiver import MultifdReceiver
     from ..ram.preempt_receiver import PreemptReceiver
     from ..ram.receiver import RamReceiver
     from ..source.outgoing import Outgoing
@@ -61,7 +62,7 @@ def _data_channels(out: Outgoing) -> MultifdSender | None:
 
 
 def make_loaders(
-    guest: Guest, ram: RamReceiver, reception: Reception, preempt: PreemptReceiver
+    guest: Guest, ram: RamReceiver, reception: Reception, preempt: PreemptReceiver, data: MultifdReceiver
 ) -> Mapping[str, SectionLoader]:
     """The loaders of all sections, by their idstr."""
-    return {"ram": RamLoader(guest, ram, reception, preempt)}
+    return {"ram": RamLoader(guest, ram, reception, preempt, data)}

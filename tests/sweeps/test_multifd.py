@@ -1,0 +1,40 @@
+"""U3, gap G14: a destination with three data channels, disturbed at every point of each connection."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.sweeps.multifd import scenario
+from tests.sweeps.sampled import sweep
+from trimig.testing import CancelSweep, FaultSweep, TimeLeap
+
+pytestmark = pytest.mark.timeout(600)
+DONE = ("returned", "returned")
+
+
+@pytest.mark.parametrize("under", range(4), ids=["main", "channel 0", "channel 1", "channel 2"])
+def test_each_connection_is_cut_at_every_byte(under: int) -> None:
+    """It ends with an error, or everything has come: the attempt neither hangs nor completes without a page."""
+    outcomes = sweep(scenario(under=under), FaultSweep()).outcomes.keys()
+    assert DONE in outcomes
+    assert ("returned", "TransportFailed") in outcomes
+    assert outcomes <= {DONE, ("returned", "TransportFailed")}
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_a_compressed_channel_is_cut_at_every_byte(compression: str) -> None:
+    outcomes = sweep(scenario(under=2, compression=compression, new=False), FaultSweep(directions=("a->b",))).outcomes
+    assert outcomes.keys() == {DONE, ("returned", "TransportFailed")}
+
+
+@pytest.mark.parametrize("new", [False, True], ids=["7.2", "9.0"])
+def test_cancel_at_every_edge(*, new: bool) -> None:
+    outcomes = sweep(scenario(under=0, new=new), CancelSweep(victims=("destination",))).outcomes.keys()
+    assert {DONE, ("returned", "cancelled")} <= outcomes
+
+
+def test_time_leaps_at_every_edge() -> None:
+    """All deadlines expire at once."""
+    outcomes = sweep(scenario(under=0), TimeLeap()).outcomes.keys()
+    assert DONE in outcomes
+    assert outcomes <= {DONE, ("returned", "TransportFailed")}
