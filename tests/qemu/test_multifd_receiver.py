@@ -67,7 +67,7 @@ def ways() -> Iterator[Any]:
         yield pytest.param(way, id=str(way))
 
 
-@pytest.mark.parametrize("way", ways())
+@pytest.mark.parametrize("way", list(ways()))
 async def test_every_byte_arrives(pki: Pki, way: Way) -> None:
     """S13, D9, A.1 rows 22 to 27: mixed memory into memory that was not empty."""
     ours = config(channels=way.channels, compression=way.compression)

@@ -45,7 +45,8 @@ class Meeting:
     """The entrance at which the destination meets its connections."""
 
     def __init__(self) -> None:
-        self.offers, self._taken = trio.open_memory_channel[AnyStream](10)
+        self._offers, self._taken = trio.open_memory_channel[AnyStream](10)
+        self._closed = False
 
     async def open(self, _: str | None) -> Meeting:
         """This one. **Cancellation:** no effect."""
@@ -68,8 +69,16 @@ class Meeting:
     def close(self) -> None:
         """Nothing."""
 
+    async def offer(self, stream: AnyStream) -> None:
+        """A further connection. **Cancellation:** it is closed or may be met."""
+        if self._closed:
+            await trio.aclose_forcefully(stream)
+        else:
+            self._offers.send_nowait(stream)
+
     async def turn_away(self) -> None:
-        """Close the connections that were not met, as a kernel does. **Cancellation:** some are closed."""
+        """Close the connections that were not met, as a kernel does. **Cancellation:** they are closed nevertheless."""
+        self._closed = True
         while True:
             try:
                 await trio.aclose_forcefully(self._taken.receive_nowait())
@@ -78,9 +87,13 @@ class Meeting:
 
 
 class Source:
-    """The source of one attempt: it says its bytes on all connections, and hears the main one to its end."""
+    """The source of one attempt: it says its bytes on all connections, and hears the main one to its end.
 
-    def __init__(self, links: list[VirtualLink], stream: bytes, data: list[bytes]) -> None:
+    A destination that has taken none of its connections for the main one goes on waiting for a source. So it is cancelled.
+    """
+
+    def __init__(self, monitor: MonitorCore, links: list[VirtualLink], stream: bytes, data: list[bytes]) -> None:
+        self._monitor = monitor
         self._links = links
         self._said = [stream, *data]
         self.meeting = Meeting()
@@ -94,10 +107,13 @@ class Source:
         try:
             async with trio.open_nursery() as nursery:
                 for link, data in zip(self._links, self._said, strict=True):
-                    self.meeting.offers.send_nowait(link.b)
+                    await self.meeting.offer(link.b)
                     nursery.start_soon(self._say, link, data)
                 await played.Peer(self._links[0].a).hear()
                 nursery.cancel_scope.cancel("the destination has closed the main connection")
+            await trio.sleep(1)
+            if self._monitor.status in (Status.NONE, Status.SETUP):
+                self._monitor.cancel("its source is gone")
         finally:
             for link in self._links:
                 await trio.aclose_forcefully(link.a)
@@ -113,15 +129,18 @@ async def receive_once(ctx: SweepContext, *, under: int, new: bool = True, compr
     monitor = MonitorCore()
     config = make_config(compression=compression)
     links = [ctx.link if number == under else ctx.new_link() for number in range(4)]
-    source = Source(links, *script(new=new, compression=compression))
+    source = Source(monitor, links, *script(new=new, compression=compression))
     living = trio.lowlevel.current_statistics().tasks_living
 
-    def side(source: Source) -> functools.partial[object]:
+    async def receive(source: Source) -> object:
         ways = Connections(first=source.meeting.meet, entrance=source.meeting.open)
-        return functools.partial(receive_stream, target, ways, config, monitor)
+        try:
+            return await receive_stream(target, ways, config, monitor)
+        finally:
+            with trio.CancelScope(shield=True):
+                await source.meeting.turn_away()
 
-    ends = await ctx.run(source=source.run, destination=side(source))
-    await source.meeting.turn_away()
+    ends = await ctx.run(source=source.run, destination=lambda: receive(source))
     assert trio.lowlevel.current_statistics().tasks_living == living
     assert all(link.closed for link in links)
     assert not target.claimed
@@ -135,8 +154,8 @@ async def receive_once(ctx: SweepContext, *, under: int, new: bool = True, compr
         assert not target.executed
         assert monitor.owner is trimig.Ownership.SOURCE
         assert not isinstance(end.error, trimig.InternalError | trimig.StateError), f"{end.error!r}"
-        again = Source([ctx.new_link() for _ in range(4)], *script(new=new, compression=compression))
-        second = await ctx.run_undisturbed(source=again.run, destination=side(again))
+        again = Source(monitor, [ctx.new_link() for _ in range(4)], *script(new=new, compression=compression))
+        second = await ctx.run_undisturbed(source=again.run, destination=lambda: receive(again))
         assert str(second["destination"]) == "returned", f"the second attempt: {second}"
         assert [int(page[0]) for page in target.ram[0].pages] == EXPECTED
     return str(ends["source"]), str(end)

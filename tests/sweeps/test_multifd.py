@@ -15,26 +15,28 @@ DONE = ("returned", "returned")
 @pytest.mark.parametrize("under", range(4), ids=["main", "channel 0", "channel 1", "channel 2"])
 def test_each_connection_is_cut_at_every_byte(under: int) -> None:
     """It ends with an error, or everything has come: the attempt neither hangs nor completes without a page."""
-    outcomes = sweep(scenario(under=under), FaultSweep()).outcomes.keys()
-    assert DONE in outcomes
-    assert ("returned", "TransportFailed") in outcomes
-    assert outcomes <= {DONE, ("returned", "TransportFailed")}
+    outcomes = sweep(scenario(under=under), FaultSweep(), size=6).outcomes.keys()
+    ends = {DONE, ("returned", "TransportFailed")}
+    # A main connection that ends before it is known as one is dropped, and another one may come.
+    assert outcomes == (ends | {("returned", "MigrationCancelled")} if under == 0 else ends)
 
 
 @pytest.mark.parametrize("compression", ["zlib", "zstd"])
 def test_a_compressed_channel_is_cut_at_every_byte(compression: str) -> None:
-    outcomes = sweep(scenario(under=2, compression=compression, new=False), FaultSweep(directions=("a->b",))).outcomes
+    outcomes = sweep(
+        scenario(under=2, compression=compression, new=False), FaultSweep(directions=("a->b",)), size=6
+    ).outcomes
     assert outcomes.keys() == {DONE, ("returned", "TransportFailed")}
 
 
 @pytest.mark.parametrize("new", [False, True], ids=["7.2", "9.0"])
 def test_cancel_at_every_edge(*, new: bool) -> None:
-    outcomes = sweep(scenario(under=0, new=new), CancelSweep(victims=("destination",))).outcomes.keys()
+    outcomes = sweep(scenario(under=0, new=new), CancelSweep(victims=("destination",)), size=8).outcomes.keys()
     assert {DONE, ("returned", "cancelled")} <= outcomes
 
 
 def test_time_leaps_at_every_edge() -> None:
     """All deadlines expire at once."""
-    outcomes = sweep(scenario(under=0), TimeLeap()).outcomes.keys()
+    outcomes = sweep(scenario(under=0), TimeLeap(), size=6).outcomes.keys()
     assert DONE in outcomes
-    assert outcomes <= {DONE, ("returned", "TransportFailed")}
+    assert outcomes <= {DONE, ("returned", "TransportFailed"), ("returned", "GuestFailed")}
