@@ -34,6 +34,7 @@ from tests.engine.test_postcopy_bad_input import PACKAGE
 from trimig.errors import Ownership
 from trimig.guest import PAGE_SIZE, ConfigSubsection
 from trimig.status import Status
+from trimig.testing import ScriptedGuest
 from trimig.wire import Command, RecordWriter, Section
 from trimig.wire import encoder as wire
 from trimig.wire import postcopy as pc
@@ -42,6 +43,12 @@ from trimig.wire.return_path import Pong, ResumeAck, Shut
 
 UUID = "00112233-4455-6677-8899-aabbccddeeff"
 RAW_UUID = bytes.fromhex(UUID.replace("-", ""))
+
+
+class Named(ScriptedGuest):
+    """A machine with a UUID."""
+
+    uuid = UUID
 
 
 def packets(*, new: bool = True, compression: str = "none", uuid: bytes = bytes(16)) -> list[Packets]:
@@ -132,8 +139,7 @@ async def test_a_stream_of_8_1_has_marks_and_zero_pages_on_the_main_connection(
 
 
 async def test_the_uuid_is_that_of_the_stream(autojump_clock: trio.testing.MockClock) -> None:
-    target = guest()
-    target.uuid = UUID
+    target = guest(Named)
     there = await played(main(), [each.hello + 3 * each.sync for each in packets(uuid=RAW_UUID)], target=target)
     assert isinstance(there.outcome, trimig.Summary), there.outcome
 

@@ -93,6 +93,10 @@ class DataChannel:
         self.begun = True
         self._reader = PacketReader(self.number, blocks, compression=self._compression, zero_pages=zero_pages)
 
+    def synchronised(self) -> None:
+        """All channels stand behind a packet with SYNC."""
+        self.pages = 0
+
     async def next(self) -> Packet | None:
         """The header of the next packet; None if the channel ends in front of it.
 

@@ -341,7 +341,7 @@ class MultifdReceiver:
             await self._wait_news(at)
         self._arrived.clear()
         for data in self._open.values():
-            data.pages = 0
+            data.synchronised()
         release, self._release = self._release, trio.Event()
         release.set()
 

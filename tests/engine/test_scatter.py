@@ -1,0 +1,83 @@
+"""Pages whose places are known before they come, over a real socket."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import socket
+
+import numpy as np
+import pytest
+import trio
+from numpy.typing import NDArray
+
+from trimig.channel.channel import Channel
+from trimig.engine.ram.placement import Target
+from trimig.engine.ram.scatter import Scatterer
+from trimig.guest import PAGE_SIZE
+from trimig.memory.block import MemfdBlock
+
+PAGES = 700
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """What became of the block, and what was sent."""
+
+    whole: bool
+    pages: NDArray[np.uint8]
+    received: NDArray[np.bool_]
+    untouched: NDArray[np.bool_]
+    sent: NDArray[np.uint8]
+
+
+async def scattered(indices: list[int], *, populated: bool, cut: int | None = None) -> Found:
+    """Send random pages for *indices*, in small pieces."""
+    data = np.random.default_rng(1).integers(0, 256, (len(indices), PAGE_SIZE), np.uint8)
+    ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in socket.socketpair())
+    with contextlib.closing(MemfdBlock("ram", PAGES * PAGE_SIZE)) as block:
+        if populated:
+            block.pages[:] = 7
+        target = Target(block)
+        async with ours, theirs, trio.open_nursery() as nursery:
+
+            async def send() -> None:
+                raw = data.tobytes()[:cut]
+                for start in range(0, len(raw), 70_001):
+                    await ours.send_all(raw[start : start + 70_001])
+                await ours.send_eof()
+
+            nursery.start_soon(send)
+            channel = Channel(theirs, stall_timeout=math.inf)
+            whole = await Scatterer().read(channel, target, np.array(indices, np.int64))
+            assert channel.received == (len(indices) * PAGE_SIZE if cut is None else cut)
+        pages = target.pages.copy()
+        return Found(whole=whole, pages=pages, received=target.received, untouched=target.untouched, sent=data)
+
+
+@pytest.mark.parametrize("populated", [False, True], ids=["cold", "populated"])
+@pytest.mark.parametrize(
+    "indices",
+    [[5], list(range(PAGES)), list(range(100, 400)), [3, 1, 2, 699, 0], list(range(PAGES - 1, -1, -1))],
+    ids=["one", "all", "a run", "some", "backwards"],
+)
+async def test_each_page_comes_into_its_place(indices: list[int], *, populated: bool) -> None:
+    found = await scattered(indices, populated=populated)
+    assert found.whole
+    assert np.array_equal(found.pages[indices], found.sent)
+    others = np.ones(PAGES, np.bool_)
+    others[indices] = False
+    assert (found.pages[others] == (7 if populated else 0)).all()
+    assert np.array_equal(found.received, ~others)
+    assert not found.untouched[indices].any()
+
+
+@pytest.mark.parametrize("populated", [False, True], ids=["cold", "populated"])
+@pytest.mark.parametrize("cut", [0, 1, 3 * PAGE_SIZE + 5])
+async def test_pages_that_are_cut_were_not_received(cut: int, *, populated: bool) -> None:
+    """And they are not untouched any more: a zero page that is sent for one of them must be written."""
+    found = await scattered([0, 1, 5, 6], populated=populated, cut=cut)
+    assert not found.whole
+    assert not found.received.any()
+    assert not found.untouched[[0, 1, 5, 6]].any()
