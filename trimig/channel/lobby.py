@@ -227,6 +227,11 @@ class Lobby:
         """The number of visitors that wait, with or without finished handshakes."""
         return len(self._visitors)
 
+    @property
+    def handshaking(self) -> bool:
+        """True if a visitor has not finished its handshakes."""
+        return any(visitor.stream is None for visitor in self._visitors)
+
     def prefer(self, origins: frozenset[str]) -> None:
         """If too many visitors wait, drop those that share one of *origins* last."""
         self._preferred = origins

@@ -74,6 +74,7 @@ class DataChannel:
         **Cancellation:** the channel must be given up.
         """
         await self._fill(self._header[:HELLO_BYTES])
+        self._counters.multifd_bytes += HELLO_BYTES
 
     def expect(self, blocks: Mapping[str, int]) -> None:
         """The first packet is read next.

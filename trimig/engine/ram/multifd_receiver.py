@@ -23,6 +23,7 @@ from .multifd_channel import DataChannel
 
 if TYPE_CHECKING:
     from ...channel.channels import Beside, Channels
+    from ...channel.lobby import Chosen, Judge, Lobby
     from ...channel.reception import Reception
     from ...config.config import Config
     from ...config.peer import PeerProfile
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 
 #: Seconds without a further data channel after which those that lack do not come any more. A source opens all of them
 #: with the main connection.
-_LACKING_SECONDS: Final = 10.0
+_LACKING_SECONDS: Final = 5.0
+#: The same while a connection is in its handshake of TLS or of a websocket.
+_HANDSHAKE_SECONDS: Final = 30.0
 #: Seconds in which the main connection may say why a data channel has ended.
 _REASON_SECONDS: Final = 1.0
 
@@ -119,13 +122,7 @@ class MultifdReceiver:
         others = any(wanted.kind != MULTIFD for wanted in self._reception.beside)
         judge = self._reception.watching(judge_data(self._check_hello, others=others))
         while len(self._open) < self._count:
-            with trio.move_on_after(_LACKING_SECONDS) as limit:
-                chosen = await lobby.choose(judge)
-            if limit.cancelled_caught:
-                dropped = (
-                    "" if lobby.last_reason is None else f"; the last connection that was dropped: {lobby.last_reason}"
-                )
-                raise TransportFailed(f"{self._lacking()}{dropped}")
+            chosen = await self._next(lobby, judge)
             channel = Channel(chosen.stream, stall_timeout=self._stall_timeout, first=chosen.first)
             self._channels.add(MULTIFD, channel)
             hello = read_hello(chosen.first[:64], channels=self._count)
@@ -137,6 +134,18 @@ class MultifdReceiver:
         self._complete.set()
         self._reception.complete(MULTIFD)
         lobby.watch(judge)  # a further one shows that the source has more of them
+
+    async def _next(self, lobby: Lobby, judge: Judge) -> Chosen:
+        """The next data channel. TransportFailed: none has come for ``_LACKING_SECONDS``."""
+        began = trio.current_time()
+        while True:
+            with trio.move_on_after(_LACKING_SECONDS):
+                return await lobby.choose(judge)
+            waited = trio.current_time() - began
+            if not lobby.handshaking or waited >= _HANDSHAKE_SECONDS:
+                reason = lobby.last_reason
+                dropped = "" if reason is None else f"; the last connection that was dropped: {reason}"
+                raise TransportFailed(f"{self._lacking(waited)}{dropped}")
 
     def _check_hello(self, data: bytes) -> None:
         hello = read_hello(data, channels=self._count)
@@ -150,9 +159,9 @@ class MultifdReceiver:
             )
         self._machine = self._said = hello.uuid
 
-    def _lacking(self) -> str:
+    def _lacking(self, seconds: float) -> str:
         have, count = len(self._open), self._count
-        waited = formats.duration(_LACKING_SECONDS)
+        waited = formats.duration(round(seconds))
         if not have:
             return (
                 f"no data channel has come for {waited}: the capability multifd is on here, and it may be off at the source: "

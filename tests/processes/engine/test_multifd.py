@@ -1,0 +1,104 @@
+"""multifd between two trimigs, over real sockets: S13."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trio
+
+import trimig
+from tests.transport.pki import Pki
+
+SIZE = 24 << 20
+PAGE = 4096
+
+
+def machine(*, running: bool, fill: int = 0) -> trimig.AppGuest:
+    guest = trimig.AppGuest("multifd", running=running)
+    guest.add_ram("ram", SIZE)
+    if fill:
+        guest.ram[0].pages[:] = fill
+    return guest
+
+
+def settings(*, channels: int = 3, compression: str = "none", profile: str = "qemu-7.2") -> trimig.Config:
+    text = f"[capabilities]\nmultifd = true\n[parameters]\nmax-bandwidth = 0\nmultifd-channels = {channels}\n"
+    return trimig.Config.from_toml(f'{text}multifd-compression = "{compression}"\n[peer]\nprofile = "{profile}"')
+
+
+async def moved(here: trimig.Config, there: trimig.Config, uri: str, *, fill: int = 0) -> trimig.Summary:
+    """Migrate mixed memory while it changes; every byte is compared."""
+    monitor, taken = trimig.Monitor(), trimig.Monitor()
+    with trio.fail_after(60), machine(running=True) as source, machine(running=False, fill=fill) as target:
+        pages = source.ram[0].pages
+        pages[::2] = np.random.default_rng(1).integers(0, 256, (len(pages) // 2, PAGE), np.uint8)
+        written = 0
+
+        def write(event: trimig.Event) -> None:
+            nonlocal written
+            if event.name == "PASS" and written < 5:
+                written += 1
+                pages[written::97] = written
+
+        monitor.add_listener(write)
+        async with trio.open_nursery() as nursery:
+
+            async def receive() -> None:
+                await trimig.receive(target, uri, there, monitor=taken)
+
+            nursery.start_soon(receive)
+            while not taken.addresses:
+                await taken.wait_changed()
+            summary = await trimig.migrate(source, taken.addresses[0], here, monitor=monitor)
+        assert np.array_equal(target.ram[0].pages, pages)
+        assert target.run_state == "running"
+        assert (
+            taken.counters.multifd_bytes == monitor.counters.multifd_bytes
+            or here.parameters.multifd_compression != "none"
+        )
+    return summary
+
+
+@pytest.mark.parametrize("profile", ["qemu-7.2", "qemu-8.1", "qemu-11.1"])
+@pytest.mark.parametrize("compression", ["none", "zlib", "zstd"])
+async def test_every_page_arrives(compression: str, profile: str) -> None:
+    config = settings(compression=compression, profile=profile)
+    assert (await moved(config, config, "tcp:127.0.0.1:0")).confirmed
+
+
+@pytest.mark.parametrize("scheme", ["unix", "ws", "tls"])
+async def test_over_other_transports(tmp_path: Path, scheme: str) -> None:
+    uris = {"unix": f"unix:{tmp_path}/socket", "ws": "ws://127.0.0.1:0/x", "tls": "tcp:127.0.0.1:0"}
+    here = there = settings(channels=4, profile="qemu-11.1")
+    if scheme == "tls":
+        pki = Pki(tmp_path)
+        here = here.with_options(tls=pki.make("client"))
+        there = there.with_options(tls=pki.make("server", "localhost", "127.0.0.1"))
+    assert (await moved(here, there, uris[scheme], fill=7)).confirmed
+
+
+async def test_255_channels() -> None:
+    config = settings(channels=255)
+    assert (await moved(config, config, "tcp:127.0.0.1:0")).confirmed
+
+
+@pytest.mark.parametrize(("here", "there"), [(2, 3), (3, 2)], ids=["fewer here", "more here"])
+async def test_another_number_of_channels_is_said_on_both_sides(here: int, there: int) -> None:
+    """L16."""
+    taken = trimig.Monitor()
+    with trio.fail_after(60), machine(running=True) as source, machine(running=False) as target:
+        source.ram[0].pages[:] = 5
+        async with trio.open_nursery() as nursery:
+
+            async def receive() -> None:
+                with pytest.raises(trimig.MigrationError, match="multifd-channels"):
+                    await trimig.receive(target, "tcp:127.0.0.1:0", settings(channels=there), monitor=taken)
+
+            nursery.start_soon(receive)
+            while not taken.addresses:
+                await taken.wait_changed()
+            with pytest.raises(trimig.MigrationError, match="multifd"):
+                await trimig.migrate(source, taken.addresses[0], settings(channels=here))
+        assert source.run_state == "running"
