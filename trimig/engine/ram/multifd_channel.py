@@ -14,6 +14,7 @@ from ...errors import RemoteProtocolError, TransportFailed
 from ...guest import PAGE_SIZE
 from ...wire.pages.inflate import Inflater, inflater_of
 from ...wire.pages.multifd import HEADER_BYTES, HELLO_BYTES, Packet, PacketReader
+from .scatter import Scatterer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from ...monitor.statistics import Counters
     from .receiver import RamReceiver
 
-#: Pages that are read at once from a stream that is no socket, through a buffer.
-_BUFFERED_PAGES: Final = 16
 #: Pages that are inflated in the run loop; it takes about 0.1 ms. More pages are inflated in a thread.
 _INLINE_PAGES: Final = 16
 
@@ -54,7 +53,7 @@ class DataChannel:
         self._inflater: Inflater | None = inflater_of(compression)
         self._reader: PacketReader | None = None
         self._header = memoryview(bytearray(HEADER_BYTES))
-        self._buffer: NDArray[np.uint8] | None = None
+        self._scatterer = Scatterer()
         #: Offset in the channel of the next byte that is read.
         self._at = 0
 
@@ -134,24 +133,13 @@ class DataChannel:
         indices = packet.offsets // PAGE_SIZE
         if packet.compression:
             await self._inflate(packet, indices)
-        elif self.channel.socket_fd is not None:
+        else:
             before = self.channel.received
-            whole = await self._ram.scatter(self.channel, packet.block, indices)
+            whole = await self._ram.scatter(self._scatterer, self.channel, packet.block, indices)
             self._at += self.channel.received - before
             if not whole:
                 raise self._cut()
-        else:
-            await self._copy(packet.block, indices)
         self._counters.multifd_bytes += packet.size
-
-    async def _copy(self, block: str, indices: NDArray[np.int64]) -> None:
-        if self._buffer is None:
-            self._buffer = np.empty((_BUFFERED_PAGES, PAGE_SIZE), np.uint8)
-        for start in range(0, len(indices), _BUFFERED_PAGES):
-            part = indices[start : start + _BUFFERED_PAGES]
-            data = self._buffer[: len(part)]
-            await self._fill(data.reshape(-1).data)
-            await self._ram.pages(block, part, data)
 
     async def _inflate(self, packet: Packet, indices: NDArray[np.int64]) -> None:
         assert self._inflater is not None

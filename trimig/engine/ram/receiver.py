@@ -21,7 +21,6 @@ from ...errors import RemoteProtocolError
 from ...guest import PAGE_SIZE, PageBitmap, RamBlock
 from .marked import MarkedPages
 from .placement import Placer, Target
-from .scatter import Scatterer
 from .zeros import zero_pages
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from ...wire.decoder import Decoder
     from ...wire.events import RamList
     from ...wire.postcopy import Discard
+    from .scatter import Scatterer
 
 #: Pages read at once to see whether they are zero already: half a millisecond.
 _LOOK_PAGES = 1024
@@ -59,7 +59,6 @@ class RamReceiver:
         self._predicts = predicts
         self._targets: dict[str, Target] = {}
         self._placer = Placer()
-        self._scatterer = Scatterer()
         #: The source has said which blocks there are, and they are the guest's own.
         self.opened = False
 
@@ -175,15 +174,16 @@ class RamReceiver:
         self._counters.normal += placed
         return True
 
-    async def scatter(self, channel: Channel, block: str, indices: NDArray[np.int64]) -> bool:
-        """Let the kernel put the next bytes of *channel*, a socket, into pages. False at the end of the stream.
+    async def scatter(self, scatterer: Scatterer, channel: Channel, block: str, indices: NDArray[np.int64]) -> bool:
+        """Let the kernel put the next bytes of *channel* into pages. False at the end of the stream.
 
         Args:
+            scatterer: that of *channel*.
             indices: the numbers of the pages, at least one, in the order in which they come.
 
         **Cancellation:** pages that were not received yet may hold a part of their content.
         """
-        if not await self._scatterer.read(channel, self._targets[block], indices):
+        if not await scatterer.read(channel, self._targets[block], indices):
             return False
         self._counters.normal += len(indices)
         return True

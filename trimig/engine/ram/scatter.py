@@ -9,25 +9,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import trio
 from numpy.typing import NDArray
 
-from ...channel import vectored
+from ...channel.vectored import Pieces
 from ...guest import PAGE_SIZE
 
 if TYPE_CHECKING:
     from ...channel.channel import Channel
+    from ...channel.vectored import Vector
     from .placement import Target
 
 #: Bytes that are read at once on their way to a file; they stay in the processor's cache.
-_STAGING_BYTES: Final = 1 << 20
+_STAGING_BYTES: Final = 256 << 10
 
 
 class Scatterer:
-    """Reads pages from sockets; one for each incoming migration, for all of its connections."""
+    """Reads pages from one connection."""
 
     def __init__(self) -> None:
-        self._staging = np.empty(_STAGING_BYTES, np.uint8)
+        self._staging: NDArray[np.uint8] | None = None
 
     async def read(self, channel: Channel, target: Target, indices: NDArray[np.int64]) -> bool:
         """Read pages of *target*. False at the end of the stream.
@@ -40,7 +40,6 @@ class Scatterer:
 
         **Cancellation:** pages that were not received yet may hold a part of their content.
         """
-        await trio.lowlevel.checkpoint()
         starts = np.flatnonzero(np.diff(indices, prepend=indices[0] - 2) != 1)
         runs = np.empty((len(starts), 2), np.uint64)
         runs[:, 0] = indices[starts] * PAGE_SIZE
@@ -49,42 +48,47 @@ class Scatterer:
         # The record of a zero page must not take a page for untouched of which a part has come.
         target.untouched[indices] = False
         if fresh:
-            whole = await self._to_file(channel, target, runs)
+            if self._staging is None:
+                self._staging = np.empty(_STAGING_BYTES, np.uint8)
+            plan: Pieces | _Writing = _Writing(target, runs, self._staging)
         else:
             runs[:, 0] += np.uint64(target.base)
-            whole = await self._to_memory(channel, vectored.Pieces(runs))
-        if whole:
-            target.arrived_each(indices)
-        return whole
-
-    async def _to_memory(self, channel: Channel, pieces: vectored.Pieces) -> bool:
-        while pieces.left:
-            if not await channel.read_pieces(pieces):
-                return False
+            plan = Pieces(runs)
+        if await channel.receive_vector(plan, len(indices) * PAGE_SIZE) and plan.left:
+            return False
+        target.arrived_each(indices)
         return True
 
-    async def _to_file(self, channel: Channel, target: Target, runs: vectored.Vector) -> bool:
-        """Write pages to the file of their block.
 
-        Args:
-            runs: position in the file and length of each run of pages, in bytes.
-        """
-        left = int(runs[:, 1].sum())
-        rest = runs.tolist()
-        while left:
-            piece = np.array([(self._staging.ctypes.data, min(left, _STAGING_BYTES))], np.uint64)
-            # The staging is shared: nothing is awaited between the read and the end of the writes.
-            count = await channel.read_pieces(vectored.Pieces(piece))
-            if not count:
-                return False
-            left -= count
-            data = self._staging[:count].data
-            while len(data):
-                position, length = rest[0]
-                part = data[:length]
-                target.write_now(position, part)
-                data = data[len(part) :]
-                rest[0] = [position + len(part), length - len(part)]
-                if not rest[0][1]:
-                    rest.pop(0)
-        return True
+class _Writing:
+    """Bytes that are written to the file of a block as they come. A :class:`trimig.channel.step.Plan`.
+
+    Args:
+        runs: position in the file and size of each run, in bytes.
+        staging: the buffer through which they go.
+    """
+
+    def __init__(self, target: Target, runs: Vector, staging: NDArray[np.uint8]) -> None:
+        self._target = target
+        self._runs: list[list[int]] = runs[::-1].tolist()  # the next one is the last
+        self._staging = staging
+        #: Bytes that have not come.
+        self.left = int(runs[:, 1].sum())
+
+    @property
+    def rest(self) -> Vector:
+        """The staging, see :class:`trimig.channel.step.Plan`."""
+        size = min(self.left, len(self._staging))
+        return np.array([(self._staging.ctypes.data, size)] if size else [], np.uint64).reshape(-1, 2)
+
+    def advance(self, count: int) -> None:
+        """Write what has come, see :class:`trimig.channel.step.Plan`. OSError of the file."""
+        self.left -= count
+        data = self._staging[:count].data
+        while len(data):
+            position, size = self._runs.pop()
+            part = data[:size]
+            self._target.write_at(position, part)
+            data = data[len(part) :]
+            if len(part) < size:
+                self._runs.append([position + len(part), size - len(part)])
