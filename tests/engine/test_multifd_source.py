@@ -321,6 +321,8 @@ def test_the_uuid_is_that_of_the_stream_or_the_one_that_was_given() -> None:
     assert machine_uuid(app) == uuid.UUID(text).bytes
     with trimig.ParkedGuest() as parked:
         assert machine_uuid(parked) == bytes(16)
+        parked.uuid = text
+        assert machine_uuid(parked) == uuid.UUID(text).bytes
         named = ConfigSubsection(name=UUID_SUBSECTION, version=1, payload=bytes(range(16)))
         parked.adopt("pc", [named], [("ram", PAGE_SIZE)])
         assert machine_uuid(parked) == bytes(range(16))

@@ -34,6 +34,7 @@ class OwnedGuest:
         self._name = name
         self._run_state = run_state
         self._purpose: str | None = None
+        self._uuid: str | None = None
         first = Owner.ELSEWHERE if run_state == "inmigrate" else Owner.HERE
         self._owner = OwnerState(first, runs=self._runs)
 
@@ -44,6 +45,23 @@ class OwnedGuest:
     def name(self) -> str:
         """The machine name in the configuration section."""
         return self._name
+
+    @property
+    def uuid(self) -> str | None:
+        """The machine's UUID in its usual form, or None; the destination compares it with ``validate-uuid`` and ``multifd``.
+
+        That of a parked guest's stream has precedence.
+
+        Raises:
+            ConfigError: set to something else.
+        """
+        return self._uuid
+
+    @uuid.setter
+    def uuid(self, value: str | None) -> None:
+        if value is not None and not _UUID.fullmatch(value):
+            raise ConfigError(f"{value!r} is not a UUID: 00112233-4455-6677-8899-aabbccddeeff is the form", name="uuid")
+        self._uuid = None if value is None else value.lower()
 
     @property
     def run_state(self) -> str:
@@ -116,7 +134,6 @@ class GuestBase(OwnedGuest, abc.ABC):
         self._ram: list[RamBlock] = []
         self._devices: dict[tuple[str, int], DeviceProtocol] = {}
         self._throttle = 0
-        self._uuid: str | None = None
         #: The reasons why the guest cannot be migrated now.
         self.blockers = Blockers(busy=lambda: self._purpose)
 
@@ -129,21 +146,6 @@ class GuestBase(OwnedGuest, abc.ABC):
     def devices(self) -> Mapping[tuple[str, int], DeviceProtocol] | None:
         """Devices by (idstr, instance id)."""
         return MappingProxyType(self._devices)
-
-    @property
-    def uuid(self) -> str | None:
-        """The machine's UUID in its usual form, or None; compared by the destination with ``validate-uuid``.
-
-        Raises:
-            ConfigError: set to something else.
-        """
-        return self._uuid
-
-    @uuid.setter
-    def uuid(self, value: str | None) -> None:
-        if value is not None and not _UUID.fullmatch(value):
-            raise ConfigError(f"{value!r} is not a UUID: 00112233-4455-6677-8899-aabbccddeeff is the form", name="uuid")
-        self._uuid = None if value is None else value.lower()
 
     @property
     def throttle_percent(self) -> int:

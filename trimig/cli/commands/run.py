@@ -50,7 +50,7 @@ class _RunCommand(click.Command):
 @click.option("--qmp", "addresses", metavar="ADDR", multiple=True, help="Serve QMP at unix:PATH or tcp:HOST:PORT.")
 @click.option("--control", "controls", metavar="ws://HOST:PORT", multiple=True, help="The same over a websocket.")
 @click.option("--name", default="", help="The machine's name; both ends must agree on it.")
-@click.option("--uuid", metavar="UUID", help="The machine's UUID, for query-uuid and validate-uuid.")
+@click.option("--uuid", metavar="UUID", help="The machine's UUID, for query-uuid, validate-uuid and multifd.")
 @click.option("-S", "stopped", is_flag=True, help="Do not start the guest; cont does.")
 @click.option("--only-migratable", is_flag=True, help="Allow nothing that would prevent a migration.")
 @migration_options
