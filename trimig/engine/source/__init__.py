@@ -6,6 +6,7 @@ postcopy it is the package with the devices, and the memory follows. :mod:`trimi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,9 @@ async def migrate_stream(
         blockers.check_outgoing(guest)
         monitor.begin(Role.SOURCE, config, guest)
         link = await _connected(guest, connections, config, monitor)
-        return await _run(Outgoing(guest, config, monitor, commit, fence, link))
+        out = Outgoing(guest, config, monitor, commit, fence, link)
+        with contextlib.closing(out.turn):
+            return await _run(out)
     finally:
         guest.release()
 
@@ -93,6 +96,7 @@ async def _phases(out: Outgoing, nursery: trio.Nursery) -> None:
         await switch.prepare()
     with out.phase("commit"):  # handover
         following = await switch.commit(nursery)
+    out.turn.close()
     with out.phase("follow"):  # postcopy-active, -paused, -recover: the rest of the memory, in postcopy
         if out.in_postcopy:
             nursery.start_soon(end_throttle, out, name="trimig.throttle")

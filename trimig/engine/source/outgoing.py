@@ -13,6 +13,7 @@ from ...errors import Ownership
 from ...guest import CountingGuest
 from .. import guest_calls
 from ..phase import phase
+from .turns import Turn
 
 if TYPE_CHECKING:
     from ...config.config import Config
@@ -81,6 +82,8 @@ class Outgoing:
         self.confirmed = False
         #: True once the caller has settled which side owns the guest.
         self.settled = False
+        #: Whether the guest may be stopped now.
+        self.turn = Turn()
         #: Seconds of the downtime, by its parts.
         self.parts: dict[str, float] = {}
 

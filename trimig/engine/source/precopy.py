@@ -46,12 +46,29 @@ async def copy_passes(out: Outgoing) -> bool:
             # Before the first whole window of the limiter the pass is the best measurement of the bandwidth.
             c.bandwidth = max(c.bandwidth, moved / busy)
         if decide(out, progress_of(out, stall, now), stall, moved) is convergence.Decision.SWITCH_OVER:
-            return False
-        if postcopy_begins(out):
+            if await may_stop(out, stall):
+                return False
+        elif postcopy_begins(out):
+            await out.turn.take()
             return True
+        else:
+            out.turn.close()
         await throttle.adjust()
         await wait_allowed(out)
         await drain_before_pass(out)
+
+
+async def may_stop(out: Outgoing, stall: Stall) -> bool:
+    """Wait until the guest may be stopped (:mod:`.turns`).
+
+    Returns:
+        False if the guest has written too much during the wait. Then the attempt keeps its turn for another pass.
+    """
+    if not await out.turn.take():
+        return True
+    await out.find_pending()
+    progress = progress_of(out, stall, trio.current_time())
+    return convergence.decide(progress, bounds_of(out.monitor.config)) is convergence.Decision.SWITCH_OVER
 
 
 def postcopy_begins(out: Outgoing) -> bool:

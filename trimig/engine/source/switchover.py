@@ -237,6 +237,7 @@ async def hold(out: Outgoing) -> None:
 
     **Cancellation:** the end of the attempt resumes the guest.
     """
+    out.turn.close()  # this may take long
     await out.advance(Status.PRE_SWITCHOVER)
     while out.monitor.status is Status.PRE_SWITCHOVER:
         await out.monitor.wait_changed()
