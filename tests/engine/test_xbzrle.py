@@ -390,6 +390,23 @@ async def test_a_busy_guest_arrives_whole(autojump_clock: trio.testing.MockClock
     assert info["ram"]["normal"] == here.normal_pages
 
 
+@pytest.mark.parametrize("xbzrle", [False, True])
+async def test_a_guest_that_writes_little_of_many_pages(
+    autojump_clock: trio.testing.MockClock, *, xbzrle: bool
+) -> None:
+    """S1, L6: plain pages do not converge here. As differences the rest fits into the downtime limit, and it does."""
+    source = running(pages=64, rate=2000.0, working_set=32, content="mixed")
+    settings = (able if xbzrle else config)(downtime_limit=50, max_iterations=8)
+    pair = Pair(source, link=VirtualLink(latency=0.001, rate=1e6), config_here=settings)
+    here, _ = await pair.both()
+    if not xbzrle:
+        assert isinstance(here, trimig.NotConverging)
+        return
+    assert pair.target.digest() == pair.source.digest()
+    assert here.downtime_parts.ram <= 0.05
+    assert here.iterations < 4
+
+
 async def test_the_member_is_there_only_with_the_capability(autojump_clock: trio.testing.MockClock) -> None:
     """G6, G2."""
     pair = Pair()

@@ -195,3 +195,23 @@ def test_nothing_measured_yet_is_explained_without_figures_that_are_not_known() 
 )
 def test_chase_is_the_share_of_the_rest_that_fits(progress: Progress, share: float) -> None:
     assert convergence_progress(progress, LIMIT) == pytest.approx(share)
+
+
+def test_pages_that_go_as_differences_count_as_the_bytes_that_are_sent_of_them() -> None:
+    """What is left takes as long as the pages of the last pass took."""
+    plain = dataclasses.replace(at(300 * MiB, 10.0 * MiB, dirty_rate=500.0 * MiB), queued=MiB)
+    encoded = dataclasses.replace(plain, memory_per_byte=100.0)
+    assert expected_downtime(plain) == pytest.approx(30.1)
+    assert expected_downtime(encoded) == pytest.approx(0.4)
+    found = explain(encoded, LIMIT)
+    assert (decide(plain, LIMIT), decide(encoded, LIMIT)) == (ITERATE, ITERATE)
+    assert decide(dataclasses.replace(encoded, queued=0), LIMIT) is SWITCH
+    assert "500 MiB/s are dirtied and 1000 MiB/s can be sent" in found.reason
+    assert found.converging
+
+
+def test_advice_of_a_bandwidth_counts_the_bytes_that_are_sent() -> None:
+    """A bandwidth of 11 MiB/s is enough for 1,000 MiB/s of pages that go as a hundredth."""
+    bounds = Bounds(downtime_limit=0.3, max_bandwidth=10 * MiB)
+    encoded = dataclasses.replace(at(900 * MiB, 10.0 * MiB, dirty_rate=1000.0 * MiB), memory_per_byte=100.0)
+    assert "raise max-bandwidth (10 MiB/s), to more than 11 MiB/s" in explain(encoded, bounds).advice

@@ -60,6 +60,9 @@ class Picture:
     eta: float | None = None
     #: A lower bound of the time that is left.
     eta_at_least: bool = False
+    #: Memory that was sent in another encoding (xbzrle), and the bytes that were sent of it.
+    encoded: int = 0
+    encoded_sent: int = 0
     #: Whether the passes converge, the reason, and the advice; None before the end of the first pass.
     converging: bool | None = None
     reason: str = ""
@@ -132,6 +135,8 @@ class Picture:
             f"dirtied, {self.limit}, expected downtime {expected} (limit {formats.duration(self.downtime_limit)}), time "
             f"left: {self.time_left}"
         )
+        if self.encoded:
+            text += f", {formats.size(self.encoded)} of memory sent as {formats.size(self.encoded_sent)} (encoded)"
         if self.throttle:
             text += f"; {self.throttled}"
         if self.converging is False:
@@ -160,6 +165,8 @@ class Picture:
             "eta_ms": _finite_ms(self.eta),
             "eta_at_least": self.eta_at_least,
             "page_requests": self.requests,
+            "encoded_bytes": self.encoded,
+            "encoded_sent_bytes": self.encoded_sent,
             "converging": self.converging,
             "reason": self.reason,
             "advice": list(self.advice),
@@ -230,6 +237,8 @@ class Pictures:
             expected_downtime=s.expected_downtime,
             downtime_limit=parameters.downtime_limit / 1000,
             elapsed=s.elapsed,
+            encoded=s.encoded_pages * 4096,
+            encoded_sent=s.encoded_bytes,
             requests=monitor.counters.page_requests if following and role is Role.SOURCE else None,
             converging=None if why is None or following else why.converging,
             reason="" if why is None or following else why.reason,
@@ -245,9 +254,9 @@ class Pictures:
         seconds = math.inf
         if now.converging is not False:
             seconds = eta.later_passes_seconds(
-                ahead=data["remaining"],
+                ahead=data["remaining"] / data["memory_per_byte"],
                 bandwidth=data["bandwidth"],
-                dirty_rate=data["dirty_rate"],
+                dirty_rate=data["dirty_rate"] / data["memory_per_byte"],
                 downtime_limit=now.downtime_limit,
             )
         self._remaining_time.passed(now.elapsed, seconds)

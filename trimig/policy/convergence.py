@@ -63,6 +63,8 @@ class Progress:
         least: bytes of the smallest rest that an earlier pass has left; None after the first pass.
         switchover_bandwidth: bytes per second that the user expects while the guest is stopped; 0 for *bandwidth*.
         throttle: percent of its running time that are taken from the guest.
+        memory_per_byte: bytes of guest memory for each byte that was sent in the last pass: above 1 if pages were sent as
+            differences, or compressed.
     """
 
     remaining: int
@@ -74,6 +76,12 @@ class Progress:
     least: float | None = None
     switchover_bandwidth: int = 0
     throttle: int = 0
+    memory_per_byte: float = 1.0
+
+    @property
+    def memory_rate(self) -> float:
+        """Bytes of guest memory per second that can be sent."""
+        return self.bandwidth * self.memory_per_byte
 
 
 #: From this share of the bandwidth limit on, the limit and not the link is the bottleneck.
@@ -86,7 +94,7 @@ _MOST_DOWNTIME: Final = 2000.0
 
 def expected_downtime(progress: Progress) -> float:
     """Seconds to send the rest with the guest stopped; infinite where the bandwidth is not known."""
-    ahead = progress.remaining + progress.queued
+    ahead = progress.remaining / progress.memory_per_byte + progress.queued
     if not ahead:
         return 0.0
     bandwidth = progress.switchover_bandwidth or progress.bandwidth
@@ -147,12 +155,12 @@ def explain(progress: Progress, bounds: Bounds) -> Convergence:
             advice=("give it more time", *_faster(progress, bounds, 0.0)),
         )
     figures = (
-        f"{formats.rate(progress.dirty_rate)} are dirtied and {formats.rate(progress.bandwidth)} can be sent: {formats.size(progress.remaining)} "
+        f"{formats.rate(progress.dirty_rate)} are dirtied and {formats.rate(progress.memory_rate)} can be sent: {formats.size(progress.remaining)} "
         f"are left, which is {formats.whole_ms(downtime)} of downtime against a limit of {formats.whole_ms(bounds.downtime_limit)}"
     )
     if downtime <= bounds.downtime_limit:
         return Convergence(converging=True, reason=figures)
-    nearer = progress.dirty_rate < progress.bandwidth and (
+    nearer = progress.dirty_rate < progress.memory_rate and (
         progress.least is None or progress.remaining <= progress.least * NEARER
     )
     if not nearer:
@@ -178,7 +186,7 @@ def stalled(convergence: Convergence) -> str:
 
 
 def _advice(progress: Progress, bounds: Bounds, downtime: float) -> tuple[str, ...]:
-    found = list(_faster(progress, bounds, progress.dirty_rate))
+    found = list(_faster(progress, bounds, progress.dirty_rate / progress.memory_per_byte))
     # If more is dirtied than sent, the rest is the memory that one whole pass dirties, and a downtime of that length is
     # enough.
     needed = downtime * _MARGIN
@@ -204,8 +212,8 @@ def _throttled(progress: Progress, bounds: Bounds) -> str:
     """The advice to throttle the guest: the throttle that would be enough, and the dirty rate that it leaves."""
     running = 1 - progress.throttle / 100
     unthrottled = progress.dirty_rate / running
-    share = math.ceil(min(0.99, max(0.01, 1 - progress.bandwidth / unthrottled / _MARGIN)) * 100)
-    if progress.dirty_rate < progress.bandwidth:
+    share = math.ceil(min(0.99, max(0.01, 1 - progress.memory_rate / unthrottled / _MARGIN)) * 100)
+    if progress.dirty_rate < progress.memory_rate:
         return "let auto-converge throttle the guest" if bounds.auto_converge else "throttle the guest"
     left = f"which leaves {formats.rate(unthrottled * (100 - share) / 100)} dirtied"
     if not bounds.auto_converge:

@@ -54,18 +54,20 @@ def overall(hops: Sequence[Hop]) -> dict[str, Any]:
     records = [hop.record for hop in hops]
     worst = max(records, key=lambda r: float(r["downtime_ms"]))
     total_ms = sum(r["total_ms"] for r in records)
-    normal, zero = (sum(r[key] for r in records) for key in ("normal_bytes", "zero_bytes"))
+    normal, zero, encoded = (sum(r[key] for r in records) for key in ("normal_bytes", "zero_bytes", "encoded_bytes"))
     methods = list(dict.fromkeys(r["dirty_tracking"] for r in records))
     return {
         "downtime_ms": worst["downtime_ms"],
         "downtime": worst["downtime"],
         "downtime_sum_ms": round(sum(r["downtime_ms"] for r in records), 3),
         "total_ms": round(total_ms, 3),
-        "throughput_bytes_per_s": round((normal + zero) / (total_ms / 1000)) if total_ms else 0,
+        "throughput_bytes_per_s": round((normal + zero + encoded) / (total_ms / 1000)) if total_ms else 0,
         "iterations": sum(r["iterations"] for r in records),
         "transferred_bytes": sum(r["transferred_bytes"] for r in records),
         "normal_bytes": normal,
         "zero_bytes": zero,
+        "encoded_bytes": encoded,
+        "encoded_sent_bytes": sum(r["encoded_sent_bytes"] for r in records),
         "dirty_tracking": ", ".join(methods),
         "data_channels": max(r["data_channels"] for r in records),
         "multifd_bytes": sum(r["multifd_bytes"] for r in records),
@@ -124,6 +126,9 @@ def text(result: dict[str, Any], width: int = 80) -> str:
     if channels := result["data_channels"]:
         over = formats.size(result["multifd_bytes"])
         rows.insert(-1, ("data channels", f"{channels} (multifd), with {over} of the bytes sent"))
+    if result["encoded_bytes"]:
+        sent = formats.size(result["encoded_sent_bytes"])
+        rows.insert(6, ("", f"{formats.size(result['encoded_bytes'])} in another encoding, sent as {sent}"))
     if "throttle_percent" in result:
         rows.append(("throttle", f"{result['throttle_percent']} % of the guest's running time at most"))
     if "page_faults" in result:

@@ -108,7 +108,7 @@ class Tracker:
 
     def _picture(self, state: State) -> Picture:
         info = state.info
-        ram = info.get("ram", {})
+        ram, cache = info.get("ram", {}), info.get("xbzrle-cache", {})
         total = int(ram.get("total", self._last.total if self._last else 0))
         remaining = int(ram.get("remaining", 0))
         following = state.migration in QMP_IN_POSTCOPY
@@ -133,6 +133,8 @@ class Tracker:
             expected_downtime=None if expected is None else expected / 1000,
             downtime_limit=self._limit,
             elapsed=self._elapsed,
+            encoded=int(cache.get("pages", 0)) * int(ram.get("page-size", 4096)),
+            encoded_sent=int(cache.get("bytes", 0)),
             requests=int(ram.get("postcopy-requests", 0)) if following else None,
             throttle=int(info.get("cpu-throttle-percentage", 0)),
         )

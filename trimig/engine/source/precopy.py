@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from ...errors import NotConverging
+from ...guest import PAGE_SIZE
 from ...policy import convergence
 from ...policy.eta import Stall
 from ...policy.rate import WINDOW
@@ -32,10 +33,11 @@ async def copy_passes(out: Outgoing) -> bool:
     c, stall, throttle = out.counters, Stall(), Throttle(out)
     while True:
         c.iteration += 1
-        began, sent = trio.current_time(), delivered(out)
+        began, sent, this_pass = trio.current_time(), delivered(out), Pass(out)
         for section in out.sections:
             await section.iterate(lambda: postcopy_begins(out))
-        moved, busy = delivered(out) - sent, max(trio.current_time() - began, 1e-6)
+        this_pass.end()
+        moved, busy = delivered(out) - sent, this_pass.seconds
         if not c.first_copy_done:
             c.first_copy_done = True
             await wait_first_answer(out)
@@ -45,8 +47,8 @@ async def copy_passes(out: Outgoing) -> bool:
         if not c.bandwidth or busy < 0.1 or c.iteration == 1:
             # Before the first whole window of the limiter the pass is the best measurement of the bandwidth.
             c.bandwidth = max(c.bandwidth, moved / busy)
-        if decide(out, progress_of(out, stall, now), stall, moved) is convergence.Decision.SWITCH_OVER:
-            if await may_stop(out, stall):
+        if decide(out, progress_of(out, stall, now, this_pass), stall, moved) is convergence.Decision.SWITCH_OVER:
+            if await may_stop(out, stall, this_pass):
                 return False
         elif postcopy_begins(out):
             await out.turn.take()
@@ -58,7 +60,7 @@ async def copy_passes(out: Outgoing) -> bool:
         await drain_before_pass(out)
 
 
-async def may_stop(out: Outgoing, stall: Stall) -> bool:
+async def may_stop(out: Outgoing, stall: Stall, last: Pass) -> bool:
     """Wait until the guest may be stopped (:mod:`.turns`).
 
     Returns:
@@ -67,7 +69,7 @@ async def may_stop(out: Outgoing, stall: Stall) -> bool:
     if not await out.turn.take():
         return True
     await out.find_pending()
-    progress = progress_of(out, stall, trio.current_time())
+    progress = progress_of(out, stall, trio.current_time(), last)
     return convergence.decide(progress, bounds_of(out.monitor.config)) is convergence.Decision.SWITCH_OVER
 
 
@@ -110,12 +112,44 @@ def delivered(out: Outgoing) -> int:
     return out.link.channels.delivered
 
 
-def progress_of(out: Outgoing, stall: Stall, now: float) -> convergence.Progress:
-    """The measurements after a pass."""
+class Pass:
+    """The bytes and the time of one pass, and how many bytes of guest memory went with each byte that was sent.
+
+    Attributes:
+        seconds: from the begin to the end of the pass.
+        memory_per_byte: bytes of guest memory for each byte sent; 1 if no page went in another encoding than PAGE and ZERO.
+        rate: bytes sent per second; infinite in the same case.
+    """
+
+    def __init__(self, out: Outgoing) -> None:
+        self._counters = c = out.counters
+        self._began = trio.current_time()
+        self._before = (c.transferred, c.handled, c.encoded)
+        self.seconds = 0.0
+        self.memory_per_byte = 1.0
+        self.rate = math.inf
+
+    def end(self) -> None:
+        """Measure."""
+        c = self._counters
+        self.seconds = max(trio.current_time() - self._began, 1e-6)
+        sent, handled, encoded = self._before
+        if c.encoded > encoded:
+            size = max(1, c.transferred - sent)
+            self.memory_per_byte = (c.handled - handled) * PAGE_SIZE / size
+            self.rate = size / self.seconds
+
+
+def progress_of(out: Outgoing, stall: Stall, now: float, last: Pass) -> convergence.Progress:
+    """The measurements after a pass, which is *last*.
+
+    Encoding may take longer than sending, and then the last pages do not go faster than those of the pass.
+    """
     c = out.counters
     return convergence.Progress(
         remaining=c.remaining,
-        bandwidth=c.bandwidth,
+        bandwidth=min(c.bandwidth, last.rate),
+        memory_per_byte=last.memory_per_byte,
         iteration=c.iteration,
         elapsed=now - c.started,
         dirty_rate=c.dirty_rate,
@@ -164,7 +198,7 @@ def decide(out: Outgoing, progress: convergence.Progress, stall: Stall, moved: i
     c.convergence_progress = max(c.convergence_progress, convergence.convergence_progress(progress, bounds))
     out.monitor.emit(
         "PASS", iteration=c.iteration, sent=c.transferred, remaining=c.remaining, dirty_rate=c.dirty_rate,
-        bandwidth=c.bandwidth, expected_downtime=c.expected_downtime,
+        bandwidth=c.bandwidth, expected_downtime=c.expected_downtime, memory_per_byte=progress.memory_per_byte,
     )  # fmt: skip
     told = stall.passed(c.remaining, helped=bounds.auto_converge and c.throttle < bounds.max_throttle)
     if told and decision is convergence.Decision.ITERATE and not why.converging:
