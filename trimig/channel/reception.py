@@ -72,7 +72,7 @@ class Reception:
         channel = self.channel(await self._meet(nursery, None, judge))
         assert self.lobby is not None
         self._suspicion = trio.CancelScope()
-        nursery.start_soon(self._suspect, channel, self._suspicion, name="trimig.suspicion")
+        nursery.start_soon(self._suspect, self._suspicion, name="trimig.suspicion")
         self.lobby.watch(self.watching(others))
         return channel
 
@@ -86,13 +86,13 @@ class Reception:
         finally:
             self._look.set()
 
-    async def _suspect(self, channel: Channel, scope: trio.CancelScope) -> None:
+    async def _suspect(self, scope: trio.CancelScope) -> None:
         """End the attempt if the source has other settings and is silent.
 
         Such a source may wait for a connection that this destination does not accept. No other timeout ends that soon.
 
         Raises:
-            TransportFailed: a dropped connection of the same origin shows other settings, and the main connection is
+            TransportFailed: a dropped connection of the same origin shows other settings, and all connections are
                 silent for ``_SUSPICION_SECONDS``.
         """
         with scope:
@@ -100,9 +100,9 @@ class Reception:
                 await self._look.wait()
                 self._look = trio.Event()
                 while self.hint() is not None:
-                    before = channel.received
+                    before = self._monitor.counters.transferred
                     await trio.sleep(_SUSPICION_SECONDS)
-                    if channel.received == before:
+                    if self._monitor.counters.transferred == before:
                         raise TransportFailed(f"the source sent nothing for {formats.duration(_SUSPICION_SECONDS)}")
 
     async def again(self, nursery: trio.Nursery, uri: str | None, judge: Judge) -> AnyStream:

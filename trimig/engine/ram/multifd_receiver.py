@@ -254,7 +254,6 @@ class MultifdReceiver:
         if problem is not None:
             raise RemoteProtocolError(f"{data.name}: {problem}", offset=data.at, section="multifd")
         await self._placing.wait()
-        self._reception.settle()
         await data.place(packet)
         await self._wait_room()
 
@@ -353,6 +352,8 @@ class MultifdReceiver:
             data.synchronised()
         release, self._release = self._release, trio.Event()
         release.set()
+        if self._reception.hint() is None:  # otherwise the source may have channels that were dropped here
+            self._reception.settle()
 
     async def _wait_news(self, at: int) -> None:
         """Wait until a channel arrives or ends. TransportFailed: none has moved for ``stall_timeout``."""
