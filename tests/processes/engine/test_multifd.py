@@ -102,3 +102,39 @@ async def test_another_number_of_channels_is_said_on_both_sides(here: int, there
             with pytest.raises(trimig.MigrationError, match="multifd"):
                 await trimig.migrate(source, taken.addresses[0], settings(channels=here))
         assert source.run_state == "running"
+
+
+@pytest.mark.parametrize("preempt", [False, True])
+async def test_postcopy_between_two_trimigs(*, preempt: bool) -> None:
+    """The pages of precopy come on the data channels, and what follows the guest on the main connection."""
+    more = {"multifd": True, "postcopy-ram": True, "postcopy-preempt": preempt}
+    on = [f"{name}={'on' if state else 'off'}" for name, state in more.items()]
+    config = trimig.Config().with_options(
+        on, ["max-bandwidth=30M", "downtime-limit=1", "max-postcopy-bandwidth=0", "multifd-channels=3"]
+    )
+    monitor, taken = trimig.Monitor(), trimig.Monitor()
+    target = trimig.LazyAppGuest("multifd", running=False)
+    target.add_ram("ram", SIZE)
+    with trio.fail_after(60), machine(running=True) as source, target:
+        pages = source.ram[0].pages
+        pages[:] = np.random.default_rng(2).integers(0, 256, pages.shape, np.uint8)
+        async with trio.open_nursery() as nursery:
+
+            async def receive() -> None:
+                await trimig.receive(target, "tcp:127.0.0.1:0", config, monitor=taken)
+
+            async def switch() -> None:
+                async for picture in monitor.watch(0.01):
+                    if picture.normal_pages > 500:
+                        break
+                monitor.start_postcopy()
+
+            nursery.start_soon(receive)
+            nursery.start_soon(switch)
+            while not taken.addresses:
+                await taken.wait_changed()
+            summary = await trimig.migrate(source, taken.addresses[0], config, monitor=monitor)
+        assert summary.confirmed
+        assert monitor.counters.switched_to_postcopy
+        assert taken.counters.multifd_bytes > 500 * PAGE
+        assert np.array_equal(target.ram[0].pages, pages)
