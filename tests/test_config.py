@@ -44,17 +44,18 @@ def refusal(call: Callable[[], object]) -> ConfigError:
 
 
 #: newer.md part 1 and stream.md part 11: configuration, footers, run state, no description, early second connection,
-#: SWITCHOVER_START, ACKs of a destination without devices that need them, multifd.
+#: SWITCHOVER_START, ACKs of a destination without devices that need them, multifd, compressed pages.
 PROFILES = {
-    "legacy-2.2": (False, False, False, True, True, False, 1, "7.2"),
-    "legacy-2.3": (False, False, False, False, True, False, 1, "7.2"),
-    "qemu-2.11": (True, True, True, False, True, False, 1, "2.11"),
-    "qemu-7.2": (True, True, True, False, True, False, 1, "7.2"),
-    "qemu-8.0": (True, True, True, False, False, False, 1, "7.2"),
-    "qemu-8.1": (True, True, True, False, False, False, 1, "8.1"),
-    "qemu-9.0": (True, True, True, False, False, False, 1, "9.0"),
-    "qemu-10.0": (True, True, True, False, False, True, 1, "9.0"),
-    "qemu-11.1": (True, True, True, False, False, True, 0, "9.0"),
+    "legacy-2.2": (False, False, False, True, True, False, 1, "7.2", "yes"),
+    "legacy-2.3": (False, False, False, False, True, False, 1, "7.2", "yes"),
+    "qemu-2.11": (True, True, True, False, True, False, 1, "2.11", "precopy"),
+    "qemu-7.2": (True, True, True, False, True, False, 1, "7.2", "yes"),
+    "qemu-8.0": (True, True, True, False, False, False, 1, "7.2", "yes"),
+    "qemu-8.1": (True, True, True, False, False, False, 1, "8.1", "yes"),
+    "qemu-9.0": (True, True, True, False, False, False, 1, "9.0", "yes"),
+    "qemu-9.1": (True, True, True, False, False, False, 1, "9.0", "no"),
+    "qemu-10.0": (True, True, True, False, False, True, 1, "9.0", "no"),
+    "qemu-11.1": (True, True, True, False, False, True, 0, "9.0", "no"),
 }
 
 
@@ -65,7 +66,7 @@ def test_peer_profiles_are_those_of_the_machine_types() -> None:
         assert p.name == name
         assert row == (
             p.send_configuration, p.send_section_footer, p.store_global_state, p.suppress_vmdesc, p.preempt_pre_7_2,
-            p.send_switchover_start, p.switchover_acks, p.multifd_scheme,
+            p.send_switchover_start, p.switchover_acks, p.multifd_scheme, p.compressed_pages,
         )  # fmt: skip
         assert p.for_machine("pc-q35-11.1") is p, "a profile that was named wins"
     assert Config().peer is PEERS["by-machine"]
@@ -85,7 +86,8 @@ def test_peer_profiles_are_those_of_the_machine_types() -> None:
         ("virt-8.1", "qemu-8.1"),
         ("s390-ccw-virtio-8.2", "qemu-8.1"),
         ("pseries-9.0", "qemu-9.0"),
-        ("pc-i440fx-9.2", "qemu-9.0"),
+        ("pc-i440fx-9.1", "qemu-9.1"),
+        ("pc-i440fx-9.2", "qemu-9.1"),
         ("pc-i440fx-10.0", "qemu-10.0"),
         ("pc-q35-10.2", "qemu-10.0"),
         ("virt-11.0", "qemu-10.0"),
@@ -131,6 +133,39 @@ def test_single_switches_stand_and_the_machine_type_decides_the_others() -> None
     assert changed.for_machine("virt-9.0").send_section_footer is False
     assert Config.from_toml('[peer]\nmultifd-scheme = "9.0"').peer.multifd_scheme == "9.0"
     assert "there is no peer switch 'explicit'" in str(refusal(lambda: Config.from_toml("[peer]\nexplicit = true")))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "profile", "words"),
+    [
+        ("compress", "qemu-9.1", "capability 'compress' was removed in QEMU 9.1"),
+        ("compress", "qemu-10.0", "capability 'compress' was removed in QEMU 9.1"),
+        ("compress postcopy-ram", "qemu-11.1", "capability 'compress' was removed in QEMU 9.1"),
+        ("compress postcopy-ram", "qemu-2.11", "'postcopy-ram' is not compatible with compress for the peer profile"),
+        ("compress postcopy-ram", "qemu-7.2", None),
+        ("compress", "qemu-2.11", None),
+        ("compress", "qemu-9.0", None),
+        ("compress xbzrle", "qemu-8.1", None),
+    ],
+)
+def test_peer_decides_what_goes_together_with_compress(capabilities: str, profile: str, words: str | None) -> None:
+    """A3, C4: the rules of 2.11, of 5.2 to 9.0, and of 9.1 and later, which have no such capability."""
+    table = "\n".join(f"{name} = true" for name in capabilities.split())
+    text = f"[capabilities]\n{table}\n[peer]\nprofile = '{profile}'"
+    if words is None:
+        assert Config.from_toml(text).capabilities.compress
+    else:
+        assert words in str(refusal(lambda: Config.from_toml(text)))
+
+
+def test_machine_type_decides_that_too_for_a_source_only() -> None:
+    settings = Config(capabilities=Capabilities(compress=True))
+    for machine in ("pc-q35-9.0", "none"):
+        dataclasses.replace(settings, peer=settings.peer.for_machine(machine))
+    newer = settings.peer.for_machine("pc-q35-9.1")
+    assert "was removed in QEMU 9.1" in str(refusal(lambda: dataclasses.replace(settings, peer=newer)))
+    arriving = settings.peer.for_machine("pc-q35-9.1", arriving=True)
+    assert dataclasses.replace(settings, peer=arriving).peer.name == "qemu-9.1"
 
 
 def test_peer_profile_is_found_by_name_or_refused() -> None:

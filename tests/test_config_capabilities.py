@@ -142,6 +142,8 @@ SNAPSHOT_CONFLICTS = [
         ("", {"listening": True, "before": frozenset({"postcopy-preempt"})}, "postcopy-preempt", "before the incoming"),
         ("postcopy-preempt postcopy-ram compress", {}, "postcopy-preempt", "not compatible with compress"),
         ("multifd compress", {}, "multifd", "not compatible with compress"),
+        ("postcopy-ram compress", {"compressed_pages": "precopy"}, "postcopy-ram", "not compatible with compress"),
+        ("compress", {"compressed_pages": "no"}, "compress", "was removed in QEMU 9.1"),
         ("multifd xbzrle", {}, "multifd", "not compatible with xbzrle"),
         ("switchover-ack", {}, "switchover-ack", "needs return-path"),
         ("x-colo", {}, "x-colo", "needs return-path"),
@@ -171,6 +173,7 @@ def test_contradiction_is_refused_as_such_built_or_not(
     [
         ("", {}),
         ("postcopy-ram compress", {}),  # C4: allowed since 7.2
+        ("compress", {"compressed_pages": "precopy"}),
         ("postcopy-ram", {"inmigrate": False, "postcopy_obstacle": "no userfaultfd"}),
         ("postcopy-ram", {"inmigrate": True}),
         (
@@ -271,7 +274,9 @@ def test_capabilities_survive_qmp(enabled: set[str]) -> None:
     if "switchover-ack" in enabled:
         enabled.add("return-path")
     if "multifd" in enabled:
-        enabled.discard("xbzrle")
+        enabled -= {"xbzrle", "compress"}
+    if "postcopy-preempt" in enabled:
+        enabled.discard("compress")
     capabilities = Capabilities(**{name.replace("-", "_"): name in enabled for name in BUILT})
     assert capabilities.enabled == enabled
     assert Capabilities.from_qmp(capabilities.to_qmp()) == capabilities

@@ -282,6 +282,8 @@ RECORDS: Final = {
     ("trimig/engine/source/", ("out",)): "trimig.engine.source.outgoing.Outgoing",
     ("trimig/engine/destination/", ("into",)): "trimig.engine.destination.incoming.Incoming",
     ("trimig/engine/ram/xbzrle.py", ("figures", "f")): "trimig.engine.ram.xbzrle.XbzrleFigures",
+    ("trimig/engine/ram/compress.py", ("figures",)): "trimig.engine.ram.compress.CompressionFigures",
+    ("trimig/engine/ram/compress.py", ("piece",)): "trimig.engine.ram.compress._Piece",
     ("trimig/engine/ram/receiver.py", ("target",)): "trimig.engine.ram.placement.Target",
     ("trimig/wire/sections/ram.py", ("state",)): "trimig.wire.pages.state.PageState",
     ("trimig/wire/decoder.py", ("pages",)): "trimig.wire.pages.state.PageState",

@@ -284,11 +284,14 @@ async def test_parameter_without_effect_is_told_by_both_sides(autojump_clock: tr
 
     def listener(event: trimig.Event) -> None:
         if event.name == "PASS":
-            pair.here.set_parameters(compress_level=9)
+            pair.here.set_parameters(announce_rounds=9)
 
     pair.here.add_listener(listener)
     await pair.both()
-    for monitor, names in ((pair.here, ["x-checkpoint-delay", "compress-level"]), (pair.there, ["x-checkpoint-delay"])):
+    for monitor, names in (
+        (pair.here, ["x-checkpoint-delay", "announce-rounds"]),
+        (pair.there, ["x-checkpoint-delay"]),
+    ):
         warnings = monitor.info()["warnings"]
         assert [text.split()[2] for text in warnings] == names
         assert all("has no effect yet" in text for text in warnings)

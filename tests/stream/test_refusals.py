@@ -100,7 +100,8 @@ async def test_capabilities_that_change_nothing_are_accepted(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     """stream.md 4.2: known names that are not validated are ignored."""
-    (tmp_path / "in").write_bytes(with_capabilities("events", "return-path", "auto-converge", "postcopy-ram", "xbzrle"))
+    names = ("events", "return-path", "auto-converge", "postcopy-ram", "xbzrle", "compress")
+    (tmp_path / "in").write_bytes(with_capabilities(*names))
     with await trimig.ParkedGuest.load(tmp_path / "in") as guest:
         assert np.array_equal(guest.ram[0].pages, content())
         assert guest.subsections[0].name == "configuration/capabilities"

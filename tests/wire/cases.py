@@ -16,6 +16,7 @@ import numpy as np
 from trimig.errors import RemoteProtocolError, TransportFailed
 from trimig.guest import PAGE_SIZE, ConfigSubsection
 from trimig.wire import Command, Decoder, Encoder, Section, events
+from trimig.wire.pages.compressed import CompressedRun
 from trimig.wire.pages.xbzrle import DeltaRun
 
 PAYLOADS: Final = {"timer": 24, "globalstate": 104, "cpu_common": 8}
@@ -59,6 +60,19 @@ def deltas(block: str, offsets: Sequence[int], content: Sequence[str], *, named:
     return DeltaRun(block=block, named=named, offsets=np.array(offsets, np.int64), deltas=found)
 
 
+def compressed(block: str, offsets: Sequence[int], content: Sequence[str], *, named: bool) -> CompressedRun:
+    """A run of compressed pages; the zlib streams are hexadecimal."""
+    found = tuple(bytes.fromhex(stream) for stream in content)
+    return CompressedRun(block=block, named=named, offsets=np.array(offsets, np.int64), streams=found)
+
+
+#: The zlib stream of the worked example of ram.md part 4.
+EXAMPLE_STREAM: Final = (
+    "78 01 ed d0 81 0c 00 00 00 02 b0 a8 f2 47 cb a3 fd 08 6f 30 60 c0 80 01 03 06 0c 18 30 60 c0 80 01 03 06 de 07 "
+    "06 70 2d 00 37"
+)
+
+
 def ram_header(kind: Section, section_id: int = 2) -> events.SectionHeader:
     """Header of a section of RAM."""
     return events.SectionHeader(kind=kind, section_id=section_id, idstr="ram", instance_id=0, version_id=4)
@@ -82,6 +96,10 @@ def flat(found: Iterable[events.Element], *, at: bool = False) -> list[Plain]:
                 for i, offset in enumerate(event.offsets.tolist()):
                     where = (event.at,) if at and i == 0 else ()
                     out.append(("DeltaRun", event.block, event.named and i == 0, offset, event.deltas[i], *where))
+            case CompressedRun():
+                for i, offset in enumerate(event.offsets.tolist()):
+                    where = (event.at,) if at and i == 0 else ()
+                    out.append(("CompressedRun", event.block, event.named and i == 0, offset, event.streams[i], *where))
             case events.TailBytes(data=data) if out and out[-1][0] == "TailBytes":
                 out[-1] = ("TailBytes", out[-1][1] + data)
             case events.TailBytes(data=data):
@@ -400,6 +418,17 @@ CASES: Final = [
         deltas("pc.ram", [0x1000], [""], named=False),
         zeros("pc.ram", [0x2000], named=False),
         deltas("pc.ram", [0x3000], ["1004deadbeef"], named=False),
+    ),
+    _ram(
+        "compressed pages, named and continued, between others",
+        hexed(
+            f'0000000000001100 06 "pc.ram" 0000002a {EXAMPLE_STREAM} 0000000000001120 00000002 7801'
+            f" 0000000000002022 00 0000000000003120 0000002a {EXAMPLE_STREAM}"
+        ),
+        compressed("pc.ram", [0x1000], [EXAMPLE_STREAM], named=True),
+        compressed("pc.ram", [0x1000], ["7801"], named=False),
+        zeros("pc.ram", [0x2000], named=False),
+        compressed("pc.ram", [0x3000], [EXAMPLE_STREAM], named=False),
     ),
     _ram(
         "continued across two borders of sections",

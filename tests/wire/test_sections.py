@@ -191,8 +191,8 @@ def test_section_without_a_row_is_refused(data: bytes, words: str) -> None:
 
 
 def test_encoding_without_a_row_is_refused() -> None:
-    data = START + RAM_START + encoder.section_continue(Section.PART, RAM) + packed(0, 1, name="m0")
-    with pytest.raises(Unsupported, match="a compressed page \\(capability compress\\), which is not supported yet"):
+    data = START + RAM_START + encoder.section_continue(Section.PART, RAM) + int(RamFlag.HOOK).to_bytes(8, "big")
+    with pytest.raises(Unsupported, match="a record private to the RDMA transport, which is not supported yet"):
         decode(data, Decoder(measure=None))
 
 

@@ -15,6 +15,7 @@ from typing import Final
 BUILT: Final[frozenset[str]] = frozenset(
     {
         "auto-converge",
+        "compress",
         "events",
         "multifd",
         "pause-before-switchover",
@@ -38,10 +39,6 @@ BUILT_VALUES: Final[Mapping[str, frozenset[object]]] = {
 #: scripts set whole lists and the feature itself is refused when it is turned on. A migration with such a value logs a
 #: warning.
 UNREAD: Final[Mapping[str, str]] = {
-    "compress-level": "the capability compress",
-    "compress-threads": "the capability compress",
-    "compress-wait-thread": "the capability compress",
-    "decompress-threads": "the capability compress",
     "x-checkpoint-delay": "the capability x-colo",
     "block-incremental": "the capability block",
     "multifd-qatzip-level": "the capability multifd",

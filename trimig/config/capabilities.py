@@ -62,6 +62,8 @@ class Proposal:
     multifd_compression: str = "none"
     #: The parameter ``tls-creds`` is not empty.
     tls: bool = False
+    #: The peer profile's use of compressed pages, see :attr:`.peer.PeerProfile.compressed_pages`.
+    compressed_pages: str = "yes"
 
 
 Rule = Callable[[Proposal], ConfigError | None]
@@ -144,6 +146,24 @@ def rule_preempt_compress(proposal: Proposal) -> ConfigError | None:
     return None
 
 
+def rule_postcopy_compress(proposal: Proposal) -> ConfigError | None:
+    """A QEMU of the age of 2.11 places whole pages only in postcopy."""
+    if {"postcopy-ram", "compress"} <= proposal.enabled and proposal.compressed_pages == "precopy":
+        return _refused("postcopy-ram", "is not compatible with compress for the peer profile qemu-2.11")
+    return None
+
+
+def rule_removed_compress(proposal: Proposal) -> ConfigError | None:
+    """QEMU 9.1 and later have no ``compress``."""
+    if "compress" in proposal.enabled and proposal.compressed_pages == "no":
+        return _refused(
+            "compress",
+            "was removed in QEMU 9.1, and the peer profile is of that version or a later one: turn it off, or name the "
+            "profile of an older QEMU",
+        )
+    return None
+
+
 def rule_multifd_compress(proposal: Proposal) -> ConfigError | None:
     """``multifd`` has compression of its own."""
     if {"multifd", "compress"} <= proposal.enabled:
@@ -192,6 +212,8 @@ RULES: Final[tuple[Rule, ...]] = (
     rule_before_listening,
     rule_preempt_postcopy,
     rule_preempt_compress,
+    rule_postcopy_compress,
+    rule_removed_compress,
     rule_multifd_compress,
     rule_multifd_xbzrle,
     rule_return_path,
@@ -295,6 +317,7 @@ class Capabilities:
         snapshot_obstacle: str | None = None,
         multifd_compression: str = "none",
         tls: bool = False,
+        compressed_pages: str = "yes",
     ) -> None:
         """Check the set again in a given situation: the arguments are those of :class:`Proposal`.
 
@@ -311,6 +334,7 @@ class Capabilities:
             snapshot_obstacle=snapshot_obstacle,
             multifd_compression=multifd_compression,
             tls=tls,
+            compressed_pages=compressed_pages,
         )
         check_proposal(proposal, built=built)
 

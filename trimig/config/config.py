@@ -88,7 +88,9 @@ class Config:
         check_objects(self.objects)
         # Each part has checked itself; only the rules between capabilities and parameters remain.
         self.capabilities.check(
-            multifd_compression=self.parameters.multifd_compression, tls=bool(self.parameters.tls_creds)
+            multifd_compression=self.parameters.multifd_compression,
+            tls=bool(self.parameters.tls_creds),
+            compressed_pages=self.peer.compressed_pages,
         )
 
     @classmethod

@@ -52,6 +52,9 @@ class PeerProfile:
     #: each section, ``8.1`` once for each pass, ``9.0`` also with zero pages in the channels. ``2.11`` opens no channel, as
     #: QEMU's ``x-multifd`` of that time.
     multifd_scheme: Annotated[Literal["2.11", "7.2", "8.1", "9.0"], Choice(("2.11", "7.2", "8.1", "9.0"))] = "7.2"
+    #: The peer's use of compressed pages (capability compress): ``yes``; ``precopy`` not together with postcopy-ram, as in
+    #: QEMU 2.11; ``no`` from QEMU 9.1 on, which has removed the capability.
+    compressed_pages: Annotated[Literal["yes", "precopy", "no"], Choice(("yes", "precopy", "no"))] = "yes"
     #: The machine type of the guest decides the switches that are not in :attr:`explicit` and have their default here.
     by_machine: Annotated[bool, Flag()] = False
     #: Python names of the switches that were given together with ``by-machine``; they override the machine type.
@@ -90,6 +93,9 @@ class PeerProfile:
         if not self.by_machine:
             return self
         found = OWN if machine is None else profile_for_machine(machine, arriving=arriving)
+        if arriving and found.compressed_pages == "no":
+            # A reader takes them in any case. So the capability may stay on, whatever arrives.
+            found = dataclasses.replace(found, compressed_pages="yes")
         changes = {
             field: getattr(self, field)
             for field in _FIELDS
@@ -109,15 +115,17 @@ _SEEN: Final = frozenset({"send_configuration", "send_section_footer", "store_gl
 #: Machine types of 2.4 to 7.2.
 QEMU_7_2: Final = PeerProfile(name="qemu-7.2")
 #: The program QEMU 2.11, with any of its machine types from 2.4 on: its ``x-multifd`` changes nothing.
-QEMU_2_11: Final = dataclasses.replace(QEMU_7_2, name="qemu-2.11", multifd_scheme="2.11")
+QEMU_2_11: Final = dataclasses.replace(QEMU_7_2, name="qemu-2.11", multifd_scheme="2.11", compressed_pages="precopy")
 #: Machine types of 8.0.
 QEMU_8_0: Final = PeerProfile(name="qemu-8.0", preempt_pre_7_2=False)
 #: Machine types of 8.1 and 8.2.
 QEMU_8_1: Final = dataclasses.replace(QEMU_8_0, name="qemu-8.1", multifd_scheme="8.1")
-#: Machine types of 9.0 to 9.2.
+#: Machine types of 9.0.
 QEMU_9_0: Final = dataclasses.replace(QEMU_8_1, name="qemu-9.0", multifd_scheme="9.0")
+#: Machine types of 9.1 and 9.2.
+QEMU_9_1: Final = dataclasses.replace(QEMU_9_0, name="qemu-9.1", compressed_pages="no")
 #: Machine types of 10.0 to 11.0.
-QEMU_10_0: Final = dataclasses.replace(QEMU_9_0, name="qemu-10.0", send_switchover_start=True)
+QEMU_10_0: Final = dataclasses.replace(QEMU_9_1, name="qemu-10.0", send_switchover_start=True)
 #: Machine types of 11.1 and later.
 QEMU_11_1: Final = dataclasses.replace(QEMU_10_0, name="qemu-11.1", switchover_ack_legacy=False, multifd_postcopy=True)
 #: Machine types of 2.3.
@@ -148,6 +156,7 @@ PEERS: Final[Mapping[str, PeerProfile]] = MappingProxyType(
             QEMU_8_0,
             QEMU_8_1,
             QEMU_9_0,
+            QEMU_9_1,
             QEMU_10_0,
             QEMU_11_1,
         )
@@ -158,6 +167,7 @@ PEERS: Final[Mapping[str, PeerProfile]] = MappingProxyType(
 _SINCE: Final = (
     ((11, 1), QEMU_11_1),
     ((10, 0), QEMU_10_0),
+    ((9, 1), QEMU_9_1),
     ((9, 0), QEMU_9_0),
     ((8, 1), QEMU_8_1),
     ((8, 0), QEMU_8_0),

@@ -23,7 +23,6 @@ _HARMLESS_CAPABILITIES: Final = frozenset(CAPABILITY_NAMES) - {
     "x-ignore-shared",
     "mapped-ram",
     "multifd",
-    "compress",
     "block",
     "x-colo",
     "dirty-bitmaps",

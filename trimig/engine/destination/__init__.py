@@ -70,7 +70,7 @@ async def receive_stream(guest: Guest, connections: Connections, config: Config,
         # Data channels bring pages, too: a page that is not received yet may come there meanwhile.
         ram = RamReceiver(monitor.counters, predicts=not config.capabilities.multifd)
         data = MultifdReceiver(reception, config, channels, ram, monitor.counters, machine_of(guest))
-        loaders = make_loaders(guest, ram, reception, preempt, data)
+        loaders = make_loaders(guest, ram, reception, preempt, data, lambda: monitor.config.parameters)
         return await _run(Incoming(guest, config, monitor, channels, reception, preempt, data, ram, loaders))
     finally:
         guest.release()

@@ -23,11 +23,11 @@ from ...wire import events as ev
 from ...wire.constants import Command, Section
 from ...wire.decoder import Decoder
 from ...wire.marks import PING_MARK, PONG_MARK, Mark, is_mark, reason_bytes, shown_reason
-from ...wire.pages.sink import put
 from ...wire.postcopy import Runs, runs_of
 from ...wire.return_path import Clock, Pong, Reason, ResumeAck
 from .. import guest_calls
 from ..order import PING_RUNS
+from ..ram.inflate import put_inflated
 from ..ram.postcopy_receiver import PostcopyReceiver
 from ..recovery import Search
 from ..shield import lift_shield, shield
@@ -273,7 +273,7 @@ class PostcopyDestination:
                 case ev.PageElement():
                     if not isinstance(event, ev.ZeroRun):
                         self._into.reception.settle()
-                    await put(sink, event)
+                    await put_inflated(sink, event, self._monitor.config.parameters.decompress_threads)
                 case ev.CommandElement():
                     await self._command(event)
                 case ev.EndOfStream():

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ... import formats
 from ...errors import ConfigError
+from .compress import CompressEncoder
 from .xbzrle import XbzrleEncoder
 
 if TYPE_CHECKING:
     from ...config.config import Config
     from ...config.parameters import Parameters
-    from ...guest import RamBlock
+    from ...guest import Pages, RamBlock
     from ...monitor.statistics import Counters
-    from .records import PageEncoder
+    from .records import PageEncoder, PageSender
 
 
 def choose_encoder(
@@ -31,9 +35,40 @@ def choose_encoder(
     Raises:
         ConfigError: there is not enough memory for the encoder.
     """
-    if config.capabilities.xbzrle:
-        return _xbzrle(parameters, blocks, counters)
-    return None
+    differences = _xbzrle(parameters, blocks, counters) if config.capabilities.xbzrle else None
+    if not config.capabilities.compress:
+        return differences
+    compressed = CompressEncoder(parameters, counters)
+    return compressed if differences is None else FirstThen(compressed, differences)
+
+
+class FirstThen:
+    """Two encoders: one in the first pass, the other one in all later passes, as QEMU has compress and xbzrle together. A
+    :class:`.records.PageEncoder`.
+    """
+
+    def __init__(self, first: PageEncoder, then: PageEncoder) -> None:
+        self._first = first
+        self._then = then
+        self._present = first
+
+    def begin_pass(self, *, first: bool, last: bool) -> None:
+        """See :class:`.records.PageEncoder`."""
+        self._present = self._first if first else self._then
+        self._present.begin_pass(first=first, last=last)
+
+    def zeros(self, block: str, indices: NDArray[np.int64]) -> None:
+        """See :class:`.records.PageEncoder`."""
+        self._present.zeros(block, indices)
+
+    async def send(
+        self, records: PageSender, block: str, pages: Pages, indices: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """See :class:`.records.PageEncoder`.
+
+        **Cancellation:** as for :meth:`.records.PageSender.send`.
+        """
+        return await self._present.send(records, block, pages, indices)
 
 
 def _xbzrle(present: Callable[[], Parameters], blocks: Sequence[RamBlock], counters: Counters) -> XbzrleEncoder:

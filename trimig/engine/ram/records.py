@@ -51,7 +51,8 @@ class PageEncoder(Protocol):
         The guest may write the pages meanwhile, so a page that is read twice may differ.
 
         Args:
-            records: writes and counts the records: :meth:`PageSender.send_encoded`, :meth:`PageSender.send_copies`.
+            records: writes and counts the records: :meth:`PageSender.send_encoded`, :meth:`PageSender.send_copies`,
+                :meth:`PageSender.send_whole`.
             pages: where to read the content.
             indices: the numbers of the pages, rising, at most BATCH_PAGES.
 
@@ -105,7 +106,7 @@ class PageSender:
             if len(batch) and self._encoder is not None:
                 batch = await self._encoder.send(self, block, pages, batch)
             if len(batch):
-                await self._send_plain(block, batch, pages, batch)
+                await self.send_whole(block, pages, batch)
 
     async def send_zeros(self, block: str, indices: NDArray[np.int64]) -> None:
         """Send pages that are zero, at least one and at most ``ZERO_BATCH``. TransportFailed.
@@ -116,6 +117,13 @@ class PageSender:
             self._encoder.zeros(block, indices)
         await self._channel.send(self._records.zero_records(block, indices * PAGE_SIZE))
         self._count(zero=len(indices))
+
+    async def send_whole(self, block: str, pages: Pages, indices: NDArray[np.int64]) -> None:
+        """Send some pages, at least one and at most BATCH_PAGES, as PAGE records straight from *pages*. TransportFailed.
+
+        **Cancellation:** as for :meth:`send`.
+        """
+        await self._send_plain(block, indices, pages, indices)
 
     async def send_copies(self, block: str, indices: NDArray[np.int64], copies: Pages) -> None:
         """Send pages, at least one and at most BATCH_PAGES, as PAGE records whose content is in *copies*. TransportFailed.

@@ -13,8 +13,8 @@ from ...memory.tracking import snapshot_of
 from ...wire import events as ev
 from ...wire import postcopy as wire_postcopy
 from ...wire.pages import multifd
-from ...wire.pages.sink import put
 from .. import guest_calls
+from ..ram.inflate import put_inflated
 from ..ram.records import PageSender
 from ..ram.sender import RamSender
 
@@ -194,7 +194,11 @@ class RamSection:
 
 
 class RamLoader:
-    """The RAM of one incoming migration, up to the end of precopy. A :class:`trimig.engine.sections.SectionLoader`."""
+    """The RAM of one incoming migration, up to the end of precopy. A :class:`trimig.engine.sections.SectionLoader`.
+
+    Args:
+        threads: returns the parameter ``decompress-threads``.
+    """
 
     def __init__(
         self,
@@ -203,12 +207,14 @@ class RamLoader:
         reception: Reception,
         preempt: PreemptReceiver,
         data: MultifdReceiver,
+        threads: Callable[[], int],
     ) -> None:
         self._guest = guest
         self._ram = ram
         self._reception = reception
         self._preempt = preempt
         self._data = data
+        self._threads = threads
 
     def begin(self, nursery: trio.Nursery) -> None:
         """Expect the preempt channel and data channels, see :class:`trimig.engine.sections.SectionLoader`."""
@@ -225,7 +231,7 @@ class RamLoader:
                 if not isinstance(event, ev.ZeroRun):
                     self._data.check_main_page(event.at)
                     self._reception.settle()
-                await put(self._ram, event)
+                await put_inflated(self._ram, event, self._threads())
             case ev.RamSync():
                 await self._data.mark(event.at)
             case ev.RamEnd():

@@ -14,10 +14,11 @@ from ..ram.records import PageSender
 from .ram import RamLoader, RamSection
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from ...channel.channel import Channel
     from ...channel.reception import Reception
+    from ...config.parameters import Parameters
     from ...guest import Guest
     from ..ram.multifd_receiver import MultifdReceiver
     from ..ram.preempt_receiver import PreemptReceiver
@@ -62,7 +63,16 @@ def _data_channels(out: Outgoing) -> MultifdSender | None:
 
 
 def make_loaders(
-    guest: Guest, ram: RamReceiver, reception: Reception, preempt: PreemptReceiver, data: MultifdReceiver
+    guest: Guest,
+    ram: RamReceiver,
+    reception: Reception,
+    preempt: PreemptReceiver,
+    data: MultifdReceiver,
+    parameters: Callable[[], Parameters],
 ) -> Mapping[str, SectionLoader]:
-    """The loaders of all sections, by their idstr."""
-    return {"ram": RamLoader(guest, ram, reception, preempt, data)}
+    """The loaders of all sections, by their idstr.
+
+    Args:
+        parameters: returns the present parameters.
+    """
+    return {"ram": RamLoader(guest, ram, reception, preempt, data, lambda: parameters().decompress_threads)}

@@ -11,6 +11,7 @@ from ...errors import RemoteProtocolError
 from ...guest import PAGE_SIZE
 from ..constants import RamFlag, Section
 from ..events import Element, PageElement, PageRun, RamEnd, RamList, RamSync, SectionHeader
+from ..pages.compressed import read_compressed
 from ..pages.mixed import read_mixed
 from ..pages.plain import FIRST_LOOK, PAGE_AGAIN, RECORD, ZERO_AGAIN, ZERO_RECORD, read_pages, read_zeros
 from ..pages.xbzrle import read_deltas
@@ -43,13 +44,13 @@ ENCODINGS: Final[Mapping[int, PageEncoding]] = MappingProxyType(
         RamFlag.PAGE: read_pages,
         RamFlag.ZERO: read_zeros,
         RamFlag.XBZRLE: read_deltas,
+        RamFlag.COMPRESS_PAGE: read_compressed,
     }
 )
 
 #: Records that are not supported, and the capability that makes a sender use them.
 _NOT_BUILT: Final[Mapping[int, str]] = MappingProxyType(
     {
-        RamFlag.COMPRESS_PAGE: "a compressed page (capability compress)",
         RamFlag.HOOK: "a record private to the RDMA transport",
         RamFlag.FULL: "an obsolete FULL record",
     }
