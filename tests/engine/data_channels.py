@@ -118,7 +118,7 @@ class Played:
     @property
     def old(self) -> bool:
         """The end of each section synchronises."""
-        return self._config.peer.multifd_scheme == "7.2"
+        return self._config.capabilities.multifd and self._config.peer.multifd_scheme == "7.2"
 
     def connections(self) -> Connections:
         """For the source."""

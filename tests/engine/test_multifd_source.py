@@ -17,6 +17,7 @@ from tests.engine.data_channels import Compression, Lane, Played, config, data_p
 from trimig.config.peer import PEERS
 from trimig.engine.device_writer import UUID_SUBSECTION, machine_uuid
 from trimig.engine.ram.multifd_sender import Manner, Zeros
+from trimig.engine.sections.ram import beside_of
 from trimig.engine.source import migrate_stream
 from trimig.errors import ConfigError, Ownership, TransportFailed
 from trimig.guest import PAGE_SIZE, ConfigSubsection
@@ -249,6 +250,25 @@ async def test_cancelled_half_way_nothing_is_left(autojump_clock: trio.testing.M
     assert source.running
     assert all(link.a.closed for link in [played.main, *played.links])
     await migrated(settings, source)
+
+
+async def test_the_seeds_multifd_makes_no_connection(autojump_clock: trio.testing.MockClock) -> None:
+    """B19, B20: nothing changes on the wire, and with the main connection all connections are there."""
+    settings, source = config(profile="qemu-2.11"), guest()
+    assert beside_of(settings) == ()
+    played, monitor, summary = await migrated(settings, source)
+    assert played.lanes == []
+    assert played.page_records == summary.normal_pages > 0
+    assert (summary.data_channels, monitor.info()["ram"]["multifd-bytes"]) == (0, 0)
+
+
+async def test_without_multifd_zero_pages_may_go_as_others(autojump_clock: trio.testing.MockClock) -> None:
+    """Q6: zero-page-detection none looks for none; with legacy they are short records."""
+    base = config(zeros="none")
+    settings = dataclasses.replace(base, capabilities=trimig.Capabilities())
+    played, _, summary = await migrated(settings, guest())
+    assert (summary.normal_pages, summary.zero_pages) == (605, 0)
+    assert (played.page_records, played.zero_records) == (605, 0)
 
 
 # -- postcopy ----------------------------------------------------------------------------------------------------------

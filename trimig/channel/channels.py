@@ -114,6 +114,15 @@ class Channels:
             if kind != MAIN:
                 await self._close(kind, channel, 0.0)
 
+    async def close_of(self, kind: ChannelKind) -> None:
+        """Close those of *kind*.
+
+        **Cancellation:** held off.
+        """
+        for found, channel in tuple(self._open):
+            if found == kind:
+                await self._close(kind, channel, 0.0)
+
     async def _close(self, kind: ChannelKind, channel: Channel, grace: float) -> None:
         await closing.close(channel.stream, grace)
         if (kind, channel) in self._open:  # and no other task has closed it meanwhile

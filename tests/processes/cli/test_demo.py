@@ -45,6 +45,18 @@ def family(pid: int) -> list[int]:
     return found
 
 
+def test_demo_over_data_channels() -> None:
+    """S13: the display and the result have them; the guest arrives whole."""
+    code, out, err = run(
+        *SMALL, "-c", "multifd", "-p", "multifd-channels=3", "-p", "multifd-compression=zlib", "--json"
+    )
+    result = json.loads(out)
+    assert (code, result["verified"], result["data_channels"]) == (0, True, 3)
+    assert 0 < result["multifd_bytes"] < result["transferred_bytes"]
+    shown = [json.loads(line) for line in err.splitlines()]
+    assert {message.get("data_channels") for message in shown if message["event"] == "end"} == {3}
+
+
 @pytest.mark.parametrize("hops", [1, 3])
 def test_demo_proves_its_guest(hops: int) -> None:
     code, out, _err = run(*SMALL, "--hops", str(hops), "--json")

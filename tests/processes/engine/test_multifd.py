@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -138,3 +139,32 @@ async def test_postcopy_between_two_trimigs(*, preempt: bool) -> None:
         assert monitor.counters.switched_to_postcopy
         assert taken.counters.multifd_bytes > 500 * PAGE
         assert np.array_equal(target.ram[0].pages, pages)
+
+
+@pytest.mark.parametrize("profile", ["qemu-7.2", "qemu-11.1"])
+async def test_the_reason_of_a_cancelled_source_arrives(profile: str) -> None:
+    """F10: also where the end of a section waits for data channels that have ended."""
+    config, taken, monitor = settings(profile=profile), trimig.Monitor(), trimig.Monitor()
+    config = dataclasses.replace(config, parameters=config.parameters.replace(max_bandwidth=4 << 20))
+    with trio.fail_after(60), machine(running=True) as source, machine(running=False) as target:
+        source.ram[0].pages[:] = 5
+        async with trio.open_nursery() as nursery:
+
+            async def receive() -> None:
+                with pytest.raises(trimig.PeerFailed, match=r"the source ended the migration: .* of the test"):
+                    await trimig.receive(target, "tcp:127.0.0.1:0", config, monitor=taken)
+
+            async def cancel() -> None:
+                async for picture in monitor.watch(0.01):
+                    if picture.normal_pages > 200:
+                        break
+                monitor.cancel("it is the end of the test")
+
+            nursery.start_soon(receive)
+            while not taken.addresses:
+                await taken.wait_changed()
+            nursery.start_soon(cancel)
+            with pytest.raises(trimig.MigrationCancelled):
+                await trimig.migrate(source, taken.addresses[0], config, monitor=monitor)
+        assert source.run_state == "running"
+        assert monitor.statistics().data_channels == 3

@@ -95,6 +95,9 @@ class MultifdReceiver:
         self._news = trio.Event()
         self._release = trio.Event()
         self._finished = False
+        self._nursery: trio.Nursery | None = None
+        #: Why the attempt fails, within _REASON_SECONDS; None if it does not.
+        self._broken: TransportFailed | None = None
         #: Around the tasks that place pages.
         self._scopes: list[trio.CancelScope] = []
         #: Number of the tasks that may place a page.
@@ -113,6 +116,7 @@ class MultifdReceiver:
 
     def expect(self, nursery: trio.Nursery) -> None:
         """The main connection is there: the data channels may come, and are read in *nursery*."""
+        self._nursery = nursery
         if self.wanted:
             nursery.start_soon(self._gather, nursery, name="trimig.data_channels")
 
@@ -223,15 +227,29 @@ class MultifdReceiver:
             with scope:
                 await self._read(data)
         except TransportFailed as error:
-            if self._finished:
-                return  # a source may end in many ways when it has sent everything
-            await trio.sleep(_REASON_SECONDS)
-            text = str(error)
-            raise TransportFailed(text if text.startswith(data.name) else f"{data.name}: {text}") from error
+            if not self._finished:  # a source may end in many ways when it has sent everything
+                text = str(error)
+                self._break(text if text.startswith(data.name) else f"{data.name}: {text}")
+            return
         finally:
             self._running -= 1
             self._tell()
         await data.drain()
+
+    def _break(self, why: str) -> None:
+        """Fail in a moment. Until then the main connection may say more: nothing waits for the data channels any more."""
+        if self._broken is None and self._nursery is not None:
+            self._broken = TransportFailed(why)
+            self._nursery.start_soon(self._fail, self._broken, name="trimig.data_channels.broken")
+            self._tell()
+
+    async def _fail(self, failure: TransportFailed) -> None:
+        await trio.sleep(_REASON_SECONDS)
+        raise failure
+
+    def _check_whole(self) -> None:
+        if self._broken is not None:
+            raise self._broken
 
     async def _read(self, data: DataChannel) -> None:
         await data.skip_hello()
@@ -338,14 +356,17 @@ class MultifdReceiver:
             await self._synchronise(at)
 
     async def _synchronise(self, at: int) -> None:
+        self._check_whole()
         await self._complete.wait()
         while len(self._arrived) < self._count:
             if gone := sorted(self._ended - self._arrived):
                 data = self._open[gone[0]]
-                raise TransportFailed(
+                self._break(
                     f"{data.name} has ended at byte {data.at}, and its synchronisation has not come (byte {at} of the main "
                     "connection waits for it)"
                 )
+            if self._broken is not None:
+                return  # a source that was cancelled says so behind the end of this section
             await self._wait_news(at)
         self._arrived.clear()
         for data in self._open.values():
@@ -378,11 +399,13 @@ class MultifdReceiver:
 
         Raises:
             RemoteProtocolError: a channel has brought pages behind its last synchronisation.
+            TransportFailed: a channel broke.
 
         **Cancellation:** the channels must be given up.
         """
         if not self.wanted:
             return
+        self._check_whole()
         self._finished = True
         await self._complete.wait()
         for data in self._open.values():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from ... import formats
 from ...channel import closing
+from ...channel.channels import MULTIFD
 from ...errors import (
     GuestNotResumed,
     InternalError,
@@ -85,6 +86,8 @@ async def give_reason(out: Outgoing, failure: BaseException | None) -> None:
     text = (
         str(error) if error is not None else f"it was cancelled: {out.monitor.cancel_reason or 'no reason was given'}"
     )
+    # At the boundary a destination may wait for the data channels. They were given up, so it finds their end instead.
+    await out.link.channels.close_of(MULTIFD)
     boundary = b"".join(section.boundary for section in out.sections)
     last = rest + boundary + wire.command(Mark.REASON, reason_bytes(text))
     await closing.farewell(channel, last, min(_REASON_SECONDS, out.config.teardown_grace))
