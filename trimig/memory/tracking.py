@@ -42,8 +42,8 @@ from .linux import (
 
 _log: Final = logging.getLogger("trimig.memory")
 
-#: Pages that one kernel call scans or protects: 64 MiB, at worst about a millisecond.
-_SCAN_SLICE: Final = (64 << 20) // PAGE_SIZE
+#: Pages that one kernel call scans or protects, or whose protection it lifts: 32 MiB, about a millisecond.
+_SCAN_SLICE: Final = (32 << 20) // PAGE_SIZE
 #: Pages that are compared or copied in one step: 2 MiB, below a millisecond.
 _COMPARE_SLICE: Final = (2 << 20) // PAGE_SIZE
 
@@ -136,6 +136,21 @@ class UffdTracker:
                     raise StateError("dirty tracking was stopped meanwhile")
             result[area.name] = dirty
         return result
+
+    async def lift(self) -> None:
+        """Stop tracking and lift the protection, in slices; :meth:`stop` has little to do then.
+
+        **Cancellation:** a part is protected; call :meth:`stop`.
+        """
+        self._on = False
+        for area in self._registered:
+            for first in range(0, area.pages, _SCAN_SLICE):
+                if self._uffd < 0:
+                    return  # stopped meanwhile
+                start, count = area.address + first * PAGE_SIZE, min(_SCAN_SLICE, area.pages - first)
+                with contextlib.suppress(OSError):  # as in stop()
+                    unregister(self._uffd, start, count * PAGE_SIZE)
+                await trio.lowlevel.checkpoint()
 
     def stop(self) -> None:
         """Lift the protection and close the descriptors."""
@@ -288,6 +303,29 @@ class SnapshotTracker(DirtyTracker, Protocol):
 
     def snapshot(self, name: str) -> Pages:
         """The copy of the block *name*, shape ``(pages, PAGE_SIZE)``."""
+
+
+@runtime_checkable
+class GradualTracker(DirtyTracker, Protocol):
+    """A tracker whose end takes long where there is much memory."""
+
+    async def lift(self) -> None:
+        """Stop tracking, and do in slices most of what :meth:`stop` does.
+
+        **Cancellation:** call :meth:`stop`.
+        """
+
+
+async def end_tracking(tracker: DirtyTracker) -> None:
+    """Stop *tracker*, in slices where it takes long.
+
+    **Cancellation:** it is stopped at once.
+    """
+    try:
+        if isinstance(tracker, GradualTracker):
+            await tracker.lift()
+    finally:
+        tracker.stop()
 
 
 def snapshot_of(tracker: DirtyTracker, block: RamBlock) -> Pages:

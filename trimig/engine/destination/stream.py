@@ -99,9 +99,12 @@ class IncomingStream:
                 return True
             run = decoder.open_run
             bulk = run is not None and run[2] >= ENOUGH
+        view = decoder.writable()
+        if channel.socket_fd is not None and self.state in STREAM_PRECOPY_PAGES:
+            view = into.ram.shorten(view)
         count = None
         with trio.move_on_after(seconds):
-            count = await channel.receive_into(decoder.writable(), stall_timeout=self._patience(), bulk=bulk)
+            count = await channel.receive_into(view, stall_timeout=self._patience(), bulk=bulk)
         if count is None:
             return False
         if count:

@@ -39,6 +39,10 @@ PLACE_PAGES = 8192
 STAGED_PAGES = 256
 #: A run this long makes the next records predictable.
 ENOUGH = 32
+#: Bytes of an ordinary read behind placed pages: an end of a section, the head of the next one, and enough records for the next
+#: prediction. More of them would be copied one more time. After so many such reads in a row the stream is another one.
+_SHORT_BYTES = 48 * (8 + PAGE_SIZE)
+_SHORT_READS = 3
 
 
 class Target:
@@ -116,6 +120,15 @@ class Placer:
     def __init__(self) -> None:
         self._words = np.empty(PLACE_PAGES, np.uint64)
         self._staging = np.empty((STAGED_PAGES, PAGE_SIZE), np.uint8)
+        self._usual = 0  # pages of the last run that ended; a source fills its sections alike
+        self._short_reads = 0
+
+    def shorten(self, view: memoryview) -> memoryview:
+        """The part of *view* that the next ordinary read should fill at most."""
+        if not self._short_reads:
+            return view
+        self._short_reads -= 1
+        return view[:_SHORT_BYTES]
 
     async def place(
         self, channel: Channel, decoder: Decoder, target: Target, first: int, run_length: int
@@ -124,15 +137,18 @@ class Placer:
 
         **Cancellation:** a page that was not received yet may hold part of its content; the decoder is unusable.
         """
-        if run_length < ENOUGH:
+        if run_length < ENOUGH or run_length == self._usual:
             return None
         count = target.count_missing(first, PLACE_PAGES)
         if count < ENOUGH:
             return None
+        to_usual_end = run_length < self._usual <= run_length + count
+        if to_usual_end:
+            count = self._usual - run_length
         fresh = target.count_fresh(first, count)
         staged = fresh >= min(STAGED_PAGES, count)
-        if staged:
-            count = fresh
+        if staged and fresh < count:
+            count, to_usual_end = fresh, False
         indices = np.arange(first, first + count, dtype=np.uint64)
         again = np.uint64(RamFlag.PAGE | RamFlag.CONTINUE)
         expected = ((indices * np.uint64(PAGE_SIZE)) | again).astype(">u8").view(np.uint64)
@@ -141,7 +157,7 @@ class Placer:
             decoder.give_back(rest)
             decoder.end_run()
             return 0
-        attempt = _Placing(target, first, self._words, expected, self._staging if staged else None)
+        attempt = _Placing(target, first, self._words, expected, self._staging if staged else None, whole=to_usual_end)
         attempt.begin(rest)
         try:
             ended = await channel.receive_vector(attempt, count * _RECORD)
@@ -151,6 +167,9 @@ class Placer:
         decoder.give_back(left)
         if ended or wrong:
             decoder.end_run()  # after the end of the stream too: so that the ordinary read finds it
+        if wrong:
+            self._usual = run_length + placed
+        self._short_reads = _SHORT_READS
         return placed
 
 
@@ -163,6 +182,7 @@ class _Placing:
         words: room for the words of the records.
         expected: those words, as they should be; of so many pages.
         staging: the buffer of pages that are written to the file; None: pages are placed directly.
+        whole: read all of them, because another record is expected behind them.
     """
 
     def __init__(
@@ -172,6 +192,8 @@ class _Placing:
         words: NDArray[np.uint64],
         expected: NDArray[np.uint64],
         staging: Pages | None,
+        *,
+        whole: bool,
     ) -> None:
         self._target = target
         self._first = first
@@ -179,9 +201,10 @@ class _Placing:
         self._words = words
         self._expected = expected
         self._staging = staging
+        self._whole = whole
         self._written = 0  # pages that are in the file; the present records follow them
         self._checked = 0  # present records whose word is as expected
-        self._over = False
+        self._found: tuple[int, bytes, bool] | None = None
         self._next_records()
 
     def _next_records(self) -> None:
@@ -206,7 +229,7 @@ class _Placing:
     @property
     def rest(self) -> Vector:
         """Where the next bytes go, see :class:`trimig.channel.step.Plan`."""
-        return self._records.rest[:0] if self._over else self._records.rest
+        return self._records.rest if self._found is None else self._records.rest[:0]
 
     def advance(self, count: int) -> None:
         """Compare the words that have come, see :class:`trimig.channel.step.Plan`. OSError of the file."""
@@ -214,15 +237,17 @@ class _Placing:
         records.advance(count)
         begun = (records.done + PAGE_SIZE) // _RECORD  # records whose word is complete
         if (self._words[self._checked : begun] != self._wanted[self._checked : begun]).any():
-            self._over = True
+            self._found = self._take_out()
             return
         self._checked = begun
-        # Not to the last record: the next vector reads more with one call than the rest of this one.
-        if records.left > CALL_BYTES or 8 * records.left >= records.size:
-            return
-        if self._staging is None or self._count - self._written - len(self._wanted) < ENOUGH:
-            self._over = True
-        else:
+        last = self._written + len(self._wanted) == self._count
+        if last and self._whole:
+            enough = not records.left
+        else:  # not to the last record: the next vector reads more with one call than the rest of this one
+            enough = records.left <= CALL_BYTES and 8 * records.left < records.size
+        if enough and last:
+            self._found = self._take_out()
+        elif enough:
             self._write_staged()
 
     def _write_staged(self) -> None:
@@ -235,27 +260,33 @@ class _Placing:
         self.begin(rest[:inside])
 
     def settle(self) -> tuple[int, bytes, bool]:
-        """Keep the records that came as predicted.
+        """Keep the records that came as predicted. OSError of the file.
 
         Returns:
             The number of their pages; the bytes behind them; and whether a record was a wrong guess.
         """
-        done, target, first = self._records.done, self._target, self._first + self._written
-        whole = done // _RECORD
-        same = self._words[:whole] == self._wanted[:whole]
-        good = whole if same.all() else int(np.argmin(same))
+        placed, rest, wrong = self._found or self._take_out()
+        if placed:
+            self._target.arrived(self._first, placed)
+        if rest and self._staging is None:
+            behind = self._first + placed
+            self._target.untouched[behind : behind - (-len(rest) // _RECORD)] = False
+        return placed, rest, wrong
+
+    def _take_out(self) -> tuple[int, bytes, bool]:
+        """Take the bytes behind the good records out of their places; what :meth:`settle` returns."""
+        done = self._records.done
+        complete = done // _RECORD
+        same = self._words[:complete] == self._wanted[:complete]
+        good = complete if same.all() else int(np.argmin(same))
         left = done - good * _RECORD
         touched = -(-left // _RECORD)
         rest = np.empty((touched, _RECORD), np.uint8)
         rest[:, :8] = self._words[good : good + touched].view(np.uint8).reshape(-1, 8)
         rest[:, 8:] = self._bodies[good : good + touched]
         if self._staging is None:
-            if touched:
-                # Not received, so nothing of it is the migration's: back to what an untouched page reads as.
-                self._bodies[good : good + touched] = 0
-                target.untouched[first + good : first + good + touched] = False
+            # Not received, so nothing of it is the migration's: back to what an untouched page reads as.
+            self._bodies[good : good + touched] = 0
         elif good:
-            target.write(first, self._bodies[:good])
-        if self._written + good:
-            target.arrived(self._first, self._written + good)
-        return self._written + good, rest.reshape(-1)[:left].tobytes(), good < whole
+            self._target.write(self._first + self._written, self._bodies[:good])
+        return self._written + good, rest.reshape(-1)[:left].tobytes(), good < complete

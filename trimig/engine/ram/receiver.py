@@ -158,6 +158,10 @@ class RamReceiver:
                 target.pages[part[~zero]] = 0
         target.arrived_each(indices, touched=False)
 
+    def shorten(self, view: memoryview) -> memoryview:
+        """The part of *view* that a read of the stream's bytes should fill at most, where pages can be placed."""
+        return self._placer.shorten(view)
+
     async def place_run(self, channel: Channel, decoder: Decoder) -> bool:
         """Let the kernel place the predicted continuation of the open run; False if nothing can be predicted.
 

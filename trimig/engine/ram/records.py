@@ -16,7 +16,7 @@ from ...channel.vectored import BATCH_PAGES
 from ...guest import PAGE_SIZE, Pages
 from ...wire.constants import RamFlag
 from ...wire.encoder import RecordWriter
-from .zeros import zero_pages
+from .zeros import find_zero_pages, zero_pages
 
 if TYPE_CHECKING:
     from ...channel.channel import Channel
@@ -100,7 +100,7 @@ class PageSender:
         """
         for start in range(0, len(indices), BATCH_PAGES):
             batch = indices[start : start + BATCH_PAGES]
-            if self._look_for_zeros and (zero := zero_pages(pages, batch)).any():
+            if self._look_for_zeros and (zero := await find_zero_pages(pages, batch)).any():
                 await self.send_zeros(block, batch[zero])
                 batch = batch[~zero]
             if len(batch) and self._encoder is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import trio
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -12,6 +13,20 @@ if TYPE_CHECKING:
 
 #: Pages looked at to guess whether a run is zero throughout.
 _PROBES = 8
+#: Pages that are looked at between two turns of other tasks: 8 MiB, below two milliseconds.
+_SLICE_PAGES = 2048
+
+
+async def find_zero_pages(pages: Pages, indices: NDArray[np.int64]) -> PageBitmap:
+    """:func:`zero_pages` in slices, between which other tasks have a turn.
+
+    **Cancellation:** no effect.
+    """
+    found = [zero_pages(pages, indices[:_SLICE_PAGES])]
+    for start in range(_SLICE_PAGES, len(indices), _SLICE_PAGES):
+        await trio.lowlevel.checkpoint()
+        found.append(zero_pages(pages, indices[start : start + _SLICE_PAGES]))
+    return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 def zero_pages(pages: Pages, indices: NDArray[np.int64]) -> PageBitmap:

@@ -76,8 +76,11 @@ class SectionHandler(Protocol):
         **Cancellation:** a part has been sent.
         """
 
-    def cleanup(self) -> None:
-        """Release what :meth:`setup` and the others hold; idempotent (``save_cleanup``). GuestFailed."""
+    async def cleanup(self) -> None:
+        """Release what :meth:`setup` and the others hold; idempotent (``save_cleanup``). GuestFailed.
+
+        **Cancellation:** it is released at once.
+        """
 
 
 class SectionLoader(Protocol):

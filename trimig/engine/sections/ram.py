@@ -9,7 +9,7 @@ import numpy as np
 
 from ...channel.channels import MULTIFD, PREEMPT, Beside
 from ...guest import PAGE_SIZE, PageBitmap, RamBlock
-from ...memory.tracking import snapshot_of
+from ...memory.tracking import end_tracking, snapshot_of
 from ...wire import events as ev
 from ...wire import postcopy as wire_postcopy
 from ...wire.pages import multifd
@@ -186,11 +186,14 @@ class RamSection:
         self._channel = channel
         self.sender = self._sender_on(channel)
 
-    def cleanup(self) -> None:
-        """Dirty tracking ends, and the encoder's memory is released."""
+    async def cleanup(self) -> None:
+        """Dirty tracking ends, and the encoder's memory is released.
+
+        **Cancellation:** tracking ends at once.
+        """
         self._drop_encoder()
         with guest_calls.guarded("ending the dirty tracking"):
-            self._tracker.stop()
+            await end_tracking(self._tracker)
 
 
 class RamLoader:

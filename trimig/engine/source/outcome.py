@@ -55,7 +55,7 @@ async def unwind(out: Outgoing, failure: BaseException | None) -> GuestNotResume
         end_status(monitor, failure)
     guest_failure: GuestNotResumed | None = None
     try:
-        clean_up(out)
+        await clean_up(out)
         if monitor.owner is Ownership.SOURCE:
             guest_failure = await uncertain.resume_here(out)
         await end_throttle(out)
@@ -93,10 +93,14 @@ async def give_reason(out: Outgoing, failure: BaseException | None) -> None:
     await closing.farewell(channel, last, min(_REASON_SECONDS, out.config.teardown_grace))
 
 
-def clean_up(out: Outgoing) -> None:
+async def clean_up(out: Outgoing) -> None:
+    """Release what the sections hold.
+
+    **Cancellation:** held off, for at most ``teardown_grace``.
+    """
     for section in out.sections:
         try:
-            section.cleanup()
+            await closing.bounded(section.cleanup, out.config.teardown_grace, None)
         except TrimigError as error:
             out.monitor.warn(str(error))  # only a warning, because the guest must still be resumed
 
