@@ -123,3 +123,64 @@ async def test_the_offset_behind_predicted_pages(behind: int) -> None:
     (error,) = ends
     assert isinstance(error, trimig.RemoteProtocolError)
     assert error.offset == len(stream)
+
+
+# -- predictions that are right and wrong --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cold", [True, False])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+async def test_sections_of_usual_and_of_other_lengths(seed: int, *, cold: bool) -> None:
+    """Runs that end where the last one did, before it and behind it, in zero pages, in other pages and in other sections.
+
+    Some are long enough for a thread. All pages come, as they were sent last.
+    """
+    random = np.random.default_rng(seed)
+    pages = 6000
+    size = pages * PAGE_SIZE
+    memory = random.integers(1, 256, (pages, PAGE_SIZE), np.uint8)
+    writer = RecordWriter()
+    head = wire.file_header() + wire.configuration("m", ())
+    head += wire.section_start(Section.START, 2, "ram", 0, 4) + wire.ram_list([("ram", size)])
+    parts = [head + wire.END_WORD + wire.section_footer(2)]
+    first = 0
+    while first < pages:
+        run = int(random.choice((700, 700, 700, ENOUGH, ENOUGH + 3, 1500, 3)))
+        kind = str(random.choice(("section", "section", "zeros", "twice")))
+        offsets = np.arange(first, min(first + run, pages), dtype=np.int64) * PAGE_SIZE
+        parts.append(wire.section_continue(Section.PART, 2))
+        parts.append(bytes(writer.page_records("ram", offsets, memory[first : first + len(offsets)])))
+        first += len(offsets)
+        if kind == "zeros" and first + 5 <= pages:
+            memory[first : first + 5] = 0
+            parts.append(bytes(writer.zero_records("ram", np.arange(first, first + 5, dtype=np.int64) * PAGE_SIZE)))
+            first += 5
+        elif kind == "twice":
+            again = np.array([int(random.integers(0, first))])
+            memory[again] ^= 0xFF
+            parts.append(bytes(writer.page_records("ram", again * PAGE_SIZE, memory[again])))
+        parts.append(wire.END_WORD + wire.section_footer(2))
+    parts.append(wire.section_continue(Section.END, 2) + wire.END_WORD + wire.section_footer(2))
+    parts.append(b"\xff")  # no element: an error says where
+    stream = b"".join(parts)
+    a, b = (trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in socket.socketpair())
+    guest = trimig.AppGuest("m", running=False)
+    guest.add_ram("ram", size)
+    if not cold:
+        guest.ram[0].pages[:] = 0
+    with guest, trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+
+            async def send() -> None:
+                left = memoryview(stream)
+                while len(left):
+                    count = int(random.integers(1, 1 << 20))
+                    await a.send_all(left[:count])
+                    left = left[count:]
+
+            nursery.start_soon(send)
+            with pytest.raises(trimig.RemoteProtocolError) as error:
+                await trimig.receive(guest, b)
+        assert error.value.offset == len(stream) - 1
+        assert (guest.ram[0].pages == memory).all()
+        await a.aclose()

@@ -83,6 +83,42 @@ async def test_each_sync_gives_exactly_the_pages_written_since_the_last(
 
 
 @both_ways
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.usefixtures("small_slices")
+async def test_tracking_ends_in_slices(
+    make_block: Make, make_tracker: Callable[..., DirtyTracker], *, cancelled: bool
+) -> None:
+    """Other tasks have turns meanwhile, where it takes long. A cancellation ends it at once. Then the memory is free."""
+    ram = make_block(1000)
+    tracker = make_tracker(ram)
+    await tracker.start()
+    ram.pages[:] = 1
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        with trio.CancelScope() as scope:
+            if cancelled:
+                scope.cancel()
+            await tracking.end_tracking(tracker)
+        nursery.cancel_scope.cancel()
+    assert (turns > 3) == (make_tracker is uffd_tracker and not cancelled)
+    with pytest.raises(StateError):
+        await tracker.sync()
+    again = make_tracker(ram)
+    await again.start()
+    ram.pages[7] = 2
+    assert await dirty_pages(again) == [7]
+    again.stop()
+
+
+@both_ways
 async def test_blocks_are_told_apart_by_name(make_block: Make, make_tracker: Callable[..., DirtyTracker]) -> None:
     one, two = make_block(16, "one"), make_block(32, "two")
     tracker = make_tracker(one, two)
