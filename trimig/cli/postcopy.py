@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import click
 
+from trimig import formats
 from trimig.errors import ConfigError, HandoverUncertain, Ownership, PostcopyLost, StateError, TrimigError
 from trimig.status import IN_POSTCOPY, TERMINAL, Status
 
@@ -107,6 +108,16 @@ class PostcopyInterrupts:
             ), False
         self._give_up()
         return "giving the rest up; the guest stays at the destination, with a part of its memory", True
+
+
+def followed(info: Mapping[str, Any]) -> str:
+    """What a summary says of postcopy: the bytes that have followed the guest. Empty if there was none.
+
+    Args:
+        info: the answer to ``query-migrate`` at the end.
+    """
+    count = info.get("ram", {}).get("postcopy-bytes", 0)
+    return f"; by postcopy: {formats.size(count)} of it followed the guest" if count else ""
 
 
 def drop(monitor: Monitor) -> None:

@@ -196,6 +196,18 @@ async def until_line(pipe: trio.abc.ReceiveStream, word: str) -> str:
     return line
 
 
+async def test_a_sender_says_that_it_has_switched(large: Path, tmp_path: Path) -> None:
+    with trio.fail_after(LIMIT):
+        async with started("receive", LISTEN, "--save", tmp_path / "target", "-c", "postcopy-ram") as receiver:
+            assert receiver.stdout is not None
+            address = (await first_line(receiver.stdout)).removeprefix("listening on ")
+            code, out, err = await trimig_command("send", large, address, "--postcopy-after", "0%")
+            assert code == 0, err
+            await text_of(receiver.stdout)
+    assert f"switched to postcopy: the guest is at {address}, and the rest of its memory follows (" in err
+    assert re.search(r"; by postcopy: [\d.]+ [KM]iB of it followed the guest\n", out), out
+
+
 async def test_a_receiver_that_dies_behind_the_switch_takes_the_guest_with_it(large: Path, tmp_path: Path) -> None:
     """O6, T1: the source keeps its half, and reports the owner; nothing may start the guest again by accident."""
     with trio.fail_after(LIMIT):

@@ -249,6 +249,7 @@ async def _send(
             view.note(f"warning: {warning}")
         profile = guest.peer
         view.begin(f"sending {file} to {uri}", file=str(file), destination=uri)
+        monitor.add_listener(functools.partial(_switch_note, view, uri, monitor))
         call = functools.partial(
             trimig.migrate, guest, uri, _as_the_file(config, profile), monitor=monitor, commit=commit
         )
@@ -281,9 +282,20 @@ async def _send(
     if as_json:
         write_json({"file": str(file), "destination": uri, "machine": guest.name, **summary_record(summary)})
         return DONE
-    out(f"{text}: {formats.transfer(summary.bytes_transferred, summary.throughput)}")
+    moved = formats.transfer(summary.bytes_transferred, summary.throughput)
+    out(f"{text}: {moved}{postcopy.followed(monitor.info())}")
     _print_warnings(summary)
     return DONE
+
+
+def _switch_note(view: display.View, uri: str, monitor: trimig.Monitor, event: trimig.Event) -> None:
+    """Say that the guest is at the destination before its memory."""
+    if event.name == "MIGRATION" and event.data["status"] == trimig.Status.POSTCOPY_ACTIVE.value:
+        left = monitor.counters.remaining
+        view.note(
+            f"switched to postcopy: the guest is at {uri}, and the rest of its memory follows ({formats.size(left)})",
+            remaining=left,
+        )
 
 
 def _as_the_file(config: trimig.Config, profile: trimig.PeerProfile) -> trimig.Config:

@@ -22,6 +22,7 @@ from ..exit_codes import CANCELLED, DONE, FAILED
 from ..options import PERCENT, SECONDS, debug_option, json_option
 from ..output import write_json
 from ..picture import EVERY
+from ..postcopy import followed
 from ..runner import run
 from ..stop import StopRequest
 from .client import Remote, connected
@@ -360,6 +361,7 @@ def _report(state: State, uri: str, text: str, as_json: bool) -> None:
             "iterations": ram.get("dirty-sync-count"),
             "ram_bytes": ram.get("total"),
             "transferred_bytes": ram.get("transferred"),
+            "postcopy_bytes": ram.get("postcopy-bytes"),
             "throughput_bytes_per_s": round(speed),
         }
         write_json(record)
@@ -369,4 +371,4 @@ def _report(state: State, uri: str, text: str, as_json: bool) -> None:
         f"  downtime {formats.duration(info.get('downtime', 0) / 1000)}, "
         f"{formats.counted(ram.get('dirty-sync-count', 0), 'pass', 'passes')} over {formats.size(ram.get('total', 0))}"
     )
-    print(f"  {formats.transfer(ram.get('transferred', 0), speed)}")
+    print(f"  {formats.transfer(ram.get('transferred', 0), speed)}{followed(info)}")
