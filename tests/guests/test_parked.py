@@ -20,7 +20,7 @@ from trimig.guest import OpaqueGuest
 from trimig.guests.parked import writer as saving
 from trimig.memory import MemfdBlock
 from trimig.stream import inspect_stream
-from trimig.testing import VirtualLink
+from trimig.testing import VirtualLink, virtual_link
 from trimig.wire import RamFlag, RecordWriter, Section
 from trimig.wire import encoder as wire
 from trimig.wire.devices import description, globalstate
@@ -99,6 +99,20 @@ async def test_a_stream_of_an_old_machine_type_is_written_as_it_came(tmp_path: P
         assert (guest.peer.send_configuration, guest.peer.send_section_footer) == (False, False)
         await guest.save(tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == data
+
+
+async def test_a_throttle_means_nothing_to_a_parked_guest(tmp_path: Path) -> None:
+    """S3: it does not run, so nothing is taken from it; it is sent on with auto-converge like any other."""
+    with await trimig.ParkedGuest.load(write(tmp_path / "in", stream())) as guest:
+        await guest.throttle(99)
+        one, other = virtual_link()
+        config = trimig.Config(capabilities=trimig.Capabilities(auto_converge=True))
+        with trimig.ParkedGuest(tmp_path / "out") as again:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trimig.receive, again, other)
+                summary = await trimig.migrate(guest, one, config)
+            check(again)
+        assert summary.warnings == ()
 
 
 async def test_a_file_cut_at_any_place_gives_a_typed_error_or_the_guest(tmp_path: Path) -> None:
