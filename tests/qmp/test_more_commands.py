@@ -172,6 +172,24 @@ async def test_info_migrate_shows_the_globals_and_the_migration(tmp_path: Path) 
         assert text.endswith("\r\n")
 
 
+async def test_info_migrate_shows_encodings_and_the_throttle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G6, G7: with the labels of a QEMU, and only with the capability."""
+    async with pair(tmp_path) as (source, _, uri):
+        await source.capabilities(compress=True, xbzrle=True, auto_converge=True)
+        await source.say("migrate", {"uri": uri})
+        assert await source.over() is Status.COMPLETED
+        text = await human(source, "info migrate")
+        for label in ("cache size: 67108864 bytes", "xbzrle pages: ", "compression pages: ", "compression busy: 0"):
+            assert f"\r\n{label}" in text
+        assert "throttle" not in text
+        monkeypatch.setattr(
+            source.machine, "info", lambda: {"status": "active", "owner": "source", "cpu-throttle-percentage": 30}
+        )
+        text = await human(source, "info migrate")
+        assert "cpu throttle percentage: 30\r\n" in text
+        assert "compression" not in text
+
+
 async def test_info_capabilities_and_parameters_show_everything() -> None:
     async with hosted() as talk:
         text = await human(talk, "info migrate_capabilities")

@@ -45,6 +45,21 @@ _RAM: Final = (
     ("downtime-bytes", "downtime ram", "kbytes"),
     ("postcopy-bytes", "postcopy ram", "kbytes"),
 )
+#: Members that only one capability has: the object, its member, the label and the unit.
+_MORE: Final = (
+    ("xbzrle-cache", "cache-size", "cache size", "bytes"),
+    ("xbzrle-cache", "bytes", "xbzrle transferred", "kbytes"),
+    ("xbzrle-cache", "pages", "xbzrle pages", "pages"),
+    ("xbzrle-cache", "cache-miss", "xbzrle cache miss", "pages"),
+    ("xbzrle-cache", "cache-miss-rate", "xbzrle cache miss rate", ""),
+    ("xbzrle-cache", "encoding-rate", "xbzrle encoding rate", ""),
+    ("xbzrle-cache", "overflow", "xbzrle overflow", ""),
+    ("compression", "pages", "compression pages", "pages"),
+    ("compression", "busy", "compression busy", ""),
+    ("compression", "busy-rate", "compression busy rate", ""),
+    ("compression", "compressed-size", "compressed size", "kbytes"),
+    ("compression", "compression-rate", "compression rate", ""),
+)
 _TIMES: Final = (
     ("total-time", "total time"),
     ("expected-downtime", "expected downtime"),
@@ -56,6 +71,11 @@ _TIMES: Final = (
 
 def _lines(lines: list[str]) -> str:
     return "".join(f"{line}\r\n" for line in lines)
+
+
+def _figure(label: str, value: float, unit: str) -> str:
+    shown = f"{value:.2f}" if isinstance(value, float) else value >> 10 if unit == "kbytes" else value
+    return f"{label}: {shown} {unit}".rstrip()
 
 
 def _on(state: object) -> str:
@@ -88,8 +108,10 @@ def info_migrate(machine: Machine) -> str:
     ram = info.get("ram", {})
     for name, label, unit in _RAM:
         if name in ram:
-            value = f"{ram[name]:.2f}" if unit == "mbps" else ram[name] >> 10 if unit == "kbytes" else ram[name]
-            lines.append(f"{label}: {value} {unit}".rstrip())
+            lines.append(_figure(label, ram[name], unit))
+    lines += [_figure(label, info[of][name], unit) for of, name, label, unit in _MORE if of in info]
+    if (throttle := info.get("cpu-throttle-percentage")) is not None:
+        lines.append(f"cpu throttle percentage: {throttle}")
     lines += [f"blocked reason: {reason}" for reason in info.get("blocked-reasons", ())]
     lines += [f"warning: {text}" for text in info.get("warnings", ())]
     for address in info.get("socket-address", ()):

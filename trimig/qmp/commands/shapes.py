@@ -54,12 +54,32 @@ _RAM: Final[Signature] = {
     ),
     "mbps": NUMBER,
 }  # fmt: skip
+_XBZRLE: Final[Signature] = {
+    **dict.fromkeys(("cache-size", "bytes", "pages", "cache-miss", "overflow"), INT),
+    **dict.fromkeys(("cache-miss-rate", "encoding-rate"), NUMBER),
+}
+_COMPRESSION: Final[Signature] = {
+    **dict.fromkeys(("pages", "busy", "compressed-size"), INT),
+    **dict.fromkeys(("busy-rate", "compression-rate"), NUMBER),
+}
 MIGRATION_INFO: Final = Argument(
     "object",
     members={
         "status": Argument("str", optional=True, choices=QMP_STATUSES),
         "ram": Argument("object", optional=True, members=_RAM),
-        **dict.fromkeys(("total-time", "expected-downtime", "downtime", "setup-time", "postcopy-blocktime"), MAYBE_INT),
+        **dict.fromkeys(
+            (
+                "total-time",
+                "expected-downtime",
+                "downtime",
+                "setup-time",
+                "postcopy-blocktime",
+                "cpu-throttle-percentage",
+            ),
+            MAYBE_INT,
+        ),
+        "xbzrle-cache": Argument("object", optional=True, members=_XBZRLE),
+        "compression": Argument("object", optional=True, members=_COMPRESSION),
         "postcopy-vcpu-blocktime": Argument("list", optional=True, items=INT),
         "error-desc": MAYBE_STR,
         "blocked-reasons": Argument("list", optional=True, items=STR),
