@@ -131,8 +131,25 @@ class RemoteProtocolError(MigrationError):
         self.section = section
 
 
+class Loss(enum.Enum):
+    """How a connection was lost."""
+
+    #: The peer has closed it, or the link broke.
+    CLOSED = "closed"
+    #: The peer was silent for too long, or took no data.
+    SILENT = "silent"
+
+
 class TransportFailed(MigrationError):
-    """The connection could not be made, broke, or ended too early; or the peer was silent for too long."""
+    """The connection could not be made, broke, or ended too early; or the peer was silent for too long.
+
+    Attributes:
+        loss: how the connection was lost; None if there was none, or for another fault, such as an alert of TLS.
+    """
+
+    def __init__(self, message: str, *, loss: Loss | None = None) -> None:
+        super().__init__(message)
+        self.loss = loss
 
 
 class PeerFailed(MigrationError):

@@ -15,13 +15,14 @@ import dataclasses
 import os
 import select
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from .. import formats
-from ..errors import TransportFailed
+from ..errors import Loss, TransportFailed
 from . import offload, vectored
 
 if TYPE_CHECKING:
@@ -69,7 +70,10 @@ def broke(doing: str, error: BaseException) -> TransportFailed:
         doing: "sending" or "receiving".
     """
     inner = error.__cause__ if isinstance(error, trio.BrokenResourceError) and error.__cause__ else error
-    return TransportFailed(f"the connection broke while {doing}: {str(inner) or type(inner).__name__}")
+    alert = isinstance(inner, ssl.SSLError) and not isinstance(inner, ssl.SSLEOFError)
+    return TransportFailed(
+        f"the connection broke while {doing}: {str(inner) or type(inner).__name__}", loss=None if alert else Loss.CLOSED
+    )
 
 
 def stalled(fault: str, seconds: float) -> TransportFailed:
@@ -78,7 +82,7 @@ def stalled(fault: str, seconds: float) -> TransportFailed:
     Args:
         fault: what it did: "took no data" or "sent nothing".
     """
-    return TransportFailed(f"the peer {fault} for {formats.duration(seconds)}")
+    return TransportFailed(f"the peer {fault} for {formats.duration(seconds)}", loss=Loss.SILENT)
 
 
 async def send(sock: trio.socket.SocketType, step: Step, size: int, stall_timeout: float) -> None:

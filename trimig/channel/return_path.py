@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from ..errors import PeerFailed, RemoteProtocolError, TransportFailed
-from ..monitor.statistics import WHY_CLOSED
+from ..errors import Loss, PeerFailed, RemoteProtocolError, TransportFailed
 from ..status import Item, ReturnPath, after
 from ..wire.marks import shown_reason
 from ..wire.return_path import (
@@ -149,7 +148,7 @@ class ReturnPathReader:
                         self.silent = True
                         self._tell()
                         return
-                    raise TransportFailed(self._ended())
+                    raise TransportFailed(self._ended(), loss=Loss.CLOSED)
                 for message in self._decoder.feed(buffer[:count]):
                     self.heard = True
                     self._take(message)
@@ -176,7 +175,7 @@ class ReturnPathReader:
         if self.reason:
             return f"the destination closed the connection: {self.reason}"
         inside = f" in the middle of a message ({self._decoder.pending} bytes of it)" if self._decoder.pending else ""
-        return f"the destination closed the connection{inside} without an answer; {WHY_CLOSED}"
+        return f"the destination closed the connection{inside} without an answer"
 
     def _take(self, message: Message) -> None:
         before, self.state = self.state, after(self.state, _item_of(message), section="return path")

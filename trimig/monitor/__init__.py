@@ -5,7 +5,6 @@ changes.
 """
 
 from .monitor import Monitor as Monitor
-from .statistics import WHY_CLOSED as WHY_CLOSED
 from .statistics import Convergence as Convergence
 from .statistics import Downtime as Downtime
 from .statistics import Event as Event

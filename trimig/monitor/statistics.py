@@ -5,19 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from ..guest import PAGE_SIZE
 from ..status import RUNNING, WITH_ERROR, Role, Status
 
 if TYPE_CHECKING:
     from ..errors import Ownership
-
-#: A QEMU that cannot load the stream gives the reason only in its log.
-WHY_CLOSED: Final = (
-    "its own log says why. Usually it has another name of the guest (of a QEMU: another machine type or version), another size "
-    "of the RAM or of a ROM, or a device that one side does not have"
-)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import RemoteProtocolError, TransportFailed
+from ..errors import Loss, RemoteProtocolError, TransportFailed
 from ..guest import PAGE_SIZE
 from . import commands, header
 from . import events as ev
@@ -243,12 +243,15 @@ class Decoder:
                 return self._cut_description()
             where = f" in section {self.section!r}" if self.section else ""
             if self._state == self._read_file_header and self._end == self._pos == self._base == 0:
-                self._failure = TransportFailed("the peer closed the connection without sending anything")
+                self._failure = TransportFailed(
+                    "the peer closed the connection without sending anything", loss=Loss.CLOSED
+                )
             else:
                 have = self._end - self._pos
                 self._failure = TransportFailed(
                     f"the stream ends{where} at byte {self.offset + have} (0x{self.offset + have:x}), "
-                    f"before the guest was complete"
+                    f"before the guest was complete",
+                    loss=Loss.CLOSED,
                 )
             raise self._failure
         return event

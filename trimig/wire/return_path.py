@@ -21,6 +21,8 @@ from .postcopy import BITMAP_FRAME, bitmap_bytes, check_bitmap_size, decode_rece
 #: No message of any version is longer than this; QEMU's own reader has the same bound (return_path.md part 5).
 MAX_PAYLOAD: Final = 512
 
+#: Bytes of an answer in another protocol that a message shows at most.
+_SHOWN_BYTES: Final = 40
 _HEADER = struct.Struct(">HH")
 _BE32 = struct.Struct(">I")
 _REQUEST = struct.Struct(">QI")
@@ -141,6 +143,16 @@ def encode(message: Message) -> bytes:
             return _HEADER.pack(ReturnPath.REQ_PAGES, 12) + _REQUEST.pack(start, length)
 
 
+def _no_destination(first: bytes) -> str:
+    """What the first bytes of another protocol say; empty if they look like no other one."""
+    if first[:2] == b"\x15\x03":
+        return "the destination answered with an alert of TLS: TLS is on there (tls-creds), and off at this side"
+    shown = first[:_SHOWN_BYTES].split(b"\n")[0].rstrip()
+    if len(shown) >= 4 and all(32 <= byte < 127 for byte in shown):
+        return f"there is no migration destination at that address: it answered {shown.decode()!r}"
+    return ""
+
+
 class ReturnPathDecoder:
     """Turns the bytes of the return path into messages.
 
@@ -246,6 +258,8 @@ class ReturnPathDecoder:
         try:
             kind = ReturnPath(number)
         except ValueError:
+            if not self._offset and (problem := _no_destination(bytes(self._buffer))):
+                raise self._error(problem) from None
             raise self._error(f"invalid return-path message type {number:#06x} (length {length})") from None
         expected = _FIXED_LENGTH.get(kind)
         if expected is not None and length != expected:

@@ -18,7 +18,6 @@ import click
 import trimig
 from trimig import formats, stream, transport
 from trimig.errors import Ownership
-from trimig.monitor import WHY_CLOSED
 
 from .. import display, postcopy, saved
 from ..exit_codes import DONE
@@ -263,10 +262,6 @@ async def _send(
             sent = True
         except trimig.HandoverUncertain as error:
             uncertain = error
-        except trimig.TransportFailed as error:
-            if not monitor.counters.transferred or WHY_CLOSED in str(error):
-                raise
-            raise trimig.TransportFailed(f"{error}; if the destination has ended, {WHY_CLOSED}") from error
         finally:
             # Synchronous, because a cancelled task may run this.
             if sent or monitor.owner is Ownership.DESTINATION:

@@ -11,6 +11,7 @@ from ...channel import closing
 from ...channel.channels import MAIN
 from ...errors import (
     HandoverUncertain,
+    Loss,
     MigrationCancelled,
     PostcopyLost,
     RemoteProtocolError,
@@ -41,6 +42,7 @@ async def unwind(into: Incoming, failure: BaseException | None) -> None:
     **Cancellation:** held off, for at most ``teardown_grace``.
     """
     monitor = into.monitor
+    _explain(into, failure)
     ended = monitor.status is not Status.COMPLETED
     if ended:
         error = domain_error(failure, monitor.owner) if failure is not None else None
@@ -59,6 +61,13 @@ async def unwind(into: Incoming, failure: BaseException | None) -> None:
             await _say(into, reason + encode(Shut(status=1 if ended else 0)), arrived=not ended)
     finally:
         await into.channels.close(0.0 if ended else into.config.teardown_grace)
+
+
+def _explain(into: Incoming, failure: BaseException | None) -> None:
+    """Say in the error of a stream that ends too early what that means, if the source is a program on a connection."""
+    error = domain_error(failure, into.monitor.owner) if failure is not None else None
+    if isinstance(error, TransportFailed) and error.loss is Loss.CLOSED and into.return_path:
+        add_to_message(error, "the source has ended, or the link broke")
 
 
 async def _say(into: Incoming, message: bytes, *, arrived: bool) -> None:

@@ -11,7 +11,7 @@ from ...channel.channel import Channel, PerhapsSilent
 from ...channel.channels import MAIN
 from ...channel.limiter import Limiter
 from ...channel.return_path import ReturnPathReader
-from ...errors import ConfigError, TransportFailed
+from ...errors import ConfigError, Loss, TransportFailed
 from .. import guest_calls
 from ..sections.ram import beside_of
 from .link import Link, Ways, one_way
@@ -106,4 +106,4 @@ async def await_first_answer(out: Outgoing) -> None:
             )
             await reader.wait_life()
     if limit.cancelled_caught:
-        raise TransportFailed(f"the destination has answered nothing for {formats.duration(most)}")
+        raise TransportFailed(f"the destination has answered nothing for {formats.duration(most)}", loss=Loss.SILENT)

@@ -22,8 +22,8 @@ from ...monitor.statistics import Downtime, Summary
 from ...status import IN_POSTCOPY, Role, Status, end_of
 from ...wire import encoder as wire
 from ...wire.marks import Mark, reason_bytes
-from ..outcome import add_to_message, bare, domain_error, judged, lost_by_cancellation
-from . import uncertain
+from ..outcome import bare, domain_error, judged, lost_by_cancellation
+from . import hints, uncertain
 from .throttle import end_throttle
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ async def unwind(out: Outgoing, failure: BaseException | None) -> GuestNotResume
         The failure, if the guest could not be resumed.
     """
     monitor = out.monitor
+    hints.explain(out, failure)
     if monitor.status is Status.HANDOVER:
         if failure is not None and (error := domain_error(failure, monitor.owner)) is not None:
             monitor.counters.error = str(error)
@@ -109,8 +110,6 @@ async def conclude(out: Outgoing, failure: BaseException | None, guest_failure: 
     """Set the final status, and raise the error of the attempt. Returns for a migration that succeeded."""
     monitor = out.monitor
     error = domain_error(failure, monitor.owner) if failure is not None else None
-    if isinstance(error, TransportFailed) and out.link.is_silent:
-        add_to_message(error, out.link.silence)
     if monitor.status is Status.COMPLETED and error is not None:
         monitor.warn(f"the guest was handed over; behind that: {error}")
         return
