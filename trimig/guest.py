@@ -392,6 +392,18 @@ class FramedGuest(OpaqueGuest, Protocol):
 
 
 @runtime_checkable
+class IdentifiableGuest(OpaqueGuest, Protocol):
+    """A guest that can be told the UUID of its machine."""
+
+    def identify(self, uuid: str) -> None:
+        """Keep the UUID that the data channels of multifd have said, if the guest has none: whatever it is sent to compares it.
+
+        Args:
+            uuid: in its usual form.
+        """
+
+
+@runtime_checkable
 class IdentifiedGuest(Guest, Protocol):
     """A guest whose machine has a UUID, or could have one."""
 

@@ -24,7 +24,7 @@ from tests.transport.test_hostile_handshakes import client_hello
 from trimig import transport
 from trimig.channel.channel import AnyStream
 from trimig.channel.channels import PREEMPT, Beside
-from trimig.channel.first_bytes import judge_again, judge_first, judge_other, known
+from trimig.channel.first_bytes import judge_again, judge_data, judge_first, judge_other, known
 from trimig.channel.lobby import MOST_READ, MOST_WAITING, Lobby, NotTheOne, Verdict, accept_pause
 from trimig.errors import RemoteProtocolError, TransportFailed
 from trimig.transport.tcp import TcpListener
@@ -498,3 +498,41 @@ def test_judges_never_fail_in_another_way() -> None:
                 data[source.randrange(len(data))] = source.randrange(256)
             with contextlib.suppress(NotTheOne, RemoteProtocolError):
                 judge(bytes(data))
+
+
+async def test_a_connection_of_other_settings_is_told_of_and_stays_open(autojump_clock: trio.testing.MockClock) -> None:
+    """A QEMU may hang if its data channel is closed while it waits for another one. It does not hide that none is there."""
+
+    def check(hello: bytes) -> None:
+        if hello[24]:
+            raise RemoteProtocolError("it has another number", offset=24, section="multifd")
+
+    async with lobby() as tried:
+        judge = judge_data(check, others=False)
+        other = tried.door.connect(MULTIFD[:24] + b"\x05" + MULTIFD[25:])
+        with pytest.raises(trimig.TransportFailed, match="it has another number"):
+            await tried.lobby.choose(judge, lonely=1)
+        assert tried.told == ["it is a channel of multifd, it has another number"]
+        assert await open_still(other)
+        right = tried.door.connect(MULTIFD)
+        chosen = await tried.lobby.choose(judge, lonely=1)
+        assert chosen.first == MULTIFD
+        assert await open_still(right)
+        assert "it has another number" in str(tried.lobby.hint())
+        tried.lobby.close()
+        await trio.sleep(1)
+        assert not await open_still(other)
+        await trio.aclose_forcefully(chosen.stream)
+
+
+async def test_what_was_said_before_a_connection_ended_is_kept_for_a_later_judge(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A data channel of a small guest has ended before it is chosen."""
+    async with lobby() as tried:
+        early = tried.door.connect(MULTIFD + b"packets")
+        await early.send_eof()
+        await trio.sleep(1)
+        chosen = await tried.lobby.choose(judge_data(lambda _: None, others=False))
+        assert chosen.first == MULTIFD + b"packets"
+        await trio.aclose_forcefully(chosen.stream)

@@ -13,6 +13,7 @@ import trio.testing
 import trimig
 from tests.engine.multifd_source import (
     CHANNELS,
+    CLOSE,
     FLAGS,
     HEAD,
     LIST,
@@ -31,6 +32,7 @@ from tests.engine.multifd_source import (
     zeros,
 )
 from tests.engine.test_postcopy_bad_input import PACKAGE
+from trimig.config.peer import PEERS
 from trimig.errors import Ownership
 from trimig.guest import PAGE_SIZE, ConfigSubsection
 from trimig.status import Status
@@ -159,6 +161,16 @@ async def test_a_footer_that_comes_late_holds_nothing_up(autojump_clock: trio.te
         await peer.say(wire.section_footer(2) + part(new=False) + end(new=False))
         await peer.hear()
     assert isinstance(there.outcome, trimig.Summary), there.outcome
+
+
+async def test_the_seed_has_one_connection_with_the_capability_on(autojump_clock: trio.testing.MockClock) -> None:
+    """B19: all pages come on the main connection, and nothing else is waited for."""
+    seed = config(peer=dataclasses.replace(PEERS["qemu-2.11"], suppress_vmdesc=True))
+    page = wire.section_continue(Section.PART, 2) + records(*range(PAGES), fill=3) + CLOSE
+    there = await played(HEAD + start(new=False) + page + end(new=False), [], seed)
+    assert isinstance(there.outcome, trimig.Summary), there.outcome
+    assert there.pages() == PAGES * [3]
+    assert len(there.links) == 1
 
 
 # -- with postcopy -----------------------------------------------------------------------------------------------------
@@ -363,7 +375,7 @@ BASE = 64 + 1344
 async def test_a_bad_packet_ends_the_attempt_with_its_place(
     autojump_clock: trio.testing.MockClock, data: bytes, words: str, offset: int
 ) -> None:
-    """Gap G14: a QEMU hangs here. The main reader waits for more, or for the synchronisation."""
+    """Gap G14, P8: a QEMU hangs here. The main reader waits for more, or for the synchronisation; the guest is not started."""
     for stream in (HEAD + start(new=True), main()):
         error = error_of(await played(stream, [bare()[0], data, bare()[2]]))
         assert isinstance(error, trimig.RemoteProtocolError), error

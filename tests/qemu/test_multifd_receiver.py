@@ -168,6 +168,25 @@ async def test_settings_that_differ_are_told_on_both_sides(theirs: dict[str, boo
         await vm.wait_status("running")
 
 
+async def test_a_parked_guest_keeps_the_uuid_for_its_way_on() -> None:
+    """A QEMU compares it with its own, whatever validate-uuid says."""
+    uuid = ["-uuid", "00112233-4455-6677-8899-aabbccddeeff"]
+    ours = config().with_options(parameters=["max-bandwidth=0"])
+    with trimig.ParkedGuest() as guest:
+        async with Qemu.start("none", "16M", extra=uuid, version="7.2") as vm:
+            vm.ram[:] = random_ram(SIZE, seed=8)
+            async with peers.arriving(guest, ours) as arrival:
+                await vm.migrate(arrival.uri, capabilities=MULTIFD)
+                await arrival.summary()
+            before = vm.ram.copy()
+        assert guest.uuid == uuid[1]
+        async with Qemu.start("none", "16M", extra=uuid, incoming="defer", version="7.2") as vm:
+            await vm.set_capabilities(MULTIFD)
+            await trimig.migrate(guest, await vm.incoming(TCP), ours)
+            await vm.wait_status("running")
+            assert np.array_equal(vm.ram, before)
+
+
 async def test_the_uuid_of_another_machine() -> None:
     """multifd.md part 2: it is compared in any case; the channels of such a source are not taken."""
     async with Qemu.start("none", "16M", extra=["-uuid", "00112233-4455-6677-8899-aabbccddeeff"]) as vm:

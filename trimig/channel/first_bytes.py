@@ -12,7 +12,7 @@ from ..wire.constants import Command, Section
 from ..wire.decoder import Decoder
 from ..wire.marks import Mark, is_mark, wrong_length
 from ..wire.pages import multifd
-from .lobby import MOST_READ, Judge, NotTheOne, Verdict
+from .lobby import MOST_READ, Judge, NotTheOne, NotWanted, Verdict
 
 if TYPE_CHECKING:
     from ..config.config import Config
@@ -198,8 +198,8 @@ def judge_data(check: Callable[[bytes], None], *, others: bool) -> Judge:
         try:
             check(data[: multifd.HELLO_BYTES])
         except RemoteProtocolError as error:
-            raise NotTheOne(
-                f"it is a channel of multifd, {error.reason}", f"a connection was dropped: {error.reason}"
+            raise NotWanted(
+                f"it is a channel of multifd, {error.reason}", f"a connection was refused: {error.reason}"
             ) from None
         return Verdict.YES
 

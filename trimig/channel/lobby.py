@@ -94,6 +94,13 @@ class NotTheOne(Exception):
         self.telling = telling
 
 
+class NotWanted(NotTheOne):
+    """A judge refuses a visitor that is a connection of a source with other settings. It is kept open, and never chosen.
+
+    A QEMU whose data channel is closed while it waits for another one may hang. It is told first that the migration fails.
+    """
+
+
 class Entrance(Protocol):
     """A listener, as far as a lobby needs one."""
 
@@ -146,6 +153,7 @@ class _Visitor:
         data: the bytes that were read so far.
         possible: True if the judge's verdict was ALONE.
         later: True if the judge's verdict was LATER, or if there was no judge for the bytes that came last.
+        unwanted: True if a judge has raised :class:`NotWanted` for it.
         chosen: True if the visitor was chosen; then its stream belongs to the caller of :meth:`Lobby.choose`.
         left: set when the visitor's task does not use the stream any more.
     """
@@ -157,6 +165,7 @@ class _Visitor:
         self.scope = trio.CancelScope()
         self.possible = False
         self.later = False
+        self.unwanted = False
         self.chosen = False
         self.left = trio.Event()
 
@@ -228,6 +237,11 @@ class Lobby:
         return len(self._visitors)
 
     @property
+    def _candidates(self) -> list[_Visitor]:
+        """The visitors that may be chosen."""
+        return [visitor for visitor in self._visitors if not visitor.unwanted]
+
+    @property
     def handshaking(self) -> bool:
         """True if a visitor has not finished its handshakes."""
         return any(visitor.stream is None for visitor in self._visitors)
@@ -256,7 +270,7 @@ class Lobby:
 
         **Cancellation:** no effect.
         """
-        while not any(visitor.stream is not None for visitor in self._visitors):
+        while not any(visitor.stream is not None for visitor in self._candidates):
             self._check()
             await self._changed.wait()
 
@@ -281,8 +295,9 @@ class Lobby:
                 self._look(waiting)
             while (visitor := self._chosen_one()) is None:
                 self._check()
-                only = self._visitors[0] if len(self._visitors) == 1 and self._visitors[0].possible else None
-                patience = lonely if not self._visitors else math.inf if only is None else _ALONE_SECONDS
+                candidates = self._candidates
+                only = candidates[0] if len(candidates) == 1 and candidates[0].possible else None
+                patience = lonely if not candidates else math.inf if only is None else _ALONE_SECONDS
                 with trio.move_on_after(patience) as alone:
                     await self._changed.wait()
                 if not alone.cancelled_caught:
@@ -310,7 +325,7 @@ class Lobby:
             self._look(visitor)
 
     def _check(self) -> None:
-        if self._failure is not None and not self._visitors:
+        if self._failure is not None and not self._candidates:
             raise TransportFailed(str(self._failure)) from self._failure
 
     def _tell(self) -> None:
@@ -319,11 +334,17 @@ class Lobby:
 
     def _look(self, visitor: _Visitor) -> None:
         """Let the judge examine the bytes of *visitor*, and act on the verdict."""
+        if visitor.unwanted:
+            return
         visitor.later = self._judge is None
         if self._judge is None or not visitor.data or visitor.chosen:
             return
         try:
             verdict = self._judge(bytes(visitor.data))
+        except NotWanted as refusal:
+            visitor.unwanted = visitor.later = True
+            self._note(visitor, str(refusal), refusal.telling)
+            return
         except NotTheOne as refusal:
             self._drop(visitor, str(refusal), refusal.telling)
             return
@@ -352,6 +373,10 @@ class Lobby:
             return
         self._visitors.remove(visitor)
         visitor.scope.cancel(reason)
+        self._note(visitor, reason, telling)
+
+    def _note(self, visitor: _Visitor, reason: str, telling: str | None) -> None:
+        """Count a visitor that was refused, and report it."""
         self.last_reason = reason
         if telling is not None:
             self.telling, self._telling_origins = telling, visitor.origins

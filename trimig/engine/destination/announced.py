@@ -93,8 +93,8 @@ def refined(into: Incoming, event: ev.Configuration) -> PeerProfile:
 
 
 def machine_of(guest: Guest) -> bytes | None:
-    """The UUID of the guest's machine, 16 bytes; None if it has none, or if the stream has yet to say it."""
-    if isinstance(guest, OpaqueGuest) or not isinstance(guest, IdentifiedGuest) or guest.uuid is None:
+    """The UUID that the guest's machine was given, 16 bytes; None if it was given none."""
+    if not isinstance(guest, IdentifiedGuest) or guest.uuid is None:
         return None
     return uuid.UUID(guest.uuid).bytes
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from ...guest import DeviceSection, StoringGuest
+from ...guest import DeviceSection, IdentifiableGuest, StoringGuest
 from ...status import STREAM_IN_PRECOPY, Stream
 from ...wire import events as ev
 from ...wire.constants import Section
@@ -83,6 +83,8 @@ async def take_memory(
     if isinstance(event, ev.RamEnd):
         await stream.load(event)  # the end of the section END
     await into.data.finish(drain=stream.state is Stream.PACKAGE)
+    if into.data.machine is not None and isinstance(into.guest, IdentifiableGuest):
+        into.guest.identify(into.data.machine)
     return Taken(storing=storing, early=early, last=event, ended=stream.state is Stream.DEVICES)
 
 

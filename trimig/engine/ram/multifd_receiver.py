@@ -112,6 +112,11 @@ class MultifdReceiver:
     def _count(self) -> int:
         return self._beside.count if self._beside is not None else 0
 
+    @property
+    def machine(self) -> str | None:
+        """The UUID that the data channels have said, in its usual form; None if they have said none."""
+        return None if self._said in (None, _NO_UUID) else str(uuid.UUID(bytes=self._said))
+
     # -- how they are found --------------------------------------------------------------------------------------------
 
     def expect(self, nursery: trio.Nursery) -> None:
@@ -148,7 +153,7 @@ class MultifdReceiver:
             waited = trio.current_time() - began
             if not lobby.handshaking or waited >= _HANDSHAKE_SECONDS:
                 reason = lobby.last_reason
-                dropped = "" if reason is None else f"; the last connection that was dropped: {reason}"
+                dropped = "" if reason is None else f"; the last connection that was refused: {reason}"
                 raise TransportFailed(f"{self._lacking(waited)}{dropped}")
 
     def _check_hello(self, data: bytes) -> None:

@@ -390,6 +390,11 @@ class ParkedGuest(OwnedGuest):
                 self._peer, name="as it came", send_configuration=configuration, send_section_footer=footers
             )
 
+    def identify(self, uuid: str) -> None:
+        """Keep the UUID of the machine, unless there is one; see :class:`IdentifiableGuest`."""
+        if self.uuid is None:
+            self.uuid = uuid
+
     def _new_file(self, path: Path) -> writer.SaveFile:
         return writer.SaveFile(path, self, self._ram, replace=self._replace, peer=self._peer, early=self._early)
 
