@@ -418,6 +418,7 @@ class MultifdReceiver:
                 raise RemoteProtocolError(
                     f"{data.name}: pages behind the last synchronisation", offset=data.at, section="multifd"
                 )
+        self._reception.settle()  # from here on a source may be silent for any time
         if drain:
             await self.stop()
 
