@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import trio
 
 import trimig
 from tests.qemu import peers
@@ -95,8 +96,9 @@ async def test_a_guest_that_writes_through_several_passes(tmp_path: Path, versio
     """Pages come again on other channels; into a parked guest, over a unix socket."""
     with trimig.ParkedGuest() as guest:
         async with Qemu.start("pc", "32M", version=version, boot=boot_sector()) as vm:
-            vm.ram[8 * MiB :] = random_ram(24 * MiB, seed=5)
-            await vm.wait_serial(lambda text: text.count("\n") >= 3)
+            with trio.fail_after(peers.LIMIT):
+                await vm.wait_serial(lambda text: text.count("\n") >= 3)
+            vm.ram[8 * MiB : 24 * MiB] = random_ram(16 * MiB, seed=5)  # neither the guest nor its firmware is there
             async with peers.arriving(guest, config(channels=3), uri=f"unix:{tmp_path}/socket") as arrival:
                 slow = {"max-bandwidth": 40 * MiB, "downtime-limit": 20, "multifd-channels": 3}
                 info = await vm.migrate(arrival.uri, capabilities=MULTIFD, parameters=slow)
