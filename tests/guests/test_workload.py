@@ -230,3 +230,27 @@ def test_throttled_worker_writes_its_share_of_the_rate(throttle: int, monkeypatc
         now += 0.001
         main.tick()
     assert main.stats()["writes"] - before == pytest.approx(full / 10, abs=2)
+
+
+@pytest.mark.parametrize("write_size", [8, 64, 4088])
+def test_small_writes_change_the_begin_of_a_page(write_size: int) -> None:
+    """The rest stays as it was at first, and every word can still be verified."""
+    state = dataclasses.replace(SMALL, write_size=write_size)
+    words = fresh(state)
+    before = words.copy()
+    state = write(state, words, 25)
+    changed = words != before
+    written = write_size // 8
+    assert changed.any(axis=1).sum() == 25
+    assert changed[changed.any(axis=1), :written].all()
+    assert not changed[:, written:].any()
+    assert verify(state, words).ok
+    words[3, 500] ^= np.uint64(1)
+    assert (verify(state, words).wrong_page, verify(state, words).wrong_word) == (3, 500)
+    assert WorkloadState.unpack(state.pack()) == state
+
+
+@pytest.mark.parametrize("write_size", [0, 4, 12, 4104])
+def test_writes_of_other_sizes_are_refused(write_size: int) -> None:
+    with pytest.raises(ValueError, match=f"a write of {write_size} bytes"):
+        dataclasses.replace(SMALL, write_size=write_size)

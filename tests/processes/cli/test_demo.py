@@ -294,3 +294,19 @@ def test_a_destination_that_dies_with_the_whole_guest_is_no_incomplete_one(
     monkeypatch.setattr(demo, "destination", FakeHost(2, None, "killed"), raising=False)
     monkeypatch.setattr(demo, "_migrating", True)
     assert demo._code(FAILED) == code
+
+
+def test_demo_shows_the_differences_of_xbzrle() -> None:
+    """S1: a working set that does not fit into the downtime limit as whole pages does so as differences."""
+    arguments = (
+        *("demo", "--size", "16M", "--hot", "1M", "--dirty-rate", "4M"),
+        *("-c", "xbzrle", "--bandwidth", "12M", "--downtime-limit", "40"),
+    )
+    code, out, err = run(*arguments, "--json")
+    result = json.loads(out)
+    assert (code, result["verified"], result["write_size"]) == (0, True, 64)
+    assert result["encoded_bytes"] > 10 * result["encoded_sent_bytes"] > 0
+    pictures = [message for line in err.splitlines() if (message := json.loads(line))["event"] == "progress"]
+    assert any(picture["encoded_bytes"] for picture in pictures)
+    code, out, _err = run(*arguments)
+    assert (code, "in another encoding, sent as" in out) == (0, True)

@@ -28,7 +28,7 @@ from ..picture import Picture
 from ..runner import run
 from . import figures
 from .messages import pack_config
-from .options import Options
+from .options import Options, default_bandwidth, default_write_size
 from .process import HostProcess, Message, reap_descendants
 
 #: Seconds that a host may take to report a failure, beyond the limits of the migration itself.
@@ -117,6 +117,7 @@ class Demo:
             "size": self._options.size,
             "hot": self._options.hot,
             "dirty_rate": self._options.dirty_rate,
+            "write_size": self._options.write_size,
             "hosts": self.pids,
             "owner": "destination",
             "exit_code": code,
@@ -132,11 +133,11 @@ class Demo:
     async def _run_hops(self) -> Message:
         options = self._options
         self._view.note(
-            f"hosts {self.pids[0]} and {self.pids[1]}; a guest of {formats.size(options.size)} writes "
-            f"{formats.rate(options.dirty_rate)} in {formats.size(options.hot)}",
+            f"hosts {self.pids[0]} and {self.pids[1]}; a guest of {formats.size(options.size)} writes {options.writes}",
             hosts=self.pids,
         )
-        await self.source.ask("open", size=options.size, hot=options.hot, dirty_rate=options.dirty_rate)
+        workload = {"hot": options.hot, "dirty_rate": options.dirty_rate, "write_size": options.write_size}
+        await self.source.ask("open", size=options.size, **workload)
         await self._reports(self.source)
         self._started = True
         for number in range(1, options.hops + 1):
@@ -385,6 +386,12 @@ class Demo:
     metavar="SIZE",
     help="How much of its memory it writes again and again.  [default: 32M, or an eighth of a smaller guest]",
 )
+@click.option(
+    "--write-size",
+    type=SIZE,
+    metavar="SIZE",
+    help="How much of a page one write changes, a multiple of 8.  [default: 4K, with xbzrle 64]",
+)
 @click.option("--bandwidth", type=SIZE, metavar="SIZE", help="Bytes sent per second, 0 for no limit.  [default: 0]")
 @click.option(
     "--downtime-limit",
@@ -414,6 +421,7 @@ def demo(
     size: int,
     dirty_rate: int,
     hot: int | None,
+    write_size: int | None,
     bandwidth: int | None,
     downtime_limit: int | None,
     hops: int,
@@ -432,8 +440,8 @@ def demo(
     for come on a second connection (-c postcopy-preempt=off: on the same). --cut-after shows the effect of a lost
     connection.
 
-    With -c auto-converge the guest is slowed down until it converges. Without --bandwidth the limit is nine tenths of the
-    dirty rate then.
+    With -c auto-converge the guest is slowed down until it converges, and with -c xbzrle pages that it has changed go as
+    differences. Without --bandwidth the limit is nine tenths of the dirty rate then.
 
     The figures go to stdout, progress to stderr. With --json there is one object on stdout, and progress is one object
     on each line of stderr.
@@ -451,13 +459,21 @@ def demo(
         config = postcopy.recovering(config, None)
         if downtime_limit is None:
             downtime_limit = 0  # with any limit, a rest that fits the limit would be sent before the switch
-    if bandwidth is None and dirty_rate and config.capabilities.auto_converge and not config.parameters.max_bandwidth:
-        bandwidth = max(1, dirty_rate * 9 // 10)  # with more, there would be nothing to throttle the guest for
+    if bandwidth is None:
+        bandwidth = default_bandwidth(config, dirty_rate)
+    if write_size is None:
+        write_size = default_write_size(config)
+    if not 8 <= write_size <= 4096 or write_size % 8:
+        raise click.UsageError(
+            f"--write-size: {formats.size(write_size)} is not a multiple of 8 up to a page of 4096 bytes"
+        )
     changes = {"max_bandwidth": bandwidth, "downtime_limit": downtime_limit}
     changes = {name: value for name, value in changes.items() if value is not None}
     config = dataclasses.replace(config, parameters=config.parameters.replace(**changes))
-    when = {"postcopy_after": postcopy_after, "cut_after": cut_after}
-    options = Options(size=size, hot=hot, dirty_rate=dirty_rate, hops=hops, config=config, **when)
+    options = Options(
+        size=size, hot=hot, dirty_rate=dirty_rate, write_size=write_size, hops=hops, config=config,
+        postcopy_after=postcopy_after, cut_after=cut_after,
+    )  # fmt: skip
     with display.open_view(as_json=as_json) as view, Demo(options, view) as demo:
         results: list[Message] = []
 

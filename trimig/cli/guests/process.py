@@ -9,7 +9,7 @@ from typing import Any, Final
 import trimig
 from trimig.guests import GuestKind, GuestRequest
 
-_SIZES: Final = ("size", "dirty-rate", "hot")
+_SIZES: Final = ("size", "dirty-rate", "hot", "write-size")
 
 
 def default_hot(size: int) -> int:
@@ -49,7 +49,7 @@ def options_of(text: str) -> dict[str, Any]:
 
 KIND: Final = GuestKind(
     name="process",
-    syntax="process[:size=256M,dirty-rate=50M,hot=32M,seed=N]",
+    syntax="process[:size=256M,dirty-rate=50M,hot=32M,write-size=4K,seed=N]",
     summary="The workload of the demo, in a process of its own.",
     open=_open,
 )

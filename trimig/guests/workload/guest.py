@@ -79,6 +79,7 @@ class WorkloadGuest(WorkerGuest):
         size: int = 256 * MiB,
         hot: int = 32 * MiB,
         dirty_rate: int = 50 * MiB,
+        write_size: int = PAGE_SIZE,
         seed: int | None = None,
         running: bool = True,
         stopped: bool = False,
@@ -91,10 +92,11 @@ class WorkloadGuest(WorkerGuest):
         Args:
             size: bytes of RAM, a multiple of 4096.
             hot: bytes at the start of the RAM that are written again and again; rounded down to whole pages.
-            dirty_rate: bytes per second that the worker writes.
+            dirty_rate: bytes per second that the worker writes; each write counts a page.
+            write_size: bytes of a page that a write changes, a multiple of 8; the whole page by default.
             seed: seed of content and order; None takes a random one.
             running: False for a receiver: memory stays empty, and the run state is ``"inmigrate"``. The settings of the
-                workload (hot, dirty_rate, seed) then come with the guest; only *size* must agree.
+                workload (hot, dirty_rate, write_size, seed) then come with the guest; only *size* must agree.
             stopped: with *running*: ready, but not started; the run state is ``"prelaunch"`` until :meth:`resume`.
             name: the machine name in the stream.
             dirty_tracking: ``"auto"``, ``"userfaultfd"`` or ``"compare"``.
@@ -116,6 +118,7 @@ class WorkloadGuest(WorkerGuest):
                 ram_pages=size // PAGE_SIZE,
                 hot_pages=hot // PAGE_SIZE,
                 dirty_rate=dirty_rate,
+                write_size=write_size,
             )
         except ValueError as exc:
             raise ConfigError(str(exc)) from exc

@@ -41,7 +41,7 @@ _ROUNDS: Final = 64
 
 _U64: Final = np.uint64
 #: The members of a :class:`WorkloadState`, in order.
-_STATE: Final = struct.Struct(">5Q")
+_STATE: Final = struct.Struct(">6Q")
 _RAMP: Final[Words] = np.arange(WORDS_PER_PAGE, dtype=np.uint64) * _U64(0x9E3779B97F4A7C15)
 _BY_PAGE: Final = _U64(0xD1342543DE82EF95)
 _BY_NUMBER: Final = _U64(0xA24BAED4963EE407)
@@ -66,6 +66,8 @@ class WorkloadState:
     dirty_rate: int
     #: Number of writes made.
     writes: int = 0
+    #: Bytes at the start of its page that a write changes, a multiple of 8.
+    write_size: int = PAGE_SIZE
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 64:
@@ -80,6 +82,8 @@ class WorkloadState:
             raise ValueError("without hot pages nothing can be written")
         if not 0 <= self.writes < 1 << 62:
             raise ValueError(f"{self.writes} writes are not within 0 to {(1 << 62) - 1}")
+        if not 8 <= self.write_size <= PAGE_SIZE or self.write_size % 8:
+            raise ValueError(f"a write of {self.write_size} bytes is not a multiple of 8 from 8 to {PAGE_SIZE}")
 
     def pack(self) -> bytes:
         """The state as bytes, as it is in the payload of the journal."""
@@ -168,10 +172,18 @@ def fill(state: WorkloadState, pages: Numbers, numbers: Numbers, out: Words) -> 
         pages, numbers: shape ``(n,)``.
         out: shape ``(n, WORDS_PER_PAGE)``, overwritten.
     """
+    written = state.write_size // 8
+    _fill(state, pages, numbers, out[:, :written], 0)
+    if written < WORDS_PER_PAGE:
+        _fill(state, pages, np.minimum(numbers, 0), out[:, written:], written)
+
+
+def _fill(state: WorkloadState, pages: Numbers, numbers: Numbers, out: Words, first: int) -> None:
+    """The words from *first* on."""
     base = pages.astype(np.uint64) * _BY_PAGE + numbers.astype(np.uint64) * _BY_NUMBER + _U64(state.seed)
     base = (base ^ (base >> _U64(30))) * _MIX_1
     base = (base ^ (base >> _U64(27))) * _MIX_2
-    np.add(base[:, None], _RAMP, out=out)
+    np.add(base[:, None], _RAMP[first : first + out.shape[1]], out=out)
     # One more round over every word, so that a page cannot be compressed.
     shifted = out >> _U64(29)
     np.bitwise_xor(out, shifted, out=out)
@@ -199,9 +211,9 @@ def write(state: WorkloadState, words: Words, count: int) -> WorkloadState:
     if count <= 0:
         return state
     pages = pages_of_writes(state, state.writes + 1, count)
-    content = np.empty((count, WORDS_PER_PAGE), dtype=np.uint64)
-    fill(state, pages, np.arange(state.writes + 1, state.writes + 1 + count, dtype=np.int64), content)
-    words[pages] = content
+    content = np.empty((count, state.write_size // 8), dtype=np.uint64)
+    _fill(state, pages, np.arange(state.writes + 1, state.writes + 1 + count, dtype=np.int64), content, 0)
+    words[pages, : content.shape[1]] = content
     return dataclasses.replace(state, writes=state.writes + count)
 
 
