@@ -27,7 +27,9 @@ from trimig.testing import FakeDevice, LazyScriptedGuest, ScriptedGuest, virtual
 from trimig.wire import Command, RecordWriter, Section
 from trimig.wire import encoder as wire
 from trimig.wire import postcopy as pc
+from trimig.wire.constants import RamFlag
 from trimig.wire.devices import globalstate
+from trimig.wire.pages.xbzrle import record_content
 from trimig.wire.return_path import Pong, ResumeAck, ReturnPathDecoder, Shut
 
 PAGES = 8
@@ -80,6 +82,11 @@ def devices() -> bytes:
     return wire.device_section(device, 4) + wire.device_section(state, 5)
 
 
+DELTA = (
+    wire.section_continue(Section.PART, 2)
+    + RecordWriter().records("ram", np.array([3 * PAGE_SIZE]), RamFlag.XBZRLE, [record_content(b"\0\1\7")])
+    + CLOSE
+)
 PACKAGE = pc.packaged(LISTEN + devices() + wire.ping(3) + RUN)
 ALL = tuple(range(PAGES))
 END = wire.section_continue(Section.END, 2) + CLOSE + wire.end_of_stream()
@@ -274,6 +281,7 @@ async def test_advised_but_finished_in_precopy() -> None:
     [
         (part(3) + part(3), "came a second time"),
         (part(2), "came a second time"),  # it came before the switch
+        (DELTA, "page 3 of RAM block 'ram' came as a difference; in postcopy each page comes whole"),
         (END, "6 pages are missing"),
         (discard(1), "POSTCOPY_RAM_DISCARD has no place behind the switch"),
         (PACKAGE, "PACKAGED has no place behind the switch"),
