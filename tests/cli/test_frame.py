@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 import trimig
 from trimig.cli import Group, main, options, runner, tasks
+from trimig.wire import XBZRLE_ENCODER
 
 
 def invoke(*arguments: str) -> Result:
@@ -56,6 +57,10 @@ FAILURES: dict[str, Exception] = {
 
 def test_version_and_help() -> None:
     assert invoke("--version").output == f"trimig, version {trimig.__version__}\n"
+    for words in (("--version", "--verbose"), ("--verbose", "-V")):
+        said = invoke(*words).output
+        assert said == f"trimig, version {trimig.__version__}\nXBZRLE is encoded by: {XBZRLE_ENCODER}\n"
+    assert XBZRLE_ENCODER in ("C", "NumPy")
     text = invoke("--help")
     assert text.exit_code == 0
     assert "demo" in text.output

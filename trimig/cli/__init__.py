@@ -16,6 +16,7 @@ from typing import Any, Final
 import click
 
 import trimig
+from trimig.wire import XBZRLE_ENCODER
 
 from . import signals
 from .errors import report_error
@@ -135,13 +136,41 @@ class Group(click.Group):
         return code if isinstance(code, int) else 0
 
 
+#: In a context's ``meta``: ``--verbose`` was given.
+_VERBOSE: Final = "trimig.verbose"
+
+
+def _note_verbose(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    context.meta[_VERBOSE] = value
+
+
+def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Print the version, and end."""
+    if not value or context.resilient_parsing:
+        return
+    click.echo(f"trimig, version {trimig.__version__}")
+    if context.meta.get(_VERBOSE):
+        click.echo(f"XBZRLE is encoded by: {XBZRLE_ENCODER}")
+    context.exit()
+
+
 @click.group(
     cls=Group,
     name="trimig",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=SENTENCE,
 )
-@click.version_option(trimig.__version__, "-V", "--version", prog_name="trimig")
+@click.option(
+    "-V", "--version", is_flag=True, expose_value=False, callback=_show_version, help="Show the version and exit."
+)
+@click.option(
+    "--verbose",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_note_verbose,
+    help="With --version: which optional parts are used.",
+)
 @debug_option
 def main() -> None:
     """Move running guests between processes and hosts, over QEMU's migration stream.

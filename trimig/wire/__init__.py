@@ -14,3 +14,4 @@ from .constants import Section as Section
 from .decoder import Decoder as Decoder
 from .encoder import Encoder as Encoder
 from .encoder import RecordWriter as RecordWriter
+from .pages.xbzrle_pages import XBZRLE_ENCODER as XBZRLE_ENCODER

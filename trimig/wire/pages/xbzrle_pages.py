@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...guest import PAGE_SIZE, Pages
+from .xbzrle_kernel import Encode, load
 
 Numbers = NDArray[np.int64]
 Bits = NDArray[np.bool_]
@@ -24,7 +25,7 @@ _ROW: Final = PAGE_SIZE + 8
 _FEW: Final = 8
 
 
-def encode_pages(old: Pages, new: Pages) -> list[bytes | None]:
+def encode_with_numpy(old: Pages, new: Pages) -> list[bytes | None]:
     """The deltas that make the pages *new* of the pages *old*.
 
     Args:
@@ -56,6 +57,14 @@ def encode_pages(old: Pages, new: Pages) -> list[bytes | None]:
     if len(rows):
         _write(new, different, *_runs(border), rows, deltas)
     return deltas
+
+
+_KERNEL: Final = load()
+
+#: Encodes pages: see :func:`encode_with_numpy`, whose bytes are those of the C encoder.
+encode_pages: Final[Encode] = _KERNEL or encode_with_numpy
+#: The encoder that is used.
+XBZRLE_ENCODER: Final = "C" if _KERNEL is not None else "NumPy"
 
 
 def _counts(bits: Bits) -> Numbers:
