@@ -233,6 +233,17 @@ async def test_bytes_on_a_data_channel_are_refused(autojump_clock: trio.testing.
     assert "the destination has sent bytes on data channel" in str(error)
 
 
+@pytest.mark.parametrize("pages", [4, 2000])
+async def test_a_destination_of_another_scheme(autojump_clock: trio.testing.MockClock, pages: int) -> None:
+    """newer.md part 3.3: it would run a small guest without its memory; nothing was sent on a data channel."""
+    source = guest(pages=pages)
+    played = Played(config(profile="qemu-11.1"), source)
+    error = await failed(config(profile="qemu-7.2"), source, played)
+    assert isinstance(error, ConfigError)
+    assert "choose another peer profile than 'qemu-7.2'" in str(error)
+    assert [lane.packets for lane in played.lanes] == [[], []]
+
+
 @pytest.mark.parametrize("profile", ["qemu-7.2", "qemu-11.1"])
 async def test_cancelled_half_way_nothing_is_left(autojump_clock: trio.testing.MockClock, profile: str) -> None:
     """A.1 row 24: the guest runs, and the next attempt succeeds."""

@@ -176,7 +176,7 @@ async def test_cancelled_half_way_and_again(version: str) -> None:
 async def arrives_again(version: str, guest: trimig.AppGuest) -> None:
     """The same guest, in a new QEMU."""
     ours = config(version)
-    async with waiting(version, ours) as (vm, uri):
+    async with waiting(version, ours, size=guest.ram[0].length) as (vm, uri):
         await trimig.migrate(guest, uri, ours)
         await vm.wait_status("running")
         assert np.array_equal(vm.ram, peers.memory(guest))
@@ -192,6 +192,19 @@ async def test_a_qemu_without_multifd(version: str) -> None:
                 await trimig.migrate(guest, uri, ours)
             assert caught.value.owner is trimig.Ownership.SOURCE
             assert guest.run_state == "running"
+        await arrives_again(version, guest)
+
+
+@pytest.mark.parametrize("version", [v for v in versions() if tuple(map(int, v.split("."))) >= (8, 1)])
+async def test_a_profile_that_does_not_fit(version: str) -> None:
+    """T1, newer.md part 3.3: a QEMU of a newer scheme would run this small guest without its memory."""
+    ours = config("7.2")
+    with peers.source(2 * MiB) as guest:
+        async with waiting(version, ours, size=2 * MiB) as (vm, uri):
+            with pytest.raises(trimig.ConfigError, match="another peer profile than"):
+                await trimig.migrate(guest, uri, ours)
+            assert guest.run_state == "running"
+            assert not any(event["event"] == "RESUME" for event in vm.qmp.events)
         await arrives_again(version, guest)
 
 

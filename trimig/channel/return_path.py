@@ -119,6 +119,14 @@ class ReturnPathReader:
         while value not in self._pongs:
             await self._news.wait()
 
+    async def wait_pong_or_mark(self, value: int) -> None:
+        """Wait for the answer to PING(*value*), or until the destination is known as a trimig.
+
+        **Cancellation:** no effect.
+        """
+        while value not in self._pongs and not self.marked:
+            await self._news.wait()
+
     async def wait_answer(self) -> None:
         """Wait until :attr:`shut` or :attr:`lost` is set.
 

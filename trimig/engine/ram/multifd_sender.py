@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ...channel.vectored import Vector
     from ...config.config import Config
     from ...monitor.statistics import Counters
+    from .multifd_scheme import SchemeCheck
     from .records import PageSender
 
 #: Packets that a channel gets at once. Their vector is built, and their turn is taken, once for all of them.
@@ -43,7 +44,10 @@ _INLINE_LEVEL: Final = 3
 #: and says why on the main one.
 _VERDICT_SECONDS: Final = 1.0
 _COMPRESSIONS: Final[Mapping[str, PacketFlag]] = {"zlib": PacketFlag.ZLIB, "zstd": PacketFlag.ZSTD}
-_HINT: Final = "multifd must be on at the destination too, with the same multifd-channels"
+_HINT: Final = (
+    "multifd must be on at the destination too, with the same multifd-channels and multifd-compression, and the peer profile "
+    "must fit its machine type"
+)
 
 
 class Zeros(enum.Enum):
@@ -124,8 +128,11 @@ class MultifdSender:
         main: writes the zero pages that go on the main connection.
         limiter: was asked for the bytes of :attr:`handed_over`, and gets those back that compression has saved.
         open_channel: opens the data channel of that number.
+        check: whether the destination synchronises at the end of each section; None if that cannot be found out, or another
+            scheme is used.
 
     Attributes:
+        check: see above.
         handed_over: bytes of all packets so far, before any compression, without those that synchronise.
     """
 
@@ -136,7 +143,9 @@ class MultifdSender:
         limiter: Limiter,
         counters: Counters,
         open_channel: Callable[[int], Awaitable[Channel]],
+        check: SchemeCheck | None = None,
     ) -> None:
+        self.check = check
         self._manner = manner
         self._main = main
         self._limiter = limiter

@@ -72,6 +72,12 @@ class RamSender:
         """The START section with the size list."""
         head = wire.section_start(Section.START, self._id, "ram", 0, wire.RAM_VERSION)
         listed = head + wire.ram_list((b.name, b.length) for b in blocks)
+        if self._data is not None and (check := self._data.check) is not None:
+            await check.begin()
+            await self._channel.send(listed + self._close)
+            await check.end()
+            await self._synchronised(pass_over=True)
+            return
         await self._channel.send(listed + await self._synchronised(pass_over=True) + self._close)
 
     async def send_pass(

@@ -9,6 +9,7 @@ from ...wire.pages.multifd import Hello, write_hello
 from .. import guest_calls
 from ..device_writer import machine_uuid
 from ..ram.encoding import choose_encoder
+from ..ram.multifd_scheme import SchemeCheck
 from ..ram.multifd_sender import Manner, MultifdSender
 from ..ram.records import PageSender
 from .ram import RamLoader, RamSection
@@ -59,7 +60,11 @@ def _data_channels(out: Outgoing) -> MultifdSender | None:
         return out.link.open_data_channel(write_hello(Hello(uuid=uuid, number=number)))
 
     pages = PageSender(out.link.channel, out.counters)
-    return MultifdSender(Manner.of(out.config), pages, out.link.limiter, out.counters, open_channel)
+    manner, link = Manner.of(out.config), out.link
+    check = (
+        SchemeCheck(link.channel, link.reader, out.config.peer.name) if manner.each_section and link.answers else None
+    )
+    return MultifdSender(manner, pages, link.limiter, out.counters, open_channel, check)
 
 
 def make_loaders(

@@ -23,6 +23,10 @@ _SILENT_PEER: Final = "if multifd is on there, it waits for further connections:
 _SILENT_PEER_MULTIFD: Final = (
     "if it waits for more data channels, or for none: set multifd and multifd-channels to the same at both sides"
 )
+#: The likely reason for a destination that has all pages of the data channels, and waits.
+_OTHER_SCHEME: Final = (
+    "; it may synchronise the data channels in another way: choose the peer profile that fits its machine type"
+)
 
 
 def one_way(what: str) -> str:
@@ -110,6 +114,11 @@ class Link:
     def silence(self) -> str:
         """The likely reason for a destination that has accepted the connection and sends no message."""
         return _SILENT_PEER_MULTIFD if self.wants(MULTIFD) else _SILENT_PEER
+
+    @property
+    def hint(self) -> str:
+        """What may be wrong where the destination reads and does not go on, as the end of a sentence; empty if unknown."""
+        return _OTHER_SCHEME if self.wants(MULTIFD) else ""
 
     def wants(self, kind: ChannelKind) -> bool:
         """Connections of *kind* belong to this migration."""

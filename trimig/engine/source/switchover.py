@@ -309,8 +309,9 @@ async def _wait_loaded(out: Outgoing, channel: Channel, value: int) -> None:
     with trio.move_on_after(out.config.handover_timeout) as limit:
         await out.link.reader.wait_pong(value)
     if limit.cancelled_caught:
+        seconds = formats.duration(out.config.handover_timeout)
         raise TransportFailed(
-            f"the destination did not confirm within {formats.duration(out.config.handover_timeout)} that it has loaded the guest"
+            f"the destination did not confirm within {seconds} that it has loaded the guest{out.link.hint}"
         )
 
 
