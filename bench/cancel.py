@@ -363,7 +363,7 @@ class _Run:
                 returned_at = time.perf_counter()
                 nursery.cancel_scope.cancel()
             if not self._mode.postcopy:
-                await _destination_over(child, uri)
+                await _destination_over(child)
         return await self._judge(attempt, completed=completed, returned_at=returned_at)
 
     async def _judge(self, attempt: _Attempt, *, completed: bool, returned_at: float) -> Point | None:
@@ -464,18 +464,14 @@ async def _cancel_later(
     scope.cancel()
 
 
-async def _destination_over(child: JsonChild, uri: str) -> None:
-    """Wait until the destination has ended its attempt; after a cancel before the connection it still waits."""
+async def _destination_over(child: JsonChild) -> None:
+    """Wait until the destination has ended its attempt; after a cancel before the connection it still waits, and is
+    told to stop.
+    """
     with trio.move_on_after(0.5):
         await child.receive()
         return
-    _, host, port = uri.split(":")
-    try:
-        stream = await trio.open_tcp_stream(host, int(port))
-    except OSError:
-        pass  # the destination has just ended by itself
-    else:
-        await stream.aclose()
+    await child.send({"do": "stop"})
     with trio.move_on_after(_ENDING) as limit:
         await child.receive()
     if limit.cancelled_caught:

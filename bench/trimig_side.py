@@ -76,6 +76,8 @@ class TrimigSide:
         self._populated = MEMORY_KINDS[kind].populated
         self._pattern = pattern
         self._summary: trimig.Summary | None = None
+        #: Of the present destination.
+        self._listening = trio.CancelScope()
         self._make_guest()
         if role == "source":
             fill_in_fork(self._pages, pattern)
@@ -83,24 +85,34 @@ class TrimigSide:
 
     async def serve(self) -> None:
         """Answer commands until the coordinator is gone."""
-        async for command in commands():
-            match command["do"]:
-                case "listen":
-                    if self._summary is not None:
-                        self._make_guest()  # the last guest was handed over and runs
-                    monitor = trimig.Monitor()
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(announce, monitor.events())
-                        uri = command.get("at", "tcp:127.0.0.1:0")
-                        incoming = trimig.receive(self._guest, uri, config_of(command), monitor=monitor)
-                        await self._watch(incoming)
-                        nursery.cancel_scope.cancel()
-                case "migrate":
-                    await self._watch(trimig.migrate(self._guest, command["uri"], config_of(command)))
-                case "report":
-                    say(report=self._report())
-                case "verify":
-                    say(mismatches=mismatches(self._pages, self._pattern))
+        async with trio.open_nursery() as nursery:
+            async for command in commands():
+                match command["do"]:
+                    case "listen":
+                        nursery.start_soon(self._listen, command)
+                    case "stop":
+                        self._listening.cancel()
+                    case "migrate":
+                        await self._watch(trimig.migrate(self._guest, command["uri"], config_of(command)))
+                    case "report":
+                        say(report=self._report())
+                    case "verify":
+                        say(mismatches=mismatches(self._pages, self._pattern))
+            nursery.cancel_scope.cancel()
+
+    async def _listen(self, command: Mapping[str, Any]) -> None:
+        """Be the destination of one migration; it ends with exactly one answer."""
+        if self._summary is not None:
+            self._make_guest()  # the last guest was handed over and runs
+        monitor = trimig.Monitor()
+        with trio.CancelScope() as self._listening:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(announce, monitor.events())
+                uri = command.get("at", "tcp:127.0.0.1:0")
+                await self._watch(trimig.receive(self._guest, uri, config_of(command), monitor=monitor))
+                nursery.cancel_scope.cancel()
+        if self._listening.cancelled_caught:
+            say(failed="it was told to stop")
 
     def _make_guest(self) -> None:
         kind = trimig.LazyAppGuest if self._role == "lazy" else trimig.AppGuest
