@@ -88,7 +88,9 @@ async def trimig_run(size: int, cap: int, *, postcopy: bool = True, preempt: boo
 async def _trimig_run(nursery: trio.Nursery, size: int, cap: int, *, postcopy: bool, preempt: bool) -> Result:
     names = (*(("postcopy-ram",) if postcopy else ()), *(("postcopy-preempt",) if preempt else ()))
     # Nearly all pages are left to postcopy, as with QEMU, which switches to postcopy at once.
-    parameters = [f"max-postcopy-bandwidth={cap}", f"max-bandwidth={64 << 20}"] if postcopy else ["max-bandwidth=0"]
+    parameters = ["max-bandwidth=0"]
+    if postcopy:
+        parameters = [f"max-postcopy-bandwidth={cap}", f"max-bandwidth={64 << 20}", "downtime-limit=0"]
     how = {"capabilities": names, "parameters": parameters}
     rate = 4 << 20 if postcopy else 0
     source, destination = [
@@ -108,6 +110,8 @@ async def _trimig_run(nursery: trio.Nursery, size: int, cap: int, *, postcopy: b
     for side in (source, destination):
         await side.send({"do": "report"})
     gave, got = [await side.answer("report") for side in (source, destination)]
+    if postcopy and "faults" not in got:
+        raise BenchError("the guest was moved in precopy, before the switch to postcopy")
     await destination.send({"do": "verify"})
     proof = await destination.receive()
     if not proof.get("verified"):
