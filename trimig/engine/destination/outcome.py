@@ -85,7 +85,10 @@ def _reason(into: Incoming, failure: BaseException | None) -> bytes:
     """The message with the reason of the refusal, for a source that is a trimig."""
     error = domain_error(failure, into.monitor.owner) if failure is not None else None
     cancelled = f"it was cancelled: {into.monitor.cancel_reason or 'no reason was given'}"
-    return encode(Reason(payload=reason_bytes(str(error) if error is not None else cancelled)))
+    text = str(error) if error is not None else cancelled
+    if (hint := into.reception.hint()) is not None and isinstance(error, TransportFailed | RemoteProtocolError):
+        text = f"{hint}; {text}"
+    return encode(Reason(payload=reason_bytes(text)))
 
 
 def conclude(into: Incoming, failure: BaseException | None, missing: Mapping[str, Runs]) -> None:
