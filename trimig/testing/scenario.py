@@ -17,12 +17,13 @@ from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 import trio
 from trio.testing import MockClock
 
-from ..errors import TrimigError
+from ..errors import InternalError, TrimigError
 from .determinism import deterministic_schedule
 from .edges import EdgeInstrument, EdgeKind, InstrumentErrors, StuckInstrument
 from .failing import Calls
 from .link import VirtualLink
 from .pipe import DIRECTIONS, Direction, Fault
+from .referee import BrokenRule, OwnerReferee, made
 
 T = TypeVar("T")
 
@@ -91,7 +92,8 @@ class Point:
 
 
 class SweepFailure(AssertionError):
-    """A run broke a rule. The message gives the point, ``__cause__`` the reason.
+    """A run broke a rule. The message gives the reason and the point. ``__cause__`` is the error that shows where; None
+    where the message says all.
 
     Attributes:
         point: for :func:`replay`.
@@ -171,10 +173,23 @@ class SweepContext:
         self.exits: dict[str, dict[EdgeKind, int]] = {}
         #: The number of deadlines that have expired.
         self.expired = 0
+        #: The referees that the scenario has made.
+        self.referees: list[OwnerReferee] = []
+        #: As in :class:`Run`; None before the end.
+        self.unmoved: str | None = None
+        self._beside: list[Callable[[], Awaitable[object]]] = []
 
     def new_link(self) -> VirtualLink:
         """A link like :attr:`link` without faults, for a second attempt."""
         return self._make_link(seed=self.seed)
+
+    def beside(self, work: Callable[[], Awaitable[object]]) -> None:
+        """Let *work* run in a task of its own during :meth:`run`: the program of a guest, that writes its memory.
+
+        The task is cancelled when all sides have ended. Expected errors, such as NotOwner, end it, too. *work* must
+        wait for time to pass (``trio.sleep``) in each turn of a loop: virtual time stands while any task can run.
+        """
+        self._beside.append(work)
 
     async def run(self, **sides: Side) -> dict[str, End]:
         """Run the sides at once, each under a scope of its own, until all have ended. Call it once in a scenario.
@@ -191,16 +206,38 @@ class SweepContext:
             for scope in self._victims(expiry.victims):
                 scope.deadline = expiry.time
         try:
-            async with trio.open_nursery() as nursery:
-                self.edges.open(nursery)
-                self.calls.start_counting()
-                for name, side in sides.items():
-                    nursery.start_soon(self._watched, name, side, name=name)
+            if self._beside:
+                async with trio.open_nursery() as around:
+                    for work in self._beside:
+                        around.start_soon(self._end_of, work, trio.CancelScope())
+                    await self._run_sides(sides)
+                    around.cancel_scope.cancel()
+            else:
+                await self._run_sides(sides)
         finally:
             self.edges.close()
             self.calls.stop_counting()
         self.expired = sum(scope.cancel_called for scope in self._scopes.values()) if self._expiries else 0
-        return {name: self.ends[name] for name in sides}
+        ends = {name: self.ends[name] for name in sides}
+        await self._judge(ends)
+        return ends
+
+    async def _run_sides(self, sides: Mapping[str, Side]) -> None:
+        async with trio.open_nursery() as nursery:
+            self.edges.open(nursery)
+            self.calls.start_counting()
+            for name, side in sides.items():
+                nursery.start_soon(self._watched, name, side, name=name)
+
+    async def _judge(self, ends: Mapping[str, End]) -> None:
+        """Check what must hold in every scenario, and keep what must hold in an undisturbed run."""
+        _check_internal(ends, self._expected)
+        for referee in self.referees:
+            await referee.probe()
+            referee.check()
+        failed = [f"{name} {_ended(end)}" for name, end in ends.items() if end.kind != "returned"]
+        unmoved = [text for referee in self.referees if (text := referee.unmoved()) is not None]
+        self.unmoved = "; ".join(failed or unmoved) or None
 
     async def run_undisturbed(self, **sides: Side) -> dict[str, End]:
         """As :meth:`run` without any injection, for the time before or after the part under test.
@@ -215,6 +252,7 @@ class SweepContext:
         async with trio.open_nursery() as nursery:
             for name, side in sides.items():
                 nursery.start_soon(one, name, side, name=name)
+        _check_internal(ends, self._expected)
         return {name: ends[name] for name in sides}
 
     async def _watched(self, name: str, side: Side) -> None:
@@ -247,6 +285,21 @@ class SweepContext:
         return [self._scopes[name] for name in names]
 
 
+def _check_internal(ends: Mapping[str, End], expected: tuple[type[Exception], ...]) -> None:
+    """Raise BrokenRule at an InternalError of a side, unless the scenario has named that class itself."""
+    if InternalError in expected:
+        return
+    for name, end in ends.items():
+        others = end.error.others if isinstance(end.error, TrimigError) else ()
+        for error in (end.error, *others):
+            if isinstance(error, InternalError):
+                raise BrokenRule(f"{name} ended with InternalError: {error}") from error.__cause__
+
+
+def _ended(end: End) -> str:
+    return end.kind if end.error is None else f"raised {type(end.error).__name__}: {end.error}"
+
+
 def _calls_of(point: Point) -> Calls:
     """The calls of one run, not counted yet, and the one that *point* lets fail."""
     found = next((injection for injection in reversed(point.inject) if isinstance(injection, FailCall)), None)
@@ -268,7 +321,8 @@ class Scenario(Generic[T]):
     check: Callable[[T], object] | None = None
     #: Makes links; called with ``seed=``.
     link: LinkMaker = VirtualLink
-    #: Errors that a side may end with. Any other error fails the run.
+    #: Errors that a side may end with. Any other error fails the run; so does an InternalError, unless that class itself
+    #: is here.
     expected: tuple[type[Exception], ...] = (TrimigError,)
     #: Virtual seconds that a whole run may take (not counting a leap).
     limit: float = 86400.0
@@ -302,6 +356,8 @@ class Run(Generic[T]):
     elapsed: float
     #: The link under test.
     link: VirtualLink
+    #: Why the run did not end with the guest at the destination, in a sentence; None if it did.
+    unmoved: str | None = None
 
 
 _NOTHING: Final = object()
@@ -317,12 +373,16 @@ def replay(scenario: Scenario[T], point: Point, *, check: bool = True) -> Run[T]
 
     Raises:
         SweepFailure: the scenario raised, hung or took longer than its limit, left a task, broke its bound on the exit
-            or its check; or an instrument failed.
+            or its check; a side ended with an InternalError; a referee of the scenario found a violation; or an
+            instrument failed.
     """
     try:
         run = _execute(scenario, point)
         if check and scenario.check is not None and scenario.check(run.outcome) is False:
-            raise AssertionError(f"the check refused the outcome {run.outcome!r}")
+            raise BrokenRule(f"the check refused the outcome {run.outcome!r}")
+    except BrokenRule as exc:
+        # The traceback of the rule shows the kit only; that of its cause shows the guest's code.
+        raise SweepFailure(point, str(exc)) from exc.__cause__
     except Exception as exc:
         raise SweepFailure(point, _reason(exc)) from exc
     return run
@@ -345,11 +405,12 @@ def _execute(scenario: Scenario[T], point: Point) -> Run[T]:
         watchdog.watch(trio.lowlevel.current_task())
         living = trio.lowlevel.current_statistics().tasks_living
         outcome: T | object = _NOTHING
+        made.set(context.referees)
         with trio.move_on_after(limit):
             outcome = await scenario.body(context)
         left = trio.lowlevel.current_statistics().tasks_living - living
         if left:
-            raise AssertionError(f"{left} tasks were left behind")
+            raise BrokenRule(f"{left} tasks were left behind")
         return outcome, trio.current_time()
 
     with InstrumentErrors() as log, deterministic_schedule(point.seed):
@@ -357,10 +418,10 @@ def _execute(scenario: Scenario[T], point: Point) -> Run[T]:
             main, clock=context.clock, instruments=[context.edges, watchdog], strict_exception_groups=True
         )
     if log.errors:
-        raise AssertionError(f"an instrument failed: {log.errors}")
+        raise BrokenRule(f"an instrument failed: {log.errors}")
     if outcome is _NOTHING:
         ended = {name: str(end) for name, end in context.ends.items()}
-        raise AssertionError(f"not over after {limit} virtual seconds; ended were {ended}")
+        raise BrokenRule(f"not over after {limit} virtual seconds; ended were {ended}")
     _check_exits(context, point, scenario.exit_within)
     return Run(
         point=point,
@@ -374,6 +435,7 @@ def _execute(scenario: Scenario[T], point: Point) -> Run[T]:
         calls=tuple(context.calls.names),
         elapsed=elapsed,
         link=context.link,
+        unmoved=context.unmoved,
     )
 
 
@@ -405,4 +467,4 @@ def _check_exits(context: SweepContext, point: Point, bound: float) -> None:
         for victim in injection.victims:
             took = context.ends[victim].at - start
             if took > bound:
-                raise AssertionError(f"{victim} ended {took} virtual seconds after its cancel; the bound is {bound}")
+                raise BrokenRule(f"{victim} ended {took} virtual seconds after its cancel; the bound is {bound}")

@@ -165,7 +165,8 @@ def run_sweep(scenario: Scenario[T], *sweeps: Sweep, seeds: Sequence[int] = (0, 
         The report; print it, so that the number of runs is visible.
 
     Raises:
-        SweepFailure: at a point (``.point``; the baseline's injects nothing). Also if a schedule differs from the
+        SweepFailure: at a point (``.point``; the baseline's injects nothing). Also if the baseline does not end with the
+            guest at the destination (a side did not return, or no other guest was started), if a schedule differs from the
             baseline's before its point, or a point is not reached.
         ValueError: there are no points.
     """
@@ -194,6 +195,11 @@ def _run_all(scenario: Scenario[T], sweeps: tuple[Sweep, ...], seeds: Sequence[i
     runs = points = fired = 0
     for seed in seeds:
         baseline = replay(scenario, Point(seed=seed))
+        if baseline.unmoved is not None:
+            raise SweepFailure(
+                baseline.point,
+                f"the undisturbed run must end with the guest at the destination, but {baseline.unmoved}",
+            )
         _count(baseline, outcomes, samples)
         runs += 1
         for sweep in sweeps:
