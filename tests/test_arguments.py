@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +131,26 @@ def test_through_a_portal() -> None:
 def test_what_makes_guests_and_configurations(name: str, call: Callable[[], object]) -> None:
     with pytest.raises(TypeError, match=f"^{name} must be "):
         call()
+
+
+def test_a_class_in_place_of_an_instance_is_named() -> None:
+    class Clock(trimig.Device):
+        vmstate = trimig.VMState("clock", fields=(trimig.Field("t", "uint8"),))
+
+    with pytest.raises(
+        TypeError, match=r"device must be a trimig\.Device, not the class Clock itself: Clock\(\.\.\.\) makes one"
+    ):
+        trimig.AppGuest("g").add_device(Clock)  # type: ignore[arg-type]
+
+
+async def test_a_closed_guest_says_so() -> None:
+    with trimig.AppGuest("g") as guest:
+        guest.add_ram("ram", 4096)
+    with pytest.raises(trimig.StateError, match="guest 'g' is closed"):
+        await trimig.migrate(guest, "tcp:127.0.0.1:1")
+
+
+@pytest.mark.parametrize("call", [trimig.migrate, trimig.receive])
+def test_outside_of_trio_the_portal_is_named(call: Callable[..., Coroutine[Any, Any, object]]) -> None:
+    with pytest.raises(RuntimeError, match=r"task of trio; .* trimig\.portal"):
+        call(GUEST, "tcp:127.0.0.1:1").send(None)

@@ -68,6 +68,7 @@ async def migrate(
     however long that takes. While the connection is lost, a cancellation ends the call: with PostcopyLost, or with
     HandoverUncertain if the destination has not confirmed yet that it has the guest.
     """
+    _check_trio("trimig.migrate")
     try:
         check_migrate(guest, to, config, monitor, commit, fence)
         config = config or Config()
@@ -112,6 +113,7 @@ async def receive(
     a connection, however long that takes. While the connection is lost, a cancellation ends the call with PostcopyLost,
     or with HandoverUncertain if the source may have taken its guest back; then the guest stays stopped here.
     """
+    _check_trio("trimig.receive")
     try:
         check_receive(guest, at, config, monitor)
         monitor, config = monitor or Monitor(), config or Config()
@@ -122,6 +124,15 @@ async def receive(
             acceptor.close()
     finally:
         await _dispose(at)
+
+
+def _check_trio(what: str) -> None:
+    """Raise RuntimeError, as trio does, unless this is a task of trio."""
+    if not trio.lowlevel.in_trio_task():
+        raise RuntimeError(
+            f"{what} must be called in a task of trio; a program on asyncio, or without an event loop, calls it through "
+            "trimig.portal"
+        )
 
 
 def check_migrate(

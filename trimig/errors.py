@@ -279,4 +279,7 @@ class PostcopyLost(TrimigError):
 
 
 class InternalError(MigrationError):
-    """A fault of trimig itself. Please report it, with the traceback of ``__cause__``."""
+    """A fault of trimig, or of the guest's code or a hook that trimig called.
+
+    The traceback of ``__cause__`` ends in the code that raised it. Please report a fault of trimig with that traceback.
+    """

@@ -12,6 +12,10 @@ def expect(name: str, value: object, kind: type[Any] | tuple[type[Any], ...], wh
         name: the argument's name.
         what: the type in words, as the end of the sentence "... must be".
     """
+    if isinstance(value, type) and kind is not type:  # a class has the methods of its instances, and so passes for one
+        raise TypeError(
+            f"{name} must be {what}, not the class {value.__name__} itself: {value.__name__}(...) makes one"
+        )
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {what}, not {_article(type(value).__name__)}")
 

@@ -57,6 +57,7 @@ class FileBackedBlock(RamBlock, Protocol):
         """The file; byte n of the file is byte n of the block. Writes to the file are seen in :attr:`pages` at once."""
 
 
+@runtime_checkable
 class DirtyTracker(Protocol):
     """Tells which pages the guest has written. One attempt of a migration uses one tracker."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import pytest
@@ -318,3 +319,37 @@ def test_a_device_that_cannot_be_saved_again_is_named() -> None:
     (clause,) = differences(content_of(guest), content_of(other))
     assert "device 'beat' 0 was 00000000 and is saving it once more" in clause
     assert "it was saved already" in clause
+
+
+class Untracked(Counter):
+    def dirty_tracker(self) -> DirtyTracker:
+        return None  # type: ignore[return-value]
+
+
+class Unstopped(Counter):
+    async def pause(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Untracked, r"Untracked\.dirty_tracker\(\) returned None"),
+        (Unstopped, r"pause\(\) has returned and run_state is still 'running'"),
+        (Misspelt, "a fault of trimig, or of the guest's code"),
+    ],
+)
+def test_a_mistake_of_an_own_guest_is_named(kind: type[Counter], words: str, wrapped: bool) -> None:
+    async def body(ctx: SweepContext) -> None:
+        here, there = kind(running=True), Counter(running=False)
+        guest = FailingGuest(here, ctx.calls) if wrapped else here
+        ends = await ctx.run(
+            source=lambda: trimig.migrate(guest, ctx.link.a), destination=lambda: trimig.receive(there, ctx.link.b)
+        )
+        assert isinstance(ends["source"].error, trimig.MigrationError)
+        assert re.search(words, str(ends["source"].error))
+        here.block.close()
+        there.block.close()
+
+    replay(Scenario(body=body, expected=(trimig.TrimigError, trimig.InternalError)), Point(seed=0))

@@ -309,7 +309,7 @@ def test_subsection_of_another_structure_ends_this_one() -> None:
 @pytest.mark.parametrize(
     ("state", "complaint"),
     [
-        ({"cur_entry": 0}, "'cur_offset': it is missing"),
+        ({"cur_entry": 0}, "'cur_offset': it is missing in the state of the device"),
         ({"cur_entry": 65536, "cur_offset": 0}, "'cur_entry': 65536 is no uint16"),
         ({"cur_entry": -1, "cur_offset": 0}, "'cur_entry': -1"),
         ({"cur_entry": "0", "cur_offset": 0}, "'cur_entry': '0'"),

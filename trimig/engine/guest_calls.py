@@ -10,7 +10,7 @@ import trio
 
 from .. import formats
 from ..errors import GuestFailed, MigrationError, TrimigError
-from ..guest import MortalGuest
+from ..guest import DirtyTracker, Guest, MortalGuest
 
 T = TypeVar("T")
 
@@ -52,6 +52,22 @@ def guarded(what: str) -> Iterator[None]:
         raise GuestFailed(f"{what} failed: {error}") from error
     except GUEST_ERRORS as error:
         raise GuestFailed(f"{what} failed: {type(error).__name__}: {error}") from error
+
+
+def new_tracker(guest: Guest) -> DirtyTracker:
+    """A new dirty tracker of *guest*.
+
+    Raises:
+        GuestFailed: the guest's code failed, or what it returned is no tracker.
+    """
+    with guarded("preparing dirty tracking"):
+        tracker = guest.dirty_tracker()
+        if not isinstance(tracker, DirtyTracker):
+            raise GuestFailed(
+                f"{type(guest).__name__}.dirty_tracker() returned {tracker!r:.80}, which is no dirty tracker: it must have "
+                "`method`, `start`, `sync` and `stop` (trimig docs own_guest)"
+            )
+        return tracker
 
 
 async def call(what: str, function: Callable[[], Awaitable[T]], seconds: float) -> T:

@@ -127,7 +127,8 @@ def _known(leaf: BaseException) -> TrimigError:
         found = TransportFailed(str(leaf) or type(leaf).__name__)
     else:
         found = InternalError(
-            f"{type(leaf).__name__}: {leaf} (a fault of trimig or of the guest's code; please report)"
+            f"{type(leaf).__name__}: {leaf} (a fault of trimig, or of the guest's code or a hook that it called: the traceback of "
+            "__cause__ ends in the code that raised it; please report a fault of trimig)"
         )
     found.__cause__ = leaf
     return found

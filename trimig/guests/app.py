@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Self
 
 import trio
 
-from ..errors import ConfigError, GuestFailed, Owner
+from ..errors import ConfigError, GuestFailed, Owner, StateError
 from ..expected import expect
 from ..memory.block import MemfdBlock
 from ..memory.tracking import MarkTracker, check_method, choose_tracker
@@ -78,6 +78,7 @@ class AppGuest(GuestBase):
         self._throttle_hook = on_throttle
         self._blocks: list[MemfdBlock] = []
         self._marks: MarkTracker | None = None
+        self._closed = False
         self._gate = Gate(self._owner, is_open=running)
         #: Held by a task that pauses or resumes. Only one at a time, otherwise a cancelled call would undo the work of
         #: the other.
@@ -96,10 +97,17 @@ class AppGuest(GuestBase):
 
         Do not call it while a migration runs: cancel the migration and wait for its end first.
         """
+        self._closed = True
         for block in self._blocks:
             block.close()
         self._blocks.clear()
         self._ram.clear()
+
+    def claim(self, purpose: str) -> None:
+        """Reserve the guest for one migration. StateError if it is reserved or closed."""
+        if self._closed:
+            raise StateError(f"{self._title} is closed, and has no memory any more: migrate it before close()")
+        super().claim(purpose)
 
     def add_ram(self, name: str, length: int) -> MemfdBlock:
         """A new RAM block of *length* bytes, all zero. Both ends must add the same names and lengths.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, final
 
 import trio
 
+from ..engine.guest_calls import new_tracker
 from ..guest import SheddingGuest
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ class FailingGuest:
 
     def dirty_tracker(self) -> FailingTracker:
         """A counted tracker around a tracker of the wrapped guest."""
-        return FailingTracker(self.guest.dirty_tracker(), self._calls, label=self._label)
+        return FailingTracker(new_tracker(self.guest), self._calls, label=self._label)
 
     async def pause(self) -> None:
         """As the wrapped guest, the **Cancellation** too."""

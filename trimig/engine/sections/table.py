@@ -40,8 +40,7 @@ def make_handlers(out: Outgoing) -> RamSection:
     """
     with guest_calls.guarded("looking at the RAM blocks"):
         blocks = list(out.guest.ram)
-    with guest_calls.guarded("preparing dirty tracking"):
-        tracker = out.guest.dirty_tracker()
+    tracker = guest_calls.new_tracker(out.guest)
     encoder = choose_encoder(out.config, lambda: out.monitor.config.parameters, blocks, out.counters)
     channel, limiter = out.link.channel, out.link.limiter
     ram = RamSection(channel, limiter, out.config, out.counters, blocks, tracker, encoder, _data_channels(out))

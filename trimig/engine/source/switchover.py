@@ -250,7 +250,10 @@ def check_stopped(out: Outgoing) -> None:
     """Raise GuestFailed if the guest runs again. From here on its starts are counted, see :func:`_decide`."""
     out.starts = out.count_starts()
     if out.guest.run_state == "running":
-        raise GuestFailed("the guest was resumed while it was being stopped for the switchover")
+        raise GuestFailed(
+            "pause() has returned and run_state is still 'running': the guest was resumed while it was being stopped for the "
+            "switchover, or its pause() did not change run_state"
+        )
 
 
 async def _announce(out: Outgoing, channel: Channel) -> None:

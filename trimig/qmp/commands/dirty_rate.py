@@ -72,8 +72,7 @@ async def _measure(machine: Machine, measurement: Measurement, seconds: float) -
     """
     tracker = None
     try:
-        with guest_calls.guarded("measuring the dirty rate"):
-            tracker = machine.guest.dirty_tracker()
+        tracker = guest_calls.new_tracker(machine.guest)
         await guest_calls.call("starting dirty tracking", tracker.start, seconds + machine.config.handover_timeout)
         began = trio.current_time()
         await trio.sleep(seconds)

@@ -323,7 +323,7 @@ class VMState:
             try:
                 value = state[field.name]
             except KeyError:
-                raise _unsendable(self, where, "it is missing") from None
+                raise _unsendable(self, where, "it is missing in the state of the device") from None
         size = self._length_to_save(field, field.size, state, where)
         count = self._length_to_save(field, field.count, state, where)
         if field.count is None:
