@@ -208,7 +208,7 @@ def test_line_comes_once_where_both_outputs_are_one_file(
             out("sent the guest to tcp:h:1")
     assert results.read_text() == "listening on tcp:h:2\nsent the guest to tcp:h:1\n"
     if not same:
-        assert progress.read_text() == "trimig: listening on tcp:h:2\ntrimig: sent the guest to tcp:h:1\n"
+        assert progress.read_text() == "trimig: sent the guest to tcp:h:1\n"
 
 
 def test_picture_is_cut_to_the_height_so_that_nothing_scrolls() -> None:
@@ -372,3 +372,21 @@ def test_data_channels_are_shown_beside_the_rate() -> None:
     assert "over" not in FIRST.sentence
     record = now.record()
     assert (record["data_channels"], record["multifd_bytes"]) == (2, 63 * MiB)
+
+
+def test_log_has_a_line_for_each_change_and_the_advice_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ticks = itertools.count(0, 2)
+    monkeypatch.setattr("trimig.cli.display.time.monotonic", lambda: float(next(ticks)))
+    view = display.LineView()
+    for sent in (64, 65, 66, 128):
+        view.show(dataclasses.replace(FIRST, copied=sent * MiB, sent=sent * MiB))
+    for number, left in ((4, 45), (4, 44), (5, 44), (5, 44)):
+        view.show(dataclasses.replace(CHASE, iteration=number, remaining=left * MiB))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1].split(",")[0].strip() for line in lines] == [
+        "first copy", "first copy", "later passes (pass 4)", "later passes (pass 5)"
+    ]  # fmt: skip
+    assert ["what would help" in line for line in lines] == [False, False, True, False]
+    assert all("it does not converge" in line for line in lines[2:])

@@ -56,3 +56,13 @@ def test_sections_of_ram_that_are_left_out_are_counted(tmp_path: Path) -> None:
     path.write_bytes(joined(many))
     shown = CliRunner().invoke(main, ["inspect", str(path)]).stdout
     assert " more\n" not in shown
+
+
+def test_cut_file_that_is_sent_is_named_and_ends_too_early(tmp_path: Path) -> None:
+    path = tmp_path / "half.mig"
+    for cut in (EOF_AT - 100, EOF_AT - 3):
+        path.write_bytes(WHOLE[:cut])
+        result = CliRunner().invoke(main, ["send", str(path), "tcp:127.0.0.1:1"])
+        assert result.exit_code == 1
+        assert "half.mig: the stream ends " in result.stderr, result.stderr
+        assert f"at byte {cut} (" in result.stderr

@@ -191,7 +191,7 @@ async def test_stream_without_a_stored_run_state_runs(autojump_clock: trio.testi
     ("changed", "text", "section"),
     [
         ({"list": ram_list(("rom", 8192))}, "unknown RAM block 'rom'", "ram"),
-        ({"list": ram_list(("ram", 4096))}, "has 0x1000 bytes at the source and 0x2000 here", "ram"),
+        ({"list": ram_list(("ram", 4096))}, "has 4 KiB (0x1000 bytes) at the source and 8 KiB (0x2000 bytes) at the destination", "ram"),
         ({"list": ram_list()}, "no RAM block 'ram'", "ram"),
         ({"end": ram_end(zeros(2))}, "", "ram"),
         ({"end": ram_end(zeros(0, block="rom"))}, "rom", "ram"),
@@ -355,3 +355,24 @@ async def test_guest_that_runs_cannot_be_filled(autojump_clock: trio.testing.Moc
     assert fed.monitor.status is Status.NONE
     assert guest.digest() == before
     assert not guest.misuse
+
+
+def test_rate_of_an_arrival_counts_from_the_connection_on() -> None:
+    """The time in which no source was there is not a part of it."""
+    summary = trimig.Summary(
+        role=trimig.Role.DESTINATION,
+        confirmed=True,
+        prepared=True,
+        total_time=101.0,
+        setup_time=100.0,
+        downtime=0.0,
+        downtime_parts=trimig.Downtime(),
+        iterations=0,
+        bytes_transferred=0,
+        normal_pages=256,
+        zero_pages=0,
+        ram_bytes=1 << 20,
+        dirty_tracking="",
+        warnings=(),
+    )
+    assert summary.throughput == 1 << 20

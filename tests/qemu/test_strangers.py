@@ -90,7 +90,7 @@ async def test_multifd_at_the_source_only_is_said_on_both_sides(*, second: bool)
                 await vm.migrate(arrival.uri, capabilities=MULTIFD, wait=False)
                 await vm.wait_migration_status("failed")
                 error = await arrival.error()
-        assert "turn multifd off there" in str(error)
+        assert "turn multifd off at the source" in str(error)
         await vm.wait_status("running")
 
 

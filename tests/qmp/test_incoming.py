@@ -145,7 +145,7 @@ async def test_after_a_failed_attempt_nothing_listens_until_it_is_asked_for(
             with contextlib.suppress(trio.BrokenResourceError):
                 await stream.send_eof()
             await talk.over()
-        assert "nothing listens here until migrate-incoming gives an address" in caplog.text
+        assert "nothing listens here until trimig incoming (migrate-incoming) gives an address" in caplog.text
         info = await talk.query()
         assert info["status"] == "failed"
         assert "socket-address" not in info

@@ -31,12 +31,12 @@ def known(data: bytes) -> NotTheOne | None:
     if first == multifd.MAGIC:
         return NotTheOne(
             "it is a channel of multifd",
-            "the source has the capability multifd on, and it is off here: turn it on here, or turn multifd off there",
+            "the source has the capability multifd on, and it is off at the destination: turn it on there, or turn multifd off at the source",
         )
     if data[:2] == b"\x16\x03":
         return NotTheOne(
-            "it begins with a TLS handshake, and TLS is off here",
-            "the source has TLS on, and this side has not: set tls-creds here, or take it away there",
+            "it begins with a TLS handshake, and TLS is off at the destination",
+            "the source has TLS on, and the destination has not: set tls-creds there, or take it away at the source",
         )
     if first in _HTTP:
         return NotTheOne(

@@ -10,6 +10,7 @@ long the migration still takes.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import time
@@ -47,8 +48,8 @@ class View(Protocol):
 
 
 def note_and_print(view: View, text: str, *, as_json: bool, **data: Any) -> None:
-    """Show *text* to the readers of the progress and of the results, but only once if both are the same."""
-    if as_json or not same_output():
+    """Show *text* once: on stdout, and if only stderr is a terminal there too; with *as_json* as a note."""
+    if as_json or (sys.stderr.isatty() and not sys.stdout.isatty()):
         view.note(text, **data)
     if not as_json:
         out(text)
@@ -89,11 +90,12 @@ class JsonView:
 
 
 class LineView:
-    """Lines on stderr, for logs. An unchanged state is not repeated."""
+    """Lines on stderr, for logs: one for each phase, each pass, and each tenth of the memory in it. Advice stands there once."""
 
     def __init__(self) -> None:
         self._next = 0.0
-        self._last = ""
+        self._last: tuple[object, ...] = ()
+        self._advice: tuple[str, ...] = ()
 
     def note(self, text: str, **data: Any) -> None:
         say(text)
@@ -105,9 +107,10 @@ class LineView:
     def show(self, now: Picture) -> None:
         if time.monotonic() >= self._next and not now.passed:
             self._next = time.monotonic() + LINE_EVERY
-            if now.sentence != self._last:
-                self._last = now.sentence
-                say(now.sentence)
+            if (state := now.state) != self._last:
+                self._last = state
+                told, self._advice = now.advice == self._advice, now.advice or self._advice
+                say(dataclasses.replace(now, advice=()).sentence if told else now.sentence)
 
     def end(self, text: str, *, on_stdout: bool = False, **data: Any) -> None:
         if not (on_stdout and same_output()):

@@ -149,7 +149,7 @@ def config_options(base: Config | None = None) -> Callable[[F], F]:
             "-c",
             "--capability",
             "capabilities",
-            metavar="NAME[=off]",
+            metavar="NAME[=on|off]",
             multiple=True,
             help="Turn a migration capability on, or off, by its QMP name; for example -c return-path=off.",
         )

@@ -105,6 +105,13 @@ class Picture:
         return formats.remaining_time(self.eta, at_least=self.eta_at_least)
 
     @property
+    def state(self) -> tuple[object, ...]:
+        """What a log has a line for: the phase, the pass, and the tenth of the memory that has been sent or is left."""
+        moved = self.sent if self.role == "destination" else self.copied - self.remaining
+        tenth = 10 * (self.copied if self.phase == "first copy" else moved) // self.total if self.total else 0
+        return self.phase, self.iteration, tenth, self.throttle
+
+    @property
     def sentence(self) -> str:
         """One plain line."""
         if self.role == "destination":
@@ -140,7 +147,9 @@ class Picture:
         if self.throttle:
             text += f"; {self.throttled}"
         if self.converging is False:
-            text += f"; it does not converge, what would help: {' or '.join(self.advice)}"
+            text += "; it does not converge"
+        if self.converging is False and self.advice:
+            text += f", what would help: {' or '.join(self.advice)}"
         return text
 
     def record(self) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import dataclasses
 import math
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar, final
 
@@ -138,6 +139,7 @@ class Config:
         Raises:
             ConfigError: an option that is malformed, unknown or illegal, or a contradiction in the result.
         """
+        capabilities, parameters = list(capabilities), list(parameters)
         states: list[tuple[str, object]] = []
         for text in capabilities:
             name, equals, state = text.partition("=")
@@ -152,12 +154,30 @@ class Config:
         if tls is not None:
             more.append(TlsX509(id=_SHORT_ID, dir=tls))
             values.insert(0, ("tls-creds", _SHORT_ID))
+        with _as_typed([*capabilities, *parameters]):
+            found = (
+                read_capabilities(self.capabilities, states, Syntax.TEXT),
+                read_parameters(self.parameters, values, Syntax.TEXT, repeats=True),
+            )
         return dataclasses.replace(
-            self,
-            capabilities=read_capabilities(self.capabilities, states, Syntax.TEXT),
-            parameters=read_parameters(self.parameters, values, Syntax.TEXT, repeats=True),
-            objects=with_objects(self.objects, more),
+            self, capabilities=found[0], parameters=found[1], objects=with_objects(self.objects, more)
         )
+
+
+@contextmanager
+def _as_typed(options: Sequence[str]) -> Iterator[None]:
+    """In an error within the block, write names as in *options*, ``NAME=VALUE``, and the words of a switch."""
+    try:
+        yield
+    except ConfigError as error:
+        text = str(error).replace("expects true or false", "expects on or off")
+        for option in options:
+            typed = option.partition("=")[0].strip()
+            if error.name is not None and qmp_name(typed) == qmp_name(error.name):
+                text = text.replace(repr(qmp_name(typed).replace("-", "_")), repr(typed)).replace(
+                    repr(qmp_name(typed)), repr(typed)
+                )
+        raise ConfigError(text, name=error.name) from None
 
 
 _TYPES: Final = types_of(Config)

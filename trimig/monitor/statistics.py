@@ -161,9 +161,10 @@ class Summary:
 
     @property
     def throughput(self) -> float:
-        """Guest memory moved (every copy of a page counted) in bytes per second of the total time."""
+        """Guest memory moved (every copy of a page counted) in bytes per second of the total time; at a destination, from its connection on."""
         moved = (self.normal_pages + self.zero_pages + self.encoded_pages) * PAGE_SIZE
-        return moved / self.total_time if self.total_time > 0 else 0.0
+        seconds = self.total_time - (self.setup_time if self.role is Role.DESTINATION else 0.0)
+        return moved / seconds if seconds > 0 else 0.0
 
 
 @dataclasses.dataclass(slots=True)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
+from ..status import RECOVERABLE, Status
+
 if TYPE_CHECKING:
     from ..errors import TrimigError
+    from ..monitor.monitor import Monitor
+    from ..monitor.statistics import Event
+
+log: Final = logging.getLogger("trimig.qmp")
 
 
 class IncomingState(enum.Enum):
@@ -109,3 +116,16 @@ class Jobs:
         """
         for job in tuple(self._jobs):
             await job.wait_over()
+
+
+def log_not_arrived(status: Status, error: TrimigError, *, ends: bool) -> None:
+    """Log why an incoming migration has brought no guest. *ends*: the process ends, too."""
+    level = logging.INFO if status is Status.CANCELLED else logging.WARNING
+    rest = "" if ends else "; nothing listens here until trimig incoming (migrate-incoming) gives an address"
+    log.log(level, "nothing has arrived: %s%s", error, rest)
+
+
+def abandon_paused(monitor: Monitor, reason: str, _: Event | None = None) -> None:
+    """Abandon a paused migration: the process ends, so no client can recover that migration."""
+    if monitor.status in RECOVERABLE:
+        monitor.abandon(reason)

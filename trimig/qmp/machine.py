@@ -28,7 +28,6 @@ from ..status import (
     FINISH_MIGRATE,
     IDLE,
     QMP_SILENT_INCOMING,
-    RECOVERABLE,
     REVOCABLE,
     SWITCHING,
     UNSETTLED,
@@ -37,7 +36,7 @@ from ..status import (
 from . import arguments as args
 from .death import DeathWatch
 from .interface import CommandFailed, Session
-from .jobs import IncomingState, Job, Jobs
+from .jobs import IncomingState, Job, Jobs, abandon_paused, log_not_arrived
 from .measuring import Measurer
 
 if TYPE_CHECKING:
@@ -175,7 +174,8 @@ class Machine:
             listener(event)
 
     def _migration_event(self, monitor: Monitor, event: Event) -> None:
-        wanted = self.config.capabilities.events
+        # The last status goes to every client, because none can ask for it any more.
+        wanted = self.config.capabilities.events or self._shutting_down
         match event.name:
             case "RESUME" if monitor is self.incoming:
                 self._resumed = True  # emitted with the next status, in QEMU's order
@@ -380,7 +380,9 @@ class Machine:
             self.uncertain = error
             log.error("%s", error)
         except TrimigError as error:
-            if job.begun:
+            if job.begun and self.outgoing.status is Status.CANCELLED:
+                log.info("the migration to %s was cancelled: %s", uri, error)
+            elif job.begun:
                 log.warning("the migration to %s failed: %s", uri, error)
             else:
                 job.refuse(error)
@@ -417,8 +419,10 @@ class Machine:
             log.error("%s", error)
         except TrimigError as error:
             self.incoming_state = IncomingState.FAILED
-            log.warning("nothing has arrived: %s; nothing listens here until migrate-incoming gives an address", error)
-            job.refuse(error)
+            if job.begun:
+                log_not_arrived(self.incoming.status, error, ends=self._shutting_down)
+            else:
+                job.refuse(error)
         else:
             self.incoming_state = IncomingState.NONE
         finally:
@@ -442,8 +446,8 @@ class Machine:
         """
         for monitor in (self.outgoing, self.incoming):
             # The machine waits for a postcopy that still receives memory, and abandons one that lost its connection.
-            monitor.add_listener(functools.partial(_abandon, monitor, reason))
-            _abandon(monitor, reason)
+            monitor.add_listener(functools.partial(abandon_paused, monitor, reason))
+            abandon_paused(monitor, reason)
             try:
                 monitor.cancel(reason)
             except StateError as error:
@@ -492,9 +496,3 @@ class Machine:
         for fd in self.descriptors.values():
             os.close(fd)
         self.descriptors.clear()
-
-
-def _abandon(monitor: Monitor, reason: str, _: Event | None = None) -> None:
-    """Abandon a paused migration: the process ends, so no client can recover that migration."""
-    if monitor.status in RECOVERABLE:
-        monitor.abandon(reason)

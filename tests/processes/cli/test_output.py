@@ -161,7 +161,7 @@ def test_run_ends_in_order_without_output(tmp_path: Path) -> None:
             assert time.monotonic() < end
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(LIMIT) == 130
+        assert process.wait(LIMIT) == 0
     finally:
         process.kill()
         process.wait()

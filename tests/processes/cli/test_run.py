@@ -119,8 +119,9 @@ async def test_signal_at_rest(tmp_path: Path, number: signal.Signals) -> None:
         assert (event := await anext(events))["event"] == "SHUTDOWN"
         assert event["data"] == {"guest": False, "reason": "host-signal"}
         code, text = await ends(process)
-        assert code == 130
+        assert code == 0, "nothing was interrupted"
         assert "ending" in text
+        assert "the guest 'vm' has ended" in text
         assert "put back" not in text
         assert os.listdir(tmp_path) == []
 
@@ -142,6 +143,51 @@ async def test_signal_during_a_migration(tmp_path: Path) -> None:
         await destination.execute("quit")
         assert (await ends(other))[0] == 0
     assert os.listdir(tmp_path) == []
+
+
+async def test_end_after_a_handover_says_where_the_guest_is(tmp_path: Path) -> None:
+    """Both ends of it: SIGTERM of the source, and of a destination that still waits, are no interruption."""
+    to = f"unix:{tmp_path}/m"
+    async with (
+        hosting(f"unix:{tmp_path}/a", "--guest", GUEST, "--name", "vm") as (process, client),
+        hosting(f"unix:{tmp_path}/b", "--guest", GUEST, "--name", "vm", "--incoming", to),
+        hosting(f"unix:{tmp_path}/c", "--guest", GUEST, "--incoming", f"unix:{tmp_path}/n") as (third, _),
+    ):
+        await client.execute("migrate", {"uri": to})
+        await status(client, "completed")
+        os.kill(process.pid, signal.SIGTERM)
+        code, text = await ends(process)
+        assert (code, "was handed over before, and is at the destination" in text) == (0, True), text
+        os.kill(third.pid, signal.SIGTERM)
+        code, text = await ends(third)
+        assert (code, "no guest has arrived" in text, "nothing listens here" in text) == (0, True, False), text
+
+
+async def test_wait_for_a_source_that_ends_by_a_signal(tmp_path: Path) -> None:
+    """The source tells each client the last status before it ends: it has its guest, and the exit code is 1."""
+    to, here = f"unix:{tmp_path}/m", f"unix:{tmp_path}/a"
+    async with (
+        hosting(here, "--guest", GUEST) as (process, client),
+        hosting(f"unix:{tmp_path}/b", "--guest", GUEST, "--incoming", to),
+        started("migrate", to, "--qmp", here, "--wait", "-p", "max-bandwidth=200K") as migrate,
+    ):
+        assert migrate.stderr is not None
+        await status(client, "active")
+        await first_line(migrate.stderr)
+        os.kill(process.pid, signal.SIGTERM)
+        code, text = await ends(process)
+        assert (code, "failed: the migration was cancelled" in text) == (130, False), text
+        text = await text_of(migrate.stderr)
+        assert (await migrate.wait(), "the source has kept its guest" in text) == (1, True), text
+
+
+async def test_address_that_cannot_be_listened_at(tmp_path: Path) -> None:
+    """The command ends, so nothing could make it listen."""
+    words = ("run", "--guest", GUEST, "--incoming")
+    code, _, err = await trimig_command(*words, f"unix:{tmp_path}/none/x")
+    assert (code, "cannot listen on" in err, "nothing listens here" in err) == (1, True, False), err
+    code, _, err = await trimig_command(*words, "tcp:127.0.0.1:0", "--tls", tmp_path)
+    assert (code, "ca-cert.pem" in err, "nothing listens here" in err) == (2, True, False), err
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])

@@ -217,7 +217,8 @@ async def test_recovery_with_a_silent_stranger(*, preempt: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "words"), [(MULTIFD, "multifd off there"), (client_hello(), "set tls-creds here"), (HTTP, "HTTP request")]
+    ("data", "words"),
+    [(MULTIFD, "multifd off at the source"), (client_hello(), "set tls-creds there"), (HTTP, "HTTP request")],
 )
 async def test_likely_reason_is_in_the_error(data: bytes, words: str) -> None:
     """A source that is set up in another way. The receiver waits on; its error at the end says why nothing came."""
@@ -251,7 +252,8 @@ async def test_multifd_at_the_source_is_named(*, preempt: bool, ends: bool) -> N
 
             async def receive() -> None:
                 with pytest.raises(
-                    trimig.MigrationError, match=r"; the source has the capability multifd on.*turn multifd off there"
+                    trimig.MigrationError,
+                    match=r"; the source has the capability multifd on.*turn multifd off at the source",
                 ):
                     await trimig.receive(target, "tcp:127.0.0.1:0", config, monitor=monitor)
 

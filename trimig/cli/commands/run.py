@@ -106,6 +106,23 @@ def _other_side(machine: qmp.Machine) -> str | None:
     return "source" if machine.incoming.owner is Ownership.UNKNOWN else None
 
 
+def _migrates(machine: qmp.Machine) -> bool:
+    """A migration is under way. A side that waits for its source has none."""
+    waits = machine.incoming.status is trimig.Status.SETUP
+    return machine.outgoing.status not in IDLE or not (waits or machine.incoming.status in IDLE)
+
+
+def _last_words(machine: qmp.Machine, name: str) -> str:
+    """What has become of the guest, at the end of its process."""
+    if machine.handed_over:
+        return (
+            f"the guest {name!r} was handed over before, and is at the destination; what was left of it here has ended"
+        )
+    if machine.waiting:
+        return f"no guest has arrived; what waited here for {name!r} has ended"
+    return f"the guest {name!r} has ended"
+
+
 @runtime_checkable
 class _WithUuid(Protocol):
     """A guest that takes the UUID of its machine."""
@@ -121,6 +138,7 @@ class _Host:
         self._as_json = as_json
         self._machine: qmp.Machine | None = None
         self._signal = ""
+        self._interrupted = False  # a migration was under way when the signal came
         self._starting = trio.CancelScope()
 
     def doing(self) -> str:
@@ -128,7 +146,7 @@ class _Host:
         machine = self._machine
         if machine is None:
             return "ending; the guest has not been started"
-        if machine.outgoing.status in IDLE and machine.incoming.status in IDLE:
+        if not _migrates(machine):
             return "ending"
         return "ending; the migration under way is cancelled first, if that is still possible"
 
@@ -136,8 +154,10 @@ class _Host:
         """Handle SIGINT or SIGTERM: end in order."""
         self._signal = signal
         if self._machine is None:
+            self._interrupted = True
             self._starting.cancel(signal)
         else:
+            self._interrupted = _migrates(self._machine)
             self._machine.announce_shutdown("host-signal")
             self._machine.ended.set()
 
@@ -203,16 +223,17 @@ class _Host:
                 owner=Ownership.UNKNOWN.value,
             )
         else:
-            self._say(f"the guest {guest.name!r} has ended", owner=machine.outgoing.owner.value)
+            self._say(_last_words(machine, guest.name), owner=machine.outgoing.owner.value)
 
     def _code(self) -> int:
+        statuses: tuple[trimig.Status, ...] = ()
         if self._machine is not None:
             if _other_side(self._machine) is not None:
                 return UNCERTAIN
             statuses = (self._machine.outgoing.status, self._machine.incoming.status)
             if trimig.Status.POSTCOPY_LOST in statuses:
                 return INCOMPLETE
-        return CANCELLED if self._signal else DONE
+        return CANCELLED if self._interrupted and trimig.Status.COMPLETED not in statuses else DONE
 
     # -- telling ---------------------------------------------------------------------------------------------------
 
@@ -229,22 +250,11 @@ class _Host:
                 for address in event.data["addresses"]:
                     self._listening(address, "incoming migration")
             case "MIGRATION" if not self._as_json:
-                say(f"migration: {event.data['status']}{self._why(event)}")
+                say(f"migration: {event.data['status']}")
                 if event.data["status"] == trimig.Status.COMPLETED.value:
                     self._report()
             case "WARNING":
                 self._say(f"warning: {event.data['text']}", warning=event.data["text"])
-
-    def _why(self, event: trimig.Event) -> str:
-        """The reason of a failure, and the state after it."""
-        machine = self._machine
-        if machine is None or event.data["status"] != trimig.Status.FAILED.value:
-            return ""
-        arriving = machine.incoming.status is trimig.Status.FAILED and machine.outgoing.role is None
-        monitor = machine.incoming if arriving else machine.outgoing
-        reason = monitor.info().get("error-desc")
-        text = f", {reason}" if reason else ""
-        return f"{text}; nothing listens here until trimig incoming gives an address" if arriving else text
 
     def _report(self) -> None:
         machine = self._machine

@@ -113,6 +113,12 @@ def cancel(address: str, as_json: bool) -> int:
 
     async def job(remote: Remote) -> int:
         before = await remote.state()
+        if before.migration == Status.POSTCOPY_PAUSED.qmp:
+            raise Refused(
+                "the migration waits for a connection in postcopy, and cannot be cancelled: the guest is at the destination "
+                "without all of its memory. trimig recover takes it up again; to give it up, end the destination (quit or "
+                f"SIGTERM): it keeps what has come, and ends with exit code 4 ({before.sentence})"
+            )
         refusal = ""
         try:
             await remote.execute("migrate_cancel")
@@ -281,6 +287,9 @@ def incoming(uri: str, address: str, as_json: bool) -> int:
     """
 
     async def job(remote: Remote) -> int:
+        before = await remote.state()
+        if before.run_state != "inmigrate" and before.is_here_from_elsewhere:
+            raise Refused(f"the guest has arrived there already, and nothing waits for another one ({before.sentence})")
         await remote.execute("migrate-incoming", uri=uri)
         state = await remote.state()
         where = _where(state, uri)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import click
@@ -15,7 +16,7 @@ import trio
 
 import trimig
 from trimig import formats
-from trimig.status import Status
+from trimig.status import QMP_UNSUCCESSFUL, Status
 
 from .. import display
 from ..exit_codes import CANCELLED, DONE, FAILED
@@ -202,10 +203,12 @@ class _MigrationWatch:
         **Cancellation:** the migration goes on.
         """
         end, asked = math.inf, False
+        feed = remote.client.events()
         while True:
             try:
                 state = await remote.state()
             except Gone as error:
+                self._last = await _last_told(feed) or self._last
                 raise _lost(remote.address, self._last, error) from error
             self._last = state.migration
             self._show(state)
@@ -304,7 +307,22 @@ async def _cancel(remote: Remote, view: display.View) -> float:
     return CANCEL_LIMIT
 
 
-def _lost(address: str, last: str, error: Refused) -> trimig.HandoverUncertain:
+async def _last_told(feed: AsyncIterator[Mapping[str, Any]]) -> str:
+    """The status in the last event MIGRATION that a closed connection has brought; empty without one.
+
+    **Cancellation:** events may have been read.
+    """
+    last = ""
+    with contextlib.suppress(trimig.TransportFailed), trio.move_on_after(POLL):
+        async for event in feed:
+            if event["event"] == "MIGRATION":
+                last = str(event["data"]["status"])
+    return last
+
+
+def _lost(address: str, last: str, error: Refused) -> trimig.HandoverUncertain | Refused:
+    if last in QMP_UNSUCCESSFUL or last == Status.CANCELLING.qmp:
+        return Refused(f"{error.format_message()}; before that the migration was {last}: the source has kept its guest")
     return trimig.HandoverUncertain(
         f"{error.format_message()}; the migration was {last}, and goes on if the process still runs. Ask again: "
         f"trimig status --qmp {address}; and ask the destination before the guest is started anywhere"

@@ -41,7 +41,7 @@ def settings_options(command: F) -> F:
         "-c",
         "--capability",
         "capabilities",
-        metavar="NAME[=off]",
+        metavar="NAME[=on|off]",
         multiple=True,
         help="Turn a migration capability on there, or off; for example -c pause-before-switchover.",
     )

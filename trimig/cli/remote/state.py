@@ -87,6 +87,9 @@ class State:
             text += f", which is not this side: {self._awaited}"
         elif self.owner == Ownership.DESTINATION.value:
             text += self._where_it_is
+        addresses = self.info.get("socket-address", ())
+        if self.migration == Status.POSTCOPY_PAUSED.qmp and addresses:
+            text += f"; this side waits for the source at {uri_of(addresses[0])}"
         if self.lost_guest:
             text += f"; {self.lost_guest}"
         why = self.info.get("convergence")
@@ -108,6 +111,11 @@ class State:
             return "the last attempt has failed, and nothing listens here until trimig incoming gives an address"
         addresses = self.info.get("socket-address", ())
         return "this side waits for a guest " + (f"at {uri_of(addresses[0])}" if addresses else "here")
+
+    @property
+    def is_here_from_elsewhere(self) -> bool:
+        """This side is certainly the destination, and has the guest."""
+        return self.owner == Ownership.DESTINATION.value and "this side" in self._where_it_is
 
     @property
     def _where_it_is(self) -> str:

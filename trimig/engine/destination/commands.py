@@ -109,7 +109,7 @@ async def _take_advice(into: Incoming, event: ev.CommandElement) -> None:
         raise bitmaps_only(event.at)
     if not into.monitor.config.capabilities.postcopy_ram:
         raise RemoteProtocolError(
-            "the source announces postcopy, and the capability postcopy-ram is off here: turn it on on both sides",
+            "the source announces postcopy, and the capability postcopy-ram is off at the destination: turn it on on both sides",
             offset=event.at,
         )
     if advice.target_page != PAGE_SIZE:
@@ -117,7 +117,7 @@ async def _take_advice(into: Incoming, event: ev.CommandElement) -> None:
     # A parked guest accepts other host pages, because its memory is not used before all of it has come.
     if advice.page_sizes != PAGE_SIZE and not isinstance(into.guest, OpaqueGuest):
         raise RemoteProtocolError(
-            f"the source has host pages of {advice.page_sizes:#x} bytes, here they have {PAGE_SIZE:#x}",
+            f"the source has host pages of {advice.page_sizes:#x} bytes, at the destination they have {PAGE_SIZE:#x}",
             offset=event.at,
         )
     check_guest(into.guest)

@@ -17,6 +17,7 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
+from ... import formats
 from ...errors import RemoteProtocolError
 from ...guest import PAGE_SIZE, PageBitmap, RamBlock
 from .marked import MarkedPages
@@ -78,7 +79,8 @@ class RamReceiver:
                 )
             if block.length != length:
                 raise RemoteProtocolError(
-                    f"RAM block {name!r} has {length:#x} bytes at the source and {block.length:#x} here",
+                    f"RAM block {name!r} has {formats.size(length)} ({length:#x} bytes) at the source and "
+                    f"{formats.size(block.length)} ({block.length:#x} bytes) at the destination",
                     offset=announced.at,
                     section="ram",
                 )

@@ -162,8 +162,11 @@ async def _split(tail: TailBuffer, at: int, early: Sequence[DeviceSection]) -> S
     try:
         return await device_tail.split(tail, at, early=early)
     except Undelimited as error:
-        if error.offset == at + len(tail):
+        end = at + len(tail)
+        # Without a description the stream may end inside the last section, so that the end of it cannot be found.
+        if error.offset == end or tail.location is None:
+            why = "" if error.offset == end else f" ({error.reason})"
             raise TransportFailed(
-                f"the stream ends at byte {error.offset} (0x{error.offset:x}), before the guest was complete"
+                f"the stream ends at byte {end} (0x{end:x}), before the guest was complete{why}"
             ) from error
         raise
