@@ -445,7 +445,8 @@ def test_a_named_attempt_may_stand_before_the_bitmap() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "words"), [(MULTIFD, "multifd off there"), (client_hello(), "set tls-creds here"), (HTTP, "HTTP request")]
+    ("data", "words"),
+    [(MULTIFD, "multifd off at the source"), (client_hello(), "set tls-creds there"), (HTTP, "HTTP request")],
 )
 def test_first_bytes_that_are_known_say_what_is_wrong(data: bytes, words: str) -> None:
     for judge in (judge_first(trimig.Config(), (), check_scripted), judge_again(["ram"])):

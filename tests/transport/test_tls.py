@@ -212,7 +212,7 @@ async def test_tls_client_of_a_plain_server_says_what_it_may_be(client: Path) ->
 
             async def receive() -> None:
                 with pytest.raises(
-                    trimig.MigrationCancelled, match=r"enough; the source has TLS on.*set tls-creds here"
+                    trimig.MigrationCancelled, match=r"enough; the source has TLS on.*set tls-creds there"
                 ):
                     await trimig.receive(guest, TCP, monitor=monitor)
 
