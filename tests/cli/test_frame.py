@@ -103,7 +103,7 @@ def test_without_a_command_the_help_goes_to_stderr() -> None:
         (["demo", "-c", "nonsense"], "nonsense"),
         (["demo", "-c", "x-colo"], "not built"),
         (["demo", "-p", "downtime-limit"], "NAME=VALUE"),
-        (["demo", "-p", "downtime-limit=soon"], "downtime_limit"),
+        (["demo", "-p", "downtime-limit=soon"], "downtime-limit"),
         (["demo", "--config", "/no/such.toml"], "/no/such.toml"),
     ],
 )

@@ -74,7 +74,7 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ),
     (
         "section footers off at the source", "trimig/engine/sections/ram.py",
-        "footers=self._config.peer.send_section_footer", "footers=False", (_SWITCH, _OPTIONS),
+        "footers = self._config.peer.send_section_footer", "footers = False", (_SWITCH, _OPTIONS),
     ),
     (
         "blocktime always 0", "trimig/engine/destination/postcopy.py",

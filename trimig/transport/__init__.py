@@ -54,10 +54,9 @@ def check(uri: str) -> tuple[str, str]:
         raise ConfigError(f"{uri!r} is not a migration URI; give for example tcp:HOST:PORT or unix:PATH", name="uri")
     if scheme in ABSENT:
         raise ConfigError(f"{uri!r} cannot be used: {ABSENT[scheme]}; there are {known}", name="uri")
-    if scheme not in SCHEMES and rest.isascii() and rest.isdigit():
-        raise ConfigError(f"{uri!r} is not a migration URI; did you mean tcp:{uri}?", name="uri")
     if scheme not in SCHEMES:
-        raise ConfigError(f"unknown protocol {scheme!r} in {uri!r}; there are {known}", name="uri")
+        hint = f"did you mean tcp:{uri}?" if rest.isascii() and rest.isdigit() else f"there are {known}"
+        raise ConfigError(f"unknown protocol {scheme!r} in {uri!r}; {hint}", name="uri")
     _load(scheme).parse(rest)
     return scheme, rest
 

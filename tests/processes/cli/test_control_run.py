@@ -104,7 +104,7 @@ async def test_refusal_is_one_sentence(tmp_path: Path) -> None:
     async with hosts(tmp_path) as (source, _):
         for words, text in (
             (("postcopy",), "postcopy"),
-            (("set", "-p", "downtime-limit=2000001"), "downtime_limit"),
+            (("set", "-p", "downtime-limit=2000001"), "downtime"),
             (("set", "-c", "no-such"), "no-such"),
             (("migrate", "pigeon:1"), "protocol"),
         ):
