@@ -81,9 +81,10 @@ async def test_alert_of_tls_is_no_lost_connection() -> None:
     [
         (
             b'{"QMP": {"version": 1}}\r\n',
-            'no migration destination at that address: it answered \'{"QMP": {"version": 1}}\'',
+            "no migration destination at that address: it is a QMP socket",
         ),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "it answered 'HTTP/1.1 400 Bad Request'"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "it is an HTTP server"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "it answered with 'SSH-'"),
         (b"\x15\x03\x01\x00\x02\x02\x46", "TLS is on there"),
     ],
 )

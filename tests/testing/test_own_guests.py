@@ -268,7 +268,7 @@ def test_a_rule_that_is_broken_is_printed_as_lines_without_a_chain() -> None:
     lines = str(found).splitlines()
     assert lines[0] == "the guests broke a rule:"
     assert "before that:" in lines
-    assert "at 0 s, here: stop" in lines
+    assert "at 0 ms, here: stop" in lines
     assert lines[-1].startswith("to repeat: replay(scenario, Point(")
 
 

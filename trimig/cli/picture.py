@@ -97,7 +97,7 @@ class Picture:
     @property
     def throttled(self) -> str:
         """What auto-converge does to the guest; empty if the guest is not throttled."""
-        return f"the guest is throttled by {self.throttle} %" if self.throttle else ""
+        return f"the guest is throttled by {formats.percent(self.throttle / 100)}" if self.throttle else ""
 
     @property
     def time_left(self) -> str:

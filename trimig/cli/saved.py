@@ -30,6 +30,19 @@ def unsettled(file: Path, record: stream.OwnerRecord) -> trimig.HandoverUncertai
 
 
 @contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Add *file* to the error of the stream in it."""
+    try:
+        yield
+    except trimig.RemoteProtocolError as error:
+        raise trimig.RemoteProtocolError(
+            f"{file}: {error.reason}", offset=error.offset, section=error.section
+        ) from error
+    except trimig.TransportFailed as error:
+        raise trimig.TransportFailed(f"{file}: {error}") from error
+
+
+@contextlib.contextmanager
 def replacing(file: Path) -> Iterator[None]:
     """Hold *file*, if it exists, while another guest is written that gets its name.
 

@@ -217,7 +217,7 @@ def _throttled(progress: Progress, bounds: Bounds) -> str:
         return "let auto-converge throttle the guest" if bounds.auto_converge else "throttle the guest"
     left = f"which leaves {formats.rate(unthrottled * (100 - share) / 100)} dirtied"
     if not bounds.auto_converge:
-        return f"throttle the guest by {share} % (capability auto-converge), {left}"
+        return f"throttle the guest by {formats.percent(share / 100)} (capability auto-converge), {left}"
     if share > bounds.max_throttle:
-        return f"raise max-cpu-throttle ({bounds.max_throttle} %) to {share} %, {left}"
-    return f"let auto-converge go on from {progress.throttle} % to {share} %, {left}"
+        return f"raise max-cpu-throttle ({formats.percent(bounds.max_throttle / 100)}) to {formats.percent(share / 100)}, {left}"
+    return f"let auto-converge go on from {formats.percent(progress.throttle / 100)} to {formats.percent(share / 100)}, {left}"

@@ -14,6 +14,7 @@ from typing import Final, Literal, Protocol, runtime_checkable
 
 import trio
 
+from .. import formats
 from ..errors import NotOwner, Owner, TrimigError
 from ..expected import expect
 from ..guest import Guest, LazyGuest
@@ -57,7 +58,7 @@ class Violation:
 
     def __str__(self) -> str:
         """One line."""
-        return f"at {self.time:g} s, {self.kind}: {', '.join(self.labels)}: {self.text or _SENTENCES[self.kind]}"
+        return f"at {formats.duration(self.time)}, {self.kind}: {', '.join(self.labels)}: {self.text or _SENTENCES[self.kind]}"
 
 
 _SENTENCES: Final = {
@@ -147,7 +148,7 @@ class OwnerReferee:
         for label, guest in self._guests.items():
             if guest.owner is Owner.HERE:
                 continue
-            owner, found = guest.owner.name, f"did not return within {_REFUSES_WITHIN:g} s"
+            owner, found = guest.owner.name, f"did not return within {formats.duration(_REFUSES_WITHIN)}"
             with trio.move_on_after(_REFUSES_WITHIN):
                 try:
                     await guest.resume()
@@ -177,7 +178,9 @@ class OwnerReferee:
         ]
         lines = [*map(str, self.violations), *lines]
         if lines:
-            history = [f"at {time:g} s, {label}: {event}" for time, label, event in self.history] or ["nothing"]
+            history = [f"at {formats.duration(time)}, {label}: {event}" for time, label, event in self.history] or [
+                "nothing"
+            ]
             raise BrokenRule("\n".join(["the guests broke a rule:", *lines, "before that:", *history]))
 
     def _look(self) -> None:

@@ -21,8 +21,8 @@ from .postcopy import BITMAP_FRAME, bitmap_bytes, check_bitmap_size, decode_rece
 #: No message of any version is longer than this; QEMU's own reader has the same bound (return_path.md part 5).
 MAX_PAYLOAD: Final = 512
 
-#: Bytes of an answer in another protocol that a message shows at most.
-_SHOWN_BYTES: Final = 40
+#: The first bytes of programs that are no destination.
+_OTHERS: Final[Mapping[bytes, str]] = {b'{"QM': "it is a QMP socket", b"HTTP": "it is an HTTP server"}
 _HEADER = struct.Struct(">HH")
 _BE32 = struct.Struct(">I")
 _REQUEST = struct.Struct(">QI")
@@ -144,12 +144,14 @@ def encode(message: Message) -> bytes:
 
 
 def _no_destination(first: bytes) -> str:
-    """What the first bytes of another protocol say; empty if they look like no other one."""
+    """What the first bytes of another protocol say, at least four; empty if they look like no other one."""
     if first[:2] == b"\x15\x03":
         return "the destination answered with an alert of TLS: TLS is on there (tls-creds), and off at this side"
-    shown = first[:_SHOWN_BYTES].split(b"\n")[0].rstrip()
-    if len(shown) >= 4 and all(32 <= byte < 127 for byte in shown):
-        return f"there is no migration destination at that address: it answered {shown.decode()!r}"
+    there = _OTHERS.get(first[:4])
+    if there is None and all(32 <= byte < 127 for byte in first[:4]):
+        there = f"it answered with {first[:4].decode()!r}"
+    if there is not None:
+        return f"there is no migration destination at that address: {there}"
     return ""
 
 

@@ -240,10 +240,9 @@ async def _send(
     uncertain: trimig.HandoverUncertain | None = None
     sent = False
     commit = functools.partial(stream.record_decision, file, uri)
-    with (
-        display.open_view(as_json=as_json) as view,
-        await trimig.ParkedGuest.load(file, partial=config.completeness == "warn") as guest,
-    ):
+    with saved.naming(file):
+        loaded = await trimig.ParkedGuest.load(file, partial=config.completeness == "warn")
+    with loaded as guest, display.open_view(as_json=as_json) as view:
         for warning in guest.warnings:
             view.note(f"warning: {warning}")
         profile = guest.peer

@@ -40,7 +40,9 @@ async def _open(request: GuestRequest) -> AsyncIterator[trimig.Guest]:
     with stream.locked(path):
         if (record := stream.read_record(path)) is not None:
             raise _sent_away(path, record)
-        with await trimig.ParkedGuest.load(path) as parked:
+        with saved.naming(path):
+            loaded = await trimig.ParkedGuest.load(path)
+        with loaded as parked:
             yield parked
 
 
