@@ -97,13 +97,14 @@ class Reception:
         """
         with scope:
             while True:
-                await self._look.wait()
-                self._look = trio.Event()
+                # At first for the connections that came before the main one.
                 while self.hint() is not None:
                     before = self._monitor.counters.transferred
                     await trio.sleep(_SUSPICION_SECONDS)
                     if self._monitor.counters.transferred == before:
                         raise TransportFailed(f"the source sent nothing for {formats.duration(_SUSPICION_SECONDS)}")
+                await self._look.wait()
+                self._look = trio.Event()
 
     async def again(self, nursery: trio.Nursery, uri: str | None, judge: Judge) -> AnyStream:
         """A new main connection at *uri*, or with None at the previous address; :meth:`channel` makes a channel of it.
