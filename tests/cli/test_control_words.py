@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
+import trimig
 from tests.cli.scripted import ACTIVE, DONE, PAGE, TOTAL, Invoke, Scripted, ram, step
+from trimig.cli.remote.migrate import lost
+from trimig.cli.remote.state import Refused
+from trimig.status import Status
 
 
 @pytest.mark.parametrize("command", ["continue", "postcopy", "pause"])
@@ -129,3 +133,11 @@ def test_guest_that_has_arrived_waits_for_no_other(invoke: Invoke) -> None:
     result = invoke(guest, "incoming", "tcp:h:1")
     assert (result.exit_code, "the guest has arrived there already" in result.stderr) == (1, True)
     assert "migrate-incoming" not in guest.names
+
+
+@pytest.mark.parametrize("last", sorted({status.qmp for status in Status}))
+def test_of_a_source_that_is_gone_only_a_cancel_tells_its_owner(last: str) -> None:
+    """QMP shows a postcopy whose memory is lost as ``failed``, and the destination has that guest."""
+    error = lost("unix:a", last, Refused("the connection has ended"))
+    assert isinstance(error, Refused if last == "cancelled" else trimig.HandoverUncertain)
+    assert ("the source has kept its guest" in str(error)) is (last == "cancelled")

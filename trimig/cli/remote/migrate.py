@@ -16,7 +16,7 @@ import trio
 
 import trimig
 from trimig import formats
-from trimig.status import QMP_UNSUCCESSFUL, Status
+from trimig.status import Status
 
 from .. import display
 from ..exit_codes import CANCELLED, DONE, FAILED
@@ -209,7 +209,7 @@ class _MigrationWatch:
                 state = await remote.state()
             except Gone as error:
                 self._last = await _last_told(feed) or self._last
-                raise _lost(remote.address, self._last, error) from error
+                raise lost(remote.address, self._last, error) from error
             self._last = state.migration
             self._show(state)
             if state.migration == Status.PRE_SWITCHOVER.qmp and not self._stop.asked:
@@ -274,7 +274,7 @@ class _MigrationWatch:
                 self._view.note(f"{address} serves another client; the migration is cancelled as soon as it is free")
             return state  # the other client may recover the migration or continue it
         except Refused as error:
-            raise _lost(address, self._last, error) from error
+            raise lost(address, self._last, error) from error
 
     def _check_timer(self) -> None:
         if trio.current_time() >= self._timer and not self._stop.asked:
@@ -320,8 +320,14 @@ async def _last_told(feed: AsyncIterator[Mapping[str, Any]]) -> str:
     return last
 
 
-def _lost(address: str, last: str, error: Refused) -> trimig.HandoverUncertain | Refused:
-    if last in QMP_UNSUCCESSFUL or last == Status.CANCELLING.qmp:
+def lost(address: str, last: str, error: Refused) -> trimig.HandoverUncertain | Refused:
+    """The error for a source that is gone.
+
+    Args:
+        last: the last status that it has shown, as QMP names it.
+    """
+    # Not after `failed`: QMP calls a postcopy whose memory is lost so, too, and the destination has that guest.
+    if last == Status.CANCELLED.qmp:
         return Refused(f"{error.format_message()}; before that the migration was {last}: the source has kept its guest")
     return trimig.HandoverUncertain(
         f"{error.format_message()}; the migration was {last}, and goes on if the process still runs. Ask again: "

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ...channel.limiter import Limiter
 
 #: The likely reason for a destination that has accepted the connection and sends no message.
-_SILENT_PEER: Final = "if multifd is on there, it waits for further connections: turn multifd off there"
+_SILENT_PEER: Final = "if multifd is on there, it waits for further connections: turn multifd off there, or on here"
 #: The same if this side has opened data channels.
 _SILENT_PEER_MULTIFD: Final = (
     "if it waits for more data channels, or for none: set multifd and multifd-channels to the same at both sides"
