@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -239,3 +240,27 @@ def members(info: Mapping[str, object]) -> set[str]:
     names = set(info) - {"owner", "dirty-tracking", "convergence"}
     ram = info.get("ram")
     return names | ({f"ram.{name}" for name in ram} if isinstance(ram, Mapping) else set())
+
+
+@asynccontextmanager
+async def writing(guest: trimig.AppGuest, write: Callable[[], None], every: float) -> AsyncIterator[None]:
+    """*write* is called in the guest every so many seconds, as long as it runs here."""
+
+    async def program() -> None:
+        with contextlib.suppress(trimig.NotOwner):  # after the handover
+            while True:
+                async with guest.running():
+                    write()
+                await trio.sleep(every)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(program)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+async def passed(monitor: trimig.Monitor, passes: int) -> None:
+    """Wait until the source is in the pass of that number."""
+    async for picture in monitor.watch(0.01):
+        if picture.iteration >= passes:
+            break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
@@ -54,29 +55,14 @@ async def target(*capabilities: str) -> AsyncIterator[tuple[Qemu, str]]:
 @contextlib.asynccontextmanager
 async def writing(guest: trimig.AppGuest) -> AsyncIterator[None]:
     """The guest writes lines of text into each hot page, as long as it runs."""
-    pages = guest.ram[0].pages
+    pages, numbers = guest.ram[0].pages, itertools.count(1)
 
-    async def write() -> None:
-        count = 0
-        with contextlib.suppress(trimig.NotOwner):  # after the handover
-            while True:
-                async with guest.running():
-                    count += 1
-                    pages[:HOT] = np.resize(np.frombuffer(b"%12d\n" % count, np.uint8), PAGE)
-                    pages[:HOT:7, :8] = 0
-                await trio.sleep(0.005)
+    def write() -> None:
+        pages[:HOT] = np.resize(np.frombuffer(b"%12d\n" % next(numbers), np.uint8), PAGE)
+        pages[:HOT:7, :8] = 0
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(write)
+    async with peers.writing(guest, write, 0.005):
         yield
-        nursery.cancel_scope.cancel()
-
-
-async def passed(monitor: trimig.Monitor, passes: int) -> None:
-    """Wait until the source is in the pass of that number."""
-    async for picture in monitor.watch(0.01):
-        if picture.iteration >= passes:
-            break
 
 
 # -- to QEMU -----------------------------------------------------------------------------------------------------------
@@ -120,7 +106,7 @@ async def test_cancelled_half_way_and_again() -> None:
                 monitor = trimig.Monitor()
 
                 async def cancel() -> None:
-                    await passed(monitor, 3)
+                    await peers.passed(monitor, 3)
                     monitor.cancel("the test")
 
                 with pytest.raises(trimig.MigrationCancelled):
@@ -154,7 +140,7 @@ async def test_postcopy_after_compressed_pages() -> None:
             monitor = trimig.Monitor()
 
             async def switch() -> None:
-                await passed(monitor, 3)
+                await peers.passed(monitor, 3)
                 monitor.start_postcopy()
 
             async with writing(guest):

@@ -43,24 +43,11 @@ async def writing(guest: trimig.AppGuest) -> AsyncIterator[None]:
     """The guest adds one to the first byte of each hot page, as long as it runs."""
     pages = guest.ram[0].pages
 
-    async def write() -> None:
-        with contextlib.suppress(trimig.NotOwner):  # after the handover
-            while True:
-                async with guest.running():
-                    pages[:HOT, 0] += 1
-                await trio.sleep(0.002)
+    def write() -> None:
+        pages[:HOT, 0] += 1
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(write)
+    async with peers.writing(guest, write, 0.002):
         yield
-        nursery.cancel_scope.cancel()
-
-
-async def passed(monitor: trimig.Monitor, passes: int) -> None:
-    """Wait until the source is in the pass of that number."""
-    async for picture in monitor.watch(0.01):
-        if picture.iteration >= passes:
-            break
 
 
 def passes_at_least(count: int, **options: Any) -> trimig.Config:
@@ -133,7 +120,7 @@ async def test_cancelled_half_way_and_again(version: str) -> None:
                 monitor = trimig.Monitor()
 
                 async def cancel() -> None:
-                    await passed(monitor, 4)
+                    await peers.passed(monitor, 4)
                     monitor.cancel("the test")
 
                 with pytest.raises(trimig.MigrationCancelled):
@@ -161,7 +148,7 @@ async def test_postcopy_after_differences(version: str, *, cut: bool) -> None:
             config = dataclasses.replace(config, parameters=parameters)
 
             async def switch() -> None:
-                await passed(monitor, 4)
+                await peers.passed(monitor, 4)
                 monitor.start_postcopy()
                 if cut:
                     await monitor.wait_status(Status.POSTCOPY_ACTIVE)
