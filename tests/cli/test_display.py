@@ -281,6 +281,16 @@ def test_throttle_is_shown_in_every_display(capsys: pytest.CaptureFixture[str]) 
         assert max(map(len, view.lines(throttled, columns))) <= columns
 
 
+def test_memory_in_another_encoding_is_shown_in_every_pass() -> None:
+    for picture in (FIRST, CHASE):
+        encoded = dataclasses.replace(picture, encoded=64 * MiB, encoded_sent=MiB)
+        words = "64 MiB of memory sent as 1 MiB (encoded)"
+        assert words in encoded.sentence
+        assert words not in picture.sentence
+        lines = LiveView(Screen(sys.stderr)).lines(encoded, 200)
+        assert any(f"; {words}; time left: " in line for line in lines)
+
+
 def test_receiver_waits_for_a_source_until_one_has_come() -> None:
     waiting = dataclasses.replace(FIRST, role="destination", status="setup", sent=0)
     assert waiting.sentence == "waiting for a source"

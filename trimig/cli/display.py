@@ -182,7 +182,8 @@ class LiveView:
             found += ["", *self._table(columns), ""]
         if now.phase in ("first copy", "later passes"):
             found += wrapped(
-                "; ".join(filter(None, (now.limit, now.throttled, f"time left: {now.time_left}"))), columns
+                "; ".join(filter(None, (now.limit, now.throttled, now.encoding, f"time left: {now.time_left}"))),
+                columns,
             )
         if now.phase == "later passes" and now.converging is False:
             found += wrapped(f"It does not converge: {now.reason}", columns)

@@ -100,6 +100,13 @@ class Picture:
         return f"the guest is throttled by {formats.percent(self.throttle / 100)}" if self.throttle else ""
 
     @property
+    def encoding(self) -> str:
+        """How much memory went in another encoding, and as how many bytes; empty if none did."""
+        if not self.encoded:
+            return ""
+        return f"{formats.size(self.encoded)} of memory sent as {formats.size(self.encoded_sent)} (encoded)"
+
+    @property
     def time_left(self) -> str:
         """The remaining time in words."""
         return formats.remaining_time(self.eta, at_least=self.eta_at_least)
@@ -129,7 +136,8 @@ class Picture:
             return f"{text}, {self.limit}{asked}, time left: {self.time_left}"
         if self.phase == "first copy":
             share = self.copied / self.total if self.total else 0.0
-            return f"first copy: {formats.percent(share)}, {self.limit}, time left: {self.time_left}"
+            text = f"first copy: {formats.percent(share)}, {self.limit}, time left: {self.time_left}"
+            return f"{text}, {self.encoding}" if self.encoding else text
         if self.phase == "later passes":
             return self._later_pass
         return self.phase
@@ -142,8 +150,8 @@ class Picture:
             f"dirtied, {self.limit}, expected downtime {expected} (limit {formats.duration(self.downtime_limit)}), time "
             f"left: {self.time_left}"
         )
-        if self.encoded:
-            text += f", {formats.size(self.encoded)} of memory sent as {formats.size(self.encoded_sent)} (encoded)"
+        if self.encoding:
+            text += f", {self.encoding}"
         if self.throttle:
             text += f"; {self.throttled}"
         if self.converging is False:

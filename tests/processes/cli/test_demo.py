@@ -57,6 +57,29 @@ def test_demo_over_data_channels() -> None:
     assert {message.get("data_channels") for message in shown if message["event"] == "end"} == {3}
 
 
+@pytest.mark.parametrize("method", ["zlib", "zstd"])
+def test_demo_over_data_channels_shows_what_compression_saves(method: str) -> None:
+    """Half of the guest's pages can be compressed."""
+    code, out, _err = run(*SMALL, "-c", "multifd", "-p", f"multifd-compression={method}", "--json")
+    result = json.loads(out)
+    assert (code, result["verified"]) == (0, True)
+    assert result["multifd_bytes"] < 0.7 * result["normal_bytes"]
+
+
+def test_demo_shows_what_compress_saves() -> None:
+    """S13: in each display, and in the result."""
+    arguments = ("demo", "--size", "16M", "--hot", "1M", "-c", "compress")
+    code, out, err = run(*arguments, "--json")
+    result = json.loads(out)
+    assert (code, result["verified"], result["dirty_rate"]) == (0, True, 10 << 20)
+    assert result["encoded_bytes"] > 4 * result["encoded_sent_bytes"] > 0
+    pictures = [message for line in err.splitlines() if (message := json.loads(line))["event"] == "progress"]
+    assert pictures[-1]["encoded_bytes"] == result["encoded_bytes"]
+    code, out, err = run(*arguments, "--bandwidth", "4M")
+    assert (code, "in another encoding, sent as" in out) == (0, True)
+    assert "(encoded)" in err
+
+
 @pytest.mark.parametrize("hops", [1, 3])
 def test_demo_proves_its_guest(hops: int) -> None:
     code, out, _err = run(*SMALL, "--hops", str(hops), "--json")

@@ -28,7 +28,7 @@ from ..picture import Picture
 from ..runner import run
 from . import figures
 from .messages import pack_config
-from .options import Options, default_bandwidth, default_write_size
+from .options import Options, default_bandwidth, default_dirty_rate, default_write_size
 from .process import HostProcess, Message, reap_descendants
 
 #: Seconds that a host may take to report a failure, beyond the limits of the migration itself.
@@ -378,7 +378,7 @@ class Demo:
 @click.command(short_help="Move a busy guest between two processes, and prove that it lost nothing.")
 @click.option("--size", type=RAM_SIZE, default="256M", show_default=True, metavar="SIZE", help="Memory of the guest.")
 @click.option(
-    "--dirty-rate", type=SIZE, default="50M", show_default=True, metavar="SIZE", help="Bytes it writes each second."
+    "--dirty-rate", type=SIZE, metavar="SIZE", help="Bytes it writes each second.  [default: 50M, with compress 10M]"
 )
 @click.option(
     "--hot",
@@ -419,7 +419,7 @@ class Demo:
 @debug_option
 def demo(
     size: int,
-    dirty_rate: int,
+    dirty_rate: int | None,
     hot: int | None,
     write_size: int | None,
     bandwidth: int | None,
@@ -441,16 +441,17 @@ def demo(
     connection.
 
     With -c auto-converge the guest is slowed down until it converges, and with -c xbzrle pages that it has changed go as
-    differences. Without --bandwidth the limit is nine tenths of the dirty rate then.
+    differences. Without --bandwidth the limit is nine tenths of the dirty rate then. Half of its pages can be
+    compressed (-c compress, or -c multifd -p multifd-compression=zstd).
 
     The figures go to stdout, progress to stderr. With --json there is one object on stdout, and progress is one object
     on each line of stderr.
     """
     postcopy.refuse_pause(config, "demo")
-    if hot is None:
-        hot = default_hot(size)
+    hot = default_hot(size) if hot is None else hot
     if hot > size:
         raise click.UsageError(f"--hot {formats.size(hot)} does not fit into --size {formats.size(size)}")
+    dirty_rate = default_dirty_rate(config) if dirty_rate is None else dirty_rate
     if dirty_rate and hot < 4096:
         raise click.UsageError("--dirty-rate needs at least one page of 4096 bytes in --hot to write to")
     if postcopy_after is None and cut_after is not None:
@@ -459,10 +460,8 @@ def demo(
         config = postcopy.recovering(config, None)
         if downtime_limit is None:
             downtime_limit = 0  # with any limit, a rest that fits the limit would be sent before the switch
-    if bandwidth is None:
-        bandwidth = default_bandwidth(config, dirty_rate)
-    if write_size is None:
-        write_size = default_write_size(config)
+    bandwidth = default_bandwidth(config, dirty_rate) if bandwidth is None else bandwidth
+    write_size = default_write_size(config) if write_size is None else write_size
     if not 8 <= write_size <= 4096 or write_size % 8:
         raise click.UsageError(
             f"--write-size: {formats.size(write_size)} is not a multiple of 8 up to a page of 4096 bytes"

@@ -130,9 +130,8 @@ def text(result: dict[str, Any], width: int = 80) -> str:
         sent = formats.size(result["encoded_sent_bytes"])
         rows.insert(6, ("", f"{formats.size(result['encoded_bytes'])} in another encoding, sent as {sent}"))
     if "throttle_percent" in result:
-        rows.append(
-            ("throttle", f"{formats.percent(result['throttle_percent'] / 100)} of the guest's running time at most")
-        )
+        throttle = f"{formats.percent(result['throttle_percent'] / 100)} of the guest's running time at most"
+        rows.append(("throttle", throttle if result["throttle_percent"] else "none: it was not needed"))
     if "page_faults" in result:
         cuts = result["recoveries"]
         lost = f"; the connection was lost {formats.counted(cuts, 'time')}, and taken up again" if cuts else ""

@@ -14,11 +14,19 @@ if TYPE_CHECKING:
 _PAGE: Final = 4096
 #: Bytes of a page that a write changes if the capability xbzrle is on: its differences are short then.
 _SMALL_WRITE: Final = 64
+#: Bytes per second that the guest writes, and the same if the capability compress is on: zlib would not keep up with more.
+_DIRTY_RATE: Final = 50 << 20
+_SLOW_DIRTY_RATE: Final = 10 << 20
 
 
 def default_write_size(config: trimig.Config) -> int:
     """The bytes of a page that a write changes, unless an option says so."""
     return _SMALL_WRITE if config.capabilities.xbzrle else _PAGE
+
+
+def default_dirty_rate(config: trimig.Config) -> int:
+    """The bytes per second that the guest writes, unless an option says so."""
+    return _SLOW_DIRTY_RATE if config.capabilities.compress else _DIRTY_RATE
 
 
 def default_bandwidth(config: trimig.Config, dirty_rate: int) -> int | None:

@@ -9,6 +9,8 @@ memory, and :func:`verify` compares all of them:
 * hot pages hold their last write, or the initial pattern (number 0) if they were never written;
 * cold pages hold the initial pattern, except that a quarter of them, in runs, stays zero.
 
+Half of the pages, in runs, hold the same few words again and again, so that they can be compressed; all others cannot.
+
 A missing write, or an extra one, shows as the content of another number.
 
 Pure functions over arrays, in whole batches; nothing here reads a clock or does I/O.
@@ -43,6 +45,11 @@ _U64: Final = np.uint64
 #: The members of a :class:`WorkloadState`, in order.
 _STATE: Final = struct.Struct(">6Q")
 _RAMP: Final[Words] = np.arange(WORDS_PER_PAGE, dtype=np.uint64) * _U64(0x9E3779B97F4A7C15)
+#: Length of a run of pages that can be compressed, and of the run of others behind it.
+_REPEATING_RUN: Final = 16
+#: Words of a page that can be compressed before they come again.
+_PERIOD: Final = 64
+_REPEATING_RAMP: Final[Words] = np.resize(_RAMP[:_PERIOD], WORDS_PER_PAGE)
 _BY_PAGE: Final = _U64(0xD1342543DE82EF95)
 _BY_NUMBER: Final = _U64(0xA24BAED4963EE407)
 _MIX_1: Final = _U64(0xBF58476D1CE4E5B9)
@@ -183,8 +190,12 @@ def _fill(state: WorkloadState, pages: Numbers, numbers: Numbers, out: Words, fi
     base = pages.astype(np.uint64) * _BY_PAGE + numbers.astype(np.uint64) * _BY_NUMBER + _U64(state.seed)
     base = (base ^ (base >> _U64(30))) * _MIX_1
     base = (base ^ (base >> _U64(27))) * _MIX_2
-    np.add(base[:, None], _RAMP[first : first + out.shape[1]], out=out)
-    # One more round over every word, so that a page cannot be compressed.
+    end = first + out.shape[1]
+    np.add(base[:, None], _RAMP[first:end], out=out)
+    repeating = np.flatnonzero(pages // _REPEATING_RUN % 2)
+    if len(repeating):
+        out[repeating] = base[repeating, None] + _REPEATING_RAMP[first:end]
+    # One more round over every word, so that the other pages cannot be compressed.
     shifted = out >> _U64(29)
     np.bitwise_xor(out, shifted, out=out)
     np.multiply(out, _MIX_1, out=out)
