@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, final
 
 from ..errors import ConfigError
 from .built import BUILT
-from .types import Flag, Syntax, check_fields, check_value, qmp_name, short_repr, types_of, unknown_name
+from .types import Flag, Syntax, check_fields, check_value, name_of, qmp_name, short_repr, types_of, unknown_name
 
 _Switch = Annotated[bool, Flag()]
 
@@ -371,18 +371,21 @@ CAPABILITY_NAMES: Final[tuple[str, ...]] = tuple(qmp_name(name) for name in _TYP
 
 
 def read_capabilities(base: Capabilities, changes: Iterable[tuple[object, object]], form: Syntax) -> Capabilities:
-    """*base* with *changes*, pairs of QMP name and state, applied one after the other and checked once, as a whole.
+    """*base* with *changes*, pairs of name and state, applied one after the other and checked once, as a whole.
+
+    The names have QMP spelling; in the form TEXT they may also have underscores.
 
     Raises:
         ConfigError: an unknown name, an invalid state, or a broken rule.
     """
     states: dict[str, Any] = {}
     for given, state in changes:
-        name = CAPABILITY_ALIASES.get(given, given) if isinstance(given, str) else given
+        name = name_of(given, CAPABILITY_ALIASES, form)
         if not isinstance(name, str) or name not in CAPABILITY_NAMES:
             raise unknown_name("capability", given, CAPABILITY_NAMES)
         field = name.replace("-", "_")
         kind = _TYPES[field]
         states[field] = kind.read(state, form)
-        check_value("capability", field, kind, states[field])
+        typed = str(given) if form is Syntax.TEXT else None
+        check_value("capability", field, kind, states[field], typed=typed)
     return dataclasses.replace(base, **states)

@@ -6,8 +6,7 @@ import dataclasses
 import math
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar, final
 
@@ -139,45 +138,26 @@ class Config:
         Raises:
             ConfigError: an option that is malformed, unknown or illegal, or a contradiction in the result.
         """
-        capabilities, parameters = list(capabilities), list(parameters)
         states: list[tuple[str, object]] = []
         for text in capabilities:
             name, equals, state = text.partition("=")
-            states.append((qmp_name(name.strip()), state if equals else "on"))
+            states.append((name.strip(), state if equals else "on"))
         values: list[tuple[str, object]] = []
         for text in parameters:
             name, equals, value = text.partition("=")
             if not equals:
                 raise ConfigError(f"a parameter is given as NAME=VALUE, not {short_repr(text)}")
-            values.append((qmp_name(name.strip()), value))
+            values.append((name.strip(), value))
         more = [parse_object(text) for text in objects]
         if tls is not None:
             more.append(TlsX509(id=_SHORT_ID, dir=tls))
             values.insert(0, ("tls-creds", _SHORT_ID))
-        with _as_typed([*capabilities, *parameters]):
-            found = (
-                read_capabilities(self.capabilities, states, Syntax.TEXT),
-                read_parameters(self.parameters, values, Syntax.TEXT, repeats=True),
-            )
         return dataclasses.replace(
-            self, capabilities=found[0], parameters=found[1], objects=with_objects(self.objects, more)
+            self,
+            capabilities=read_capabilities(self.capabilities, states, Syntax.TEXT),
+            parameters=read_parameters(self.parameters, values, Syntax.TEXT, repeats=True),
+            objects=with_objects(self.objects, more),
         )
-
-
-@contextmanager
-def _as_typed(options: Sequence[str]) -> Iterator[None]:
-    """In an error within the block, write names as in *options*, ``NAME=VALUE``, and the words of a switch."""
-    try:
-        yield
-    except ConfigError as error:
-        text = str(error).replace("expects true or false", "expects on or off")
-        for option in options:
-            typed = option.partition("=")[0].strip()
-            if error.name is not None and qmp_name(typed) == qmp_name(error.name):
-                text = text.replace(repr(qmp_name(typed).replace("-", "_")), repr(typed)).replace(
-                    repr(qmp_name(typed)), repr(typed)
-                )
-        raise ConfigError(text, name=error.name) from None
 
 
 _TYPES: Final = types_of(Config)

@@ -28,6 +28,7 @@ from .types import (
     Words,
     check_fields,
     check_value,
+    name_of,
     qmp_name,
     short_repr,
     types_of,
@@ -144,7 +145,7 @@ class Parameters:
             value = getattr(self, name.replace("-", "_"))
             if value not in values:
                 raise ConfigError(
-                    f"parameter '{name.replace('-', '_')}' cannot be {value}: that is not built into trimig yet",
+                    f"parameter '{name}' cannot be {value}: that is not built into trimig yet",
                     name=name,
                 )
 
@@ -202,7 +203,9 @@ PARAMETER_NAMES: Final[tuple[str, ...]] = tuple(qmp_name(name) for name in _TYPE
 def read_parameters(
     base: Parameters, changes: Iterable[tuple[object, object]], form: Syntax, *, repeats: bool = False
 ) -> Parameters:
-    """*base* with *changes*, pairs of QMP name and value, checked together.
+    """*base* with *changes*, pairs of name and value, checked together.
+
+    The names have QMP spelling; in the form TEXT they may also have underscores.
 
     With *repeats* the last value of a name counts, as on a command line. Without *repeats* a name may occur once, in
     one spelling.
@@ -212,10 +215,11 @@ def read_parameters(
     """
     values: dict[str, Any] = {}
     for given, value in changes:
-        name = PARAMETER_ALIASES.get(given, given) if isinstance(given, str) else given
+        name = name_of(given, PARAMETER_ALIASES, form)
+        typed = str(given) if form is Syntax.TEXT else None
         if isinstance(name, str) and name in _GONE:
             kind = _GONE[name]
-            check_value("parameter", name.replace("-", "_"), kind, kind.read(value, form))
+            check_value("parameter", name.replace("-", "_"), kind, kind.read(value, form), typed=typed)
             continue
         if not isinstance(name, str) or name not in PARAMETER_NAMES:
             raise unknown_name("parameter", given, PARAMETER_NAMES)
@@ -226,6 +230,6 @@ def read_parameters(
         if stored is None:
             # None means "not set" only in Python; in a QMP command null is a value of the wrong type.
             raise ConfigError(f"parameter '{field}' cannot be null", name=name)
-        check_value("parameter", field, _TYPES[field], stored)
+        check_value("parameter", field, _TYPES[field], stored, typed=typed)
         values[field] = stored
     return dataclasses.replace(base, **values)

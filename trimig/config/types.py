@@ -100,6 +100,11 @@ class Type:
         """The legal values, as the end of the sentence "... expects"."""
         raise NotImplementedError
 
+    @property
+    def expects_typed(self) -> str:
+        """The same for the text of a command line."""
+        return self.expects
+
     def legal(self, value: object) -> bool:
         """Whether *value* may be stored unchanged."""
         raise NotImplementedError
@@ -120,6 +125,10 @@ class Flag(Type):
     @property
     def expects(self) -> str:
         return "true or false"
+
+    @property
+    def expects_typed(self) -> str:
+        return "on or off"
 
     def legal(self, value: object) -> bool:
         return isinstance(value, bool)
@@ -268,6 +277,10 @@ class OrNone(Type):
     def expects(self) -> str:
         return f"{self.kind.expects}, or None"
 
+    @property
+    def expects_typed(self) -> str:
+        return self.kind.expects_typed
+
     def legal(self, value: object) -> bool:
         return value is None or self.kind.legal(value)
 
@@ -300,10 +313,23 @@ def types_of(cls: type) -> Mapping[str, Type]:
     return found
 
 
-def check_value(what: str, name: str, kind: Type, value: object) -> None:
-    """Raise ConfigError unless *value* is legal; *what* is the noun for the option *name* (Python spelling)."""
+def check_value(what: str, name: str, kind: Type, value: object, *, typed: str | None = None) -> None:
+    """Raise ConfigError unless *value* is legal; *what* is the noun for the option *name* (Python spelling).
+
+    Args:
+        typed: the name as it stands on a command line; None for a value from another place.
+    """
     if not kind.legal(value):
-        raise ConfigError(f"{what} '{name}' expects {kind.expects}, not {short_repr(value)}", name=qmp_name(name))
+        shown, wanted = (name, kind.expects) if typed is None else (typed, kind.expects_typed)
+        raise ConfigError(f"{what} '{shown}' expects {wanted}, not {short_repr(value)}", name=qmp_name(name))
+
+
+def name_of(given: object, aliases: Mapping[str, str], form: Syntax) -> object:
+    """The QMP name for one that was *given* in *form*; *given* itself if it is no string."""
+    if not isinstance(given, str):
+        return given
+    name = qmp_name(given) if form is Syntax.TEXT else given
+    return aliases.get(name, name)
 
 
 def check_fields(what: str, options: object, kinds: Mapping[str, Type]) -> None:
