@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
@@ -10,7 +10,8 @@ import trio
 
 from .. import formats
 from ..errors import GuestFailed, MigrationError, TrimigError
-from ..guest import DirtyTracker, Guest, MortalGuest
+from ..guest import DeviceSection, DirtyTracker, Guest, MortalGuest, PageBitmap, RamBlock
+from .guest_results import saved_devices, written_pages
 
 T = TypeVar("T")
 
@@ -88,6 +89,29 @@ async def call(what: str, function: Callable[[], Awaitable[T]], seconds: float) 
             return await function()
     assert limit.cancelled_caught
     raise GuestFailed(f"{what} took longer than {formats.duration(seconds)}")
+
+
+async def find_written(tracker: DirtyTracker, blocks: Sequence[RamBlock], seconds: float) -> Mapping[str, PageBitmap]:
+    """The pages of *blocks* that were written since the last call, by name; *seconds* as for :func:`call`.
+
+    Raises:
+        GuestFailed: the tracker failed, or what it returned are no such pages.
+
+    **Cancellation:** pages written since the last call may be lost.
+    """
+    return written_pages(await call("finding dirty pages", tracker.sync, seconds), blocks)
+
+
+async def save_devices(guest: Guest, seconds: float, what: str = "saving the devices") -> Sequence[DeviceSection]:
+    """The state of the devices of *guest*; *seconds* and *what* as for :func:`call`.
+
+    Raises:
+        GuestFailed: the guest failed, or what it returned are no sections.
+        MigrationError: the guest raised it.
+
+    **Cancellation:** has no effect on the guest.
+    """
+    return saved_devices(await call(what, guest.save_devices, seconds))
 
 
 async def watch_guest(guest: MortalGuest) -> None:

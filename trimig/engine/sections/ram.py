@@ -149,8 +149,7 @@ class RamSection:
 
         **Cancellation:** pages written since the last call may be lost.
         """
-        sync = self._tracker.sync
-        written = await guest_calls.call("finding dirty pages", sync, self._config.handover_timeout)
+        written = await guest_calls.find_written(self._tracker, self.blocks, self._config.handover_timeout)
         before = sum(int(np.count_nonzero(bitmap)) for bitmap in self.unsent)
         self.unsent = [written[b.name] | left for b, left in zip(self.blocks, self.unsent, strict=True)]
         pending = sum(int(np.count_nonzero(bitmap)) for bitmap in self.unsent)

@@ -17,6 +17,7 @@ from ...wire import encoder as wire
 from ...wire import postcopy as wire_postcopy
 from ...wire.constants import Command
 from ...wire.marks import PING_MARK
+from .. import guest_calls
 from ..device_writer import UUID_SUBSECTION, early_sections, opening
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ async def announce(out: Outgoing) -> None:
         await channel.send(wire_postcopy.advise(wire_postcopy.Advice()))
     early: Sequence[DeviceSection] = ()
     if isinstance(out.guest, OpaqueGuest):
-        early = await out.call("saving the devices in front of the memory", out.guest.save_devices)
+        what = "saving the devices in front of the memory"
+        early = await guest_calls.save_devices(out.guest, out.config.handover_timeout, what)
     if ahead := early_sections(early, "list", config.peer):
         await channel.send(ahead)
     for section in out.sections:

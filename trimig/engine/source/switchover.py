@@ -17,6 +17,7 @@ from ...wire import encoder as wire
 from ...wire import postcopy as wire_postcopy
 from ...wire.constants import Command
 from ...wire.marks import ATTEMPT_BYTES, Mark
+from .. import guest_calls
 from ..device_writer import DeviceSender, coming_state
 from ..order import PING_LOADED, PING_RUNS
 from ..shield import lift_shield, shield
@@ -92,7 +93,7 @@ class PrecopySwitchover:
 
         **Cancellation:** as for the rest.
         """
-        saved = await self._out.call("saving the devices", self._out.guest.save_devices)
+        saved = await guest_calls.save_devices(self._out.guest, self._out.config.handover_timeout)
         await self._channel.send(self._devices.sections(saved, self._out.run_state))
 
     async def prepare(self) -> None:
@@ -168,7 +169,7 @@ class PostcopySwitchover:
         """
         out = self._out
         devices = DeviceSender(out.guest, out.config.peer)
-        saved = await out.call("saving the devices", out.guest.save_devices)
+        saved = await guest_calls.save_devices(out.guest, out.config.handover_timeout)
         if (state := coming_state(out.guest, out.run_state, saved)) != "running":
             out.monitor.warn(
                 f"the run state of the guest is {state}: a QEMU runs it all the same when it comes by postcopy, unless it was "

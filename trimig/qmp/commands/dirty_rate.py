@@ -76,7 +76,7 @@ async def _measure(machine: Machine, measurement: Measurement, seconds: float) -
         await guest_calls.call("starting dirty tracking", tracker.start, seconds + machine.config.handover_timeout)
         began = trio.current_time()
         await trio.sleep(seconds)
-        written = await guest_calls.call("finding dirty pages", tracker.sync, machine.config.handover_timeout)
+        written = await guest_calls.find_written(tracker, machine.guest.ram, machine.config.handover_timeout)
         passed = trio.current_time() - began
         pages = sum(int(np.count_nonzero(bitmap)) for bitmap in written.values())
         measurement.done(round(pages * PAGE_SIZE / _MIB / passed))
