@@ -25,7 +25,7 @@ from trimig import transport
 from trimig.channel.channel import AnyStream
 from trimig.channel.channels import PREEMPT, Beside
 from trimig.channel.first_bytes import judge_again, judge_data, judge_first, judge_other, known
-from trimig.channel.lobby import MOST_READ, MOST_WAITING, Lobby, NotTheOne, Verdict, accept_pause
+from trimig.channel.lobby import MOST_READ, MOST_WAITING, Lobby, NotTheOne, NotWanted, Verdict, accept_pause
 from trimig.errors import RemoteProtocolError, TransportFailed
 from trimig.transport.tcp import TcpListener
 from trimig.wire import Command, Section
@@ -453,6 +453,9 @@ def test_first_bytes_that_are_known_say_what_is_wrong(data: bytes, words: str) -
         with pytest.raises(NotTheOne) as caught:
             judge(data)
         assert words in str(caught.value.telling)
+        assert isinstance(caught.value, NotWanted) is (data is MULTIFD), (
+            "a data channel stays open, or its QEMU may hang"
+        )
     assert known(HEAD) is None
     with pytest.raises(NotTheOne) as surplus:
         judge_other(())(data)

@@ -29,7 +29,7 @@ def known(data: bytes) -> NotTheOne | None:
     """The verdict on a connection whose first bytes are those of another protocol, if *data* says so."""
     first = data[:4]
     if first == multifd.MAGIC:
-        return NotTheOne(
+        return NotWanted(
             "it is a channel of multifd",
             "the source has the capability multifd on, and it is off at the destination: turn it on there, or turn multifd off at the source",
         )
