@@ -82,6 +82,13 @@ async def test_what_cannot_be_hosted_is_said_in_one_sentence(tmp_path: Path, wor
     assert os.listdir(tmp_path) == []
 
 
+async def test_an_address_that_cannot_be_listened_on_is_one_sentence(tmp_path: Path) -> None:
+    """No status of a migration stands before it."""
+    code, out, err = await trimig_command("run", "--guest", GUEST, "--incoming", f"unix:{tmp_path}/absent/socket")
+    assert (code, out) == (1, "")
+    assert err == f"trimig: cannot listen on unix:{tmp_path}/absent/socket: No such file or directory\n"
+
+
 async def test_guest_that_no_client_could_reach() -> None:
     code, _, err = await trimig_command("run", "--guest", "process")
     assert (code, "--qmp" in err) == (2, True)

@@ -140,6 +140,9 @@ class _Host:
         self._signal = ""
         self._interrupted = False  # a migration was under way when the signal came
         self._starting = trio.CancelScope()
+        #: Statuses before the machine has begun. They are printed when it has, because an address that cannot be listened
+        #: on is one error, and not a migration that failed.
+        self._early: list[str] = []
 
     def doing(self) -> str:
         """The text for a first signal: its consequences."""
@@ -207,6 +210,8 @@ class _Host:
                 if incoming is not None and incoming != DEFER:
                     await machine.start_incoming(incoming)
                 self._machine = machine
+                for status in self._early:
+                    self._show(status)
                 await self._until_the_end(machine, guest)
                 nursery.cancel_scope.cancel("the machine has ended")
         return self._code()
@@ -249,12 +254,18 @@ class _Host:
             case "LISTENING":
                 for address in event.data["addresses"]:
                     self._listening(address, "incoming migration")
-            case "MIGRATION" if not self._as_json:
-                say(f"migration: {event.data['status']}")
-                if event.data["status"] == trimig.Status.COMPLETED.value:
-                    self._report()
+            case "MIGRATION" if self._machine is None:
+                self._early.append(event.data["status"])
+            case "MIGRATION":
+                self._show(event.data["status"])
             case "WARNING":
                 self._say(f"warning: {event.data['text']}", warning=event.data["text"])
+
+    def _show(self, status: str) -> None:
+        if not self._as_json:
+            say(f"migration: {status}")
+            if status == trimig.Status.COMPLETED.value:
+                self._report()
 
     def _report(self) -> None:
         machine = self._machine
