@@ -11,6 +11,7 @@ import trio
 import trio.testing
 
 import trimig
+from tests.engine.multifd_source import PAGES, destination
 from tests.engine.pair import ACCEPTED, PREPARED, REFUSED, config, running, waiting
 from trimig.engine.source.switchover import PING_PREPARE
 from trimig.guest import DeviceSection
@@ -357,22 +358,20 @@ async def test_guest_that_runs_cannot_be_filled(autojump_clock: trio.testing.Moc
     assert not guest.misuse
 
 
-def test_rate_of_an_arrival_counts_from_the_connection_on() -> None:
-    """The time in which no source was there is not a part of it."""
-    summary = trimig.Summary(
-        role=trimig.Role.DESTINATION,
-        confirmed=True,
-        prepared=True,
-        total_time=101.0,
-        setup_time=100.0,
-        downtime=0.0,
-        downtime_parts=trimig.Downtime(),
-        iterations=0,
-        bytes_transferred=0,
-        normal_pages=256,
-        zero_pages=0,
-        ram_bytes=1 << 20,
-        dirty_tracking="",
-        warnings=(),
-    )
-    assert summary.throughput == 1 << 20
+async def test_times_of_an_arrival_count_from_the_connection_on(autojump_clock: trio.testing.MockClock) -> None:
+    """The time in which no source was there is not a part of the total time, nor of the rate."""
+    async with destination(trimig.Config()) as there:
+        await trio.sleep(100)
+        began = trio.current_time()
+        said = parts(list=ram_list(("ram", PAGES * 4096)), end=ram_end(zeros(*range(PAGES))))
+        text = said.pop("text")
+        peer = there.connect(b"".join(said.values())[:-1])
+        await trio.sleep(3)
+        await peer.say(wire.end_of_stream() + text)
+        await peer.hear()
+        took = trio.current_time() - began
+    assert isinstance(there.outcome, trimig.Summary), there.outcome
+    assert there.outcome.waiting_time == pytest.approx(100, abs=1)
+    assert there.outcome.setup_time == 0
+    assert 2 < there.outcome.total_time < took + 0.001
+    assert there.outcome.throughput == PAGES * 4096 / there.outcome.total_time

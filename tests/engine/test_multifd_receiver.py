@@ -103,7 +103,9 @@ async def test_pages_come_on_three_channels_in_several_passes(
     assert isinstance(there.outcome, trimig.Summary), there.outcome
     assert there.pages() == [6, 2, 2, 0, 1, 7, 3, 0, 0, 0, 0, 7]
     assert bytes(there.guest.ram[0].pages[11]) == content(7)
-    assert there.monitor.counters.multifd_bytes == sum(map(len, data))
+    size = sum(map(len, data))
+    assert (there.outcome.data_channels, there.outcome.multifd_bytes) == (CHANNELS, size)
+    assert there.monitor.info()["multifd-bytes"] == size
     assert all(link.b.closed for link in there.links)
 
 
@@ -171,6 +173,7 @@ async def test_the_seed_has_one_connection_with_the_capability_on(autojump_clock
     assert isinstance(there.outcome, trimig.Summary), there.outcome
     assert there.pages() == PAGES * [3]
     assert len(there.links) == 1
+    assert "multifd-bytes" not in there.monitor.info()
 
 
 # -- with postcopy -----------------------------------------------------------------------------------------------------

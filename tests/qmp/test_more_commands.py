@@ -188,6 +188,9 @@ async def test_info_migrate_shows_encodings_and_the_throttle(tmp_path: Path, mon
         text = await human(source, "info migrate")
         assert "cpu throttle percentage: 30\r\n" in text
         assert "compression" not in text
+        arrived = {"status": "completed", "owner": "destination", "multifd-bytes": 5 << 20}
+        monkeypatch.setattr(source.machine, "info", lambda: arrived)
+        assert "multifd bytes: 5120 kbytes\r\n" in await human(source, "info migrate")
 
 
 async def test_info_capabilities_and_parameters_show_everything() -> None:

@@ -19,6 +19,7 @@ def summary_record(summary: Summary) -> dict[str, Any]:
         "prepared": summary.prepared,
         "total_ms": formats.ms(summary.total_time),
         "setup_ms": formats.ms(summary.setup_time),
+        "waiting_ms": formats.ms(summary.waiting_time),
         "downtime_ms": formats.ms(summary.downtime),
         "downtime": {part.name: formats.ms(getattr(summary.downtime_parts, part.name)) for part in _PARTS},
         "throughput_bytes_per_s": round(summary.throughput),

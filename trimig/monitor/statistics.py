@@ -126,9 +126,9 @@ class Summary:
     confirmed: bool
     #: True if the destination proved, before the decision was sent, that it had loaded everything (needs a return path).
     prepared: bool
-    #: Seconds from the begin of the attempt to its end.
+    #: Seconds from the begin of the attempt to its end; at a destination from the connection of the source on.
     total_time: float
-    #: Seconds of it until the list of RAM blocks was sent (source), or until a source had connected (destination).
+    #: Source: seconds of it until the list of RAM blocks was sent; 0 on a destination.
     setup_time: float
     #: Seconds in which the guest ran on neither side, by this side's clock.
     downtime: float
@@ -158,13 +158,14 @@ class Summary:
     data_channels: int = 0
     #: Bytes of :attr:`bytes_transferred` that went over them.
     multifd_bytes: int = 0
+    #: Destination: seconds of waiting until a source had connected, before :attr:`total_time` begins.
+    waiting_time: float = 0.0
 
     @property
     def throughput(self) -> float:
-        """Guest memory moved (every copy of a page counted) in bytes per second of the total time; at a destination, from its connection on."""
+        """Guest memory moved (every copy of a page counted) in bytes per second of the total time."""
         moved = (self.normal_pages + self.zero_pages + self.encoded_pages) * PAGE_SIZE
-        seconds = self.total_time - (self.setup_time if self.role is Role.DESTINATION else 0.0)
-        return moved / seconds if seconds > 0 else 0.0
+        return moved / self.total_time if self.total_time > 0 else 0.0
 
 
 @dataclasses.dataclass(slots=True)
@@ -294,6 +295,8 @@ def query_migrate(
     if c.warnings:
         info["warnings"] = list(c.warnings)
     if role is Role.DESTINATION:
+        if c.data_channels:
+            info["multifd-bytes"] = c.multifd_bytes
         if status is Status.COMPLETED:
             info |= {name: member() for name, member in c.members.items()}
         return info

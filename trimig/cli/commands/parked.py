@@ -89,7 +89,7 @@ async def _receive(
                 await _keep_partial(guest, file, monitor, view)
         text = (
             f"received {_called(guest)} with {formats.size(summary.ram_bytes)} of RAM and "
-            f"{len(guest.sections)} devices in {formats.duration(summary.total_time - summary.setup_time)}; it is in {file} "
+            f"{len(guest.sections)} devices in {formats.duration(summary.total_time)}; it is in {file} "
             f"({guest.guest_run_state} when it is resumed)"
         )
         view.end(text, on_stdout=True)

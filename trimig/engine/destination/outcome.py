@@ -149,13 +149,14 @@ def summary(into: Incoming) -> Summary:
     for text in c.warnings:
         log.warning("%s", text)
     assert c.finished is not None
+    connected = c.started if c.setup_done is None else c.setup_done
     parts = dataclasses.replace(Downtime(), resume=into.resume_seconds)
     return Summary(
         role=Role.DESTINATION,
         confirmed=into.confirmed,
         prepared=into.prepared,
-        total_time=c.finished - c.started,
-        setup_time=(c.setup_done or c.started) - c.started,
+        total_time=c.finished - connected,
+        setup_time=0.0,
         downtime=parts.total,
         downtime_parts=parts,
         iterations=0,
@@ -165,4 +166,7 @@ def summary(into: Incoming) -> Summary:
         ram_bytes=c.total,
         dirty_tracking="",
         warnings=tuple(c.warnings),
+        data_channels=c.data_channels,
+        multifd_bytes=c.multifd_bytes,
+        waiting_time=connected - c.started,
     )

@@ -138,6 +138,7 @@ class MultifdReceiver:
             compression = _COMPRESSION[self._compression]
             data = DataChannel(hello.number, channel, self._ram, self._counters, compression)
             self._open[hello.number] = data
+            self._counters.data_channels += 1
             self._running += 1
             nursery.start_soon(self._run, data, name=f"trimig.{data.name}")
         self._complete.set()

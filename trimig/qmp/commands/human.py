@@ -110,6 +110,8 @@ def info_migrate(machine: Machine) -> str:
         if name in ram:
             lines.append(_figure(label, ram[name], unit))
     lines += [_figure(label, info[of][name], unit) for of, name, label, unit in _MORE if of in info]
+    if "multifd-bytes" in info:  # a destination has no `ram`
+        lines.append(_figure("multifd bytes", info["multifd-bytes"], "kbytes"))
     if (throttle := info.get("cpu-throttle-percentage")) is not None:
         lines.append(f"cpu throttle percentage: {throttle}")
     lines += [f"blocked reason: {reason}" for reason in info.get("blocked-reasons", ())]

@@ -84,7 +84,8 @@ MIGRATION_INFO: Final = Argument(
         "error-desc": MAYBE_STR,
         "blocked-reasons": Argument("list", optional=True, items=STR),
         "socket-address": Argument("list", optional=True, items=SOCKET_ADDRESS),
-        # An addition of trimig.
+        # From here on: additions of trimig. This one is of a destination; at a source it stands in `ram`.
+        "multifd-bytes": MAYBE_INT,
         "owner": Argument("str", optional=True, choices=("source", "destination", "unknown")),
         "dirty-tracking": MAYBE_STR,
         "warnings": Argument("list", optional=True, items=STR),
