@@ -461,6 +461,10 @@ def test_command_line_options_change_a_config_from_left_to_right() -> None:
         ([], ["block-incremental=maybe"], "'block-incremental' expects on or off"),
         ([], ["block-bitmap-mapping=["], "a list of disks"),
         ([], ["mode=cpr-reboot"], "not built into trimig yet"),
+        # The value is shown as it is, also where it is the name in another spelling.
+        (["return_path=return-path"], [], "capability 'return_path' expects on or off, not 'return-path'"),
+        ([], ["max_bandwidth=max-bandwidth"], "not 'max-bandwidth'"),
+        ([], ["x_multifd_channels=0"], "parameter 'x_multifd_channels' expects an integer from 1 to 255, not 0"),
     ],
 )
 def test_bad_command_line_option_is_refused(capabilities: list[str], parameters: list[str], words: str) -> None:

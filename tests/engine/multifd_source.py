@@ -210,16 +210,20 @@ class There:
     def close(self) -> None:
         """Nothing."""
 
+    def link(self) -> VirtualLink:
+        """A further connection; nothing is sent on it."""
+        link = VirtualLink(seed=len(self.links), latency=0.001, record=True)
+        self.links.append(link)
+        self._offers.send_nowait(link.b)
+        return link
+
     def connect(self, data: bytes = b"", *, ends: bool = False) -> Peer:
         """A further connection, on which *data* is sent.
 
         Args:
             ends: the connection ends behind *data*.
         """
-        link = VirtualLink(seed=len(self.links), latency=0.001)
-        self.links.append(link)
-        self._offers.send_nowait(link.b)
-        peer = Peer(link.a)
+        peer = Peer(self.link().a)
 
         async def say() -> None:
             with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
