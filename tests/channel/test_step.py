@@ -13,21 +13,21 @@ import pytest
 from numpy.typing import NDArray
 
 from trimig.channel.step import SendPlan, Step
-from trimig.channel.vectored import CALL_BYTES, MAX_ELEMENTS, Pieces, Records, Vector
+from trimig.channel.vectored import CALL_BYTES, MAX_ELEMENTS, Pieces, Records, Span, elements
 
 SEEDS: Final = (0, 1, 2)
 BODY: Final = 64
 COUNT: Final = 9
 
 
-def content(vector: Vector, most: int) -> bytes:
-    """The first *most* bytes at the places of *vector*."""
-    return b"".join(ctypes.string_at(address, size) for address, size in vector.tolist())[:most]
+def content(span: Span, most: int) -> bytes:
+    """The first *most* bytes at the places of *span*."""
+    return b"".join(ctypes.string_at(address, size) for address, size in elements(span).tolist())[:most]
 
 
-def fill(vector: Vector, data: bytes) -> None:
-    """Put *data* where *vector* says."""
-    for address, size in vector.tolist():
+def fill(span: Span, data: bytes) -> None:
+    """Put *data* where *span* says."""
+    for address, size in elements(span).tolist():
         part, data = data[:size], data[size:]
         ctypes.memmove(address, part, len(part))
 
@@ -47,32 +47,32 @@ class ScriptedSocket:
         self.calls = 0
         self.stream = bytearray()
 
-    def _some(self, vector: Vector) -> int | None:
+    def _some(self, span: Span) -> int | None:
         """How many bytes the next call moves."""
-        assert len(vector)
+        assert span[1]
         self.calls += 1
         if self.calls == self._at and self._happens is not None:
             self._happens()
         if self._random.random() < 0.2:
             return None
-        most = int(vector[:MAX_ELEMENTS, 1].sum())
+        most = int(elements(span)[:MAX_ELEMENTS, 1].sum())
         assert most
         return min(most, self._random.choice((1, 8, 8 + BODY, self._random.randint(1, 3 * BODY))))
 
-    def write(self, vector: Vector) -> int | None:
+    def write(self, span: Span) -> int | None:
         """As writev."""
-        count = self._some(vector)
+        count = self._some(span)
         if count is not None:
-            self.stream += content(vector, count)
+            self.stream += content(span, count)
         return count
 
-    def read(self, vector: Vector) -> int | None:
+    def read(self, span: Span) -> int | None:
         """As readv, from the front of ``stream``."""
-        count = self._some(vector)
+        count = self._some(span)
         if count is None:
             return None
         count = min(count, len(self.stream))
-        fill(vector, bytes(self.stream[:count]))
+        fill(span, bytes(self.stream[:count]))
         del self.stream[:count]
         return count
 
@@ -136,10 +136,11 @@ Planned: TypeAlias = Callable[[Memory], tuple[SendPlan, bytes, list[int]]]
 PLANS: Final[tuple[Planned, ...]] = (Memory.records, Memory.records_with_lead, Memory.packets)
 
 
-def drive(step: Step, call: Callable[[Vector], int | None]) -> None:
+def drive(step: Step, call: Callable[[Span], int | None]) -> None:
     """As a thread does it, but that it need not wait."""
-    while not step.over:
-        step.make(call)
+    while not step.run(call):
+        pass
+    assert step.over
 
 
 @pytest.mark.parametrize("planned", PLANS)
@@ -228,18 +229,18 @@ def test_pieces_without_units_have_no_known_rest() -> None:
     assert plan.rest_of_unit() is None
     plan.advance(32)
     assert plan.rest_of_unit() == b""
-    assert not len(Pieces(np.empty((0, 2), np.uint64)).rest)
+    assert not Pieces(np.empty((0, 2), np.uint64)).rest[1]
 
 
 def test_a_call_is_given_no_more_than_one_call_may_move() -> None:
     size = CALL_BYTES // 4
     memory = np.zeros(10 * size, np.uint8)
     plan = Pieces(np.array([[memory.ctypes.data + n * size, size] for n in range(10)], np.uint64))
-    assert len(plan.rest) == 4
+    assert plan.rest[1] == 4
     plan.advance(1)
-    assert int(plan.rest[:, 1].sum()) == 4 * size - 1
+    assert int(elements(plan.rest)[:, 1].sum()) == 4 * size - 1
     plan.advance(9 * size)
-    assert plan.rest.tolist() == [[memory.ctypes.data + 9 * size + 1, size - 1]]
+    assert elements(plan.rest).tolist() == [[memory.ctypes.data + 9 * size + 1, size - 1]]
 
 
 def test_a_step_that_was_stopped_before_makes_no_call() -> None:
@@ -248,3 +249,16 @@ def test_a_step_that_was_stopped_before_makes_no_call() -> None:
     step.stop()
     assert step.over
     assert not step.whole
+
+
+def test_a_step_gives_others_a_turn_after_the_bytes_that_were_asked_for() -> None:
+    memory = Memory(0)
+    plan, data, _ = memory.records()
+    step, socket, turns = Step(plan), ScriptedSocket(0), 0
+    while not step.over:
+        before = step.done
+        step.run(socket.write, 100)
+        assert step.done - before < 100 + 3 * BODY  # the last call may move more
+        turns += step.done - before >= 100
+    assert bytes(socket.stream) == data
+    assert turns > 3

@@ -27,7 +27,7 @@ from . import offload, vectored
 
 if TYPE_CHECKING:
     from .step import Call, Step
-    from .vectored import Vector
+    from .vectored import Span
 
 #: From so many bytes on a transfer has a thread. What one system call takes goes at once.
 THREAD_BYTES: Final = vectored.CALL_BYTES
@@ -49,7 +49,7 @@ class _Way:
     doing: str
     #: What a peer did that does not keep up.
     fault: str
-    call: Callable[[int, Vector], int | None]
+    call: Callable[[int, Span], int | None]
     wait: Callable[[int], Awaitable[None]]
     #: The event of poll(2).
     ready: int
@@ -123,9 +123,11 @@ async def _move(sock: trio.socket.SocketType, step: Step, size: int, stall_timeo
 def _caller(descriptor: Callable[[], int], way: _Way) -> Call:
     """The system call, with TransportFailed for its errors. An error of the plan is not one of the connection."""
 
-    def call(vector: Vector) -> int | None:
+    system_call = way.call
+
+    def call(rest: Span) -> int | None:
         try:
-            return way.call(descriptor(), vector)
+            return system_call(descriptor(), rest)
         except OSError as error:
             raise broke(way.doing, error) from error
 
@@ -158,6 +160,7 @@ class _Thread:
         self._stall_timeout = stall_timeout
         self._original = sock
         self._same = socket.fromfd(sock.fileno(), sock.family, sock.type)
+        self._number = self._same.fileno()
         try:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         except OSError:
@@ -180,16 +183,18 @@ class _Thread:
 
     def run(self) -> bool:
         """Make calls until the step is over; False if it was stopped before that. TransportFailed."""
-        step, call = self._step, _caller(self._same.fileno, self._way)
+        step, call = self._step, _caller(self._descriptor, self._way)
         try:
-            while not step.over:
-                if self._original.fileno() < 0:
-                    raise broke(self._way.doing, trio.ClosedResourceError("the stream was closed here"))
-                if not step.make(call):
-                    self._wait()
+            while not step.run(call):
+                self._wait()
         finally:
             self._want(1)
         return step.ended or step.whole
+
+    def _descriptor(self) -> int:
+        if self._original.fileno() < 0:
+            raise broke(self._way.doing, trio.ClosedResourceError("the stream was closed here"))
+        return self._number
 
     def _wait(self) -> None:
         """Wait for the socket or for a stop, or for _LOOK_SECONDS. TransportFailed after ``stall_timeout``."""
@@ -218,14 +223,15 @@ class _Thread:
 
 async def _by_trio(sock: trio.socket.SocketType, step: Step, stall_timeout: float, way: _Way) -> None:
     await trio.lowlevel.checkpoint()
-    call = _caller(sock.fileno, way)
-    turn, helped = step.done, False
+    call, helped = _caller(sock.fileno, way), False
     while not step.over:
-        if step.done - turn >= _SLICE_BYTES:
-            await trio.lowlevel.checkpoint()
-            turn = step.done
-        if step.make(call):
+        before = step.done
+        blocked = not step.run(call, _SLICE_BYTES)
+        if step.done > before:
             helped = False
+        if not blocked:
+            if not step.over:
+                await trio.lowlevel.checkpoint()
             continue
         try:
             if way is _IN and not helped:
@@ -238,7 +244,6 @@ async def _by_trio(sock: trio.socket.SocketType, step: Step, stall_timeout: floa
         except (OSError, trio.ClosedResourceError) as error:
             raise broke(way.doing, error) from error
         helped = not helped
-        turn = step.done
 
 
 async def _wait_helping(sock: trio.socket.SocketType) -> None:

@@ -4,9 +4,8 @@ There is neither a thread nor a socket in it. :mod:`.pump` drives it, in a threa
 with a scripted socket::
 
     step = Step(plan)
-    while not step.over:
-        if not step.make(call):      # a non-blocking writev or readv, of CALL_BYTES at most
-            ...                      # wait until the socket is ready, or stop() was called
+    while not step.run(call):        # call: a non-blocking writev or readv, of CALL_BYTES at most
+        ...                          # wait until the socket is ready, or stop() was called
 
 What is moved is a *plan*. :class:`.vectored.Records` is a plan for headers and bodies that all have the same sizes, as page
 records. :class:`.vectored.Pieces` is one for pieces of any sizes, as the header of a packet and its pages: give it their
@@ -20,21 +19,22 @@ trio: they await the stream, and call ``moved``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
-from .vectored import Vector
+from .vectored import Span
 
-#: Moves bytes of the first elements of a vector, and returns their number: 0 at the end of the stream, None if it would block.
-Call: TypeAlias = Callable[[Vector], int | None]
+#: Moves bytes of the first elements of a span, and returns their number: 0 at the end of the stream, None if it would block.
+Call: TypeAlias = Callable[[Span], int | None]
 
 
 class Plan(Protocol):
     """Where bytes are moved from, or to. A thread may call it; no other code does so meanwhile."""
 
     @property
-    def rest(self) -> Vector:
-        """The elements that come next, of one call at least; empty if nothing more is to be moved."""
+    def rest(self) -> Span:
+        """The elements that come next, of one call at least; none if nothing more is to be moved."""
 
     def advance(self, count: int) -> None:
         """*count* more bytes have been moved, at least one."""
@@ -74,26 +74,34 @@ class Step:
     @property
     def whole(self) -> bool:
         """Everything that the plan wanted has been moved."""
-        return not len(self._plan.rest)
+        return not self._plan.rest[1]
 
     @property
     def over(self) -> bool:
-        """No further call is to be made. Looked at before each call: here a stop takes effect."""
-        return self._stop or self.ended or not len(self._plan.rest)
+        """No further call is to be made."""
+        return self._stop or self.ended or self.whole
 
-    def make(self, call: Call) -> bool:
-        """Make one call; only if not :attr:`over`.
+    def run(self, call: Call, most: int = sys.maxsize) -> bool:
+        """Make calls. The stop flag is looked at before each of them.
+
+        Args:
+            most: make no further call after so many bytes.
 
         Returns:
-            False if the call would block.
+            False if a call would block; True if the step is over, or *most* bytes were moved.
 
         Raises:
-            Exception: *call* has raised it, and nothing was moved; or the plan could not take what was moved.
+            Exception: *call* has raised it, and it has moved nothing; or the plan could not take what was moved.
         """
-        count = call(self._plan.rest)
-        if count is None:
-            return False
-        self.moved(count)
+        plan, enough = self._plan, self.done + most
+        while not self._stop and not self.ended and self.done < enough:
+            rest = plan.rest
+            if not rest[1]:
+                break
+            count = call(rest)
+            if count is None:
+                return False
+            self.moved(count)
         return True
 
     def moved(self, count: int) -> None:

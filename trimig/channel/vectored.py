@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import Final, TypeAlias
 
@@ -18,7 +19,11 @@ from numpy.typing import NDArray
 
 #: Elements of the kernel's struct iovec: address and size in bytes of each, shape (n, 2).
 Vector: TypeAlias = NDArray[np.uint64]
+#: A part of a vector as the kernel takes it: the address of the first element, and the number of elements. An array object
+#: for each call would cost more than the call.
+Span: TypeAlias = tuple[int, int]
 
+_ELEMENT_BYTES: Final = 16
 #: The kernel's UIO_MAXIOV.
 MAX_ELEMENTS: Final = 1024
 #: Pages that are prepared for sending together, 32 MiB. One call takes MAX_ELEMENTS // 2 of them; the change of threads is
@@ -28,8 +33,8 @@ BATCH_PAGES: Final = 8192
 CALL_BYTES: Final = 2 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
-for _name in ("writev", "readv"):
-    _function = getattr(_libc, _name)
+_writev, _readv = _libc.writev, _libc.readv
+for _function in (_writev, _readv):
     _function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
     _function.restype = ctypes.c_ssize_t
 
@@ -49,7 +54,19 @@ class Records:
         lead: address and size of a header that replaces the first one, if there is such a header.
     """
 
-    __slots__ = ("_cut", "_element", "_extra", "_header", "_record", "_vector", "done", "size")
+    __slots__ = (
+        "_address",
+        "_count",
+        "_cut",
+        "_element",
+        "_extra",
+        "_header",
+        "_numbers",
+        "_record",
+        "_vector",
+        "done",
+        "size",
+    )
 
     def __init__(
         self,
@@ -74,6 +91,7 @@ class Records:
             self._extra = lead[1] - header_size
         self._element = 0
         self._cut = 0
+        self._address, self._count, self._numbers = _parts(self._vector)
         #: Bytes of the whole vector.
         self.size = count * self._record + self._extra
         #: Bytes that were sent or received.
@@ -85,9 +103,9 @@ class Records:
         return self.size - self.done
 
     @property
-    def rest(self) -> Vector:
+    def rest(self) -> Span:
         """The elements that were not yet sent or received completely; the first one is shortened to its rest."""
-        return self._vector[self._element :]
+        return self._address + _ELEMENT_BYTES * self._element, self._count - self._element
 
     def rest_of_unit(self) -> bytes:
         """The rest of a record that was sent in part; empty if the last record was sent completely."""
@@ -106,9 +124,10 @@ class Records:
             element = 2 * record
             if inside >= self._header:
                 element, inside = element + 1, inside - self._header
-        more = inside - (self._cut if element == self._element else 0)
+        more = inside - self._cut if element == self._element else inside
         if more:
-            _shorten(self._vector, element, more)
+            self._numbers[2 * element] += more
+            self._numbers[2 * element + 1] -= more
         self._element, self._cut = element, inside
 
 
@@ -122,11 +141,12 @@ class Pieces:
             end of the last piece. If they are given, the rest of a packet that was cut off is known.
     """
 
-    __slots__ = ("_cut", "_element", "_ends", "_units", "_vector", "done", "size")
+    __slots__ = ("_address", "_cut", "_element", "_ends", "_numbers", "_units", "_vector", "done", "size")
 
     def __init__(self, vector: Vector, units: NDArray[np.int64] | None = None) -> None:
         self._vector = vector
-        self._ends = np.cumsum(vector[:, 1]).astype(np.int64)
+        self._address, _, self._numbers = _parts(vector)
+        self._ends = np.cumsum(vector[:, 1]).astype(np.int64).data
         self._units = units
         self._element = 0
         self._cut = 0
@@ -141,12 +161,14 @@ class Pieces:
         return self.size - self.done
 
     @property
-    def rest(self) -> Vector:
+    def rest(self) -> Span:
         """The elements of the next call; the first one is shortened to its rest."""
-        if not self.left:
-            return self._vector[:0]
-        fitting = int(np.searchsorted(self._ends, self.done + CALL_BYTES, "right"))
-        return self._vector[self._element : max(fitting, self._element + 1)]
+        first, done = self._element, self.done
+        if done == self.size:
+            return self._address, 0
+        return self._address + _ELEMENT_BYTES * first, max(
+            bisect_right(self._ends, done + CALL_BYTES, first) - first, 1
+        )
 
     def rest_of_unit(self) -> bytes | None:
         """The rest of a unit that was sent in part; empty between two, None if the units are not known."""
@@ -157,33 +179,40 @@ class Pieces:
         end = int(self._units[np.searchsorted(self._units, self.done, "left")])
         if end == self.done:
             return b""
-        last = int(np.searchsorted(self._ends, end, "left"))
+        last = bisect_left(self._ends, end)
         return _content(self._vector[self._element : last + 1])[: end - self.done]
 
     def advance(self, count: int) -> None:
         """Count *count* more bytes as sent or received."""
         self.done += count
-        element = int(np.searchsorted(self._ends, self.done, "right"))
-        inside = self.done - (int(self._ends[element - 1]) if element else 0)
-        more = inside - (self._cut if element == self._element else 0)
+        element = bisect_right(self._ends, self.done, self._element)
+        inside = self.done - (self._ends[element - 1] if element else 0)
+        more = inside - self._cut if element == self._element else inside
         if more:
-            _shorten(self._vector, element, more)
+            self._numbers[2 * element] += more
+            self._numbers[2 * element + 1] -= more
         self._element, self._cut = element, inside
 
 
-def _shorten(vector: Vector, element: int, count: int) -> None:
-    vector[element, 0] += np.uint64(count)
-    vector[element, 1] -= np.uint64(count)
+def _parts(vector: Vector) -> tuple[int, int, memoryview[int]]:
+    """Address, number of elements and numbers of a vector, for code that must not make array objects."""
+    return vector.ctypes.data, len(vector), vector.reshape(-1).data
+
+
+def elements(span: Span) -> Vector:
+    """The elements that *span* names; valid as long as their memory is."""
+    address, count = span
+    return np.frombuffer(memoryview((ctypes.c_uint64 * (2 * count)).from_address(address)), np.uint64).reshape(-1, 2)
 
 
 def _content(vector: Vector) -> bytes:
     return b"".join(ctypes.string_at(address, size) for address, size in vector.tolist())
 
 
-def copied(vector: Vector, room: NDArray[np.uint8]) -> Iterator[memoryview]:
-    """Copy the bytes that *vector* names through *room*: yields what *room* holds, as often as is needed."""
+def copied(span: Span, room: NDArray[np.uint8]) -> Iterator[memoryview]:
+    """Copy the bytes that the elements of *span* name through *room*: yields what *room* holds, as often as is needed."""
     start, held = room.ctypes.data, 0
-    for address, size in vector.tolist():
+    for address, size in elements(span).tolist():
         taken = 0
         while taken < size:
             part = min(size - taken, len(room) - held)
@@ -196,30 +225,33 @@ def copied(vector: Vector, room: NDArray[np.uint8]) -> Iterator[memoryview]:
         yield room[:held].data
 
 
-def view(vector: Vector) -> memoryview:
-    """The bytes at the first place of *vector*, for writing; valid as long as their memory is."""
-    address, size = vector[0].tolist()
+def view(span: Span) -> memoryview:
+    """The bytes at the first place of *span*, for writing; valid as long as their memory is."""
+    address, size = elements(span)[0].tolist()
     return memoryview((ctypes.c_uint8 * size).from_address(address)).cast("B")
 
 
-def _call(function: str, fd: int, vector: Vector) -> int | None:
-    count = min(len(vector), MAX_ELEMENTS)
-    while True:
-        done = int(getattr(_libc, function)(fd, vector.ctypes.data, count))
-        if done >= 0:
-            return done
-        error = ctypes.get_errno()
-        if error in (errno.EAGAIN, errno.EWOULDBLOCK):
+def _failed() -> bool:
+    """The last call was interrupted and must be made again; False if it would block. Raises OSError for any other error."""
+    error = ctypes.get_errno()
+    if error not in (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR):
+        raise OSError(error, os.strerror(error))
+    return error == errno.EINTR
+
+
+def writev(fd: int, span: Span) -> int | None:
+    """Bytes the kernel took of the first MAX_ELEMENTS of *span*; None if it would block. Raises OSError."""
+    address, count = span
+    while (done := int(_writev(fd, address, min(count, MAX_ELEMENTS)))) < 0:
+        if not _failed():
             return None
-        if error != errno.EINTR:
-            raise OSError(error, os.strerror(error))
+    return done
 
 
-def writev(fd: int, vector: Vector) -> int | None:
-    """Bytes the kernel took of the first MAX_ELEMENTS of *vector*; None if it would block. Raises OSError."""
-    return _call("writev", fd, vector)
-
-
-def readv(fd: int, vector: Vector) -> int | None:
-    """Bytes placed into the first MAX_ELEMENTS of *vector*; 0 at the end of file; None if it would block."""
-    return _call("readv", fd, vector)
+def readv(fd: int, span: Span) -> int | None:
+    """Bytes placed into the first MAX_ELEMENTS of *span*; 0 at the end of file; None if it would block. Raises OSError."""
+    address, count = span
+    while (done := int(_readv(fd, address, min(count, MAX_ELEMENTS)))) < 0:
+        if not _failed():
+            return None
+    return done

@@ -27,7 +27,7 @@ from ...wire.constants import RamFlag
 
 if TYPE_CHECKING:
     from ...channel.channel import Channel
-    from ...channel.vectored import Vector
+    from ...channel.vectored import Span
     from ...wire.decoder import Decoder
     from .marked import MarkedPages
 
@@ -199,6 +199,7 @@ class _Placing:
         self._first = first
         self._count = len(expected)
         self._words = words
+        self._came = words.data
         self._expected = expected
         self._staging = staging
         self._whole = whole
@@ -217,6 +218,11 @@ class _Placing:
         addresses = self._bodies.ctypes.data + np.arange(count, dtype=np.uint64) * np.uint64(PAGE_SIZE)
         self._records = Records(self._words.ctypes.data, 8, addresses, PAGE_SIZE)
         self._wanted = self._expected[self._written : self._written + count]
+        self._due = self._wanted.data
+        self._last = self._written + count == self._count
+        # Not to the last record: the next vector reads more with one call than the rest of this one.
+        most = min(CALL_BYTES, (self._records.size - 1) // 8)
+        self._enough = 0 if self._last and self._whole else most
         self._checked = 0
 
     def begin(self, rest: bytes) -> None:
@@ -227,27 +233,22 @@ class _Placing:
         self._records.advance(len(rest))
 
     @property
-    def rest(self) -> Vector:
+    def rest(self) -> Span:
         """Where the next bytes go, see :class:`trimig.channel.step.Plan`."""
-        return self._records.rest if self._found is None else self._records.rest[:0]
+        return self._records.rest if self._found is None else (0, 0)
 
     def advance(self, count: int) -> None:
         """Compare the words that have come, see :class:`trimig.channel.step.Plan`. OSError of the file."""
-        records = self._records
+        records, checked = self._records, self._checked
         records.advance(count)
-        begun = (records.done + PAGE_SIZE) // _RECORD  # records whose word is complete
-        if (self._words[self._checked : begun] != self._wanted[self._checked : begun]).any():
+        begun = self._checked = (records.done + PAGE_SIZE) // _RECORD  # records whose word is complete
+        if self._came[checked:begun] != self._due[checked:begun]:
             self._found = self._take_out()
-            return
-        self._checked = begun
-        last = self._written + len(self._wanted) == self._count
-        if last and self._whole:
-            enough = not records.left
-        else:  # not to the last record: the next vector reads more with one call than the rest of this one
-            enough = records.left <= CALL_BYTES and 8 * records.left < records.size
-        if enough and last:
+        elif records.left > self._enough:
+            pass
+        elif self._last:
             self._found = self._take_out()
-        elif enough:
+        else:
             self._write_staged()
 
     def _write_staged(self) -> None:

@@ -16,7 +16,7 @@ from ...guest import PAGE_SIZE
 
 if TYPE_CHECKING:
     from ...channel.channel import Channel
-    from ...channel.vectored import Vector
+    from ...channel.vectored import Span, Vector
     from .placement import Target
 
 #: Bytes that are read at once on their way to a file; they stay in the processor's cache.
@@ -72,14 +72,18 @@ class _Writing:
         self._target = target
         self._runs: list[list[int]] = runs[::-1].tolist()  # the next one is the last
         self._staging = staging
+        self._element = np.array([(staging.ctypes.data, len(staging))], np.uint64)
+        self._span: Span = (self._element.ctypes.data, 1)
         #: Bytes that have not come.
         self.left = int(runs[:, 1].sum())
 
     @property
-    def rest(self) -> Vector:
+    def rest(self) -> Span:
         """The staging, see :class:`trimig.channel.step.Plan`."""
-        size = min(self.left, len(self._staging))
-        return np.array([(self._staging.ctypes.data, size)] if size else [], np.uint64).reshape(-1, 2)
+        if not self.left:
+            return 0, 0
+        self._element[0, 1] = min(self.left, len(self._staging))
+        return self._span
 
     def advance(self, count: int) -> None:
         """Write what has come, see :class:`trimig.channel.step.Plan`. OSError of the file."""
