@@ -228,6 +228,7 @@ def test_engine_options_have_their_defaults() -> None:
         "max-iterations": None,
         "max-total-time": None,
         "on-bound": "fail",
+        "encoding": "off",
         "completeness": "fail",
         "autostart": True,
         "max-device-bytes": 256 * MiB,
@@ -247,7 +248,7 @@ def test_engine_options_have_their_defaults() -> None:
         ),
         *(("max_iterations", value) for value in (0, -1, True, 1.0)),
         *((name, value) for name in ("max_device_bytes", "max_description_bytes") for value in (0, -1, 2**63, "1M")),
-        *((name, value) for name in ("on_bound", "completeness") for value in ("ignore", None, True)),
+        *((name, value) for name in ("on_bound", "completeness", "encoding") for value in ("ignore", None, True)),
         ("autostart", 1),
         ("peer", "qemu-7.2"),
         ("capabilities", []),
@@ -271,6 +272,7 @@ def test_engine_option_out_of_its_range_is_refused(name: str, value: object) -> 
         ("max_iterations", 1),
         ("on_bound", "switchover"),
         ("completeness", "warn"),
+        ("encoding", "auto"),
         ("autostart", False),
         ("max_device_bytes", 1),
     ],
@@ -315,6 +317,7 @@ max_total_time = inf
 max-iterations = 40
 on-bound = "switchover"
 completeness = "warn"
+encoding = "auto"
 autostart = false
 max-device-bytes = "1M"
 """
@@ -338,6 +341,7 @@ def _from_file() -> Config:
         max_iterations=40,
         on_bound="switchover",
         completeness="warn",
+        encoding="auto",
         autostart=False,
         max_device_bytes=MiB,
     )

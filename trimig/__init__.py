@@ -55,6 +55,7 @@ from .monitor.blockers import Blockers as Blockers
 from .monitor.monitor import Monitor as Monitor
 from .monitor.statistics import Convergence as Convergence
 from .monitor.statistics import Downtime as Downtime
+from .monitor.statistics import EncodingUse as EncodingUse
 from .monitor.statistics import Event as Event
 from .monitor.statistics import Statistics as Statistics
 from .monitor.statistics import Summary as Summary
@@ -79,6 +80,7 @@ __all__ = (
     "Convergence",
     "Device",
     "Downtime",
+    "EncodingUse",
     "Event",
     "Field",
     "GiB",

@@ -69,7 +69,8 @@ class There:
             self._decoder.received(count)
             while (event := self._decoder.next_event()) is not None:
                 if isinstance(event, events.PageElement):
-                    kind = {events.PageRun: "page", events.ZeroRun: "zero", DeltaRun: "delta"}[type(event)]
+                    kinds = {events.PageRun: "page", events.ZeroRun: "zero", DeltaRun: "delta"}
+                    kind = kinds.get(type(event), "compressed")
                     self.records += [(kind, event.block, int(offset) // PAGE_SIZE) for offset in event.offsets]
                     await put(self, event)
 

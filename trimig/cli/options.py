@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,23 @@ def migration_options(command: F) -> F:
     The file of ``--config`` is applied first; ``-c`` and ``-p`` override it.
     """
     return config_options()(json_option(debug_option(command)))
+
+
+def encoding_option(command: F) -> F:
+    """``--encoding`` for a command whose guest may be a source. Use it below the options of the configuration, which it changes."""
+
+    @click.option(
+        "--encoding",
+        type=click.Choice(("off", "auto")),
+        help="Choose for each batch of pages among the encodings of -c xbzrle and -c compress, by what they cost and save (auto).",
+    )
+    @functools.wraps(command)
+    def with_encoding(*args: Any, encoding: str | None, config: Config, **kwargs: Any) -> Any:
+        if encoding is not None:
+            config = dataclasses.replace(config, encoding="auto" if encoding == "auto" else "off")
+        return command(*args, config=config, **kwargs)
+
+    return with_encoding  # type: ignore[return-value]  # as below
 
 
 def config_options(base: Config | None = None) -> Callable[[F], F]:

@@ -14,6 +14,7 @@ from trimig import formats
 from trimig.policy import eta
 from trimig.status import BEFORE_MEMORY, QMP_IN_POSTCOPY, SWITCHOVER, TERMINAL, Role, Status
 
+from .encodings import encoding_records, encoding_words
 from .tasks import alongside
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class Picture:
     #: Memory that was sent in another encoding (xbzrle), and the bytes that were sent of it.
     encoded: int = 0
     encoded_sent: int = 0
+    #: What ``encoding = "auto"`` has chosen, as in JSON; empty if it is off.
+    encodings: tuple[dict[str, Any], ...] = ()
     #: Whether the passes converge, the reason, and the advice; None before the end of the first pass.
     converging: bool | None = None
     reason: str = ""
@@ -101,7 +104,9 @@ class Picture:
 
     @property
     def encoding(self) -> str:
-        """How much memory went in another encoding, and as how many bytes; empty if none did."""
+        """How much memory went in another encoding, and as how many bytes, or what was chosen; empty if none did."""
+        if chosen := encoding_words(self.encodings):
+            return f"encoding chosen: {chosen}"
         if not self.encoded:
             return ""
         return f"{formats.size(self.encoded)} of memory sent as {formats.size(self.encoded_sent)} (encoded)"
@@ -184,6 +189,7 @@ class Picture:
             "page_requests": self.requests,
             "encoded_bytes": self.encoded,
             "encoded_sent_bytes": self.encoded_sent,
+            "encodings": list(self.encodings),
             "converging": self.converging,
             "reason": self.reason,
             "advice": list(self.advice),
@@ -195,7 +201,7 @@ class Picture:
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Picture:
         """Make a picture from the JSON form of :func:`dataclasses.asdict`."""
-        return cls(**{**fields, "advice": tuple(fields["advice"])})
+        return cls(**{**fields, "advice": tuple(fields["advice"]), "encodings": tuple(fields["encodings"])})
 
 
 def _finite_ms(seconds: float | None) -> float | None:
@@ -256,6 +262,7 @@ class Pictures:
             elapsed=s.elapsed,
             encoded=s.encoded_pages * 4096,
             encoded_sent=s.encoded_bytes,
+            encodings=tuple(encoding_records(s.encodings)),
             requests=monitor.counters.page_requests if following and role is Role.SOURCE else None,
             converging=None if why is None or following else why.converging,
             reason="" if why is None or following else why.reason,

@@ -8,6 +8,8 @@ from typing import Any, Final
 from trimig import formats
 from trimig.monitor import Downtime, Summary
 
+from .encodings import encoding_records
+
 _PARTS: Final = dataclasses.fields(Downtime)
 
 
@@ -31,6 +33,7 @@ def summary_record(summary: Summary) -> dict[str, Any]:
         "zero_bytes": summary.zero_pages * 4096,
         "encoded_bytes": summary.encoded_pages * 4096,
         "encoded_sent_bytes": summary.encoded_bytes,
+        "encodings": encoding_records(summary.encodings),
         "data_channels": summary.data_channels,
         "multifd_bytes": summary.multifd_bytes,
         "warnings": list(summary.warnings),

@@ -74,6 +74,9 @@ class Config:
     #: The action at one of these bounds: give up (:class:`~trimig.errors.NotConverging`), or switch over with any
     #: downtime.
     on_bound: Annotated[Literal["fail", "switchover"], Choice(("fail", "switchover"))] = "fail"
+    #: Source: ``auto`` chooses for each batch of pages among the encodings of the capabilities in force (xbzrle, compress) and plain
+    #: pages: that by which the pages are soonest gone, as measured. ``off``: each capability does what QEMU does.
+    encoding: Annotated[Literal["off", "auto"], Choice(("off", "auto"))] = "off"
     #: Destination: RAM or devices that were never received are an error, or only a warning.
     completeness: Annotated[Literal["fail", "warn"], Choice(("fail", "warn"))] = "fail"
     #: Destination: run the guest if it ran at the source. False leaves it paused, as QEMU's ``-S`` does.

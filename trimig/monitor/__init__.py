@@ -7,6 +7,7 @@ changes.
 from .monitor import Monitor as Monitor
 from .statistics import Convergence as Convergence
 from .statistics import Downtime as Downtime
+from .statistics import EncodingUse as EncodingUse
 from .statistics import Event as Event
 from .statistics import Statistics as Statistics
 from .statistics import Summary as Summary

@@ -37,6 +37,29 @@ class Convergence:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EncodingUse:
+    """What one of the encodings has done among which ``encoding = "auto"`` chooses."""
+
+    #: ``plain``, or the capability: ``xbzrle``, ``compress``.
+    name: str
+    #: Number of pages for which it was chosen. Of these, an encoder sends some as they are, which it does not make shorter.
+    pages: int = 0
+    #: Bytes that plain pages would have taken more; below 0 if they would have taken less.
+    saved_bytes: int = 0
+    #: Seconds of processor time that the encoding has taken.
+    processor_time: float = 0.0
+
+    def members(self) -> Mapping[str, object]:
+        """An element of ``used`` in the member ``encoding`` of ``query-migrate``."""
+        return {
+            "encoding": self.name,
+            "pages": self.pages,
+            "saved-bytes": self.saved_bytes,
+            "processor-time": _ms(self.processor_time),
+        }
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
     """The figures of a migration at one moment."""
 
@@ -84,6 +107,8 @@ class Statistics:
     multifd_bytes: int = 0
     #: The share of its running time that is taken from the guest (auto-converge), in percent; 0 for none.
     throttle: int = 0
+    #: Source: what each encoding has done; empty unless the option ``encoding`` is ``auto``.
+    encodings: tuple[EncodingUse, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +185,8 @@ class Summary:
     multifd_bytes: int = 0
     #: Destination: seconds of waiting until a source had connected, before :attr:`total_time` begins.
     waiting_time: float = 0.0
+    #: Source: what each encoding has done, as in :class:`Statistics`.
+    encodings: tuple[EncodingUse, ...] = ()
 
     @property
     def throughput(self) -> float:
@@ -193,6 +220,8 @@ class Counters:
     #: bytes of their records.
     encoded: int = 0
     encoded_bytes: int = 0
+    #: Source: what each encoding has done, by its name, if the option ``encoding`` is ``auto``.
+    encodings: dict[str, EncodingUse] = dataclasses.field(default_factory=dict)
     #: Bytes of the data channels of multifd, sent (source) or received (destination).
     multifd_bytes: int = 0
     #: Members of query-migrate that only one capability has, by name: each capability adds its own. A destination shows

@@ -20,8 +20,9 @@ from trimig import formats, stream, transport
 from trimig.errors import Ownership
 
 from .. import display, postcopy, saved
+from ..encodings import encoding_records, encoding_words
 from ..exit_codes import DONE
-from ..options import FILE, debug_option, json_option, migration_options
+from ..options import FILE, debug_option, encoding_option, json_option, migration_options
 from ..output import out, same_output, say, write_json
 from ..picture import watched
 from ..runner import run
@@ -175,6 +176,7 @@ async def _announce(events: AsyncIterator[trimig.Event], view: display.View, as_
 @postcopy.options
 @postcopy.recover_option
 @migration_options
+@encoding_option
 def send(
     file: Path,
     uri: str,
@@ -277,7 +279,8 @@ async def _send(
         write_json({"file": str(file), "destination": uri, "machine": guest.name, **summary_record(summary)})
         return DONE
     moved = formats.transfer(summary.bytes_transferred, summary.throughput)
-    out(f"{text}: {moved}{postcopy.followed(monitor.info())}")
+    chosen = encoding_words(encoding_records(summary.encodings))
+    out(f"{text}: {moved}{postcopy.followed(monitor.info())}{f'; {chosen}' if chosen else ''}")
     _print_warnings(summary)
     return DONE
 

@@ -22,7 +22,7 @@ from trimig.status import IDLE
 
 from ..exit_codes import CANCELLED, DONE, INCOMPLETE, UNCERTAIN
 from ..guests import listed, opened, resolve
-from ..options import migration_options
+from ..options import encoding_option, migration_options
 from ..output import say, write_json
 from ..runner import run as run_job
 
@@ -54,6 +54,7 @@ class _RunCommand(click.Command):
 @click.option("-S", "stopped", is_flag=True, help="Do not start the guest; cont does.")
 @click.option("--only-migratable", is_flag=True, help="Allow nothing that would prevent a migration.")
 @migration_options
+@encoding_option
 def run(
     spec: str,
     incoming: str | None,

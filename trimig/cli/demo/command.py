@@ -22,7 +22,7 @@ from trimig import formats
 from .. import display, postcopy
 from ..exit_codes import CANCELLED, DONE, FAILED, INCOMPLETE, NOT_RESUMED, UNCERTAIN
 from ..guests.process import default_hot
-from ..options import PERCENT, RAM_SIZE, SIZE, config_options, debug_option, json_option
+from ..options import PERCENT, RAM_SIZE, SIZE, config_options, debug_option, encoding_option, json_option
 from ..output import say, write_json
 from ..picture import Picture
 from ..runner import run
@@ -417,6 +417,7 @@ class Demo:
 @config_options(trimig.Config(parameters=trimig.Parameters(max_bandwidth=0)))
 @json_option
 @debug_option
+@encoding_option
 def demo(
     size: int,
     dirty_rate: int | None,

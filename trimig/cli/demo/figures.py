@@ -8,6 +8,8 @@ from typing import Any, Final, Self
 
 from trimig import formats
 
+from ..encodings import added, encoding_words
+
 #: The parts of the downtime as measured by the source, in order, with their printed names.
 PARTS = {"pause": "pause", "ram": "rest of RAM", "devices": "devices", "prepare": "prepare", "commit": "commit"}
 
@@ -68,6 +70,7 @@ def overall(hops: Sequence[Hop]) -> dict[str, Any]:
         "zero_bytes": zero,
         "encoded_bytes": encoded,
         "encoded_sent_bytes": sum(r["encoded_sent_bytes"] for r in records),
+        "encodings": added([r["encodings"] for r in records]),
         "dirty_tracking": ", ".join(methods),
         "data_channels": max(r["data_channels"] for r in records),
         "multifd_bytes": sum(r["multifd_bytes"] for r in records),
@@ -129,6 +132,8 @@ def text(result: dict[str, Any], width: int = 80) -> str:
     if result["encoded_bytes"]:
         sent = formats.size(result["encoded_sent_bytes"])
         rows.insert(6, ("", f"{formats.size(result['encoded_bytes'])} in another encoding, sent as {sent}"))
+    if chosen := encoding_words(result["encodings"]):
+        rows.append(("encodings", chosen))
     if "throttle_percent" in result:
         throttle = f"{formats.percent(result['throttle_percent'] / 100)} of the guest's running time at most"
         rows.append(("throttle", throttle if result["throttle_percent"] else "none: it was not needed"))

@@ -19,6 +19,7 @@ from trimig import formats
 from trimig.status import Status
 
 from .. import display
+from ..encodings import encoding_records_of, encoding_words
 from ..exit_codes import CANCELLED, DONE, FAILED
 from ..options import PERCENT, SECONDS, debug_option, json_option
 from ..output import write_json
@@ -387,6 +388,7 @@ def _report(state: State, uri: str, text: str, as_json: bool) -> None:
             "transferred_bytes": ram.get("transferred"),
             "postcopy_bytes": ram.get("postcopy-bytes"),
             "throughput_bytes_per_s": round(speed),
+            "encodings": encoding_records_of(info),
         }
         write_json(record)
         return
@@ -396,3 +398,5 @@ def _report(state: State, uri: str, text: str, as_json: bool) -> None:
         f"{formats.counted(ram.get('dirty-sync-count', 0), 'pass', 'passes')} over {formats.size(ram.get('total', 0))}"
     )
     print(f"  {formats.transfer(ram.get('transferred', 0), speed)}{followed(info)}")
+    if chosen := encoding_words(encoding_records_of(info)):
+        print(f"  {chosen}")

@@ -11,6 +11,7 @@ from trimig.monitor import Convergence
 from trimig.policy import convergence, eta
 from trimig.status import QMP_IN_POSTCOPY, Status
 
+from ..encodings import encoding_records_of
 from ..picture import Picture, with_estimate
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ class Tracker:
             elapsed=self._elapsed,
             encoded=int(cache.get("pages", 0)) * int(ram.get("page-size", 4096)),
             encoded_sent=int(cache.get("bytes", 0)),
+            encodings=tuple(encoding_records_of(info)),
             requests=int(ram.get("postcopy-requests", 0)) if following else None,
             throttle=int(info.get("cpu-throttle-percentage", 0)),
         )

@@ -20,6 +20,7 @@ from ...errors import TrimigError
 from ...guest import PAGE_SIZE, Pages
 from ...wire.constants import RamFlag
 from ...wire.pages.compressed import deflate
+from .effort import Effort, timed
 
 if TYPE_CHECKING:
     from ...config.parameters import Parameters
@@ -82,11 +83,13 @@ class CompressEncoder:
 
     Attributes:
         figures: of this migration.
+        effort: of all pages so far.
     """
 
     def __init__(self, parameters: Callable[[], Parameters], counters: Counters) -> None:
         self._parameters = parameters
         self.figures = figures = CompressionFigures()
+        self.effort = Effort()
         counters.members["compression"] = figures.members
 
     def begin_pass(self, *, first: bool, last: bool) -> None:
@@ -105,7 +108,9 @@ class CompressEncoder:
         self.figures.handled += len(indices)
         level = self._parameters().compress_level
         if len(indices) <= INLINE_PAGES:
-            return await self._write(records, block, indices, compress_pages(pages, indices, level), level)
+            contents, took = timed(compress_pages, pages, indices, level)
+            self.effort.add(took)
+            return await self._write(records, block, indices, contents, level)
         failure: TrimigError | None = None
         left = indices[:0]
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
@@ -127,7 +132,8 @@ class CompressEncoder:
 
         async def work(piece: _Piece) -> None:
             nonlocal ended
-            piece.contents = await offload(compress_pages, pages, piece.indices, level)
+            piece.contents, took = await offload(timed, compress_pages, pages, piece.indices, level)
+            self.effort.add(took)
             ended.set()
 
         left: list[NDArray[np.int64]] = []

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ... import formats
 from ...errors import ConfigError
+from .auto import AutoEncoder
 from .compress import CompressEncoder
 from .xbzrle import XbzrleEncoder
 
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 
 
 def choose_encoder(
-    config: Config, parameters: Callable[[], Parameters], blocks: Sequence[RamBlock], counters: Counters
+    config: Config,
+    parameters: Callable[[], Parameters],
+    blocks: Sequence[RamBlock],
+    counters: Counters,
+    delivered: Callable[[], int],
 ) -> PageEncoder | None:
     """The encoder for the capabilities of *config*; None for PAGE and ZERO records only.
 
@@ -31,15 +36,41 @@ def choose_encoder(
         parameters: returns the present parameters, which may change during the migration.
         blocks: the guest's RAM.
         counters: the encoder adds its members of ``query-migrate``.
+        delivered: returns the number of bytes that the connections have transported.
 
     Raises:
         ConfigError: there is not enough memory for the encoder.
     """
     differences = _xbzrle(parameters, blocks, counters) if config.capabilities.xbzrle else None
-    if not config.capabilities.compress:
-        return differences
-    compressed = CompressEncoder(parameters, counters)
-    return compressed if differences is None else FirstThen(compressed, differences)
+    compressed = CompressEncoder(parameters, counters) if config.capabilities.compress else None
+    if config.encoding == "auto":
+        return AutoEncoder(compressed, differences, parameters, blocks, counters, delivered)
+    if compressed is None or differences is None:
+        return compressed or differences
+    return FirstThen(compressed, differences)
+
+
+def check_encoding(config: Config) -> None:
+    """Check that ``encoding = "auto"`` has something to choose.
+
+    Raises:
+        ConfigError: no capability in force offers another encoding than plain pages.
+    """
+    capabilities = config.capabilities
+    if config.encoding != "auto":
+        return
+    if capabilities.multifd:
+        raise ConfigError(
+            'encoding = "auto" has nothing to choose with multifd: on the data channels each page goes by multifd-compression, '
+            "which both sides must know before; turn multifd off, or leave encoding off",
+            name="encoding",
+        )
+    if not (capabilities.xbzrle or capabilities.compress):
+        raise ConfigError(
+            'encoding = "auto" has nothing to choose: turn a capability on that it may use, xbzrle or (for a destination up to '
+            "QEMU 9.0) compress",
+            name="encoding",
+        )
 
 
 class FirstThen:

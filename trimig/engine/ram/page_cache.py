@@ -80,6 +80,11 @@ class PageCache:
         self._age[slots[taken]] = age
         return taken
 
+    def forget(self, numbers: Numbers) -> None:
+        """Those of the pages *numbers* that are in the cache leave it."""
+        slots = numbers % self._slots
+        self._page[slots[self._page[slots] == numbers]] = _EMPTY
+
     def store(self, numbers: Numbers, pages: Pages) -> None:
         """Replace the content of the pages *numbers*, which are in the cache."""
         slots = numbers % self._slots

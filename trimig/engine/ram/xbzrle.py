@@ -18,10 +18,11 @@ import trio
 from numpy.typing import NDArray
 
 from ... import formats
-from ...guest import PAGE_SIZE, Pages
+from ...guest import PAGE_SIZE, PageBitmap, Pages
 from ...wire.constants import RamFlag
 from ...wire.pages.xbzrle import record_content
 from ...wire.pages.xbzrle_pages import encode_pages
+from .effort import Effort, timed
 from .page_cache import LIFETIME, PageCache
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class XbzrleEncoder:
 
     Attributes:
         figures: of this migration.
+        effort: of all pages so far.
 
     Raises:
         MemoryError: there is not enough for the cache.
@@ -124,6 +126,7 @@ class XbzrleEncoder:
         self._size = cache_size()
         self._cache = PageCache(self._size, self._pages)
         self.figures = figures = XbzrleFigures()
+        self.effort = Effort()
         counters.members["xbzrle-cache"] = lambda: figures.members(cache_size())
         self._most_pages = self._turn_pages = turn_pages
         self._pass = 0
@@ -157,6 +160,15 @@ class XbzrleEncoder:
                 f"there is not enough memory for an XBZRLE cache of {formats.size(size)}, so the cache is not resized"
             )
 
+    def knows(self, block: str, indices: NDArray[np.int64]) -> PageBitmap:
+        """For each of the pages *indices* of *block* whether the destination's content of it is in the cache."""
+        self._resize()
+        return self._cache.hits(indices + self._bases[block])
+
+    def forget(self, block: str, indices: NDArray[np.int64]) -> None:
+        """The pages *indices* of *block* are sent in another way, so their content in the cache is no longer that of the destination."""
+        self._cache.forget(indices + self._bases[block])
+
     def zeros(self, block: str, indices: NDArray[np.int64]) -> None:
         """See :class:`trimig.engine.ram.records.PageEncoder`."""
         if self._last:
@@ -180,7 +192,8 @@ class XbzrleEncoder:
         while position < len(indices):
             part = indices[position : position + self._turn_pages]
             position += len(part)
-            turn = self._encode(block, pages, part)
+            turn, took = timed(self._encode, block, pages, part)
+            self.effort.add(took)
             if len(turn.changed):
                 contents = [record_content(delta) for delta in turn.deltas]
                 await records.send_encoded(block, turn.changed, RamFlag.XBZRLE, contents)

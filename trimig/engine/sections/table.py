@@ -41,8 +41,11 @@ def make_handlers(out: Outgoing) -> RamSection:
     with guest_calls.guarded("looking at the RAM blocks"):
         blocks = list(out.guest.ram)
     tracker = guest_calls.new_tracker(out.guest)
-    encoder = choose_encoder(out.config, lambda: out.monitor.config.parameters, blocks, out.counters)
-    channel, limiter = out.link.channel, out.link.limiter
+    link = out.link
+    encoder = choose_encoder(
+        out.config, lambda: out.monitor.config.parameters, blocks, out.counters, lambda: link.channels.delivered
+    )
+    channel, limiter = link.channel, link.limiter
     ram = RamSection(channel, limiter, out.config, out.counters, blocks, tracker, encoder, _data_channels(out))
     out.sections.append(ram)
     return ram

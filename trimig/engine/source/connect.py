@@ -13,6 +13,7 @@ from ...channel.limiter import Limiter
 from ...channel.return_path import ReturnPathReader
 from ...errors import ConfigError, Loss, TransportFailed
 from .. import guest_calls
+from ..ram.encoding import check_encoding
 from ..sections.ram import beside_of
 from .link import Link, Ways, one_way
 
@@ -41,12 +42,14 @@ async def connect(
         channels: each opened connection is added to it, also if this function fails.
 
     Raises:
-        ConfigError: a capability needs answers, and the transport has one direction only.
+        ConfigError: a capability needs answers, and the transport has one direction only; or ``encoding = "auto"`` has nothing to
+            choose.
         TransportFailed: the connection could not be opened.
 
     **Cancellation:** the connections that were opened are in *channels*.
     """
     counters, capabilities = monitor.counters, config.capabilities
+    check_encoding(config)
     wanted = beside_of(config)
     connections.check_beside(wanted)
     stream = await connections.first()

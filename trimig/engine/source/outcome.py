@@ -187,6 +187,7 @@ def summary(out: Outgoing) -> Summary:
         convergence=c.convergence,
         encoded_pages=c.encoded,
         encoded_bytes=c.encoded_bytes,
+        encodings=tuple(c.encodings.values()),
         data_channels=c.data_channels,
         multifd_bytes=c.multifd_bytes,
     )
