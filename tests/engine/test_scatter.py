@@ -17,8 +17,21 @@ from trimig.engine.ram.placement import Target
 from trimig.engine.ram.scatter import Scatterer
 from trimig.guest import PAGE_SIZE
 from trimig.memory.block import MemfdBlock
+from trimig.wire.pages.multifd import PACKET_PAGES
 
 PAGES = 700
+
+
+async def read_all(channel: Channel, target: Target, indices: list[int]) -> bool:
+    """Read them as packets of at most ``PACKET_PAGES`` pages. False if one of them has not come whole."""
+    scatterer = Scatterer(np.empty(0, np.uint8))
+    for start in range(0, len(indices), PACKET_PAGES):
+        part = np.array(indices[start : start + PACKET_PAGES], np.int64)
+        counts, whole = await scatterer.read(channel, target, part)
+        assert counts == ([len(part)] if whole else [])
+        if not whole:
+            return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +63,7 @@ async def scattered(indices: list[int], *, populated: bool, cut: int | None = No
 
             nursery.start_soon(send)
             channel = Channel(theirs, stall_timeout=math.inf)
-            whole = await Scatterer().read(channel, target, np.array(indices, np.int64))
+            whole = await read_all(channel, target, indices)
             assert channel.received == (len(indices) * PAGE_SIZE if cut is None else cut)
         pages = target.pages.copy()
         return Found(whole=whole, pages=pages, received=target.received, untouched=target.untouched, sent=data)

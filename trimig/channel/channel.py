@@ -422,7 +422,8 @@ class Channel:
         return len(data)
 
     async def receive_vector(self, plan: Plan, size: int) -> bool:
-        """Receive into the places that *plan* says, until it wants no more; True at the end of the stream.
+        """Receive into the places that *plan* says, until it wants no more, or nothing comes while it rests; True at the end
+        of the stream.
 
         The kernel puts the bytes there, or another stream that can. The caller holds the memory of the plan until the end.
 
@@ -435,9 +436,9 @@ class Channel:
         **Cancellation:** all bytes that were read are counted.
         """
         step = Step(plan)
-        while not step.over and (self._socket is None or self._first):
+        while not step.over and not step.resting and (self._socket is None or self._first):
             step.moved(await self.receive_into(vectored.view(plan.rest)))
-        if step.over or self._socket is None:
+        if step.over or step.resting or self._socket is None:
             return step.ended
         step = self._receiving = Step(plan)
         try:

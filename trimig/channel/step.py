@@ -30,7 +30,14 @@ Call: TypeAlias = Callable[[Span], int | None]
 
 
 class Plan(Protocol):
-    """Where bytes are moved from, or to. A thread may call it; no other code does so meanwhile."""
+    """Where bytes are moved from, or to. A thread may call it; no other code does so meanwhile.
+
+    Attributes:
+        resting: nothing more must come, but more may come at any time. Where bytes are waited for, the transfer may be left then.
+    """
+
+    @property
+    def resting(self) -> bool: ...
 
     @property
     def rest(self) -> Span:
@@ -75,6 +82,11 @@ class Step:
     def whole(self) -> bool:
         """Everything that the plan wanted has been moved."""
         return not self._plan.rest[1]
+
+    @property
+    def resting(self) -> bool:
+        """See :class:`Plan`."""
+        return self._plan.resting
 
     @property
     def over(self) -> bool:

@@ -98,6 +98,11 @@ class Records:
         self.done = 0
 
     @property
+    def resting(self) -> bool:
+        """Never, see :class:`.step.Plan`."""
+        return False
+
+    @property
     def left(self) -> int:
         """Bytes that were not yet sent or received."""
         return self.size - self.done
@@ -154,6 +159,11 @@ class Pieces:
         self.size = int(self._ends[-1]) if len(vector) else 0
         #: Bytes that were sent or received.
         self.done = 0
+
+    @property
+    def resting(self) -> bool:
+        """Never, see :class:`.step.Plan`."""
+        return False
 
     @property
     def left(self) -> int:

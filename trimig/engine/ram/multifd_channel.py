@@ -13,18 +13,21 @@ from ...channel.offload import offload
 from ...errors import RemoteProtocolError, TransportFailed
 from ...guest import PAGE_SIZE
 from ...wire.pages.inflate import Inflater, inflater_of
-from ...wire.pages.multifd import HEADER_BYTES, HELLO_BYTES, Packet, PacketReader
+from ...wire.pages.multifd import HEADER_BYTES, HELLO_BYTES, PACKET_PAGES, Packet, PacketReader
 from .scatter import Scatterer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from ...channel.channel import Channel
     from ...monitor.statistics import Counters
     from .receiver import RamReceiver
+    from .scatter import Place
 
 #: Pages that are inflated in the run loop; it takes about 0.1 ms. More pages are inflated in a thread.
 _INLINE_PAGES: Final = 16
+#: Bytes of packets that a thread reads one after the other before the figures are brought up to date.
+_AT_ONCE_BYTES: Final = 32 << 20
 
 
 class DataChannel:
@@ -52,8 +55,11 @@ class DataChannel:
         self._compression = compression
         self._inflater: Inflater | None = inflater_of(compression)
         self._reader: PacketReader | None = None
-        self._header = memoryview(bytearray(HEADER_BYTES))
-        self._scatterer = Scatterer()
+        self._room = np.zeros(HEADER_BYTES, np.uint8)
+        self._header = self._room.data
+        self._scatterer = Scatterer(self._room)
+        #: The header that was read behind the last content, and not taken yet.
+        self._ahead: Packet | None = None
         #: Offset in the channel of the next byte that is read.
         self._at = 0
 
@@ -107,6 +113,9 @@ class DataChannel:
         **Cancellation:** the channel must be given up.
         """
         assert self._reader is not None
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            return ahead
         at = self._at
         # Between two packets a source may be silent for any time.
         if not await self._fill(self._header, patience=math.inf, may_end=True):
@@ -116,11 +125,15 @@ class DataChannel:
         self._counters.multifd_bytes += HEADER_BYTES
         return packet
 
-    async def place(self, packet: Packet) -> None:
+    async def place(self, packet: Packet, check: Callable[[], None] | None = None) -> None:
         """Read the content of *packet*, and put its pages into their places.
 
+        Args:
+            check: packets behind it may be placed too, after this was called, perhaps by a thread. It raises
+                RemoteProtocolError if they may have no pages. None to place one packet.
+
         Raises:
-            RemoteProtocolError: the compressed content is malformed.
+            RemoteProtocolError: the compressed content is malformed, or a header behind it.
             TransportFailed: the connection broke, or ends inside the content.
 
         **Cancellation:** the channel must be given up; pages that were not received yet may hold a part of their content.
@@ -130,16 +143,39 @@ class DataChannel:
             await self._ram.zeros(packet.block, indices, np.zeros(len(indices), np.uint8))
         if not len(packet.offsets):
             return
-        indices = packet.offsets // PAGE_SIZE
         if packet.compression:
-            await self._inflate(packet, indices)
-        else:
-            before = self.channel.received
-            whole = await self._ram.scatter(self._scatterer, self.channel, packet.block, indices)
-            self._at += self.channel.received - before
-            if not whole:
-                raise self._cut()
-        self._counters.multifd_bytes += packet.size
+            await self._inflate(packet, packet.offsets // PAGE_SIZE)
+            self._counters.multifd_bytes += packet.size
+            return
+        place = self._ram.place_of(packet.block, packet.offsets // PAGE_SIZE)
+        # More packets follow a full one. Nothing behind one with SYNC may be read before the others have come there.
+        goes_on = check is not None and len(packet.offsets) == PACKET_PAGES and not packet.sync
+        start, at = self.channel.received, self._at
+
+        def following() -> Place | None:
+            assert self._reader is not None
+            assert check is not None
+            done = self.channel.received - start
+            self._at = at + done
+            found = self._reader.read(self._header, self._at - HEADER_BYTES)
+            self.pages += len(found.offsets) + len(found.zeros)
+            plain = len(found.offsets) and not len(found.zeros) and not found.compression and not found.sync
+            if not plain or done >= _AT_ONCE_BYTES:
+                self._ahead = found
+                return None
+            check()
+            return self._ram.place_of(found.block, found.offsets // PAGE_SIZE)
+
+        try:
+            counts, whole = await self._ram.scatter(
+                self._scatterer, self.channel, place, _AT_ONCE_BYTES if goes_on else 0, following if goes_on else None
+            )
+        finally:
+            self._at = at + self.channel.received - start
+        self._counters.multifd_bytes += sum(counts) * PAGE_SIZE
+        self._counters.multifd_bytes += HEADER_BYTES * (len(counts) - 1 + (self._ahead is not None))
+        if not whole:
+            raise self._cut()
 
     async def _inflate(self, packet: Packet, indices: NDArray[np.int64]) -> None:
         assert self._inflater is not None

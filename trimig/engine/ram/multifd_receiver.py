@@ -270,15 +270,19 @@ class MultifdReceiver:
         self._tell()
 
     async def _take(self, data: DataChannel, packet: Packet) -> None:
-        problem = None
-        if not data.begun:
-            problem = "pages in front of the first synchronisation"
-        elif self._finished:
-            problem = "pages behind the last synchronisation"
-        if problem is not None:
-            raise RemoteProtocolError(f"{data.name}: {problem}", offset=data.at, section="multifd")
+        def check() -> None:
+            problem = None
+            if not data.begun:
+                problem = "pages in front of the first synchronisation"
+            elif self._finished:
+                problem = "pages behind the last synchronisation"
+            if problem is not None:
+                raise RemoteProtocolError(f"{data.name}: {problem}", offset=data.at, section="multifd")
+
+        check()
         await self._placing.wait()
-        await data.place(packet)
+        # A guest that writes itself out while it arrives gets room packet by packet.
+        await data.place(packet, check if self._wait_room is _always_room else None)
         await self._wait_room()
 
     async def _stop_at(self, data: DataChannel) -> None:

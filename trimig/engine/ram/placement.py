@@ -233,6 +233,11 @@ class _Placing:
         self._records.advance(len(rest))
 
     @property
+    def resting(self) -> bool:
+        """Never, see :class:`trimig.channel.step.Plan`."""
+        return False
+
+    @property
     def rest(self) -> Span:
         """Where the next bytes go, see :class:`trimig.channel.step.Plan`."""
         return self._records.rest if self._found is None else (0, 0)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ...wire.decoder import Decoder
     from ...wire.events import RamList
     from ...wire.postcopy import Discard
-    from .scatter import Scatterer
+    from .scatter import Next, Place, Scatterer
 
 #: Pages read at once to see whether they are zero already: half a millisecond.
 _LOOK_PAGES = 1024
@@ -180,16 +180,26 @@ class RamReceiver:
         self._counters.normal += placed
         return True
 
-    async def scatter(self, scatterer: Scatterer, channel: Channel, block: str, indices: NDArray[np.int64]) -> bool:
-        """Let the kernel put the next bytes of *channel* into pages. False at the end of the stream.
+    def place_of(self, block: str, indices: NDArray[np.int64]) -> Place:
+        """Where pages of *block* go that a :class:`.scatter.Scatterer` reads. A thread may call this."""
+        return self._targets[block], indices
+
+    async def scatter(
+        self, scatterer: Scatterer, channel: Channel, place: Place, most: int = 0, following: Next | None = None
+    ) -> tuple[list[int], bool]:
+        """Let the kernel put the next bytes of *channel* into pages.
 
         Args:
             scatterer: that of *channel*.
-            indices: the numbers of the pages, at least one, in the order in which they come.
+            place: of the pages, see :meth:`place_of`.
+            most: see :meth:`.scatter.Scatterer.read`.
+            following: likewise.
+
+        Returns:
+            See :meth:`.scatter.Scatterer.read`.
 
         **Cancellation:** pages that were not received yet may hold a part of their content.
         """
-        if not await scatterer.read(channel, self._targets[block], indices):
-            return False
-        self._counters.normal += len(indices)
-        return True
+        counts, whole = await scatterer.read(channel, *place, most, following)
+        self._counters.normal += sum(counts)
+        return counts, whole

@@ -1,98 +1,159 @@
 """Pages whose places are known before they come: the kernel puts them there, without a copy in Python.
 
+On a data channel of multifd a header names the pages that follow it. The kernel reads the header behind them with the same call.
+So a thread of the channel goes on from packet to packet for as long as they come.
+
 Pages without memory behind them are written to the file of their block. The first touch of a mapped page costs more than
 that (see :mod:`.receiver`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...channel.vectored import Pieces
 from ...guest import PAGE_SIZE
+from ...wire.pages.multifd import PACKET_PAGES
 
 if TYPE_CHECKING:
     from ...channel.channel import Channel
-    from ...channel.vectored import Span, Vector
+    from ...channel.vectored import Span
     from .placement import Target
 
-#: Bytes that are read at once on their way to a file; they stay in the processor's cache.
-_STAGING_BYTES: Final = 256 << 10
+#: The pages of one packet: their block, and their numbers in the order in which they come.
+Place: TypeAlias = "tuple[Target, NDArray[np.int64]]"
+#: The header behind the pages has come. Returns where the pages behind it go; None if no more are to be read now. A thread
+#: calls it.
+Next: TypeAlias = Callable[[], "Place | None"]
 
 
 class Scatterer:
-    """Reads pages from one connection."""
+    """Reads pages from one connection.
 
-    def __init__(self) -> None:
+    Args:
+        header: where the header behind the pages is put, writable.
+    """
+
+    def __init__(self, header: NDArray[np.uint8]) -> None:
+        self._header = header
         self._staging: NDArray[np.uint8] | None = None
 
-    async def read(self, channel: Channel, target: Target, indices: NDArray[np.int64]) -> bool:
-        """Read pages of *target*. False at the end of the stream.
+    def staging(self) -> NDArray[np.uint8]:
+        """The buffer of the pages of one packet on their way to a file."""
+        if self._staging is None:
+            self._staging = np.empty(PACKET_PAGES * PAGE_SIZE, np.uint8)
+        return self._staging
+
+    async def read(
+        self, channel: Channel, target: Target, indices: NDArray[np.int64], most: int = 0, following: Next | None = None
+    ) -> tuple[list[int], bool]:
+        """Read the pages of one packet, or of several packets.
 
         Args:
-            indices: the numbers of the pages, at least one, in the order in which they come.
+            indices: the numbers of the pages of the first packet, 1 to ``PACKET_PAGES``, in the order in which they come.
+            most: bytes that are read at most with *following*.
+            following: read the header behind the pages too, and call this; None to read one packet without that.
+
+        Returns:
+            How many pages have come of each packet that came whole; and False if the stream has ended inside a packet.
 
         Raises:
+            RemoteProtocolError: *following* has raised it.
             TransportFailed: the connection broke, or nothing came for ``stall_timeout``.
 
         **Cancellation:** pages that were not received yet may hold a part of their content.
         """
-        starts = np.flatnonzero(np.diff(indices, prepend=indices[0] - 2) != 1)
-        runs = np.empty((len(starts), 2), np.uint64)
-        runs[:, 0] = indices[starts] * PAGE_SIZE
-        runs[:, 1] = np.diff(starts, append=len(indices)) * PAGE_SIZE
-        fresh = target.fresh_each(indices)
-        # The record of a zero page must not take a page for untouched of which a part has come.
-        target.untouched[indices] = False
-        if fresh:
-            if self._staging is None:
-                self._staging = np.empty(_STAGING_BYTES, np.uint8)
-            plan: Pieces | _Writing = _Writing(target, runs, self._staging)
-        else:
-            runs[:, 0] += np.uint64(target.base)
-            plan = Pieces(runs)
-        if await channel.receive_vector(plan, len(indices) * PAGE_SIZE) and plan.left:
-            return False
-        target.arrived_each(indices)
-        return True
+        plan = _Scattering(self, target, indices, self._header if following is not None else None, following)
+        try:
+            await channel.receive_vector(plan, max(most, len(indices) * PAGE_SIZE))
+        finally:
+            for block, came in plan.came:
+                block.arrived_each(came)
+        return [len(came) for _, came in plan.came], plan.resting or plan.over
 
 
-class _Writing:
-    """Bytes that are written to the file of a block as they come. A :class:`trimig.channel.step.Plan`.
+class _Scattering:
+    """The content of packets, and the headers between. A :class:`trimig.channel.step.Plan`.
 
     Args:
-        runs: position in the file and size of each run, in bytes.
-        staging: the buffer through which they go.
+        header: where a header behind the content is put; None to read none.
+        following: called when it has come.
+
+    Attributes:
+        came: the packets that came whole.
+        over: nothing more is wanted.
     """
 
-    def __init__(self, target: Target, runs: Vector, staging: NDArray[np.uint8]) -> None:
-        self._target = target
-        self._runs: list[list[int]] = runs[::-1].tolist()  # the next one is the last
-        self._staging = staging
-        self._element = np.array([(staging.ctypes.data, len(staging))], np.uint64)
-        self._span: Span = (self._element.ctypes.data, 1)
-        #: Bytes that have not come.
-        self.left = int(runs[:, 1].sum())
+    def __init__(
+        self,
+        owner: Scatterer,
+        target: Target,
+        indices: NDArray[np.int64],
+        header: NDArray[np.uint8] | None,
+        following: Next | None,
+    ) -> None:
+        self._owner = owner
+        self._following = following
+        self._header = (0, 0) if header is None else (header.ctypes.data, len(header))
+        self.came: list[Place] = []
+        self.over = False
+        self._begin(target, indices)
+
+    def _begin(self, target: Target, indices: NDArray[np.int64]) -> None:
+        self._place = target, indices
+        self._here = False  # the pages are in their places
+        first, count = int(indices[0]), len(indices)
+        if int(indices[-1]) - first == count - 1 and bool((np.diff(indices) == 1).all()):
+            runs = [(first * PAGE_SIZE, count * PAGE_SIZE)]
+            fresh = target.count_fresh(first, count) == count
+            # The record of a zero page must not take a page for untouched of which a part has come.
+            target.untouched[first : first + count] = False
+        else:
+            starts = np.flatnonzero(np.diff(indices, prepend=indices[0] - 2) != 1)
+            sizes = np.diff(starts, append=count) * PAGE_SIZE
+            runs = list(zip((indices[starts] * PAGE_SIZE).tolist(), sizes.tolist(), strict=True))
+            fresh = target.fresh_each(indices)
+            target.untouched[indices] = False
+        self._runs = runs if fresh else None
+        if fresh:
+            places = [(self._owner.staging().ctypes.data, count * PAGE_SIZE)]
+        else:
+            places = [(target.base + position, size) for position, size in runs]
+        if self._header[1]:
+            places.append(self._header)
+        self._pieces = Pieces(np.array(places, np.uint64))
 
     @property
     def rest(self) -> Span:
-        """The staging, see :class:`trimig.channel.step.Plan`."""
-        if not self.left:
-            return 0, 0
-        self._element[0, 1] = min(self.left, len(self._staging))
-        return self._span
+        """Where the next bytes go, see :class:`trimig.channel.step.Plan`."""
+        return (0, 0) if self.over else self._pieces.rest
+
+    @property
+    def resting(self) -> bool:
+        """The last packet has come, and nothing of the next header, see :class:`trimig.channel.step.Plan`."""
+        return self._here and self._pieces.left == self._header[1] and not self.over
 
     def advance(self, count: int) -> None:
-        """Write what has come, see :class:`trimig.channel.step.Plan`. OSError of the file."""
-        self.left -= count
-        data = self._staging[:count].data
-        while len(data):
-            position, size = self._runs.pop()
-            part = data[:size]
-            self._target.write_at(position, part)
-            data = data[len(part) :]
-            if len(part) < size:
-                self._runs.append([position + len(part), size - len(part)])
+        """See :class:`trimig.channel.step.Plan`. OSError of the file. RemoteProtocolError: the next header is malformed."""
+        pieces = self._pieces
+        pieces.advance(count)
+        if not self._here and pieces.left <= self._header[1]:
+            self._keep()
+        if not pieces.left:
+            place = None if self._following is None else self._following()
+            if place is None:
+                self.over = True
+            else:
+                self._begin(*place)
+
+    def _keep(self) -> None:
+        self._here = True
+        at = 0
+        for position, size in self._runs or ():
+            self._place[0].write_at(position, self._owner.staging()[at : at + size].data)
+            at += size
+        self.came.append(self._place)

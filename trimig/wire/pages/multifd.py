@@ -191,6 +191,8 @@ class PacketReader:
         self._blocks = blocks
         self._compression = compression
         self._zero_pages = zero_pages
+        #: The name in the last header as it came, and in text.
+        self._name = b"", ""
 
     def read(self, data: bytes | memoryview, at: int) -> Packet:
         """Read a header from ``HEADER_BYTES`` bytes.
@@ -213,12 +215,14 @@ class PacketReader:
         if not count and not zeros:
             # The other fields of the header may be those of an earlier packet.
             return Packet(number=number, sync=bool(flags & PacketFlag.SYNC))
-        block = bytes(name[:_NAME_BYTES]).partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        if name != self._name[0]:
+            self._name = name, bytes(name[:_NAME_BYTES]).partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        block = self._name[1]
         if block not in self._blocks:
             raise self._wrong(f"a packet of the unknown RAM block {block!r}", at + 64)
         offsets = np.frombuffer(data, ">u8", count + zeros, 320).astype(np.uint64)
         self._check_offsets(offsets, block, at)
-        found = offsets.astype(np.int64)
+        found = offsets.view(np.int64)
         compression = flags & COMPRESSION
         if count and not compression and size != count * PAGE_SIZE:
             raise self._wrong(f"{count} pages in {size} bytes, not compressed", at + 20)
@@ -251,8 +255,8 @@ class PacketReader:
 
     def _check_offsets(self, offsets: NDArray[np.uint64], block: str, at: int) -> None:
         length = self._blocks[block]
-        wrong = (offsets % np.uint64(PAGE_SIZE) != 0) | (offsets > np.uint64(length - PAGE_SIZE))
-        if wrong.any():
+        if int(np.bitwise_or.reduce(offsets)) % PAGE_SIZE or int(np.maximum.reduce(offsets)) > length - PAGE_SIZE:
+            wrong = (offsets % np.uint64(PAGE_SIZE) != 0) | (offsets > np.uint64(length - PAGE_SIZE))
             row = int(wrong.argmax())
             raise self._wrong(
                 f"page at {int(offsets[row]):#x} is outside of RAM block {block!r}, which has {length:#x} bytes",
