@@ -41,6 +41,12 @@ def script(*, new: bool, compression: str) -> tuple[bytes, list[bytes]]:
     return stream + played.end(new=new), data
 
 
+def said(*, under: int, new: bool = True, compression: str = "none") -> bytes:
+    """What the connection *under* says; see :func:`receive_once`."""
+    stream, data = script(new=new, compression=compression)
+    return [stream, *data][under]
+
+
 class Meeting:
     """The entrance at which the destination meets its connections."""
 

@@ -13,11 +13,14 @@ import random
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
+import numpy as np
+
 from tests import tiers
 from trimig.testing import (
     CancelAt,
     FailCall,
     Fault,
+    FaultSweep,
     LeapAt,
     Point,
     Run,
@@ -55,6 +58,32 @@ class Sampled:
         """The points, in the order of the other sweep."""
         every = list(self.sweep.points(baseline))
         yield from some(every, self.size, baseline.point.seed, self.sweep, always=outermost(every))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NearChanges:
+    """A fault sweep without the bytes far inside a run of equal bytes, such as the content of a page: they are all alike.
+
+    Attributes:
+        sent: what goes from a to b when nothing is disturbed. All bytes of the other direction are kept.
+        near: the bytes that are kept at both ends of a run.
+    """
+
+    sweep: FaultSweep
+    sent: bytes
+    near: int = 12
+
+    def points(self, baseline: Run[Any]) -> Iterator[Point]:
+        """The points that are left, in the order of the other sweep."""
+        assert baseline.sent["a->b"] == len(self.sent)
+        values = np.frombuffer(self.sent, np.uint8)
+        changes = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist(), len(values)]
+        kept = {at for change in changes for at in range(change - self.near, change + self.near + 1)}
+        for point in self.sweep.points(baseline):
+            (fault,) = point.inject
+            assert isinstance(fault, Fault)
+            if fault.direction == "b->a" or fault.after in kept:
+                yield point
 
 
 def outermost(points: Sequence[Point]) -> list[int]:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from tests.sweeps.multifd import scenario
-from tests.sweeps.sampled import sweep
+from tests.sweeps.multifd import said, scenario
+from tests.sweeps.sampled import NearChanges, sweep
 from trimig.testing import CancelSweep, FaultSweep, TimeLeap
 
 pytestmark = pytest.mark.timeout(600)
+
+# every=3 takes another third of the points for each of the three seeds: so each point runs once.
 DONE = ("returned", "returned")
+
+
+def faults(*, under: int) -> NearChanges:
+    """At every byte of one connection, except far inside a page."""
+    return NearChanges(sweep=FaultSweep(), sent=said(under=under))
 
 
 @pytest.mark.parametrize(
@@ -23,7 +30,7 @@ DONE = ("returned", "returned")
 )
 def test_each_connection_is_cut_at_every_byte(under: int) -> None:
     """It ends with an error, or everything has come: the attempt neither hangs nor completes without a page."""
-    outcomes = sweep(scenario(under=under), FaultSweep(), size=6).outcomes.keys()
+    outcomes = sweep(scenario(under=under), faults(under=under), every=3, size=6).outcomes.keys()
     ends = {DONE, ("returned", "TransportFailed")}
     # A main connection that ends before it is known as one is dropped, and another one may come.
     assert outcomes == (ends | {("returned", "MigrationCancelled")} if under == 0 else ends)
@@ -31,9 +38,9 @@ def test_each_connection_is_cut_at_every_byte(under: int) -> None:
 
 @pytest.mark.parametrize("compression", [pytest.param("zlib", marks=pytest.mark.full), "zstd"])
 def test_a_compressed_channel_is_cut_at_every_byte(compression: str) -> None:
-    outcomes = sweep(
-        scenario(under=2, compression=compression, new=False), FaultSweep(directions=("a->b",)), size=6
-    ).outcomes
+    sent = said(under=2, compression=compression, new=False)
+    cuts = NearChanges(sweep=FaultSweep(directions=("a->b",)), sent=sent)
+    outcomes = sweep(scenario(under=2, compression=compression, new=False), cuts, every=3, size=6).outcomes
     assert outcomes.keys() == {DONE, ("returned", "TransportFailed")}
 
 
