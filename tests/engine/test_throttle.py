@@ -78,9 +78,14 @@ async def test_guest_is_throttled_until_it_converges(autojump_clock: trio.testin
     """S3, G7, L10: 20, 30, 40, ... and 0 at the end; shown as long as there is a throttle."""
     pair = pair_of()
     shown: dict[int, object] = {}
+    without = 0
 
     def look(event: trimig.Event) -> None:
+        nonlocal without
         info = pair.here.info()
+        if not pair.here.statistics().throttle and "expected-downtime" in info:
+            assert "cpu-throttle-percentage" not in info
+            without += 1
         if event.name == "THROTTLE" and "ram" in info and event.data["percent"]:
             shown[event.data["percent"]] = info["cpu-throttle-percentage"]
             assert pair.here.statistics().throttle == event.data["percent"]
@@ -92,6 +97,7 @@ async def test_guest_is_throttled_until_it_converges(autojump_clock: trio.testin
     assert steps[:4] == [20, 30, 40, 50]
     assert steps[-1] == 0
     assert shown == {percent: percent for percent in steps[:-1]}
+    assert without
     assert here.downtime < 0.6
     assert pair.source.digest() == pair.target.digest()
     assert "cpu-throttle-percentage" not in pair.here.info()

@@ -58,6 +58,8 @@ _SWITCH, _OPTIONS = "tests/engine/test_switch.py", "tests/engine/test_stream_opt
 _BAD = "tests/engine/test_postcopy_bad_input.py"
 _HANDOVER, _PAUSE = "tests/engine/test_handover.py", "tests/engine/test_pause.py"
 _CONVERGENCE = "tests/engine/test_convergence.py"
+_RECEIVER, _SENDER = "tests/engine/test_multifd_receiver.py", "tests/engine/test_multifd_source.py"
+_XBZRLE, _THROTTLE = "tests/engine/test_xbzrle.py", "tests/engine/test_throttle.py"
 
 #: (name, file, old text, new text, tests).
 NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
@@ -208,6 +210,102 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
         "pages taken back are not counted", "trimig/policy/page_order.py",
         "        self.remaining += len(batch.pages)\n", "", ("tests/policy/test_postcopy.py",),
+    ),
+    # -- the rows of features.md that belong to multifd, XBZRLE, compression and the throttle
+    (
+        "B19: data channels in the seed profile", "trimig/engine/sections/ram.py",
+        'if config.capabilities.multifd and config.peer.multifd_scheme != "2.11":', "if config.capabilities.multifd:",
+        (_RECEIVER, _SENDER),
+    ),
+    (
+        "B20: complete with a channel too few", "trimig/engine/ram/multifd_receiver.py",
+        "while len(self._open) < self._count:", "while len(self._open) < self._count - 1:", (_RECEIVER,),
+    ),
+    (
+        "C4: postcopy and compress in the seed profile", "trimig/config/capabilities.py",
+        'proposal.enabled and proposal.compressed_pages == "precopy"', 'proposal.enabled and proposal.compressed_pages == "x"',
+        ("tests/test_config.py",),
+    ),
+    (
+        "D9: no data channel at all", "trimig/config/parameters.py",
+        "multifd_channels: Annotated[int, Int(1, 255)]", "multifd_channels: Annotated[int, Int(0, 255)]",
+        ("tests/test_config_parameters.py",),
+    ),
+    (
+        "D9: a packet without room", "trimig/config/parameters.py",
+        '"x-multifd-page-count": Int(1, 10000)', '"x-multifd-page-count": Int(0, 10001)', ("tests/test_config_parameters.py",),
+    ),
+    (
+        "D14: the cache keeps its size", "trimig/engine/ram/xbzrle.py",
+        "        try:\n            self._cache = PageCache(size, self._pages)", "        try:\n            pass", (_XBZRLE,),
+    ),
+    (
+        "G6: xbzrle-cache without the capability", "trimig/engine/ram/encoding.py",
+        "if config.capabilities.xbzrle else None", "if True else None", (_XBZRLE,),
+    ),
+    (
+        "G6: misses and overflows exchanged", "trimig/engine/ram/xbzrle.py",
+        '"cache-miss": self.misses,', '"cache-miss": self.overflows,', (_XBZRLE,),
+    ),
+    (
+        "G7: a percentage without a throttle", "trimig/monitor/statistics.py",
+        "        if c.throttle:\n", "        if True:\n", (_THROTTLE,),
+    ),
+    (
+        "L10: the throttle stays", "trimig/engine/source/throttle.py", "await guest.throttle(0)", "pass", (_THROTTLE,),
+    ),
+    (
+        "L16: a channel that cannot be opened is no matter", "trimig/engine/ram/multifd_sender.py",
+        'return TransportFailed(f"data channel {self.number} of multifd could not be opened: {error}; {_HINT}")',
+        "return None", (_SENDER,),
+    ),
+    (
+        "P8: a bad packet is no matter", "trimig/engine/ram/multifd_receiver.py",
+        "        except TransportFailed as error:\n            if not self._finished:",
+        "        except RemoteProtocolError:\n            return\n        except TransportFailed as error:\n            if not self._finished:",
+        (_RECEIVER,),
+    ),
+    (
+        "Q4: differences one byte further", "trimig/wire/pages/xbzrle.py",
+        "view[place:end] = delta[position:behind]", "view[place + 1 : end + 1] = delta[position:behind]",
+        ("tests/wire/test_xbzrle.py",),
+    ),
+    (
+        "Q4: a run of no different bytes", "trimig/wire/pages/xbzrle.py", "        if not count:\n", "        if False:\n",
+        ("tests/wire/test_xbzrle.py",),
+    ),
+    (
+        "Q5: a page of another size", "trimig/wire/pages/compressed.py",
+        "if len(page) < PAGE_SIZE:", "if not page:", ("tests/wire/test_compressed.py",),
+    ),
+    (
+        "S1: nothing is ever in the cache", "trimig/engine/ram/xbzrle.py",
+        "hit = cache.hits(numbers)", "hit = np.zeros(len(numbers), np.bool_)", (_XBZRLE,),
+    ),
+    (
+        "S3: the first step is the increment", "trimig/policy/throttle.py",
+        "return min(steps.initial, steps.maximum)", "return min(steps.increment, steps.maximum)", (_THROTTLE,),
+    ),
+    (
+        "S5: the level is always 1", "trimig/engine/ram/compress.py",
+        "return [deflate(row.data, level) for row in copies]", "return [deflate(row.data, 1) for row in copies]",
+        ("tests/engine/test_compress.py",),
+    ),
+    (
+        "S5: as many threads as can be", "trimig/engine/ram/compress.py",
+        "min(parameters.compress_threads, MAX_CALLS)", "MAX_CALLS", ("tests/engine/test_compress.py",),
+    ),
+    (
+        "S13: a channel does not wait for the others", "trimig/engine/ram/multifd_receiver.py",
+        "        await release.wait()\n", "        await trio.lowlevel.checkpoint()\n", (_RECEIVER,),
+    ),
+    (
+        "U3: data channels are waited for without end", "trimig/engine/ram/multifd_receiver.py",
+        "if not lobby.handshaking or waited >= _HANDSHAKE_SECONDS:", "if waited >= 1e9:", (_RECEIVER,),
+    ),
+    (
+        "U7: a cache that cannot be resized is not told of", "trimig/engine/ram/xbzrle.py",
+        "        except MemoryError:\n            self._counters.warnings.append(", "        except MemoryError:\n            str(", (_XBZRLE,),
     ),
 )  # fmt: skip
 
