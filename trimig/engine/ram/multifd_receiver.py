@@ -154,7 +154,9 @@ class MultifdReceiver:
             waited = trio.current_time() - began
             if not lobby.handshaking or waited >= _HANDSHAKE_SECONDS:
                 reason = lobby.last_reason
-                dropped = "" if reason is None else f"; the last connection that was refused: {reason}"
+                # The error has the hint anyway.
+                told = reason is None or self._reception.hint() is not None
+                dropped = "" if told else f"; the last connection that was refused: {reason}"
                 raise TransportFailed(f"{self._lacking(waited)}{dropped}")
 
     def _check_hello(self, data: bytes) -> None:
