@@ -11,7 +11,7 @@ from tests import tiers
 from tests.engine.encodings_fuzz import KINDS, fuzz
 from tests.fuzzed import Fuzzed
 
-INPUTS = 60
+INPUTS = 40
 MANY = 3_000
 
 

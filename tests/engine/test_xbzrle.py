@@ -262,7 +262,7 @@ async def test_a_slot_that_several_pages_of_a_batch_want() -> None:
 
 
 async def test_the_cache_follows_its_parameter() -> None:
-    """D14: an empty cache of the new size replaces the old one, in the middle of a migration."""
+    """D14, G6: an empty cache of the new size replaces the old one, in the middle of a migration."""
     source = Source(8, cache=1 << 20)
     filled(source)
     await source.send()
@@ -277,7 +277,7 @@ async def test_the_cache_follows_its_parameter() -> None:
 
 
 async def test_without_memory_for_a_larger_cache_the_old_one_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """D14: and one warning says so."""
+    """D14, U7: the migration goes on with it. One warning says so, and the size that is shown is that in use."""
     source = Source(4, cache=1 << 20)
     filled(source)
     await source.send()
@@ -292,7 +292,8 @@ async def test_without_memory_for_a_larger_cache_the_old_one_stays(monkeypatch: 
         assert await source.send() == [("delta", 1)]
     source.check()
     assert len(source.counters.warnings) == 1
-    assert "XBZRLE cache of 1 TiB" in source.counters.warnings[0]
+    assert "XBZRLE cache of 1 TiB, so it keeps its 1 MiB" in source.counters.warnings[0]
+    assert source.figures["cache-size"] == 1 << 20
 
 
 def test_the_cache_is_no_larger_than_the_guest() -> None:

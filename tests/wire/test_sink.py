@@ -26,7 +26,8 @@ class AddedRun(PageElement):
     def content(self, read: ReadPage) -> PageRun:
         if not self.amount:
             raise RemoteProtocolError("nothing is added", offset=self.at)
-        data = np.stack([read(self.block, index) + np.uint8(self.amount) for index in self.indices()])
+        former = [read(self.block, index) for index in self.indices()]
+        data = np.stack([page + np.uint8(self.amount) for page in former if page is not None])
         return PageRun(block=self.block, named=self.named, offsets=self.offsets, data=data, at=self.at)
 
     def indices(self) -> Sequence[int]:

@@ -49,6 +49,7 @@ EXAMPLES = [
 
 @pytest.mark.parametrize(("old", "new", "delta"), EXAMPLES)
 def test_worked_examples_both_ways(old: Page, new: Page, delta: bytes) -> None:
+    """Q4."""
     assert encode(old, new) == delta
     page = old.copy()
     decode(delta, page, 0)
@@ -76,6 +77,7 @@ def test_room_for_one_more_number_is_needed_while_bytes_are_left(first: int, end
 
 @hypothesis.given(st.lists(st.tuples(st.integers(0, PAGE_SIZE - 1), st.binary(min_size=1, max_size=300)), max_size=40))
 def test_a_delta_makes_the_new_page_of_the_old_one(writes: list[tuple[int, bytes]]) -> None:
+    """Q4: random pages."""
     new = RAMP.copy()
     for at, content in writes:
         new[at : at + len(content)] = np.frombuffer(content, np.uint8)[: PAGE_SIZE - at]

@@ -190,8 +190,10 @@ class _BlockCopy:
         if do.any():
             self._write(indices[do], np.repeat(fills[do, None], PAGE_SIZE, axis=1))
 
-    def read(self, block: str, index: int) -> NDArray[np.uint8]:
-        """The page as it is in the file."""
+    def read(self, block: str, index: int) -> NDArray[np.uint8] | None:
+        """The page as it is in the file; None if it has not come."""
+        if not self.received.contains(np.array([index])).all():
+            return None
         return np.frombuffer(os.pread(self.fd, PAGE_SIZE, index * PAGE_SIZE), np.uint8)
 
     def _write(self, indices: NDArray[np.int64], data: NDArray[np.uint8]) -> None:

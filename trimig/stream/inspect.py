@@ -34,11 +34,6 @@ _FREE_FIELDS, _BYTES_PER_FIELD = 50_000, 16
 _ZEROS: Final = np.zeros(PAGE_SIZE, np.uint8)
 
 
-def _no_content(_block: str, _index: int) -> NDArray[np.uint8]:
-    """The former content of a page, which no list of contents depends on."""
-    return _ZEROS
-
-
 async def inspect_stream(source: str | os.PathLike[str], *, max_device_bytes: int = 256 << 20) -> StreamReport:
     """Read a stream from a path, or from standard input (``-``), to its end.
 
@@ -211,8 +206,12 @@ class _Inspector:
             elif counted is not None:
                 counted.pages += len(event.offsets)
         if not isinstance(event, ev.PageRun | ev.ZeroRun):
-            event.content(_no_content)  # a malformed page is damage
+            event.content(self._former)  # a malformed page is damage
         self.seen[event.block].add(event.offsets // PAGE_SIZE)
+
+    def _former(self, block: str, index: int) -> NDArray[np.uint8] | None:
+        """In place of a page that has come: no list of contents depends on its content."""
+        return _ZEROS if self.seen[block].contains(np.array([index])).all() else None
 
     async def _package(self, event: ev.PackageElement) -> None:
         """Read the package that postcopy sends at the switch: devices between commands, without a description of them."""

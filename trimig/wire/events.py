@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .encoder import RecordWriter
 
 #: Returns the present content of a page: the block's name and the page's number -> uint8, shape (page size,).
-ReadPage: TypeAlias = Callable[[str, int], NDArray[np.uint8]]
+ReadPage: TypeAlias = Callable[[str, int], NDArray[np.uint8] | None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,10 +112,10 @@ class PageElement(Element, abc.ABC):
         """The same pages without an encoding.
 
         Args:
-            read: returns the present content of a page, for an encoding of differences.
+            read: returns the present content of a page, for an encoding of differences; None if the page has not come.
 
         Raises:
-            RemoteProtocolError: the encoded bytes are malformed.
+            RemoteProtocolError: the encoded bytes are malformed, or a difference is from a page that has not come.
         """
 
     @abc.abstractmethod

@@ -30,11 +30,15 @@ class PageCache:
         size: bytes, a power of two and at least one page.
         pages: number of pages of the guest.
 
+    Attributes:
+        size: as given.
+
     Raises:
         MemoryError: there is not enough.
     """
 
     def __init__(self, size: int, pages: int) -> None:
+        self.size = size
         self._slots = size // PAGE_SIZE
         count = min(self._slots, pages)
         self._page: Numbers = np.full(count, _EMPTY, np.int64)

@@ -117,10 +117,10 @@ class RamReceiver:
         for first, end in discard.runs.tolist():
             received[first:end] = False
 
-    def read(self, block: str, index: int) -> NDArray[np.uint8]:
-        """See :class:`trimig.wire.pages.sink.PageSink`."""
-        page: NDArray[np.uint8] = self._targets[block].pages[index]
-        return page
+    def read(self, block: str, index: int) -> NDArray[np.uint8] | None:
+        """See :class:`trimig.wire.pages.sink.PageSink`. What the guest had there before this attempt is not such a page."""
+        target = self._targets[block]
+        return target.pages[index] if target.received[index] else None
 
     async def pages(self, block: str, indices: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
         """Copy pages to their places, see :class:`trimig.wire.pages.sink.PageSink`.

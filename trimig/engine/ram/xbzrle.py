@@ -62,7 +62,11 @@ class XbzrleFigures:
     encoding_rate: float = 0.0
 
     def members(self, cache_size: int) -> Mapping[str, object]:
-        """The member ``xbzrle-cache`` of ``query-migrate``."""
+        """The member ``xbzrle-cache`` of ``query-migrate``.
+
+        Args:
+            cache_size: bytes of the cache in use.
+        """
         return {
             "cache-size": cache_size,
             "bytes": self.bytes,
@@ -127,7 +131,7 @@ class XbzrleEncoder:
         self._cache = PageCache(self._size, self._pages)
         self.figures = figures = XbzrleFigures()
         self.effort = Effort()
-        counters.members["xbzrle-cache"] = lambda: figures.members(cache_size())
+        counters.members["xbzrle-cache"] = lambda: figures.members(self._cache.size)
         self._most_pages = self._turn_pages = turn_pages
         self._pass = 0
         self._first = self._last = False
@@ -157,7 +161,8 @@ class XbzrleEncoder:
             self._cache = PageCache(size, self._pages)
         except MemoryError:
             self._counters.warnings.append(
-                f"there is not enough memory for an XBZRLE cache of {formats.size(size)}, so the cache is not resized"
+                f"there is not enough memory for an XBZRLE cache of {formats.size(size)}, so it keeps its "
+                f"{formats.size(self._cache.size)}"
             )
 
     def knows(self, block: str, indices: NDArray[np.int64]) -> PageBitmap:

@@ -37,15 +37,15 @@ class PageSink(Protocol):
         **Cancellation:** some of the pages were taken.
         """
 
-    def read(self, block: str, index: int) -> NDArray[np.uint8]:
-        """The present content of a page, uint8, shape (page size,); zeros if it was never taken."""
+    def read(self, block: str, index: int) -> NDArray[np.uint8] | None:
+        """The present content of a page, uint8, shape (page size,); None if it was never taken."""
 
 
 async def put(sink: PageSink, element: PageElement) -> None:
     """Give the pages of *element* to *sink*.
 
     Raises:
-        RemoteProtocolError: the encoded bytes are malformed.
+        RemoteProtocolError: the encoded bytes are malformed, or a difference is from a page that *sink* has not.
 
     **Cancellation:** some of the pages were taken.
     """

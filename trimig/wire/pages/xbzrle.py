@@ -181,7 +181,14 @@ class DeltaRun(PageElement):
         done: dict[int, int] = {}
         for row, (offset, delta) in enumerate(zip(self.offsets.tolist(), self.deltas, strict=True)):
             index = offset // PAGE_SIZE
-            data[row] = data[done[index]] if index in done else read(self.block, index)
+            former = data[done[index]] if index in done else read(self.block, index)
+            if former is None:
+                raise RemoteProtocolError(
+                    f"page {index} of RAM block {self.block!r} came as a difference, and it has not come whole before",
+                    offset=self.at,
+                    section="ram",
+                )
+            data[row] = former
             decode(delta, data[row], self.at)
             done[index] = row
         return PageRun(block=self.block, named=self.named, offsets=self.offsets, data=data, at=self.at)
