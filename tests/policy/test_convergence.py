@@ -113,7 +113,8 @@ def test_guest_that_is_faster_than_the_link_is_explained() -> None:
         # The guest would dirty 500 MiB/s at its full speed.
         (50, 99, 250.0, "let auto-converge go on from 50 % to 82 %, which leaves 90 MiB/s dirtied"),
         (20, 60, 250.0, "raise max-cpu-throttle (60 %) to 71 %, which leaves 90.6 MiB/s dirtied"),
-        (20, 99, 90.0, "let auto-converge throttle the guest"),
+        # At 80 % of its running time it leaves 5 s of downtime.
+        (20, 99, 90.0, "let auto-converge go on from 20 % to 96 %, which leaves about 250 ms of downtime"),
     ],
 )
 def test_advice_with_auto_converge_names_the_throttle_that_is_enough(

@@ -37,6 +37,16 @@ class Convergence:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PageCost:
+    """What a dirtied page would take in an encoding that is off, as a sample shows."""
+
+    #: Bytes of its record.
+    size: float
+    #: Seconds of processor time.
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EncodingUse:
     """What one of the encodings has done among which ``encoding = "auto"`` chooses."""
 
@@ -222,6 +232,8 @@ class Counters:
     encoded_bytes: int = 0
     #: Source: what each encoding has done, by its name, if the option ``encoding`` is ``auto``.
     encodings: dict[str, EncodingUse] = dataclasses.field(default_factory=dict)
+    #: Source: what a dirtied page would take in encodings that are off, by the names of :mod:`trimig.policy.encoding_advice`.
+    samples: dict[str, PageCost] = dataclasses.field(default_factory=dict)
     #: Bytes of the data channels of multifd, sent (source) or received (destination).
     multifd_bytes: int = 0
     #: Members of query-migrate that only one capability has, by name: each capability adds its own. A destination shows

@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from collections.abc import Mapping
 from typing import Final
 
 from .. import formats
-from ..monitor.statistics import Convergence
+from ..monitor.statistics import Convergence, PageCost
+from .encoding_advice import encoding_advice
 from .eta import NEARER, STALLED_PASSES
 
 
@@ -37,6 +39,8 @@ class Bounds:
         postcopy: the rest of the memory may be sent after the switchover.
         auto_converge: the guest is throttled if it writes too fast.
         max_throttle: percent of its running time that are taken from the guest at most.
+        encodings: capabilities that encode pages, are off, and could be turned on.
+        processors: number of processors for threads that compress pages.
     """
 
     downtime_limit: float
@@ -47,6 +51,8 @@ class Bounds:
     postcopy: bool = False
     auto_converge: bool = False
     max_throttle: int = 99
+    encodings: tuple[str, ...] = ()
+    processors: int = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +71,7 @@ class Progress:
         throttle: percent of its running time that are taken from the guest.
         memory_per_byte: bytes of guest memory for each byte that was sent in the last pass: above 1 if pages were sent as
             differences, or compressed.
+        samples: what a dirtied page would take in encodings that are off, see :func:`.encoding_advice.encoding_advice`.
     """
 
     remaining: int
@@ -77,6 +84,7 @@ class Progress:
     switchover_bandwidth: int = 0
     throttle: int = 0
     memory_per_byte: float = 1.0
+    samples: Mapping[str, PageCost] = dataclasses.field(default_factory=dict)
 
     @property
     def memory_rate(self) -> float:
@@ -192,8 +200,16 @@ def _advice(progress: Progress, bounds: Bounds, downtime: float) -> tuple[str, .
     needed = downtime * _MARGIN
     if needed <= _MOST_DOWNTIME:
         found.append(f"raise downtime-limit to {formats.whole_ms(math.ceil(needed * 1000) / 1000)}")
+    found += encoding_advice(
+        progress.remaining,
+        progress.switchover_bandwidth or progress.bandwidth,
+        downtime,
+        capabilities=bounds.encodings,
+        samples=progress.samples,
+        processors=bounds.processors,
+    )
     if progress.dirty_rate > 0:
-        found.append(_throttled(progress, bounds))
+        found.append(_throttled(progress, bounds, downtime))
     if bounds.postcopy:
         found.append("start postcopy")
     return tuple(found)
@@ -208,16 +224,23 @@ def _faster(progress: Progress, bounds: Bounds, wanted: float) -> tuple[str, ...
     return (f"raise max-bandwidth ({formats.rate(limit)}){enough}",)
 
 
-def _throttled(progress: Progress, bounds: Bounds) -> str:
-    """The advice to throttle the guest: the throttle that would be enough, and the dirty rate that it leaves."""
+def _throttled(progress: Progress, bounds: Bounds, downtime: float) -> str:
+    """The advice to throttle the guest: the throttle that would be enough, and its effect."""
     running = 1 - progress.throttle / 100
-    unthrottled = progress.dirty_rate / running
-    share = math.ceil(min(0.99, max(0.01, 1 - progress.memory_rate / unthrottled / _MARGIN)) * 100)
     if progress.dirty_rate < progress.memory_rate:
-        return "let auto-converge throttle the guest" if bounds.auto_converge else "throttle the guest"
-    left = f"which leaves {formats.rate(unthrottled * (100 - share) / 100)} dirtied"
+        # What is left was dirtied in the last pass, and is less as the guest runs less.
+        share = _percent(1 - running * bounds.downtime_limit / downtime / _MARGIN)
+        left = f"which leaves about {formats.whole_ms(downtime * (100 - share) / 100 / running)} of downtime"
+    else:
+        unthrottled = progress.dirty_rate / running
+        share = _percent(1 - progress.memory_rate / unthrottled / _MARGIN)
+        left = f"which leaves {formats.rate(unthrottled * (100 - share) / 100)} dirtied"
     if not bounds.auto_converge:
         return f"throttle the guest by {formats.percent(share / 100)} (capability auto-converge), {left}"
     if share > bounds.max_throttle:
         return f"raise max-cpu-throttle ({formats.percent(bounds.max_throttle / 100)}) to {formats.percent(share / 100)}, {left}"
     return f"let auto-converge go on from {formats.percent(progress.throttle / 100)} to {formats.percent(share / 100)}, {left}"
+
+
+def _percent(share: float) -> int:
+    return math.ceil(min(0.99, max(0.01, share)) * 100)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ..ram.preempt_receiver import PreemptReceiver
     from ..ram.receiver import RamReceiver
     from ..ram.records import PageEncoder
+    from ..ram.sample import PageSampler
 
 
 def at_least_one(unsent: Sequence[PageBitmap]) -> None:
@@ -67,6 +68,7 @@ class RamSection:
         tracker: one that has not been started.
         encoder: sends pages of the passes; None for PAGE and ZERO records only.
         data: writes pages to the data channels of multifd, if there are any.
+        sampler: looks at pages of all passes but the first one.
 
     Attributes:
         sender: writes the section. No other object uses it while a method of this one runs.
@@ -84,6 +86,7 @@ class RamSection:
         tracker: DirtyTracker,
         encoder: PageEncoder | None = None,
         data: MultifdSender | None = None,
+        sampler: PageSampler | None = None,
     ) -> None:
         self._channel = channel
         self._limiter = limiter
@@ -92,6 +95,7 @@ class RamSection:
         self._tracker = tracker
         self._encoder = encoder
         self._data = data
+        self._sampler = sampler
         self._first = True
         self.blocks = tuple(blocks)
         self.sender = self._sender_on(channel, data)
@@ -130,11 +134,15 @@ class RamSection:
         **Cancellation:** some have been sent; the channel is poisoned if one was cut.
         """
         self._begin_pass(last=False)
+        if self._sampler is not None:
+            self._sampler.begin_pass()
         for number, block in enumerate(self.blocks):
             with guest_calls.guarded("looking at the guest's memory"):
                 pages = snapshot_of(self._tracker, block)
                 absent = block.absent() if self._first else None
-            todo = self.unsent[number]
+                todo = self.unsent[number]
+                if self._sampler is not None and not self._first:
+                    self._sampler.look(block.name, pages, todo)
             left = await self.sender.send_pass(block, pages, todo, absent, stop)
             self.unsent[number] = np.zeros_like(todo) if left is None else left
         await self.sender.end_pass()

@@ -12,6 +12,7 @@ from ..ram.encoding import choose_encoder
 from ..ram.multifd_scheme import SchemeCheck
 from ..ram.multifd_sender import Manner, MultifdSender
 from ..ram.records import PageSender
+from ..ram.sample import PageSampler, unused_encodings
 from .ram import RamLoader, RamSection
 
 if TYPE_CHECKING:
@@ -46,9 +47,15 @@ def make_handlers(out: Outgoing) -> RamSection:
         out.config, lambda: out.monitor.config.parameters, blocks, out.counters, lambda: link.channels.delivered
     )
     channel, limiter = link.channel, link.limiter
-    ram = RamSection(channel, limiter, out.config, out.counters, blocks, tracker, encoder, _data_channels(out))
+    sampler = PageSampler(out.counters) if encodings_off(out) else None
+    ram = RamSection(channel, limiter, out.config, out.counters, blocks, tracker, encoder, _data_channels(out), sampler)
     out.sections.append(ram)
     return ram
+
+
+def encodings_off(out: Outgoing) -> tuple[str, ...]:
+    """See :func:`.ram.sample.unused_encodings`."""
+    return unused_encodings(out.config, several_channels=out.link.ways.beside is not None)
 
 
 def _data_channels(out: Outgoing) -> MultifdSender | None:

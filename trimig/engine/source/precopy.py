@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING
 
 import trio
@@ -12,10 +13,10 @@ from ...guest import PAGE_SIZE
 from ...policy import convergence
 from ...policy.eta import Stall
 from ...policy.rate import WINDOW
+from ..sections.table import encodings_off
 from .throttle import Throttle
 
 if TYPE_CHECKING:
-    from ...config.config import Config
     from .outgoing import Outgoing
 
 #: Seconds for the first message of a peer that may never answer. The guest runs during this wait.
@@ -70,7 +71,7 @@ async def may_stop(out: Outgoing, stall: Stall, last: Pass) -> bool:
         return True
     await out.find_pending()
     progress = progress_of(out, stall, trio.current_time(), last)
-    return convergence.decide(progress, bounds_of(out.monitor.config)) is convergence.Decision.SWITCH_OVER
+    return convergence.decide(progress, bounds_of(out)) is convergence.Decision.SWITCH_OVER
 
 
 def postcopy_begins(out: Outgoing) -> bool:
@@ -156,12 +157,14 @@ def progress_of(out: Outgoing, stall: Stall, now: float, last: Pass) -> converge
         queued=out.link.channels.backlog,
         least=stall.least,
         throttle=c.throttle,
+        samples=dict(c.samples),
         switchover_bandwidth=out.monitor.config.parameters.avail_switchover_bandwidth,
     )
 
 
-def bounds_of(config: Config) -> convergence.Bounds:
+def bounds_of(out: Outgoing) -> convergence.Bounds:
     """The limits of the passes, from the configuration."""
+    config = out.monitor.config
     return convergence.Bounds(
         downtime_limit=config.parameters.downtime_limit / 1000,
         max_bandwidth=config.parameters.max_bandwidth,
@@ -171,6 +174,8 @@ def bounds_of(config: Config) -> convergence.Bounds:
         postcopy=config.capabilities.postcopy_ram,
         auto_converge=config.capabilities.auto_converge,
         max_throttle=config.parameters.max_cpu_throttle,
+        encodings=encodings_off(out),
+        processors=len(os.sched_getaffinity(0)),
     )
 
 
@@ -183,7 +188,7 @@ def decide(out: Outgoing, progress: convergence.Progress, stall: Stall, moved: i
     Raises:
         NotConverging: a bound was reached.
     """
-    c, bounds = out.counters, bounds_of(out.monitor.config)
+    c, bounds = out.counters, bounds_of(out)
     why, decision = convergence.explain(progress, bounds), convergence.decide(progress, bounds)
     over = convergence.reached(progress, bounds)
     ready = decision is convergence.Decision.SWITCH_OVER
