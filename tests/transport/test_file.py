@@ -18,8 +18,9 @@ import trio.testing
 import trimig
 from tests.conftest import LeakCheck
 from trimig import stream, transport
-from trimig.channel.channel import Channel, Delivering
+from trimig.channel.channel import Channel
 from trimig.channel.offload import limiter
+from trimig.channel.streams import Delivering
 from trimig.config import Config
 from trimig.errors import ConfigError, StateError, TransportFailed
 from trimig.testing import ScriptedGuest

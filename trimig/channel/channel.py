@@ -16,19 +16,20 @@ import os
 import socket
 import sys
 import termios
-from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeAlias, runtime_checkable
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TypeAlias
 
 import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from ..errors import LocalProtocolError
+from ..errors import LocalProtocolError, TransportFailed
 from ..guest import PAGE_SIZE
 from . import pump, vectored
 from .pump import broke, stalled
 from .socket_options import enlarge, shorten, shorten_receiving
 from .step import Plan, SendPlan, Step
+from .streams import IntoBuffer, Layered
 from .vectored import Vector
 
 #: Pages that are copied into one buffer for streams that take only bytes.
@@ -49,55 +50,6 @@ _SMALL_READ_SECONDS = 0.001
 #: A stream in both directions, or in one direction; with one direction there is no return path.
 AnyStream: TypeAlias = trio.abc.SendStream | trio.abc.ReceiveStream
 OpenStream: TypeAlias = Callable[[], Awaitable[AnyStream]]
-
-
-@runtime_checkable
-class Delivering(Protocol):
-    """A stream that can confirm the delivery of its bytes: a child has ended with success, a file is on the disk.
-
-    Without a return path this confirmation is the only answer about the migration.
-    """
-
-    async def delivered(self) -> None:
-        """Wait until all bytes that were sent have been delivered. After this call nothing more is sent.
-
-        Raises:
-            TransportFailed: the bytes were not delivered, or that cannot be known.
-
-        **Cancellation:** as for an error.
-        """
-
-
-@runtime_checkable
-class PerhapsSilent(Protocol):
-    """A stream that can be read from, whose peer may be a program that never answers.
-
-    A command that passes the stream on to a destination answers. A command that stores the stream does not answer.
-    """
-
-    @property
-    def perhaps_silent(self) -> bool:
-        """True if the end of the return path, or silence on it, is no error before the first message of the peer."""
-
-
-@runtime_checkable
-class Layered(Protocol):
-    """A stream over another one."""
-
-    @property
-    def transport(self) -> object:
-        """The stream that carries this stream."""
-
-
-@runtime_checkable
-class IntoBuffer(Protocol):
-    """A stream that can receive into a buffer of the caller, without a bytes object in between."""
-
-    async def receive_into(self, view: memoryview) -> int:
-        """Receive bytes into *view*, and return their number; 0 at the end of the stream.
-
-        **Cancellation:** nothing was taken.
-        """
 
 
 class Channel:
@@ -128,6 +80,8 @@ class Channel:
         #: True during a write to a stream that is not a socket. :attr:`sent` counts each piece when the piece was sent.
         self.writing = False
         self._socket = stream.socket if isinstance(stream, trio.SocketStream) else None
+        self._backlog_short = False
+        self._lent: int | None = None  # a duplicate of its descriptor, in :meth:`lend`
         if self._socket is not None:
             enlarge(self._socket)
         self._into = stream.receive_into if isinstance(stream, IntoBuffer) else None
@@ -138,7 +92,8 @@ class Channel:
     @property
     def sent(self) -> int:
         """Bytes taken by the transport (for streams other than sockets: handed to it completely)."""
-        return self._sent + (self._sending.done if self._sending is not None else 0)
+        sent, step = self._sent, self._sending  # in this order: a thread may end the step between the two
+        return sent + (step.done if step is not None else 0)
 
     @property
     def received(self) -> int:
@@ -151,6 +106,11 @@ class Channel:
         return self._send_stream is not None
 
     @property
+    def direct(self) -> bool:
+        """The stream is a kernel socket, which a thread can use."""
+        return self._socket is not None
+
+    @property
     def receives(self) -> bool:
         """The stream has the direction from the peer."""
         return self._receive_stream is not None
@@ -159,6 +119,31 @@ class Channel:
     def socket_fd(self) -> int | None:
         """The descriptor for vectored calls; None if the stream is no kernel socket, or has bytes of *first* left."""
         return self._socket.fileno() if self._socket is not None and not self._first else None
+
+    @property
+    def descriptor(self) -> int:
+        """The descriptor of a kernel socket, inside of :meth:`lend` its duplicate. TransportFailed if the stream is closed."""
+        assert self._socket is not None, "no kernel socket"
+        if self._socket.fileno() < 0:
+            raise broke("in use", trio.ClosedResourceError("the stream was closed here"))
+        return self._socket.fileno() if self._lent is None else self._lent
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[None]:
+        """Inside the block one thread uses the channel, by its methods ``*_now``, and no task does.
+
+        The thread has a duplicate of the descriptor: if the stream is closed, its number may be given to another file at once.
+
+        Raises:
+            OSError: no descriptor is left.
+            TransportFailed: the stream is closed.
+        """
+        self._lent = os.dup(self.descriptor)
+        try:
+            yield
+        finally:
+            lent, self._lent = self._lent, None
+            os.close(lent)
 
     def cut(self) -> bool:
         """Break the connection in both directions at once. Waiting tasks get the same error as after a network failure.
@@ -191,7 +176,10 @@ class Channel:
 
     def keep_backlog_short(self) -> None:
         """Keep the queue of received bytes short from now on (postcopy)."""
-        if self._socket is not None:
+        self._backlog_short = True
+
+    def _shorten_backlog(self) -> None:
+        if self._backlog_short and self._socket is not None:
             shorten_receiving(self._socket)
 
     async def wait_queue_short(self) -> None:
@@ -273,8 +261,8 @@ class Channel:
         if self._socket is None or self.poisoned:
             return 0
         try:
-            taken = os.write(self._socket.fileno(), data)
-        except (OSError, ValueError):
+            taken = os.write(self.descriptor, data)
+        except (OSError, TransportFailed):
             return 0
         self._sent += taken
         return taken
@@ -346,16 +334,50 @@ class Channel:
                     await self.send(part)
                     step.moved(len(part))
             return
-        self._check()
-        self._sending = Step(plan)
+        step = self._begin(plan)
         try:
-            await pump.send(self._socket, self._sending, plan.left, self.stall_timeout)
+            await pump.send(self._socket, step, plan.left, self.stall_timeout)
         except trio.Cancelled:
             self._unfinished = plan.rest_of_unit()
             raise
         finally:
+            self.end_sending()
+
+    def _begin(self, plan: SendPlan) -> Step:
+        self._check()
+        self._sending = Step(plan)
+        return self._sending
+
+    def begin_sending(self, plan: SendPlan) -> None:
+        """Begin to send what *plan* says, by :meth:`send_more_now`. Nothing else may be sent before :meth:`end_sending`."""
+        self._begin(plan)
+
+    def send_more_now(self) -> bool:
+        """Send what a kernel socket takes of the plan that was begun; True if nothing of a plan is left. TransportFailed."""
+        step = self._sending
+        if step is None:
+            return True
+        if not step.run(pump.sender(self.descriptor)):
+            return False
+        self.end_sending()
+        return True
+
+    async def finish_sending(self) -> None:
+        """Send the rest of the plan that was begun, if there is one. TransportFailed.
+
+        **Cancellation:** the channel is poisoned.
+        """
+        if self._socket is not None and self._sending is not None:
+            try:
+                await pump.send(self._socket, self._sending, 0, self.stall_timeout)
+            finally:
+                self.end_sending()
+
+    def end_sending(self) -> None:
+        """Send no more of the plan that was begun, if there is one: the channel is poisoned if a part of it is left."""
+        if self._sending is not None:
+            self.poisoned = not self._sending.whole
             self._sent, self._sending = self.sent, None
-            self.poisoned = plan.left > 0
 
     def _stage(
         self, lead: bytes, words: NDArray[np.uint64], pages: NDArray[np.uint8], indices: NDArray[np.int64]
@@ -394,14 +416,12 @@ class Channel:
         """
         if self._first:
             await trio.lowlevel.checkpoint()
-            count = min(len(view), len(self._first))
-            view[:count], self._first = self._first[:count], self._first[count:]
-            self._received += count
-            return count
+            return self._take_first(view)
         try:
             with trio.move_on_after(self.stall_timeout if stall_timeout is None else stall_timeout) as limit:
                 if self._socket is not None:
                     count = await self._socket.recv_into(view)
+                    self._shorten_backlog()
                 else:
                     if bulk and self._last < _SMALL_READ:
                         await trio.sleep(_SMALL_READ_SECONDS)
@@ -412,6 +432,36 @@ class Channel:
             raise broke("receiving", error) from error
         self._received += count
         return count
+
+    def _take_first(self, view: memoryview) -> int:
+        count = min(len(view), len(self._first))
+        view[:count], self._first = self._first[:count], self._first[count:]
+        self._received += count
+        return count
+
+    def receive_now(self, view: memoryview) -> int | None:
+        """Read what a kernel socket has into *view*; None if it has nothing, 0 at the end of the stream. TransportFailed."""
+        if self._first:
+            return self._take_first(view)
+        try:
+            count = os.readv(self.descriptor, [view])
+            self._shorten_backlog()
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise broke("receiving", error) from error
+        self._received += count
+        return count
+
+    async def wait_readable(self) -> None:
+        """Wait until :meth:`receive_now` finds something, however long that takes. TransportFailed.
+
+        **Cancellation:** no effect.
+        """
+        try:
+            await trio.lowlevel.wait_readable(self.descriptor)
+        except (OSError, trio.ClosedResourceError) as error:
+            raise broke("receiving", error) from error
 
     async def _receive_some(self, view: memoryview) -> int:
         if self._into is not None:

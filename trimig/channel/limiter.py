@@ -70,6 +70,19 @@ class Limiter:
         self._opened.set()
         self._opened = trio.Event()
 
+    @property
+    def unlimited(self) -> bool:
+        """There is no limit at present."""
+        return self._lifted or not self._budget.rate
+
+    async def wait_limited(self) -> None:
+        """Wait until there is a limit.
+
+        **Cancellation:** no effect.
+        """
+        while self.unlimited:
+            await self._opened.wait()
+
     async def pages(self, wanted: int) -> int:
         """The number of PAGE records that may be sent now, 1 to *wanted*; waits until the budget allows at least one.
 

@@ -122,6 +122,11 @@ async def _move(sock: trio.socket.SocketType, step: Step, size: int, stall_timeo
         await _by_trio(sock, step, stall_timeout, way)
 
 
+def sender(descriptor: int) -> Call:
+    """The system call that sends by *descriptor*, for a :class:`.step.Step`; it raises TransportFailed."""
+    return _caller(lambda: descriptor, _OUT)
+
+
 def _caller(descriptor: Callable[[], int], way: _Way) -> Call:
     """The system call, with TransportFailed for its errors. An error of the plan is not one of the connection."""
 

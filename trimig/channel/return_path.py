@@ -11,7 +11,7 @@ return path before the first message is no error. From the first message on it i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
@@ -51,6 +51,11 @@ class ReturnPathReader:
         self, channel: Channel, blocks: Mapping[str, int], *, perhaps_silent: bool = False, acks: bool = False
     ) -> None:
         self._channel = channel
+        #: Held by a thread that reads the return path, and by :meth:`run` while it reads.
+        self.owner = trio.Lock()
+        self._buffer = memoryview(bytearray(4096))
+        self._kept: list[Message] = []
+        self._error: TransportFailed | RemoteProtocolError | None = None
         self._decoder = ReturnPathDecoder(blocks, marks=True)
         #: The reason for which the destination gave the migration up, from its message REASON; empty without the message.
         self.reason = ""
@@ -145,29 +150,83 @@ class ReturnPathReader:
 
         **Cancellation:** stops reading.
         """
-        buffer = memoryview(bytearray(4096))
+        buffer = self._buffer
         try:
-            while self.shut is None:
+            while not self.silent and self.shut is None and self.lost is None:
                 # No timeout here: a destination sends nothing while memory is sent. If an answer is due, the migration
                 # task waits for it with a timeout of its own.
-                count = await self._channel.receive_into(buffer, stall_timeout=math.inf)
-                if not count:
-                    if self._perhaps_silent and not self.heard and not self._decoder.pending:
-                        self.silent = True
-                        self._tell()
-                        return
-                    raise TransportFailed(self._ended(), loss=Loss.CLOSED)
-                for message in self._decoder.feed(buffer[:count]):
-                    self.heard = True
-                    self._take(message)
-                self._tell()
+                if not self._channel.direct:
+                    self._came(buffer, await self._channel.receive_into(buffer, stall_timeout=math.inf))
+                elif await self._has_nothing(buffer):
+                    await self._channel.wait_readable()
         except (TransportFailed, RemoteProtocolError) as error:
             if self.state is ReturnPath.BEFORE:
                 raise
-            self.lost = error
-            self._tell()
-            if self.listener is not None:
-                self.listener(None)
+            self._lose(error)
+
+    async def _has_nothing(self, buffer: memoryview) -> bool:
+        """Take what a kernel socket has; True if it has nothing."""
+        async with self.owner:
+            if self.shut is not None or self.lost is not None:  # a thread has read that meanwhile
+                return False
+            count = self._channel.receive_now(buffer)
+            if count is not None:
+                self._came(buffer, count)
+        return count is None
+
+    def _came(self, buffer: memoryview, count: int) -> None:
+        if count:
+            for message in self._decoder.feed(buffer[:count]):
+                self.heard = True
+                self._take(message)
+        elif self._perhaps_silent and not self.heard and not self._decoder.pending:
+            self.silent = True
+        else:
+            raise TransportFailed(self._ended(), loss=Loss.CLOSED)
+        self._tell()
+
+    def _lose(self, error: TransportFailed | RemoteProtocolError) -> None:
+        self.lost = error
+        self._tell()
+        if self.listener is not None:
+            self.listener(None)
+
+    # -- by a thread, in the state FOLLOWING ---------------------------------------------------------------------------
+
+    def requests_now(self) -> Iterator[PageRequest]:
+        """The requests for pages that a kernel socket has. All behind the first other message is kept for :meth:`take_kept`."""
+        try:
+            count = self._channel.receive_now(self._buffer)
+            if count is None:
+                return
+            if not count:
+                raise TransportFailed(self._ended(), loss=Loss.CLOSED)
+            for message in self._decoder.feed(self._buffer[:count]):
+                if self._kept or not isinstance(message, PageRequest):
+                    self._kept.append(message)
+                    continue
+                self.state = after(self.state, Item.REQ_PAGES, section="return path")
+                yield message
+        except (TransportFailed, RemoteProtocolError) as error:
+            self._error = error
+
+    @property
+    def keeps(self) -> bool:
+        """There is something for :meth:`take_kept`."""
+        return bool(self._kept) or self._error is not None
+
+    def take_kept(self) -> None:
+        """Take the messages, and the error, that :meth:`requests_now` has kept: as :meth:`run` does. For a task."""
+        kept, self._kept = self._kept, []
+        try:
+            for message in kept:
+                self._take(message)
+            if kept:
+                self._tell()
+            if self._error is not None:
+                raise self._error
+        except (TransportFailed, RemoteProtocolError) as error:
+            self._lose(error)
 
     @property
     def marked(self) -> bool:

@@ -7,7 +7,9 @@ TCP by itself, but slowly, and those of unix sockets not at all.
 
 from __future__ import annotations
 
+import functools
 import socket
+import struct
 from typing import Final
 
 import trio
@@ -32,8 +34,21 @@ UNSENT: Final = 4 << 20
 
 #: The same in postcopy. There a requested page waits behind all bytes that were queued before it.
 UNSENT_SHORT: Final = 1 << 17
-#: Bytes that may be on the way to a receiving TCP socket, or wait in it, in postcopy.
+#: Bytes that may be on the way to a receiving TCP socket in postcopy.
 _WINDOW_SHORT: Final = 1 << 18
+#: The size of its buffer then, in bytes of memory, if nothing more is in it: 256 KiB of pages fit.
+_BUFFER_SHORT: Final = 384 << 10
+#: A segment takes up to so many times its bytes of the buffer.
+_OVERHEAD: Final = 2
+#: Bytes of the buffer that are left free above that.
+_SPARE: Final = 64 << 10
+#: SO_MEMINFO: memory that received bytes take, and the buffer's size, in the first two of nine numbers.
+_SO_MEMINFO: Final = 55
+_MEMINFO: Final = struct.Struct("=II")
+_MEMINFO_BYTES: Final = 36
+#: The window that the peer was told last, in the kernel's struct tcp_info from Linux 6.2 on.
+_TCP_INFO_WINDOW: Final = 232
+_WINDOW: Final = struct.Struct("=I")
 
 
 def shorten(sock: trio.socket.SocketType) -> None:
@@ -47,12 +62,38 @@ def shorten(sock: trio.socket.SocketType) -> None:
 def shorten_receiving(sock: trio.socket.SocketType) -> None:
     """Limit the bytes that wait in *sock* to be read: they delay a requested page that is sent behind them.
 
-    The TCP window becomes smaller; the buffer keeps its size. With a smaller buffer the kernel would drop the bytes that
-    do not fit, and the peer would send them again only 200 ms later. For a unix socket :func:`shorten` at the sender
-    sets the limit, so this function does nothing.
+    Call it after each read. The TCP window becomes smaller. That limits only what is on the way: the kernel takes bytes as long
+    as its buffer has room. So the buffer becomes smaller, too, step by step. It always has room for what is in it and for what the
+    peer was allowed to send: the kernel would drop the bytes that do not fit, and the peer would send them again only 200 ms later.
+    Before Linux 6.2 that is not known, and the buffer keeps its size. For a unix socket :func:`shorten` at the sender sets the limit,
+    so this function does nothing.
     """
-    if sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, _WINDOW_SHORT)
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, _WINDOW_SHORT)
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_WINDOW + _WINDOW.size)
+    if len(info) < _TCP_INFO_WINDOW + _WINDOW.size:
+        return
+    (window,) = _WINDOW.unpack_from(info, _TCP_INFO_WINDOW)
+    held, size = _MEMINFO.unpack_from(sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO_BYTES))
+    wanted = max(_BUFFER_SHORT, held + _OVERHEAD * window + _SPARE)
+    if 4 * wanted < 3 * size or (wanted == _BUFFER_SHORT and wanted < size):
+        _set_receive_buffer(sock, wanted // 2)
+
+
+def _set_receive_buffer(sock: trio.socket.SocketType, size: int) -> None:
+    """Set SO_RCVBUF, if *size* can be set exactly: the kernel would cut it without privileges."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size)
+    except PermissionError:
+        if size <= _most_receiving():
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+
+
+@functools.cache
+def _most_receiving() -> int:
+    """The system-wide maximum for SO_RCVBUF when it was looked at first."""
+    return _number_in("/proc/sys/net/core/rmem_max")
 
 
 def enlarge(sock: trio.socket.SocketType) -> None:

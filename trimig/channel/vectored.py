@@ -144,14 +144,16 @@ class Pieces:
             makes a call longer.
         units: where each record or packet ends, as bytes from the beginning of the first piece; rising, the last one is the
             end of the last piece. If they are given, the rest of a packet that was cut off is known.
+        keep: the memory of pieces that nothing else holds.
     """
 
-    __slots__ = ("_address", "_cut", "_element", "_ends", "_numbers", "_units", "_vector", "done", "size")
+    __slots__ = ("_address", "_cut", "_element", "_ends", "_keep", "_numbers", "_units", "_vector", "done", "size")
 
-    def __init__(self, vector: Vector, units: NDArray[np.int64] | None = None) -> None:
+    def __init__(self, vector: Vector, units: NDArray[np.int64] | None = None, keep: object = None) -> None:
         self._vector = vector
         self._address, _, self._numbers = _parts(vector)
         self._ends = np.cumsum(vector[:, 1]).astype(np.int64).data
+        self._keep = keep
         self._units = units
         self._element = 0
         self._cut = 0

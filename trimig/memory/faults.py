@@ -56,6 +56,9 @@ class Faults:
     threads: NDArray[np.uint32]
 
 
+_NO_FAULTS: Final = Faults(pages=np.zeros(0, np.uint64), threads=np.zeros(0, np.uint32))
+
+
 class MissingPages:
     """The missing pages of one address space.
 
@@ -104,7 +107,7 @@ class MissingPages:
         try:
             raw = os.read(self._fd, _BATCH * _MESSAGE.itemsize)
         except BlockingIOError:
-            raw = b""
+            return _NO_FAULTS
         messages = np.frombuffer(raw, _MESSAGE)
         messages = messages[messages["event"] == _EVENT_PAGEFAULT]
         return Faults(
@@ -186,7 +189,9 @@ class UffdMemory:
     def waits(self) -> list[Wait]:
         """The threads that began to wait since the last call. Never blocks. OSError."""
         faults = self._missing.read()
-        found = []
+        found: list[Wait] = []
+        if faults is _NO_FAULTS:
+            return found
         for address, thread in zip(faults.pages.tolist(), faults.threads.tolist(), strict=True):
             for number, area in enumerate(self._areas):
                 page = (address - area.address) // PAGE_SIZE

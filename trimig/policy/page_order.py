@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from ..guest import PageBitmap
 
+#: Pages of one request handed over at once; QEMU asks for one host page, which may be 2 MiB.
+REQUESTED_PAGES: Final = 512
 #: Pages searched in one step for the next unsent page: few enough to cost microseconds.
 _LOOK = 1 << 14
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import trio
 
 from ..channel import closing
-from ..channel.channel import IntoBuffer
+from ..channel.streams import IntoBuffer
 from ._one_task import OneTask
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import threading
@@ -11,6 +12,7 @@ import pytest
 import trio
 
 import trimig
+from trimig.channel import offload
 from trimig.guests.workload.guest import MiB, WorkloadGuest
 from trimig.status import Status
 
@@ -224,3 +226,40 @@ async def test_no_peer_is_let_in_while_a_connection_is_alive(*, preempt: bool) -
         assert not both.errors, both.errors
         assert not hears
         await proved(both.target)
+
+
+@pytest.mark.parametrize("preempt", [False, True], ids=["one", "preempt"])
+async def test_a_thread_on_each_side_serves_the_guest_and_none_is_left(*, preempt: bool) -> None:
+    """Also after a lost connection; behind the recovery both work again."""
+    async with pair(able(postcopy_preempt=preempt, background=8 * MiB)) as both:
+        opened = descriptors()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(both.run)
+            await both_threads(both)
+            both.sender.pause("the test cuts it")
+            await both.taker.wait_status(Status.POSTCOPY_PAUSED)
+            assert offload.pumps().borrowed_tokens == 0
+            await both_threads(both)
+        assert not both.errors
+        assert offload.pumps().borrowed_tokens == 0
+        left = descriptors()
+        assert left <= opened, left - opened
+        await proved(both.target)
+
+
+def descriptors() -> collections.Counter[str]:
+    """What kinds are open, and how often: sockets, eventfds and others."""
+    found: collections.Counter[str] = collections.Counter()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of the directory
+            found[os.readlink(f"/proc/self/fd/{name}").partition(":[")[0]] += 1
+    return found
+
+
+async def both_threads(both: Pair) -> None:
+    """Wait until a thread works on each side, as nothing but the end or a loss of the connection ends it for long."""
+    await both.sender.wait_status(Status.POSTCOPY_ACTIVE)
+    await both.taker.wait_status(Status.POSTCOPY_ACTIVE)
+    while offload.pumps().borrowed_tokens < 2:
+        assert both.taker.status is Status.POSTCOPY_ACTIVE
+        await trio.sleep(0.001)

@@ -15,7 +15,8 @@ import trio.testing
 
 from tests.conftest import LeakCheck
 from trimig import transport
-from trimig.channel.channel import Channel, Delivering, PerhapsSilent
+from trimig.channel.channel import Channel
+from trimig.channel.streams import Delivering, PerhapsSilent
 from trimig.config import Config
 from trimig.errors import ConfigError, TransportFailed
 from trimig.transport import _child, exec

@@ -70,6 +70,14 @@ class Answers:
         finally:
             self._sending.release()
 
+    def say_now(self, data: bytes) -> bytes:
+        """Send encoded messages, if there is a connection, as far as the kernel takes them; no task may be sending.
+
+        Returns:
+            The rest, which must be given to :meth:`say_bytes` before anything else is sent.
+        """
+        return data[self._channel.send_now(data) :] if self._connected else b""
+
     async def say_last(self, message: Message, grace: float) -> None:
         """Send *message* as the last one on this connection, within *grace* seconds.
 

@@ -2,7 +2,7 @@
 
 There are three tasks. One reads the stream and places pages. One serves the guest's page faults. One starts the guest and
 ends. A lost connection ends none of them. The guest runs on until it needs a missing page, and a later connection brings
-the rest.
+the rest. While a connection is there, :mod:`.pages` does the work of the first two tasks in a thread, if it can.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from ...wire.postcopy import Runs, runs_of
 from ...wire.return_path import Clock, Pong, Reason, ResumeAck
 from .. import guest_calls
 from ..order import PING_RUNS
-from ..ram.inflate import put_inflated
 from ..ram.postcopy_receiver import PostcopyReceiver
 from ..recovery import Search
 from ..shield import lift_shield, shield
@@ -36,6 +35,7 @@ from .answers import Answers
 from .arriving import KeptMemory, keep_ram
 from .lazy import open_memory
 from .package import parse_package
+from .pages import PageReader
 from .recovering import bitmap_of, wrong_attempt
 from .section import measure_device
 from .stream import IncomingStream
@@ -138,6 +138,7 @@ class PostcopyDestination:
         self._finished = False  # the guest was told that all of its memory has come
         #: True until the source shows that it has read the answer to PING_RUNS. Without that answer it resumes its guest.
         self._doubt = PING_RUNS in package.pings and not into.of_trimig
+        self._pages = self._page_reader()
 
     async def run(self) -> None:
         """Run until the guest runs and has all of its memory. A lost connection does not stop the start of the guest.
@@ -186,6 +187,7 @@ class PostcopyDestination:
             shield(self._nursery, math.inf)
             await activate(self._into, devices.run_state, Status.POSTCOPY_ACTIVE, self._pong)
         self._lives.set()
+        self._pages.wake()
 
     async def _pong(self) -> None:
         for value in self._package.pings:
@@ -254,26 +256,27 @@ class PostcopyDestination:
             nursery.cancel_scope.cancel("nothing more comes on the main connection")
         return why
 
+    def _page_reader(self) -> PageReader:
+        """For the present connection."""
+
+        def ready() -> bool:
+            return self._lives.is_set() and self._resumed.is_set()
+
+        return PageReader(self._into, self._stream, self._receiver, self._answers, ready)
+
     async def _take_urgent(self) -> None:
         await self._resumed.wait()
-        await self._into.preempt.take_pages(self._receiver, self._stream.decoder, self._interrupted)
+        wake, decoder = self._pages.wake, self._stream.decoder
+        await self._into.preempt.take_pages(self._receiver, decoder, wake, self._interrupted)
 
     def _interrupted(self, why: str) -> None:
         self._why = why
         self._scope.cancel(why)
 
     async def _take_pages(self) -> None:
-        receiver, stream = self._receiver, self._stream
-        # Without a preempt channel, requested pages wait behind the others on this one: no checkpoint between them.
-        sink = receiver.sink(turns=self._into.preempt.wanted)
-        if not self._into.preempt.wanted:
-            stream.channel.keep_backlog_short()
+        receiver, pages = self._receiver, self._pages
         while True:
-            match event := await stream.next():
-                case ev.PageElement():
-                    if not isinstance(event, ev.ZeroRun):
-                        self._into.reception.settle()
-                    await put_inflated(sink, event, self._monitor.config.parameters.decompress_threads)
+            match event := await pages.next():
                 case ev.CommandElement():
                     await self._command(event)
                 case ev.EndOfStream():
@@ -435,6 +438,7 @@ class PostcopyDestination:
             continues=self._stream.decoder,
         )
         self._stream = IncomingStream(self._into, channel, decoder, Stream.RECOVERING)
+        self._pages = self._page_reader()
         self._into.preempt.expect(self._nursery)
         self._resumed = trio.Event()
         self._named = None

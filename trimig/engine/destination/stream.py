@@ -46,9 +46,11 @@ class IncomingStream:
         self._loader = into.loaders["ram"]
         self._handled = 0
         self._between = False  # the last element was the end of a section
+        self._waiting = trio.CancelScope()
 
     async def next(self, seconds: float = math.inf) -> ev.Element | None:
-        """The next element; None after *seconds* without a byte, or if the connection ends where a stream may end.
+        """The next element; None after *seconds* without a byte, after :meth:`wake`, or if the connection ends where a stream
+        may end.
 
         The pages in an element are valid until the next call.
 
@@ -58,12 +60,25 @@ class IncomingStream:
 
         **Cancellation:** the stream must be given up.
         """
-        while (event := self.decoder.next_event()) is None:
-            if self.ended or not await self._read(seconds):
+        while (event := self.next_now()) is None:
+            with trio.CancelScope() as self._waiting:
+                if self.ended or not await self._read(seconds):
+                    return None
+            if self._waiting.cancelled_caught:
                 return None
         self._handled += 1
         if self._handled % _SLICE_EVENTS == 0:
             await trio.lowlevel.checkpoint()
+        return event
+
+    def wake(self) -> None:
+        """Let a :meth:`next` that waits for bytes return None."""
+        self._waiting.cancel("another task has news for the reader")
+
+    def next_now(self) -> ev.Element | None:
+        """As :meth:`next`; None if more bytes are needed."""
+        if (event := self.decoder.next_event()) is None:
+            return None
         section = "postcopy" if self.state in STREAM_IN_POSTCOPY else None
         self.state = after(self.state, item_of(event), offset=event.at, section=section)
         if isinstance(event, ev.SectionHeader) and event.kind is not Section.FULL:
@@ -107,12 +122,22 @@ class IncomingStream:
             count = await channel.receive_into(view, stall_timeout=self._patience(), bulk=bulk)
         if count is None:
             return False
+        self._came(count)
+        return True
+
+    def read_now(self) -> bool:
+        """Read what a kernel socket has; False if it has nothing. TransportFailed."""
+        count = self.channel.receive_now(self.decoder.writable())
+        if count is not None:
+            self._came(count)
+        return count is not None
+
+    def _came(self, count: int) -> None:
         if count:
-            decoder.received(count)
+            self.decoder.received(count)
         else:
             self.ended = True
-            decoder.receive_eof()
-        return True
+            self.decoder.receive_eof()
 
     def _patience(self) -> float | None:
         """Seconds for which the source may be silent now; None for the usual ``stall_timeout``.

@@ -1,8 +1,9 @@
 """The destination in postcopy: the guest runs, and what it lacks is asked for and put in its place.
 
-Two tasks share one :class:`PostcopyReceiver`: one reads faults and asks the source, the other decodes the stream and
-places pages. A page is placed once, atomically, and never touched by this process before: looking at an absent page
-would make it a page of zeros for the guest as well.
+One :class:`PostcopyReceiver` is shared by what reads faults and asks the source, and what decodes the streams and places pages.
+These are tasks of trio, or one thread that does all of it. The lock :attr:`PostcopyReceiver.owner` keeps the tasks away while
+that thread works. A page is placed once, atomically, and never touched by this process before: looking at an absent page would
+make it a page of zeros for the guest as well.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 from ...errors import GuestFailed, RemoteProtocolError
 from ...guest import PAGE_SIZE, MissingMemory, PageBitmap, Pages
+from ...memory.faults import UffdMemory
+from ...wire.events import PageRun, ZeroRun
 from ...wire.postcopy import Runs, runs_of
 from ...wire.return_path import PageRequest, encode
 
@@ -24,8 +27,13 @@ if TYPE_CHECKING:
     from ...monitor.statistics import Counters
     from ...wire.pages.sink import PageSink
 
-#: Pages placed before other tasks get a turn: a quarter of a millisecond.
-_TURN_PAGES: Final = 64
+#: Pages placed before other tasks get a turn, and requested pages theirs: a quarter of a millisecond.
+TURN_PAGES: Final = 64
+#: The same for pages of zeros.
+_TURN_ZEROS: Final = 512
+
+#: Begins the reason why a connection for urgent pages has ended.
+URGENT_FAILED: Final = "the connection for urgent pages"
 
 
 class PostcopyReceiver:
@@ -59,7 +67,20 @@ class PostcopyReceiver:
         self._closed = False
         self._held = False  # the source may not be asked at present
         self.missing = sum(int(np.count_nonzero(~bitmap)) for bitmap in self._received)
-        self._look()
+        #: Pages that the guest waits for.
+        self.awaited = 0
+        #: Held by the thread that uses this object, and by a task while it reads faults or places requested pages.
+        self.owner = trio.Lock()
+        self.look()
+
+    @property
+    def threadable(self) -> bool:
+        """A thread may use the memory: it is trimig's own, and no code of the guest's program is called."""
+        return isinstance(self._memory, UffdMemory)
+
+    def fileno(self) -> int:
+        """The descriptor that is readable when a thread of the guest waits. OSError if there is none."""
+        return self._memory.fileno()
 
     @property
     def received(self) -> Mapping[str, PageBitmap]:
@@ -70,6 +91,12 @@ class PostcopyReceiver:
         """The page at *offset* of block *name* was asked for, and is not here yet."""
         block, page = self._numbers[name], offset // PAGE_SIZE
         return bool(self._asked[block][page]) and not self._received[block][page]
+
+    def awaited_of(self, name: str, indices: NDArray[np.int64]) -> PageBitmap:
+        """Which of these pages the guest waits for."""
+        block = self._numbers[name]
+        awaited: PageBitmap = self._asked[block][indices] & ~self._received[block][indices]
+        return awaited
 
     async def wait_whole(self) -> None:
         """Wait until nothing is missing.
@@ -94,15 +121,18 @@ class PostcopyReceiver:
                 await trio.lowlevel.wait_readable(self._memory.fileno())
             except trio.ClosedResourceError:
                 return
-            if self.closed:  # by another task, between the wake-up and this
-                return
-            try:
-                waits = self._memory.waits()
-            except OSError as error:
-                raise GuestFailed(f"the guest's page faults cannot be read: {error.strerror}") from error
-            for wait in waits:
-                if not self._closed:
-                    await self._want(wait.block, wait.page)
+            async with self.owner:
+                # It may have been closed by another task meanwhile.
+                if not self.closed and (requests := self.requests()):
+                    await self._send(requests)
+
+    def requests(self) -> bytes:
+        """The messages that ask for what the guest has begun to wait for since the last call. Never blocks. GuestFailed."""
+        try:
+            waits = self._memory.waits()
+        except OSError as error:
+            raise GuestFailed(f"the guest's page faults cannot be read: {error.strerror}") from error
+        return b"".join([self.want(wait.block, wait.page) for wait in waits])
 
     @property
     def closed(self) -> bool:
@@ -131,25 +161,26 @@ class PostcopyReceiver:
         self._last = None  # the new connection's source has not heard a name yet
         for block, asked in enumerate(self._asked):
             for page in np.flatnonzero(asked & ~self._received[block]).tolist():
-                await self._request(block, page)
+                await self._send(self._request(block, page))
 
-    async def _want(self, block: int, page: int) -> None:
+    def want(self, block: int, page: int) -> bytes:
+        """The guest waits for this page. Returns the message that asks for it; empty if it is not to be asked for. GuestFailed."""
         if self._received[block][page]:
             # It came as zero before the switch, so there is no memory behind it. Or it was placed between the fault and
             # this; then the access that waited goes on already, and nothing is changed.
             self._place_zeros(block, page, 1)
-            return
+            return b""
         if self._asked[block][page]:
-            return
+            return b""
         self._asked[block][page] = True
+        self.awaited += 1
         self._counters.page_requests += 1
-        if not self._held:
-            await self._request(block, page)
+        return b"" if self._held else self._request(block, page)
 
-    async def _request(self, block: int, page: int) -> None:
+    def _request(self, block: int, page: int) -> bytes:
         named, self._last = self._last != block, block
         request = PageRequest(block=self._names[block], start=page * PAGE_SIZE, length=PAGE_SIZE, named=named)
-        await self._send(encode(request))
+        return encode(request)
 
     # -- pages ---------------------------------------------------------------------------------------------------------
 
@@ -164,33 +195,49 @@ class PostcopyReceiver:
         """
         return _Sink(self, turns=turns)
 
-    async def place(self, name: str, indices: NDArray[np.int64], data: Pages, *, turns: bool) -> None:
-        """Place pages; see :meth:`sink`.
+    def place(self, run: PageRun | ZeroRun) -> Iterator[None]:
+        """Place the pages of *run*, TURN_PAGES at most before each ``yield``. There others may place pages, too.
 
-        **Cancellation:** some pages have been placed, and count.
+        Raises:
+            RemoteProtocolError: a page is here already.
+            GuestFailed: a page cannot be placed.
         """
-        block = self._numbers[name]
-        for first, end in self._stretches(block, indices):
-            size = _TURN_PAGES if turns else end - first
-            for start in range(first, end, size):
-                stop = min(end, start + size)
-                if turns:
-                    self._check_new(block, indices[start:stop])  # others have had a turn since the first look
-                self._place(block, int(indices[start]), stop - start, data[start:stop])
-                self._counters.normal += stop - start
-                if turns:
-                    await trio.lowlevel.checkpoint()
+        indices = run.offsets // PAGE_SIZE
+        if isinstance(run, PageRun):
+            yield from self.place_pages(run.block, indices, run.data)
+        else:
+            yield from self.place_fills(run.block, indices, run.fills)
 
-    def place_fills(self, name: str, indices: NDArray[np.int64], fills: NDArray[np.uint8]) -> None:
-        """Place pages of one byte each; see :meth:`sink`."""
+    def place_pages(self, name: str, indices: NDArray[np.int64], data: Pages) -> Iterator[None]:
+        """As :meth:`place`."""
         block = self._numbers[name]
+        for start, stop in self._turns(block, indices, TURN_PAGES):
+            self._place(block, int(indices[start]), stop - start, data[start:stop])
+            self._counters.normal += stop - start
+            yield
+
+    def place_fills(self, name: str, indices: NDArray[np.int64], fills: NDArray[np.uint8]) -> Iterator[None]:
+        """As :meth:`place`, for pages of one byte each."""
+        block = self._numbers[name]
+        for start, stop in self._turns(block, indices, _TURN_ZEROS):
+            if not fills[start:stop].any():
+                self._place(block, int(indices[start]), stop - start, None)
+            else:
+                for at in range(start, stop):
+                    self._place(block, int(indices[at]), 1, np.full((1, PAGE_SIZE), fills[at], np.uint8))
+            self._counters.duplicate += stop - start
+            yield
+
+    def _turns(self, block: int, indices: NDArray[np.int64], most: int) -> Iterator[tuple[int, int]]:
+        """:meth:`_stretches` in pieces of at most *most* pages. Others may place pages before the next one is asked for."""
+        again = False
         for first, end in self._stretches(block, indices):
-            if not fills[first:end].any():
-                self._place(block, int(indices[first]), end - first, None)
-                continue
-            for at in range(first, end):
-                self._place(block, int(indices[at]), 1, np.full((1, PAGE_SIZE), fills[at], np.uint8))
-        self._counters.duplicate += len(indices)
+            for start in range(first, end, most):
+                stop = min(end, start + most)
+                if again:
+                    self._check_new(block, indices[start:stop])
+                yield start, stop
+                again = True
 
     def _stretches(self, block: int, indices: NDArray[np.int64]) -> list[tuple[int, int]]:
         """Where in *indices* pages follow each other without a gap: positions of the first and behind the last.
@@ -232,8 +279,9 @@ class PostcopyReceiver:
             with self._placing(block, first):
                 self._memory.place(block, first, np.ascontiguousarray(data))
         self._received[block][first : first + count] = True
+        if self.awaited:
+            self.awaited -= int(np.count_nonzero(self._asked[block][first : first + count]))
         self.missing -= count
-        self._look()
 
     def _place_zeros(self, block: int, first: int, count: int) -> None:
         with self._placing(block, first):
@@ -248,7 +296,8 @@ class PostcopyReceiver:
                 f"page {first} of RAM block {self._names[block]!r} cannot be placed: {error.strerror}"
             ) from error
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Wake :meth:`wait_whole` if nothing is missing. Only for a task: a thread cannot wake tasks."""
         if not self.missing:
             self._whole.set()
 
@@ -257,6 +306,18 @@ class PostcopyReceiver:
         return {
             name: runs_of(~bitmap) for name, bitmap in zip(self._names, self._received, strict=True) if not bitmap.all()
         }
+
+
+def no_old_page(block: str, index: int) -> NDArray[np.uint8]:
+    """Nothing is read: looking at an absent page would make it a page of zeros for the guest.
+
+    Raises:
+        RemoteProtocolError: always.
+    """
+    raise RemoteProtocolError(
+        f"page {index} of RAM block {block!r} came as a difference; in postcopy each page comes whole",
+        section="ram",
+    )
 
 
 class _Sink:
@@ -271,22 +332,21 @@ class _Sink:
 
         **Cancellation:** some pages have been placed, and count.
         """
-        await self._receiver.place(block, indices, data, turns=self._turns)
+        await self._drive(self._receiver.place_pages(block, indices, data))
 
     async def zeros(self, block: str, indices: NDArray[np.int64], fills: NDArray[np.uint8]) -> None:
         """See :class:`trimig.wire.pages.sink.PageSink`.
 
-        **Cancellation:** no effect.
+        **Cancellation:** as for :meth:`pages`.
         """
-        self._receiver.place_fills(block, indices, fills)
+        await self._drive(self._receiver.place_fills(block, indices, fills))
+
+    async def _drive(self, placing: Iterator[None]) -> None:
+        for _ in placing:
+            if self._turns:
+                await trio.lowlevel.checkpoint()
+        self._receiver.look()
 
     def read(self, block: str, index: int) -> NDArray[np.uint8]:
-        """Nothing is read: looking at an absent page would make it a page of zeros for the guest.
-
-        Raises:
-            RemoteProtocolError: always.
-        """
-        raise RemoteProtocolError(
-            f"page {index} of RAM block {block!r} came as a difference; in postcopy each page comes whole",
-            section="ram",
-        )
+        """Raise RemoteProtocolError, see :func:`no_old_page`."""
+        return no_old_page(block, index)

@@ -6,7 +6,6 @@ the lobby until one of them brings a page; :meth:`PreemptReceiver.wait` is where
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -17,9 +16,9 @@ from ...channel.channel import Channel
 from ...channel.channels import PREEMPT
 from ...channel.first_bytes import judge_second
 from ...errors import RemoteProtocolError, TransportFailed
-from ...wire import events as ev
 from ...wire.decoder import Decoder
-from ...wire.pages.sink import put
+from .postcopy_receiver import URGENT_FAILED
+from .urgent_pages import UrgentPages
 
 if TYPE_CHECKING:
     from ...channel.channels import Channels
@@ -42,6 +41,8 @@ class PreemptReceiver:
         self._channels = channels
         self._there = trio.Event()
         self._ended = trio.Event()
+        #: What comes on it; None until it is known.
+        self.pages: UrgentPages | None = None
 
     @property
     def wanted(self) -> bool:
@@ -54,6 +55,7 @@ class PreemptReceiver:
 
     def expect(self, nursery: trio.Nursery) -> None:
         """The main connection is there: this one may come, and is judged in *nursery*."""
+        self.pages = None
         self._there = trio.Event()
         self._reception.expect_beside(nursery)
 
@@ -89,11 +91,18 @@ class PreemptReceiver:
         self._reception.close()
         await self._channels.close_beside()
 
-    async def take_pages(self, receiver: PostcopyReceiver, main: Decoder, broke: Callable[[str], None]) -> None:
+    async def take_pages(
+        self,
+        receiver: PostcopyReceiver,
+        main: Decoder,
+        known: Callable[[], None],
+        broke: Callable[[str], None],
+    ) -> None:
         """Place what comes, until the end of it.
 
         Args:
             main: has read the list of blocks.
+            known: called when :attr:`pages` is set.
             broke: told why nothing more will come, where that is before the end.
 
         Raises:
@@ -110,31 +119,14 @@ class PreemptReceiver:
             channel = Channel(chosen.stream, stall_timeout=self._config.stall_timeout, first=chosen.first)
             self._channels.add(PREEMPT, channel)
             lobby.close()
-            await self._take(receiver, channel, main)
+            self.pages = UrgentPages(receiver, channel, main)
+            known()
+            await self.pages.run()
         except (TransportFailed, RemoteProtocolError) as error:
             if not self._has_come and (self._ended.is_set() or not receiver.missing):
                 return  # it was not needed
-            broke(f"the connection for urgent pages: {error}")
+            broke(f"{URGENT_FAILED}: {error}")
         self._ended.set()
-
-    async def _take(self, receiver: PostcopyReceiver, channel: Channel, main: Decoder) -> None:
-        decoder = Decoder(measure=None, continues=main, records_only=True, buffer_bytes=1 << 18)
-        sink = receiver.sink(turns=False)
-        while True:
-            while (event := decoder.next_event()) is not None:
-                match event:
-                    case ev.PageElement():
-                        await put(sink, event)
-                    case ev.RamEnd():
-                        return
-            # However long it is silent: perhaps the guest touches nothing that is missing.
-            count = await channel.receive_into(decoder.writable(), stall_timeout=math.inf)
-            if count:
-                decoder.received(count)
-            elif receiver.missing:
-                decoder.receive_eof()  # and it says where
-            else:
-                return
 
     async def wait_last(self, receiver: PostcopyReceiver) -> None:
         """The main connection has said that everything was sent: wait for what is still on this one.

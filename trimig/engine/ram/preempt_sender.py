@@ -7,21 +7,23 @@ word; it has no sections and no way back.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+import numpy as np
 import trio
+from numpy.typing import NDArray
 
+from ...guest import Pages
+from ...policy.page_order import REQUESTED_PAGES
 from ...wire import encoder as wire
 from .records import PageSender
 
 if TYPE_CHECKING:
     from ...channel.channel import Channel
+    from ...channel.step import SendPlan
     from ...guest import RamBlock
     from ...monitor.statistics import Counters
     from ...policy.page_order import Batch, PageOrder
-
-#: Pages of one request handed over at once; QEMU asks for one host page, which may be 2 MiB.
-REQUESTED_PAGES: Final = 512
 
 
 class PreemptSender:
@@ -89,6 +91,10 @@ class PreemptSender:
                 await self._sender.send(block.name, block.pages, batch.pages)
                 self._told(batch)
             self._idle.set()
+
+    def plan(self, block: str, pages: Pages, indices: NDArray[np.int64]) -> SendPlan:
+        """What is to be sent for these pages of *block*, by a thread, while no other method is used."""
+        return self._sender.plan(b"", block, pages, indices)
 
     async def wait_idle(self) -> None:
         """Wait until everything that was asked for has been handed over.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ...channel.vectored import BATCH_PAGES
+from ...channel.vectored import BATCH_PAGES, Pieces
 from ...guest import PAGE_SIZE, Pages
 from ...wire.constants import RamFlag
 from ...wire.encoder import RecordWriter
@@ -20,6 +20,7 @@ from .zeros import find_zero_pages, zero_pages
 
 if TYPE_CHECKING:
     from ...channel.channel import Channel
+    from ...channel.step import SendPlan
     from ...monitor.statistics import Counters
 
 #: ZERO records of one write: 9 bytes each.
@@ -171,6 +172,26 @@ class PageSender:
             taken = self._channel.send_now(data)
             self._count(normal=1)
         return data[taken:]
+
+    def plan(self, lead: bytes, block: str, pages: Pages, indices: NDArray[np.int64]) -> SendPlan:
+        """What :meth:`send` would send of up to BATCH_PAGES pages without an encoder, behind *lead*. The pages are counted."""
+        head, keep = lead, indices
+        if self._look_for_zeros and (zero := zero_pages(pages, indices)).any():
+            head += self._records.zero_records(block, indices[zero] * PAGE_SIZE)
+            keep = indices[~zero]
+        self._count(normal=len(keep), zero=len(indices) - len(keep))
+        if not len(keep):
+            data = np.frombuffer(head, np.uint8)
+            return Pieces(np.array([[data.ctypes.data, len(data)]], np.uint64), keep=data)
+        name, words = self._records.words(block, keep * PAGE_SIZE, RamFlag.PAGE)
+        data = np.frombuffer(head + words[:1].tobytes() + name, np.uint8)
+        vector = np.empty((len(keep), 4), np.uint64)
+        vector[:, 0] = words.ctypes.data + np.arange(len(keep), dtype=np.uint64) * np.uint64(8)
+        vector[:, 1] = 8
+        vector[:, 2] = pages.ctypes.data + keep.astype(np.uint64) * np.uint64(PAGE_SIZE)
+        vector[:, 3] = PAGE_SIZE
+        vector[0, :2] = data.ctypes.data, len(data)
+        return Pieces(vector.reshape(-1, 2), keep=(data, words))
 
     async def _send_plain(self, block: str, indices: NDArray[np.int64], pages: Pages, rows: NDArray[np.int64]) -> None:
         """PAGE records of *indices*, whose content is in *rows* of *pages*."""

@@ -21,6 +21,7 @@ from .records import ZERO_BATCH
 if TYPE_CHECKING:
     from ...channel.channel import Channel
     from ...channel.limiter import Limiter
+    from ...channel.step import SendPlan
     from .multifd_sender import MultifdSender
     from .records import PageSender
 
@@ -141,6 +142,18 @@ class RamSender:
         if self._open_since is None or self._channel.socket_fd is None:
             return None
         return self._pages.send_now(block, pages, index)
+
+    def plan(self, block: str, pages: Pages, indices: NDArray[np.int64]) -> SendPlan:
+        """What :meth:`send_unlimited` would send of up to BATCH_PAGES pages; it must be sent next. Only without data channels."""
+        assert self._data is None
+        head = b""
+        if self._open_since is not None and self._channel.sent - self._open_since > PART_BYTES:
+            head, self._open_since = self._close, None
+        if self._open_since is None:
+            self._inside = True
+            head += wire.section_continue(Section.PART, self._id)
+            self._open_since = self._channel.sent + len(head)
+        return self._pages.plan(head, block, pages, indices)
 
     async def end(self, rest: Sequence[tuple[RamBlock, Pages, PageBitmap]]) -> None:
         """The END section, with the last pages in it: of each block, where to read them and which.

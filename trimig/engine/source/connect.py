@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from ... import formats
-from ...channel.channel import Channel, PerhapsSilent
+from ...channel.channel import Channel
 from ...channel.channels import MAIN
 from ...channel.limiter import Limiter
 from ...channel.return_path import ReturnPathReader
+from ...channel.streams import PerhapsSilent
 from ...errors import ConfigError, Loss, TransportFailed
 from .. import guest_calls
 from ..ram.encoding import check_encoding

@@ -77,7 +77,11 @@ class PostcopySource:
     def _sender_of(self, order: PageOrder) -> PostcopySender:
         self._order = order
         link, ram = self._link, self._ram
-        return PostcopySender(link.channel, ram.sender, link.limiter, ram.blocks, order, self._counters, link.preempt)
+        # With release-ram each page is given back behind its batch, by code of the guest's program: not in a thread.
+        reader = None if self._config.capabilities.release_ram else link.reader
+        return PostcopySender(
+            link.channel, ram.sender, link.limiter, ram.blocks, order, self._counters, link.preempt, reader
+        )
 
     def begin(self) -> None:
         """Begin to handle page requests: once the package has arrived, the guest's first accesses cause some."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import trio
 
 from ... import formats
-from ...channel.channel import Delivering
+from ...channel.streams import Delivering
 from ...errors import GuestFailed, TransportFailed, TrimigError
 from ...policy.rate import WINDOW
 from ...status import ReturnPath, Status
