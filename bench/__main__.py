@@ -151,8 +151,14 @@ def transports(size: int, repeat: int, names: tuple[str, ...], json_file: Path |
 @json_option
 @qemu_option
 @timeout_option(200.0)
-def postcopy(size: int, repeat: int, json_file: Path | None, qemu_path: str | None, timeout: float) -> None:
+@click.option("--lock", is_flag=True, help="Measure only the waits for the interpreter lock in both processes.")
+def postcopy(
+    size: int, repeat: int, json_file: Path | None, qemu_path: str | None, timeout: float, *, lock: bool
+) -> None:
     """How long a guest waits for its pages in postcopy, with and without a limit; downtime and time."""
+    if lock:
+        print(trio.run(post.lock_table, size, repeat, timeout))
+        return
     loads = LoadLog()
     loads.read()
     qemu = _find(qemu_path)

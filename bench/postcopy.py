@@ -16,7 +16,7 @@ import dataclasses
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import trio
@@ -65,27 +65,34 @@ class Result:
     cpu: tuple[float, float] = (0.0, 0.0)
     #: The load average at the end.
     load: float = 0.0
+    #: Waits for the interpreter lock of the source and of the destination, see :mod:`bench.lockwait`; empty if not measured.
+    lock: tuple[Mapping[str, float], Mapping[str, float]] = ({}, {})
 
 
-async def trimig_run(size: int, cap: int, *, postcopy: bool = True, preempt: bool = False) -> Result:
+async def trimig_run(
+    size: int, cap: int, *, postcopy: bool = True, preempt: bool = False, lock: bool = False
+) -> Result:
     """One migration from trimig to trimig. BenchError if it fails, or if the guest finds a wrong page.
 
     Args:
         preempt: with a second connection for requested pages.
+        lock: measure the waits for the interpreter lock, which costs time.
 
     **Cancellation:** the processes of both sides are killed.
     """
     found: list[Result] = []
     try:
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
-            found.append(await _trimig_run(nursery, size, cap, postcopy=postcopy, preempt=preempt))
+            found.append(await _trimig_run(nursery, size, cap, postcopy=postcopy, preempt=preempt, lock=lock))
             nursery.cancel_scope.cancel("measured")
     except* BenchError as group:
         raise first_error(group) from None
     return found[0]
 
 
-async def _trimig_run(nursery: trio.Nursery, size: int, cap: int, *, postcopy: bool, preempt: bool) -> Result:
+async def _trimig_run(
+    nursery: trio.Nursery, size: int, cap: int, *, postcopy: bool, preempt: bool, lock: bool
+) -> Result:
     names = (*(("postcopy-ram",) if postcopy else ()), *(("postcopy-preempt",) if preempt else ()))
     # Nearly all pages are left to postcopy, as with QEMU, which switches to postcopy at once.
     parameters = ["max-bandwidth=0"]
@@ -93,8 +100,9 @@ async def _trimig_run(nursery: trio.Nursery, size: int, cap: int, *, postcopy: b
         parameters = [f"max-postcopy-bandwidth={cap}", f"max-bandwidth={64 << 20}", "downtime-limit=0"]
     how = {"capabilities": names, "parameters": parameters}
     rate = 4 << 20 if postcopy else 0
+    words = [str(size), str(rate), "lock" if lock else "plain"]
     source, destination = [
-        await start_python_child(nursery, f"trimig {role}", "bench.workload_side", [role, str(size), str(rate)])
+        await start_python_child(nursery, f"trimig {role}", "bench.workload_side", [role, *words])
         for role in ("source", "destination")
     ]
     for side in (source, destination):
@@ -127,6 +135,7 @@ async def _trimig_run(nursery: trio.Nursery, size: int, cap: int, *, postcopy: b
         bytes_per_s=size / gave["total_s"],
         size=size,
         cpu=(here, there),
+        lock=(gave["lock"], got["lock"]),
     )
 
 
@@ -265,6 +274,23 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
         row["load"] = max(r.load for r in mine)
         found.append(row)
     return found
+
+
+async def lock_table(size: int, repeat: int, timeout: float) -> str:
+    """The longest waits for the interpreter lock while the guest runs on memory that is still coming, as text. BenchError.
+
+    **Cancellation:** the processes are killed.
+    """
+    lines = [["pair", "side", "samples", "median", "99 %", "longest", "above 1 ms"]]
+    for preempt in (False, True):
+        for _ in range(repeat):
+            with trio.fail_after(timeout):
+                result = await trimig_run(size, 0, preempt=preempt, lock=True)
+            for side, waits in zip(("source", "destination"), result.lock, strict=True):
+                if waits:
+                    times = [number_text(waits[name], 2, "ms") for name in ("median_ms", "p99_ms", "max_ms")]
+                    lines.append([result.pair, side, str(waits["samples"]), *times, str(waits["above_1_ms"])])
+    return format_table(lines, left=2)
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
