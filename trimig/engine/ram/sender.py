@@ -174,12 +174,15 @@ class RamSender:
         self.leave_channels()
 
     async def _part_begin(self) -> None:
-        if self._open_since is not None and self._channel.sent - self._open_since > PART_BYTES:
-            await self._part_end()
-        if self._open_since is None:
-            self._inside = True
-            await self._channel.send(wire.section_continue(Section.PART, self._id))
-            self._open_since = self._channel.sent
+        end = b""
+        if self._open_since is not None:
+            if self._channel.sent - self._open_since <= PART_BYTES:
+                return
+            end = await self._synchronised(pass_over=False) + self._close
+        self._open_since = None
+        self._inside = True
+        await self._channel.send(end + wire.section_continue(Section.PART, self._id))
+        self._open_since = self._channel.sent
 
     async def _part_end(self, *, pass_over: bool = False) -> None:
         if self._open_since is not None:
