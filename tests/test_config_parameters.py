@@ -20,7 +20,7 @@ from trimig.config import (
     NodeAlias,
     Parameters,
 )
-from trimig.config.built import BUILT_VALUES, UNREAD
+from trimig.config.built import BUILT, BUILT_VALUES, UNREAD
 from trimig.errors import ConfigError, TrimigError
 
 #: config.md part 2, the column of 7.2; and newer.md part 7.
@@ -376,6 +376,7 @@ def test_a_parameter_that_nothing_reads_may_be_set_and_is_told(name: str) -> Non
     (text,) = changed.warnings()
     assert f"the parameter {name} has no effect yet" in text
     assert UNREAD[name] in text
+    assert UNREAD[name].removeprefix("the capability ") not in BUILT, "the feature is built"
 
 
 def test_defaults_give_no_warning() -> None:

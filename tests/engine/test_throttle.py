@@ -15,6 +15,8 @@ import trio.testing
 
 import trimig
 from tests.engine.pair import Destination, Pair, config, played, running
+from trimig.engine.source.throttle import steps_of
+from trimig.policy.throttle import Steps
 from trimig.status import TERMINAL, Status
 from trimig.testing import FakeDevice, LazyScriptedGuest, ScriptedGuest, VirtualLink
 
@@ -141,6 +143,15 @@ async def test_missing_progress_is_warned_of_when_the_throttle_cannot_rise(
     await pair.both()
     assert warned == [40]
     assert "raise max-cpu-throttle (40 %) to" in pair.here.info()["warnings"][0]
+
+
+def test_each_parameter_is_read() -> None:
+    """S3: all five have their effect in :class:`Steps`, which tests/policy tests."""
+    parameters = trimig.Parameters(
+        throttle_trigger_threshold=61, cpu_throttle_initial=7, cpu_throttle_increment=8, cpu_throttle_tailslow=True,
+        max_cpu_throttle=77,
+    )  # fmt: skip
+    assert steps_of(parameters) == Steps(threshold=61, initial=7, increment=8, tailslow=True, maximum=77)
 
 
 async def test_threshold_decides_what_is_too_much(autojump_clock: trio.testing.MockClock) -> None:

@@ -41,7 +41,7 @@ BUILT_VALUES: Final[Mapping[str, frozenset[object]]] = {
 UNREAD: Final[Mapping[str, str]] = {
     "x-checkpoint-delay": "the capability x-colo",
     "block-incremental": "the capability block",
-    "multifd-qatzip-level": "the capability multifd",
+    "multifd-qatzip-level": "the compression qatzip of multifd",
     "announce-initial": "the announcement of network cards",
     "announce-max": "the announcement of network cards",
     "announce-rounds": "the announcement of network cards",
