@@ -9,9 +9,9 @@ from tests.sweeps.sampled import NearChanges, sweep
 from trimig.testing import CancelSweep, FaultSweep, TimeLeap
 
 pytestmark = pytest.mark.timeout(600)
-
-# every=3 takes another third of the points for each of the three seeds: so each point runs once.
 DONE = ("returned", "returned")
+#: Another third of the points for each of the three seeds: so each point runs once.
+THIRDS = 3
 
 
 def faults(*, under: int) -> NearChanges:
@@ -30,7 +30,7 @@ def faults(*, under: int) -> NearChanges:
 )
 def test_each_connection_is_cut_at_every_byte(under: int) -> None:
     """It ends with an error, or everything has come: the attempt neither hangs nor completes without a page."""
-    outcomes = sweep(scenario(under=under), faults(under=under), every=3, size=6).outcomes.keys()
+    outcomes = sweep(scenario(under=under), faults(under=under), every=THIRDS, size=6).outcomes.keys()
     ends = {DONE, ("returned", "TransportFailed")}
     # A main connection that ends before it is known as one is dropped, and another one may come.
     assert outcomes == (ends | {("returned", "MigrationCancelled")} if under == 0 else ends)
@@ -40,7 +40,7 @@ def test_each_connection_is_cut_at_every_byte(under: int) -> None:
 def test_a_compressed_channel_is_cut_at_every_byte(compression: str) -> None:
     sent = said(under=2, compression=compression, new=False)
     cuts = NearChanges(sweep=FaultSweep(directions=("a->b",)), sent=sent)
-    outcomes = sweep(scenario(under=2, compression=compression, new=False), cuts, every=3, size=6).outcomes
+    outcomes = sweep(scenario(under=2, compression=compression, new=False), cuts, every=THIRDS, size=6).outcomes
     assert outcomes.keys() == {DONE, ("returned", "TransportFailed")}
 
 
