@@ -135,7 +135,8 @@ def test_what_was_not_chosen_is_tried_for_a_bounded_part_of_the_time(
         every = choice.one_in(name, rates)
         assert every.bit_count() == 1
         assert 16 <= every <= 4096
-        assert choice.page_seconds(name, rates) / every <= best / 16 or every == 4096
+        if every < 4096:  # the most, from which on it is not tried less often
+            assert choice.page_seconds(name, rates) / every <= best / 16
 
 
 def test_a_limit_below_the_rate_of_the_connection_is_the_bottleneck() -> None:
