@@ -40,6 +40,8 @@ class Memory:
 
     def __init__(self) -> None:
         self.touched: list[int] = []
+        #: Touched once so many pages are placed.
+        self.touched_later: dict[int, int] = {}
         self.placed: list[int] = []
 
     def fileno(self) -> int:
@@ -53,6 +55,8 @@ class Memory:
         assert block == 0
         assert pages[:, 0].tolist() == [page % 251 for page in range(first, first + len(pages))]
         self.placed += range(first, first + len(pages))
+        if (page := self.touched_later.get(len(self.placed))) is not None:
+            self.touched.append(page)
         return len(pages)
 
     def place_zeros(self, block: int, first: int, count: int) -> int:
@@ -101,6 +105,8 @@ class Serving:
     def __init__(self, *reads: list[ev.Element], takes: float = math.inf) -> None:
         self.memory = Memory()
         self.asked = b""
+        #: How many pages were placed at each request.
+        self.asked_at: list[int] = []
         self._takes = takes
         received = {"ram": np.zeros(COUNT, np.bool_)}
         self.receiver = PostcopyReceiver(self.memory, ["ram"], received, self._unused, Counters())
@@ -112,6 +118,7 @@ class Serving:
     def _say(self, data: bytes) -> bytes:
         taken = int(min(self._takes, len(data)))
         self.asked += data[:taken]
+        self.asked_at.append(len(self.memory.placed))
         return data[taken:]
 
 
@@ -131,23 +138,17 @@ def test_a_fault_is_asked_for_once_before_pages_are_placed() -> None:
     there.memory.touched = [3, 70, 3]
     assert there.service.advance() is not None
     assert there.asked == asks(3) + asks(70, named=False)
-    assert there.receiver.awaited == 1
-    assert there.memory.placed == [3]
-    there.service.place_all()
-    assert sorted(there.memory.placed) == list(range(TURN_PAGES))
+    assert there.memory.placed == list(range(TURN_PAGES))
 
 
-def test_what_the_guest_waits_for_is_placed_before_what_stands_before_it() -> None:
-    """Other pages are only read, until the page has come; all are placed at last, each once."""
-    there = Serving([run_of(*range(2 * TURN_PAGES))], [run_of(*range(300, 302), 200)])
-    there.memory.touched = [200]
+def test_a_fault_between_two_turns_is_asked_for_before_the_next_one() -> None:
+    """The request does not wait until all pages that were read are placed."""
+    there = Serving([run_of(*range(2 * TURN_PAGES))])
+    there.memory.touched_later = {TURN_PAGES: 200}
     there.service.advance()
-    assert there.memory.placed == []
-    there.service.advance()
-    assert there.memory.placed[0] == 200
-    for _ in range(4):
-        there.service.advance()
-    assert sorted(there.memory.placed) == [*range(2 * TURN_PAGES), 200, 300, 301]
+    assert there.memory.placed == list(range(2 * TURN_PAGES))
+    assert there.asked == asks(200)
+    assert there.asked_at == [TURN_PAGES]
 
 
 def test_an_element_that_is_no_page_is_left_when_all_pages_before_it_are_placed() -> None:
@@ -159,18 +160,7 @@ def test_an_element_that_is_no_page_is_left_when_all_pages_before_it_are_placed(
     assert there.memory.placed == [5, 6]
     there.service.begin(None)
     there.service.advance()
-    there.service.place_all()
     assert there.memory.placed == [5, 6, 7]
-
-
-def test_pages_that_were_read_count_although_the_connection_is_lost_behind_them() -> None:
-    """Otherwise a guest whose last pages they are would be lost."""
-    there = Serving([run_of(*range(COUNT - 1))])
-    there.memory.touched = [COUNT - 1]
-    there.service.advance()
-    assert there.memory.placed == []
-    there.service.place_all()
-    assert there.receiver.missing == 1
 
 
 def test_the_rest_of_a_request_that_the_kernel_does_not_take_is_left() -> None:
@@ -180,10 +170,8 @@ def test_the_rest_of_a_request_that_the_kernel_does_not_take_is_left() -> None:
     assert there.asked + there.service.unsent == asks(9)
 
 
-@pytest.mark.parametrize("touched", [[], [400]], ids=["at once", "read first"])
-def test_a_page_that_comes_a_second_time_is_refused(touched: list[int]) -> None:
+def test_a_page_that_comes_a_second_time_is_refused() -> None:
     there = Serving([run_of(5)], [run_of(4, 5)])
-    there.memory.touched = touched
     with pytest.raises(RemoteProtocolError, match="page 5 of RAM block 'ram' came a second time"):
         collections.deque(iter(there.service.advance, None), maxlen=0)
 

@@ -180,7 +180,7 @@ class Channel:
 
     def _shorten_backlog(self) -> None:
         if self._backlog_short and self._socket is not None:
-            shorten_receiving(self._socket)
+            self._backlog_short = not shorten_receiving(self._socket)
 
     async def wait_queue_short(self) -> None:
         """Wait until few unsent bytes are queued on this side, as far as the stream can tell.

@@ -59,26 +59,27 @@ def shorten(sock: trio.socket.SocketType) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNSENT_SHORT)
 
 
-def shorten_receiving(sock: trio.socket.SocketType) -> None:
+def shorten_receiving(sock: trio.socket.SocketType) -> bool:
     """Limit the bytes that wait in *sock* to be read: they delay a requested page that is sent behind them.
 
-    Call it after each read. The TCP window becomes smaller. That limits only what is on the way: the kernel takes bytes as long
+    Call it after each read, until it returns True: then nothing is left to do. The TCP window becomes smaller. That limits only what is on the way: the kernel takes bytes as long
     as its buffer has room. So the buffer becomes smaller, too, step by step. It always has room for what is in it and for what the
     peer was allowed to send: the kernel would drop the bytes that do not fit, and the peer would send them again only 200 ms later.
     Before Linux 6.2 that is not known, and the buffer keeps its size. For a unix socket :func:`shorten` at the sender sets the limit,
     so this function does nothing.
     """
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return
+        return True
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, _WINDOW_SHORT)
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_WINDOW + _WINDOW.size)
     if len(info) < _TCP_INFO_WINDOW + _WINDOW.size:
-        return
+        return True
     (window,) = _WINDOW.unpack_from(info, _TCP_INFO_WINDOW)
     held, size = _MEMINFO.unpack_from(sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO_BYTES))
     wanted = max(_BUFFER_SHORT, held + _OVERHEAD * window + _SPARE)
     if 4 * wanted < 3 * size or (wanted == _BUFFER_SHORT and wanted < size):
         _set_receive_buffer(sock, wanted // 2)
+    return bool(size <= _BUFFER_SHORT)
 
 
 def _set_receive_buffer(sock: trio.socket.SocketType, size: int) -> None:

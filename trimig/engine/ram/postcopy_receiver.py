@@ -67,8 +67,6 @@ class PostcopyReceiver:
         self._closed = False
         self._held = False  # the source may not be asked at present
         self.missing = sum(int(np.count_nonzero(~bitmap)) for bitmap in self._received)
-        #: Pages that the guest waits for.
-        self.awaited = 0
         #: Held by the thread that uses this object, and by a task while it reads faults or places requested pages.
         self.owner = trio.Lock()
         self.look()
@@ -91,12 +89,6 @@ class PostcopyReceiver:
         """The page at *offset* of block *name* was asked for, and is not here yet."""
         block, page = self._numbers[name], offset // PAGE_SIZE
         return bool(self._asked[block][page]) and not self._received[block][page]
-
-    def awaited_of(self, name: str, indices: NDArray[np.int64]) -> PageBitmap:
-        """Which of these pages the guest waits for."""
-        block = self._numbers[name]
-        awaited: PageBitmap = self._asked[block][indices] & ~self._received[block][indices]
-        return awaited
 
     async def wait_whole(self) -> None:
         """Wait until nothing is missing.
@@ -173,7 +165,6 @@ class PostcopyReceiver:
         if self._asked[block][page]:
             return b""
         self._asked[block][page] = True
-        self.awaited += 1
         self._counters.page_requests += 1
         return b"" if self._held else self._request(block, page)
 
@@ -250,7 +241,7 @@ class PostcopyReceiver:
         if count == 1:
             return [(0, 1)]
         steps = indices[1:] - indices[:-1]
-        if int(steps.min()) == 1 == int(steps.max()):
+        if not np.count_nonzero(steps != 1):
             return [(0, count)]
         if int(steps.min()) <= 0:  # otherwise none can be there twice
             ordered = np.sort(indices)
@@ -261,7 +252,7 @@ class PostcopyReceiver:
 
     def _check_new(self, block: int, indices: NDArray[np.int64]) -> None:
         here = self._received[block][indices]
-        if here.any():
+        if np.count_nonzero(here):
             raise self._second_time(block, int(indices[int(here.argmax())]))
 
     def _second_time(self, block: int, page: int) -> RemoteProtocolError:
@@ -279,8 +270,6 @@ class PostcopyReceiver:
             with self._placing(block, first):
                 self._memory.place(block, first, np.ascontiguousarray(data))
         self._received[block][first : first + count] = True
-        if self.awaited:
-            self.awaited -= int(np.count_nonzero(self._asked[block][first : first + count]))
         self.missing -= count
 
     def _place_zeros(self, block: int, first: int, count: int) -> None:

@@ -11,7 +11,6 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from ...guest import PAGE_SIZE
@@ -44,7 +43,7 @@ def read_pages(state: PageState, window: Window, block: str, head: int) -> tuple
         return None, 0
     offsets = state.inside(block, _words(array, pos, count, RECORD, PAGE_AGAIN), at)
     count = len(offsets)
-    data = as_strided(array[pos + 8 :], shape=(count, PAGE_SIZE), strides=(RECORD, 1))
+    data = np.ndarray((count, PAGE_SIZE), np.uint8, array, pos + 8, (RECORD, 1))
     state.continue_run(offsets)
     return PageRun(block=block, named=False, offsets=offsets, data=data, at=at), count * RECORD
 
@@ -98,10 +97,10 @@ def _words(array: NDArray[np.uint8], pos: int, count: int, record: int, flags: i
     """Offsets of the longest run of records with exactly *flags* at *pos*; at least one, at most *count*."""
     look = min(count, FIRST_LOOK)
     while True:
-        view = as_strided(array[pos:], shape=(look, 8), strides=(record, 1))
+        view = np.ndarray((look, 8), np.uint8, array, pos, (record, 1))
         words = np.ascontiguousarray(view).view(">u8").reshape(-1).astype(np.uint64)
         same = (words & np.uint64(_FLAGS)) == np.uint64(flags)
-        if not same.all():
+        if np.count_nonzero(same) < look:
             words = words[: int(np.argmin(same))]
             break
         if look == count:
