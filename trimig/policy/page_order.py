@@ -64,6 +64,12 @@ class PageOrder:
             Whether the request is new. Requests for pages that were sent, or asked for before, are not new: so many
             requests cannot make the queue longer than the number of pages.
         """
+        if count == 1:  # as a rule; an array of one page takes several times as long
+            if not self._unsent[block][first] or self._wanted[block][first]:
+                return False
+            self._wanted[block][first] = True
+            self._requests.append((block, first, count))
+            return True
         pages = slice(first, first + count)
         news = self._unsent[block][pages] & ~self._wanted[block][pages]
         if not news.any():
@@ -87,11 +93,12 @@ class PageOrder:
         """Up to *limit* pages that the guest waits for; None if there are none."""
         while self._requests:
             block, first, count = self._requests[0]
-            found = self._first_unsent(block, first, first + count)
+            one = count == 1 and bool(self._unsent[block][first])
+            found = first if one else self._first_unsent(block, first, first + count)
             if found is None:
                 self._requests.popleft()
                 continue
-            batch = self._take(block, found, first + count, limit, urgent=True)
+            batch = self._take_one(block, first) if one else self._take(block, found, first + count, limit, urgent=True)
             if int(batch.pages[-1]) >= first + count - 1:
                 self._requests.popleft()
             self._block, self._position = block, int(batch.pages[-1]) + 1
@@ -118,6 +125,12 @@ class PageOrder:
             if part[at]:
                 return start + at
         return None
+
+    def _take_one(self, block: int, page: int) -> Batch:
+        """:meth:`_take` of one unsent page that the guest waits for."""
+        self._unsent[block][page] = False
+        self.remaining -= 1
+        return Batch(block=block, pages=np.array([page], np.int64), urgent=True)
 
     def _take(self, block: int, first: int, end: int, limit: int, *, urgent: bool) -> Batch:
         """Hand out the first *limit* unsent pages from *first*, which is unsent, to *end* at most. No page is handed

@@ -237,9 +237,9 @@ class PostcopyReceiver:
             RemoteProtocolError: one of the pages is here already, or is in *indices* twice.
         """
         count = len(indices)
-        self._check_new(block, indices)
-        if count == 1:
+        if count == 1 and not self._received[block][indices[0]]:
             return [(0, 1)]
+        self._check_new(block, indices)
         steps = indices[1:] - indices[:-1]
         if not np.count_nonzero(steps != 1):
             return [(0, count)]

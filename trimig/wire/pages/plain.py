@@ -41,7 +41,8 @@ def read_pages(state: PageState, window: Window, block: str, head: int) -> tuple
     count = (end - pos) // RECORD
     if count == 0:
         return None, 0
-    offsets = state.inside(block, _words(array, pos, count, RECORD, PAGE_AGAIN), at)
+    words = _words(array, pos, count, RECORD, PAGE_AGAIN) if count > 1 else _one_offset(window)
+    offsets = state.inside(block, words, at)
     count = len(offsets)
     data = np.ndarray((count, PAGE_SIZE), np.uint8, array, pos + 8, (RECORD, 1))
     state.continue_run(offsets)
@@ -89,8 +90,12 @@ def _named_zero(state: PageState, window: Window, block: str, head: int) -> tupl
 
 
 def _one_inside(state: PageState, window: Window, block: str) -> NDArray[np.int64]:
+    return state.inside(block, _one_offset(window), window.offset)
+
+
+def _one_offset(window: Window) -> NDArray[np.int64]:
     # Through uint64: the word's highest bit may be set.
-    return state.inside(block, np.array([first_offset(window)], np.uint64).astype(np.int64), window.offset)
+    return np.array([first_offset(window)], np.uint64).astype(np.int64)
 
 
 def _words(array: NDArray[np.uint8], pos: int, count: int, record: int, flags: int) -> NDArray[np.int64]:

@@ -82,6 +82,8 @@ class PageState:
             at: the stream offset of the first record, for the error.
         """
         length = self._blocks[block]
+        if len(offsets) == 1 and 0 <= int(offsets[0]) < length:
+            return offsets
         if int(offsets.max()) < length and int(offsets.min()) >= 0:
             return offsets
         good = int(np.argmax((offsets >= length) | (offsets < 0)))
