@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trimig.channel.vectored import writev
+from trimig.channel.vectored import Span, elements, writev
 from trimig.engine.ram.sender import RAM_SECTION
 from trimig.guests.parked.ramfile import GROUP, RamWriter
 from trimig.memory import MemfdBlock
@@ -176,10 +176,10 @@ def test_writes_that_do_not_take_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def part(fd: int, data: Any) -> int:
         return real_write(fd, memoryview(data).cast("B")[: int(random.integers(1, 3000))])
 
-    def some(fd: int, vector: Any) -> int | None:
-        cut = vector[:3].copy()
+    def some(fd: int, span: Span) -> int | None:
+        cut = elements(span)[:3].copy()
         cut[-1, 1] = max(1, int(cut[-1, 1]) // 3)
-        return writev(fd, cut)
+        return writev(fd, (cut.ctypes.data, len(cut)))
 
     with writer(tmp_path / "out", {NAMES[1]: 3 * GROUP}) as (ram, blocks):
         monkeypatch.setattr(os, "write", part)
