@@ -25,3 +25,9 @@ def test_a_spoiled_stream_is_one_error(fuzzed: Fuzzed, name: str) -> None:
     assert ends.total() == count
     # All kinds of ends are among them, or the fuzz tests less than it says.
     assert {"sound", "completed", "RemoteProtocolError", "TransportFailed"} <= ends.keys()
+
+
+@pytest.mark.slow
+def test_silence_in_the_middle_of_a_footer_is_not_a_held_source() -> None:
+    """A source that is held before its switchover is silent between two elements, without a limit. This one is not."""
+    assert fuzz("multifd of 7.2", range(2603, 2604)) == {"TransportFailed": 1}

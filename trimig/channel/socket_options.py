@@ -62,9 +62,9 @@ def shorten(sock: trio.socket.SocketType) -> None:
 def shorten_receiving(sock: trio.socket.SocketType) -> bool:
     """Limit the bytes that wait in *sock* to be read: they delay a requested page that is sent behind them.
 
-    Call it after each read, until it returns True: then nothing is left to do. The TCP window becomes smaller. That limits only what is on the way: the kernel takes bytes as long
-    as its buffer has room. So the buffer becomes smaller, too, step by step. It always has room for what is in it and for what the
-    peer was allowed to send: the kernel would drop the bytes that do not fit, and the peer would send them again only 200 ms later.
+    Call it after each read, until it returns True: then nothing is left to do. The TCP window becomes smaller. That limits only what
+    is on the way: the kernel takes bytes as long as its buffer has room. So the buffer becomes smaller, too, step by step. It always
+    has room for what is in it and for what the peer was allowed to send: the kernel would drop the bytes that do not fit, and the peer would send them again only 200 ms later.
     Before Linux 6.2 that is not known, and the buffer keeps its size. For a unix socket :func:`shorten` at the sender sets the limit,
     so this function does nothing.
     """

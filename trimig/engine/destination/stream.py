@@ -151,7 +151,8 @@ class IncomingStream:
             config = self._into.config  # a source that is a trimig gives the handshake up after handover_timeout
             shared = max(_ASKING_SECONDS, config.recovery_timeout / 4)
             return min(config.stall_timeout, config.handover_timeout, shared)
-        return math.inf if self._between and self.state in SENDING_RAM else None
+        between = self._between and not self.decoder.pending  # no part of the next element has come
+        return math.inf if between and self.state in SENDING_RAM else None
 
     def check_page_size(self) -> None:
         """Raise Unsupported if the stream has pages of another size, which must not be reported as missing pages."""
