@@ -100,6 +100,12 @@ async def test_an_end_without_a_description(autojump_clock: trio.testing.MockClo
         assert guest.run_state == "paused"
 
 
+async def test_a_description_that_is_none_has_its_offset() -> None:
+    with pytest.raises(trimig.RemoteProtocolError, match=r"not valid JSON.*at byte 77 \(0x4d\)") as caught:
+        await device_tail.check_description(b"{", 77, trimig.Config())
+    assert caught.value.offset == 77
+
+
 async def test_silence_in_the_middle_is_no_end(autojump_clock: trio.testing.MockClock) -> None:
     """A source that stands still for longer between two devices, or inside one, goes on."""
     text = wire.description(description.build(4096, []))
@@ -153,7 +159,7 @@ async def test_a_cancel_does_not_wait_for_a_long_text(monkeypatch: pytest.Monkey
     assert len(text) > device_tail.INLINE_BYTES
     with trio.fail_after(60), trio.CancelScope() as scope:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(device_tail.check_description, text, trimig.Config())
+            nursery.start_soon(device_tail.check_description, text, 0, trimig.Config())
             while not begun.is_set():  # noqa: ASYNC110 - the event is a thread's
                 await trio.sleep(0.001)
             scope.cancel()

@@ -149,7 +149,7 @@ NAMED: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ),
     (
         "pages without memory are looked at, and get some", "trimig/engine/sections/ram.py",
-        "absent = block.absent() if self._first else None", "absent = None",
+        "absent = await self._absent(block) if self._first else None", "absent = None",
         (_CONVERGENCE, "tests/engine/test_flow.py", "tests/guests/test_app.py", "tests/engine/test_lifecycle.py"),
     ),
     # -- postcopy

@@ -65,15 +65,18 @@ async def split_package(data: bytes, at: int, *, footers: bool, damaged: bool = 
     return await split(package, at, damaged=damaged)
 
 
-async def check_description(text: bytes, config: Config) -> None:
+async def check_description(text: bytes, at: int, config: Config) -> None:
     """Raise RemoteProtocolError unless *text*, which follows the devices of a known machine, is a description.
+
+    Args:
+        at: its offset in the stream.
 
     **Cancellation:** no effect.
     """
     limits = Limits(max_bytes=config.max_description_bytes)
     found = await offload(_parse_long, text, limits) if len(text) > INLINE_BYTES else _parse(text, limits)
     if isinstance(found, RemoteProtocolError):
-        raise found
+        raise RemoteProtocolError(found.reason, offset=at, section=found.section)
 
 
 async def feed(tail: TailBuffer, data: bytes) -> None:

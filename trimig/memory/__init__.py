@@ -10,6 +10,7 @@ from .faults import UffdMemory as UffdMemory
 from .linux import MemoryUnavailable as MemoryUnavailable
 from .tracking import METHODS as METHODS
 from .tracking import CompareTracker as CompareTracker
+from .tracking import LateTracker as LateTracker
 from .tracking import MarkTracker as MarkTracker
 from .tracking import NullTracker as NullTracker
 from .tracking import TrackedRange as TrackedRange

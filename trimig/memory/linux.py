@@ -220,7 +220,7 @@ def write_protect(fd: int, start: int, length: int) -> None:
 
 
 class WrittenScanner:
-    """Gets and clears the written pages of a range of one process, given its pagemap.
+    """Gets, and perhaps clears, the written pages of a range of one process, given its pagemap.
 
     Get and clear are one step in the kernel (under the page table lock), so no write falls between.
     """
@@ -253,13 +253,20 @@ class WrittenScanner:
         The call protects them again. OSError; EPERM if a part of the range is not under asynchronous write protection
         any more.
         """
+        return self._scan(start, pages, _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC)
+
+    def get(self, start: int, pages: int) -> PageBitmap:
+        """As :meth:`get_and_clear`; but the written pages stay as they are, and the next call has them again."""
+        return self._scan(start, pages, _PM_SCAN_CHECK_WPASYNC)
+
+    def _scan(self, start: int, pages: int, flags: int) -> PageBitmap:
         # Both masks must be exactly "written": only then the kernel counts a page whose page table entry is gone
         # (written, then reclaimed) as written. With any other category in the masks such a write would be lost.
         end = start + pages * PAGE_SIZE
         edges = np.zeros(pages + 1, dtype=np.int8)
         arg = _struct(
             _SCAN_ARG_SIZE,
-            _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC,
+            flags,
             start,
             end,
             0,

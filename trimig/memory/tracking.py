@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 import trio
+from numpy.typing import NDArray
 
 from ..errors import ConfigError, GuestFailed, StateError
 from ..guest import PAGE_SIZE, DirtyTracker, PageBitmap, Pages, RamBlock
@@ -44,6 +46,8 @@ _log: Final = logging.getLogger("trimig.memory")
 
 #: Pages that one kernel call scans or protects, or whose protection it lifts: 32 MiB, about a millisecond.
 _SCAN_SLICE: Final = (32 << 20) // PAGE_SIZE
+#: Runs of protected and unprotected pages in a slice that have a kernel call each.
+_FEW_RUNS: Final = 16
 #: Pages that are compared or copied in one step: 2 MiB, below a millisecond.
 _COMPARE_SLICE: Final = (2 << 20) // PAGE_SIZE
 
@@ -93,12 +97,29 @@ class UffdTracker:
         self._scanner: WrittenScanner | None = None
         self._on = False
         self._stopped = False
+        #: After :meth:`start_late`, by block: pages that :meth:`protect` has come to once.
+        self._reached: dict[str, PageBitmap] = {}
+        #: By block: pages that were written, and protected again, before they were sent.
+        self._found: dict[str, PageBitmap] = {}
 
     async def start(self) -> None:
         """Write-protect every page; earlier writes do not count. Call it only once, see :class:`DirtyTracker`.
 
         **Cancellation:** tracking may be on in part; call :meth:`stop`.
         """
+        await self._start(late=False)
+
+    async def start_late(self) -> None:
+        """See :class:`LateTracker`.
+
+        **Cancellation:** tracking may be on in part; call :meth:`stop`.
+        """
+        for area in self._ranges:
+            self._reached[area.name] = np.zeros(area.pages, np.bool_)
+            self._found[area.name] = np.zeros(area.pages, np.bool_)
+        await self._start(late=True)
+
+    async def _start(self, *, late: bool) -> None:
         if self._stopped or self._scanner is not None:
             raise StateError("dirty tracking was started already; take a new tracker for a new attempt")
         try:
@@ -108,7 +129,7 @@ class UffdTracker:
             for area in self._ranges:
                 register_write_protect(self._uffd, area.address, area.pages * PAGE_SIZE)
                 self._registered.append(area)
-                for first in range(0, area.pages, _SCAN_SLICE):
+                for first in range(0, 0 if late else area.pages, _SCAN_SLICE):
                     count = min(_SCAN_SLICE, area.pages - first)
                     write_protect(self._uffd, area.address + first * PAGE_SIZE, count * PAGE_SIZE)
                     await trio.lowlevel.checkpoint()
@@ -128,14 +149,56 @@ class UffdTracker:
             for first in range(0, area.pages, _SCAN_SLICE):
                 count = min(_SCAN_SLICE, area.pages - first)
                 try:
-                    dirty[first : first + count] = self._scanner.get_and_clear(area.address + first * PAGE_SIZE, count)
+                    dirty[first : first + count] = self._written(self._scanner, area, first, count)
                 except OSError as exc:
                     raise GuestFailed(f"the written pages of {area.name!r} cannot be read: {exc.strerror}") from exc
                 await trio.lowlevel.checkpoint()
                 if self._scanner is None:
                     raise StateError("dirty tracking was stopped meanwhile")
             result[area.name] = dirty
+            if self._found:
+                self._found[area.name][:] = False
         return result
+
+    def _written(self, scanner: WrittenScanner, area: TrackedRange, first: int, count: int) -> PageBitmap:
+        address, part = area.address + first * PAGE_SIZE, slice(first, first + count)
+        if not self._reached:
+            return scanner.get_and_clear(address, count)
+        # A page without a page table is not found, though it is not protected.
+        return scanner.get(address, count) | self._found[area.name][part] | ~self._reached[area.name][part]
+
+    async def protect(self, name: str, indices: NDArray[np.int64]) -> None:
+        """See :class:`LateTracker`. StateError before :meth:`start_late`, and after :meth:`stop`.
+
+        **Cancellation:** as for :meth:`sync`.
+        """
+        area = next(area for area in self._ranges if area.name == name)
+        first, end = int(indices[0]), int(indices[-1]) + 1
+        for start in range(first, end, _SCAN_SLICE):
+            if not self._on or self._scanner is None or not self._reached:
+                raise StateError("late dirty tracking is not on")
+            try:
+                self._protect(self._scanner, area, start, min(end, start + _SCAN_SLICE))
+            except OSError as exc:
+                raise GuestFailed(f"the pages of {name!r} cannot be protected: {exc.strerror}") from exc
+            await trio.lowlevel.checkpoint()
+        self._found[name][indices] = False
+
+    def _protect(self, scanner: WrittenScanner, area: TrackedRange, start: int, end: int) -> None:
+        reached = self._reached[area.name]
+        bounds = [start, *(start + 1 + np.flatnonzero(np.diff(reached[start:end]))).tolist(), end]
+        if len(bounds) > _FEW_RUNS:
+            # It costs nothing but accuracy: pages without a page table are not protected, and are found at the next write
+            # to any of the 512 pages that would have the same one.
+            self._found[area.name][start:end] |= scanner.get_and_clear(area.address + start * PAGE_SIZE, end - start)
+        else:
+            for first, stop in itertools.pairwise(bounds):
+                address, count = area.address + first * PAGE_SIZE, stop - first
+                if reached[first]:
+                    self._found[area.name][first:stop] |= scanner.get_and_clear(address, count)
+                else:  # it has not been sent, and so its writes need not be known
+                    write_protect(self._uffd, address, count * PAGE_SIZE)
+        reached[start:end] = True
 
     async def lift(self) -> None:
         """Stop tracking and lift the protection, in slices; :meth:`stop` has little to do then.
@@ -314,6 +377,47 @@ class GradualTracker(DirtyTracker, Protocol):
 
         **Cancellation:** call :meth:`stop`.
         """
+
+
+@runtime_checkable
+class LateTracker(DirtyTracker, Protocol):
+    """A tracker that can protect pages just before they are sent.
+
+    A page that has not been sent yet must be sent, whether the guest writes it or not. While it is not protected, such a
+    write costs the guest nothing.
+    """
+
+    async def start_late(self) -> None:
+        """Start without protecting a page. Used in place of :meth:`start`. From now on ``sync`` has each page that was
+        not protected, or was written since it was protected, also if the last call had it.
+
+        **Cancellation:** as for :meth:`start`.
+        """
+
+    async def protect(self, name: str, indices: NDArray[np.int64]) -> None:
+        """Find every write from now on to these pages of the block *name*, whose content is read and sent next.
+
+        Args:
+            indices: the numbers of the pages, rising, at least one. Pages between them may be protected too; no write to
+                them is lost.
+
+        **Cancellation:** as for :meth:`sync`.
+        """
+
+
+async def start_tracking(tracker: DirtyTracker) -> LateTracker | None:
+    """Start *tracker*, late if it can do that.
+
+    Returns:
+        The tracker if each page must be protected before it is read; None if all pages are.
+
+    **Cancellation:** tracking may be on; stop it.
+    """
+    if isinstance(tracker, LateTracker):
+        await tracker.start_late()
+        return tracker
+    await tracker.start()
+    return None
 
 
 async def end_tracking(tracker: DirtyTracker) -> None:

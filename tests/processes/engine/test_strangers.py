@@ -184,6 +184,7 @@ async def test_recovery_with_a_silent_stranger(*, preempt: bool) -> None:
             await strangers.sit()
         await strangers.throw(HTTP)
         await strangers.throw(wire.command(Command.RECV_BITMAP, b"\x05other"))
+        await moved.sender.wait_status(Status.POSTCOPY_PAUSED)
         moved.sender.recover(uri)
 
     async with trio.open_nursery() as nursery:

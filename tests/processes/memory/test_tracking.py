@@ -7,8 +7,6 @@ import logging
 import mmap
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +14,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.processes.memory.writer import Writer
 from trimig.errors import ConfigError, GuestFailed, StateError
 from trimig.guest import PAGE_SIZE, DirtyTracker
 from trimig.memory import (
@@ -282,63 +281,6 @@ async def test_memory_that_is_unmapped_meanwhile_is_an_error(make_block: Make) -
 def test_pid_and_descriptor_go_together() -> None:
     with pytest.raises(ValueError, match="go together"):
         UffdTracker([], pid=1)
-
-
-CHILD = """
-import mmap, os, socket, sys
-import numpy as np
-from trimig.memory import linux
-control = socket.socket(fileno=int(sys.argv[1]))
-memory = mmap.mmap(int(sys.argv[2]), int(sys.argv[3]))
-words = np.frombuffer(memory, np.uint64).reshape(-1, 512)
-uffd = linux.open_userfaultfd()
-socket.send_fds(control, [str(words.ctypes.data).encode()], [uffd])
-os.close(uffd)
-while request := control.recv(65536):
-    if request == b"loop":                       # writes until the next request, and counts
-        control.setblocking(False)
-        count = 0
-        rng = np.random.default_rng(5)
-        while True:
-            for page in rng.integers(0, len(words), 64).tolist():
-                count += 1
-                words[page, 511] = count
-            try:
-                control.recv(1)
-                break
-            except BlockingIOError:
-                pass
-        control.setblocking(True)
-    else:
-        words[np.frombuffer(request, np.int64), 0] += 1
-    control.send(b"k")
-"""
-
-
-class Writer:
-    """A process that writes the pages it is told to, through its own mapping."""
-
-    def __init__(self, ram: MemfdBlock) -> None:
-        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", CHILD, str(theirs.fileno()), str(ram.fd), str(ram.length)],
-                pass_fds=(theirs.fileno(), ram.fd),
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            )
-        data, fds, _, _ = socket.recv_fds(self.control, 100, 1)
-        self.tracker = UffdTracker(
-            [TrackedRange(name="ram", address=int(data), pages=len(ram.pages))], pid=self.process.pid, uffd=fds[0]
-        )
-
-    async def write(self, pages: list[int]) -> None:
-        self.control.send(np.array(pages, dtype=np.int64).tobytes())
-        assert self.control.recv(1) == b"k"
-
-    def close(self) -> None:
-        self.tracker.stop()
-        self.control.close()
-        assert self.process.wait(10) == 0
 
 
 @pytest.mark.usefixtures("small_slices")

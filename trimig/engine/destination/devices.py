@@ -213,6 +213,6 @@ async def _read_description(into: Incoming, stream: IncomingStream) -> None:
         into.monitor.warn("the description behind the end of the stream did not come")
     elif isinstance(event, ev.DescriptionElement):
         if event.complete:
-            await device_tail.check_description(event.text, into.config)
+            await device_tail.check_description(event.text, event.at, into.config)
         else:
             into.monitor.warn("the connection ended inside the description; the guest was complete before it")

@@ -6,7 +6,7 @@ data channels, and the section says where these are synchronised.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -88,6 +88,7 @@ class RamSender:
         todo: PageBitmap,
         absent: PageBitmap | None,
         stop: Callable[[], bool] | None = None,
+        protect: Callable[[NDArray[np.int64]], Awaitable[None]] | None = None,
     ) -> PageBitmap | None:
         """Send the pages of *block* that are set in *todo*, in PART sections. The last one stays open: see :meth:`end_pass`.
 
@@ -95,6 +96,7 @@ class RamSender:
             pages: where to read the content: the block's memory, or the dirty tracker's snapshot of it.
             absent: pages known to be zero without a look (they have no memory, and looking would give them some).
             stop: asked between batches whether to leave the rest.
+            protect: called with the numbers of the pages before their content is read.
 
         Returns:
             What was left; None for nothing.
@@ -104,7 +106,7 @@ class RamSender:
         if absent is not None:
             await self._send_absent(block.name, np.flatnonzero(todo & absent))
             todo = todo & ~absent
-        rest = await self._send_limited(block.name, pages, np.flatnonzero(todo), stop)
+        rest = await self._send_limited(block.name, pages, np.flatnonzero(todo), stop, protect)
         if rest is None:
             return None
         left = np.zeros_like(todo)
@@ -213,6 +215,7 @@ class RamSender:
         pages: Pages,
         indices: NDArray[np.int64],
         stop: Callable[[], bool] | None = None,
+        protect: Callable[[NDArray[np.int64]], Awaitable[None]] | None = None,
         *,
         part: bool = True,
     ) -> NDArray[np.int64] | None:
@@ -224,8 +227,10 @@ class RamSender:
             count = await self._limiter.pages(len(indices) - position)
             if part:
                 await self._part_begin()
-            before = self._spent
-            await (self._data or self._pages).send(block, pages, indices[position : position + count])
+            before, batch = self._spent, indices[position : position + count]
+            if protect is not None:
+                await protect(batch)
+            await (self._data or self._pages).send(block, pages, batch)
             self._limiter.give_back(count, self._spent - before)
             position += count
         return None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...channel.channels import MULTIFD, PREEMPT, Beside
 from ...guest import PAGE_SIZE, PageBitmap, RamBlock
-from ...memory.tracking import end_tracking, snapshot_of
+from ...memory.tracking import LateTracker, end_tracking, snapshot_of, start_tracking
 from ...wire import events as ev
 from ...wire import postcopy as wire_postcopy
 from ...wire.pages import multifd
@@ -93,6 +95,7 @@ class RamSection:
         self._config = config
         self._counters = counters
         self._tracker = tracker
+        self._late: LateTracker | None = None
         self._encoder = encoder
         self._data = data
         self._sampler = sampler
@@ -125,7 +128,9 @@ class RamSection:
         if self._data is not None:
             self._data.open()
         await self.sender.start(self.blocks)
-        await guest_calls.call("starting dirty tracking", self._tracker.start, self._config.handover_timeout)
+        self._late = await guest_calls.call(
+            "starting dirty tracking", functools.partial(start_tracking, self._tracker), self._config.handover_timeout
+        )
         self._counters.dirty_tracking = self._tracker.method
 
     async def iterate(self, stop: Callable[[], bool]) -> None:
@@ -139,14 +144,41 @@ class RamSection:
         for number, block in enumerate(self.blocks):
             with guest_calls.guarded("looking at the guest's memory"):
                 pages = snapshot_of(self._tracker, block)
-                absent = block.absent() if self._first else None
                 todo = self.unsent[number]
                 if self._sampler is not None and not self._first:
                     self._sampler.look(block.name, pages, todo)
-            left = await self.sender.send_pass(block, pages, todo, absent, stop)
+            absent = await self._absent(block) if self._first else None
+            left = await self.sender.send_pass(block, pages, todo, absent, stop, self._protector(block.name))
             self.unsent[number] = np.zeros_like(todo) if left is None else left
         await self.sender.end_pass()
         self._first = False
+
+    async def _absent(self, block: RamBlock) -> PageBitmap | None:
+        """Pages of *block* without memory, any write to which will be found; None if none are known."""
+        with guest_calls.guarded("looking at the guest's memory"):
+            absent = block.absent()
+        protect = self._protector(block.name)
+        if protect is None or absent is None or not absent.any():
+            return absent
+        await protect(np.flatnonzero(absent))
+        with guest_calls.guarded("looking at the guest's memory"):
+            still = block.absent()
+        return None if still is None else absent & still
+
+    def _protector(self, block: str) -> Callable[[NDArray[np.int64]], Awaitable[None]] | None:
+        """What is to be called with the numbers of pages of *block* before they are read."""
+        late = self._late
+        if late is None:
+            return None
+
+        async def protect(indices: NDArray[np.int64]) -> None:
+            await guest_calls.call(
+                "protecting the pages that are sent",
+                lambda: late.protect(block, indices),
+                self._config.handover_timeout,
+            )
+
+        return protect
 
     def _begin_pass(self, *, last: bool) -> None:
         if self._encoder is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ...errors import ConfigError, GuestFailed, Owner, StateError
 from ...guest import PAGE_SIZE, DeviceProtocol, DeviceSection, DirtyTracker, PageBitmap
@@ -25,6 +25,10 @@ from ...owner import Settle
 from ..base import GuestBase
 from .line import Refusal, Worker
 from .messages import VERSION, Nonsense, WorkerReply, decimal, quoted
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 log = logging.getLogger("trimig.guests")
 
@@ -317,11 +321,24 @@ class WorkerTracker:
 
     async def start(self) -> None:
         """See :class:`trimig.guest.DirtyTracker`."""
+        await (await self._prepare()).start()
+
+    async def start_late(self) -> None:
+        """See :class:`trimig.memory.tracking.LateTracker`."""
+        await (await self._prepare()).start_late()
+
+    async def _prepare(self) -> UffdTracker:
         if self._inner is not None:
             raise StateError("dirty tracking was started already; take a new tracker for a new attempt")
         uffd = await self._worker.call_receiving(TRACK, TRACKING_FEATURES)
         self._inner = UffdTracker(self._areas, pid=self._worker.pid, uffd=uffd)
-        await self._inner.start()
+        return self._inner
+
+    async def protect(self, name: str, indices: NDArray[np.int64]) -> None:
+        """See :class:`trimig.memory.tracking.LateTracker`."""
+        if self._inner is None:
+            raise StateError("dirty tracking is not on")
+        await self._inner.protect(name, indices)
 
     async def sync(self) -> Mapping[str, PageBitmap]:
         """See :class:`trimig.guest.DirtyTracker`."""
