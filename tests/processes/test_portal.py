@@ -213,21 +213,26 @@ def test_keyboard_interrupt_after_the_decision_says_that_it_was_too_late(portal:
     handle, uri, there = arrival.handle, arrival.uri, arrival.guest
     guest = machine(running=True)
     monitor = trimig.Monitor()
+    waiting = threading.Event()
 
     async def when_decided() -> None:
         await monitor.wait_status(trimig.Status.HANDOVER)
+        while not waiting.is_set():  # noqa: ASYNC110 - a signal outside of wait() would end the whole run of the tests
+            await trio.sleep(0.001)
         interrupt()
 
     future = portal._running().start_task_soon(when_decided)
     started = portal.start_migrate(guest, uri, monitor=monitor)
 
     def wait() -> None:
+        waiting.set()
         started.result()
         future.result(LIMIT)  # the signal may come when the result is there already
 
     with pytest.raises(KeyboardInterrupt) as caught:
         wait()
     handle.result(LIMIT)
+    started.result(LIMIT)
     assert monitor.owner is Ownership.DESTINATION
     assert there.run_state == "running"
     assert all("too late" in note for note in getattr(caught.value, "__notes__", ()))
