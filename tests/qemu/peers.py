@@ -171,6 +171,8 @@ async def arriving(
                 arrival.outcome = await trimig.receive(guest, uri, config or settings(), monitor=monitor)
         except trimig.TrimigError as error:
             arrival.outcome = error
+            if not (arrival.uri or uri.startswith("fd:")):
+                raise  # before it has listened
         arrival.done.set()
 
     with trio.fail_after(LIMIT):
