@@ -1,4 +1,4 @@
-"""Compression, disturbed at every point, with threads that the virtual clock stands for."""
+"""Compression, and the choice between it and XBZRLE, disturbed at every point. The virtual clock stands for the threads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from tests.sweeps.migration import (
     settle,
 )
 from tests.sweeps.sampled import sweep
-from trimig.engine.ram import compress, inflate
+from trimig.engine.ram import compress, inflate, xbzrle
+from trimig.engine.ram.effort import Effort
 from trimig.testing import (
     CallSweep,
     CancelSweep,
@@ -46,6 +47,7 @@ pytestmark = pytest.mark.timeout(600)
 PAGES = 12
 #: Virtual seconds of a piece in a thread.
 SECONDS = 0.01
+DONE = ("returned", "returned", "destination")
 
 
 async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -59,14 +61,25 @@ async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pages are a piece, so that a few pages need several threads."""
+    for module in (compress, xbzrle):
+        monkeypatch.setattr(module, "timed", timed)
     for module in (compress, inflate):
         monkeypatch.setattr(module, "offload", in_thread)
         monkeypatch.setattr(module, "INLINE_PAGES", 1)
     monkeypatch.setattr(compress, "PIECE_PAGES", 2)
 
 
-async def migrate_compressed(ctx: SweepContext, *, wait: bool = True) -> Outcome:
-    """Migrate a guest with pages of text, under any injection of the context, and check the rules."""
+def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Effort]:
+    """Each call takes the same time: the processor's clock would make each run another one."""
+    return function(*arguments), Effort(1e-3, 1e-3)
+
+
+async def migrate_compressed(ctx: SweepContext, *, wait: bool = True, auto: bool = False) -> Outcome:
+    """Migrate a guest with pages of text, under any injection of the context, and check the rules.
+
+    Args:
+        auto: choose the encoding of each batch.
+    """
     source = ScriptedGuest(
         blocks={"ram": PAGES}, content="zero", seed=ctx.seed, dirty_per_sync=2,
         devices=[FakeDevice("clock", size=8, seed=ctx.seed)],
@@ -79,7 +92,13 @@ async def migrate_compressed(ctx: SweepContext, *, wait: bool = True) -> Outcome
     sender, taker = Watched(ctx.link), trimig.Monitor()
     answering = ProbedStream(FailingStream(ctx.link.b, ctx.calls, label="b"), ctx.calls)
     parameters = trimig.Parameters(max_bandwidth=0, compress_threads=3, compress_wait_thread=wait)
-    config = dataclasses.replace(make_config(), capabilities=trimig.Capabilities(compress=True), parameters=parameters)
+    able = trimig.Capabilities(compress=True, xbzrle=auto)
+    config = dataclasses.replace(make_config(), capabilities=able, parameters=parameters)
+    if auto:  # three passes, so that there are differences
+        parameters = parameters.replace(downtime_limit=1)
+        config = dataclasses.replace(
+            config, parameters=parameters, encoding="auto", max_iterations=3, on_bound="switchover"
+        )
 
     async def send() -> trimig.Summary:
         stream = FailingStream(ctx.link.a, ctx.calls, label="a")
@@ -95,15 +114,17 @@ async def migrate_compressed(ctx: SweepContext, *, wait: bool = True) -> Outcome
     judge_ends(ends, {"source": sender, "destination": taker}, source, target)
     judge_owner(ends, sender, source, target, life, confirmed=True)
     outcome = (str(ends["source"]), str(ends["destination"]), "+".join(referee.running()) or "none runs")
+    if auto and outcome == DONE:
+        assert {name for name, use in sender.counters.encodings.items() if use.pages} == {"plain", "compress", "xbzrle"}
     if isinstance(ends["source"].error, trimig.HandoverUncertain):
         await settle(ends["source"].error, source, target)
     return outcome
 
 
-def scenario(*, wait: bool = True) -> Scenario[Outcome]:
+def scenario(*, wait: bool = True, auto: bool = False) -> Scenario[Outcome]:
     """The scenario over a link with some latency, a small window and pieces of random size."""
     return Scenario(
-        body=functools.partial(migrate_compressed, wait=wait),
+        body=functools.partial(migrate_compressed, wait=wait, auto=auto),
         link=functools.partial(VirtualLink, window=1024, latency=0.001, chunk=(1, 700), keepalive=KEEPALIVE),
         exit_within=HANDOVER_TIMEOUT + TEARDOWN_GRACE + SECONDS + 1e-6,
         limit=600.0,
@@ -118,7 +139,7 @@ def scenario(*, wait: bool = True) -> Scenario[Outcome]:
 def test_cancel_at_every_edge(victims: tuple[str, ...]) -> None:
     """F10, L14: before, while and after a thread works."""
     report = sweep(scenario(), CancelSweep(victims=victims), every=3, size=12)
-    assert ("returned", "returned", "destination") in report.outcomes
+    assert DONE in report.outcomes
 
 
 @pytest.mark.full
@@ -136,3 +157,16 @@ def test_cut_at_every_byte() -> None:
 def test_each_call_fails(error: type[Exception] | None) -> None:
     """T5."""
     sweep(scenario(), CallSweep(errors=(error,)), size=12)
+
+
+@pytest.mark.parametrize(
+    "victims", [("source",), pytest.param(("source", "destination"), marks=pytest.mark.full)], ids="+".join
+)
+def test_cancel_at_every_edge_where_the_encoding_is_chosen(victims: tuple[str, ...]) -> None:
+    report = sweep(scenario(auto=True), CancelSweep(victims=victims), every=3, size=12)
+    assert DONE in report.outcomes
+
+
+def test_cut_at_every_byte_where_the_encoding_is_chosen() -> None:
+    report = sweep(scenario(auto=True), FaultSweep(kinds=("eof", "reset", "blackhole")), every=7, size=12)
+    assert ("TransportFailed", "TransportFailed", "source") in report.outcomes
