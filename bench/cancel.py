@@ -288,8 +288,8 @@ class _Run:
         # downtime limit would let the rest of a small guest go before the switch.
         options += [f"max-postcopy-bandwidth={size}", f"max-bandwidth={4 * size}"] if mode.postcopy else []
         options += ["downtime-limit=0"] if mode.postcopy else []
-        self._how = {"capabilities": mode.way.capabilities, "parameters": options}
-        self._config = make_config(capabilities=mode.way.capabilities, parameters=options)
+        self._how = {"capabilities": mode.way.capabilities, "parameters": options, "choose": mode.way.choose}
+        self._config = make_config(capabilities=mode.way.capabilities, parameters=options, choose=mode.way.choose)
         self._child: JsonChild | None = None
 
     async def cancelled(self, points: int) -> Cancelled:

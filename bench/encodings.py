@@ -127,7 +127,7 @@ async def _trimig_run(nursery: trio.Nursery, way: Way, conditions: Conditions, l
         await child.answer("ready")
         sides.append(child)
     source, destination = sides
-    how = {"capabilities": way.capabilities, "parameters": way.parameter_options()}
+    how = {"capabilities": way.capabilities, "parameters": way.parameter_options(), "choose": way.choose}
     await destination.send({"do": "listen", "at": link.address, **how})
     uri = await link.address_for_source(str(await destination.answer("listening")))
     clocks = CpuClocks(source.pid, destination.pid)
@@ -336,7 +336,9 @@ def _calls(
             else:
                 calls[f"{encoding}, trimig"] = functools.partial(trimig_run, way, conditions, link)
         if "qemu" in engines:
-            if (qemu := find_qemu(way.qemu)) is None:
+            if way.choose:
+                left.append(Left(encoding=encoding, engine="qemu", reason="no QEMU chooses"))
+            elif (qemu := find_qemu(way.qemu)) is None:
                 left.append(Left(encoding=encoding, engine="qemu", reason=f"there is no QEMU {way.qemu} here"))
             else:
                 calls[f"{encoding}, QEMU {way.qemu}"] = functools.partial(qemu_run, way, conditions, link, qemu)

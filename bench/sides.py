@@ -84,7 +84,8 @@ class PythonSide(Side):
     def __init__(self, child: JsonChild, setup: Setup) -> None:
         self._child = child
         self._at = setup.way.address(setup.directory)
-        self._options = {"capabilities": setup.way.capabilities, "parameters": setup.way.parameter_options()}
+        way = setup.way
+        self._options = {"capabilities": way.capabilities, "parameters": way.parameter_options(), "choose": way.choose}
 
     @property
     def pid(self) -> int:

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import trio
 
@@ -33,17 +33,20 @@ def make_config(
     return_path: bool = True,
     capabilities: Sequence[str] = (),
     parameters: Sequence[str] = (),
+    choose: bool = False,
 ) -> trimig.Config:
     """No rate limit, otherwise the defaults; with the credentials in the directory *tls*, if any.
 
     Args:
         capabilities: names of capabilities to turn on.
         parameters: each ``NAME=VALUE``.
+        choose: the source chooses the encoding of each batch.
     """
     ours = trimig.Parameters(max_bandwidth=0, tls_creds="tls0" if tls else "", tls_hostname="localhost" if tls else "")
     objects = (TlsX509(id="tls0", dir=tls),) if tls else ()
     config = trimig.Config(parameters=ours, capabilities=trimig.Capabilities(return_path=return_path), objects=objects)
-    return config.with_options(capabilities, parameters)
+    encoding: Literal["auto", "off"] = "auto" if choose else "off"
+    return dataclasses.replace(config.with_options(capabilities, parameters), encoding=encoding)
 
 
 def config_of(command: Mapping[str, Any]) -> trimig.Config:
@@ -53,6 +56,7 @@ def config_of(command: Mapping[str, Any]) -> trimig.Config:
         return_path=command.get("return_path", True),
         capabilities=command.get("capabilities", ()),
         parameters=command.get("parameters", ()),
+        choose=command.get("choose", False),
     )
 
 

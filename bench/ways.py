@@ -22,6 +22,8 @@ class Way:
     unix: bool = False
     capabilities: tuple[str, ...] = ()
     parameters: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
+    #: The source chooses the encoding of each batch among these capabilities, which no QEMU does.
+    choose: bool = False
     #: The version of QEMU that this way is compared with; "" for the one that is measured otherwise.
     qemu: str = ""
 
@@ -76,6 +78,17 @@ ENCODINGS: Final[dict[str, Way]] = {
             capabilities=("compress",),
             parameters={"compress-level": 1, "compress-threads": 2, "decompress-threads": 2},
             qemu="7.2",
+        ),
+        Way(
+            name="auto",
+            capabilities=("xbzrle", "compress"),
+            parameters={
+                "xbzrle-cache-size": 256 << 20,
+                "compress-level": 1,
+                "compress-threads": 2,
+                "decompress-threads": 2,
+            },
+            choose=True,
         ),
         _multifd("multifd-none", 2, qemu="11.1"),
         _multifd("multifd-zlib", 2, "zlib", qemu="11.1"),
