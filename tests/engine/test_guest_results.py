@@ -13,7 +13,7 @@ import trio.testing
 
 import trimig
 from tests.engine.pair import Pair
-from trimig.engine.guest_results import saved_devices
+from trimig.engine.guest_results import absent_pages, saved_devices
 from trimig.guest import DeviceSection, DirtyTracker
 from trimig.testing import FakeDevice, ScriptedGuest
 
@@ -117,3 +117,11 @@ async def test_devices_of_a_guest(autojump_clock: trio.testing.MockClock, saved:
 def test_sound_devices_are_what_was_given(form: Callable[[Sequence[DeviceSection]], Sequence[DeviceSection]]) -> None:
     given = form([SOUND, dataclasses.replace(SOUND, idstr=255 * "x", instance_id=2**32 - 1, payload=bytes(3))])
     assert saved_devices(given) is given
+
+
+@pytest.mark.parametrize("result", [[True] * 4, np.zeros(4, np.uint8), np.zeros(3, np.bool_), 0], ids=repr)
+def test_absent_pages_that_are_none(result: Any) -> None:
+    (block,) = ScriptedGuest(blocks={"ram": 4}).ram
+    with pytest.raises(trimig.GuestFailed, match=r"absent\(\) of RAM block 'ram' returned .*shape \(4,\)"):
+        absent_pages(result, block)
+    assert absent_pages(None, block) is None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import trio
 
 from trimig.errors import ConfigError, StateError
 from trimig.guest import PAGE_SIZE, RamBlock
@@ -80,6 +81,30 @@ def test_absent_slice_at_every_border_agrees_with_the_whole(make_block: Make) ->
     for first in range(17):
         for count in range(17 - first):
             assert (ram.absent_slice(first, count) == whole[first : first + count]).all()
+
+
+async def test_holes_are_found_in_slices_in_which_other_tasks_go_on(
+    make_block: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram = make_block(64)
+    ram.pages[::2, 0] = 1
+    monkeypatch.setattr(block, "MAX_EXTENTS", 4)
+    monkeypatch.setattr(block, "_SLICE", 8)
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        absent = await block.find_absent(ram)
+        nursery.cancel_scope.cancel()
+    assert absent is not None
+    assert np.flatnonzero(absent).tolist() == [page for page in range(64) if page % 2 and page % 8 != 7]
+    assert turns >= 8
 
 
 def test_populate_gives_memory_and_keeps_content(make_block: Make) -> None:

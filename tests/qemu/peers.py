@@ -40,9 +40,10 @@ def machine(
     block: str = RAM_BLOCK,
     timer: bool = True,
     on_pause: Callable[[], Awaitable[None]] | None = None,
+    dirty_tracking: str = "auto",
 ) -> trimig.AppGuest:
     """A guest with the RAM and the one device of ``-M none``; the arguments change it."""
-    guest = trimig.AppGuest(name, running=running, on_pause=on_pause)
+    guest = trimig.AppGuest(name, running=running, on_pause=on_pause, dirty_tracking=dirty_tracking)
     guest.add_ram(block, size)
     if timer:
         guest.add_device(trimig.guests.TimerState())

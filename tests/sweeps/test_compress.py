@@ -163,10 +163,10 @@ def test_each_call_fails(error: type[Exception] | None) -> None:
     "victims", [("source",), pytest.param(("source", "destination"), marks=pytest.mark.full)], ids="+".join
 )
 def test_cancel_at_every_edge_where_the_encoding_is_chosen(victims: tuple[str, ...]) -> None:
-    report = sweep(scenario(auto=True), CancelSweep(victims=victims), every=3, size=12)
+    report = sweep(scenario(auto=True), CancelSweep(victims=victims), every=9, size=12)
     assert DONE in report.outcomes
 
 
 def test_cut_at_every_byte_where_the_encoding_is_chosen() -> None:
-    report = sweep(scenario(auto=True), FaultSweep(kinds=("eof", "reset", "blackhole")), every=7, size=12)
+    report = sweep(scenario(auto=True), FaultSweep(kinds=("eof", "reset", "blackhole")), every=28, size=12)
     assert ("TransportFailed", "TransportFailed", "source") in report.outcomes

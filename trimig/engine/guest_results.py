@@ -31,13 +31,31 @@ def written_pages(result: object, blocks: Sequence[RamBlock]) -> Mapping[str, Pa
         pages = block.length // PAGE_SIZE
         if block.name not in result:
             raise GuestFailed(f"sync() of the dirty tracker returned nothing for RAM block {block.name!r} {_SEE}")
-        bitmap = result[block.name]
-        if not isinstance(bitmap, np.ndarray) or bitmap.dtype != np.bool_ or bitmap.shape != (pages,):
+        if not _is_bitmap(bitmap := result[block.name], pages):
             raise GuestFailed(
                 f"sync() of the dirty tracker returned {_kind(bitmap)} for RAM block {block.name!r}: it must be a NumPy "
                 f"array of dtype bool and shape ({pages},) {_SEE}"
             )
     return result
+
+
+def absent_pages(result: PageBitmap | None, block: RamBlock) -> PageBitmap | None:
+    """The result of ``absent()`` of *block*.
+
+    Raises:
+        GuestFailed: it is neither None nor an array of dtype bool with one element for each page.
+    """
+    pages = block.length // PAGE_SIZE
+    if result is None or _is_bitmap(result, pages):
+        return result
+    raise GuestFailed(
+        f"absent() of RAM block {block.name!r} returned {_kind(result)}: it must return None, or a NumPy array of dtype bool and "
+        f"shape ({pages},) {_SEE}"
+    )
+
+
+def _is_bitmap(result: object, pages: int) -> bool:
+    return isinstance(result, np.ndarray) and result.dtype == np.bool_ and result.shape == (pages,)
 
 
 def saved_devices(result: object) -> Sequence[DeviceSection]:

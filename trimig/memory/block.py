@@ -10,16 +10,43 @@ import errno
 import fcntl
 import mmap
 import os
-from typing import Final
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
+import trio
 
 from ..errors import ConfigError, StateError
-from ..guest import PAGE_SIZE, PageBitmap, Pages
+from ..guest import PAGE_SIZE, PageBitmap, Pages, RamBlock
 from .linux import MADV_POPULATE_WRITE, absent_pages
 
 #: Extents that :meth:`MemfdBlock.absent` walks at most; this takes about two milliseconds.
-MAX_EXTENTS: Final = 1024
+MAX_EXTENTS: Final = 512
+#: Pages that :func:`find_absent` asks for at once: 32 MiB.
+_SLICE: Final = (32 << 20) // PAGE_SIZE
+
+
+@runtime_checkable
+class SlicedBlock(RamBlock, Protocol):
+    """A block that finds its absent pages in slices."""
+
+    def absent_slice(self, first_page: int, count: int) -> PageBitmap:
+        """:meth:`absent` for *count* pages from *first_page* on."""
+
+
+async def find_absent(block: RamBlock) -> PageBitmap | None:
+    """``block.absent()``, in slices where the block can do that; then more holes are found, too.
+
+    **Cancellation:** no effect.
+    """
+    await trio.lowlevel.checkpoint()
+    if not isinstance(block, SlicedBlock):
+        return block.absent()
+    pages = block.length // PAGE_SIZE
+    absent = np.empty(pages, np.bool_)
+    for first in range(0, pages, _SLICE):
+        absent[first : first + _SLICE] = block.absent_slice(first, min(_SLICE, pages - first))
+        await trio.lowlevel.checkpoint()
+    return absent
 
 
 def check_block(name: str, length: int) -> None:
@@ -110,7 +137,7 @@ class MemfdBlock:
     def absent(self) -> PageBitmap:
         """Pages with no memory behind them. The call does not touch (and so never allocates) pages.
 
-        In a block with very many separate holes only the first thousand or so are found; see :meth:`absent_slice`.
+        In a block with very many separate holes only the first 500 or so are found; see :meth:`absent_slice`.
         """
         return self.absent_slice(0, self._length // PAGE_SIZE)
 

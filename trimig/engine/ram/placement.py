@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ...channel.vectored import CALL_BYTES, Records
 from ...guest import PAGE_SIZE, FileBackedBlock, PageBitmap, Pages, RamBlock
 from ...wire.constants import RamFlag
+from ..guest_results import absent_pages
 
 if TYPE_CHECKING:
     from ...channel.channel import Channel
@@ -54,7 +55,7 @@ class Target:
         self.words = self.pages.view(np.uint64)
         self.base = self.pages.ctypes.data
         self.received: PageBitmap = np.zeros(len(self.pages), np.bool_)
-        absent = block.absent()
+        absent = absent_pages(block.absent(), block)
         #: Known to be zero without a look: it has no memory behind it, and looking would give it some.
         self.untouched: PageBitmap = np.zeros(len(self.pages), np.bool_) if absent is None else absent.copy()
         #: Told of each page that has come, if there is one.

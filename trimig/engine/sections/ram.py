@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from ...channel.channels import MULTIFD, PREEMPT, Beside
 from ...guest import PAGE_SIZE, PageBitmap, RamBlock
+from ...memory.block import find_absent
 from ...memory.tracking import LateTracker, end_tracking, snapshot_of, start_tracking
 from ...wire import events as ev
 from ...wire import postcopy as wire_postcopy
 from ...wire.pages import multifd
 from .. import guest_calls
+from ..guest_results import absent_pages
 from ..ram.inflate import put_inflated
 from ..ram.records import PageSender
 from ..ram.sender import RamSender
@@ -155,15 +157,17 @@ class RamSection:
 
     async def _absent(self, block: RamBlock) -> PageBitmap | None:
         """Pages of *block* without memory, any write to which will be found; None if none are known."""
-        with guest_calls.guarded("looking at the guest's memory"):
-            absent = block.absent()
+        absent = await self._find_absent(block)
         protect = self._protector(block.name)
         if protect is None or absent is None or not absent.any():
             return absent
         await protect(np.flatnonzero(absent))
-        with guest_calls.guarded("looking at the guest's memory"):
-            still = block.absent()
+        still = await self._find_absent(block)
         return None if still is None else absent & still
+
+    async def _find_absent(self, block: RamBlock) -> PageBitmap | None:
+        with guest_calls.guarded("looking at the guest's memory"):
+            return absent_pages(await find_absent(block), block)
 
     def _protector(self, block: str) -> Callable[[NDArray[np.int64]], Awaitable[None]] | None:
         """What is to be called with the numbers of pages of *block* before they are read."""
