@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import random
 import socket
 
 import numpy as np
@@ -13,8 +14,9 @@ import trio
 from numpy.typing import NDArray
 
 from trimig.channel.channel import Channel
+from trimig.channel.vectored import Pieces, elements
 from trimig.engine.ram.placement import Target
-from trimig.engine.ram.scatter import Scatterer
+from trimig.engine.ram.scatter import Scatterer, _Pair
 from trimig.guest import PAGE_SIZE
 from trimig.memory.block import MemfdBlock
 from trimig.wire.pages.multifd import PACKET_PAGES
@@ -94,3 +96,23 @@ async def test_pages_that_are_cut_were_not_received(cut: int, *, populated: bool
     assert not found.whole
     assert not found.received.any()
     assert not found.untouched[[0, 1, 5, 6]].any()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("second", [0, 1344])
+def test_a_pair_goes_on_from_any_byte(seed: int, second: int) -> None:
+    """As :class:`trimig.channel.vectored.Pieces` does for pieces of any number."""
+    chosen, vector = random.Random(seed), np.zeros((2, 2), np.uint64)
+    pair = _Pair(vector)
+    for _ in range(3):
+        places = [(1 << 20, 8192), (1 << 30, second)]
+        pair.begin(*places[0], *places[1])
+        pieces = Pieces(np.array(places[: 2 if second else 1], np.uint64))
+        while pieces.left:
+            assert pair.left == pieces.left
+            assert elements(pair.rest).tolist() == elements(pieces.rest).tolist()
+            count = chosen.randint(1, min(pieces.left, 3000))
+            pair.advance(count)
+            pieces.advance(count)
+        assert not pair.left
+        assert not pair.rest[1]

@@ -176,6 +176,77 @@ def test_any_bytes_give_a_packet_or_one_error() -> None:
             assert ((where >= 0) & (where < BLOCKS.get(found.block, 0))).all()
 
 
+RUNS = {"pc.ram": 1000 * PAGE_SIZE, "rom": PAGE_SIZE, "small": 100 * PAGE_SIZE}
+
+
+def full(first: int, block: str = "pc.ram") -> bytearray:
+    """The header of a full packet of consecutive pages."""
+    pages = offsets(*range(first, first + PACKET_PAGES))
+    return bytearray(
+        write_packet(Packet(number=7, block=block, offsets=pages, size=PACKET_PAGES * PAGE_SIZE), new=True)
+    )
+
+
+def run_reader(*, compression: int = 0, zero_pages: bool = True) -> PacketReader:
+    found = PacketReader(3, RUNS, compression=compression, zero_pages=zero_pages)
+    assert found.read_run(bytes(full(0))) is None  # the block is not known before the first packet
+    if not compression:
+        found.read(bytes(full(0)), 0)
+    return found
+
+
+@pytest.mark.parametrize("first", [0, 1, 500, 1000 - PACKET_PAGES])
+def test_a_run_is_read_at_once(first: int) -> None:
+    assert run_reader().read_run(bytes(full(first))) == ("pc.ram", first)
+
+
+@pytest.mark.parametrize(
+    ("at", "data"),
+    [
+        (0, b"\x12"), (7, b"\x02"), (11, b"\x01"), (11, b"\x02"), (8, b"\x80"), (15, b"\x81"), (19, b"\x7f"), (21, b"\x01"),
+        (35, b"\x01"), (64, b"rom\0"), (64, b"small\0"), (64, b"xx"), (327, b"\x01"), (320, b"\x80"), (326, b"\x5f"), (335, b"\xff"),
+        (HEADER_BYTES - 2, b"\x00"), (HEADER_BYTES - 8, b"\x80"),
+    ],
+)  # fmt: skip
+def test_what_is_no_run_is_left_to_the_other_way_of_reading(at: int, data: bytes) -> None:
+    head = full(10)
+    head[at : at + len(data)] = data
+    assert run_reader().read_run(bytes(head)) is None
+
+
+def test_a_run_beyond_the_end_of_its_block_is_none() -> None:
+    assert run_reader().read_run(bytes(full(1000 - PACKET_PAGES + 1))) is None
+    assert run_reader(compression=PacketFlag.ZSTD).read_run(bytes(full(0))) is None
+
+
+def test_an_old_packet_may_have_anything_for_its_zero_pages() -> None:
+    head = full(3)
+    head[32:36] = bytes(3) + b"\x01"
+    assert run_reader(zero_pages=False).read_run(bytes(head)) == ("pc.ram", 3)
+
+
+def test_any_run_is_what_the_other_way_of_reading_finds() -> None:
+    chosen = random.Random(3)
+    runs = 0
+    for _ in range(3000):
+        head = full(chosen.randrange(900))
+        for _ in range(chosen.randrange(3)):
+            at = chosen.choice((chosen.randrange(64), chosen.randrange(HEADER_BYTES), 320 + chosen.randrange(8)))
+            head[at] ^= 1 << chosen.randrange(8)
+        both = run_reader()
+        if (run := both.read_run(bytes(head))) is not None:
+            packet = both.read(bytes(head), 0)
+            assert (packet.block, packet.offsets.tolist()) == (
+                run[0],
+                offsets(*range(run[1], run[1] + PACKET_PAGES)).tolist(),
+            )
+            assert not packet.sync
+            assert not packet.compression
+            assert not len(packet.zeros)
+            runs += 1
+    assert 800 < runs < 2900
+
+
 def test_the_mark_on_the_main_channel() -> None:
     """newer.md part 3.3: 0x200 in START before its end word, and in a PART between pages."""
     assert (0x200).to_bytes(8) == wire.SYNC_WORD

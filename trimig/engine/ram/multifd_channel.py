@@ -157,6 +157,12 @@ class DataChannel:
             assert check is not None
             done = self.channel.received - start
             self._at = at + done
+            run = self._reader.read_run(self._header) if done < _AT_ONCE_BYTES else None
+            if run is not None:
+                block, first = run
+                self.pages += PACKET_PAGES
+                check()
+                return self._ram.place_of(block, range(first, first + PACKET_PAGES))
             found = self._reader.read(self._header, self._at - HEADER_BYTES)
             self.pages += len(found.offsets) + len(found.zeros)
             plain = len(found.offsets) and not len(found.zeros) and not found.compression and not found.sync

@@ -16,7 +16,7 @@ Both are plans of :mod:`trimig.channel.step`: a thread reads, compares and write
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ...channel.vectored import CALL_BYTES, Records
 from ...guest import PAGE_SIZE, FileBackedBlock, PageBitmap, Pages, RamBlock
 from ...wire.constants import RamFlag
+from ...wire.pages.multifd import PACKET_PAGES
 from ..guest_results import absent_pages
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ _SHORT_BYTES = 48 * (8 + PAGE_SIZE)
 _SHORT_READS = 3
 
 
+_NONE: Final = bytes(PACKET_PAGES)
+
+
 class Target:
     """One RAM block being filled."""
 
@@ -61,6 +65,18 @@ class Target:
         #: Told of each page that has come, if there is one.
         self.marks: MarkedPages | None = None
         self._fd = block.fd if isinstance(block, FileBackedBlock) else None
+        self._untouched_bytes = self.untouched.view(np.uint8).data
+
+    def begin_run(self, first: int, count: int) -> bool:
+        """Consecutive pages from *first* on are about to come, up to PACKET_PAGES of them.
+
+        Returns:
+            True if they are all cheaper to write to the file than through the mapping.
+        """
+        part = self._untouched_bytes[first : first + count]
+        fresh = self._fd is not None and part.tobytes().count(1) == count
+        part[:] = _NONE[:count]
+        return fresh
 
     def count_missing(self, first: int, most: int) -> int:
         """How many pages from *first* on have not been received, *most* at most, up to one that has."""

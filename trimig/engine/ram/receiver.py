@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ...wire.decoder import Decoder
     from ...wire.events import RamList
     from ...wire.postcopy import Discard
-    from .scatter import Next, Place, Scatterer
+    from .scatter import Indices, Next, Place, Scatterer
 
 #: Pages read at once to see whether they are zero already: half a millisecond.
 _LOOK_PAGES = 1024
@@ -180,7 +180,7 @@ class RamReceiver:
         self._counters.normal += placed
         return True
 
-    def place_of(self, block: str, indices: NDArray[np.int64]) -> Place:
+    def place_of(self, block: str, indices: Indices) -> Place:
         """Where pages of *block* go that a :class:`.scatter.Scatterer` reads. A thread may call this."""
         return self._targets[block], indices
 

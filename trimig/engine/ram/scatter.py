@@ -10,7 +10,7 @@ that (see :mod:`.receiver`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from ...channel.vectored import Span
     from .placement import Target
 
-#: The pages of one packet: their block, and their numbers in the order in which they come.
-Place: TypeAlias = "tuple[Target, NDArray[np.int64]]"
+_ELEMENT_BYTES: Final = 16
+#: The numbers of the pages of one packet, in the order in which they come. A range costs least.
+Indices: TypeAlias = "NDArray[np.int64] | range"
+#: The pages of one packet: their block, and their numbers.
+Place: TypeAlias = "tuple[Target, Indices]"
 #: The header behind the pages has come. Returns where the pages behind it go; None if no more are to be read now. A thread
 #: calls it.
 Next: TypeAlias = Callable[[], "Place | None"]
@@ -41,6 +44,8 @@ class Scatterer:
     def __init__(self, header: NDArray[np.uint8]) -> None:
         self._header = header
         self._staging: NDArray[np.uint8] | None = None
+        #: The elements of a packet of consecutive pages: the pages, and the header behind them.
+        self.pair = np.zeros((2, 2), np.uint64)
 
     def staging(self) -> NDArray[np.uint8]:
         """The buffer of the pages of one packet on their way to a file."""
@@ -49,7 +54,7 @@ class Scatterer:
         return self._staging
 
     async def read(
-        self, channel: Channel, target: Target, indices: NDArray[np.int64], most: int = 0, following: Next | None = None
+        self, channel: Channel, target: Target, indices: Indices, most: int = 0, following: Next | None = None
     ) -> tuple[list[int], bool]:
         """Read the pages of one packet, or of several packets.
 
@@ -72,7 +77,10 @@ class Scatterer:
             await channel.receive_vector(plan, max(most, len(indices) * PAGE_SIZE))
         finally:
             for block, came in plan.came:
-                block.arrived_each(came)
+                if isinstance(came, range):
+                    block.arrived(came.start, len(came))
+                else:
+                    block.arrived_each(came)
         return [len(came) for _, came in plan.came], plan.resting or plan.over
 
 
@@ -92,32 +100,44 @@ class _Scattering:
         self,
         owner: Scatterer,
         target: Target,
-        indices: NDArray[np.int64],
+        indices: Indices,
         header: NDArray[np.uint8] | None,
         following: Next | None,
     ) -> None:
         self._owner = owner
         self._following = following
         self._header = (0, 0) if header is None else (header.ctypes.data, len(header))
+        self._pair = _Pair(owner.pair)
+        self._pieces: Pieces | _Pair = self._pair
+        self._place: Place = target, indices
         self.came: list[Place] = []
         self.over = False
         self._begin(target, indices)
 
-    def _begin(self, target: Target, indices: NDArray[np.int64]) -> None:
-        self._place = target, indices
+    def _begin(self, target: Target, indices: Indices) -> None:
         self._here = False  # the pages are in their places
-        first, count = int(indices[0]), len(indices)
-        if int(indices[-1]) - first == count - 1 and bool((np.diff(indices) == 1).all()):
-            runs = [(first * PAGE_SIZE, count * PAGE_SIZE)]
-            fresh = target.count_fresh(first, count) == count
-            # The record of a zero page must not take a page for untouched of which a part has come.
-            target.untouched[first : first + count] = False
-        else:
-            starts = np.flatnonzero(np.diff(indices, prepend=indices[0] - 2) != 1)
-            sizes = np.diff(starts, append=count) * PAGE_SIZE
-            runs = list(zip((indices[starts] * PAGE_SIZE).tolist(), sizes.tolist(), strict=True))
-            fresh = target.fresh_each(indices)
-            target.untouched[indices] = False
+        # The record of a zero page must not take a page for untouched of which a part has come: so that is noted first.
+        if not isinstance(indices, range):
+            first, count = int(indices[0]), len(indices)
+            if int(indices[-1]) - first != count - 1 or not bool((np.diff(indices) == 1).all()):
+                self._place = target, indices
+                self._begin_pieces(target, indices)
+                return
+            indices = range(first, first + count)
+        self._place = target, indices
+        position, size = indices.start * PAGE_SIZE, len(indices) * PAGE_SIZE
+        fresh = target.begin_run(indices.start, len(indices))
+        self._runs = [(position, size)] if fresh else None
+        self._pair.begin(self._owner.staging().ctypes.data if fresh else target.base + position, size, *self._header)
+        self._pieces = self._pair
+
+    def _begin_pieces(self, target: Target, indices: NDArray[np.int64]) -> None:
+        count = len(indices)
+        starts = np.flatnonzero(np.diff(indices, prepend=indices[0] - 2) != 1)
+        sizes = np.diff(starts, append=count) * PAGE_SIZE
+        runs = list(zip((indices[starts] * PAGE_SIZE).tolist(), sizes.tolist(), strict=True))
+        fresh = target.fresh_each(indices)
+        target.untouched[indices] = False
         self._runs = runs if fresh else None
         if fresh:
             places = [(self._owner.staging().ctypes.data, count * PAGE_SIZE)]
@@ -157,3 +177,39 @@ class _Scattering:
             self._place[0].write_at(position, self._owner.staging()[at : at + size].data)
             at += size
         self.came.append(self._place)
+
+
+class _Pair:
+    """A plan of two pieces, which is used again and again; the second one may be empty. See :class:`.Pieces`.
+
+    Attributes:
+        left: bytes that were not yet received.
+    """
+
+    def __init__(self, vector: NDArray[np.uint64]) -> None:
+        self._address = vector.ctypes.data
+        self._numbers = vector.reshape(-1).data
+        self._second = 0
+        self.left = 0
+
+    def begin(self, first: int, first_size: int, second: int, second_size: int) -> None:
+        """The addresses and sizes of the pieces."""
+        numbers = self._numbers
+        numbers[0], numbers[1], numbers[2], numbers[3] = first, first_size, second, second_size
+        self._second, self.left = second_size, first_size + second_size
+
+    @property
+    def rest(self) -> Span:
+        if self.left > self._second:
+            return self._address, 2 if self._second else 1
+        return self._address + _ELEMENT_BYTES, 1 if self.left else 0
+
+    def advance(self, count: int) -> None:
+        numbers = self._numbers
+        before = max(self.left - self._second, 0)
+        self.left -= count
+        first = min(count, before)
+        numbers[0] += first
+        numbers[1] -= first
+        numbers[2] += count - first
+        numbers[3] -= count - first
