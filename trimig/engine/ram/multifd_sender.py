@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .records import PageSender
 
 #: Packets that a channel gets at once. Their vector is built, and their turn is taken, once for all of them.
-_JOB_PACKETS: Final = 16
+_JOB_PACKETS: Final = 32
 #: Pages that are compressed in the run loop, up to that level: it takes about 0.1 ms, which is what a thread costs.
 _INLINE_PAGES: Final = 4
 _INLINE_LEVEL: Final = 3
