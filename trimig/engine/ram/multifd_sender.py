@@ -24,7 +24,7 @@ from ...guest import PAGE_SIZE, Pages
 from ...wire.encoder import SYNC_WORD
 from ...wire.pages.multifd import HEADER_BYTES, PACKET_PAGES, Packet, PacketFlag, write_packet, write_packets
 from ...wire.pages.packing import Packer, packer
-from .zeros import zero_pages
+from .zeros import find_zero_pages
 
 if TYPE_CHECKING:
     from ...channel.channel import Channel
@@ -181,7 +181,7 @@ class MultifdSender:
         **Cancellation:** some have been handed over.
         """
         if self._manner.zeros is not Zeros.CONTENT:
-            zero = zero_pages(pages, indices)
+            zero = await find_zero_pages(pages, indices)
             if zero.any():
                 await self.send_zeros(block, indices[zero])
                 indices = indices[~zero]
