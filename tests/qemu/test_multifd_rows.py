@@ -224,9 +224,8 @@ async def test_zero_pages_of_a_qemu_elsewhere(version: str, zeros: str) -> None:
 async def test_levels(version: str, compression: str) -> None:
     """A.2, zlib and zstd with level 2: what is sent is smaller at a higher level, and arrives; T→Q and Q→T."""
     sizes = []
-    levels = (1, 9 if compression == "zlib" else 19)
     text = b"".join(b"the page %d of the text\n" % number for number in range(MiB // 8))
-    for level in levels:
+    for level in (1, 9):
         parameters = [f"multifd-{compression}-level={level}", "max-bandwidth=0"]
         ours = dataclasses.replace(config(compression=compression), peer=PEERS[f"qemu-{version}"])
         theirs = {"multifd-channels": 2, "multifd-compression": compression, f"multifd-{compression}-level": 2}
