@@ -54,6 +54,22 @@ async def test_statuses_and_stop_in_order(autojump_clock: trio.testing.MockClock
     assert pair.target.running
 
 
+async def test_a_cancelled_guest_runs_before_the_tracking_ends(autojump_clock: trio.testing.MockClock) -> None:
+    """Ending it takes the longer, the more memory there is."""
+    pair = held_pair()
+
+    async def cancel() -> None:
+        await pair.here.wait_status(Status.PRE_SWITCHOVER)
+        pair.here.cancel("the test")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cancel)
+        here, _ = await pair.both()
+    assert isinstance(here, trimig.MigrationCancelled)
+    events = pair.source.events()
+    assert events[events.index("pause") :] == ["pause", "resume", "untrack", "release"]
+
+
 async def test_nothing_is_sent_while_it_is_held(autojump_clock: trio.testing.MockClock) -> None:
     """N3, N6: for an hour, and a destination that knows of the pause is patient."""
     pair = held_pair()

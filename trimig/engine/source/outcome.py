@@ -56,10 +56,10 @@ async def unwind(out: Outgoing, failure: BaseException | None) -> GuestNotResume
         end_status(monitor, failure)
     guest_failure: GuestNotResumed | None = None
     try:
-        await clean_up(out)
         if monitor.owner is Ownership.SOURCE:
             guest_failure = await uncertain.resume_here(out)
         await end_throttle(out)
+        await clean_up(out)  # this takes the longer, the more memory there is
     finally:
         await give_reason(out, failure)
         await out.link.channels.close(out.config.teardown_grace if monitor.status is Status.COMPLETED else 0.0)
@@ -103,7 +103,7 @@ async def clean_up(out: Outgoing) -> None:
         try:
             await closing.bounded(section.cleanup, out.config.teardown_grace, None)
         except TrimigError as error:
-            out.monitor.warn(str(error))  # only a warning, because the guest must still be resumed
+            out.monitor.warn(str(error))  # only a warning, because it changes nothing for the guest
 
 
 async def conclude(out: Outgoing, failure: BaseException | None, guest_failure: GuestNotResumed | None) -> None:
