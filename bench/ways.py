@@ -66,30 +66,18 @@ WAYS: Final[dict[str, Way]] = {
     )
 }
 
+_XBZRLE: Final = {"xbzrle-cache-size": 256 << 20}
+_COMPRESS: Final = {"compress-level": 1, "compress-threads": 2, "decompress-threads": 2}
+
 #: The encodings of :mod:`bench.encodings` and :mod:`bench.cancel`, each with the QEMU to compare with: ``compress`` was
 #: removed in 9.1, and multifd is compared with the newest.
 ENCODINGS: Final[dict[str, Way]] = {
     way.name: way
     for way in (
         Way(name="plain", qemu="7.2"),
-        Way(name="xbzrle", capabilities=("xbzrle",), parameters={"xbzrle-cache-size": 256 << 20}, qemu="7.2"),
-        Way(
-            name="compress",
-            capabilities=("compress",),
-            parameters={"compress-level": 1, "compress-threads": 2, "decompress-threads": 2},
-            qemu="7.2",
-        ),
-        Way(
-            name="auto",
-            capabilities=("xbzrle", "compress"),
-            parameters={
-                "xbzrle-cache-size": 256 << 20,
-                "compress-level": 1,
-                "compress-threads": 2,
-                "decompress-threads": 2,
-            },
-            choose=True,
-        ),
+        Way(name="xbzrle", capabilities=("xbzrle",), parameters=_XBZRLE, qemu="7.2"),
+        Way(name="compress", capabilities=("compress",), parameters=_COMPRESS, qemu="7.2"),
+        Way(name="auto", capabilities=("xbzrle", "compress"), parameters={**_XBZRLE, **_COMPRESS}, choose=True),
         _multifd("multifd-none", 2, qemu="11.1"),
         _multifd("multifd-zlib", 2, "zlib", qemu="11.1"),
         _multifd("multifd-zstd", 2, "zstd", qemu="11.1"),

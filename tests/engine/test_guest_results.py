@@ -16,6 +16,7 @@ from tests.engine.pair import Pair
 from trimig.engine.guest_results import absent_pages, saved_devices
 from trimig.guest import DeviceSection, DirtyTracker
 from trimig.testing import FakeDevice, ScriptedGuest
+from trimig.testing.parts import FakeBlock
 
 SOUND = DeviceSection(idstr="clock", version_id=1, payload=bytes(8))
 
@@ -125,3 +126,23 @@ def test_absent_pages_that_are_none(result: Any) -> None:
     with pytest.raises(trimig.GuestFailed, match=r"absent\(\) of RAM block 'ram' returned .*shape \(4,\)"):
         absent_pages(result, block)
     assert absent_pages(None, block) is None
+
+
+class Sliced(FakeBlock):
+    """A block that says of each slice the same."""
+
+    result: Any = None
+
+    def absent_slice(self, first_page: int, count: int) -> Any:
+        return self.result
+
+
+@pytest.mark.parametrize("result", [True, np.bool_(True), np.zeros(4, np.uint8), np.ones(1, np.bool_)], ids=repr)
+async def test_absent_pages_of_a_slice_that_are_none(autojump_clock: trio.testing.MockClock, result: Any) -> None:
+    """What is taken for absent is not sent: a value for all pages at once would lose them."""
+    guest = Mistaken()
+    block = Sliced("ram", guest.ram[0].pages, guest.update)
+    block.result = result
+    guest._ram = (block, guest.ram[1])
+    said = await refused(guest)
+    assert "looking at the guest's memory failed" in said or "absent() of RAM block 'ram' returned" in said

@@ -12,7 +12,7 @@ import trio.testing
 import trimig
 from tests.engine.pair import Pair, config, running, told, waiting
 from trimig.status import Status
-from trimig.testing import Fault, VirtualLink
+from trimig.testing import FakeDevice, Fault, ScriptedGuest, VirtualLink
 
 HOLD = trimig.Capabilities(pause_before_switchover=True)
 
@@ -68,6 +68,37 @@ async def test_a_cancelled_guest_runs_before_the_tracking_ends(autojump_clock: t
     assert isinstance(here, trimig.MigrationCancelled)
     events = pair.source.events()
     assert events[events.index("pause") :] == ["pause", "resume", "untrack", "release"]
+
+
+class Bug(BaseException):
+    """No error that a guest may have."""
+
+
+class Broken(ScriptedGuest):
+    """Its `resume` has such a bug."""
+
+    async def resume(self) -> None:
+        await super().resume()
+        raise Bug
+
+
+async def test_a_bug_in_resume_leaves_neither_tracking_nor_connections(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    pair = held_pair(source=Broken(blocks={"ram": 4}, devices=[FakeDevice("clock", size=8, seed=1)]))
+
+    async def cancel() -> None:
+        await pair.here.wait_status(Status.PRE_SWITCHOVER)
+        pair.here.cancel("the test")
+
+    with pytest.RaisesGroup(Bug, trimig.PeerFailed, flatten_subgroups=True):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cancel)
+            nursery.start_soon(pair.receive)
+            await pair.migrate()
+    assert not pair.source.tracking
+    assert not pair.source.claimed
+    assert pair.link.a.closed
 
 
 async def test_nothing_is_sent_while_it_is_held(autojump_clock: trio.testing.MockClock) -> None:

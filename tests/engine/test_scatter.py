@@ -14,9 +14,9 @@ import trio
 from numpy.typing import NDArray
 
 from trimig.channel.channel import Channel
-from trimig.channel.vectored import Pieces, elements
+from trimig.channel.vectored import Pair, Pieces, elements
 from trimig.engine.ram.placement import Target
-from trimig.engine.ram.scatter import Scatterer, _Pair
+from trimig.engine.ram.scatter import Scatterer
 from trimig.guest import PAGE_SIZE
 from trimig.memory.block import MemfdBlock
 from trimig.wire.pages.multifd import PACKET_PAGES
@@ -103,7 +103,7 @@ async def test_pages_that_are_cut_were_not_received(cut: int, *, populated: bool
 def test_a_pair_goes_on_from_any_byte(seed: int, second: int) -> None:
     """As :class:`trimig.channel.vectored.Pieces` does for pieces of any number."""
     chosen, vector = random.Random(seed), np.zeros((2, 2), np.uint64)
-    pair = _Pair(vector)
+    pair = Pair(vector)
     for _ in range(3):
         places = [(1 << 20, 8192), (1 << 30, second)]
         pair.begin(*places[0], *places[1])

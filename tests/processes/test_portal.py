@@ -217,8 +217,8 @@ def test_keyboard_interrupt_after_the_decision_says_that_it_was_too_late(portal:
 
     async def when_decided() -> None:
         await monitor.wait_status(trimig.Status.HANDOVER)
-        while not waiting.is_set():  # noqa: ASYNC110 - a signal outside of wait() would end the whole run of the tests
-            await trio.sleep(0.001)
+        # A signal outside of wait() would end the whole run of the tests.
+        await trio.to_thread.run_sync(waiting.wait, LIMIT)
         interrupt()
 
     future = portal._running().start_task_soon(when_decided)

@@ -19,8 +19,8 @@ from tests.qemu import peers
 from tests.qemu.harness import Qemu, random_ram
 from tests.qemu.installed import versions
 from tests.qemu.test_multifd_receiver import POSTCOPY, config
-from tests.qemu.test_postcopy import after_pages, in_postcopy, in_postcopy_there
-from tests.qemu.test_postcopy_rows import TLS_LISTEN, named, recovered_from
+from tests.qemu.test_postcopy import after_pages, in_postcopy
+from tests.qemu.test_postcopy_rows import TLS_LISTEN, cut_and_recover_from, cut_and_recover_to, named
 from tests.qemu.test_tls import x509
 from tests.transport.pki import ID, Pki
 from trimig import MiB, Status
@@ -102,11 +102,7 @@ async def test_postcopy_behind_multifd_to_qemu(version: str, row: Row, pki: Pki)
                 await after_pages(monitor, 1000)
                 if row.recovery:
                     await in_postcopy(monitor, 0.2)
-                    monitor.pause("the test cuts it")
-                    await vm.wait_migration_status("postcopy-paused")
-                    await vm.qmp.execute("migrate-recover", {"uri": listen})
-                    await monitor.wait_status(Status.POSTCOPY_PAUSED)
-                    monitor.recover(named(await vm.incoming_uri(listen)))
+                    await cut_and_recover_to(vm, monitor, listen)
 
             summary = await peers.while_migrating(guest, uri, ours, monitor, steer)
             await vm.wait_migration_status("completed")
@@ -135,12 +131,7 @@ async def test_postcopy_behind_multifd_from_qemu(version: str, row: Row, pki: Pk
             await arrival.wait_pages(500)
             await vm.qmp.execute("migrate-start-postcopy")
             if row.recovery:
-                await vm.wait_migration_status("postcopy-active")
-                await in_postcopy_there(arrival.monitor, 300)
-                arrival.monitor.pause("the test cuts it")
-                await vm.wait_migration_status("postcopy-paused")
-                await peers.wait_lost(arrival.monitor)
-                await recovered_from(vm, arrival.monitor, listen)
+                await cut_and_recover_from(vm, arrival.monitor, listen)
             await vm.wait_migration_status("completed")
             summary = await arrival.summary()
             assert summary.confirmed

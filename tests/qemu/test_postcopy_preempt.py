@@ -18,8 +18,8 @@ from tests.qemu import peers
 from tests.qemu.bootsector import assert_no_gap, boot_sector, parse_counts
 from tests.qemu.harness import Qemu, random_ram
 from tests.qemu.peers import NEEDS_PREEMPT
-from tests.qemu.test_postcopy import MiB, after_pages, config, count_on, in_postcopy, in_postcopy_there
-from tests.qemu.test_postcopy_rows import TLS_LISTEN, named, recovered_from
+from tests.qemu.test_postcopy import MiB, after_pages, config, count_on, in_postcopy
+from tests.qemu.test_postcopy_rows import TLS_LISTEN, cut_and_recover_from, cut_and_recover_to, named
 from tests.qemu.test_tls import x509
 from tests.transport.pki import ID, Pki
 from trimig import Status
@@ -70,11 +70,7 @@ async def test_to_qemu(pki: Pki, *, tls: bool, recovery: bool) -> None:
                 await touch(vm, range(SIZE - MiB, SIZE, 64 << 10))
                 assert monitor.info()["ram"]["postcopy-requests"] > 0
                 if recovery:
-                    monitor.pause("the test cuts it")
-                    await vm.wait_migration_status("postcopy-paused")
-                    await vm.qmp.execute("migrate-recover", {"uri": listen})
-                    await monitor.wait_status(Status.POSTCOPY_PAUSED)
-                    monitor.recover(named(await vm.incoming_uri(listen)))
+                    await cut_and_recover_to(vm, monitor, listen)
                     await monitor.wait_status(Status.POSTCOPY_ACTIVE)
                     await touch(vm, range(SIZE // 2, SIZE // 2 + MiB, 64 << 10))
 
@@ -103,12 +99,7 @@ async def test_from_qemu(pki: Pki, *, tls: bool, recovery: bool) -> None:
             await arrival.wait_pages(300)
             await vm.qmp.execute("migrate-start-postcopy")
             if recovery:
-                await vm.wait_migration_status("postcopy-active")
-                await in_postcopy_there(arrival.monitor, 300)
-                arrival.monitor.pause("the test cuts it")
-                await vm.wait_migration_status("postcopy-paused")
-                await peers.wait_lost(arrival.monitor)
-                await recovered_from(vm, arrival.monitor, listen)
+                await cut_and_recover_from(vm, arrival.monitor, listen)
             await vm.wait_migration_status("completed")
             assert (await arrival.summary()).confirmed
             assert np.array_equal(np.asarray(guest.ram[0].pages).reshape(-1), vm.ram)

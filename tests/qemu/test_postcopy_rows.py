@@ -53,11 +53,7 @@ async def test_to_qemu_over_tls(pki: Pki, *, recovery: bool) -> None:
                 await after_pages(monitor, 500)
                 if recovery:
                     await in_postcopy(monitor, 0.2)
-                    monitor.pause("the test cuts it")
-                    await vm.wait_migration_status("postcopy-paused")
-                    await vm.qmp.execute("migrate-recover", {"uri": TLS_LISTEN})
-                    await monitor.wait_status(Status.POSTCOPY_PAUSED)
-                    monitor.recover(named(await vm.incoming_uri(TLS_LISTEN)))
+                    await cut_and_recover_to(vm, monitor, TLS_LISTEN)
 
             await peers.while_migrating(guest, uri, tls, monitor, steer)
             await vm.wait_migration_status("completed")
@@ -84,19 +80,28 @@ async def test_from_qemu_over_tls(pki: Pki, *, recovery: bool) -> None:
             await arrival.wait_pages(300)
             await vm.qmp.execute("migrate-start-postcopy")
             if recovery:
-                await vm.wait_migration_status("postcopy-active")
-                await in_postcopy_there(arrival.monitor, 300)
-                arrival.monitor.pause("the test cuts it")
-                await vm.wait_migration_status("postcopy-paused")
-                await peers.wait_lost(arrival.monitor)
-                await recovered_from(vm, arrival.monitor, TLS_LISTEN)
+                await cut_and_recover_from(vm, arrival.monitor, TLS_LISTEN)
             await vm.wait_migration_status("completed")
             assert (await arrival.summary()).confirmed
             assert np.array_equal(np.asarray(guest.ram[0].pages).reshape(-1), vm.ram)
 
 
-async def recovered_from(vm: Qemu, monitor: trimig.Monitor, listen: str) -> None:
-    """Let a QEMU source reconnect to trimig."""
+async def cut_and_recover_to(vm: Qemu, monitor: trimig.Monitor, listen: str) -> None:
+    """Cut the connection to a QEMU, which then listens again, and let trimig reconnect to it."""
+    monitor.pause("the test cuts it")
+    await vm.wait_migration_status("postcopy-paused")
+    await vm.qmp.execute("migrate-recover", {"uri": listen})
+    await monitor.wait_status(Status.POSTCOPY_PAUSED)
+    monitor.recover(named(await vm.incoming_uri(listen)))
+
+
+async def cut_and_recover_from(vm: Qemu, monitor: trimig.Monitor, listen: str) -> None:
+    """Cut the connection from a QEMU when 300 pages have followed the guest, and let it reconnect to trimig."""
+    await vm.wait_migration_status("postcopy-active")
+    await in_postcopy_there(monitor, 300)
+    monitor.pause("the test cuts it")
+    await vm.wait_migration_status("postcopy-paused")
+    await peers.wait_lost(monitor)
     monitor.recover(listen)
     while not monitor.addresses:
         await monitor.wait_changed()

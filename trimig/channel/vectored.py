@@ -206,6 +206,47 @@ class Pieces:
         self._element, self._cut = element, inside
 
 
+class Pair:
+    """A plan of two pieces for receiving, which is used again and again. It makes no object for another two.
+
+    Args:
+        vector: room for the pieces, shape (2, 2). The caller keeps it.
+
+    Attributes:
+        left: bytes that were not yet received.
+    """
+
+    __slots__ = ("_address", "_numbers", "_second", "left")
+
+    def __init__(self, vector: Vector) -> None:
+        self._address, _, self._numbers = _parts(vector)
+        self._second = 0
+        self.left = 0
+
+    def begin(self, first: int, first_size: int, second: int, second_size: int) -> None:
+        """The addresses and sizes of the next two pieces; the second one may be empty."""
+        numbers = self._numbers
+        numbers[0], numbers[1], numbers[2], numbers[3] = first, first_size, second, second_size
+        self._second, self.left = second_size, first_size + second_size
+
+    @property
+    def rest(self) -> Span:
+        """The elements that were not yet received completely; the first one is shortened to its rest."""
+        if self.left > self._second:
+            return self._address, 2 if self._second else 1
+        return self._address + _ELEMENT_BYTES, 1 if self.left else 0
+
+    def advance(self, count: int) -> None:
+        """Count *count* more bytes as received."""
+        numbers = self._numbers
+        first = min(count, max(self.left - self._second, 0))
+        self.left -= count
+        numbers[0] += first
+        numbers[1] -= first
+        numbers[2] += count - first
+        numbers[3] -= count - first
+
+
 def _parts(vector: Vector) -> tuple[int, int, memoryview[int]]:
     """Address, number of elements and numbers of a vector, for code that must not make array objects."""
     return vector.ctypes.data, len(vector), vector.reshape(-1).data

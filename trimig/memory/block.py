@@ -41,12 +41,11 @@ async def find_absent(block: RamBlock) -> PageBitmap | None:
     await trio.lowlevel.checkpoint()
     if not isinstance(block, SlicedBlock):
         return block.absent()
-    pages = block.length // PAGE_SIZE
-    absent = np.empty(pages, np.bool_)
+    pages, parts = block.length // PAGE_SIZE, []
     for first in range(0, pages, _SLICE):
-        absent[first : first + _SLICE] = block.absent_slice(first, min(_SLICE, pages - first))
+        parts.append(block.absent_slice(first, min(_SLICE, pages - first)))
         await trio.lowlevel.checkpoint()
-    return absent
+    return np.concatenate(parts)  # not into an array of bool: the caller checks what an own block returns
 
 
 def check_block(name: str, length: int) -> None:

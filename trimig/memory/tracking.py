@@ -114,9 +114,6 @@ class UffdTracker:
 
         **Cancellation:** tracking may be on in part; call :meth:`stop`.
         """
-        for area in self._ranges:
-            self._reached[area.name] = np.zeros(area.pages, np.bool_)
-            self._found[area.name] = np.zeros(area.pages, np.bool_)
         await self._start(late=True)
 
     async def _start(self, *, late: bool) -> None:
@@ -129,7 +126,11 @@ class UffdTracker:
             for area in self._ranges:
                 register_write_protect(self._uffd, area.address, area.pages * PAGE_SIZE)
                 self._registered.append(area)
-                for first in range(0, 0 if late else area.pages, _SCAN_SLICE):
+                if late:
+                    self._reached[area.name] = np.zeros(area.pages, np.bool_)
+                    self._found[area.name] = np.zeros(area.pages, np.bool_)
+                    continue
+                for first in range(0, area.pages, _SCAN_SLICE):
                     count = min(_SCAN_SLICE, area.pages - first)
                     write_protect(self._uffd, area.address + first * PAGE_SIZE, count * PAGE_SIZE)
                     await trio.lowlevel.checkpoint()

@@ -95,6 +95,18 @@ async def test_late_tracking_that_is_off_protects_nothing(make_block: Make) -> N
     tracker.stop()
 
 
+async def test_a_second_start_changes_nothing(make_block: Make) -> None:
+    ram = make_block(4)
+    tracker = UffdTracker(tracked_ranges([ram]))
+    await tracker.start()
+    with pytest.raises(StateError):
+        await tracker.start_late()
+    ram.pages[2, 0] = 1
+    assert await dirty_pages(tracker) == [2]
+    assert await dirty_pages(tracker) == []
+    tracker.stop()
+
+
 async def test_memory_that_is_unmapped_cannot_be_protected(make_block: Make) -> None:
     area = mmap.mmap(-1, 16 * PAGE_SIZE)
     base = int(np.frombuffer(area, np.uint8).ctypes.data)

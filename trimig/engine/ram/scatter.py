@@ -10,12 +10,12 @@ that (see :mod:`.receiver`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...channel.vectored import Pieces
+from ...channel.vectored import Pair, Pieces
 from ...guest import PAGE_SIZE
 from ...wire.pages.multifd import PACKET_PAGES
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ...channel.vectored import Span
     from .placement import Target
 
-_ELEMENT_BYTES: Final = 16
 #: The numbers of the pages of one packet, in the order in which they come. A range costs least.
 Indices: TypeAlias = "NDArray[np.int64] | range"
 #: The pages of one packet: their block, and their numbers.
@@ -107,24 +106,24 @@ class _Scattering:
         self._owner = owner
         self._following = following
         self._header = (0, 0) if header is None else (header.ctypes.data, len(header))
-        self._pair = _Pair(owner.pair)
-        self._pieces: Pieces | _Pair = self._pair
-        self._place: Place = target, indices
+        self._pair = Pair(owner.pair)
+        self._pieces: Pieces | Pair = self._pair
+        self._place: Place
         self.came: list[Place] = []
         self.over = False
         self._begin(target, indices)
 
     def _begin(self, target: Target, indices: Indices) -> None:
+        if not isinstance(indices, range):
+            first, count = int(indices[0]), len(indices)
+            if int(indices[-1]) - first == count - 1 and bool((np.diff(indices) == 1).all()):
+                indices = range(first, first + count)
+        self._place = target, indices
         self._here = False  # the pages are in their places
         # The record of a zero page must not take a page for untouched of which a part has come: so that is noted first.
         if not isinstance(indices, range):
-            first, count = int(indices[0]), len(indices)
-            if int(indices[-1]) - first != count - 1 or not bool((np.diff(indices) == 1).all()):
-                self._place = target, indices
-                self._begin_pieces(target, indices)
-                return
-            indices = range(first, first + count)
-        self._place = target, indices
+            self._begin_pieces(target, indices)
+            return
         position, size = indices.start * PAGE_SIZE, len(indices) * PAGE_SIZE
         fresh = target.begin_run(indices.start, len(indices))
         self._runs = [(position, size)] if fresh else None
@@ -177,39 +176,3 @@ class _Scattering:
             self._place[0].write_at(position, self._owner.staging()[at : at + size].data)
             at += size
         self.came.append(self._place)
-
-
-class _Pair:
-    """A plan of two pieces, which is used again and again; the second one may be empty. See :class:`.Pieces`.
-
-    Attributes:
-        left: bytes that were not yet received.
-    """
-
-    def __init__(self, vector: NDArray[np.uint64]) -> None:
-        self._address = vector.ctypes.data
-        self._numbers = vector.reshape(-1).data
-        self._second = 0
-        self.left = 0
-
-    def begin(self, first: int, first_size: int, second: int, second_size: int) -> None:
-        """The addresses and sizes of the pieces."""
-        numbers = self._numbers
-        numbers[0], numbers[1], numbers[2], numbers[3] = first, first_size, second, second_size
-        self._second, self.left = second_size, first_size + second_size
-
-    @property
-    def rest(self) -> Span:
-        if self.left > self._second:
-            return self._address, 2 if self._second else 1
-        return self._address + _ELEMENT_BYTES, 1 if self.left else 0
-
-    def advance(self, count: int) -> None:
-        numbers = self._numbers
-        before = max(self.left - self._second, 0)
-        self.left -= count
-        first = min(count, before)
-        numbers[0] += first
-        numbers[1] -= first
-        numbers[2] += count - first
-        numbers[3] -= count - first

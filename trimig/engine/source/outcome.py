@@ -59,10 +59,12 @@ async def unwind(out: Outgoing, failure: BaseException | None) -> GuestNotResume
         if monitor.owner is Ownership.SOURCE:
             guest_failure = await uncertain.resume_here(out)
         await end_throttle(out)
-        await clean_up(out)  # this takes the longer, the more memory there is
     finally:
-        await give_reason(out, failure)
-        await out.link.channels.close(out.config.teardown_grace if monitor.status is Status.COMPLETED else 0.0)
+        try:
+            await clean_up(out)  # behind the guest: it takes the longer, the more memory there is
+        finally:
+            await give_reason(out, failure)
+            await out.link.channels.close(out.config.teardown_grace if monitor.status is Status.COMPLETED else 0.0)
     return guest_failure
 
 
