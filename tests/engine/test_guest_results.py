@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -145,4 +146,4 @@ async def test_absent_pages_of_a_slice_that_are_none(autojump_clock: trio.testin
     block.result = result
     guest._ram = (block, guest.ram[1])
     said = await refused(guest)
-    assert "looking at the guest's memory failed" in said or "absent() of RAM block 'ram' returned" in said
+    assert re.search(r"looking at the guest's memory failed|absent\(\) of RAM block 'ram' returned", said)
